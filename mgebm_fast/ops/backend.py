@@ -1,0 +1,94 @@
+"""The op table and the choice of backend.
+
+`TABLE` says in which layers each op exists; a test reads it and finds the op, under its one name, in each of them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import importlib.util
+
+import torch
+from torch import Tensor
+
+from .. import native
+from ..errors import BackendError, suggest
+
+BACKENDS = ("auto", "reference", "native", "triton")
+
+
+@dataclasses.dataclass(frozen=True)
+class Layers:
+    """Where an op is written; every op has the pure-torch reference."""
+
+    cpu: bool  # csrc/ops/<op>_cpu.cpp
+    cuda: bool  # csrc/ops/<op>_cuda.cu
+    triton: bool  # kernels/<op>.py
+
+
+TABLE = {
+    "noise": Layers(cpu=True, cuda=True, triton=True),
+    "langevin_step": Layers(cpu=True, cuda=True, triton=True),
+    "pyramid": Layers(cpu=True, cuda=True, triton=False),
+    "upsample": Layers(cpu=True, cuda=True, triton=False),
+}
+
+
+@functools.cache
+def why_no_triton() -> str:
+    """Why Triton kernels cannot be used here; an empty string when they can (on CUDA tensors, or interpreted)."""
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed: `pip install triton`"
+    from triton import knobs
+
+    if knobs.runtime.interpret:
+        return ""
+    if not torch.cuda.is_available():
+        return "torch finds no CUDA device here (TRITON_INTERPRET=1 runs the kernels on CPU tensors, slowly, for tests)"
+    return ""
+
+
+def unavailable(op: str, backend: str, device: torch.device) -> str:
+    """Why `backend` cannot run `op` on `device`; an empty string when it can."""
+    layers = TABLE[op]
+    if backend == "reference":
+        return ""
+    if backend == "triton":
+        if not layers.triton:
+            return f"{op} has no Triton kernel"
+        reason = why_no_triton()
+        if not reason and device.type == "cpu":
+            from triton import knobs
+
+            if not knobs.runtime.interpret:
+                return "Triton runs on CUDA tensors only (TRITON_INTERPRET=1 runs it on CPU tensors, for tests)"
+        return reason
+    if device.type == "cpu":
+        return "" if native.available() else f"the compiled module did not load: {native.load_error}"
+    if device.type == "cuda":
+        return native.why_no_cuda()
+    return f"there are no native kernels for {device.type} tensors"
+
+
+def choose(op: str, backend: str, device: torch.device) -> str:
+    """The backend that runs `op` on `device`: a named one or an error; for "auto" the fastest that is here.
+
+    auto: a CUDA tensor → native CUDA where built, else Triton, else the reference; a CPU tensor → native, else reference.
+    """
+    if backend == "auto":
+        order = ("native", "triton") if device.type == "cuda" else ("native",)
+        return next((name for name in order if not unavailable(op, name, device)), "reference")
+    if backend not in BACKENDS:
+        raise ValueError(
+            f"{op}: backend must be one of {', '.join(BACKENDS)}, got {backend!r}{suggest(str(backend), BACKENDS)}"
+        )
+    reason = unavailable(op, backend, device)
+    if reason:
+        raise BackendError(f"{op}: backend {backend!r} is not available for {device.type} tensors: {reason}")
+    return backend
+
+
+def cuda_stream(tensor: Tensor) -> int:
+    """The current CUDA stream of the tensor's device, as the address that the native launchers take."""
+    return torch.cuda.current_stream(tensor.device).cuda_stream

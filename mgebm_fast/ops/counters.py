@@ -1,0 +1,113 @@
+"""The arguments that place a draw: seed, sample ids, step and stream, as numbers or as device tensors."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+from torch import Tensor
+
+from .. import noise as philox
+
+# The tail of every counter-based op's schema, in the order of `Counters.arguments`.
+SCHEMA = (
+    "int seed, Tensor? seed_tensor, int first_sample, Tensor? sample_tensor, int step, Tensor? step_tensor, int stream"
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Counters:
+    """Checked counters. A tensor, where given, stands before the number beside it."""
+
+    seed: int  # two's complement of the 64-bit seed: op arguments are signed
+    seed_tensor: Tensor | None
+    first_sample: int
+    sample_tensor: Tensor | None  # 0-dim: the base; (N,): one id a sample
+    step: int
+    step_tensor: Tensor | None
+    stream: int
+
+    @property
+    def arguments(self) -> tuple:
+        """The op's arguments, in the order of `SCHEMA`."""
+        return (
+            self.seed,
+            self.seed_tensor,
+            self.first_sample,
+            self.sample_tensor,
+            self.step,
+            self.step_tensor,
+            self.stream,
+        )
+
+    @property
+    def native_arguments(self) -> tuple:
+        """The native launchers' arguments: numbers, and addresses (0 where there is no tensor)."""
+        samples = self.sample_tensor
+        return (
+            self.seed & 0xFFFFFFFFFFFFFFFF,
+            self.first_sample,
+            self.step,
+            self.stream,
+            0 if self.seed_tensor is None else self.seed_tensor.data_ptr(),
+            0 if self.step_tensor is None else self.step_tensor.data_ptr(),
+            0 if samples is None else samples.data_ptr(),
+            samples is not None and samples.dim() == 0,
+        )
+
+    @property
+    def reference_arguments(self) -> dict:
+        """Keyword arguments of `noise.words`."""
+        return {
+            "seed": self.seed if self.seed_tensor is None else self.seed_tensor,
+            "first_sample": self.first_sample if self.sample_tensor is None else self.sample_tensor,
+            "step": self.step if self.step_tensor is None else self.step_tensor,
+            "stream": self.stream,
+        }
+
+
+def _counter_tensor(value: Tensor, name: str, op: str, device: torch.device, samples: int | None) -> Tensor:
+    shapes = "a 0-dim tensor" if samples is None else f"a 0-dim tensor or one of shape ({samples},)"
+    if value.dtype != torch.int64:
+        raise TypeError(f"{op}: {name} must be an int or an int64 tensor, got dtype {value.dtype}")
+    if value.device != device:
+        raise ValueError(f"{op}: {name} must be on {device}, as x is, got a tensor on {value.device}")
+    if value.dim() != 0 and (samples is None or tuple(value.shape) != (samples,)):
+        raise ValueError(f"{op}: {name} must be {shapes}, got shape {tuple(value.shape)}")
+    # A device tensor cannot be read without a synchronisation: there the kernels turn what passes 32 bits into NaN.
+    if name != "seed" and value.device.type == "cpu" and not torch.compiler.is_compiling() and value.numel():
+        last = samples - 1 if samples and value.dim() == 0 else 0
+        philox.check_counter(int(value.min()), name, op)
+        philox.check_counter(int(value.max()), name, op, last=last)
+    return value.contiguous()
+
+
+def check(
+    op: str,
+    samples: int,
+    elements: int,
+    device: torch.device,
+    *,
+    seed: int | Tensor,
+    first_sample: int | Tensor,
+    step: int | Tensor,
+    stream: int,
+) -> Counters:
+    """`Counters` for `samples` samples of `elements` each, or an error that names the argument."""
+    philox.check_counter(stream, "stream", op)
+    philox.check_counter(0, "the number of elements // 4", op, last=elements // 4)
+    seed_tensor = sample_tensor = step_tensor = None
+    if isinstance(seed, Tensor):
+        seed, seed_tensor = 0, _counter_tensor(seed, "seed", op, device, None)
+    else:
+        seed = philox.check_seed(seed, op)
+        seed = seed - (1 << 64) if seed >> 63 else seed
+    if isinstance(first_sample, Tensor):
+        first_sample, sample_tensor = 0, _counter_tensor(first_sample, "first_sample", op, device, samples)
+    else:
+        philox.check_counter(first_sample, "first_sample", op, last=max(samples - 1, 0))
+    if isinstance(step, Tensor):
+        step, step_tensor = 0, _counter_tensor(step, "step", op, device, None)
+    else:
+        philox.check_counter(step, "step", op)
+    return Counters(seed, seed_tensor, first_sample, sample_tensor, step, step_tensor, stream)

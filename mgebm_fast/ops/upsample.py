@@ -1,0 +1,95 @@
+"""upsample: pixel replication by an integer factor, batched."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import prod
+
+import torch
+from torch import Tensor
+
+from .. import native
+from .backend import choose, cuda_stream
+from .pyramid import MAX_SPATIAL, three
+
+OP = "upsample"
+
+
+def upsample(
+    x: Tensor,  # (N, C, *spatial) float32
+    factor: int | Sequence[int],
+    *,
+    backend: str = "auto",
+) -> Tensor:
+    """Replication: out[..., i, j] = x[..., i // f, j // f].
+
+    Args:
+        x: float32 with one to three spatial dimensions.
+        factor: one positive integer for all spatial dimensions, or one for each.
+
+    Returns:
+        float32 (N, C, *(spatial · factor)), contiguous; differentiable (the adjoint is the block sum).
+
+    Source: the up-scaling of Gao et al. (CVPR 2018) between grids.
+    """
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{OP}: x must be a tensor, got {type(x).__name__}")
+    if x.dtype != torch.float32:
+        raise TypeError(f"{OP}: x must be float32, got {x.dtype}")
+    rank = x.dim() - 2
+    if not 1 <= rank <= MAX_SPATIAL:
+        raise ValueError(f"{OP}: x must have shape (N, C, *spatial) with 1 to 3 spatial dimensions, got {tuple(x.shape)}")
+    factors = [factor] * rank if isinstance(factor, int) else list(factor)
+    if len(factors) != rank or any(not isinstance(f, int) or isinstance(f, bool) or f < 1 for f in factors):
+        raise ValueError(f"{OP}: factor must be a positive int or {rank} of them, got {factor!r}")
+    return torch.ops.mgebm_fast.upsample(x, factors, choose("upsample", backend, x.device))
+
+
+def _output_shape(x: Tensor, factors: Sequence[int]) -> list[int]:
+    return [*x.shape[:2], *(n * f for n, f in zip(x.shape[2:], factors))]
+
+
+@torch.library.custom_op(
+    "mgebm_fast::upsample", mutates_args=(), schema="(Tensor x, SymInt[] factor, str backend) -> Tensor"
+)
+def _upsample(x, factor, backend):
+    if backend == "reference":
+        return upsample_reference(x, factor)
+    x = x.contiguous()
+    out = x.new_empty(_output_shape(x, factor))
+    on_cuda = x.device.type == "cuda"
+    (native.module().upsample_cuda if on_cuda else native.module().upsample_cpu)(
+        x.data_ptr(),
+        out.data_ptr(),
+        x.shape[0] * x.shape[1],
+        three(x.shape[2:]),
+        three(factor),
+        *((x.device.index, cuda_stream(x)) if on_cuda else (torch.get_num_threads(),)),
+    )
+    return out
+
+
+@_upsample.register_fake
+def _(x, factor, backend):
+    return x.new_empty(_output_shape(x, factor))
+
+
+def _setup_context(ctx, inputs, output):
+    x, factor, backend = inputs
+    ctx.spatial, ctx.count, ctx.backend = list(x.shape[2:]), prod(factor), backend
+
+
+def _backward(ctx, grad):
+    (means,) = torch.ops.mgebm_fast.pyramid(grad.float(), ctx.spatial, ctx.backend)
+    return means * ctx.count, None, None
+
+
+_upsample.register_autograd(_backward, setup_context=_setup_context)
+
+
+def upsample_reference(x: Tensor, factor: Sequence[int]) -> Tensor:
+    """Replication in plain torch."""
+    out = x
+    for dim, f in enumerate(factor, start=2):
+        out = out.repeat_interleave(f, dim=dim)
+    return out.contiguous().clone() if out is x else out.contiguous()
