@@ -1,0 +1,200 @@
+"""EnergyNet: a bottom-up ConvNet whose score f(x) is one number a sample; its energy is −f(x)."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import suggest
+from .layers import ACTIVATIONS, ConvLayer, LinearHead, SpectralWeight
+
+NORMS = ("batch", "frozen", "none")
+HEADS = ("linear", "sum")
+
+
+@dataclasses.dataclass(frozen=True)
+class ConvSpec:
+    """One convolution: output channels, kernel length and stride, the same along every spatial dimension."""
+
+    channels: int
+    kernel: int
+    stride: int = 1
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ValueError(f"ConvSpec: {field.name} must be a positive int, got {value!r}")
+
+
+def _check_choice(name: str, value: str, options: Sequence[str]) -> None:
+    if value not in options:
+        raise ValueError(
+            f"EnergyNet: {name} must be one of {', '.join(options)}, got {value!r}{suggest(str(value), options)}"
+        )
+
+
+def _check_positive(name: str, value: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"EnergyNet: {name} must be a positive int, got {value!r}")
+
+
+class EnergyNet(nn.Module):
+    """E(x) = −f(x), f = head(layer_L(… layer_1(x))), layer = activation(norm(conv(x))).
+
+    Args:
+        size: spatial size of the input, one int for all dimensions or one for each.
+        channels: channels of the input.
+        layers: the convolutions, zero-padded by kernel // 2 on every side (TensorFlow's SAME differs by one pixel
+            at even strides: a shifted function).
+        norm: "batch": batch statistics in every forward, with the exact gradient through them, so the samples of
+            a batch are coupled; "none": samples are independent; "frozen": what `freeze_norm()` returns.
+            A convolution has a bias where norm is not "batch".
+        activation: "leaky_relu" (with `negative_slope`), "relu", "silu", "elu" or "none".
+        spectral_norm: divide every weight by its largest singular value (Miyato et al., 2018).
+        head: "linear" over the whole top map, or "sum" of the top map (then any input size will do).
+        ndim: number of spatial dimensions, 1, 2 or 3.
+        seed: Xavier-uniform weights are drawn from it; biases are zero.
+
+    Input (N, channels, *size) float; output (N,) energies, low where data are likely. Train and eval mode make no
+    difference. What changes in a forward (running statistics, power iteration of the spectral norm) changes only
+    inside `observing()`.
+    """
+
+    def __init__(
+        self,
+        size: int | Sequence[int],
+        channels: int,
+        layers: Sequence[ConvSpec],
+        *,
+        norm: str = "batch",
+        activation: str = "leaky_relu",
+        negative_slope: float = 0.2,
+        spectral_norm: bool = False,
+        head: str = "linear",
+        ndim: int = 2,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        _check_choice("norm", norm, NORMS)
+        _check_choice("activation", activation, ACTIVATIONS)
+        _check_choice("head", head, HEADS)
+        if ndim not in (1, 2, 3):
+            raise ValueError(f"EnergyNet: ndim must be 1, 2 or 3, got {ndim!r}")
+        _check_positive("channels", channels)
+        self.size = (size,) * ndim if isinstance(size, int) else tuple(size)
+        if len(self.size) != ndim:
+            raise ValueError(f"EnergyNet: size must have {ndim} entries, got {self.size}")
+        for length in self.size:
+            _check_positive("size", length)
+        self.specs = tuple(layers)
+        if not self.specs:
+            raise ValueError("EnergyNet: layers must hold at least one ConvSpec, got none")
+        self.channels, self.norm, self.activation, self.negative_slope = channels, norm, activation, negative_slope
+        self.spectral_norm, self.head_kind, self.ndim = spectral_norm, head, ndim
+
+        inputs, top = channels, self.size
+        self.layers = nn.ModuleList()
+        for spec in self.specs:
+            layer = ConvLayer(
+                inputs, spec.channels, spec.kernel, spec.stride, norm=norm, activation=activation,
+                negative_slope=negative_slope, spectral_norm=spectral_norm, ndim=ndim,
+            )  # fmt: skip
+            self.layers.append(layer)
+            inputs, top = spec.channels, tuple(layer.map_size(s) for s in top)
+        features = inputs
+        for length in top:
+            features *= length
+        self.head = LinearHead(features, spectral_norm) if head == "linear" else None
+        generator = torch.Generator().manual_seed(seed)
+        for module in self._weighted():
+            module.reset(generator)
+        self._input_shape = torch.Size((channels, *self.size))
+
+    def _weighted(self) -> Iterator[SpectralWeight]:
+        return (module for module in self.modules() if isinstance(module, SpectralWeight))
+
+    def score(self, x: Tensor) -> Tensor:  # (N, C, *size) -> (N,)
+        """f(x), high where data are likely: the head's value on the top map."""
+        if x.shape[1:] != self._input_shape and (
+            self.head is not None or x.dim() != self.ndim + 2 or x.shape[1] != self.channels
+        ):
+            expected = ", ".join(map(str, self._input_shape))
+            raise ValueError(f"EnergyNet: x must have shape (N, {expected}), got {tuple(x.shape)}")
+        for layer in self.layers:
+            x = layer(x)
+        return x.flatten(1).sum(1) if self.head is None else self.head(x)
+
+    def forward(self, x: Tensor) -> Tensor:  # (N, C, *size) -> (N,)
+        """The energies −f(x)."""
+        return -self.score(x)
+
+    @contextlib.contextmanager
+    def observing(self) -> Iterator[EnergyNet]:
+        """Inside, a forward is one on observed data: running statistics and power iterations follow it."""
+        followers = [module for module in self.modules() if hasattr(module, "observe")]
+        before = [module.observe for module in followers]
+        for module in followers:
+            module.observe = True
+        try:
+            yield self
+        finally:
+            for module, value in zip(followers, before, strict=True):
+                module.observe = value
+
+    @torch.no_grad()
+    def freeze_norm(self) -> EnergyNet:
+        """A new net with the running statistics of a norm="batch" net folded into its convolutions.
+
+        Its samples are independent of each other. It equals this net only as far as the running statistics equal
+        those of the batch. Weights divided by a spectral norm are stored divided. A net without batch statistics
+        gives a copy of itself.
+        """
+        config = self.config()
+        if self.norm == "batch":
+            config.update(norm="frozen", spectral_norm=False)
+        net = EnergyNet.from_config(config)
+        if self.norm != "batch":
+            net.load_state_dict(self.state_dict())
+            return net.to(next(self.parameters()).device)
+        for source, target in zip(self.layers, net.layers, strict=True):
+            scale, shift = source.norm.scale_and_shift()
+            target.weight.copy_(source.effective_weight() * scale.reshape(-1, *[1] * (self.ndim + 1)))
+            target.bias.copy_(shift)
+        if self.head is not None:
+            net.head.weight.copy_(self.head.effective_weight())
+            net.head.bias.copy_(self.head.bias)
+        return net.to(next(self.parameters()).device)
+
+    def macs(self) -> int:
+        """Multiply-accumulates of one sample's forward pass."""
+        total, size = 0, self.size
+        for layer in self.layers:
+            total += layer.macs(size)
+            size = tuple(layer.map_size(s) for s in size)
+        return total + (self.head.weight.numel() if self.head is not None else 0)
+
+    def config(self) -> dict[str, Any]:
+        """What `from_config` rebuilds this architecture from, in plain JSON types."""
+        return {
+            "size": list(self.size),
+            "channels": self.channels,
+            "layers": [[spec.channels, spec.kernel, spec.stride] for spec in self.specs],
+            "norm": self.norm,
+            "activation": self.activation,
+            "negative_slope": self.negative_slope,
+            "spectral_norm": self.spectral_norm,
+            "head": self.head_kind,
+            "ndim": self.ndim,
+        }
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any], *, seed: int = 0) -> EnergyNet:
+        """The architecture that `config()` described, with fresh weights."""
+        rest = {key: value for key, value in config.items() if key != "layers"}
+        return cls(layers=[ConvSpec(*layer) for layer in config["layers"]], seed=seed, **rest)

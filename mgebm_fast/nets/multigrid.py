@@ -1,0 +1,81 @@
+"""The nets of the multi-grid EBM (Gao et al., CVPR 2018, arXiv 1709.08868), and a small family for other sizes."""
+
+from __future__ import annotations
+
+from ..errors import suggest
+from .energy_net import ConvSpec, EnergyNet
+
+VARIANTS = ("A", "B", "compact")
+
+_PUBLISHED = {
+    4: (ConvSpec(96, 5, 2), ConvSpec(128, 3), ConvSpec(256, 3)),
+    16: (ConvSpec(96, 5, 2), ConvSpec(128, 3), ConvSpec(256, 3), ConvSpec(512, 3)),
+}
+_PUBLISHED_64 = {
+    "A": (ConvSpec(64, 5, 2), ConvSpec(128, 3, 2), ConvSpec(256, 3)),
+    "B": (ConvSpec(64, 5, 2), ConvSpec(128, 5, 2), ConvSpec(256, 5, 2), ConvSpec(512, 5, 2)),
+}
+_COMPACT_BASE, _COMPACT_CAP = 32, 128
+
+
+def compact_layers(size: int) -> tuple[ConvSpec, ...]:
+    """A small net for any size: 3×3 at full resolution, then stride 2 with twice the channels while the map is even
+    and larger than 4; a size of 4 or less gets one more 3×3 instead."""
+    layers = [ConvSpec(_COMPACT_BASE, 3)]
+    channels, extent = _COMPACT_BASE, size
+    while extent > 4 and extent % 2 == 0:
+        channels, extent = min(2 * channels, _COMPACT_CAP), extent // 2
+        layers.append(ConvSpec(channels, 3, 2))
+    if len(layers) == 1:
+        layers.append(ConvSpec(2 * _COMPACT_BASE, 3))
+    return tuple(layers)
+
+
+def multigrid_layers(size: int, variant: str = "B", width: float = 1.0) -> tuple[ConvSpec, ...]:
+    """The convolutions of the net at `size`: published at 4, 16 and 64 for "A" and "B", compact elsewhere."""
+    if variant not in VARIANTS:
+        raise ValueError(
+            f"multigrid_net: variant must be one of {', '.join(VARIANTS)}, got {variant!r}{suggest(str(variant), VARIANTS)}"
+        )
+    if isinstance(size, bool) or not isinstance(size, int) or size < 1:
+        raise ValueError(f"multigrid_net: size must be a positive int, got {size!r}")
+    if isinstance(width, bool) or not isinstance(width, (int, float)) or not 0 < width < float("inf"):
+        raise ValueError(f"multigrid_net: width must be a positive number, got {width!r}")
+    if variant == "compact" or size not in (4, 16, 64):
+        layers = compact_layers(size)
+    else:
+        layers = _PUBLISHED_64[variant] if size == 64 else _PUBLISHED[size]
+    return tuple(ConvSpec(max(1, round(spec.channels * width)), spec.kernel, spec.stride) for spec in layers)
+
+
+def multigrid_net(
+    size: int,
+    channels: int = 3,
+    width: float = 1.0,
+    norm: str = "batch",
+    variant: str = "B",
+    *,
+    activation: str | None = None,
+    spectral_norm: bool = False,
+    seed: int = 0,
+) -> EnergyNet:
+    """The energy net of one grid: (N, channels, size, size) -> (N,).
+
+    | size | variant | layers (kernel, stride, channels), then linear to 1 |
+    |---|---|---|
+    | 4 | A, B | 5 s2 96; 3 s1 128; 3 s1 256 |
+    | 16 | A, B | 5 s2 96; 3 s1 128; 3 s1 256; 3 s1 512 |
+    | 64 | A | 5 s2 64; 3 s2 128; 3 s1 256, with ReLU |
+    | 64 | B | 5 s2 64; 5 s2 128; 5 s2 256; 5 s2 512 |
+    | any other, or "compact" | | `compact_layers` |
+
+    `width` multiplies the hidden channels. `activation` None is the published one: LeakyReLU 0.2, but ReLU in 64 "A".
+    """
+    if norm == "frozen":
+        raise ValueError("multigrid_net: norm must be batch or none, got 'frozen': train with 'batch', then freeze_norm()")
+    layers = multigrid_layers(size, variant, width)
+    if activation is None:
+        activation = "relu" if variant == "A" and size == 64 else "leaky_relu"
+    return EnergyNet(
+        size, channels, layers, norm=norm, activation=activation, spectral_norm=spectral_norm, seed=seed
+    )
