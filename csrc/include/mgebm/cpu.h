@@ -1,0 +1,45 @@
+// The C++ loops: each *_cpu.cpp is compiled once per instruction set into a namespace of its own, and dispatch.cpp picks
+// one when the program runs. Those files use no standard-library templates: a merged copy could carry the wrong one.
+#pragma once
+
+#include "ops/langevin_step.h"
+#include "ops/noise.h"
+#include "ops/pyramid.h"
+#include "ops/upsample.h"
+
+namespace mgebm {
+
+#define MGEBM_DECLARE_CPU(isa)                                                  \
+  namespace isa {                                                               \
+  void noise_cpu(const NoiseParams& params, int threads);                       \
+  void langevin_step_cpu(const LangevinStepParams& params, int threads);        \
+  void pyramid_cpu(const PyramidParams& params, int threads);                   \
+  void upsample_cpu(const UpsampleParams& params, int threads);                 \
+  }
+
+MGEBM_DECLARE_CPU(portable)
+#if defined(MGEBM_X86)
+MGEBM_DECLARE_CPU(avx2)
+MGEBM_DECLARE_CPU(avx512)
+#endif
+#undef MGEBM_DECLARE_CPU
+
+// The set in use: "avx512", "avx2" or "portable".
+const char* isa_name();
+// Takes "auto" or a name; returns false and changes nothing when this CPU or this build has no such set.
+bool set_isa(const char* name);
+
+void noise_cpu(const NoiseParams& params, int threads);
+void langevin_step_cpu(const LangevinStepParams& params, int threads);
+void pyramid_cpu(const PyramidParams& params, int threads);
+void upsample_cpu(const UpsampleParams& params, int threads);
+
+// Starting threads costs more than this many elements of work do.
+constexpr int64_t kGrainElements = 16384;
+
+static inline int threads_for(int64_t elements, int threads) {
+  const int64_t useful = 1 + elements / kGrainElements;
+  return useful < threads ? static_cast<int>(useful) : threads;
+}
+
+}  // namespace mgebm

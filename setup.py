@@ -1,0 +1,166 @@
+"""Builds mgebm_fast._C: torch-free C++ (one object an instruction set) and, where a toolkit is found, CUDA.
+
+Environment: MGEBM_CUDA=auto|0|1, MGEBM_CUDA_ARCHS="80;90+PTX", MGEBM_MAX_JOBS, CXX, CUDA_HOME.
+Everything else about the package stands in pyproject.toml.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tempfile
+from pathlib import Path
+
+import ninja
+import pybind11
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).resolve().parent
+DEFAULT_ARCHS = "80;90+PTX"
+OPS = sorted(path.name.removesuffix("_cpu.cpp") for path in (ROOT / "csrc/ops").glob("*_cpu.cpp"))
+
+# No contraction and no flush to zero: host and device must round alike. errno and traps would stop vectorisation.
+CXX_FLAGS = "-std=c++17 -O3 -fPIC -fvisibility=hidden -fopenmp -ffp-contract=off -fno-math-errno -fno-trapping-math"
+NVCC_FLAGS = "-std=c++17 -O3 -lineinfo -fmad=false -Xcompiler -fPIC,-fvisibility=hidden,-ffp-contract=off"
+ISA_FLAGS = {
+    "portable": "",
+    "avx2": "-mavx2 -mfma -mf16c",
+    "avx512": "-mavx2 -mfma -mf16c -mavx512f -mavx512dq -mavx512bw -mavx512vl -mprefer-vector-width=512",
+}
+
+
+def find_nvcc() -> tuple[str | None, str]:
+    """(path of a working nvcc or None, why there is none)."""
+    wanted = os.environ.get("MGEBM_CUDA", "auto")
+    if wanted not in ("auto", "0", "1"):
+        sys.exit(f"MGEBM_CUDA must be auto, 0 or 1, got {wanted!r}")
+    if wanted == "0":
+        return None, "MGEBM_CUDA=0 was set"
+    homes = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda"]
+    candidates = [f"{home}/bin/nvcc" for home in homes if home] + [shutil.which("nvcc")]
+    nvcc = next((path for path in candidates if path and os.access(path, os.X_OK)), None)
+    reason = "no nvcc was found (CUDA_HOME, PATH, /usr/local/cuda)"
+    if nvcc:
+        with tempfile.TemporaryDirectory() as folder:
+            probe = Path(folder, "probe.cu")
+            probe.write_text("__global__ void probe() {}\nint main() { probe<<<1, 1>>>(); }\n")
+            command = [nvcc, *NVCC_FLAGS.split(), *arch_flags(), "-c", str(probe), "-o", f"{folder}/probe.o"]
+            result = subprocess.run(command, capture_output=True, text=True)
+        if result.returncode == 0:
+            return nvcc, ""
+        lines = (result.stderr or result.stdout).strip().splitlines() or ["no message"]
+        reason = f"{nvcc} does not compile a one-line kernel: {lines[0]}"
+    if wanted == "1":
+        sys.exit(f"MGEBM_CUDA=1, but {reason}")
+    return None, reason
+
+
+def arch_flags() -> list[str]:
+    """`-gencode` flags of MGEBM_CUDA_ARCHS: 80;90+PTX means code for 80 and 90, and PTX of 90 for what comes later."""
+    flags = []
+    for arch in os.environ.get("MGEBM_CUDA_ARCHS", DEFAULT_ARCHS).replace(",", ";").split(";"):
+        match = re.fullmatch(r"(\d+)\.?(\d)?([af]?)(\+PTX)?", arch.strip())
+        if not match:
+            sys.exit(f"MGEBM_CUDA_ARCHS must be a list such as 80;90+PTX, got {arch!r}")
+        number = (match[1] + match[2] if match[2] else match[1]) + match[3]
+        flags += ["-gencode", f"arch=compute_{number},code=sm_{number}"]
+        if match[4]:
+            flags += ["-gencode", f"arch=compute_{number},code=compute_{number}"]
+    return flags
+
+
+def cuda_library_folder(nvcc: str) -> Path:
+    home = Path(nvcc).resolve().parent.parent
+    if not any(home.glob("**/libcudart_static.a")):  # a wrapper script stands elsewhere than its toolkit
+        home = Path("/usr/local/cuda").resolve()
+    found = sorted(home.glob("**/libcudart_static.a"))
+    if not found:
+        sys.exit(f"CUDA: libcudart_static.a is not below {home}; set CUDA_HOME, or MGEBM_CUDA=0 to build without")
+    return found[0].parent
+
+
+def nvcc_version(nvcc: str) -> str:
+    match = re.search(r"release (\S+),", subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout)
+    return match[1] if match else "unknown"
+
+
+class NinjaBuild(build_ext):
+    """Writes one build.ninja and runs it: each source is compiled once for each instruction set that it serves."""
+
+    def build_extension(self, extension: Extension) -> None:
+        target = Path(self.get_ext_fullpath(extension.name)).resolve()
+        folder = Path(self.build_temp).resolve()
+        folder.mkdir(parents=True, exist_ok=True)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        (folder / "build.ninja").write_text(self.ninja_file(target))
+        # Two cores a job at most keeps memory in bounds where nvcc runs many at once.
+        jobs = os.environ.get("MGEBM_MAX_JOBS") or str(max(1, min(8, os.cpu_count() or 1)))
+        if not jobs.isdigit() or int(jobs) < 1:
+            sys.exit(f"MGEBM_MAX_JOBS must be a positive integer, got {jobs!r}")
+        subprocess.check_call([os.path.join(ninja.BIN_DIR, "ninja"), "-C", str(folder), "-j", jobs])
+
+    def ninja_file(self, target: Path) -> str:
+        nvcc, why_no_cuda = find_nvcc()
+        x86 = platform.machine().lower() in ("x86_64", "amd64")
+        cxx = os.environ.get("CXX") or shutil.which("g++") or shutil.which("c++") or shutil.which("clang++")
+        if not cxx:
+            sys.exit("mgebm_fast needs a C++17 compiler: install g++ or clang++, or set CXX")
+        archs = os.environ.get("MGEBM_CUDA_ARCHS", DEFAULT_ARCHS) if nvcc else ""
+        defines = ["-DMGEBM_X86"] if x86 else []
+        if nvcc:
+            defines.append("-DMGEBM_CUDA")
+        include = [ROOT / "csrc/include", ROOT / "csrc"]
+        include_flags = " ".join(f"-I{path}" for path in include)
+        python_flags = f"-I{sysconfig.get_paths()['include']} -I{pybind11.get_include()}"
+        facts = {
+            "MGEBM_COMPILER": compiler_name(cxx),
+            "MGEBM_CUDA_ARCHS": archs,
+            "MGEBM_CUDA_VERSION": nvcc_version(nvcc) if nvcc else "",
+            "MGEBM_CUDA_NOTE": why_no_cuda,
+        }
+        fact_flags = " ".join(f"'-D{name}=\"{value}\"'" for name, value in facts.items())
+
+        lines = [
+            "rule cxx",
+            f"  command = {cxx} -MMD -MF $out.d {CXX_FLAGS} {' '.join(defines)} {include_flags} $flags -c $in -o $out",
+            "  depfile = $out.d",
+            "  deps = gcc",
+            "rule link",
+            f"  command = {cxx} -shared -fopenmp -o $out $in $libs",
+        ]
+        objects = []
+
+        def compile_cxx(source: str, name: str, flags: str = "") -> None:
+            lines.extend([f"build {name}.o: cxx {ROOT / 'csrc' / source}", f"  flags = {flags}"])
+            objects.append(f"{name}.o")
+
+        compile_cxx("bindings.cpp", "bindings", f"{python_flags} {fact_flags}")
+        compile_cxx("dispatch.cpp", "dispatch")
+        for op in OPS:
+            for isa in ISA_FLAGS if x86 else ["portable"]:
+                compile_cxx(f"ops/{op}_cpu.cpp", f"{op}_{isa}", f"-DMGEBM_ISA={isa} {ISA_FLAGS[isa]}")
+        libs = ""
+        if nvcc:
+            flags = f"{NVCC_FLAGS} {' '.join(arch_flags())} {include_flags}"
+            lines += ["rule nvcc", f"  command = {nvcc} -MD -MF $out.d {flags} -c $in -o $out", "  depfile = $out.d"]
+            for source in sorted((ROOT / "csrc").glob("**/*.cu")):
+                lines.append(f"build {source.stem}.o: nvcc {source}")
+                objects.append(f"{source.stem}.o")
+            # Static: the module then loads on machines with no CUDA runtime and no driver.
+            libs = f"-L{cuda_library_folder(nvcc)} -lcudart_static -ldl -lrt -lpthread"
+        lines += [f"build {target}: link {' '.join(objects)}", f"  libs = {libs}", f"default {target}"]
+        return "\n".join(lines) + "\n"
+
+
+def compiler_name(cxx: str) -> str:
+    version = subprocess.run([*cxx.split(), "--version"], capture_output=True, text=True).stdout.splitlines()
+    return re.sub(r"[^\w .()+:-]", "", version[0]) if version else cxx
+
+
+setup(ext_modules=[Extension("mgebm_fast._C", sources=[])], cmdclass={"build_ext": NinjaBuild})
