@@ -98,10 +98,10 @@ UpsampleParams upsample_params(Address input, Address output, int64_t planes, co
   return {at<const float>(input), at<float>(output), planes, extent(size), extent(factor)};
 }
 
-// Binds op_cpu(arguments..., threads) and, where built, op_cuda(arguments..., device, stream) for one params builder.
-template <typename Params, typename... Arguments>
+// (Not named bind: the tuple arguments would find std::bind.) Binds op_cpu(arguments..., threads) and, where built, op_cuda(arguments..., device, stream) for one params builder.
+template <typename Params, typename Cuda, typename... Arguments>
 void add_op(py::module_& m, const char* op, Params (*build)(Arguments...), void (*cpu)(const Params&, int),
-          [[maybe_unused]] int (*cuda)(const Params&, int, void*)) {
+          [[maybe_unused]] Cuda cuda) {
   m.def((std::string(op) + "_cpu").c_str(), [build, cpu](Arguments... arguments, int threads) {
     const Params params = build(arguments...);
     py::gil_scoped_release release;
