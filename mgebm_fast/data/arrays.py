@@ -1,0 +1,196 @@
+"""Arrays, tensors, `.npy` and `.npz` files: one rule for their layout and one for the range of their pixels."""
+
+from __future__ import annotations
+
+import zipfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..errors import DataError
+from .collection import Batch, Collection, number_labels
+from .image_data import CHUNK_BYTES
+from .policy import fit, match_channels
+
+_IMAGE_KEYS = ("images", "x", "arr_0")
+_LABEL_KEYS = ("labels", "y")
+_NAME_KEYS = ("class_names", "classes")
+
+
+def open_npy(path: Path, size: int, channels: int) -> Collection:
+    """An `.npy` file, mapped and not read whole. Pickled objects are refused."""
+    with path.open("rb") as file:
+        if file.read(6) != b"\x93NUMPY":
+            raise DataError(f"load: {path} is not an .npy file: it does not begin as one does")
+    array = _numpy_load(path, mmap_mode="r")
+    return _with_file(array_collection(array, path.name, size, channels), path)
+
+
+def open_npz(path: Path, size: int, channels: int) -> Collection:
+    """An `.npz` file: images under `images`, `x` or `arr_0` (or its only array), labels under `labels` or `y`."""
+    if not zipfile.is_zipfile(path):
+        raise DataError(f"load: {path} is not an .npz file: it is damaged, or not one at all")
+    with _numpy_load(path) as archive:
+        keys = archive.files
+        image_key = next((key for key in _IMAGE_KEYS if key in keys), keys[0] if len(keys) == 1 else None)
+        if image_key is None:
+            raise DataError(
+                f"load: {path} must hold its images under one of {', '.join(_IMAGE_KEYS)}, got {', '.join(keys) or 'nothing'}"
+            )
+        images = _member(archive, image_key, path)
+        labels, names = (
+            next((_member(archive, key, path) for key in choice if key in keys), None)
+            for choice in (_LABEL_KEYS, _NAME_KEYS)
+        )
+    names = None if names is None else [str(name) for name in names.reshape(-1)]
+    return _with_file(array_collection(images, path.name, size, channels, labels=labels, class_names=names), path)
+
+
+def array_collection(
+    array: Any,  # (N, H, W), (N, H, W, C) or (N, C, H, W); a tensor or anything numpy takes
+    name: str,
+    size: int,
+    channels: int,
+    *,
+    labels: Sequence | np.ndarray | None = None,  # (N,)
+    class_names: Sequence[str] | None = None,
+    held_out: np.ndarray | None = None,
+) -> Collection:
+    """An array as a source. The range is judged on the whole array, before any split.
+
+    uint8 and other integers: 0 … 255. bool: 0 and 255. float: [0, 1] where its largest value is at most 1, [0, 255]
+    where it is 64 or more; anything between could be either and is refused. Non-finite pixels are refused, with their
+    number and the index of the first.
+    """
+    array, is_tensor = as_array(array)
+    if array.ndim not in (3, 4) or 0 in array.shape:
+        raise DataError(
+            f"load: {name} must be (N, H, W), (N, H, W, C) or (N, C, H, W) with at least one image, got {array.shape}"
+        )
+    first = array.ndim == 4 and channels_first(array.shape[1:], channels, is_tensor, name)
+    have = 1 if array.ndim == 3 else array.shape[1 if first else 3]
+    if have != channels and (have, channels) not in ((1, 3), (3, 1)):
+        raise DataError(f"load: {name} has {have} channels, which cannot become channels={channels}")
+    scale = pixel_scale(array, name)
+    numbered, names = None, ()
+    if labels is not None:
+        raw, _ = as_array(labels)
+        if raw.shape != array.shape[:1]:
+            raise DataError(f"load: labels of {name} must be ({array.shape[0]},), one an image, got {raw.shape}")
+        numbered, names = number_labels(raw, class_names)
+
+    def decode(index: np.ndarray) -> Iterator[Batch]:
+        step = max(1, CHUNK_BYTES // array[0].nbytes)
+        for i in range(0, len(index), step):
+            part = index[i : i + step]
+            pixels = to_uint8(np.asarray(array[part]), scale)
+            pixels = pixels[..., None] if array.ndim == 3 else pixels.transpose(0, 2, 3, 1) if first else pixels
+            yield Batch(fit(match_channels(pixels, channels), size), list(range(i, i + len(part))), [])
+
+    return Collection(name, len(array), decode, labels=numbered, class_names=names, held_out=held_out)
+
+
+def as_array(source: Any) -> tuple[np.ndarray, bool]:
+    """A numpy view of a tensor (True) or anything else (False)."""
+    if hasattr(source, "detach"):
+        source = source.detach().cpu()
+        # numpy has no bfloat16; float32 holds every 16-bit float exactly
+        return (source.float() if source.is_floating_point() and source.element_size() == 2 else source).numpy(), True
+    return (source if isinstance(source, np.ndarray) else np.asarray(source)), False
+
+
+def channels_first(shape: tuple[int, ...], channels: int, is_tensor: bool, name: str) -> bool:
+    """Whether one image of this shape is (C, H, W) and not (H, W, C); a tensor that fits both is (C, H, W)."""
+    counts = (1, 3, channels)
+    first, last = shape[0] in counts, shape[-1] in counts
+    if first and last and not is_tensor:
+        raise DataError(f"load: {name} could be channels-first or channels-last, each image being {shape}: pass a tensor")
+    if not first and not last:
+        raise DataError(f"load: {name} must have 1, 3 or channels={channels} channels, first or last, got {shape} an image")
+    return first
+
+
+def pixel_scale(array: np.ndarray, name: str, unit_only: bool = False) -> float:
+    """What brings the array to 0 … 255: 255 or 1; DataError where its range is not one of those that are taken."""
+    if array.dtype == np.uint8:
+        return 1.0
+    if array.dtype == np.bool_:
+        return 255.0
+    if array.dtype.kind not in "iuf":
+        raise DataError(f"load: pixels of {name} must be integers, floats or bools, got dtype {array.dtype}")
+    low, high, bad, first_bad = _range(array)
+    if bad:
+        where = f"at index {first_bad}"
+        raise DataError(f"load: pixels of {name} must be finite, got {bad} that are not, the first {where}")
+    if array.dtype.kind in "iu":
+        if low < 0 or high > 255:
+            raise DataError(
+                f"load: integer pixels of {name} must be in 0 … 255, got {low:g} … {high:g} (divide 16-bit values by 257)"
+            )
+        return 1.0
+    if low >= 0 and high <= 1:
+        return 255.0
+    if low >= 0 and 64 <= high <= 255 and not unit_only:
+        return 1.0
+    accepted = "[0, 1]" if unit_only else "[0, 1], or in [0, 255] with a maximum of 64 or more"
+    raise DataError(f"load: float pixels of {name} must be in {accepted}; got {low:g} … {high:g}")
+
+
+def to_uint8(pixels: np.ndarray, scale: float) -> np.ndarray:
+    if pixels.dtype == np.uint8:
+        return pixels
+    if pixels.dtype.kind == "f":
+        return np.rint(pixels * scale).astype(np.uint8)
+    return (pixels * np.uint8(scale)).astype(np.uint8)
+
+
+def _range(array: np.ndarray) -> tuple[float, float, int, tuple[int, ...]]:
+    """Smallest and largest value, number of non-finite ones and the index of the first; a bounded part at a time."""
+    low, high, bad, first_bad = np.inf, -np.inf, 0, ()
+    step = max(1, CHUNK_BYTES // array[0].nbytes)
+    for i in range(0, len(array), step):
+        part = np.asarray(array[i : i + step])
+        finite = np.isfinite(part)
+        if not finite.all():
+            if not bad:
+                n, *rest = np.unravel_index(int(np.argmin(finite)), part.shape)
+                first_bad = (i + int(n), *(int(r) for r in rest))
+            bad += int(part.size - finite.sum())
+            continue
+        low, high = min(low, float(part.min())), max(high, float(part.max()))
+    return low, high, bad, first_bad
+
+
+def _numpy_load(path: Path, **options: Any) -> Any:
+    try:
+        return np.load(path, allow_pickle=False, **options)
+    except (ValueError, OSError, EOFError, SyntaxError, zipfile.BadZipFile) as error:
+        raise DataError(f"load: {path} cannot be read: {_numpy_reason(error)}") from error
+
+
+def _member(archive: Any, key: str, path: Path) -> np.ndarray:
+    try:
+        return archive[key]
+    except Exception as error:  # a damaged member raises zlib's, zipfile's or numpy's own
+        raise DataError(f"load: {key} of {path} cannot be read: {_numpy_reason(error)}") from error
+
+
+def _numpy_reason(error: Exception) -> str:
+    if "pickle" in str(error) or "Python objects" in str(error):
+        return "it holds Python objects (pickle), which are never loaded: save a plain array of numbers"
+    return str(error)
+
+
+def _with_file(collection: Collection, path: Path) -> Collection:
+    from dataclasses import replace
+
+    status = path.stat()
+
+    def fingerprint(index: np.ndarray) -> Iterator[str]:
+        yield f"{path.resolve()} {status.st_size} {status.st_mtime_ns}"
+        yield index.astype("<i8").tobytes().hex()
+
+    # decoding an array costs next to nothing: only the size of the result makes it worth keeping
+    return replace(collection, fingerprint=fingerprint, source_bytes=lambda index: 0)

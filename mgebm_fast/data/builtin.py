@@ -1,0 +1,101 @@
+"""Image sets that the package's dependencies ship: nothing is downloaded, and a size gives the same images everywhere."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+
+from ..errors import DataError, suggest
+from .arrays import array_collection
+from .collection import Collection
+from .policy import block_mean
+
+TEXTURES = ("brick", "grass", "gravel")
+PHOTOGRAPHS = ("astronaut", "chelsea", "coffee", "rocket")
+BUILT_IN = ("digits", "lfw", *(f"texture:{name}" for name in TEXTURES), "photos")
+
+
+def open_builtin(name: str, size: int, channels: int) -> Collection:
+    if name in _OPENERS:
+        return _OPENERS[name](size, channels)
+    texture = name.removeprefix("texture:")
+    if texture not in TEXTURES:
+        raise DataError(f"load: texture must be one of {', '.join(TEXTURES)}, got {texture!r}{suggest(texture, TEXTURES)}")
+    return _texture(texture, size, channels)
+
+
+def is_builtin(name: str) -> bool:
+    return name in _OPENERS or name.startswith("texture:")
+
+
+def _digits(size: int, channels: int) -> Collection:
+    """scikit-learn's 1,797 digits, 8 x 8, 0 … 16 -> 0 … 255; stratified split, 1,437 to train on and 360 held out."""
+    from sklearn.datasets import load_digits
+    from sklearn.model_selection import train_test_split
+
+    digits = load_digits()
+    images = np.rint(digits.images * (255 / 16)).astype(np.uint8)
+    _, held = train_test_split(np.arange(len(images)), test_size=360, stratify=digits.target, random_state=0)
+    mask = np.zeros(len(images), bool)
+    mask[held] = True
+    return array_collection(images, "digits", size, channels, labels=digits.target, held_out=mask)
+
+
+def _lfw(size: int, channels: int) -> Collection:
+    """The faces of scikit-image's LFW crops: the first 100 of its 200, 25 x 25 grey."""
+    from skimage import data
+
+    return array_collection(data.lfw_subset()[:100].astype(np.float32), "lfw", size, channels)
+
+
+def _texture(texture: str, size: int, channels: int) -> Collection:
+    """Overlapping crops of one 512 x 512 grey texture; held out: those of its lowest max(128, size) rows."""
+    from skimage import data
+
+    image = getattr(data, texture)()[..., None]
+    edge = image.shape[0] - max(128, size)
+    if edge < size:
+        raise DataError(f"load: crops of texture:{texture} must be of size 1 … {image.shape[0] // 2}, got {size}")
+    stride = max(4, size // 8)
+    parts = [_crops(region, size, stride) for region in (image[:edge], image[edge:])]
+    return _two_parts(parts, f"texture:{texture}", size, channels)
+
+
+def _photos(size: int, channels: int) -> Collection:
+    """Overlapping crops of four colour photographs at 1/1, 1/2 and 1/4 of their size.
+
+    Held out: the crops of the right-hand quarter of each, or of its last `size` columns where those are more. A scale
+    is used in a photograph where a crop fits both parts.
+    """
+    from skimage import data
+
+    parts: list[list[np.ndarray]] = [[], []]
+    for name in PHOTOGRAPHS:
+        image = getattr(data, name)()
+        edge = image.shape[1] - max(image.shape[1] // 4, size)
+        regions = (image[:, :edge], image[:, edge:]) if edge > 0 else ()
+        for factor in (1, 2, 4):
+            if not regions or any(min(region.shape[:2]) < factor * size for region in regions):
+                continue
+            for part, region in zip(parts, regions, strict=True):
+                height, width = (side // factor * factor for side in region.shape[:2])
+                reduced = block_mean(region[None, :height, :width], factor)[0]
+                part.append(_crops(reduced, size, max(4, size // 4)))
+    if not parts[0]:
+        raise DataError(f"load: crops of photos must fit beside a held-out part of their size, got size {size}")
+    return _two_parts([np.concatenate(part) for part in parts], "photos", size, channels)
+
+
+def _crops(image: np.ndarray, size: int, stride: int) -> np.ndarray:
+    """Every crop on a lattice of `stride`: (H, W, C) -> (n, size, size, C)."""
+    windows = np.lib.stride_tricks.sliding_window_view(image, (size, size), axis=(0, 1))[::stride, ::stride]
+    return np.ascontiguousarray(windows.transpose(0, 1, 3, 4, 2)).reshape(-1, size, size, image.shape[-1])
+
+
+def _two_parts(parts: list[np.ndarray], name: str, size: int, channels: int) -> Collection:
+    mask = np.repeat([False, True], [len(part) for part in parts])
+    return array_collection(np.concatenate(parts), name, size, channels, held_out=mask)
+
+
+_OPENERS: dict[str, Callable[[int, int], Collection]] = {"digits": _digits, "lfw": _lfw, "photos": _photos}
