@@ -1,0 +1,70 @@
+"""The choice of a gradient plan. One plan is here: autograd, for any module or callable."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Protocol
+
+from torch import Tensor, nn
+
+from ..errors import suggest
+from .autograd import AutogradPlan
+
+Energy = Callable[[Tensor], Tensor]  # (N, ...) float32 -> (N,), energies
+PRECISIONS = ("auto", "fp32")
+
+
+class GradientPlan(Protocol):
+    """∇E for one energy and one shape of x."""
+
+    def gradient(self, x: Tensor) -> Tensor:
+        """∇E(x) of each sample, the shape of x; x is left untouched and needs no `requires_grad`."""
+
+    def explain(self) -> str:
+        """The plan's name, its precision, and why it was chosen, in one line."""
+
+
+def plan(energy: Energy, x: Tensor, precision: str = "auto", where: str = "gradient") -> GradientPlan:
+    """The plan for `energy` on tensors like x. `where` names the caller in error messages.
+
+    precision: "fp32", or "auto", which is fp32 for the autograd plan.
+    """
+    if not callable(energy):
+        raise TypeError(f"{where}: energy must be a module or a callable x -> (N,), got {type(energy).__name__}")
+    if precision not in PRECISIONS:
+        raise ValueError(
+            f"{where}: precision must be one of {', '.join(PRECISIONS)}, got {precision!r}{suggest(str(precision), PRECISIONS)}"
+        )
+    return AutogradPlan(energy, where)
+
+
+def _module_of(energy: Energy) -> nn.Module | None:
+    owner = energy if isinstance(energy, nn.Module) else getattr(energy, "__self__", None)
+    return owner if isinstance(owner, nn.Module) else None
+
+
+@contextlib.contextmanager
+def frozen_parameters(energy: Energy) -> Iterator[None]:
+    """Inside, the parameters of a module (or of a bound method's module) need no gradient; restored in any case.
+
+    A chain never needs weight gradients: without them a convolution's backward does half the work and keeps less.
+    """
+    module = _module_of(energy)
+    held = [] if module is None else [p for p in module.parameters() if p.requires_grad]
+    try:
+        for parameter in held:
+            parameter.requires_grad_(False)
+        yield
+    finally:
+        for parameter in held:
+            parameter.requires_grad_(True)
+
+
+def energy_gradient(energy: Energy, x: Tensor, *, precision: str = "auto") -> Tensor:
+    """∇E(x) of each sample: (N, ...) -> (N, ...), computed with frozen parameters.
+
+    Raises TypeError or ValueError where the energy is not a differentiable map (N, ...) -> (N,).
+    """
+    with frozen_parameters(energy):
+        return plan(energy, x, precision, "energy_gradient").gradient(x)

@@ -1,0 +1,181 @@
+"""Langevin dynamics: a frozen description, and the function that runs a chain of it."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+
+from torch import Tensor
+
+from ..gradient.plan import Energy
+from ..ops.langevin_step import Update, update
+from .chain import Callback, prepare
+
+
+@dataclasses.dataclass(frozen=True)
+class Langevin:
+    """K steps of x ← clamp( x − drift·(clip(∇E(x), ±c) + (x − m)/σ²) + noise_std·ε ),  ε ~ N(0, I).
+
+    Coupled form: `step_size` δ and `noise_scale` τ give drift = δ²/2 and noise_std = τδ (τ = 0: noise-free descent).
+    Decoupled form: `drift` and `noise_std` as they are. Exactly one form.
+
+    Args:
+        steps: K ≥ 1.
+        reference_std, reference_mean: σ and m of the Gaussian reference N(m, σ²I); None: no reference.
+        grad_clamp: c, a bound on every entry of ∇E; None: none.
+        clamp: (low, high), bounds on the pixels after every step; None: none.
+
+    Source: Xie, Lu, Zhu, Wu (ICML 2016), §3; the decoupled form is that of IGEBM and of short-run chains.
+    """
+
+    steps: int
+    step_size: float | None = None
+    noise_scale: float = 1.0
+    drift: float | None = None
+    noise_std: float | None = None
+    reference_std: float | None = None
+    reference_mean: float = 0.0
+    grad_clamp: float | None = None
+    clamp: tuple[float, float] | None = None
+
+    def __post_init__(self) -> None:
+        if isinstance(self.steps, bool) or not isinstance(self.steps, int) or self.steps < 1:
+            raise ValueError(f"Langevin: steps must be a positive int, got {self.steps!r}")
+        if isinstance(self.clamp, list):
+            object.__setattr__(self, "clamp", tuple(self.clamp))
+        numbers = self.update()
+        if numbers.drift == 0:
+            raise ValueError(f"Langevin: drift must be > 0, got {numbers.drift}")
+
+    def update(self) -> Update:
+        """The checked numbers of one step, in the decoupled form."""
+        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        del fields["steps"]
+        return update(where="Langevin", **fields)
+
+    def __call__(
+        self,
+        energy: Energy,
+        x: Tensor,  # (N, ...) float32
+        *,
+        mask: Tensor | None = None,
+        seed: int | Tensor = 0,
+        first_sample: int | Tensor = 0,
+        first_step: int | Tensor = 0,
+        stream: int = 0,
+        precision: str = "auto",
+        backend: str = "auto",
+        callback: Callback | None = None,
+        where: str = "langevin_sample",
+    ) -> Tensor:
+        """The state after `steps` steps from x; arguments as in `langevin_sample`, `where` names the caller in errors."""
+        chain = prepare(
+            energy, x, self.steps, self.update(), mask=mask, seed=seed, first_sample=first_sample,
+            first_step=first_step, stream=stream, precision=precision, backend=backend, where=where,
+        )  # fmt: skip
+        return chain.run(x, self.steps, callback)
+
+    def trajectory(
+        self,
+        energy: Energy,
+        x: Tensor,  # (N, ...) float32
+        *,
+        every: int = 1,
+        mask: Tensor | None = None,
+        seed: int | Tensor = 0,
+        first_sample: int | Tensor = 0,
+        first_step: int | Tensor = 0,
+        stream: int = 0,
+        precision: str = "auto",
+        backend: str = "auto",
+    ) -> Iterator[tuple[int, Tensor]]:
+        """Yields (step, copy of the state) after every `every` steps, and after the last one.
+
+        `step` is the noise counter of the step just made, first_step + k. It streams: a state is computed when it is
+        asked for, and none is kept. Between two states the energy's parameters are as the caller left them.
+        """
+        if isinstance(every, bool) or not isinstance(every, int) or every < 1:
+            raise ValueError(f"trajectory: every must be a positive int, got {every!r}")
+        # Not a generator function itself, so that wrong arguments raise here and not at the first next().
+        chain = prepare(
+            energy, x, self.steps, self.update(), mask=mask, seed=seed, first_sample=first_sample,
+            first_step=first_step, stream=stream, precision=precision, backend=backend, where="trajectory",
+        )  # fmt: skip
+        return chain.snapshots(x, self.steps, every)
+
+    def explain(
+        self, energy: Energy, x: Tensor, *, mask: Tensor | None = None, precision: str = "auto", backend: str = "auto"
+    ) -> str:
+        """What a chain on (energy, x) would run: the numbers of the update, the gradient plan, the backend, and why."""
+        chain = prepare(
+            energy, x, self.steps, self.update(), mask=mask, precision=precision, backend=backend, where="explain"
+        )
+        numbers = chain.numbers
+        parts = [f"{self.steps} steps", f"drift {numbers.drift:g}", f"noise_std {numbers.noise_std:g}"]
+        if self.reference_std is not None:
+            parts.append(f"reference N({self.reference_mean:g}, {self.reference_std:g}²)")
+        if self.grad_clamp is not None:
+            parts.append(f"gradient clipped at ±{self.grad_clamp:g}")
+        if self.clamp is not None:
+            parts.append(f"pixels clamped to [{self.clamp[0]:g}, {self.clamp[1]:g}]")
+        if mask is not None:
+            parts.append("pixels held where the mask is False")
+        why = "named" if backend != "auto" else f"the fastest that is usable for {x.device.type} tensors"
+        return f"{', '.join(parts)}; gradient: {chain.plan.explain()}; update: {chain.backend} backend, {why}"
+
+
+def langevin_sample(
+    energy: Energy,
+    x: Tensor,  # (N, C, *spatial) float32, any layout
+    *,
+    steps: int,
+    step_size: float | None = None,
+    noise_scale: float = 1.0,
+    drift: float | None = None,
+    noise_std: float | None = None,
+    reference_std: float | None = None,
+    reference_mean: float = 0.0,
+    grad_clamp: float | None = None,
+    clamp: tuple[float, float] | None = None,
+    mask: Tensor | None = None,
+    seed: int | Tensor = 0,
+    first_sample: int | Tensor = 0,
+    first_step: int | Tensor = 0,
+    stream: int = 0,
+    precision: str = "auto",
+    backend: str = "auto",
+    callback: Callback | None = None,
+) -> Tensor:
+    """Run a Langevin chain on each sample of x: a drop-in for a hand-written loop.
+
+        x ← clamp( x − drift·(clip(∇E(x), ±grad_clamp) + (x − m)/σ²) + noise_std·ε ),   `steps` times
+
+    Args:
+        energy: a module or any callable (N, ...) -> (N,), the energies, low where data are likely, without the
+            reference's part. Its parameters need no gradient during the chain; train and eval mode are left alone.
+        x: the start, in the model's pixel units; left untouched.
+        steps … clamp: the dynamics, as in `Langevin`.
+        mask: bool, broadcastable to x, True = updated; held pixels keep their bits. Noise counters do not change.
+        seed, first_sample, first_step, stream: the noise of sample i at step k is a function of (seed,
+            first_sample + i, first_step + k, stream, pixel) alone. So 30 steps are 10 and then 20 with first_step=10,
+            and a batch of 8 has the noise of 4 and then 4 with first_sample=4. `first_sample` may be N ids.
+        precision: of the gradient, "fp32" or "auto" (fp32 for the autograd plan). State and update are float32.
+        backend: of the update, "auto", "native", "triton" or "reference".
+        callback: callback(step, x) after each step, with step = first_step + k and x the live state; copy it to
+            keep it.
+
+    Returns:
+        The last state, float32, a new tensor of x's shape without a graph.
+
+    Raises:
+        TypeError, ValueError: an argument is not as above, or the energy does not return shape (N,).
+        DivergenceError: the chain became non-finite; the message names the step.
+    """
+    dynamics = Langevin(
+        steps=steps, step_size=step_size, noise_scale=noise_scale, drift=drift, noise_std=noise_std,
+        reference_std=reference_std, reference_mean=reference_mean, grad_clamp=grad_clamp, clamp=clamp,
+    )  # fmt: skip
+    return dynamics(
+        energy, x, mask=mask, seed=seed, first_sample=first_sample, first_step=first_step, stream=stream,
+        precision=precision, backend=backend, callback=callback,
+    )  # fmt: skip

@@ -1,0 +1,98 @@
+"""Model files: safetensors with the configuration as JSON in the metadata; nothing is ever unpickled."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from ..errors import CheckpointError
+
+FORMAT = "mgebm_fast.MultiGrid"
+VERSION = "1"
+EMA = "ema."
+MODEL_FILE = "model.safetensors"
+
+
+def write(path: str | os.PathLike, tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> None:
+    """Write tensors and config to `path`, whole or not at all: a temporary file beside it is renamed over it."""
+    from safetensors.torch import save
+
+    data = save(
+        {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()},
+        metadata={"format": FORMAT, "version": VERSION, "config": json.dumps(config)},
+    )
+    path = Path(path)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o666 & ~_umask())
+        os.replace(temporary, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.unlink(temporary)
+        raise
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def read(path: str | os.PathLike) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """(config, tensors) of a model file; tensors stay on the CPU. Raises CheckpointError with one clear reason."""
+    from safetensors import SafetensorError, safe_open
+
+    path = Path(path)
+    if not path.is_file():
+        raise CheckpointError(f"{path}: there is no such model file")
+    try:
+        with safe_open(path, framework="pt", device="cpu") as file:
+            metadata = file.metadata() or {}
+            if metadata.get("format") != FORMAT:
+                raise CheckpointError(f"{path}: this safetensors file holds no MultiGrid model")
+            if metadata.get("version") != VERSION:
+                raise CheckpointError(
+                    f"{path}: written as version {metadata.get('version')} of the format, this program reads {VERSION}"
+                )
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
+    except SafetensorError as error:
+        raise CheckpointError(f"{path}: truncated, or no safetensors file at all ({error})") from error
+    try:
+        config = json.loads(metadata["config"])
+    except (KeyError, json.JSONDecodeError) as error:
+        raise CheckpointError(f"{path}: the model's configuration is missing or unreadable") from error
+    if not isinstance(config, dict):
+        raise CheckpointError(f"{path}: the model's configuration is missing or unreadable")
+    return config, tensors
+
+
+def averaged(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The weights to sample with: those under "ema." in place of the ones they average, the rest as stored."""
+    plain = {name: tensor for name, tensor in tensors.items() if not name.startswith(EMA)}
+    plain.update({name.removeprefix(EMA): tensor for name, tensor in tensors.items() if name.startswith(EMA)})
+    return plain
+
+
+def find(path: str | os.PathLike) -> Path:
+    """The model file that `path` means: itself; a folder's model.safetensors; else that of a run's newest checkpoint."""
+    path = Path(path)
+    if not path.is_dir():
+        return path
+    if (path / MODEL_FILE).is_file():
+        return path / MODEL_FILE
+    checkpoints = path if path.name == "checkpoints" else path / "checkpoints"
+    found = [p for p in checkpoints.glob("step_*") if p.name[5:].isdigit() and (p / MODEL_FILE).is_file()]
+    if not found:
+        raise CheckpointError(f"{path}: no model here: neither {MODEL_FILE} nor checkpoints/step_*/{MODEL_FILE}")
+    return max(found, key=lambda p: int(p.name[5:])) / MODEL_FILE
