@@ -43,7 +43,9 @@ class AutogradPlan:
                 hint = "; return one energy a sample, not their sum or mean"
             elif energies.numel() == samples:
                 hint = "; flatten it"
-            raise ValueError(f"{self._where}: energy must return shape ({samples},), one energy a sample, got {got}{hint}")
+            raise ValueError(
+                f"{self._where}: energy must return shape ({samples},), one energy a sample, got {got}{hint}"
+            )
         if not energies.is_floating_point():
             raise TypeError(f"{self._where}: energy must return floating-point values, got {energies.dtype}")
         if not energies.requires_grad:

@@ -33,9 +33,8 @@ def plan(energy: Energy, x: Tensor, precision: str = "auto", where: str = "gradi
     if not callable(energy):
         raise TypeError(f"{where}: energy must be a module or a callable x -> (N,), got {type(energy).__name__}")
     if precision not in PRECISIONS:
-        raise ValueError(
-            f"{where}: precision must be one of {', '.join(PRECISIONS)}, got {precision!r}{suggest(str(precision), PRECISIONS)}"
-        )
+        near = suggest(str(precision), PRECISIONS)
+        raise ValueError(f"{where}: precision must be one of {', '.join(PRECISIONS)}, got {precision!r}{near}")
     return AutogradPlan(energy, where)
 
 

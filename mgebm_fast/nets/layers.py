@@ -56,9 +56,7 @@ class BatchStatistics(nn.Module):
         if not self.observe:
             return F.batch_norm(x, None, None, self.weight, self.bias, True, BN_MOMENTUM, BN_EPS)
         self.observed += 1
-        return F.batch_norm(
-            x, self.running_mean, self.running_var, self.weight, self.bias, True, BN_MOMENTUM, BN_EPS
-        )
+        return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, True, BN_MOMENTUM, BN_EPS)
 
     def scale_and_shift(self) -> tuple[Tensor, Tensor]:
         """The affine map that this norm is under its running statistics: `y = scale x + shift`."""

@@ -34,9 +34,8 @@ def compact_layers(size: int) -> tuple[ConvSpec, ...]:
 def multigrid_layers(size: int, variant: str = "B", width: float = 1.0) -> tuple[ConvSpec, ...]:
     """The convolutions of the net at `size`: published at 4, 16 and 64 for "A" and "B", compact elsewhere."""
     if variant not in VARIANTS:
-        raise ValueError(
-            f"multigrid_net: variant must be one of {', '.join(VARIANTS)}, got {variant!r}{suggest(str(variant), VARIANTS)}"
-        )
+        near = suggest(str(variant), VARIANTS)
+        raise ValueError(f"multigrid_net: variant must be one of {', '.join(VARIANTS)}, got {variant!r}{near}")
     if isinstance(size, bool) or not isinstance(size, int) or size < 1:
         raise ValueError(f"multigrid_net: size must be a positive int, got {size!r}")
     if isinstance(width, bool) or not isinstance(width, (int, float)) or not 0 < width < float("inf"):
@@ -72,10 +71,10 @@ def multigrid_net(
     `width` multiplies the hidden channels. `activation` None is the published one: LeakyReLU 0.2, but ReLU in 64 "A".
     """
     if norm == "frozen":
-        raise ValueError("multigrid_net: norm must be batch or none, got 'frozen': train with 'batch', then freeze_norm()")
+        raise ValueError(
+            "multigrid_net: norm must be batch or none, got 'frozen': train with 'batch', then freeze_norm()"
+        )
     layers = multigrid_layers(size, variant, width)
     if activation is None:
         activation = "relu" if variant == "A" and size == 64 else "leaky_relu"
-    return EnergyNet(
-        size, channels, layers, norm=norm, activation=activation, spectral_norm=spectral_norm, seed=seed
-    )
+    return EnergyNet(size, channels, layers, norm=norm, activation=activation, spectral_norm=spectral_norm, seed=seed)

@@ -22,7 +22,7 @@ def check_sizes(sizes: Sequence[int], where: str = "MultiGrid") -> tuple[int, ..
         raise ValueError(f"{where}: sizes must be two or more positive ints, got {list(ladder)}")
     if ladder[0] != 1:
         raise ValueError(f"{where}: sizes must start at 1, the colour that chains start from, got {list(ladder)}")
-    for coarse, fine in zip(ladder, ladder[1:]):
+    for coarse, fine in zip(ladder, ladder[1:], strict=False):
         if fine <= coarse or fine % coarse:
             raise ValueError(f"{where}: sizes must grow and each must divide the next, got {coarse} → {fine}")
     return ladder
@@ -50,7 +50,7 @@ def check_known(
         if value.device != device:
             raise ValueError(f"{where}: {name} must be on {device}, where the model is, got {value.device}")
         lead = (1,) * (len(shape) - value.dim()) + tuple(value.shape)
-        if len(lead) != len(shape) or any(v not in (1, s) for v, s in zip(lead, shape)):
+        if len(lead) != len(shape) or any(v not in (1, s) for v, s in zip(lead, shape, strict=True)):
             raise ValueError(f"{where}: {name} must broadcast to {shape}, got {tuple(value.shape)}")
     # What a mask calls unknown may hold anything, NaN included: it must not leak into block means.
     mask = mask.expand(shape)
@@ -90,9 +90,8 @@ def cascade(
         raise ValueError(f"{where}: start must have shape (N, C, {sizes[0]}, …), got {tuple(start.shape)}")
     steps = [first_step] * len(nets) if isinstance(first_step, (int, Tensor)) else list(first_step)
     if len(steps) != len(nets) or len(dynamics) != len(nets):
-        raise ValueError(
-            f"{where}: langevin and first_step must hold one entry a net ({len(nets)}), got {len(dynamics)} and {len(steps)}"
-        )
+        got = f"{len(dynamics)} and {len(steps)}"
+        raise ValueError(f"{where}: langevin and first_step must hold one entry a net ({len(nets)}), got {got}")
     held = check_known(known, mask, (*start.shape[:2], *(sizes[-1],) * rank), start.device, where)
     means = ops.pyramid(held[0], list(sizes)) if held is not None else []
 
@@ -103,7 +102,7 @@ def cascade(
         return torch.where(cells, x, means[grid]), cells
 
     results = [imposed(start, 0)[0]]
-    for grid, (net, langevin) in enumerate(zip(nets, dynamics), start=1):
+    for grid, (net, langevin) in enumerate(zip(nets, dynamics, strict=True), start=1):
         x, cells = imposed(ops.upsample(results[-1], sizes[grid] // sizes[grid - 1]), grid)
         results.append(
             langevin(

@@ -68,7 +68,7 @@ class Langevin:
         callback: Callback | None = None,
         where: str = "langevin_sample",
     ) -> Tensor:
-        """The state after `steps` steps from x; arguments as in `langevin_sample`, `where` names the caller in errors."""
+        """The state after `steps` steps from x; arguments as in `langevin_sample`; `where` starts error messages."""
         chain = prepare(
             energy, x, self.steps, self.update(), mask=mask, seed=seed, first_sample=first_sample,
             first_step=first_step, stream=stream, precision=precision, backend=backend, where=where,

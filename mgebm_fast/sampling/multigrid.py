@@ -1,4 +1,4 @@
-"""MultiGrid: a ladder of energy nets, the dynamics of each, and the stored colours that data-free sampling starts from."""
+"""MultiGrid: a ladder of energy nets, the dynamics of each, and the stored colours that sampling starts from."""
 
 from __future__ import annotations
 
@@ -79,7 +79,9 @@ class MultiGrid(nn.Module):
             ]  # fmt: skip
         self.nets = nn.ModuleList(nets)
         if len(self.nets) != len(self.sizes) - 1:
-            raise ValueError(f"MultiGrid: nets must be {len(self.sizes) - 1}, one a size after the first, got {len(self.nets)}")
+            raise ValueError(
+                f"MultiGrid: nets must be {len(self.sizes) - 1}, one a size after the first, got {len(self.nets)}"
+            )
         # Nets that carry no `norm` are taken to treat samples alone.
         self.norm = next((net.norm for net in self.nets if getattr(net, "norm", "none") != "none"), "none")
         self.langevin = self._per_net(self._default_dynamics() if langevin is None else langevin)
@@ -108,7 +110,9 @@ class MultiGrid(nn.Module):
     def draw_colours(self, n: int, *, seed: int, first_sample: int = 0) -> Tensor:
         """n draws (n, C, 1, 1) from the stored colours; each sample's is a function of (seed, sample id)."""
         if len(self.colours) == 0:
-            raise ValueError("sample: the model must hold a colour distribution, got none: train it, or call set_colours")
+            raise ValueError(
+                "sample: the model must hold a colour distribution, got none: train it, or call set_colours"
+            )
         where = noise.stream(noise.Purpose.COLOUR_DRAW)
         index = noise.integers(
             len(self.colours), n, seed=seed, step=0, first_sample=first_sample, stream=where, device=self.colours.device
@@ -199,7 +203,7 @@ class MultiGrid(nn.Module):
                 backend=backend,
             )
             groups.append([grid[:wanted] for grid in results])
-        grids = [torch.cat(parts) for parts in zip(*groups)]
+        grids = [torch.cat(parts) for parts in zip(*groups, strict=True)]
         return grids if return_grids else grids[-1]
 
     def to_uint8(self, x: Tensor) -> Tensor:
@@ -225,7 +229,7 @@ class MultiGrid(nn.Module):
     def explain(self, n: int | None = None) -> str:
         """One line a grid: what its chain runs, and why."""
         lines = []
-        for grid, (net, dynamics) in enumerate(zip(self.nets, self.langevin), start=1):
+        for grid, (net, dynamics) in enumerate(zip(self.nets, self.langevin, strict=True), start=1):
             size = self.sizes[grid]
             x = torch.empty(n or self.batch_size, self.channels, size, size, device=self.colours.device)
             lines.append(f"grid {grid} (size {size}): {dynamics.explain(net, x)}")
@@ -235,7 +239,9 @@ class MultiGrid(nn.Module):
         """What rebuilds this model but for its weights, in plain JSON types."""
         for net in self.nets:
             if not isinstance(net, EnergyNet):
-                raise ValueError(f"MultiGrid: nets must be EnergyNets to be described and stored, got {type(net).__name__}")
+                raise ValueError(
+                    f"MultiGrid: nets must be EnergyNets to be described and stored, got {type(net).__name__}"
+                )
         return {
             "sizes": list(self.sizes),
             "channels": self.channels,
@@ -309,11 +315,13 @@ class MultiGrid(nn.Module):
         expected = self.state_dict()
         for name in sorted(expected.keys() | state.keys()):
             if name not in state or name not in expected:
-                raise CheckpointError(f"{where}: tensor {name!r} is {'missing' if name in expected else 'not of this model'}")
+                fault = "missing" if name in expected else "not of this model"
+                raise CheckpointError(f"{where}: tensor {name!r} is {fault}")
             got, want = tuple(state[name].shape), tuple(expected[name].shape)
             fits = got[1:] == want[1:] and len(got) == 2 if name == "colours" else got == want
             if not fits or state[name].dtype != expected[name].dtype:
-                raise CheckpointError(f"{where}: tensor {name!r} must be {want} {expected[name].dtype}, got {got} {state[name].dtype}")
+                wanted = f"{want} {expected[name].dtype}"
+                raise CheckpointError(f"{where}: tensor {name!r} must be {wanted}, got {got} {state[name].dtype}")
         self.colours = state["colours"].to(self.colours.device, copy=True)
         self.load_state_dict(state)
 

@@ -85,7 +85,7 @@ def averaged(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def find(path: str | os.PathLike) -> Path:
-    """The model file that `path` means: itself; a folder's model.safetensors; else that of a run's newest checkpoint."""
+    """The model file that `path` means: itself, a folder's model.safetensors, or that of a run's newest checkpoint."""
     path = Path(path)
     if not path.is_dir():
         return path
