@@ -15,8 +15,7 @@ struct NoiseParams {
   Counters counters;
 };
 
-MG_HD Quad noise_quad(const SampleKey& key, uint32_t quad, Distribution distribution) {
-  const Words words = words_at(key, quad);
+MG_HD Quad noise_quad(Words words, Distribution distribution) {
   return distribution == Distribution::kNormal ? normals_of(words) : uniforms_of(words);
 }
 

@@ -16,10 +16,10 @@ struct Words {
 };
 
 MG_HD Words philox(uint32_t c0, uint32_t c1, uint32_t c2, uint32_t c3, uint32_t k0, uint32_t k1) {
-#if defined(__GNUC__) && !defined(__CUDA_ARCH__)
-#pragma GCC unroll 10
-#else
+#if defined(__CUDACC__)
 #pragma unroll
+#else
+#pragma GCC unroll 10
 #endif
   for (int round = 0; round < kPhiloxRounds; ++round) {
     const uint64_t p0 = static_cast<uint64_t>(kPhiloxMultiplier0) * c0;

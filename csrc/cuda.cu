@@ -1,0 +1,7 @@
+#include "mgebm/launch.cuh"
+
+namespace mgebm {
+
+std::string cuda_error_text(int error) { return cudaGetErrorString(static_cast<cudaError_t>(error)); }
+
+}  // namespace mgebm
