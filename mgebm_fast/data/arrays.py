@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import zipfile
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -36,9 +37,8 @@ def open_npz(path: Path, size: int, channels: int) -> Collection:
         keys = archive.files
         image_key = next((key for key in _IMAGE_KEYS if key in keys), keys[0] if len(keys) == 1 else None)
         if image_key is None:
-            raise DataError(
-                f"load: {path} must hold its images under one of {', '.join(_IMAGE_KEYS)}, got {', '.join(keys) or 'nothing'}"
-            )
+            found = ", ".join(keys) or "nothing"
+            raise DataError(f"load: {path} must hold its images under {' or '.join(_IMAGE_KEYS)}, got {found}")
         images = _member(archive, image_key, path)
         labels, names = (
             next((_member(archive, key, path) for key in choice if key in keys), None)
@@ -106,9 +106,10 @@ def channels_first(shape: tuple[int, ...], channels: int, is_tensor: bool, name:
     counts = (1, 3, channels)
     first, last = shape[0] in counts, shape[-1] in counts
     if first and last and not is_tensor:
-        raise DataError(f"load: {name} could be channels-first or channels-last, each image being {shape}: pass a tensor")
+        raise DataError(f"load: {name} could be channels-first or -last, each image being {shape}: pass a tensor")
     if not first and not last:
-        raise DataError(f"load: {name} must have 1, 3 or channels={channels} channels, first or last, got {shape} an image")
+        wanted = ", ".join(str(c) for c in sorted({*counts}))
+        raise DataError(f"load: {name} must have {wanted} channels, first or last, got {shape} for each image")
     return first
 
 
@@ -127,7 +128,7 @@ def pixel_scale(array: np.ndarray, name: str, unit_only: bool = False) -> float:
     if array.dtype.kind in "iu":
         if low < 0 or high > 255:
             raise DataError(
-                f"load: integer pixels of {name} must be in 0 … 255, got {low:g} … {high:g} (divide 16-bit values by 257)"
+                f"load: integer pixels of {name} must be in 0 … 255, got {low:g} … {high:g}; divide 16-bit ones by 257"
             )
         return 1.0
     if low >= 0 and high <= 1:
@@ -184,8 +185,6 @@ def _numpy_reason(error: Exception) -> str:
 
 
 def _with_file(collection: Collection, path: Path) -> Collection:
-    from dataclasses import replace
-
     status = path.stat()
 
     def fingerprint(index: np.ndarray) -> Iterator[str]:

@@ -1,4 +1,4 @@
-"""Image sets that the package's dependencies ship: nothing is downloaded, and a size gives the same images everywhere."""
+"""Image sets that the package's dependencies ship: nothing is downloaded, the same images everywhere."""
 
 from __future__ import annotations
 
@@ -21,7 +21,8 @@ def open_builtin(name: str, size: int, channels: int) -> Collection:
         return _OPENERS[name](size, channels)
     texture = name.removeprefix("texture:")
     if texture not in TEXTURES:
-        raise DataError(f"load: texture must be one of {', '.join(TEXTURES)}, got {texture!r}{suggest(texture, TEXTURES)}")
+        near = suggest(texture, TEXTURES)
+        raise DataError(f"load: texture must be one of {', '.join(TEXTURES)}, got {texture!r}{near}")
     return _texture(texture, size, channels)
 
 

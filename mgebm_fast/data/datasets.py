@@ -53,9 +53,8 @@ def dataset_collection(
             stacked = np.stack(images) if images else np.empty((0, channels, size, size), np.uint8)
             yield Batch(stacked, positions, skipped)
 
-    return Collection(
-        name, count, decode, labels=labels, class_names=names, held_out=held_out, why_unlabelled="its items have no labels"
-    )
+    why = "its items have no labels"
+    return Collection(name, count, decode, labels=labels, class_names=names, held_out=held_out, why_unlabelled=why)
 
 
 def torchvision_collection(
@@ -70,15 +69,15 @@ def torchvision_collection(
     try:
         from torchvision import datasets
     except ImportError as error:
-        raise DataError(f"load: {source} needs torchvision (pip install torchvision), which is not here: {error}") from error
+        raise DataError(f"load: {source} needs torchvision (pip install torchvision): {error}") from error
     _, name, *rest = source.split(":", 2)
     folder = Path(rest[0] if rest else root).expanduser()
-    options = [key for key in datasets.__all__ if inspect.isclass(getattr(datasets, key))]
-    if name not in options:
-        raise DataError(f"load: torchvision has no set {name!r}{suggest(name, options)}")
+    known = [key for key in datasets.__all__ if inspect.isclass(getattr(datasets, key))]
+    if name not in known:
+        raise DataError(f"load: torchvision has no set {name!r}{suggest(name, known)}")
     make = getattr(datasets, name)
     parameters = inspect.signature(make).parameters
-    options = {"root": str(folder)} if "root" in parameters else {}
+    options: dict[str, Any] = {"root": str(folder)} if "root" in parameters else {}
     if "download" in parameters:
         options["download"] = download
     parts = _parts(make, parameters, options, name, folder)
@@ -105,10 +104,10 @@ def _parts(make: Any, parameters: Any, options: dict[str, Any], name: str, folde
                 parts.append(make(**options, **part))
                 break
             except TypeError as error:
-                raise DataError(f"load: torchvision's {name} needs more than a root ({error}): pass the Dataset") from error
+                raise DataError(f"load: torchvision's {name} takes more than a root ({error}): pass it made") from error
             except ValueError as error:
                 if i == len(choice) - 1:
-                    raise DataError(f"load: torchvision's {name} has no {part} part ({error}): pass the Dataset") from error
+                    raise DataError(f"load: torchvision's {name} has no {part} ({error}): pass it made") from error
             except (RuntimeError, OSError) as error:
                 raise DataError(
                     f"load: torchvision's {name} cannot be read below {folder}: {error}. Name its folder as "
@@ -140,7 +139,8 @@ def _item_pixels(picture: Any, size: int, channels: int, where: str) -> np.ndarr
         return convert(picture, size, channels)
     array, is_tensor = as_array(picture)
     if array.ndim not in (2, 3) or 0 in array.shape:
-        raise DataError(f"load: {where} must be a picture, (H, W), (H, W, C) or (C, H, W), got {_describe(picture, array)}")
+        got = _describe(picture, array)
+        raise DataError(f"load: {where} must be a picture, (H, W), (H, W, C) or (C, H, W), got {got}")
     if array.ndim == 2:
         array = array[..., None]
     elif channels_first(array.shape, channels, is_tensor, where):
@@ -175,7 +175,7 @@ def _known_labels(dataset: Any) -> np.ndarray | None:
 
 
 def _labels_of_items(dataset: Any) -> np.ndarray | None:
-    """One pass over the items; None as soon as one has no label that is a single value. A broken item gets -1."""
+    """One pass over the items; None as soon as one has no label that is a single value."""
     labels: list[Any] = []
     for i in range(len(dataset)):
         try:

@@ -72,9 +72,7 @@ def load(
     skipped = (*collection.skipped, *((path, why) for path, why in decoded.skipped))
     if not len(decoded.images):
         path, why = skipped[0]
-        raise DataError(
-            f"load: no readable image among {len(index)} of {collection.name}; the first, {path}: {why}"
-        )
+        raise DataError(f"load: no readable image among {len(index)} of {collection.name}; the first, {path}: {why}")
     if skipped:
         total = len(index) + len(collection.skipped)
         path, why = skipped[0]
@@ -105,7 +103,7 @@ def _open(source: Any, size: int, channels: int, root: str | os.PathLike[str], d
         if name.startswith("torchvision:"):
             return torchvision_collection(name, size, channels, root=Path(root), download=download)
         return _open_path(Path(name).expanduser(), name, size, channels)
-    pair = isinstance(source, tuple) and len(source) == 2 and all(_is_array(part) for part in source)
+    pair = isinstance(source, tuple) and len(source) == 2 and _is_array(source[0])
     if pair or _is_array(source):
         images, labels = source if pair else (source, None)
         return array_collection(images, type(images).__name__, size, channels, labels=labels)

@@ -1,11 +1,11 @@
 """One policy for every image: orientation, alpha, colour, crop and resize, the same for files, arrays and items.
 
-    1. EXIF orientation applied
-    2. centre crop to a square
-    3. alpha composited on white; palette, 1-bit, 16-bit, CMYK, YCbCr and HSV brought to 8-bit grey or RGB
-    4. grey -> 3 channels by replication; colour -> grey by ITU-R 601 luma, (19595 R + 38470 G + 7471 B) / 65536
-    5. to size x size: a whole-number reduction is the exact block mean, rounded half up, so that an image and the
-       model's own pyramid agree; any other change is Pillow's antialiased bicubic
+1. EXIF orientation applied
+2. centre crop to a square
+3. alpha composited on white; palette, 1-bit, 16-bit, CMYK, YCbCr and HSV brought to 8-bit grey or RGB
+4. grey -> 3 channels by replication; colour -> grey by ITU-R 601 luma, (19595 R + 38470 G + 7471 B) / 65536
+5. to size x size: a whole-number reduction is the exact block mean, rounded half up, so that an image and the
+   model's own pyramid agree; any other change is Pillow's antialiased bicubic
 """
 
 from __future__ import annotations
@@ -21,9 +21,7 @@ if TYPE_CHECKING:
 POLICY_VERSION = 1  # part of the cache key: raise it whenever the pixels of any image change
 
 FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "MPO", "PNG", "PPM", "TGA", "TIFF", "WEBP")
-EXTENSIONS = (
-    ".avif .bmp .gif .jfif .jp2 .jpeg .jpg .pbm .pgm .png .pnm .ppm .tga .tif .tiff .webp"
-).split()  # fmt: skip
+EXTENSIONS = ".avif .bmp .gif .jfif .jp2 .jpeg .jpg .pbm .pgm .png .pnm .ppm .tga .tif .tiff .webp".split()
 
 # A photograph far larger than needed is decoded at 1/2, 1/4 or 1/8 by the JPEG transform itself, down to no less
 # than this many pixels a side and 4 x size: three times faster, and still far above the final size.
@@ -136,6 +134,12 @@ def _upright(image: Image.Image) -> Image.Image:
     return image.transpose(moves[orientation]) if orientation in moves else image
 
 
+def _has_alpha(image: Image.Image) -> bool:
+    """An alpha channel, a palette with one, or one colour or palette entry that is named as transparent."""
+    palette = image.mode == "P" and image.palette is not None and image.palette.mode.endswith("A")
+    return palette or image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info
+
+
 def _eight_bit(image: Image.Image, channels: int) -> np.ndarray:
     """A square Pillow image of any mode -> (side, side, channels) uint8."""
     from PIL import Image
@@ -148,7 +152,7 @@ def _eight_bit(image: Image.Image, channels: int) -> np.ndarray:
         if wide.min() < 0 or wide.max() > 65535:
             raise ValueError(f"32-bit pixels in [{wide.min()}, {wide.max()}], beyond 16 bits")
         image = Image.fromarray(((wide + 128) // 257).astype(np.uint8))
-    elif mode in ("RGBA", "LA", "PA", "RGBa", "La") or image.has_transparency_data:
+    elif _has_alpha(image):
         image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, "white")
         image = Image.alpha_composite(white, image).convert("RGB")
