@@ -1,0 +1,87 @@
+"""The kernels twice in one process: interpreted (numpy on CPU tensors) and as functions the compiler takes.
+
+Triton decides at decoration, so each form is a package of its own, loaded while the switch stands as wanted.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+import os
+import pathlib
+import sys
+import types
+
+import pytest
+
+_HERE = pathlib.Path(__file__).parent
+_KERNELS = _HERE.parents[1] / "kernels"
+
+
+def _import_triton() -> bool:
+    """Import Triton in its compiling form, whatever the environment says: its own library decides at import too."""
+    asked = os.environ.pop("TRITON_INTERPRET", None)
+    try:
+        import triton  # noqa: F401
+    except ImportError:
+        return False
+    finally:
+        if asked is not None:
+            os.environ["TRITON_INTERPRET"] = asked
+    return True
+
+
+_HAVE_TRITON = _import_triton()
+
+
+def _module(name: str, path: pathlib.Path, **options: object) -> types.ModuleType:
+    spec = importlib.util.spec_from_file_location(name, path, **options)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+@functools.cache
+def load(interpret: bool) -> types.SimpleNamespace:
+    """The modules philox, noise, langevin_step and probe (probe.py of this folder)."""
+    if not _HAVE_TRITON:
+        pytest.skip("triton is not installed: `pip install triton`")
+    import triton
+    from triton import knobs
+
+    if not interpret and not isinstance(triton.language.cdiv, triton.runtime.JITFunction):
+        pytest.skip("triton was imported with TRITON_INTERPRET=1, and cannot compile")
+
+    package = f"kernels_{'interpreted' if interpret else 'compiled'}"
+    with knobs.runtime.scope():
+        knobs.runtime.interpret = interpret
+        _module(package, _KERNELS / "__init__.py", submodule_search_locations=[str(_KERNELS)])
+        modules = {name: importlib.import_module(f"{package}.{name}") for name in ("philox", "noise", "langevin_step")}
+        modules["probe"] = _module(f"{package}.probe", _HERE / "probe.py")
+    return types.SimpleNamespace(**modules)
+
+
+@pytest.fixture
+def interpreted() -> types.SimpleNamespace:
+    return load(True)
+
+
+@pytest.fixture
+def compiled() -> types.SimpleNamespace:
+    return load(False)
+
+
+@pytest.fixture(params=["cpu", "cuda"])
+def device(request: pytest.FixtureRequest) -> str:
+    """Where a launcher is run: "cpu" interpreted, "cuda" compiled."""
+    torch = pytest.importorskip("torch")
+    if request.param == "cuda" and not torch.cuda.is_available():
+        pytest.skip("torch finds no CUDA device")
+    return request.param
+
+
+@pytest.fixture
+def kernels(device: str) -> types.SimpleNamespace:
+    return load(device == "cpu")

@@ -1,0 +1,206 @@
+"""What the compiler makes of the kernels, without a GPU: each launch is recorded and compiled for its own arguments."""
+
+from __future__ import annotations
+
+import pathlib
+import re
+import subprocess
+import types
+
+import pytest
+import torch
+
+ARCHITECTURES = [80, 90]
+TYPES = {
+    torch.float32: "*fp32",
+    torch.float16: "*fp16",
+    torch.bfloat16: "*bf16",
+    torch.int64: "*i64",
+    torch.uint8: "*u8",
+}
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path_factory, monkeypatch):
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path_factory.getbasetemp() / "triton"))
+
+
+class Recorder:
+    """Stands where the launcher expects its kernel and keeps the arguments of the launch."""
+
+    def __init__(self, kernel):
+        self.kernel, self.arguments, self.grid = kernel, None, None
+
+    def __getitem__(self, grid):
+        self.grid = grid
+        return self.launch
+
+    def launch(self, *args, **kwargs):
+        self.arguments = dict(zip(self.kernel.arg_names, args, strict=False)) | kwargs
+
+
+def record(module, launcher, *args, **kwargs) -> Recorder:
+    name = f"{launcher.removesuffix('_')}_kernel"
+    recorder = Recorder(getattr(module, name))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, name, recorder)
+        getattr(module, launcher)(*args, **kwargs)
+    return recorder
+
+
+def specialisation(launch: Recorder) -> tuple[dict, dict, dict, dict]:
+    """(signature, constants, attributes, options): what Triton compiles a kernel for, with 16-byte aligned tensors."""
+    signature, constants, attributes, options = {}, {}, {}, dict(launch.arguments)
+    for i, parameter in enumerate(launch.kernel.params):
+        value = options.pop(parameter.name)
+        if parameter.is_constexpr:
+            signature[parameter.name], constants[i,] = "constexpr", value
+        elif isinstance(value, torch.Tensor):
+            signature[parameter.name], attributes[i,] = TYPES[value.dtype], [["tt.divisibility", 16]]
+        elif isinstance(value, float):
+            signature[parameter.name] = "fp32"
+        else:
+            assert parameter.do_not_specialize, f"{parameter.name} would compile anew for 1 and for multiples of 16"
+            signature[parameter.name] = "i32" if -(2**31) <= value < 2**31 else "i64"
+    return signature, constants, attributes, options
+
+
+def build(launch: Recorder, architecture: int) -> types.SimpleNamespace:
+    """PTX, SASS and resource usage of a recorded launch."""
+    import triton
+    from triton import knobs
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    tools = pathlib.Path(triton.__file__).parent / "backends/nvidia/bin"
+    if not (tools / "cuobjdump").is_file() or not (tools / "nvdisasm").is_file():
+        pytest.skip(f"this triton brings no cuobjdump and nvdisasm in {tools}")
+    signature, constants, attributes, options = specialisation(launch)
+    with knobs.runtime.scope():
+        knobs.runtime.interpret = False
+        source = ASTSource(fn=launch.kernel, signature=signature, constexprs=constants, attrs=attributes)
+        kernel = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
+    cubin = pathlib.Path(knobs.cache.dir) / f"{kernel.hash}.cubin"
+    cubin.write_bytes(kernel.asm["cubin"])
+
+    def tool(name: str, *arguments: str) -> str:
+        return subprocess.run([tools / name, *arguments, cubin], capture_output=True, text=True, check=True).stdout
+
+    usage = re.findall(r"\b(REG|STACK|SHARED|LOCAL):(\d+)", tool("cuobjdump", "--dump-resource-usage"))
+    lines = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", tool("nvdisasm", "-c"), re.MULTILINE)
+    return types.SimpleNamespace(
+        ptx=kernel.asm["ptx"],
+        sass=[line for line in lines if not line.startswith("NOP")],
+        shared=kernel.metadata.shared,
+        registers=int(next(value for name, value in usage if name == "REG")),
+        stack=sum(int(value) for name, value in usage if name in ("STACK", "LOCAL")),
+    )
+
+
+def accesses(ptx: str) -> dict[str, int]:
+    found = re.findall(r"\b((?:ld|st)\.global)(?:\.\w+::\w+)*((?:\.v\d)?\.[a-z]\d+)", ptx)
+    names = [f"{kind}{width}" for kind, width in found]
+    return {name: names.count(name) for name in names}
+
+
+def check_clean(kernel: types.SimpleNamespace) -> None:
+    """No approximate or flushing arithmetic, nothing spilled, registers for full occupancy's half at least."""
+    assert not re.findall(r"\S*\.(?:approx|ftz)\S*", kernel.ptx)
+    assert kernel.stack == 0
+    assert not [line for line in kernel.sass if line.split(".")[0] in ("STL", "LDL")]
+    assert kernel.registers <= 64
+
+
+def noise_launch(compiled, shape, distribution="normal", **options) -> Recorder:
+    out = torch.empty(shape, dtype=torch.int64 if distribution == "bits" else torch.float32)
+    return record(compiled.noise, "noise", out, seed=1, step=2, distribution=distribution, **options)
+
+
+def step_launch(compiled, shape, *, grad_type=torch.float32, x_last=False, grad_last=False, **options) -> Recorder:
+    x, grad = torch.zeros(shape), torch.zeros(shape, dtype=grad_type)
+    x = x.to(memory_format=torch.channels_last) if x_last else x
+    grad = grad.to(memory_format=torch.channels_last) if grad_last else grad
+    return record(compiled.langevin_step, "langevin_step_", x, grad, **{"drift": 0.1, "noise_std": 0.1, **options})
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("distribution", ["normal", "uniform", "bits"])
+def test_noise_stores_whole_vectors(compiled, distribution, architecture):
+    kernel = build(noise_launch(compiled, (8, 3, 64, 64), distribution), architecture)
+    check_clean(kernel)
+    expected = {"st.global.v2.b64": 2} if distribution == "bits" else {"st.global.v4.b32": 1}
+    assert accesses(kernel.ptx) == expected
+
+
+def test_noise_is_lean(compiled):
+    """One quad a thread: Philox is 20 wide products; every fma is one that the source asks for; 250 instructions."""
+    kernel = build(noise_launch(compiled, (8, 3, 64, 64)), 90)
+    assert kernel.ptx.count("mul.wide.u32") == 20
+    assert kernel.ptx.count("sqrt.rn.f32") == 2
+    assert kernel.ptx.count("fma.rn.f32") == 4 + 2 * 11 + 2 * 7  # uniforms, logarithms, sines and cosines
+    assert kernel.shared == 0
+    assert len(kernel.sass) < 320
+    assert kernel.registers <= 32
+
+
+@pytest.mark.parametrize("shape", [(8, 3, 64, 64), (8, 3, 6, 6), (8, 3, 4, 4), (8, 4, 1, 1)])
+@pytest.mark.parametrize("grad_type", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_langevin_step_moves_whole_vectors(compiled, shape, grad_type, architecture):
+    """Wherever 4 divides C * S, also where 16 does not."""
+    launch = step_launch(compiled, shape, grad_type=grad_type, grad_clamp=1.0, clamp_lo=0.0, clamp_hi=1.0)
+    kernel = build(launch, architecture)
+    check_clean(kernel)
+    if grad_type == torch.float32:
+        assert accesses(kernel.ptx) == {"ld.global.v4.b32": 2, "st.global.v4.b32": 1}
+    else:
+        assert accesses(kernel.ptx) == {"ld.global.v4.b32": 1, "ld.global.v2.b32": 1, "st.global.v4.b32": 1}
+    assert kernel.shared == 0
+
+
+def test_a_mask_keeps_the_vectors(compiled):
+    shape = (8, 3, 16, 16)
+    mask = torch.ones(shape, dtype=torch.bool)
+    kernel = build(step_launch(compiled, shape, mask=mask), 90)
+    check_clean(kernel)
+    assert accesses(kernel.ptx) == {"ld.global.v4.b32": 2, "ld.global.b32": 1, "st.global.v4.b32": 1}
+    kernel = build(step_launch(compiled, shape, mask=mask[:1, :1], mask_strides=(0, 0, 1)), 90)
+    check_clean(kernel)
+    assert accesses(kernel.ptx) == {"ld.global.v4.b32": 2, "ld.global.b8": 4, "st.global.v4.b32": 1}
+
+
+def test_counters_in_device_memory(compiled):
+    tensors = {name: torch.zeros((), dtype=torch.int64) for name in ("seed", "step")}
+    kernel = build(step_launch(compiled, (8, 3, 16, 16), first_sample=torch.arange(8), **tensors), 90)
+    check_clean(kernel)
+    assert accesses(kernel.ptx) == {"ld.global.v4.b32": 2, "ld.global.b64": 3, "st.global.v4.b32": 1}
+
+
+@pytest.mark.parametrize("shape", [(8, 3, 16, 16), (8, 3, 5, 7), (8, 4, 3, 3)])
+@pytest.mark.parametrize("layouts", [(False, False), (True, True), (False, True), (True, False)])
+def test_other_layouts_compile_clean(compiled, shape, layouts):
+    launch = step_launch(compiled, shape, grad_type=torch.float16, x_last=layouts[0], grad_last=layouts[1])
+    check_clean(build(launch, 90))
+
+
+def test_no_noise_costs_nothing(compiled):
+    kernel = build(step_launch(compiled, (8, 3, 16, 16), noise_std=0.0), 90)
+    check_clean(kernel)
+    assert "sqrt" not in kernel.ptx and "xor" not in kernel.ptx
+    assert len(kernel.sass) < 120
+
+
+def test_steps_and_shapes_share_one_kernel(compiled):
+    """Nothing that changes along a chain or between batches may cost a compilation."""
+    first = specialisation(step_launch(compiled, (8, 3, 16, 16)))
+    counters = {"seed": 2**64 - 1, "first_sample": 2**32 - 16, "step": 2**32 - 1, "stream": 0xFFFFFFFF}
+    assert specialisation(step_launch(compiled, (16, 1, 32, 32), drift=0.5, noise_std=2.0, **counters)) == first
+    assert specialisation(step_launch(compiled, (1, 3, 16, 16), seed=16, step=1, first_sample=32)) == first
+
+
+def test_grid_covers_every_quad(compiled):
+    launch = noise_launch(compiled, (40000, 3, 32, 32))
+    rows = launch.arguments["ROWS"]
+    assert launch.grid == (6, rows, 2) and launch.arguments["QUADS"] * 6 == 768 and rows * 2 >= 40000
+    launch = noise_launch(compiled, (5, 1, 1, 1))
+    assert launch.grid == (1, 5, 1) and launch.arguments["num_warps"] == 1
