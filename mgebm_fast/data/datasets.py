@@ -70,6 +70,8 @@ def torchvision_collection(
         from torchvision import datasets
     except ImportError as error:
         raise DataError(f"load: {source} needs torchvision (pip install torchvision): {error}") from error
+    except (RuntimeError, OSError, AttributeError) as error:  # what one built for another torch raises on import
+        raise DataError(f"load: {source} needs a torchvision that fits this torch: {error}") from error
     _, name, *rest = source.split(":", 2)
     folder = Path(rest[0] if rest else root).expanduser()
     known = [key for key in datasets.__all__ if inspect.isclass(getattr(datasets, key))]
@@ -104,10 +106,14 @@ def _parts(make: Any, parameters: Any, options: dict[str, Any], name: str, folde
                 parts.append(make(**options, **part))
                 break
             except TypeError as error:
-                raise DataError(f"load: torchvision's {name} takes more than a root ({error}): pass it made") from error
+                raise DataError(
+                    f"load: torchvision's {name} takes more than a root ({error}): pass the Dataset itself"
+                ) from error
             except ValueError as error:
                 if i == len(choice) - 1:
-                    raise DataError(f"load: torchvision's {name} has no {part} ({error}): pass it made") from error
+                    raise DataError(
+                        f"load: torchvision's {name} has no {part} ({error}): pass the Dataset itself"
+                    ) from error
             except (RuntimeError, OSError) as error:
                 raise DataError(
                     f"load: torchvision's {name} cannot be read below {folder}: {error}. Name its folder as "
@@ -195,9 +201,12 @@ def _labels_of_items(dataset: Any) -> np.ndarray | None:
 
 
 def _class_names(dataset: Any) -> list[str] | None:
-    if hasattr(dataset, "datasets"):
-        dataset = dataset.datasets[0]
-    while hasattr(dataset, "dataset") and hasattr(dataset, "indices"):
-        dataset = dataset.dataset
+    """The names that a dataset states for its labels; of a ConcatDataset, where all parts state the same."""
+    parts = getattr(dataset, "datasets", None)
+    if isinstance(parts, (list, tuple)) and parts:
+        stated = [_class_names(part) for part in parts]
+        return stated[0] if all(names == stated[0] for names in stated) else None
+    if hasattr(dataset, "dataset") and hasattr(dataset, "indices"):
+        return _class_names(dataset.dataset)
     names = getattr(dataset, "classes", None)
     return [str(name) for name in names] if isinstance(names, (list, tuple)) and names else None
