@@ -1,1 +1,67 @@
-"""Multi-grid energy-based models of images, sampled and trained at the speed of the hardware."""
+"""Multi-grid energy-based models of images, sampled and trained at the speed of the hardware.
+
+Names load when they are first used, so that `import mgebm_fast` and `mgebm --help` do not wait for torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from . import data, evaluation, gradient, learning, nets, noise, ops, pictures, sampling
+    from .errors import BackendError, CheckpointError, ConfigError, DataError, DivergenceError
+    from .learning import MultiGridTrainer
+    from .nets import EnergyNet
+    from .sampling import Langevin, MultiGrid, langevin_sample
+
+__version__ = "0.1.0"
+
+_MODULES = ("data", "evaluation", "gradient", "learning", "nets", "noise", "ops", "pictures", "sampling")
+_NAMES = {
+    "BackendError": "errors",
+    "CheckpointError": "errors",
+    "ConfigError": "errors",
+    "DataError": "errors",
+    "DivergenceError": "errors",
+    "EnergyNet": "nets",
+    "Langevin": "sampling",
+    "MultiGrid": "sampling",
+    "MultiGridTrainer": "learning",
+    "langevin_sample": "sampling",
+}
+
+__all__ = [
+    "BackendError",
+    "CheckpointError",
+    "ConfigError",
+    "DataError",
+    "DivergenceError",
+    "EnergyNet",
+    "Langevin",
+    "MultiGrid",
+    "MultiGridTrainer",
+    "data",
+    "evaluation",
+    "gradient",
+    "langevin_sample",
+    "learning",
+    "nets",
+    "noise",
+    "ops",
+    "pictures",
+    "sampling",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _MODULES:
+        return importlib.import_module(f".{name}", __name__)
+    if name in _NAMES:
+        value = globals()[name] = getattr(importlib.import_module(f".{_NAMES[name]}", __name__), name)
+        return value
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
