@@ -46,8 +46,9 @@ Counters counters(const CounterArguments& a) {
 Strides strides(const Triple& t) { return {t[0], t[1], t[2]}; }
 Extent extent(const Triple& t) { return {t[0], t[1], t[2]}; }
 
-NoiseParams noise_params(Address out, int64_t samples, int64_t elements, int distribution, const CounterArguments& c) {
-  return {at<void>(out), samples, elements, static_cast<Distribution>(distribution), counters(c)};
+NoiseParams noise_params(Address out, int64_t samples, int64_t elements, uint32_t first_quad, int distribution,
+                         const CounterArguments& c) {
+  return {at<void>(out), samples, elements, first_quad, static_cast<Distribution>(distribution), counters(c)};
 }
 
 LangevinStepParams langevin_step_params(Address x, Address grad, Address mask, const Triple& size,
@@ -131,6 +132,11 @@ PYBIND11_MODULE(_C, m) {
   add_op(m, "langevin_step", langevin_step_params, MGEBM_LAUNCHERS(langevin_step));
   add_op(m, "pyramid", pyramid_params, MGEBM_LAUNCHERS(pyramid));
   add_op(m, "upsample", upsample_params, MGEBM_LAUNCHERS(upsample));
+  // The shared header's arithmetic on given words, (quads, 4) uint32 -> (quads, 4) float32: extremes that no seed reaches.
+  m.def("normals_of_words", [](Address words, Address out, int64_t quads) {
+    const Words* const in = at<const Words>(words);
+    for (int64_t i = 0; i < quads; ++i) at<Quad>(out)[i] = normals_of(in[i]);
+  });
   m.def("isa", [] { return std::string(isa_name()); });
   m.def("set_isa", [](const std::string& name) { return set_isa(name.c_str()); });
   m.def("compiler", [] { return std::string(MGEBM_COMPILER); });

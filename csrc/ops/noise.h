@@ -11,6 +11,7 @@ struct NoiseParams {
   void* out;  // (samples, elements) float32, or int64 for kBits, contiguous
   int64_t samples;
   int64_t elements;
+  uint32_t first_quad;  // 0: the whole sample; else a part of it that starts at element 4 * first_quad
   Distribution distribution;
   Counters counters;
 };

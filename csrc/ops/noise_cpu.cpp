@@ -5,11 +5,9 @@ namespace mgebm::MGEBM_ISA {
 namespace {
 
 void bits(const SampleKey& key, uint32_t first_quad, int64_t count, int64_t* out) {
-  for (int64_t e = 0; e < count; e += 4) {
-    const Words w = words_at(key, first_quad + static_cast<uint32_t>(e / 4));
-    const uint32_t word[4] = {w.w0, w.w1, w.w2, w.w3};
-    for (int64_t j = 0; j < 4 && e + j < count; ++j) out[e + j] = word[j];
-  }
+  WordBlock block;
+  philox_block(key, first_quad, static_cast<int>((count + 3) / 4), block);
+  for (int64_t e = 0; e < count; ++e) out[e] = block.w[e % 4][e / 4];
 }
 
 template <Distribution distribution>
@@ -33,7 +31,7 @@ void noise_cpu(const NoiseParams& p, int threads) {
     const int64_t sample = unit / blocks, first = unit % blocks * kBlockElements;
     const int64_t count = p.elements - first < kBlockElements ? p.elements - first : kBlockElements;
     const SampleKey key = sample_key(p.counters, sample);
-    const uint32_t quad = static_cast<uint32_t>(first / 4);
+    const uint32_t quad = p.first_quad + static_cast<uint32_t>(first / 4);
     const int64_t at = sample * p.elements + first;
     switch (p.distribution) {
       case Distribution::kNormal: draws<Distribution::kNormal>(key, quad, count, static_cast<float*>(p.out) + at); break;

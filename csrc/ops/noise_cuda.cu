@@ -26,7 +26,7 @@ __global__ void __launch_bounds__(kThreads) noise_kernel(const NoiseParams p) {
   for (int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x; i < p.samples * quads; i += stride) {
     const auto [sample, quad] = split(i, quads);
     const SampleKey key = sample_key(p.counters, sample);
-    const Words words = words_at(key, static_cast<uint32_t>(quad));
+    const Words words = words_at(key, p.first_quad + static_cast<uint32_t>(quad));
     const int64_t at = sample * p.elements + 4 * quad, left = p.elements - 4 * quad;
     if constexpr (distribution == Distribution::kBits) {
       store_quad(static_cast<long long*>(p.out) + at, left, aligned, static_cast<long long>(words.w0),

@@ -77,7 +77,7 @@ def _noise(shape, distribution, *arguments):
         return out
     samples, elements = shape[0], math.prod(shape[1:])
     if backend == "reference":
-        return noise_reference(samples, elements, placed, distribution, device).reshape(shape)
+        return noise_reference(samples, elements, placed, distribution, device).reshape(shape).contiguous()
     if backend == "triton":
         from ..kernels.noise import noise as kernel
 
@@ -86,7 +86,7 @@ def _noise(shape, distribution, *arguments):
     where = (device.index, cuda_stream(out)) if device.type == "cuda" else (torch.get_num_threads(),)
     launch = native.module().noise_cuda if device.type == "cuda" else native.module().noise_cpu
     code = DISTRIBUTIONS.index(distribution)
-    launch(out.data_ptr(), samples, elements, code, placed.native_arguments, *where)
+    launch(out.data_ptr(), samples, elements, 0, code, placed.native_arguments, *where)
     return out
 
 

@@ -58,8 +58,8 @@ def _check_input(x: Tensor) -> None:
 
 def _extent(size: int | Sequence[int], x: Tensor) -> tuple[int, ...]:
     spatial = tuple(x.shape[2:])
-    extent = (size,) * len(spatial) if isinstance(size, int) else tuple(size)
-    if len(extent) != len(spatial):
+    extent = tuple(size) if isinstance(size, (tuple, list)) else (size,) * len(spatial)
+    if len(extent) != len(spatial) or not all(isinstance(s, int) for s in extent):
         raise ValueError(f"{OP}: sizes must hold ints or tuples of {len(spatial)} ints, got {size!r}")
     if any(s < 1 or n % s for s, n in zip(extent, spatial)):
         raise ValueError(f"{OP}: sizes must divide x's spatial size {spatial}, got {size!r}")

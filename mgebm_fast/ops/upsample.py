@@ -39,7 +39,7 @@ def upsample(
     rank = x.dim() - 2
     if not 1 <= rank <= MAX_SPATIAL:
         raise ValueError(f"{OP}: x must have shape (N, C, *spatial) with 1 to 3 spatial dimensions, got {tuple(x.shape)}")
-    factors = [factor] * rank if isinstance(factor, int) else list(factor)
+    factors = list(factor) if isinstance(factor, (tuple, list)) else [factor] * rank
     if len(factors) != rank or any(not isinstance(f, int) or isinstance(f, bool) or f < 1 for f in factors):
         raise ValueError(f"{OP}: factor must be a positive int or {rank} of them, got {factor!r}")
     return torch.ops.mgebm_fast.upsample(x, factors, choose("upsample", backend, x.device))
