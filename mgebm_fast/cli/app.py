@@ -1,0 +1,93 @@
+"""The typer app, and the one place where an error becomes a line on stderr and an exit code."""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from ..errors import BackendError, DivergenceError
+from .evaluate import evaluate
+from .options import INTERRUPTED
+from .report import doctor, presets
+from .sample import sample
+from .train import train
+
+BAD_INPUT, DIVERGED = 2, 1
+
+
+class Commands(TyperGroup):
+    """Turns what a user can act on into one line; anything else is a fault of ours and keeps its traceback."""
+
+    def invoke(self, ctx: typer.Context) -> Any:  # type: ignore[override]
+        try:
+            return super().invoke(ctx)
+        except BrokenPipeError:  # `mgebm presets | head`: the reader has seen enough
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            raise typer.Exit(0) from None
+        except KeyboardInterrupt:
+            typer.echo("interrupted", err=True)
+            raise typer.Exit(INTERRUPTED) from None
+        except DivergenceError as error:
+            _tell(error)
+            raise typer.Exit(DIVERGED) from error
+        except (ValueError, OSError, ModuleNotFoundError, BackendError, MemoryError) as error:
+            _tell(error)
+            raise typer.Exit(BAD_INPUT) from error
+
+
+def _tell(error: BaseException) -> None:
+    if os.environ.get("MGEBM_DEBUG", "0") not in ("", "0"):
+        traceback.print_exception(error)
+    typer.echo(f"error: {' '.join(str(error).split()) or type(error).__name__}", err=True)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version
+
+        typer.echo(f"mgebm_fast {version('mgebm_fast')}")
+        raise typer.Exit
+
+
+app = typer.Typer(
+    cls=Commands,
+    name="mgebm",
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+)
+
+
+@app.callback()
+def about(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and leave.")
+    ] = False,
+) -> None:
+    """Train multi-grid energy-based models of images, and sample them.
+
+    \b
+    Example, a first run (four minutes on two cores):
+      mgebm train digits --out runs/digits
+      mgebm sample runs/digits --num 64 --out samples.png
+      mgebm evaluate runs/digits --num 1000
+
+    Errors are one line and exit code 2 (1: training or sampling diverged). MGEBM_DEBUG=1 adds the traceback.
+    """
+
+
+for command in (train, sample, evaluate, presets, doctor):
+    app.command()(command)
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    """Entry point of `mgebm` and of `python -m mgebm_fast`."""
+    app(args=None if args is None else list(args), prog_name="mgebm")

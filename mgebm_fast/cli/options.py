@@ -1,0 +1,89 @@
+"""What several commands share: options, the device, threads, and reading a run folder."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from ..errors import BackendError, CheckpointError, suggest
+
+if TYPE_CHECKING:
+    import torch
+
+    from ..data import ImageData
+    from ..learning import TrainConfig
+
+INTERRUPTED = 130  # the exit code of a command that Ctrl-C ended
+
+RunPath = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder, a checkpoint folder or a model file.")]
+Device = Annotated[str, typer.Option(help="cpu, cuda or cuda:N; auto takes CUDA where torch finds it.")]
+Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads. Default: as many as torch chooses.")]
+
+
+def use_threads(threads: int | None) -> None:
+    if threads is not None:
+        import torch
+
+        torch.set_num_threads(threads)
+
+
+def find_device(name: str) -> torch.device:
+    """The device that `--device` means; BackendError where this machine has none of it."""
+    import torch
+
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
+        raise ValueError(f"--device: must be auto, cpu, cuda or cuda:N, got {name!r}")
+    device = torch.device(name)
+    if device.type == "cuda":
+        count = torch.cuda.device_count()
+        if (device.index or 0) >= count:
+            found = "none" if count == 0 else f"cuda:0 … cuda:{count - 1}"
+            raise BackendError(f"--device: {name} is not here, torch finds {found} (`mgebm doctor` says why)")
+    return device
+
+
+def open_run(path: Path) -> tuple[Path, TrainConfig | None]:
+    """What holds the model, and the configuration it was trained with; None for a model file that stands alone.
+
+    CheckpointError with the nearest name where there is nothing at `path`.
+    """
+    from ..learning import Run
+
+    if not path.exists():
+        names = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
+        raise CheckpointError(f"run: {path} does not exist{suggest(path.name, names)}")
+    folder = path if path.is_dir() else path.parent
+    if not any((folder / name).is_file() for name in ("config.toml", "state.json")):
+        return path, None
+    run = Run(folder)
+    return (path if path.is_file() else run.model_file()), run.config
+
+
+def load_images(
+    source: str, size: int, channels: int, classes: Sequence[str] = (), *, split: str, strict: bool = False
+) -> ImageData:
+    """Images of a source, with those that could not be read listed on stderr."""
+    from ..data import load
+
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=r".*: skipped \d+ of \d+ images")  # told in full below
+        data = load(source, size=size, channels=channels, classes=list(classes) or None, split=split, strict=strict)
+    report_skipped(data.name, data.skipped, len(data))
+    return data
+
+
+def report_skipped(name: str, skipped: tuple[tuple[str, str], ...], kept: int, most: int = 10) -> None:
+    if not skipped:
+        return
+    typer.echo(f"{name}: {len(skipped)} of {kept + len(skipped)} images skipped (--strict refuses them):", err=True)
+    for path, reason in skipped[:most]:
+        typer.echo(f"  {path}: {reason}", err=True)
+    if len(skipped) > most:
+        typer.echo(f"  … and {len(skipped) - most} more", err=True)

@@ -1,0 +1,183 @@
+"""`mgebm sample`: draw samples of a run with no data, and write them as a picture, an array or a folder."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from .options import Device, RunPath, Threads, find_device, open_run, use_threads
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from ..sampling import MultiGrid
+
+MIN_CELL = 40  # pixels of the longer side of an image in a picture: 8 × 8 digits are enlarged, 64 × 64 photos are not
+_OURS = re.compile(r"sample_\d+\.png")
+
+
+def sample(
+    run: RunPath,
+    num: Annotated[int, typer.Option(min=1, help="How many samples.")] = 64,
+    seed: Annotated[int, typer.Option(min=0, help="The same seed gives the same samples.")] = 0,
+    out: Annotated[
+        Path, typer.Option(metavar="FILE|DIR", help="X.png, X.npy, or a folder for one PNG a sample.")
+    ] = Path("samples.png"),
+    first_sample: Annotated[
+        int, typer.Option(min=0, help="Number of the first sample: go on where an earlier call stopped.")
+    ] = 0,
+    grids: Annotated[bool, typer.Option("--grids", help="Show the samples at every size, coarse to fine.")] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace the samples in a folder that is not empty.")
+    ] = False,
+    device: Device = "auto",
+    threads: Threads = None,
+    precision: Annotated[str, typer.Option(help="Of the gradient: auto or fp32.")] = "auto",
+) -> None:
+    """Draw samples from a trained model. No data is needed: the run keeps the colours that chains start from.
+
+    \b
+    Examples:
+      mgebm sample runs/digits --num 64 --seed 1 --out samples.png
+      mgebm sample runs/digits --num 1000 --out samples.npy
+      mgebm sample runs/digits --num 16 --grids --out grids.png
+
+    --out says what is written, whole or not at all:
+
+    \b
+      X.png   one picture of all samples with gaps between them (small ones enlarged)
+      X.npy   uint8 (N, C, H, W) = round(255 (x - lo) / (hi - lo)), [lo, hi] the model's range of pixel values
+      else    a folder with sample_00000.png, ... ; one that holds anything is refused without --overwrite
+
+    The run's averaged (EMA) weights are used where it has them. Sample i depends on (seed, i) and the model alone;
+    with norm = "batch" also on its group, so there --first-sample must be a multiple of the batch size.
+    """
+    kind = _check_out(out, overwrite, grids)
+    use_threads(threads)
+    from ..sampling import MultiGrid
+
+    source, _ = open_run(run)
+    model = MultiGrid.load(source, device=find_device(device))
+    _check_group(model, first_sample)
+    batches = _draw(model, num, seed=seed, first_sample=first_sample, precision=precision)
+    images = {size: batch.cpu().numpy() for size, batch in zip(model.sizes, batches, strict=True)}
+    out.parent.mkdir(parents=True, exist_ok=True)
+    if not grids:
+        images = {model.sizes[-1]: images[model.sizes[-1]]}
+    _WRITERS[kind](out, images)
+    low, high = model.value_range
+    typer.echo(f"{num} samples of {run} (seed {seed}, values {low:g} … {high:g} as 0 … 255): {out}", err=True)
+
+
+def _check_out(out: Path, overwrite: bool, grids: bool) -> str:
+    """The kind of output that a path means, before any work is done; ValueError where it cannot be written."""
+    kind = out.suffix.lower() if out.suffix.lower() in (".png", ".npy") else "folder"
+    if kind != "folder" and out.is_dir():
+        raise ValueError(f"--out: must be a file to end in {kind}, got the folder {out}")
+    if kind == ".npy" and grids:
+        raise ValueError(f"--out: must be a .png or a folder to hold every grid (--grids), got {out}")
+    if kind == "folder" and out.exists():
+        if not out.is_dir():
+            raise ValueError(f"--out: must end in .png or .npy, or be a folder, got the file {out}")
+        if any(out.iterdir()) and not overwrite:
+            raise ValueError(
+                f"--out: must be a new or empty folder, got {out}, which is not (--overwrite replaces its samples)"
+            )
+    return kind
+
+
+def _check_group(model: MultiGrid, first_sample: int) -> None:
+    if model.norm == "batch" and first_sample % model.batch_size:
+        raise ValueError(
+            f"--first-sample: must be a multiple of the batch size {model.batch_size} for a model with batch "
+            f"normalisation, got {first_sample}"
+        )
+
+
+def _draw(model: MultiGrid, num: int, *, seed: int, first_sample: int, precision: str) -> list:
+    """uint8 samples at every size, with a bar over the steps of all chains."""
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+    groups = -(-num // model.batch_size)
+    console = Console(stderr=True)
+    columns = (TextColumn("sampling"), BarColumn(), TextColumn("{task.percentage:3.0f} %"), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+        bar = progress.add_task("", total=groups * sum(langevin.steps for langevin in model.langevin))
+        results = model.sample(
+            num,
+            seed=seed,
+            first_sample=first_sample,
+            return_grids=True,
+            precision=precision,
+            callback=lambda grid, step, x: progress.advance(bar),
+        )
+    return [model.to_uint8(x) for x in results]
+
+
+def _write_png(out: Path, images: dict[int, np.ndarray]) -> None:
+    from ..pictures import image_grid, labelled_panel, save_png
+
+    if len(images) > 1:
+        save_png(out, labelled_panel([(f"{size} × {size}", batch) for size, batch in images.items()]))
+        return
+    ((size, batch),) = images.items()
+    save_png(out, image_grid(batch, scale=max(1, -(-MIN_CELL // size))))
+
+
+def _write_npy(out: Path, images: dict[int, np.ndarray]) -> None:
+    import io
+
+    import numpy as np
+
+    from ..files import write_bytes
+
+    (batch,) = images.values()
+    buffer = io.BytesIO()
+    np.save(buffer, batch, allow_pickle=False)
+    write_bytes(out, buffer.getbuffer())
+
+
+def _write_folder(out: Path, images: dict[int, np.ndarray]) -> None:
+    """One PNG a sample, made in a folder beside `out` that is renamed; in a folder with content samples are replaced."""
+    import os
+    import shutil
+    import tempfile
+
+    from ..pictures import save_png
+
+    temporary = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}."))
+    try:
+        for size, batch in images.items():
+            folder = temporary / f"size_{size:03d}" if len(images) > 1 else temporary
+            folder.mkdir(exist_ok=True)
+            digits = max(5, len(str(len(batch) - 1)))
+            for i, picture in enumerate(batch):
+                pixels = picture[:3] if len(picture) >= 3 else picture[:1]
+                save_png(folder / f"sample_{i:0{digits}d}.png", pixels.transpose(1, 2, 0))
+        temporary.chmod(0o755)
+        if out.is_dir() and any(out.iterdir()):
+            _replace_samples(temporary, out)
+        else:
+            os.replace(temporary, out)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _replace_samples(new: Path, out: Path) -> None:
+    """Only files with our names go: what else lies in the folder is not ours to delete."""
+    import os
+
+    for old in [*out.glob("sample_*.png"), *out.glob("size_*/sample_*.png")]:
+        if _OURS.fullmatch(old.name):
+            old.unlink()
+    for path in sorted(new.rglob("*.png")):
+        target = out / path.relative_to(new)
+        target.parent.mkdir(exist_ok=True)
+        os.replace(path, target)
+
+
+_WRITERS = {".png": _write_png, ".npy": _write_npy, "folder": _write_folder}

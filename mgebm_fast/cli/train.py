@@ -1,0 +1,129 @@
+"""`mgebm train`: from a preset or a configuration to a run folder."""
+
+from __future__ import annotations
+
+import dataclasses
+import shlex
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from ..errors import ConfigError
+from .options import INTERRUPTED, Device, Threads, find_device, load_images, use_threads
+
+if TYPE_CHECKING:
+    from ..learning import TrainConfig
+
+
+def train(
+    config: Annotated[
+        str | None,
+        typer.Argument(metavar="PRESET|CONFIG", help="A preset (`mgebm presets` lists them) or a TOML file."),
+    ] = None,
+    data: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME|PATH",
+            help="A built-in set (digits, lfw, texture:brick, photos), torchvision:NAME, a folder, zip or tar of "
+            "images, or an .npy or .npz file. Default: what the preset names.",
+        ),
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="The run folder, new or empty. Default: runs/ and the name.")
+    ] = None,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="Change a key of the configuration; may be repeated."),
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint of the run.")] = False,
+    strict: Annotated[bool, typer.Option("--strict", help="Refuse data with unreadable images.")] = False,
+    device: Device = "auto",
+    threads: Threads = None,
+    precision: Annotated[str | None, typer.Option(help="Of the gradient in chains: auto or fp32.")] = None,
+) -> None:
+    """Train a model, and leave a run folder that can be sampled, evaluated and resumed.
+
+    \b
+    Examples:
+      mgebm train digits --out runs/digits
+      mgebm train cifar10 --data cifar10.zip --set classes=automobile --set sizes=1,2,4,8,16
+      mgebm train digits --set steps=200 --set langevin.steps=10 --set seed=1
+      mgebm train my_config.toml --data photos/ --out runs/mine
+      mgebm train --out runs/mine --resume
+
+    --set takes TOML values: steps=2000, sizes=[1,4,16], flips=true, langevin.noise_std=0.02; `none` clears an optional
+    key. Keys of every preset: steps (parameter updates), langevin.steps, seed, batch_size, checkpoint_every,
+    sample_every, width, sizes. docs/configuration.md has them all.
+
+    Ctrl-C saves a checkpoint and says how to go on; --resume then gives, bit for bit, the run that was never stopped.
+    With --resume the configuration is the run's own; only what --set, --data and --precision name is changed.
+
+    \b
+    In the run folder:
+      config.toml                  the whole configuration
+      metrics.jsonl, tensorboard/  one line, one point every log_every updates
+      samples/                     pictures of every grid beside the data
+      checkpoints/                 safetensors and JSON, each whole or not there
+      model.safetensors            the trained model
+    """
+    from rich.console import Console
+
+    from ..learning import apply_overrides, check_new
+    from ..learning import train as fit
+
+    chosen, folder = _configure(config, out, resume)
+    if data is not None:
+        chosen = dataclasses.replace(chosen, data=_lasting(data))
+    changes = [*(settings or []), *([] if precision is None else [f"precision={precision}"])]
+    chosen = apply_overrides(chosen, changes)
+    if not resume:
+        check_new(folder)
+    where = find_device(device)
+    use_threads(threads)
+    size, channels = chosen.sizes[-1], chosen.channels
+    images = load_images(chosen.data, size, channels, chosen.classes, split="train", strict=strict)
+    outcome = fit(
+        chosen,
+        out=folder,
+        data=images,
+        resume=resume,
+        device=where,
+        console=Console(stderr=True),
+        resume_command=_how_to_resume(folder, device, threads),
+    )
+    if not outcome.finished:
+        raise typer.Exit(INTERRUPTED)
+
+
+def _configure(config: str | None, out: Path | None, resume: bool) -> tuple[TrainConfig, Path]:
+    """The configuration before overrides, and the run folder."""
+    from ..learning import load_config
+
+    if config is None and (out is None or not resume):
+        raise ConfigError("preset: must be given (`mgebm presets` lists them), or --out DIR with --resume")
+    given = None if config is None else load_config(config)
+    folder = Path("runs") / given.name if given is not None and out is None else Path(out or "")
+    if resume and (folder / "config.toml").is_file():
+        stored = load_config(folder / "config.toml")
+        if given is not None and given.name != stored.name:
+            raise ConfigError(f"resume: {folder} is a run of {stored.name!r}, got {given.name!r}")
+        return stored, folder
+    if given is None:
+        raise ConfigError(f"resume: must be the folder of a run, got {folder}, which has no config.toml")
+    return given, folder
+
+
+def _lasting(data: str) -> str:
+    """A path as an absolute one, so that the run finds its data again from any folder; names as they are."""
+    from ..data.builtin import is_builtin
+
+    path = Path(data).expanduser()
+    return data if is_builtin(data) or not path.exists() else str(path.resolve())
+
+
+def _how_to_resume(folder: Path, device: str, threads: int | None) -> str:
+    command = ["mgebm", "train", "--out", str(folder), "--resume"]
+    command += [] if device == "auto" else ["--device", device]
+    command += [] if threads is None else ["--threads", str(threads)]
+    return shlex.join(command)
