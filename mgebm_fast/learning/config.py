@@ -1,0 +1,332 @@
+"""What a training run is: frozen values, read from TOML, changed by `key=value`, and written back whole."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from ..errors import ConfigError, suggest
+from ..sampling import Langevin
+from .keys import Choice, Flag, Kind, Many, Maybe, PerGrid, Real, Text, Whole, key, nearest, pick
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+PRESETS = Path(__file__).resolve().parent.parent / "presets"
+_POSITIVE = Real(0, above=True)
+_NOT_NEGATIVE = Real(0)
+
+
+@dataclasses.dataclass(frozen=True)
+class LangevinConfig:
+    """`[langevin]`: the chain of every grid, x ← clamp(x − drift·(clip(∇E, ±c) + (x − m)/σ²) + noise_std·ε)."""
+
+    steps: Any = key(30, PerGrid(Whole(1)), "steps a grid, K")
+    step_size: Any = key(None, Maybe(PerGrid(_POSITIVE)), "δ of the coupled form: drift δ²/2, noise noise_scale·δ")
+    noise_scale: Any = key(1.0, PerGrid(_NOT_NEGATIVE), "τ of the coupled form; 0 is noise-free descent")
+    drift: Any = key(None, Maybe(PerGrid(_POSITIVE)), "of the decoupled form, with noise_std")
+    noise_std: Any = key(None, Maybe(PerGrid(_NOT_NEGATIVE)), "of the decoupled form, with drift")
+    reference_std: Any = key(None, Maybe(PerGrid(_POSITIVE)), "σ of the Gaussian reference; none: no reference")
+    reference_mean: Any = key(0.0, PerGrid(Real()), "m of the Gaussian reference")
+    grad_clamp: Any = key(None, Maybe(PerGrid(_POSITIVE)), "bound c on every entry of ∇E; none: no bound")
+    clamp: bool = key(True, Flag(), "clamp pixels to value_range after every step")
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimiserConfig:
+    """`[optimiser]`: the update of every net, and what is done to its gradients before."""
+
+    name: str = key("adam", Choice(("adam", "adamw", "sgd")), "update rule")
+    lr: Any = key(1e-3, PerGrid(_POSITIVE), "learning rate")
+    betas: tuple = key((0.9, 0.999), Many(Real(0, 1, below=True), 2), "of adam and adamw")
+    momentum: float = key(0.0, Real(0, 1, below=True), "of sgd")
+    weight_decay: float = key(0.0, _NOT_NEGATIVE, "L2 on the weights (decoupled in adamw)")
+    schedule: str = key("constant", Choice(("constant", "cosine", "linear", "step")), "learning rate over the run")
+    warmup: int = key(0, Whole(0), "updates over which the rate climbs to lr")
+    hold: float = key(0.0, Real(0, 1, below=True), "cosine, linear: share of the run at full rate before the decay")
+    final_lr: float = key(0.0, Real(0, 1), "cosine, linear: factor that lr ends at")
+    decay_every: int = key(1, Whole(1), "step: epochs between decays")
+    decay_factor: float = key(1.0, Real(0, 1, above=True), "step: factor of a decay")
+    grad_clip_norm: Any = key(None, Maybe(_POSITIVE), "bound on the gradient norm of each net")
+    grad_clip_value: Any = key(None, Maybe(_POSITIVE), "bound on every gradient entry")
+    grad_rescale_max: Any = key(None, Maybe(_POSITIVE), "each tensor's gradient is scaled so that max |g| <= this")
+    per_layer_divide: bool = key(False, Flag(), "divide each layer's gradient by the area of its output map")
+
+
+@dataclasses.dataclass(frozen=True)
+class StabiliseConfig:
+    """`[stabilise]`: what keeps a young energy from running away. Everything here is off at its default."""
+
+    data_noise: float = key(0.0, _NOT_NEGATIVE, "std of noise added to observed images, in value_range units")
+    energy_l2: float = key(0.0, _NOT_NEGATIVE, "weight of mean E(observed)² + mean E(synthesised)² in the loss")
+    ema: float = key(0.0, Real(0, 1, below=True), "decay of the averaged weights, used when sampling; 0: off")
+    noise_anneal: float = key(1.0, Real(0, 1), "factor that chain and data noise reach, linearly, at the last step")
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """A whole run. Every key has a default, a kind that checks it, and a line of help (`describe_keys`)."""
+
+    name: str = key("custom", Text(), "name of the preset or configuration")
+    description: str = key("", Text(), "one line on what it is")
+    method: str = key("multigrid", Choice(("multigrid",)), "update rule")
+    data: str = key("digits", Text(), "built-in set, path, or torchvision name")
+    classes: tuple = key((), Many(Text()), "names of the classes to learn; empty: all")
+    channels: int = key(1, Whole(1), "1 grey, 3 colour")
+    sizes: tuple = key((1, 2, 4, 8), Many(Whole(1)), "the grids, coarse to fine; the first has no net")
+    width: float = key(1.0, _POSITIVE, "multiplies hidden channels")
+    variant: str = key("compact", Choice(("A", "B", "compact")), "family of nets")
+    norm: str = key("none", Choice(("batch", "none")), "normalisation of the nets")
+    activation: Any = key(
+        None, Maybe(Choice(("leaky_relu", "relu", "silu", "elu", "none"))), "of the nets; left out: the variant's own"
+    )
+    spectral_norm: bool = key(False, Flag(), "spectral normalisation of every weight")
+    value_range: tuple = key((-1.0, 1.0), Many(Real(), 2), "what pixel values 0 and 255 become")
+    steps: int = key(1000, Whole(0), "parameter updates")
+    seed: int = key(0, Whole(0, 2**64 - 1), "of everything that is drawn")
+    batch_size: int = key(64, Whole(1), "observed images and chains an update")
+    checkpoint_every: int = key(250, Whole(0), "updates between checkpoints; 0: only the last")
+    sample_every: int = key(250, Whole(0), "updates between sample pictures; 0: only the last")
+    log_every: int = key(10, Whole(1), "updates between lines of metrics")
+    keep_checkpoints: int = key(3, Whole(1), "newest checkpoints kept")
+    flips: bool = key(False, Flag(), "mirror half of the observed images, left to right")
+    precision: str = key("auto", Choice(("auto", "fp32")), "of the gradient inside chains")
+    langevin: LangevinConfig = dataclasses.field(default_factory=lambda: LangevinConfig(drift=1.0, noise_std=0.03))
+    optimiser: OptimiserConfig = dataclasses.field(default_factory=OptimiserConfig)
+    stabilise: StabiliseConfig = dataclasses.field(default_factory=StabiliseConfig)
+
+    def dynamics(self, noise_factor: float = 1.0) -> tuple[Langevin, ...]:
+        """The chain of each net, its noise multiplied by `noise_factor`. ConfigError where the numbers do not fit."""
+        section, chains = self.langevin, []
+        for index in range(len(self.sizes) - 1):
+            fields = {f.name: pick(getattr(section, f.name), index) for f in dataclasses.fields(section)}
+            fields["clamp"] = self.value_range if section.clamp else None
+            if noise_factor != 1.0:
+                name = "noise_std" if fields["noise_std"] is not None else "noise_scale"
+                fields[name] *= noise_factor
+            try:
+                chains.append(Langevin(**fields))
+            except (TypeError, ValueError) as error:
+                reason = str(error).removeprefix("Langevin: ")
+                raise ConfigError(f"langevin: {reason} (a key is cleared by --set langevin.KEY=none)") from None
+        return tuple(chains)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain TOML types; keys that hold none are left out."""
+        return _plain(dataclasses.asdict(self))
+
+    def to_toml(self) -> str:
+        import tomli_w
+
+        return tomli_w.dumps(self.to_dict())
+
+
+_SECTIONS: dict[str, type] = {"langevin": LangevinConfig, "optimiser": OptimiserConfig, "stabilise": StabiliseConfig}
+
+
+def from_dict(values: Mapping[str, Any], where: str = "config") -> TrainConfig:
+    """A checked configuration; every key left out keeps its default. ConfigError names the key and what it must be.
+
+    A `[langevin]` table starts from no form at all, so that it gives exactly one; without the table it is
+    `LangevinConfig(drift=1.0, noise_std=0.03)`.
+    """
+    read: dict[str, Any] = {}
+    for name, value in values.items():
+        section = _SECTIONS.get(name)
+        if section is None:
+            read[name] = _read(_kind(name, where), name, value, where)
+            continue
+        if not isinstance(value, Mapping):
+            raise ConfigError(
+                f"{where}: {name} must be a table of keys such as {name}.{_first(section)}, got {value!r}"
+            )
+        entries = {k: _read(_kind(f"{name}.{k}", where), f"{name}.{k}", v, where) for k, v in value.items()}
+        read[name] = section(**entries)
+    config = TrainConfig(**read)
+    try:
+        _check_together(config)
+    except ConfigError as error:
+        raise ConfigError(f"{where}: {error}") from None
+    return config
+
+
+def load_config(name_or_path: str | Path) -> TrainConfig:
+    """A preset by its name, or a TOML file by its path. ConfigError for anything else, with the nearest name."""
+    text = str(name_or_path)
+    if text in preset_names():
+        return load_preset(text)
+    path = Path(name_or_path)
+    if path.is_file():
+        return _load_file(path, str(path))
+    if path.suffix == ".toml" or "/" in text:
+        reason = "a folder" if path.is_dir() else "no such file"
+        raise ConfigError(f"config: must be a preset or a TOML file, got {text!r} ({reason})")
+    names = preset_names()
+    raise ConfigError(f"preset: must be one of {', '.join(names)}, or a TOML file, got {text!r}{suggest(text, names)}")
+
+
+def load_preset(name: str) -> TrainConfig:
+    """A preset that comes with the package."""
+    names = preset_names()
+    if name not in names:
+        raise ConfigError(f"preset: must be one of {', '.join(names)}, got {name!r}{suggest(name, names)}")
+    return _load_file(PRESETS / f"{name}.toml", f"preset {name}")
+
+
+def preset_names() -> list[str]:
+    """The presets that come with the package, the default first."""
+    return sorted((path.stem for path in PRESETS.glob("*.toml")), key=lambda name: (name != "digits", name))
+
+
+def apply_overrides(config: TrainConfig, overrides: Iterable[str]) -> TrainConfig:
+    """`config` with `key=value` assignments: TOML values, bare words as strings, `none` to clear an optional key.
+
+    Lists may leave out their brackets (`sizes=1,2,4`), and a list of strings may be one word (`classes=automobile`).
+    `langevin.step_size` replaces a decoupled form, and `langevin.drift` a coupled one.
+    """
+    values, given = config.to_dict(), set()
+    for override in overrides:
+        name, equals, text = override.partition("=")
+        name = name.strip()
+        if not equals or not name:
+            raise ConfigError(f"--set: must be key=value, got {override!r}")
+        kind = _kind(name, "--set")
+        section, _, leaf = name.rpartition(".")
+        target = values.setdefault(section, {}) if section else values
+        value = _read(kind, name, _value(text.strip(), kind), "--set")
+        target[leaf] = value
+        given |= {name} if value is not None else set()
+    return from_dict(_one_form(values, given), "--set")
+
+
+def merge(config: TrainConfig, changes: Mapping[str, Any]) -> TrainConfig:
+    """`config` with the given keys replaced; a section takes a mapping of its own keys. The Python form of --set."""
+    values, given = config.to_dict(), set()
+    for name, value in changes.items():
+        if isinstance(value, Mapping) and name in _SECTIONS:
+            values[name] = {**values.get(name, {}), **value}
+            given |= {f"{name}.{leaf}" for leaf, entry in value.items() if entry is not None}
+        else:
+            _kind(name, "config")
+            values[name] = value
+    return from_dict(_one_form(values, given), "config")
+
+
+def _one_form(values: dict[str, Any], given: set[str]) -> dict[str, Any]:
+    """`values` without the form of the chain that a newly given one replaces, and without keys that hold none."""
+    forms = {"step_size": ("drift", "noise_std"), "drift": ("step_size", "noise_scale")}
+    for name, replaced in forms.items():
+        if f"langevin.{name}" in given:
+            for other in replaced:
+                if f"langevin.{other}" not in given:
+                    values["langevin"].pop(other, None)
+    return {
+        name: {k: v for k, v in value.items() if v is not None} if isinstance(value, dict) else value
+        for name, value in values.items()
+        if value is not None
+    }
+
+
+def describe_keys() -> list[tuple[str, str, Any, str]]:
+    """(key, what it may hold, default, help) of every key, for documentation and `--help`."""
+    return [
+        (name, field.metadata["kind"].expected, field.default, field.metadata["doc"])
+        for name, (_, field) in _FIELDS.items()
+    ]
+
+
+def _fields() -> dict[str, tuple[type, dataclasses.Field]]:
+    found: dict[str, tuple[type, dataclasses.Field]] = {}
+    for field in dataclasses.fields(TrainConfig):
+        if field.name in _SECTIONS:
+            section = _SECTIONS[field.name]
+            found.update({f"{field.name}.{leaf.name}": (section, leaf) for leaf in dataclasses.fields(section)})
+        else:
+            found[field.name] = (TrainConfig, field)
+    return found
+
+
+_FIELDS = _fields()
+
+
+def _first(section: type) -> str:
+    return dataclasses.fields(section)[0].name
+
+
+def _kind(name: str, where: str) -> Kind:
+    if name in _SECTIONS:
+        raise ConfigError(
+            f"{where}: {name} is a table of keys, set one of them, such as {name}.{_first(_SECTIONS[name])}"
+        )
+    if name not in _FIELDS:
+        raise ConfigError(f"{where}: unknown key {name!r}{nearest(name, list(_FIELDS))}")
+    return _FIELDS[name][1].metadata["kind"]
+
+
+def _read(kind: Kind, name: str, value: Any, where: str) -> Any:
+    try:
+        return kind.read(value)
+    except ValueError as error:
+        raise ConfigError(f"{where}: {name} must be {kind.expected}, got {value!r}{error}") from None
+
+
+def _value(text: str, kind: Kind) -> Any:
+    """The TOML value of a command-line word. A bare word is a string, `1,2,4` a list."""
+    inner = kind.kind if isinstance(kind, Maybe) else kind
+    if isinstance(inner, Text):
+        return text[1:-1] if len(text) > 1 and text[0] == text[-1] and text[0] in "\"'" else text
+    for candidate in (text, f"[{text}]") if isinstance(inner, (Many, PerGrid)) else (text,):
+        try:
+            parsed = tomllib.loads(f"value = {candidate}")
+        except tomllib.TOMLDecodeError:
+            continue
+        if list(parsed) == ["value"]:
+            return parsed["value"]
+    if isinstance(inner, Many) and isinstance(inner.kind, Text):
+        return [word.strip() for word in text.strip("[]").split(",") if word.strip()]
+    return text
+
+
+def _check_together(config: TrainConfig) -> None:
+    """What no key can say alone."""
+    sizes = config.sizes
+    if len(sizes) < 2 or sizes[0] != 1:
+        raise ConfigError(f"sizes must start at 1 and hold at least one more size, got {list(sizes)}")
+    for coarse, fine in zip(sizes, sizes[1:], strict=False):
+        if fine <= coarse or fine % coarse:
+            raise ConfigError(
+                f"sizes must grow, each dividing the next, as in [1, 4, 16, 64], got {list(sizes)} "
+                f"({coarse} does not divide {fine})"
+            )
+    low, high = config.value_range
+    if not low < high:
+        raise ConfigError(f"value_range must be [low, high] with low < high, got {list(config.value_range)}")
+    for name, (owner, field) in _FIELDS.items():
+        section = config if owner is TrainConfig else getattr(config, name.partition(".")[0])
+        value, kind = getattr(section, field.name), field.metadata["kind"]
+        kind = kind.kind if isinstance(kind, Maybe) else kind
+        if isinstance(kind, PerGrid) and isinstance(value, tuple) and len(value) != len(sizes) - 1:
+            raise ConfigError(
+                f"{name} must be one value, or a list of {len(sizes) - 1} for the nets of sizes "
+                f"{list(sizes[1:])}, got {len(value)} values"
+            )
+    config.dynamics()
+
+
+def _load_file(path: Path, where: str) -> TrainConfig:
+    try:
+        values = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{where}: must be a TOML file, got a syntax error: {error}") from None
+    return from_dict(values, where)
+
+
+def _plain(values: Any) -> Any:
+    if isinstance(values, dict):
+        return {name: _plain(value) for name, value in values.items() if value is not None}
+    return [_plain(value) for value in values] if isinstance(values, (list, tuple)) else values

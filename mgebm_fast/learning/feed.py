@@ -1,0 +1,47 @@
+"""The order that images are shown in: a function of (seed, update), so that a resumed run sees what it would have."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .. import noise, ops
+from ..data import ImageData
+
+
+class Batches:
+    """Batch `iteration` takes places iteration·B … iteration·B + B − 1 of the epochs' shuffles, laid end to end.
+
+    Epoch e is `noise.permutation(n, seed, step=e)`. No image is left out of an epoch, and a set smaller than a batch
+    still fills it. With `flips` a bit of the AUGMENTATION stream mirrors each image along its last dimension.
+    """
+
+    def __init__(self, data: ImageData, batch_size: int, *, seed: int, flips: bool = False) -> None:
+        self.data, self.batch_size, self.seed, self.flips = data, batch_size, seed, flips
+        self._orders: dict[int, Tensor] = {}
+
+    def indices(self, iteration: int) -> Tensor:  # (B,) int64
+        """Which images batch `iteration` holds."""
+        n, place, parts, left = len(self.data), iteration * self.batch_size, [], self.batch_size
+        while left:
+            epoch, offset = divmod(place, n)
+            part = self._order(epoch)[offset : offset + left]
+            parts.append(part)
+            place, left = place + len(part), left - len(part)
+        return torch.cat(parts)
+
+    def batch(self, iteration: int) -> Tensor:  # (B, C, S, S) uint8, on the CPU
+        """The images of batch `iteration`."""
+        images = self.data.batch(self.indices(iteration))
+        if self.flips:
+            where = noise.stream(noise.Purpose.AUGMENTATION)
+            draw = ops.noise((len(images), 1), seed=self.seed, step=iteration, stream=where, distribution="uniform")
+            images = torch.where(draw.reshape(-1, *[1] * (images.dim() - 1)) > 0.5, images.flip(-1), images)
+        return images
+
+    def _order(self, epoch: int) -> Tensor:
+        if epoch not in self._orders:
+            where = noise.stream(noise.Purpose.DATA_ORDER)
+            order = noise.permutation(len(self.data), seed=self.seed, step=epoch, stream=where)
+            self._orders = {epoch: order}
+        return self._orders[epoch]

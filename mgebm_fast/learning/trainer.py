@@ -1,0 +1,188 @@
+"""MultiGridTrainer: the multi-grid update in the training loop, as one object."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from torch import Tensor
+
+from ..data import ImageData, load
+from ..sampling import MultiGrid
+from .config import TrainConfig, merge
+from .feed import Batches
+from .loop import Loop, Outcome, check_new
+from .multigrid import MultiGridRule, build_model, describe_model
+from .run import load_data
+
+# Where a model and a configuration are both given, these must agree.
+_SHARED = ("sizes", "channels", "norm", "value_range")
+_COLOURS_KEPT = 65536
+
+
+class MultiGridTrainer:
+    """Trains a multi-grid model.
+
+        trainer = mg.MultiGridTrainer(model, images, steps=2000, optimiser={"lr": 1e-3}, out="runs/mine")
+        trainer.fit()
+
+    Args:
+        model: the model to train, in place; None builds the one that `config` describes.
+        data: an `ImageData`, or anything `mgebm_fast.data.load` takes; None reads `config.data`.
+        config: a `TrainConfig`; None takes the model's own architecture and chains, and defaults for the rest.
+            Where both are given, the chains are the configuration's.
+        out: the run's folder; None keeps nothing on disk.
+        device: default: the model's, or for a model built here a GPU where there is one.
+        console: a rich Console for progress; None is silent.
+        resume_command: what the message after Ctrl-C tells the user to type.
+        overrides: keys of `TrainConfig` to change; sections take a dict.
+
+    Raises ValueError where model, configuration and data do not fit each other.
+    """
+
+    def __init__(
+        self,
+        model: MultiGrid | None,
+        data: Any = None,
+        config: TrainConfig | None = None,
+        *,
+        out: str | Path | None = None,
+        device: torch.device | str | None = None,
+        console: Console | None = None,
+        resume_command: str | None = None,
+        **overrides: Any,
+    ) -> None:
+        if config is None:
+            config = merge(TrainConfig(), {} if model is None else describe_model(model))
+        config = merge(config, overrides)
+        built = model is None
+        if model is None:
+            model = build_model(config)
+        _check_fit(model, config)
+        if built and device is None:
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+        self.model = model if device is None else model.to(device)
+        self.config = config
+        self.data = _images(data, config)
+        self.model.batch_size = config.batch_size
+        self.model.set_colours(self._colours())
+        self.rule = MultiGridRule(self.model, config, images=len(self.data))
+        batches = Batches(self.data, config.batch_size, seed=config.seed, flips=config.flips)
+        folder = None if out is None else Path(out)
+        self._loop = Loop(self.rule, batches, config, out=folder, console=console, resume_command=resume_command)
+
+    @property
+    def iteration(self) -> int:
+        """Updates made so far."""
+        return self._loop.iteration
+
+    @property
+    def out(self) -> Path | None:
+        return self._loop.out
+
+    def fit(self, steps: int | None = None) -> Outcome:
+        """Train until `steps` updates have been made in the life of the run (default: `config.steps`).
+
+        The first SIGINT or SIGTERM ends it after the update in hand, with a checkpoint; the second aborts. Schedules
+        run over `config.steps`, so that stopping early and going on later changes nothing.
+
+        Raises FileExistsError: `out` holds something and the run was not resumed. DivergenceError: a number became
+        non-finite; that update is not applied. OSError: the disk is full; earlier checkpoints are whole.
+        """
+        stop = self.config.steps if steps is None else steps
+        if isinstance(stop, bool) or not isinstance(stop, int) or stop < 0:
+            raise ValueError(f"fit: steps must be an int >= 0 or None, got {steps!r}")
+        return self._loop.run(stop)
+
+    def step(self, batch: Tensor) -> dict[str, float]:  # (N, C, S, S) uint8, or float32 in value_range units
+        """One update from a batch of the caller's; the numbers that a record of the metrics holds.
+
+        Raises ValueError or TypeError for a batch of another shape, dtype or with non-finite pixels.
+        """
+        size, channels = self.model.sizes[-1], self.model.channels
+        if not isinstance(batch, Tensor) or batch.dtype not in (torch.uint8, torch.float32):
+            got = batch.dtype if isinstance(batch, Tensor) else type(batch).__name__
+            raise TypeError(f"step: batch must be a uint8 or float32 tensor, got {got}")
+        if batch.dim() != 4 or batch.shape[0] == 0 or tuple(batch.shape[1:]) != (channels, size, size):
+            raise ValueError(f"step: batch must have shape (N, {channels}, {size}, {size}), got {tuple(batch.shape)}")
+        if batch.is_floating_point() and not bool(torch.isfinite(batch).all()):
+            raise ValueError("step: batch must be finite, got NaN or infinite pixels")
+        metrics = self.rule.update(batch, self._loop.iteration, detail=True)
+        self._loop.iteration += 1
+        return metrics
+
+    def save(self, path: str | Path) -> Path:
+        """A checkpoint folder at `path`, whole or not at all: weights, averages, optimiser state, updates made."""
+        return self._loop.save(Path(path))
+
+    def resume(self, path: str | Path | None = None) -> int:
+        """Go on from a checkpoint folder, or from the newest good checkpoint of a run's folder (default: `out`).
+
+        Returns the updates made so far. What follows equals, bit for bit, a run that was never interrupted. Raises
+        ConfigError where a key that states depend on has changed, CheckpointError where nothing can be read.
+        """
+        source = self._loop.out if path is None else Path(path)
+        if source is None:
+            raise ValueError("resume: path must be given where the trainer has no out folder, got None")
+        return self._loop.resume(source)
+
+    def _colours(self) -> Tensor:
+        """The 1×1 images of the data in the model's units; of a very large set, evenly spread ones."""
+        colours = self.data.colours()
+        if len(colours) > _COLOURS_KEPT:
+            colours = colours[torch.arange(_COLOURS_KEPT) * len(colours) // _COLOURS_KEPT]
+        return self.model.from_uint8(colours)
+
+
+def train(
+    config: TrainConfig,
+    *,
+    out: str | Path,
+    data: Any = None,
+    resume: bool = False,
+    strict: bool = False,
+    device: torch.device | str | None = None,
+    console: Console | None = None,
+    resume_command: str | None = None,
+) -> Outcome:
+    """What `mgebm train` does: check the folder, read the data, build the model, and fit or go on.
+
+    `data` replaces what `config.data` names; `strict` refuses data with an image that cannot be read.
+    """
+    if not resume:
+        check_new(Path(out))
+    if not isinstance(data, ImageData):
+        data = load_data(config, source=data, strict=strict)
+    trainer = MultiGridTrainer(
+        None, data, config, out=out, device=device, console=console, resume_command=resume_command
+    )
+    if resume:
+        trainer.resume()
+    return trainer.fit()
+
+
+def _check_fit(model: MultiGrid, config: TrainConfig) -> None:
+    for name in _SHARED:
+        ours, theirs = getattr(config, name), getattr(model, name)
+        if ours != theirs and not (name == "norm" and theirs == "frozen"):
+            raise ValueError(f"MultiGridTrainer: config.{name} must be the model's, {theirs!r}, got {ours!r}")
+
+
+def _images(data: Any, config: TrainConfig) -> ImageData:
+    if not isinstance(data, ImageData):
+        if data is None:
+            data = load_data(config)
+        else:
+            data = load(
+                data, size=config.sizes[-1], channels=config.channels, classes=list(config.classes) or None, split="all"
+            )
+    if len(data) == 0:
+        raise ValueError("MultiGridTrainer: data must hold at least one image, got none")
+    if data.size != config.sizes[-1] or data.channels != config.channels:
+        raise ValueError(
+            f"MultiGridTrainer: data must be {config.channels} x {config.sizes[-1]} x {config.sizes[-1]}, as the "
+            f"model's finest grid, got {data.channels} x {data.size} x {data.size}"
+        )
+    return data
