@@ -142,7 +142,7 @@ def _write_npy(out: Path, images: dict[int, np.ndarray]) -> None:
 
 
 def _write_folder(out: Path, images: dict[int, np.ndarray]) -> None:
-    """One PNG a sample, made in a folder beside `out` that is renamed; in a folder with content samples are replaced."""
+    """One PNG a sample, made in a folder beside `out` and renamed; in a folder with content, samples are replaced."""
     import os
     import shutil
     import tempfile
