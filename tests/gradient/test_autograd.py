@@ -1,0 +1,112 @@
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from mgebm_fast.gradient import PRECISIONS, energy_gradient, frozen_parameters, plan
+from mgebm_fast.nets import multigrid_net
+
+
+def images(n, channels, size, seed=0):
+    return 255 * torch.rand(n, channels, size, size, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize(
+    "size, variant, norm, width",
+    [(4, "B", "batch", 1.0), (4, "B", "none", 1.0), (16, "B", "batch", 0.25), (64, "A", "none", 0.25)]
+    + [(64, "B", "batch", 0.25), (24, "compact", "none", 1.0)],
+)
+def test_gradient_of_the_published_nets_against_float64(size, variant, norm, width):
+    net = multigrid_net(size, width=width, norm=norm, variant=variant, activation="silu")
+    x = images(4, 3, size)
+    exact_x = x.double().requires_grad_()
+    (exact,) = torch.autograd.grad(copy.deepcopy(net).double()(exact_x).sum(), exact_x)
+    got = energy_gradient(net, x)
+    assert got.dtype == torch.float32
+    # Silu has no kink whose side float32 could get wrong, so float32 rounding is all the difference.
+    assert (got.double() - exact).norm() < 2e-5 * exact.norm()
+
+
+def test_gradient_of_a_net_with_kinks_is_near_float64():
+    net = multigrid_net(16, width=0.25)
+    x = images(4, 3, 16)
+    exact_x = x.double().requires_grad_()
+    (exact,) = torch.autograd.grad(copy.deepcopy(net).double()(exact_x).sum(), exact_x)
+    # One flipped sign of a pre-activation near zero moves the gradient by up to 4e-3.
+    assert (energy_gradient(net, x).double() - exact).norm() < 1e-2 * exact.norm()
+
+
+def test_any_callable_and_a_bound_method():
+    class Quadratic(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.scale = nn.Parameter(torch.tensor(2.0))
+
+        def energy(self, x):
+            assert not self.scale.requires_grad
+            return self.scale * x.square().flatten(1).sum(1)
+
+    model = Quadratic()
+    x = images(3, 1, 2)
+    torch.testing.assert_close(energy_gradient(model.energy, x), 4 * x)
+    torch.testing.assert_close(energy_gradient(lambda x: x.square().flatten(1).sum(1), x), 2 * x)
+    assert model.scale.requires_grad and model.scale.grad is None
+
+
+def test_parameters_are_frozen_inside_and_restored_even_by_an_exception():
+    net = multigrid_net(4)
+    fixed = net.head.bias.requires_grad_(False)
+    with pytest.raises(RuntimeError, match="stop"), frozen_parameters(net):
+        assert not any(p.requires_grad for p in net.parameters())
+        raise RuntimeError("stop")
+    assert not fixed.requires_grad
+    assert all(p.requires_grad for p in net.parameters() if p is not fixed)
+
+
+@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
+def test_works_where_gradients_are_switched_off(context):
+    x = images(3, 1, 2)
+    with context():
+        got = energy_gradient(lambda x: x.square().flatten(1).sum(1), x)
+    torch.testing.assert_close(got, 2 * x)
+    assert not x.requires_grad and not got.requires_grad
+
+
+def test_a_double_energy_of_a_float_image_gives_a_float_gradient():
+    got = energy_gradient(lambda x: x.double().square().flatten(1).sum(1), images(3, 1, 2))
+    assert got.dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    "energy, error, message",
+    [
+        (
+            lambda x: x.flatten(1).sum(1, keepdim=True),
+            ValueError,
+            r"must return shape \(4,\).*got \(4, 1\); flatten it",
+        ),
+        (lambda x: x.sum(), ValueError, r"got \(\); return one energy a sample"),
+        (lambda x: x, ValueError, r"got \(4, 1, 2, 2\)"),
+        (lambda x: x.flatten(1).sum(1)[:2], ValueError, r"got \(2,\)"),
+        (lambda x: x.flatten(1).sum(1).tolist(), TypeError, "must return a tensor, got list"),
+        (lambda x: x.flatten(1).sum(1).long(), TypeError, "must return floating-point values, got torch.int64"),
+        (lambda x: x.detach().flatten(1).sum(1), ValueError, "must be differentiable in x"),
+        (lambda x: torch.ones(4, requires_grad=True) * 2, ValueError, "must depend on x"),
+        (3.0, TypeError, "must be a module or a callable"),
+    ],
+)
+def test_what_is_no_energy_is_refused(energy, error, message):
+    with pytest.raises(error, match=message):
+        energy_gradient(energy, images(4, 1, 2))
+
+
+def test_unknown_precision_names_the_choices():
+    with pytest.raises(ValueError, match=r"precision must be one of auto, fp32, got 'fp23' \(did you mean 'fp32'\?\)"):
+        plan(lambda x: x, torch.zeros(1, 1), "fp23")
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_explain_names_plan_and_precision(precision):
+    text = plan(multigrid_net(4), torch.zeros(1, 3, 4, 4), precision).explain()
+    assert text.startswith("autograd, fp32, because") and "EnergyNet" in text
