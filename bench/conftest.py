@@ -1,0 +1,80 @@
+"""The table that ends a run of the benches, and its CSV.
+
+A bench checks its result against the reference first, then calls `report`. `--csv FILE` keeps the rows.
+"""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+
+import pytest
+import torch
+from timing import copy_bandwidth, device_name, interleaved
+
+DEVICES = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
+ROWS: list[dict] = []
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--csv", default=None, help="write the rows of the table to this CSV file")
+
+
+@pytest.fixture(params=DEVICES)
+def device(request) -> str:
+    return request.param
+
+
+@pytest.fixture
+def report(benchmark, device):
+    """report(op, case, moved, ours, **baselines): interleaved medians; `moved` is the op's bytes model."""
+
+    def run(op: str, case: str, moved: int, ours, **baselines) -> None:
+        seconds = interleaved({"ours": ours, **baselines}, device)
+
+        def once():
+            ours()
+            if device == "cuda":
+                torch.cuda.synchronize()
+
+        benchmark.pedantic(once, rounds=5, warmup_rounds=1)
+        rate = moved / seconds["ours"]
+        row = {
+            "op": op,
+            "case": case,
+            "device": device_name(device),
+            "ours_us": round(seconds["ours"] * 1e6, 2),
+            "bytes": moved,
+            "gb_per_s": round(rate / 1e9, 2),
+            "percent_of_copy": round(100 * rate / copy_bandwidth(device), 1),
+            "torch": torch.__version__,
+        }
+        benchmark.extra_info.update(row)
+        for name in baselines:
+            ROWS.append({**row, "baseline": name, "baseline_us": round(seconds[name] * 1e6, 2),
+                         "ratio": round(seconds[name] / seconds["ours"], 2)})  # fmt: skip
+
+    return run
+
+
+def pytest_terminal_summary(terminalreporter, config) -> None:
+    if not ROWS:
+        return
+    terminalreporter.section("ops: medians of interleaved runs, results checked first")
+    for device in DEVICES:
+        rows = [row for row in ROWS if row["device"] == device_name(device)]
+        if rows:
+            terminalreporter.write_line(f"{device_name(device)}: copy {copy_bandwidth(device) / 1e9:.1f} GB/s")
+        for row in rows:
+            terminalreporter.write_line(
+                f"  {row['op']:15} {row['case']:42} {row['ours_us']:10.1f} us  {row['gb_per_s']:8.2f} GB/s "
+                f"({row['percent_of_copy']:5.1f} % of copy)  {row['ratio']:6.2f}x {row['baseline']}"
+            )
+    path = config.getoption("--csv")
+    if path:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        with open(path, "w", newline="") as file:
+            writer = csv.DictWriter(file, fieldnames=list(ROWS[0]))
+            writer.writeheader()
+            writer.writerows(ROWS)
+        terminalreporter.write_line(f"wrote {path}")
