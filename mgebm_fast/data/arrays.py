@@ -40,11 +40,11 @@ def open_npz(path: Path, size: int, channels: int) -> Collection:
             found = ", ".join(keys) or "nothing"
             raise DataError(f"load: {path} must hold its images under {' or '.join(_IMAGE_KEYS)}, got {found}")
         images = _member(archive, image_key, path)
-        labels, names = (
+        labels, stated = (
             next((_member(archive, key, path) for key in choice if key in keys), None)
             for choice in (_LABEL_KEYS, _NAME_KEYS)
         )
-    names = None if names is None else [str(name) for name in names.reshape(-1)]
+    names = None if stated is None else [str(name) for name in stated.reshape(-1)]
     return _with_file(array_collection(images, path.name, size, channels, labels=labels, class_names=names), path)
 
 
@@ -74,7 +74,8 @@ def array_collection(
     if have != channels and (have, channels) not in ((1, 3), (3, 1)):
         raise DataError(f"load: {name} has {have} channels, which cannot become channels={channels}")
     scale = pixel_scale(array, name)
-    numbered, names = None, ()
+    numbered: np.ndarray | None = None
+    names: tuple[str, ...] = ()
     if labels is not None:
         raw, _ = as_array(labels)
         if raw.shape != array.shape[:1]:
@@ -149,7 +150,8 @@ def to_uint8(pixels: np.ndarray, scale: float) -> np.ndarray:
 
 def _range(array: np.ndarray) -> tuple[float, float, int, tuple[int, ...]]:
     """Smallest and largest value, number of non-finite ones and the index of the first; a bounded part at a time."""
-    low, high, bad, first_bad = np.inf, -np.inf, 0, ()
+    low, high, bad = np.inf, -np.inf, 0
+    first_bad: tuple[int, ...] = ()
     step = max(1, CHUNK_BYTES // array[0].nbytes)
     for i in range(0, len(array), step):
         part = np.asarray(array[i : i + step])

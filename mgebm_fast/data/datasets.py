@@ -93,6 +93,7 @@ def torchvision_collection(
 
 def _parts(make: Any, parameters: Any, options: dict[str, Any], name: str, folder: Path) -> list[Any]:
     """[train, held out], or [everything]."""
+    choices: list[list[dict[str, Any]]]
     if "train" in parameters:
         choices = [[{"train": True}], [{"train": False}]]
     elif "split" in parameters:

@@ -179,7 +179,9 @@ def _collection(path: Path, listing: Listing, read: Reader, size: int, channels:
         refused = f"; {len(skipped)} refused, the first {skipped[0][0]}: {skipped[0][1]}" if skipped else ""
         raise DataError(f"load: no images in the {kind} {path} (looked for {' '.join(EXTENSIONS)}){refused}")
     parents = [entry.path.rsplit("/", 2)[-2] if "/" in entry.path else "" for entry in entries]
-    labels, names, why = None, (), ""
+    labels: np.ndarray | None = None
+    names: tuple[str, ...] = ()
+    why = ""
     if all(parents):
         order = sorted(set(parents), key=natural)
         place = {name: i for i, name in enumerate(order)}
