@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -36,38 +36,21 @@ def evaluate(
 
     use_threads(threads)
     from ..evaluation import evaluate as measure
+    from ..evaluation import format_report
     from ..sampling import MultiGrid
 
-    chosen = find_device(device)
     file, config = open_run(run)
-    model = MultiGrid.load(file, device=chosen)
+    model = MultiGrid.load(file, device=find_device(device))
     if config is None and data is None:
         raise ValueError(f"--data: must be given, {run} is no run folder and does not say what it was trained on")
     source = data or config.data
     classes = config.classes if config is not None and data in (None, config.data) else ()
     size, channels = model.sizes[-1], model.channels
     train, held_out = (load_images(source, size, channels, classes, split=split) for split in ("train", "held_out"))
-    result = measure(model, train, held_out, num=num, seed=seed, device=chosen)
-    typer.echo(json_module.dumps(result, allow_nan=False) if json else _table(result))
+    result = measure(model, train, held_out, num=num, seed=seed)
+    if json:
+        typer.echo(json_module.dumps(result, allow_nan=False, ensure_ascii=False))
+        return
+    from rich.console import Console
 
-
-def _table(result: dict[str, Any]) -> str:
-    """The measures beside their `*_real` twins, then the share of every class."""
-    rows = [("", "samples", "real")]
-    lines = []
-    for name, value in result.items():
-        if name.endswith("_real") and name.removesuffix("_real") in result:
-            continue
-        twin = result.get(f"{name}_real")
-        if isinstance(value, dict):
-            rows += [(f"{name}: {k}", _number(share), _number((twin or {}).get(k))) for k, share in value.items()]
-        elif twin is not None:
-            rows.append((name, _number(value), _number(twin)))
-        else:
-            lines.append(f"{name}: {value}")
-    width = max(len(row[0]) for row in rows)
-    return "\n".join([*lines, *(f"{name:<{width}}  {a:>10}  {b:>10}" for name, a, b in rows)])
-
-
-def _number(value: Any) -> str:
-    return "" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
+    Console().print(format_report(result))
