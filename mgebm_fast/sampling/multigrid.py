@@ -14,7 +14,7 @@ from .. import noise
 from ..errors import CheckpointError
 from ..nets import EnergyNet, multigrid_net
 from . import storage
-from .cascade import GridCallback, cascade, check_sizes
+from .cascade import GridCallback, cascade, check_known, check_sizes
 from .langevin import Langevin
 
 DEFAULT_GROUP = 100
@@ -187,17 +187,19 @@ class MultiGrid(nn.Module):
         if isinstance(group, bool) or not isinstance(group, int) or group < 1:
             raise ValueError(f"sample: batch_size must be a positive int or None, got {batch_size!r}")
         noise.check_seed(seed, "sample")
+        finest = (n, self.channels, self.sizes[-1], self.sizes[-1])
+        held = check_known(known, mask, finest, self.colours.device, "sample")
         groups = []
         for begin in range(0, n, group):
             wanted = min(group, n - begin)
             size = group if self.norm == "batch" else wanted
-            ids = range(begin, begin + size)
+            rows = [min(i, n - 1) for i in range(begin, begin + size)]
             results = self.cascade(
                 self.draw_colours(size, seed=seed, first_sample=first_sample + begin),
                 seed=seed,
                 first_sample=first_sample + begin,
-                mask=_rows(mask, ids, n),
-                known=_rows(known, ids, n),
+                mask=None if held is None else held[1][rows],
+                known=None if held is None else held[0][rows],
                 callback=callback,
                 precision=precision,
                 backend=backend,
@@ -324,10 +326,3 @@ class MultiGrid(nn.Module):
                 raise CheckpointError(f"{where}: tensor {name!r} must be {wanted}, got {got} {state[name].dtype}")
         self.colours = state["colours"].to(self.colours.device, copy=True)
         self.load_state_dict(state)
-
-
-def _rows(values: Tensor | None, ids: range, n: int) -> Tensor | None:
-    """The entries of samples `ids` where `values` has one entry a sample, beyond the last its last; else `values`."""
-    if values is None or values.dim() < 4 or len(values) != n or n == 1:
-        return values
-    return values[[min(i, n - 1) for i in ids]]

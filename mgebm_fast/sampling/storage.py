@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,6 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from ..errors import CheckpointError
+from ..files import write_bytes
 
 FORMAT = "mgebm_fast.MultiGrid"
 VERSION = "1"
@@ -21,32 +20,14 @@ MODEL_FILE = "model.safetensors"
 
 
 def write(path: str | os.PathLike, tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> None:
-    """Write tensors and config to `path`, whole or not at all: a temporary file beside it is renamed over it."""
+    """Write tensors and config to `path`, whole or not at all."""
     from safetensors.torch import save
 
     data = save(
         {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()},
         metadata={"format": FORMAT, "version": VERSION, "config": json.dumps(config)},
     )
-    path = Path(path)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o666 & ~_umask())
-        os.replace(temporary, path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            os.unlink(temporary)
-        raise
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+    write_bytes(path, data)
 
 
 def read(path: str | os.PathLike) -> tuple[dict[str, Any], dict[str, Tensor]]:

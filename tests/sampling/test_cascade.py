@@ -1,0 +1,173 @@
+import pytest
+import torch
+
+from mgebm_fast import noise, ops
+from mgebm_fast.errors import DivergenceError
+from mgebm_fast.sampling import Langevin, MultiGrid
+from mgebm_fast.sampling.cascade import updated_cells
+
+LADDERS = [((1, 2, 4, 8), 1), ((1, 4, 8, 32), 2), ((1, 3, 6, 12, 24), 3), ((1, 5), 4)]
+
+
+def model(sizes=(1, 2, 4, 8), channels=1, norm="none", **more):
+    dynamics = more.pop("langevin", Langevin(2, drift=0.5, noise_std=0.1, clamp=(-1.0, 1.0)))
+    return MultiGrid(
+        sizes, channels=channels, norm=norm, variant="compact", width=0.25, value_range=(-1.0, 1.0), langevin=dynamics,
+        **more,
+    )  # fmt: skip
+
+
+def starts(n, channels=1, seed=0):
+    return 2 * torch.rand(n, channels, 1, 1, generator=torch.Generator().manual_seed(seed)) - 1
+
+
+@pytest.mark.parametrize("sizes, channels", LADDERS)
+def test_any_ladder_and_any_channel_count(sizes, channels):
+    grids = model(sizes, channels).cascade(starts(3, channels), seed=1)
+    assert [tuple(x.shape) for x in grids] == [(3, channels, s, s) for s in sizes]
+    assert all(float(x.abs().max()) <= 1.0 for x in grids)
+
+
+@pytest.mark.parametrize("sizes, channels", LADDERS[:3])
+def test_each_grid_is_a_chain_from_the_replicated_one_before(sizes, channels):
+    m = model(sizes, channels)
+    grids = m.cascade(starts(3, channels), seed=7, first_sample=5, first_step=11, purpose=noise.Purpose.TRAINING_CHAIN)
+    assert torch.equal(grids[0], starts(3, channels))
+    for i in range(1, len(sizes)):
+        x = ops.upsample(grids[i - 1], sizes[i] // sizes[i - 1], backend="reference")
+        where = noise.stream(noise.Purpose.TRAINING_CHAIN, i)
+        expected = m.langevin[i - 1](m.nets[i - 1], x, seed=7, first_sample=5, first_step=11, stream=where)
+        assert torch.equal(grids[i], expected)
+
+
+def test_no_counter_is_used_twice_between_grids_steps_and_purposes(monkeypatch):
+    """Energies of zero and no clamp: what a grid adds is the sum of its steps' noise, as the noise op gives it."""
+    m = model((1, 2, 4), langevin=[Langevin(2, drift=1.0, noise_std=1.0), Langevin(3, drift=1.0, noise_std=1.0)])
+    with torch.no_grad():
+        for net in m.nets:
+            net.head.weight.zero_()
+    used = set()
+    for purpose, first in ((noise.Purpose.SAMPLING, (0, 0)), (noise.Purpose.TRAINING_CHAIN, (20, 30))):
+        grids = m.cascade(starts(4), seed=3, purpose=purpose, first_step=first)
+        for i, steps in ((1, 2), (2, 3)):
+            added = grids[i] - ops.upsample(grids[i - 1], 2)
+            total = torch.zeros_like(added)
+            for step in range(first[i - 1], first[i - 1] + steps):
+                where = noise.stream(purpose, i)
+                assert (where, step) not in used
+                used.add((where, step))
+                total += ops.noise(added.shape, seed=3, step=step, stream=where)
+            torch.testing.assert_close(added, total, rtol=0, atol=1e-5)
+    assert len(used) == 10
+
+
+def test_callback_sees_grid_and_step():
+    seen = []
+    m = model((1, 2, 4), langevin=[Langevin(2, step_size=0.1), Langevin(3, step_size=0.1)])
+    m.cascade(
+        starts(2), seed=0, first_step=(4, 9), callback=lambda grid, step, x: seen.append((grid, step, x.shape[-1]))
+    )
+    assert seen == [(1, 4, 2), (1, 5, 2), (2, 9, 4), (2, 10, 4), (2, 11, 4)]
+
+
+def test_dynamics_given_to_the_cascade_stand_in_for_the_model_s():
+    other = Langevin(5, drift=0.1, noise_std=0.02)
+    got = model().cascade(starts(2), seed=1, langevin=other)
+    expected = model(langevin=other).cascade(starts(2), seed=1)
+    assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+
+
+@pytest.mark.parametrize("norm", ["none", "batch"])
+def test_known_pixels_are_held_and_imposed_at_every_size(norm):
+    m = model((1, 2, 4, 8), channels=2, norm=norm)
+    known = 2 * torch.rand(3, 2, 8, 8, generator=torch.Generator().manual_seed(4)) - 1
+    mask = torch.zeros(8, 8, dtype=torch.bool)
+    mask[5:, 6:] = True  # unknown: rows 5–7, columns 6–7
+    held = {8: ~mask, 4: torch.ones(4, 4, dtype=torch.bool), 2: torch.tensor([[True, True], [True, False]])}
+    held[4][2:, 3] = False
+    held[1] = torch.zeros(1, 1, dtype=torch.bool)
+    known_with_rubbish = torch.where(mask, torch.nan, known)  # what is unknown may hold anything
+    grids = m.cascade(starts(3, 2), seed=1, known=known_with_rubbish, mask=mask)
+    means = ops.pyramid(known, [1, 2, 4, 8], backend="reference")
+    for size, x, mean in zip(m.sizes, grids, means, strict=True):
+        keep = held[size].expand(x.shape)
+        torch.testing.assert_close(x[keep], mean[keep], rtol=0, atol=2e-7)
+        assert not torch.isclose(x[~keep], mean[~keep]).any()
+        assert bool(torch.isfinite(x).all())
+    assert torch.equal(grids[-1][(~mask).expand(3, 2, 8, 8)], known[(~mask).expand(3, 2, 8, 8)])
+
+
+def test_a_wholly_known_picture_comes_back():
+    known = 2 * torch.rand(1, 1, 8, 8) - 1
+    grids = model().cascade(starts(3), seed=1, known=known, mask=torch.zeros(1, dtype=torch.bool))
+    assert torch.equal(grids[-1], known.expand(3, 1, 8, 8))
+    torch.testing.assert_close(grids[0], known.mean((2, 3), keepdim=True).expand(3, 1, 1, 1))
+
+
+def test_a_wholly_unknown_picture_changes_nothing():
+    got = model().cascade(starts(3), seed=1, known=torch.zeros(1, 1, 8, 8), mask=torch.ones(8, 8, dtype=torch.bool))
+    assert torch.equal(got[-1], model().cascade(starts(3), seed=1)[-1])
+
+
+def test_masks_may_differ_by_sample_and_channel():
+    mask = torch.rand(2, 3, 12, 12, generator=torch.Generator().manual_seed(0)) > 0.7
+    for size in (1, 2, 3, 4, 6, 12):
+        factor = 12 // size
+        got = updated_cells(mask, size)
+        assert got.shape == (2, 3, size, size)
+        for i in range(size):
+            for j in range(size):
+                block = mask[:, :, i * factor : (i + 1) * factor, j * factor : (j + 1) * factor]
+                assert torch.equal(got[:, :, i, j], block.flatten(2).any(2))
+
+
+def test_divergence_names_grid_and_step():
+    class Explosive(torch.nn.Module):
+        def forward(self, x):
+            return -(x**4).flatten(1).sum(1) * 1e6
+
+    m = model((1, 2, 4), langevin=Langevin(40, step_size=1.0))
+    m.nets[1] = Explosive()
+    with pytest.raises(DivergenceError, match=r"cascade: grid 2 \(size 4\): the chain became non-finite at step \d+;"):
+        m.cascade(starts(2), seed=0)
+
+
+@pytest.mark.parametrize(
+    "arguments, error, message",
+    [
+        (dict(start=torch.zeros(2, 3, 1, 1)), ValueError, r"start must have shape \(N, 1, 1, 1\), got \(2, 3, 1, 1\)"),
+        (dict(start=torch.zeros(2, 1, 2, 2)), ValueError, "start must have shape"),
+        (dict(start=torch.zeros(2, 1, 1, 1).double()), TypeError, "start must be a float32 tensor, got torch.float64"),
+        (dict(start=[0.0]), ValueError, "start must have shape .*, got list"),
+        (dict(first_step=(0, 0)), ValueError, "one entry a net"),
+        (dict(langevin=[Langevin(1, step_size=0.1)]), ValueError, "langevin must be a Langevin or 3 of them"),
+        (dict(mask=torch.ones(8, 8, dtype=torch.bool)), ValueError, "known and mask go together, got mask alone"),
+        (dict(known=torch.ones(1, 1, 8, 8)), ValueError, "known and mask go together, got known alone"),
+        (
+            dict(known=torch.ones(1, 1, 8, 8), mask=torch.ones(8, 8)),
+            TypeError,
+            "mask must be a bool tensor, got torch.float32",
+        ),
+        (
+            dict(known=torch.ones(1, 1, 8, 8), mask=torch.ones(4, 4, dtype=torch.bool)),
+            ValueError,
+            r"mask must broadcast to \(2, 1, 8, 8\), got \(4, 4\)",
+        ),
+        (
+            dict(known=torch.ones(1, 1, 8, 8).double(), mask=torch.ones(8, 8, dtype=torch.bool)),
+            TypeError,
+            "known must be a float32 tensor",
+        ),
+        (
+            dict(known=torch.full((1, 1, 8, 8), torch.nan), mask=torch.zeros(8, 8, dtype=torch.bool)),
+            ValueError,
+            "known must be finite",
+        ),
+        (dict(seed=-1), ValueError, "seed must be in"),
+        (dict(precision="fp8"), ValueError, "precision must be one of"),
+        (dict(backend="cuda"), ValueError, "backend must be one of"),
+    ],
+)
+def test_wrong_arguments_are_named(arguments, error, message):
+    with pytest.raises(error, match=f"(cascade|MultiGrid|langevin_step).*{message}"):
+        model().cascade(**{"start": starts(2), "seed": 0, **arguments})
