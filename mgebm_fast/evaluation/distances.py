@@ -1,0 +1,109 @@
+"""Distances between sets: FID and KID of feature vectors (torchmetrics), and pixel distance to the nearest image."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import warnings
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+KID_SUBSETS = 100
+KID_SUBSET_SIZE = 250
+
+
+@functools.cache
+def _metrics() -> tuple[Any, Any]:
+    """torchmetrics' FID and KID classes.
+
+    torchmetrics imports torchvision wherever its metadata says that it is installed, and fails with it where
+    torchvision was built for another torch (a CPU torch beside the default torchvision wheel). Neither metric
+    needs it, so a torchvision that does not import is hidden while torchmetrics loads.
+    """
+    from lightning_utilities.core.imports import RequirementCache
+
+    installed = RequirementCache.__bool__
+
+    def without_torchvision(self: Any) -> bool:
+        return not str(self.requirement).startswith(("torchvision", "torch_fidelity")) and installed(self)
+
+    try:
+        importlib.import_module("torchvision")
+    except Exception:  # absent, or its operators fail to register: RuntimeError, OSError, AttributeError, ...
+        RequirementCache.__bool__ = without_torchvision
+    try:
+        from torchmetrics.image.fid import FrechetInceptionDistance
+        from torchmetrics.image.kid import KernelInceptionDistance
+    finally:
+        RequirementCache.__bool__ = installed
+    return FrechetInceptionDistance, KernelInceptionDistance
+
+
+class _Identity(nn.Module):
+    """Features in, features out: they are computed once, outside of the metrics."""
+
+    def __init__(self, num_features: int) -> None:
+        super().__init__()
+        self.num_features = num_features
+
+    def forward(self, features: Tensor) -> Tensor:
+        return features
+
+
+def fid(
+    reference: Tensor,  # (M, D) float64
+    other: Tensor,  # (N, D) float64
+) -> float:
+    """Fréchet distance of the two Gaussians fitted to the features: |μ−μ'|² + tr(Σ + Σ' − 2(ΣΣ')^½)."""
+    metric = _metrics()[0](feature=_Identity(reference.shape[1]))
+    metric.update(reference, real=True)
+    metric.update(other, real=False)
+    # the product of two covariances has rounding-size negative eigenvalues, which can pull a zero below zero
+    return max(0.0, float(metric.compute()))
+
+
+def kid(
+    reference: Tensor,  # (M, D) float64
+    other: Tensor,  # (N, D) float64
+    *,
+    subset_size: int = KID_SUBSET_SIZE,
+    seed: int = 0,
+) -> float:
+    """Unbiased squared MMD under k(x, y) = (x·y/D + 1)³, the mean over 100 random subsets of `subset_size`.
+
+    The subsets depend on `seed` alone; torch's global random state is left as it was.
+    """
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Metric `Kernel Inception Distance` will save")
+        metric = _metrics()[1](feature=_Identity(reference.shape[1]), subsets=KID_SUBSETS, subset_size=subset_size)
+    metric.update(reference, real=True)
+    metric.update(other, real=False)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return float(metric.compute()[0])
+
+
+def nearest_distance(
+    images: np.ndarray,  # (N, C, *spatial) uint8
+    train: np.ndarray,  # (M, C, *spatial) uint8
+    *,
+    chunk_values: int = 2**25,
+) -> np.ndarray:  # (N,) float64
+    """Each image's distance to its nearest training image: sqrt(mean over pixels and channels of (x − y)²), 0–255.
+
+    |x − y|² = |x|² + |y|² − 2x·y by matrix products in float64, where these whole numbers are exact. Memory is
+    bounded by some `chunk_values` float64 values for each of the training block and the table of products.
+    """
+    size = int(np.prod(images.shape[1:]))
+    queries = torch.from_numpy(images.reshape(len(images), size).astype(np.float64))
+    squares = queries.square().sum(1)
+    best = torch.full((len(images),), torch.inf, dtype=torch.float64)
+    step = max(1, chunk_values // max(size, len(images), 1))
+    for start in range(0, len(train), step):
+        block = torch.from_numpy(train[start : start + step].reshape(-1, size).astype(np.float64))
+        distance = torch.addmm(squares[:, None] + block.square().sum(1), queries, block.T, alpha=-2)
+        best = torch.minimum(best, distance.amin(1))
+    return (best.clamp_min(0) / size).sqrt().numpy()

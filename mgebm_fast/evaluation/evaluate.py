@@ -1,0 +1,165 @@
+"""`evaluate`: the figures of a model's samples, each beside its twin on held-out real images."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..data import ImageData
+from .distances import KID_SUBSET_SIZE, fid, kid, nearest_distance
+from .features import FeatureSpace, classes_of, feature_space
+from .recogniser import Recogniser, fit_recogniser
+
+
+class Sampler(Protocol):
+    """What `evaluate` needs of a model."""
+
+    def sample(self, n: int, *, seed: int) -> Tensor: ...
+
+    def to_uint8(self, x: Tensor) -> Tensor: ...
+
+
+def evaluate(
+    model: Sampler,
+    train: ImageData,
+    held_out: ImageData,
+    *,
+    num: int = 1000,
+    seed: int = 0,
+    device: str | torch.device | None = None,  # where the model is moved to for sampling; None leaves it
+    features: str = "auto",  # "auto", "inception", "classifier": see feature_space
+    progress: bool = True,
+) -> dict[str, Any]:
+    """Measure `num` samples, and as many held-out images, against the training images.
+
+    Returns a dict that JSON can hold:
+      num, num_real           samples, and held-out images used (`num`, or all where there are fewer)
+      feature_space           what FID and KID were computed in
+      kid, fid                distance of the samples' features to those of the training images
+      fid_matched             FID of the first num_real samples: with as many images as fid_real, so the same bias
+      nearest_distance        mean over samples of the root mean square difference to the nearest training image,
+                              per pixel on the 0–255 scale
+      confident_share         labelled data: share of the samples that `recogniser` recognises with confidence
+      class_shares            labelled data: label → share recognised as it; they add up to confident_share
+      confident_share_noise   labelled data: the same share for uniform noise, which should be next to nothing
+      recogniser, notes, seconds
+    and kid_real, fid_real, nearest_distance_real, confident_share_real, class_shares_real: the same of the
+    held-out images, null where there are none. Keys for labelled data are left out otherwise, `notes` says why.
+
+    One seed gives the same figures (but for seconds) on one machine. ValueError for num < 2, images of
+    different shapes, or an empty training set.
+    """
+    _check(train, held_out, num)
+    started = time.perf_counter()
+    seconds: dict[str, float] = {}
+    notes: list[str] = []
+
+    with _stage(f"drawing {num} samples", "sampling", seconds, progress):
+        samples = _draw(model, num, seed, device, train.images.shape[1:])
+    # real images are taken in random order: a held-out set may be sorted by class
+    chosen = np.sort(np.random.default_rng(seed).permutation(len(held_out))[:num])
+    real = np.asarray(held_out.images[chosen])
+    if len(real) < num:
+        notes.append(f"only {len(real)} held-out images: figures ending in _real are of these; compare fid_matched")
+
+    result: dict[str, Any] = {"num": num, "num_real": len(real)}
+    with _stage("training the feature space", "features", seconds, progress):
+        space = feature_space(features, train, held_out, seed=seed)
+    with _stage("FID and KID", "fid_kid", seconds, progress):
+        result |= {"feature_space": space.name} | _set_distances(space, train.images, samples, real, seed, notes)
+    with _stage("nearest training images", "nearest", seconds, progress):
+        nearest = nearest_distance(np.concatenate([samples, real]), train.images)
+        result["nearest_distance"] = float(nearest[:num].mean())
+        result["nearest_distance_real"] = float(nearest[num:].mean()) if len(real) else None
+    if len(classes_of(train)) > 1:
+        with _stage("recognising classes", "recogniser", seconds, progress):
+            result |= _recognised(fit_recogniser(train, seed=seed), samples, real, seed, notes)
+    else:
+        why = "the data have no labels" if train.labels is None else "the data have a single class"
+        notes.append(f"confident_share and class_shares left out: {why}")
+    seconds["total"] = time.perf_counter() - started
+    return result | {"notes": notes, "seconds": {key: round(value, 2) for key, value in seconds.items()}}
+
+
+def _check(train: ImageData, held_out: ImageData, num: int) -> None:
+    if num < 2:
+        raise ValueError(f"evaluate: num must be at least 2, got {num}")
+    if len(train) < 2:
+        raise ValueError(f"evaluate: train must have at least 2 images, got {len(train)}")
+    if held_out.images.shape[1:] != train.images.shape[1:]:
+        raise ValueError(
+            f"evaluate: held_out must have images of the training images' shape {train.images.shape[1:]}, "
+            f"got {held_out.images.shape[1:]}"
+        )
+
+
+def _draw(model: Sampler, num: int, seed: int, device: Any, shape: tuple[int, ...]) -> np.ndarray:
+    if device is not None and isinstance(model, torch.nn.Module):
+        model.to(device)
+    samples = model.to_uint8(model.sample(num, seed=seed)).cpu().numpy()
+    if samples.shape != (num, *shape) or samples.dtype != np.uint8:
+        raise ValueError(
+            f"evaluate: model must draw uint8 images of shape {(num, *shape)} like the training images, "
+            f"got {samples.dtype} {samples.shape}"
+        )
+    return samples
+
+
+def _set_distances(
+    space: FeatureSpace, train: np.ndarray, samples: np.ndarray, real: np.ndarray, seed: int, notes: list[str]
+) -> dict[str, float | None]:
+    reference, drawn = space.extract(train), space.extract(samples)
+    sets = {"": drawn}
+    if len(real) >= 2:
+        sets |= {"_real": space.extract(real), "_matched": drawn[: len(real)]}
+    smallest = min(len(x) for x in (reference, *sets.values()))
+    if smallest <= reference.shape[1]:
+        notes.append(f"a set of {smallest} images in {reference.shape[1]} dimensions: FID is mostly bias, see KID")
+    subset_size = min(KID_SUBSET_SIZE, smallest)
+    result: dict[str, float | None] = dict.fromkeys(["kid", "kid_real", "fid", "fid_real", "fid_matched"])
+    for suffix, features in sets.items():
+        result[f"fid{suffix}"] = fid(reference, features)
+        if suffix != "_matched":
+            result[f"kid{suffix}"] = kid(reference, features, subset_size=subset_size, seed=seed)
+    return result
+
+
+def _recognised(
+    recogniser: Recogniser, samples: np.ndarray, real: np.ndarray, seed: int, notes: list[str]
+) -> dict[str, Any]:
+    noise = np.random.default_rng(seed).integers(0, 256, (1000, *samples.shape[1:]), dtype=np.uint8)
+    shares = recogniser.shares(samples)
+    shares_real = recogniser.shares(real) if len(real) else None
+    share_real = sum(shares_real.values()) if shares_real is not None else None
+    if share_real is not None and share_real < 0.2:
+        notes.append(
+            f"the recogniser is sure of only {share_real:.1%} of real images: on these data confident_share says little"
+        )
+    return {
+        "confident_share": sum(shares.values()),
+        "confident_share_real": share_real,
+        "confident_share_noise": sum(recogniser.shares(noise).values()),
+        "class_shares": shares,
+        "class_shares_real": shares_real,
+        "recogniser": recogniser.name,
+    }
+
+
+@contextmanager
+def _stage(words: str, key: str, seconds: dict[str, float], progress: bool) -> Iterator[None]:
+    """Time a stage, and show it on standard error while it runs."""
+    started = time.perf_counter()
+    if progress:
+        from rich.console import Console
+
+        with Console(stderr=True).status(words):
+            yield
+    else:
+        yield
+    seconds[key] = time.perf_counter() - started

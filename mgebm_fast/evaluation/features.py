@@ -1,0 +1,204 @@
+"""Feature spaces for FID and KID: Inception where its weights are here, else a small classifier of the data."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..data import ImageData
+from ..errors import BackendError
+
+FEATURES = 64
+INCEPTION_FEATURES = 2048
+_INCEPTION_FILE = "weights-inception-2015-12-05-6726825d.pth"
+_BATCH = 64
+_LEARNING_RATE = 4e-3
+
+
+@dataclass(frozen=True)
+class FeatureSpace:
+    """A stated map from images to feature vectors."""
+
+    name: str
+    extract: Callable[[np.ndarray], Tensor]  # (N, C, S, S) uint8 -> (N, D) float64 on the CPU
+
+
+def feature_space(
+    kind: str,  # "auto", "inception" or "classifier"
+    train: ImageData,
+    held_out: ImageData,
+    *,
+    seed: int = 0,
+    visits: int = 40_000,
+) -> FeatureSpace:
+    """The feature space of a data set.
+
+    "auto" takes Inception where torch-fidelity imports and its weights lie in the torch hub folder already; the
+    name of the space says why where it does not. "inception" may download the weights, and raises BackendError
+    where they cannot be had.
+    """
+    if kind not in ("auto", "inception", "classifier"):
+        raise ValueError(f"evaluate: features must be 'auto', 'inception' or 'classifier', got {kind!r}")
+    if kind == "classifier":
+        return classifier_space(train, held_out, seed=seed, visits=visits)
+    missing = _torch_fidelity_missing() or (kind == "auto" and _weights_missing())
+    if not missing:
+        return _inception()
+    if kind == "inception":
+        raise BackendError(f"evaluate: features 'inception' cannot be had: {missing}")
+    space = classifier_space(train, held_out, seed=seed, visits=visits)
+    return FeatureSpace(f"{space.name}; not Inception, because {missing}", space.extract)
+
+
+def classes_of(data: ImageData) -> np.ndarray:
+    """The labels that occur in the data, (K,) int64; none where it is unlabelled."""
+    return np.zeros(0, np.int64) if data.labels is None else np.unique(data.labels)
+
+
+class SmallConvNet(nn.Module):
+    """Three 3×3 (or wider) convolutions with batch norm, 64 hidden units (the features), a linear classifier.
+
+    The first convolution strides down to at most 16 pixels a side, so its cost hardly grows with the images.
+    """
+
+    def __init__(self, channels: int, size: int, classes: int) -> None:
+        super().__init__()
+        stride = math.ceil(size / 16)
+        layers: list[nn.Module] = []
+        side = size
+        for i, (inputs, outputs) in enumerate([(channels, 32), (32, 64), (64, 64)]):
+            step = stride if i == 0 else (2 if side > 4 else 1)
+            # the kernel covers its stride and one pixel on either side
+            conv = nn.Conv2d(inputs, outputs, step + 2 if i == 0 else 3, step, padding=1, bias=False)
+            layers += [conv, nn.BatchNorm2d(outputs), nn.ReLU()]
+            side = math.ceil(side / step)
+        self.body = nn.Sequential(
+            *layers, nn.AdaptiveAvgPool2d(4), nn.Flatten(), nn.Linear(64 * 16, FEATURES), nn.ReLU()
+        )
+        self.head = nn.Linear(FEATURES, classes)
+
+    def forward(
+        self,
+        x: Tensor,  # (N, C, S, S) uint8
+    ) -> Tensor:  # (N, classes)
+        return self.head(self.features(x))
+
+    def features(self, x: Tensor) -> Tensor:
+        return self.body(x.float() / 127.5 - 1)
+
+
+def classifier_space(train: ImageData, held_out: ImageData, *, seed: int = 0, visits: int = 40_000) -> FeatureSpace:
+    """Penultimate features of a small convolutional net trained here, on the CPU, on the training images.
+
+    It learns their labels where there are two or more, else which of four rotations it is shown. The features are
+    divided by one number, their root mean square on the training images, which gives KID's kernel its scale.
+    Training is a function of the images and `seed`, `visits` the number of images it sees; torch's global random
+    state is left as it was.
+    """
+    labels = classes_of(train)
+    labelled = len(labels) > 1
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        net = SmallConvNet(train.channels, train.size, len(labels) if labelled else 4)
+        _fit(net, train, labels if labelled else None, visits)
+    net.eval()
+
+    def extract(images: np.ndarray) -> Tensor:
+        return _in_chunks(net.features, images, 512)
+
+    scale = extract(train.images).square().mean().sqrt().clamp_min(1e-12)
+    accuracy = _accuracy(net, held_out, labels if labelled else None)
+    task = "classifier: " if labelled else "rotation classifier: "
+    shown = f"{train.name} train split" + ("" if labelled else " to tell its four rotations apart")
+    measured = "held-out accuracy unknown" if accuracy is None else f"accuracy {accuracy:.2f} held out"
+    name = f"{task}{FEATURES}-d penultimate features of a 3-layer CNN trained on {shown} ({measured})"
+    return FeatureSpace(name, lambda images: extract(images) / scale)
+
+
+def _examples(images: Tensor, labels: np.ndarray | None, classes: np.ndarray | None) -> tuple[Tensor, Tensor]:
+    """A batch and its targets: the classes, or rotated images and their quarter turns."""
+    if classes is not None:
+        return images, torch.from_numpy(np.searchsorted(classes, labels))
+    turns = torch.randint(4, (len(images),))
+    return torch.stack([torch.rot90(x, int(k), (1, 2)) for x, k in zip(images, turns, strict=True)]), turns
+
+
+def _fit(net: SmallConvNet, train: ImageData, classes: np.ndarray | None, visits: int) -> None:
+    steps = max(1, visits // _BATCH)
+    optimiser = torch.optim.AdamW(net.parameters(), lr=_LEARNING_RATE, weight_decay=1e-2)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, _LEARNING_RATE, total_steps=steps)
+    order = torch.empty(0, dtype=torch.int64)
+    for _ in range(steps):
+        while len(order) < _BATCH:
+            order = torch.cat([order, torch.randperm(len(train))])
+        chosen, order = order[:_BATCH], order[_BATCH:]
+        labels = None if train.labels is None else train.labels[chosen.numpy()]
+        images, targets = _examples(train.batch(chosen), labels, classes)
+        optimiser.zero_grad()
+        F.cross_entropy(net(images), targets).backward()
+        optimiser.step()
+        schedule.step()
+
+
+def _accuracy(net: SmallConvNet, data: ImageData, classes: np.ndarray | None) -> float | None:
+    if len(data) == 0 or (classes is not None and data.labels is None):
+        return None
+    if classes is not None:
+        predicted = classes[_in_chunks(net, data.images, 512).argmax(1).numpy()]
+        return float((predicted == data.labels).mean())
+    turned = (np.ascontiguousarray(np.rot90(data.images, k, (2, 3))) for k in range(4))
+    hits = [(_in_chunks(net, images, 512).argmax(1) == k).double().mean() for k, images in enumerate(turned)]
+    return float(torch.stack(hits).mean())
+
+
+@torch.no_grad()
+def _in_chunks(function: Callable[[Tensor], Tensor], images: np.ndarray, size: int) -> Tensor:
+    chunks = [function(torch.from_numpy(np.array(images[i : i + size]))) for i in range(0, len(images), size)]
+    return torch.cat(chunks).double().cpu()
+
+
+def _torch_fidelity_missing() -> str:
+    """Why torch-fidelity, which has the network, cannot be used; empty where it can."""
+    try:
+        import torch_fidelity  # noqa: F401
+    except ModuleNotFoundError as error:
+        return f"{error.name} is not installed"
+    except Exception as error:  # a torchvision built for another torch fails in many ways
+        return f"torch-fidelity does not import ({type(error).__name__}: {error})"
+    return ""
+
+
+def _weights_missing() -> str:
+    # the file's name alone: a report is no place for somebody's home folder
+    here = (Path(torch.hub.get_dir()) / "checkpoints" / _INCEPTION_FILE).is_file()
+    return "" if here else f"its weights ({_INCEPTION_FILE}) are not in torch's hub folder"
+
+
+def _inception() -> FeatureSpace:
+    try:
+        from torchmetrics.image.fid import NoTrainInceptionV3
+
+        net = NoTrainInceptionV3("inception-v3-compat", [str(INCEPTION_FEATURES)])
+    except Exception as error:
+        raise BackendError(
+            f"evaluate: Inception's weights ({_INCEPTION_FILE}) must load from torch's hub folder or the network, "
+            f"got {type(error).__name__}: {error}"
+        ) from error
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    net = net.to(device)
+
+    def extract(x: Tensor) -> Tensor:
+        rgb = x[:, :3] if x.shape[1] >= 3 else x[:, :1].expand(-1, 3, -1, -1)
+        return net(rgb.to(device)).reshape(len(x), INCEPTION_FEATURES)
+
+    return FeatureSpace(
+        f"inception: {INCEPTION_FEATURES}-d pool features of Inception v3 (torch-fidelity's weights)",
+        lambda images: _in_chunks(extract, images, 32),
+    )

@@ -1,0 +1,109 @@
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import scipy.linalg
+import torch
+
+from mgebm_fast.evaluation.distances import fid, kid, nearest_distance
+
+
+def features(n: int, d: int = 12, *, shift: float = 0.0, seed: int = 0) -> torch.Tensor:
+    """Correlated, so that a covariance taken for its diagonal shows."""
+    generator = np.random.default_rng(seed)
+    mix = np.random.default_rng(99).normal(size=(d, d)) / np.sqrt(d)
+    return torch.from_numpy(generator.normal(size=(n, d)) @ mix + shift)
+
+
+def fid_by_hand(a: np.ndarray, b: np.ndarray) -> float:
+    cov_a, cov_b = np.cov(a, rowvar=False), np.cov(b, rowvar=False)
+    # the symmetric form of the root, where torchmetrics takes eigenvalues of the plain product
+    half = scipy.linalg.sqrtm(cov_a).real
+    root = scipy.linalg.sqrtm(half @ cov_b @ half).real
+    return float(((a.mean(0) - b.mean(0)) ** 2).sum() + np.trace(cov_a + cov_b - 2 * root))
+
+
+def kid_by_hand(a: np.ndarray, b: np.ndarray) -> float:
+    """The unbiased estimator over whole sets, by plain loops over pairs."""
+    d = a.shape[1]
+
+    def kernel(x, y):
+        return (x @ y / d + 1) ** 3
+
+    def within(x):
+        return np.mean([kernel(x[i], x[j]) for i in range(len(x)) for j in range(len(x)) if i != j])
+
+    return float(within(a) + within(b) - 2 * np.mean([kernel(x, y) for x in a for y in b]))
+
+
+@pytest.mark.parametrize("n, m, shift", [(200, 150, 0.0), (40, 300, 0.7), (60, 60, -2.0)])
+def test_fid_is_the_frechet_distance(n, m, shift):
+    a, b = features(n, seed=1), features(m, shift=shift, seed=2)
+    assert fid(a, b) == pytest.approx(fid_by_hand(a.numpy(), b.numpy()), rel=1e-7)
+
+
+def test_fid_of_equal_sets_is_zero_even_where_covariances_are_singular():
+    assert fid(features(200), features(200)) == pytest.approx(0, abs=1e-6)
+    few = features(8, d=12)
+    assert 0 <= fid(few, few.clone()) < 1e-5
+
+
+def test_kid_of_whole_sets_is_the_unbiased_mmd():
+    a, b = features(30, seed=1), features(30, shift=0.4, seed=2)
+    # with subsets as large as the sets, every subset is the whole set
+    assert kid(a, b, subset_size=30) == pytest.approx(kid_by_hand(a.numpy(), b.numpy()), rel=1e-9)
+
+
+def test_kid_of_subsets_estimates_the_same_number():
+    a, b = features(120, seed=1), features(120, shift=0.4, seed=2)
+    whole = kid(a, b, subset_size=120)
+    assert kid(a, b, subset_size=40) == pytest.approx(whole, rel=0.2)
+
+
+def test_kid_depends_on_its_seed_alone_and_leaves_the_global_state():
+    a, b = features(100, seed=1), features(80, seed=2)
+    torch.manual_seed(5)
+    state = torch.get_rng_state()
+    first = kid(a, b, subset_size=30, seed=3)
+    assert torch.equal(torch.get_rng_state(), state)
+    torch.manual_seed(6)
+    assert kid(a, b, subset_size=30, seed=3) == first
+    assert kid(a, b, subset_size=30, seed=4) != first
+
+
+@pytest.mark.parametrize("chunk_values", [1, 900, 2**25])
+@pytest.mark.parametrize("shape", [(1, 8, 8), (3, 5, 5)])
+def test_nearest_distance_is_exact_whatever_the_chunks(shape, chunk_values):
+    generator = np.random.default_rng(0)
+    images, train = (generator.integers(0, 256, (n, *shape), dtype=np.uint8) for n in (9, 31))
+    train[17] = images[4]
+    expected = [min(np.sqrt(((x.astype(float) - y) ** 2).mean()) for y in train.astype(float)) for x in images]
+    found = nearest_distance(images, train, chunk_values=chunk_values)
+    assert found[4] == 0
+    np.testing.assert_allclose(found, expected, rtol=1e-14, atol=0)
+
+
+def test_nearest_distance_is_in_grey_levels():
+    black = np.zeros((1, 3, 4, 4), np.uint8)
+    assert nearest_distance(black + np.uint8(7), black) == pytest.approx([7.0])
+
+
+def test_a_torchvision_that_does_not_import_is_no_hindrance(tmp_path):
+    """torchmetrics believes torchvision's metadata; one built for another torch then fails on import."""
+    (tmp_path / "torchvision").mkdir()
+    (tmp_path / "torchvision" / "__init__.py").write_text(
+        "raise RuntimeError('operator torchvision::nms does not exist')"
+    )
+    (tmp_path / "torchvision-0.99.dist-info").mkdir()
+    (tmp_path / "torchvision-0.99.dist-info" / "METADATA").write_text("Name: torchvision\nVersion: 0.99\n")
+    code = "import torch; from mgebm_fast.evaluation.distances import fid; x = torch.randn(9, 2).double(); print(fid(x, x + 1))"
+    path = os.pathsep.join([str(tmp_path), *sys.path])
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert float(done.stdout) == pytest.approx(2)

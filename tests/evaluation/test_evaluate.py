@@ -1,0 +1,161 @@
+from __future__ import annotations
+
+import io
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from rich.console import Console
+
+from mgebm_fast import data
+from mgebm_fast.data import ImageData
+from mgebm_fast.evaluation import evaluate as run
+from mgebm_fast.evaluation import features, format_report
+
+COMMON = {"num", "num_real", "feature_space", "notes", "seconds", "fid_matched"}
+TWINS = ["kid", "fid", "nearest_distance"]
+LABELLED = ["confident_share", "class_shares"]
+
+
+@pytest.fixture(autouse=True)
+def short_training(monkeypatch):
+    monkeypatch.setattr(features.feature_space, "__kwdefaults__", {"seed": 0, "visits": 8_000})
+
+
+class Drawn:
+    """A stand-in model: pictures from a function of (n, generator), passed through a value range of -1 … 1."""
+
+    def __init__(self, draw):
+        self.draw = draw
+
+    def sample(self, n: int, *, seed: int) -> torch.Tensor:
+        return torch.from_numpy(self.draw(n, np.random.default_rng(seed))).float() / 127.5 - 1
+
+    def to_uint8(self, x: torch.Tensor) -> torch.Tensor:
+        return ((x + 1) * 127.5).round().to(torch.uint8)
+
+
+def noise_of(part: ImageData) -> Drawn:
+    return Drawn(lambda n, r: r.integers(0, 256, (n, *part.images.shape[1:])))
+
+
+def replay(part: ImageData) -> Drawn:
+    return Drawn(lambda n, r: part.images[np.arange(n) % len(part)])
+
+
+@pytest.fixture(scope="module")
+def digits() -> tuple[ImageData, ImageData]:
+    return tuple(data.load("digits", size=8, channels=1, split=split) for split in ("train", "held_out"))
+
+
+def test_real_images_score_as_their_twins(digits):
+    train, held_out = digits
+    result = run(replay(held_out), train, held_out, num=360, progress=False)
+    for key in TWINS + LABELLED:
+        assert result[key] == result[f"{key}_real"], key
+    assert result["num_real"] == 360 and result["fid_matched"] == result["fid"]
+    assert 0.78 <= result["confident_share"] <= 0.90
+
+
+def test_noise_is_far_worse_than_held_out_images(digits):
+    train, held_out = digits
+    result = run(noise_of(train), train, held_out, num=400, progress=False)
+    assert set(result) == COMMON | {k + s for k in TWINS + LABELLED for s in ("", "_real")} | {
+        "confident_share_noise",
+        "recogniser",
+    }
+    assert (result["num"], result["num_real"]) == (400, 360), "fewer real images than samples: all of them"
+    assert any("only 360 held-out images" in note for note in result["notes"])
+    assert result["fid"] > 10 * result["fid_real"]
+    assert result["kid"] > 0.1 > abs(result["kid_real"])
+    assert result["nearest_distance"] > 2 * result["nearest_distance_real"]
+    assert result["confident_share"] <= 0.02 and result["confident_share_noise"] <= 0.02
+    assert set(result["class_shares"]) == {str(k) for k in range(10)}
+    assert sum(result["class_shares_real"].values()) == pytest.approx(result["confident_share_real"])
+    json.dumps(result, allow_nan=False)
+
+    console = Console(width=160, file=io.StringIO())
+    console.print(format_report(result))
+    text = console.file.getvalue()
+    for shown in ("FID, matched", "nearest distance", f"{result['confident_share_real']:.3f}", "feature", "only 360"):
+        assert shown in text
+
+
+def test_copies_of_the_training_images_show_as_such(digits):
+    train, held_out = digits
+    result = run(replay(train), train, held_out, num=50, progress=False)
+    assert result["nearest_distance"] == 0 < result["nearest_distance_real"]
+    assert result["num_real"] == 50
+
+
+def test_one_seed_one_result(digits):
+    train, held_out = digits
+    model = Drawn(lambda n, r: train.images[r.integers(0, len(train), n)])
+    first, again, other = (
+        {**run(model, train, held_out, num=60, seed=seed, progress=False), "seconds": None} for seed in (1, 1, 2)
+    )
+    assert first == again
+    assert first["kid"] != other["kid"]
+
+
+def test_unlabelled_colour_images(digits):
+    photos = data.load("lfw", size=24, channels=3, split="all")
+    train, held_out = photos.subset(slice(0, 70)), photos.subset(slice(70, 100))
+    result = run(noise_of(train), train, held_out, num=40, progress=False)
+    assert set(result) == COMMON | {k + s for k in TWINS for s in ("", "_real")}
+    assert any("the data have no labels" in note for note in result["notes"])
+    assert any("30 images in 64 dimensions" in note for note in result["notes"])
+    assert "rotation classifier" in result["feature_space"]
+    assert result["fid_matched"] > result["fid_real"]
+    Console(file=io.StringIO()).print(format_report(result))
+
+
+def test_a_single_class_is_judged_without_recognition(digits):
+    train, held_out = (part.subset(np.flatnonzero(part.labels == 3)) for part in digits)
+    result = run(replay(held_out), train, held_out, num=30, progress=False)
+    assert "confident_share" not in result and "class_shares" not in result
+    assert any("a single class" in note for note in result["notes"])
+
+
+def test_nothing_held_out_gives_nulls(digits):
+    train = digits[0]
+    result = run(replay(train), train, train.subset([]), num=20, progress=False)
+    for key in [*TWINS, *LABELLED]:
+        assert result[f"{key}_real"] is None, key
+    assert result["num_real"] == 0 and result["fid_matched"] is None
+    json.dumps(result, allow_nan=False)
+    Console(file=io.StringIO()).print(format_report(result))
+
+
+def test_progress_stays_off_standard_output(digits, capsys):
+    train, held_out = (part.subset(slice(0, 60)) for part in digits)
+    run(replay(held_out), train, held_out, num=20, progress=True)
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"num": 1}, "num must be at least 2, got 1"),
+        ({"held_out": ImageData(np.zeros((3, 1, 4, 4), np.uint8))}, r"held_out must have images .*got \(1, 4, 4\)"),
+        ({"train": ImageData(np.zeros((0, 1, 8, 8), np.uint8))}, "train must have at least 2 images, got 0"),
+        (
+            {"model": Drawn(lambda n, r: np.zeros((n, 3, 8, 8)))},
+            r"model must draw uint8 images of shape \(20, 1, 8, 8\)",
+        ),
+    ],
+)
+def test_wrong_arguments_are_named(digits, change, message):
+    train, held_out = digits
+    arguments = {"model": replay(train), "train": train, "held_out": held_out, "num": 20, "progress": False} | change
+    with pytest.raises(ValueError, match=f"evaluate: {message}"):
+        run(**arguments)
+
+
+def test_class_names_come_from_the_data(digits):
+    names = tuple(f"digit {k}" for k in range(10))
+    train, held_out = (replace(part, class_names=names) for part in digits)
+    result = run(replay(held_out), train, held_out, num=20, progress=False)
+    assert tuple(result["class_shares"]) == names
