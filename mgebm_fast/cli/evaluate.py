@@ -41,10 +41,10 @@ def evaluate(
 
     file, config = open_run(run)
     model = MultiGrid.load(file, device=find_device(device))
-    if config is None and data is None:
+    source = data or (config.data if config else "")
+    if not source:
         raise ValueError(f"--data: must be given, {run} is no run folder and does not say what it was trained on")
-    source = data or config.data
-    classes = config.classes if config is not None and data in (None, config.data) else ()
+    classes = config.classes if config else ()
     size, channels = model.sizes[-1], model.channels
     train, held_out = (load_images(source, size, channels, classes, split=split) for split in ("train", "held_out"))
     result = measure(model, train, held_out, num=num, seed=seed)

@@ -18,26 +18,16 @@ def presets(json: Annotated[bool, typer.Option("--json", help="Print a list of o
     """
     from ..learning.config import load_preset, preset_names
 
-    entries = []
-    for name in preset_names():
-        config = load_preset(name)
-        entries.append(
-            {
-                "name": name,
-                "method": config.method,
-                "data": config.data,
-                "sizes": list(config.sizes),
-                "steps": config.steps,
-                "description": config.description,
-            }
-        )
+    configs = [load_preset(name) for name in preset_names()]
     if json:
+        keys = ("name", "method", "data", "sizes", "steps", "description")
+        entries = [{key: getattr(config, key) for key in keys} for config in configs]
         typer.echo(json_module.dumps(entries, indent=1, ensure_ascii=False))
         return
-    for entry in entries:
-        ladder = "→".join(map(str, entry["sizes"]))
-        typer.echo(f"{entry['name']}\n    {entry['description']}")
-        typer.echo(f"    {entry['method']} on {entry['data']}, sizes {ladder}, {entry['steps']} updates")
+    for config in configs:
+        ladder = "→".join(str(size) for size in config.sizes)
+        typer.echo(f"{config.name}\n    {config.description}")
+        typer.echo(f"    {config.method} on {config.data}, sizes {ladder}, {config.steps} updates")
 
 
 def doctor(json: Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")] = False) -> None:
