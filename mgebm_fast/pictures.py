@@ -62,9 +62,7 @@ def labelled_panel(
     blocks = []
     for (title, _), p in zip(panels, pictures, strict=True):
         height, width = (max(1, round(cell * side / max(p.shape[1:3]))) for side in p.shape[1:3])
-        blocks.append(
-            _titled(title, _lay_out("labelled_panel", _enlarge(p, height, width), columns, gap), gap)
-        )
+        blocks.append(_titled(title, _lay_out("labelled_panel", _enlarge(p, height, width), columns, gap), gap))
 
     rows = [blocks[i : i + across] for i in range(0, len(blocks), across)]
     widths = [max(row[i].shape[1] for row in rows if i < len(row)) for i in range(min(across, len(blocks)))]
@@ -89,8 +87,7 @@ def save_png(path: str | os.PathLike[str], array: np.ndarray) -> Path:
         array = array[:, :, 0]
     if array.dtype != np.uint8 or not (array.ndim == 2 or (array.ndim == 3 and array.shape[2] == 3)):
         raise ValueError(
-            "save_png: array must be uint8 (H, W), (H, W, 1) or (H, W, 3), "
-            f"got {array.dtype} {tuple(array.shape)}"
+            f"save_png: array must be uint8 (H, W), (H, W, 1) or (H, W, 3), got {array.dtype} {tuple(array.shape)}"
         )
     path = Path(path)
     encoded = io.BytesIO()

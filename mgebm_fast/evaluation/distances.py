@@ -6,6 +6,7 @@ import functools
 import importlib
 import warnings
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
@@ -32,13 +33,12 @@ def _metrics() -> tuple[Any, Any]:
 
     try:
         importlib.import_module("torchvision")
+        usable = installed
     except Exception:  # absent, or its operators fail to register: RuntimeError, OSError, AttributeError, ...
-        RequirementCache.__bool__ = without_torchvision
-    try:
+        usable = without_torchvision
+    with mock.patch.object(RequirementCache, "__bool__", usable):
         from torchmetrics.image.fid import FrechetInceptionDistance
         from torchmetrics.image.kid import KernelInceptionDistance
-    finally:
-        RequirementCache.__bool__ = installed
     return FrechetInceptionDistance, KernelInceptionDistance
 
 

@@ -122,15 +122,14 @@ def classifier_space(train: ImageData, held_out: ImageData, *, seed: int = 0, vi
     return FeatureSpace(name, lambda images: extract(images) / scale)
 
 
-def _examples(images: Tensor, labels: np.ndarray | None, classes: np.ndarray | None) -> tuple[Tensor, Tensor]:
-    """A batch and its targets: the classes, or rotated images and their quarter turns."""
-    if classes is not None:
-        return images, torch.from_numpy(np.searchsorted(classes, labels))
+def _turned(images: Tensor) -> tuple[Tensor, Tensor]:
+    """Each image after a random number of quarter turns, and these numbers: what the net has to tell."""
     turns = torch.randint(4, (len(images),))
     return torch.stack([torch.rot90(x, int(k), (1, 2)) for x, k in zip(images, turns, strict=True)]), turns
 
 
 def _fit(net: SmallConvNet, train: ImageData, classes: np.ndarray | None, visits: int) -> None:
+    known = None if classes is None else torch.from_numpy(np.searchsorted(classes, np.asarray(train.labels)))
     steps = max(1, visits // _BATCH)
     optimiser = torch.optim.AdamW(net.parameters(), lr=_LEARNING_RATE, weight_decay=1e-2)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, _LEARNING_RATE, total_steps=steps)
@@ -139,8 +138,8 @@ def _fit(net: SmallConvNet, train: ImageData, classes: np.ndarray | None, visits
         while len(order) < _BATCH:
             order = torch.cat([order, torch.randperm(len(train))])
         chosen, order = order[:_BATCH], order[_BATCH:]
-        labels = None if train.labels is None else train.labels[chosen.numpy()]
-        images, targets = _examples(train.batch(chosen), labels, classes)
+        images = train.batch(chosen)
+        images, targets = _turned(images) if known is None else (images, known[chosen])
         optimiser.zero_grad()
         F.cross_entropy(net(images), targets).backward()
         optimiser.step()
