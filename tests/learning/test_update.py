@@ -1,0 +1,191 @@
+"""The multi-grid update against its formula written out, and what a non-finite one does."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from mgebm_fast import noise, ops
+from mgebm_fast.errors import DivergenceError
+from mgebm_fast.learning import MultiGridTrainer, build_model
+from mgebm_fast.sampling import MultiGrid
+
+from .conftest import tiny_config, tiny_data
+
+
+def parameters(model):
+    return [p.detach().clone() for p in model.parameters()]
+
+
+@pytest.mark.parametrize("norm", ["none", "batch"])
+@pytest.mark.parametrize("iteration", [0, 4])
+def test_update_is_its_formula(trainer, norm, iteration):
+    lr, std, l2 = 0.5, 0.1, 0.05
+    changes = {
+        "norm": norm,
+        "optimiser": {"name": "sgd", "lr": lr},
+        "stabilise": {"data_noise": std, "energy_l2": l2, "noise_anneal": 0.5},
+        "seed": 11,
+    }
+    ours, config = trainer(**changes), tiny_config(**changes)
+    batch = tiny_data(8).batch(slice(None))
+    ours._loop.iteration = iteration
+    metrics = ours.step(batch)
+
+    model = build_model(config)
+    factor = 1 - 0.5 * iteration / 5
+    x = batch.float() / 127.5 - 1
+    observed = [x.mean((2, 3), keepdim=True), torch.nn.functional.avg_pool2d(x, 2), x]
+    chain = observed[0]
+    for grid, net in enumerate(model.nets, start=1):
+        chain = ops.upsample(chain, 2)
+        for k in range(3):
+            chain.requires_grad_(True)
+            (g,) = torch.autograd.grad(net(chain).sum(), chain)
+            chain = chain.detach()
+            ops.langevin_step_(
+                chain, g, drift=1.0, noise_std=0.03 * factor, clamp=(-1, 1), seed=11,
+                step=3 * iteration + k, stream=noise.stream(noise.Purpose.TRAINING_CHAIN, grid),
+            )  # fmt: skip
+        draw = ops.noise(x.shape[:2] + chain.shape[2:], seed=11, step=iteration,
+                         stream=noise.stream(noise.Purpose.DATA_NOISE, grid))  # fmt: skip
+        real, fake = net(observed[grid] + std * factor * draw), net(chain)
+        loss = real.mean() - fake.mean() + l2 * (real.square().mean() + fake.square().mean())
+        grads = torch.autograd.grad(loss, list(net.parameters()))
+        for parameter, gradient, got in zip(
+            net.parameters(), grads, ours.model.nets[grid - 1].parameters(), strict=True
+        ):
+            expected = parameter.detach() - lr * gradient
+            torch.testing.assert_close(got.detach(), expected, atol=2e-5, rtol=1e-4)
+            assert not torch.equal(got, parameter) or not gradient.any()
+        size = config.sizes[grid]
+        assert metrics[f"size_{size}/energy_observed"] == pytest.approx(real.mean().item(), abs=1e-5)
+        assert metrics[f"size_{size}/energy_synthesised"] == pytest.approx(fake.mean().item(), abs=1e-5)
+        assert metrics[f"size_{size}/gap"] == pytest.approx((real.mean() - fake.mean()).item(), abs=1e-5)
+
+
+def test_running_statistics_follow_observed_images_alone(trainer):
+    ours = trainer(norm="batch", stabilise={"data_noise": 0.0})
+    batch = tiny_data(8).batch(slice(None))
+    reference = build_model(tiny_config(norm="batch"))
+    ours.step(batch)
+    for grid, size in ((1, 2), (2, 4)):
+        (real,) = ops.pyramid(batch, [size])
+        with reference.nets[grid - 1].observing():
+            reference.nets[grid - 1](reference.from_uint8(real))
+        for name, buffer in reference.nets[grid - 1].named_buffers():
+            torch.testing.assert_close(ours.model.nets[grid - 1].get_buffer(name), buffer)
+            assert buffer.any()
+
+
+def test_float_and_byte_batches_are_the_same(trainer):
+    batch = tiny_data(8).batch(slice(None))
+    a, b = trainer(), trainer()
+    a.step(batch)
+    b.step(b.model.from_uint8(batch))
+    for p, q in zip(a.model.parameters(), b.model.parameters(), strict=True):
+        torch.testing.assert_close(p, q, atol=1e-5, rtol=1e-4)
+
+
+def test_each_update_has_noise_of_its_own(trainer):
+    ours, starts = trainer(optimiser={"lr": 1e-12}), []
+    batch = tiny_data(8).batch(slice(None))
+    cascade = ours.model.cascade
+    ours.model.cascade = lambda *a, **k: starts.append(k["first_step"]) or cascade(*a, **k)
+    ours.step(batch)
+    ours.step(batch)
+    assert starts == [[0, 0], [3, 3]]
+
+
+@pytest.mark.parametrize(
+    ("stabilise", "optimiser"),
+    [
+        ({"ema": 0.9}, {}),
+        ({}, {"grad_clip_norm": 0.01, "warmup": 3}),
+        ({}, {"lr": [1e-3, 5e-4], "per_layer_divide": True}),
+    ],
+)
+def test_options_train(trainer, stabilise, optimiser):
+    ours = trainer(stabilise=stabilise, optimiser=optimiser, spectral_norm=True, activation="silu", flips=True)
+    before = parameters(ours.model)
+    ours.fit()
+    assert ours.iteration == 6
+    after = parameters(ours.model)
+    assert all(bool(torch.isfinite(p).all()) for p in after)
+    assert any(not torch.equal(p, q) for p, q in zip(before, after, strict=True))
+
+
+def test_chains_leave_the_weights_trainable(trainer):
+    ours = trainer()
+    ours.step(tiny_data(8).batch(slice(None)))
+    assert all(p.requires_grad and p.grad is None for p in ours.model.parameters())
+
+
+def overflow(ours):
+    with torch.no_grad():
+        ours.model.nets[1].head.bias.fill_(torch.inf)  # the chain, which sees gradients only, stays finite
+
+
+def test_a_non_finite_energy_stops_before_anything_is_applied(trainer):
+    ours = trainer()
+    overflow(ours)
+    before = parameters(ours.model)
+    with pytest.raises(DivergenceError, match=r"grid 2 \(size 4\) became non-finite at update 1"):
+        ours.step(tiny_data(8).batch(slice(None)))
+    assert all(torch.equal(p, q) for p, q in zip(before, parameters(ours.model), strict=True))
+    assert ours.iteration == 0 and not ours.rule.optimisers[0].state
+
+
+def test_a_run_that_diverges_names_the_last_good_checkpoint(trainer, tmp_path):
+    ours = trainer(out=tmp_path / "run")
+    ours.fit(2)
+    overflow(ours)
+    with pytest.raises(DivergenceError, match=r"stopped at update 3, which was not applied; .*step_000002") as caught:
+        ours.fit()
+    assert "grid 2" in str(caught.value)
+    assert [p.name for p in (tmp_path / "run/checkpoints").iterdir()] == ["step_000002"]
+
+
+def test_a_chain_that_diverges_names_grid_and_step(trainer):
+    ours = trainer(langevin={"clamp": False})
+    with torch.no_grad():
+        ours.model.nets[1].head.weight.fill_(3e38)
+    with pytest.raises(DivergenceError, match=r"grid 2 \(size 4\).*step"):
+        ours.step(tiny_data(8).batch(slice(None)))
+
+
+@pytest.mark.parametrize(
+    ("batch", "error", "message"),
+    [
+        (torch.zeros(8, 1, 4, 4, dtype=torch.float64), TypeError, "uint8 or float32"),
+        (torch.zeros(8, 1, 4, 4, dtype=torch.int64), TypeError, "uint8 or float32"),
+        (torch.zeros(8, 3, 4, 4), ValueError, r"shape \(N, 1, 4, 4\), got \(8, 3, 4, 4\)"),
+        (torch.zeros(8, 1, 8, 8), ValueError, r"shape \(N, 1, 4, 4\)"),
+        (torch.full((8, 1, 4, 4), float("nan")), ValueError, "finite"),
+    ],
+)
+def test_wrong_batches(trainer, batch, error, message):
+    with pytest.raises(error, match=message):
+        trainer().step(batch)
+
+
+def test_a_model_of_ones_own_keeps_its_chains():
+    from mgebm_fast.sampling import Langevin
+
+    chains = [Langevin(steps=2, step_size=0.2, clamp=(0, 255)), Langevin(steps=3, step_size=0.1, clamp=(0, 255))]
+    model = MultiGrid((1, 2, 4), channels=1, langevin=chains, width=0.1, variant="compact", norm="none", batch_size=5)
+    trainer = MultiGridTrainer(model, tiny_data(), steps=2, optimiser={"lr": 0.01})
+    assert trainer.config.dynamics() == tuple(chains) and trainer.config.batch_size == 5
+    assert trainer.config.optimiser.lr == 0.01
+    trainer.fit()
+    assert trainer.iteration == 2 and model.langevin == tuple(chains)
+
+
+def test_model_and_configuration_must_fit():
+    model = build_model(tiny_config())
+    with pytest.raises(ValueError, match=r"config.sizes must be the model's, \(1, 2, 4\), got \(1, 4\)"):
+        MultiGridTrainer(model, tiny_data(), tiny_config(sizes=[1, 4]))
+    with pytest.raises(ValueError, match=r"data must be 1 x 4 x 4.*got 3 x 4 x 4"):
+        MultiGridTrainer(model, tiny_data(channels=3), tiny_config())
+    with pytest.raises(ValueError, match="at least one image"):
+        MultiGridTrainer(model, tiny_data(0), tiny_config())
