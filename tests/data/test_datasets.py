@@ -110,6 +110,13 @@ def test_items_that_are_refused(item, message, pixels):
         load(Made(pixels, item), size=8, channels=3)
 
 
+def test_one_item_out_of_range_refuses_the_whole(pixels):
+    """Items of a dataset that was normalised may lie in [0, 1] by chance: leaving the others out would be silent."""
+    item = lambda image, i: to_tensor(image) * (2 if i == 13 else 1)  # noqa: E731
+    with pytest.raises(DataError, match=r"^load: float pixels of item 13 of Made must be in \[0, 1\]"):
+        load(Made(pixels, item), size=8, channels=3, split="all")
+
+
 def test_broken_items_are_skipped(pixels):
     def item(image, i):
         if i in (0, 7):

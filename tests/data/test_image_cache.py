@@ -90,12 +90,15 @@ def test_skipped_images_are_remembered(folder, decodings):
         load(folder, size=8, channels=3, split="all", cache=True, strict=True)
 
 
-@pytest.mark.parametrize("damage", ["cut", "no index", "bad index"])
+@pytest.mark.parametrize("damage", ["cut", "grown", "no index", "bad index"])
 def test_damaged_entries_are_made_again(damage, folder, cache_folder, decodings):
     plain = load(folder, size=8, channels=3, cache=True).images.copy()
     (entry,) = cache_folder.iterdir()
     if damage == "cut":
         (entry / "images.bin").write_bytes(b"123")
+    elif damage == "grown":
+        with (entry / "images.bin").open("ab") as file:
+            file.write(b"123")
     elif damage == "no index":
         (entry / "index.json").unlink()
     else:

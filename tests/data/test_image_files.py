@@ -119,6 +119,7 @@ def test_broken_images_are_listed_and_skipped(container, pictures, encode, write
     assert len(data) == len(data.labels) == 24
     assert sorted(name.split("/")[1].split(".")[0] for name, _ in data.skipped) == sorted(BROKEN)
     assert dict(data.skipped)["cat/zero.png"] == "empty file"
+    assert dict(data.skipped)["dog/not_really.jpg"] == "not an image, or of an unknown format"
     assert all(why and "\n" not in why and "BytesIO" not in why for _, why in data.skipped)
     np.testing.assert_array_equal(data.images[:, 0, 0, 0], 100 * data.labels)  # labels stay with their images
     with pytest.raises(DataError, match="cat/(zero|garbage).png cannot be used"):
