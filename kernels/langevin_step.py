@@ -7,8 +7,8 @@
                     sample a program
     bytes a pixel   x read and written (8) + grad (4 or 2) + mask (1 where it is not broadcast); noise costs no memory
     paths           a tensor in C, H, W order is addressed flat: 128-bit loads and stores where 4 divides C * S; any
-                    other element by element. With x channels-last, neighbouring threads take the same pixels of neighbouring
-                    channels, so that the loads and stores of a warp share their cache lines
+                    other element by element. With x channels-last, neighbouring threads take the same pixels of
+                    neighbouring channels, so that the loads and stores of a warp share their cache lines
 
 Order of the float32 operations (csrc/ops/langevin_step.h has the same):
     g = clip(grad, +-c);  force = fma(x - m, 1/sigma^2, g);  v = fma(-drift, force, x);  v = fma(noise_std, eps, v);

@@ -105,7 +105,9 @@ def accesses(ptx: str) -> dict[str, int]:
 
 def check_clean(kernel: types.SimpleNamespace) -> None:
     """No approximate or flushing arithmetic, nothing spilled, registers for full occupancy's half at least."""
-    assert not re.findall(r"\S*\.(?:approx|ftz)\S*", kernel.ptx)
+    # Triton 3.5 writes its rounded square root as flushing: of 0 or at least 2**-23 that is the same.
+    inexact = re.findall(r"\S*\.(?:approx|ftz)\S*", kernel.ptx)
+    assert set(inexact) <= {"sqrt.rn.ftz.f32"}
     assert kernel.stack == 0
     assert not [line for line in kernel.sass if line.split(".")[0] in ("STL", "LDL")]
     assert kernel.registers <= 64
@@ -135,8 +137,8 @@ def test_noise_stores_whole_vectors(compiled, distribution, architecture):
 def test_noise_is_lean(compiled):
     """One quad a thread: Philox is 20 wide products; every fma is one that the source asks for; 250 instructions."""
     kernel = build(noise_launch(compiled, (8, 3, 64, 64)), 90)
-    assert kernel.ptx.count("mul.wide.u32") == 20
-    assert kernel.ptx.count("sqrt.rn.f32") == 2
+    assert len(re.findall(r"mul\.wide\.u32\s[^,]+,[^,]+, -(?:766435501|845247145);", kernel.ptx)) == 20
+    assert len(re.findall(r"sqrt\.rn(\.ftz)?\.f32", kernel.ptx)) == 2
     assert kernel.ptx.count("fma.rn.f32") == 4 + 2 * 11 + 2 * 7  # uniforms, logarithms, sines and cosines
     assert kernel.shared == 0
     assert len(kernel.sass) < 320

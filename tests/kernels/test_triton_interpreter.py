@@ -178,6 +178,9 @@ def test_counters_that_do_not_fit_give_nan(kernels, device, wrong):
     assert (run_noise(kernels, device, shape, "bits", **bad_step) == -1).all()
     out = run_noise(kernels, device, shape, first_sample=torch.tensor([5, wrong, 6], device=device))
     assert np.isnan(out[1]).all() and np.isfinite(out[[0, 2]]).all()
+    ids = torch.tensor([wrong, 7, 8], device=device)
+    out = run_noise(kernels, device, shape, first_sample=ids, step=torch.tensor(4, device=device))
+    assert np.isnan(out[0]).all() and np.isfinite(out[1:]).all()
     # The second of three ids from this base is the first that does not fit.
     out = run_noise(kernels, device, shape, first_sample=torch.tensor(2**32 - 1, device=device))
     assert np.isfinite(out[0]).all() and np.isnan(out[1:]).all()
