@@ -16,6 +16,9 @@ try:
     from . import _C as _module  # type: ignore[attr-defined]
 
     load_error: Exception | None = None
+    _wanted = os.environ.get("MGEBM_SIMD", "auto")
+    if not _module.set_isa(_wanted):
+        raise ValueError(f"MGEBM_SIMD must be auto, portable, avx2 or avx512, and one that this CPU has, got {_wanted!r}")
 except ImportError as error:
     _module, load_error = None, error
 
@@ -55,8 +58,3 @@ def why_no_cuda() -> str:
 def isa() -> str:
     """The instruction set that the C++ loops use on this CPU: avx512, avx2 or portable."""
     return module().isa()
-
-
-def requested_isa() -> str:
-    """What the environment asks for: `MGEBM_SIMD`, default `auto`."""
-    return os.environ.get("MGEBM_SIMD", "auto")

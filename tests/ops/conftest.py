@@ -35,10 +35,11 @@ def isa(request):
     """Each instruction set of the C++ loops in turn, where this CPU has it."""
     if not native.available():
         pytest.skip(f"the compiled module did not load: {native.load_error}")
+    before = native.isa()
     if not native.module().set_isa(request.param):
         pytest.skip(f"this CPU or this build has no {request.param}")
     yield request.param
-    native.module().set_isa(native.requested_isa())
+    native.module().set_isa(before)
 
 
 @pytest.fixture

@@ -1,6 +1,9 @@
 from __future__ import annotations
 
 import math
+import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -212,3 +215,12 @@ def test_named_backend_never_falls_back():
 def test_opcheck():
     arguments = ([2, 3, 5], "normal", 1, None, 0, torch.tensor([4, 5]), 0, torch.tensor(3), 7, torch.device("cpu"), "reference")
     torch.library.opcheck(torch.ops.mgebm_fast.noise.default, arguments)
+
+
+@pytest.mark.parametrize(("wanted", "line"), [("portable", "portable"), ("sse9", "MGEBM_SIMD must be auto, portable")])
+def test_the_environment_names_the_instruction_set(wanted, line):
+    native.module()
+    command = [sys.executable, "-c", "from mgebm_fast import native; print(native.isa())"]
+    result = subprocess.run(command, env={**os.environ, "MGEBM_SIMD": wanted}, capture_output=True, text=True)
+    assert line in (result.stdout if result.returncode == 0 else result.stderr)
+    assert (result.returncode == 0) == (wanted == "portable")
