@@ -88,7 +88,7 @@ class Loop:
     ) -> None:
         self.rule, self.batches, self.config, self.out, self.console = rule, batches, config, out, console
         self.iteration = 0
-        self.resumed = False
+        self._owns = False  # whether what lies in `out` is this run's
         self._resume_command = resume_command or f"mgebm train {out}/{CONFIG} --out {out} --resume"
 
     # checkpoints
@@ -107,10 +107,11 @@ class Loop:
         if (path / checkpoint.STATE).exists():
             folder, state = path, checkpoint.read(path)
         elif (path / CONFIG).is_file():
-            checkpoint.clean(path / CHECKPOINTS)
-            found = self._newest_of_run(path)
+            with checkpoint.exclusive(path):
+                checkpoint.clean(path / CHECKPOINTS)
+                found = self._newest_of_run(path)
             if found is None:
-                self.resumed = True
+                self._owns = self._owns or self._is_out(path)
                 self.say(f"{path}: no checkpoint yet, training starts from the beginning")
                 return 0
             folder, state = found
@@ -122,8 +123,12 @@ class Loop:
         self._check_same_run(state, folder)
         self.rule.read(folder)
         self.iteration = int(state["iteration"])
-        self.resumed = True
+        self._owns = self._owns or self._is_out(path)
         return self.iteration
+
+    def _is_out(self, path: Path) -> bool:
+        """Whether `path` is the run's folder or one of its checkpoints."""
+        return self.out is not None and self.out.resolve() in (path.resolve(), path.resolve().parent.parent)
 
     def _newest_of_run(self, path: Path) -> tuple[Path, dict[str, Any]] | None:
         found, faults = checkpoint.newest_good(path / CHECKPOINTS)
@@ -161,29 +166,37 @@ class Loop:
     def run(self, stop: int) -> Outcome:
         """Updates until `stop` have been made in all, or a signal asks to stop."""
         began = time.monotonic()
-        if self.out is not None:
-            with checkpoint.naming_a_full_disk(self._how_to_go_on):
+        with contextlib.ExitStack() as held:
+            held.enter_context(checkpoint.naming_a_full_disk(self._how_to_go_on))
+            if self.out is not None:
+                if not self._owns:
+                    check_new(self.out)
+                self.out.mkdir(parents=True, exist_ok=True)
+                held.enter_context(checkpoint.exclusive(self.out))
                 self._open_folder(self.out)
-        if self.iteration >= stop and self.iteration > 0:
-            self.say(f"nothing left to do: {self.iteration} updates were made, {stop} asked for")
-            if self.out is not None and not (self.out / MODEL).exists():
-                self.rule.write_model(self.out / MODEL, self.iteration)
-            return Outcome(self.iteration, True, time.monotonic() - began)
+            if self.iteration >= stop and self.iteration > 0:
+                self.say(f"nothing left to do: {self.iteration} updates were made, {stop} asked for")
+                if self.out is not None:  # the last run may have been killed just before it wrote this
+                    self.rule.write_model(self.out / MODEL, self.iteration)
+            else:
+                self._run(stop)
+        seconds = time.monotonic() - began
+        return Outcome(self.iteration, self.iteration >= stop, seconds)
+
+    def _run(self, stop: int) -> None:
+        began = time.monotonic()
         with (
-            checkpoint.naming_a_full_disk(self._how_to_go_on),
             StopRequests(self._announce_stop) as stopping,
             Progress(self.console, self.iteration, stop) as progress,
             self._recorder() as recorder,
         ):
             self._iterate(stop, stopping, progress, recorder)
-        seconds = time.monotonic() - began
-        finished = self.iteration >= stop
-        if finished and self.out is not None:
-            self.say(f"{self.iteration} updates done in {duration(seconds)}; the model: {self.out / MODEL}")
-        elif not finished:
-            where = f"saved in {self.last_checkpoint()}; to go on:\n  {self._resume_command}" if self.out else ""
-            self.say(f"stopped after {self.iteration} of {stop} updates{'; ' * bool(where)}{where}")
-        return Outcome(self.iteration, finished, seconds)
+        if self.iteration < stop:
+            where = f"; saved in {self.last_checkpoint()}; to go on:\n  {self._resume_command}" if self.out else ""
+            self.say(f"stopped after {self.iteration} of {stop} updates{where}")
+        elif self.out is not None:
+            took = duration(time.monotonic() - began)
+            self.say(f"{self.iteration} updates done in {took}; the model: {self.out / MODEL}")
 
     def _iterate(self, stop: int, stopping: StopRequests, progress: Progress, recorder: Recorder | None) -> None:
         config, spent, updates = self.config, 0.0, 0
@@ -213,13 +226,9 @@ class Loop:
                 return
 
     def _open_folder(self, out: Path) -> None:
-        """Take possession of the run's folder: it must be new or empty, unless the run was resumed."""
-        if not self.resumed and self.iteration == 0:
-            check_new(out)
-        out.mkdir(parents=True, exist_ok=True)
         files.write_bytes(out / CONFIG, self.config.to_toml().encode())
         checkpoint.clean(out / CHECKPOINTS)
-        self.resumed = True
+        self._owns = True
 
     def _recorder(self) -> contextlib.AbstractContextManager[Recorder | None]:
         if self.out is None:
@@ -232,7 +241,7 @@ class Loop:
         root = self.out / CHECKPOINTS
         self.save(root / checkpoint.name_of(self.iteration))
         checkpoint.prune(root, self.config.keep_checkpoints)
-        if final:
+        if final or (self.out / MODEL).exists():  # a run made longer: what it is sampled with does not fall behind
             self.rule.write_model(self.out / MODEL, self.iteration)
 
     def _draw(self, done: int) -> None:
@@ -240,7 +249,11 @@ class Loop:
             return
         count = min(36, len(self.batches.data))
         spread = [i * len(self.batches.data) // count for i in range(count)]
-        panels, across = self.rule.panels(self.batches.data.batch(spread))
+        try:
+            panels, across = self.rule.panels(self.batches.data.batch(spread))
+        except DivergenceError as error:  # training goes on: it has its own check
+            self.say(f"no picture after update {done}: {error}")
+            return
         folder = self.out / SAMPLES
         folder.mkdir(exist_ok=True)
         pictures.save_png(folder / f"{checkpoint.name_of(done)}.png", pictures.labelled_panel(panels, across=across))

@@ -144,15 +144,25 @@ def test_resume_of_what_is_no_run(trainer, tmp_path):
         trainer(out=tmp_path / "empty").resume()
 
 
+def test_going_on_in_a_new_folder(trainer, tmp_path):
+    trainer(out=tmp_path / "a").fit(2)
+    branch = trainer(out=tmp_path / "b", optimiser={"lr": 1e-4})
+    assert branch.resume(tmp_path / "a/checkpoints/step_000002") == 2
+    assert branch.fit().finished
+    assert [r["step"] for r in Run(tmp_path / "b").metrics()] == [3, 4, 5, 6]
+    assert len(Run(tmp_path / "a").metrics()) == 2
+
+
 def test_nothing_left_to_do(trainer, tmp_path):
     trainer(out=tmp_path / "run").fit()
-    before = (tmp_path / "run/model.safetensors").read_bytes()
+    before = checkpoint.read_tensors(tmp_path / "run/model.safetensors")
     words = io.StringIO()
     again = trainer(out=tmp_path / "run", console=Console(file=words))
     again.resume()
     outcome = again.fit()
     assert outcome.finished and outcome.iteration == 6 and "nothing left to do" in words.getvalue()
-    assert (tmp_path / "run/model.safetensors").read_bytes() == before
+    after = checkpoint.read_tensors(tmp_path / "run/model.safetensors")
+    assert all(torch.equal(before[name], after[name]) for name in before)
     assert [r["step"] for r in records.read(tmp_path / "run/metrics.jsonl")] == [1, 2, 3, 4, 5, 6]
 
 
@@ -160,6 +170,8 @@ def test_more_steps_go_on(trainer, tmp_path):
     trainer(out=tmp_path / "run").fit()
     longer = trainer(out=tmp_path / "run", steps=8)
     longer.resume()
+    assert longer.fit(7).iteration == 7
+    assert torch.equal(Run(tmp_path / "run").model().nets[0].head.weight, longer.model.nets[0].head.weight)
     assert longer.fit().iteration == 8
     assert Run(tmp_path / "run").config.steps == 8
 

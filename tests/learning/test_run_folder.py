@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import io
 import os
 import signal
@@ -76,8 +77,24 @@ def test_a_folder_that_holds_something_is_refused(trainer, tmp_path):
     with pytest.raises(FileExistsError, match="which is a file"):
         train(tiny_config(), out=tmp_path / "notes.txt", data=tiny_data())
     trainer(out=tmp_path / "run").fit(2)
+    elsewhere = trainer(out=tmp_path)
+    elsewhere.resume(tmp_path / "run")
+    with pytest.raises(FileExistsError, match="new or empty"):
+        elsewhere.fit()
     with pytest.raises(FileExistsError, match="--resume"):
         train(tiny_config(), out=tmp_path / "run", data=tiny_data())
+
+
+def test_two_processes_do_not_train_into_one_folder(trainer, tmp_path):
+    trainer(out=tmp_path).fit(2)
+    handle = os.open(tmp_path, os.O_RDONLY)
+    fcntl.flock(handle, fcntl.LOCK_EX)
+    second = trainer(out=tmp_path)
+    with pytest.raises(FileExistsError, match="another process is training"):
+        second.resume()
+    os.close(handle)
+    second.resume()
+    assert second.fit().finished
 
 
 def interrupt(ours, at, *, times=1):
