@@ -204,9 +204,11 @@ def langevin_step_(
     stream: int = 0,
 ) -> None:
     """One Langevin step of every chain, in place."""
+    if mask is not None and mask_strides is None and mask.numel() != x.numel():
+        raise ValueError("langevin_step_: mask_strides must be given for a mask that is broadcast, got None")
     if x.numel() == 0:
         return
-    samples, channels = x.shape[:2]
+    samples, channels = x.shape[0], x.shape[1] if x.dim() > 1 else 1
     elements = x.numel() // samples
     spatial = elements // channels
     dense = (elements, spatial, 1)

@@ -282,6 +282,7 @@ def launch(
             clamp_lo=None if math.isinf(numbers.low) else numbers.low,
             clamp_hi=None if math.isinf(numbers.high) else numbers.high,
             mask=mask,
+            mask_strides=None if mask is None else mask_strides(mask, x),
             **placed.reference_arguments,
         )
     else:

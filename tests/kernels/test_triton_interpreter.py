@@ -313,6 +313,21 @@ def test_wrong_counters_reach_updated_pixels_only(kernels, device):
     np.testing.assert_array_equal(out[held], x[held])
 
 
+def test_a_broadcast_mask_needs_strides(kernels, device):
+    """Read as if it were whole, it would be read past its end."""
+    x = np.zeros((2, 3, 4, 4), np.float32)
+    with pytest.raises(ValueError, match="mask_strides must be given"):
+        step(kernels, device, x, x, mask=torch.ones((1, 1, 4, 4), dtype=torch.bool, device=device))
+
+
+def test_vectors_and_scalars(kernels, device):
+    """(N, C) and (N,): a sample may have no spatial dimensions, or be one number."""
+    for shape in [(3, 6), (5,)]:
+        x, grad = np.random.default_rng(7).normal(size=(2, *shape)).astype(np.float32)
+        expected = x.astype(np.float64) - 0.2 * grad + 0.3 * draws(shape, "normal")
+        assert np.abs(step(kernels, device, x, grad) - expected).max() < 2e-6
+
+
 def test_nan_passes_clip_and_clamp(kernels, device):
     x, grad = np.zeros((2, 1, 1, 2, 4), np.float32)
     grad[0, 0, 0] = [np.nan, np.inf, -np.inf, 0]
