@@ -36,7 +36,7 @@ def main() -> None:
     print(dynamics.explain(energy, start))
     samples = dynamics(energy, start, seed=1)
     for name, result in (("the loop", loop(energy, start)), ("mg.Langevin", samples)):
-        print(f"{name}: mean energy {float(energy(result).mean()):.4f}, was {float(energy(start).mean()):.4f}")
+        print(f"{name}: mean energy {energy(result).mean().item():.4f}, was {energy(start).mean().item():.4f}")
 
     # Noise belongs to (seed, sample, step, pixel): halves of the batch, one after the other, get the same.
     halves = [dynamics(energy, start[i : i + 8], seed=1, first_sample=i) for i in (0, 8)]

@@ -9,6 +9,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from . import __version__
+
 REBUILD = "pip install --force-reinstall --no-deps ."
 LIBRARIES = ("torch", "numpy", "pillow", "safetensors", "scikit-learn", "scikit-image", "torchmetrics", "tensorboard")
 # package: (what it is for, how to get it)
@@ -23,7 +25,7 @@ OPTIONAL = {
 def examine() -> dict[str, Any]:
     """The whole report, in plain JSON types. Nothing is changed on the machine, and no GPU memory is taken."""
     return {
-        "package": {"version": _version("mgebm_fast"), "path": str(Path(__file__).resolve().parent)},
+        "package": {"version": __version__, "path": str(Path(__file__).resolve().parent)},
         "system": _system(),
         "libraries": {name: _version(name) for name in LIBRARIES},
         "native": _native(),

@@ -11,6 +11,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
+from .. import __version__
 from ..errors import BackendError, DivergenceError
 from .evaluate import evaluate
 from .options import INTERRUPTED
@@ -49,9 +50,7 @@ def _tell(error: BaseException) -> None:
 
 def _version(wanted: bool) -> None:
     if wanted:
-        from importlib.metadata import version
-
-        typer.echo(f"mgebm_fast {version('mgebm_fast')}")
+        typer.echo(f"mgebm_fast {__version__}")
         raise typer.Exit
 
 

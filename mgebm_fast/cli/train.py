@@ -119,6 +119,8 @@ def _lasting(data: str) -> str:
     from ..data.builtin import is_builtin
 
     path = Path(data).expanduser()
+    if is_builtin(data) and path.exists():
+        typer.echo(f"--data: {data} is the built-in set; ./{data} means what lies in this folder", err=True)
     return data if is_builtin(data) or not path.exists() else str(path.resolve())
 
 

@@ -1,0 +1,36 @@
+"""Tiny runs, made once, and a way to call the command line in this process."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner, Result
+
+from mgebm_fast.cli import app
+
+TINY = ["--set", "steps=2", "--set", "langevin.steps=2", "--set", "batch_size=4", "--set", "width=0.1"]
+
+
+@pytest.fixture(scope="session")
+def mgebm() -> Callable[..., Result]:
+    def call(*arguments: object) -> Result:
+        return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+    return call
+
+
+@pytest.fixture(scope="session")
+def trained(mgebm: Callable[..., Result], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of two updates; tests that write use `run`, a copy."""
+    out = tmp_path_factory.mktemp("runs") / "digits"
+    result = mgebm("train", "digits", *TINY, "--set", "checkpoint_every=1", "--out", out)
+    assert result.exit_code == 0, result.output
+    return out
+
+
+@pytest.fixture
+def run(trained: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(trained, tmp_path / "digits"))

@@ -1,0 +1,93 @@
+"""`mgebm evaluate`, `presets`, `doctor`, the help of every command, and `python -m mgebm_fast`."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from mgebm_fast import __version__, doctor, native
+from mgebm_fast.learning import preset_names
+
+from .test_train import one_line
+
+COMMANDS = ("train", "sample", "evaluate", "presets", "doctor")
+
+
+def test_evaluate_prints_one_object_on_stdout(mgebm, trained):
+    result = mgebm("evaluate", trained, "--num", 40, "--json")
+    assert result.exit_code == 0, result.output
+    figures = json.loads(result.stdout)
+    assert result.stdout.count("\n") == 1
+    assert figures["num"] == 40
+    for name in ("kid", "fid", "nearest_distance", "confident_share", "class_shares"):
+        assert f"{name}_real" in figures
+    assert set(figures["class_shares"]) == set("0123456789")
+    assert figures["confident_share_noise"] <= 0.02
+
+
+def test_a_model_file_alone_needs_data_and_people_get_tables(mgebm, trained, tmp_path):
+    alone = tmp_path / "model.safetensors"
+    alone.write_bytes((trained / "model.safetensors").read_bytes())
+    assert "--data" in one_line(mgebm("evaluate", alone, "--num", 20))
+    result = mgebm("evaluate", alone, "--num", 20, "--data", "digits")
+    assert result.exit_code == 0, result.output
+    assert "20 samples" in result.stdout and "FID" in result.stdout
+
+
+def test_presets_are_listed(mgebm):
+    listed = json.loads(mgebm("presets", "--json").stdout)
+    assert [entry["name"] for entry in listed] == preset_names()
+    text = mgebm("presets").stdout
+    for entry in listed:
+        assert entry["name"] in text and entry["description"] in text
+
+
+def test_doctor_says_what_is_usable_and_why_the_rest_is_not(mgebm):
+    report = json.loads(mgebm("doctor", "--json").stdout)
+    assert report["package"]["version"] == __version__
+    for part in ("native", "cuda", "triton"):
+        entry = report[part]
+        assert entry["usable"] != bool(entry["why_not"]), (part, entry)
+        assert entry["usable"] or entry["how"], (part, entry)
+    if native.available():
+        assert report["native"]["level"] == native.isa()
+        assert "portable" in [level["name"] for level in report["native"]["levels"] if level["usable"]]
+    text = mgebm("doctor").stdout
+    assert "native C++" in text and "native CUDA" in text and "Triton" in text and "optional packages" in text
+
+
+def test_doctor_without_the_compiled_module_still_reports(mgebm, monkeypatch):
+    monkeypatch.setattr(native, "_module", None)
+    monkeypatch.setattr(native, "load_error", ImportError("libgomp.so.1: cannot open shared object file"))
+    native.cuda_available.cache_clear()
+    text = doctor.render(doctor.examine())
+    native.cuda_available.cache_clear()
+    assert "libgomp.so.1" in text and doctor.REBUILD in text
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_help_has_an_example(mgebm, command):
+    result = mgebm(command, "--help")
+    assert result.exit_code == 0
+    assert f"  mgebm {command}" in result.stdout
+
+
+def test_an_unknown_command_is_told(mgebm):
+    result = mgebm("trian")
+    assert result.exit_code == 2 and "trian" in result.stderr
+
+
+def test_python_m_is_the_doctor_and_with_arguments_the_command_line():
+    def call(*arguments):
+        return subprocess.run([sys.executable, "-m", "mgebm_fast", *arguments], capture_output=True, text=True)
+
+    assert call().stdout.startswith(f"mgebm_fast {__version__}")
+    assert "digits" in call("presets").stdout
+
+
+def test_help_does_not_load_torch():
+    code = "import sys, mgebm_fast.cli; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
