@@ -77,7 +77,8 @@ def sincos_turns(u):
     s = r * r
     sine = tl.fma(s, -0.00460214540, 0.0796802193)
     sine = tl.fma(sine, s, -0.645963490)
-    sine = tl.fma(sine, s, 1.57079637) * r
+    sine = tl.fma(sine, s, -4.37113883e-8)
+    sine = tl.fma(r, 1.57079637, sine * r)
     cosine = tl.fma(s, 0.000904054497, -0.0208603051)
     cosine = tl.fma(cosine, s, 0.253669232)
     cosine = tl.fma(cosine, s, -1.23370051)

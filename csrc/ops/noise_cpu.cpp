@@ -7,7 +7,7 @@ namespace {
 void bits(const SampleKey& key, uint32_t first_quad, int64_t count, int64_t* out) {
   WordBlock block;
   philox_block(key, first_quad, static_cast<int>((count + 3) / 4), block);
-  for (int64_t e = 0; e < count; ++e) out[e] = block.w[e % 4][e / 4];
+  for (int64_t e = 0; e < count; ++e) out[e] = key.valid ? block.w[e % 4][e / 4] : -1;
 }
 
 template <Distribution distribution>

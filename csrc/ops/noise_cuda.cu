@@ -29,8 +29,9 @@ __global__ void __launch_bounds__(kThreads) noise_kernel(const NoiseParams p) {
     const Words words = words_at(key, p.first_quad + static_cast<uint32_t>(quad));
     const int64_t at = sample * p.elements + 4 * quad, left = p.elements - 4 * quad;
     if constexpr (distribution == Distribution::kBits) {
-      store_quad(static_cast<long long*>(p.out) + at, left, aligned, static_cast<long long>(words.w0),
-                 static_cast<long long>(words.w1), static_cast<long long>(words.w2), static_cast<long long>(words.w3));
+      const auto word = [&](uint32_t w) { return key.valid ? static_cast<long long>(w) : -1ll; };
+      store_quad(static_cast<long long*>(p.out) + at, left, aligned, word(words.w0), word(words.w1), word(words.w2),
+                 word(words.w3));
     } else {
       Quad q = noise_quad(words, distribution);
       if (!key.valid) q.v0 = q.v1 = q.v2 = q.v3 = __int_as_float(0x7FC00000);

@@ -105,6 +105,6 @@ def noise_reference(
     """(samples, elements) draws in plain torch; normals are computed in float64 and rounded once."""
     word, valid = philox.words(samples, elements, device=device, **placed.reference_arguments)
     if distribution == "bits":
-        return word.flatten(1)[:, :elements]
+        return torch.where(valid, word, -1).flatten(1)[:, :elements]
     draw = philox.normal(word).float() if distribution == "normal" else philox.uniform(word)
     return torch.where(valid, draw, torch.nan).flatten(1)[:, :elements]

@@ -18,7 +18,7 @@ struct Counters {
 
 struct SampleKey {
   uint32_t k0, k1, sample, step, stream;
-  bool valid;  // false where a counter from memory does not fit 32 bits: its noise is NaN, never a wrapped number
+  bool valid;  // false where a counter from memory does not fit 32 bits: its noise is NaN (its words -1), never a wrapped number
 };
 
 MG_HD SampleKey sample_key(const Counters& counters, int64_t index) {

@@ -42,7 +42,8 @@ MG_HD SinCos sincos_turns(float u) {
   float sine = -0.00460214540f;
   sine = fused(sine, s, 0.0796802193f);
   sine = fused(sine, s, -0.645963490f);
-  sine = fused(sine, s, 1.57079637f) * r;
+  sine = fused(sine, s, -4.37113883e-8f);  // pi/2 in two parts: one rounding less in the largest term
+  sine = fused(r, 1.57079637f, sine * r);
   float cosine = 0.000904054497f;
   cosine = fused(cosine, s, -0.0208603051f);
   cosine = fused(cosine, s, 0.253669232f);
