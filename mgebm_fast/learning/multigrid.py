@@ -114,7 +114,7 @@ class MultiGridRule(UpdateRule):
         return self._metrics(numbers, schedule, factor, synthesised if detail else None)
 
     def _with_noise(self, images: Tensor, grid: int, iteration: int, factor: float) -> Tensor:
-        std = self.config.stabilise.data_noise * factor
+        std = pick(self.config.stabilise.data_noise, grid - 1) * factor
         if std == 0:
             return images
         where = noise.stream(noise.Purpose.DATA_NOISE, grid)

@@ -20,11 +20,11 @@ def parameters(model):
 @pytest.mark.parametrize("norm", ["none", "batch"])
 @pytest.mark.parametrize("iteration", [0, 4])
 def test_update_is_its_formula(trainer, norm, iteration):
-    lr, std, l2 = 0.5, 0.1, 0.05
+    lr, noises, l2 = 0.5, [0.1, 0.2], 0.05
     changes = {
         "norm": norm,
         "optimiser": {"name": "sgd", "lr": lr},
-        "stabilise": {"data_noise": std, "energy_l2": l2, "noise_anneal": 0.5},
+        "stabilise": {"data_noise": noises, "energy_l2": l2, "noise_anneal": 0.5},
         "seed": 11,
     }
     ours, config = trainer(**changes), tiny_config(**changes)
@@ -49,7 +49,7 @@ def test_update_is_its_formula(trainer, norm, iteration):
             )  # fmt: skip
         draw = ops.noise(x.shape[:2] + chain.shape[2:], seed=11, step=iteration,
                          stream=noise.stream(noise.Purpose.DATA_NOISE, grid))  # fmt: skip
-        real, fake = net(observed[grid] + std * factor * draw), net(chain)
+        real, fake = net(observed[grid] + noises[grid - 1] * factor * draw), net(chain)
         loss = real.mean() - fake.mean() + l2 * (real.square().mean() + fake.square().mean())
         grads = torch.autograd.grad(loss, list(net.parameters()))
         for parameter, gradient, got in zip(
