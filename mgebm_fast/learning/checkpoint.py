@@ -100,7 +100,7 @@ def listed(root: Path) -> list[Path]:
 
 def newest_good(root: Path) -> tuple[tuple[Path, dict[str, Any]] | None, list[tuple[Path, CheckpointError]]]:
     """The newest undamaged checkpoint of `root` with its state, and each newer one with what is wrong with it."""
-    faults = []
+    faults: list[tuple[Path, CheckpointError]] = []
     for folder in reversed(listed(root)):
         try:
             return (folder, read(folder)), faults

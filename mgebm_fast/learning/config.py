@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -187,7 +187,8 @@ def apply_overrides(config: TrainConfig, overrides: Iterable[str]) -> TrainConfi
     """`config` with `key=value` assignments: TOML values, bare words as strings, `none` to clear an optional key.
 
     Lists may leave out their brackets (`sizes=1,2,4`), and a list of strings may be one word (`classes=automobile`).
-    `langevin.step_size` replaces a decoupled form, and `langevin.drift` a coupled one.
+    `langevin.step_size` replaces a decoupled form, and `langevin.drift` a coupled one. New `sizes` take lists with a
+    value for each net along: a size keeps its value, a new one takes that of the nearest size.
     """
     values, given = config.to_dict(), set()
     for override in overrides:
@@ -201,7 +202,7 @@ def apply_overrides(config: TrainConfig, overrides: Iterable[str]) -> TrainConfi
         value = _read(kind, name, _value(text.strip(), kind), "--set")
         target[leaf] = value
         given |= {name} if value is not None else set()
-    return from_dict(_one_form(values, given), "--set")
+    return from_dict(_settled(values, given, config.sizes), "--set")
 
 
 def merge(config: TrainConfig, changes: Mapping[str, Any]) -> TrainConfig:
@@ -214,22 +215,37 @@ def merge(config: TrainConfig, changes: Mapping[str, Any]) -> TrainConfig:
         else:
             _kind(name, "config")
             values[name] = value
-    return from_dict(_one_form(values, given), "config")
+            given.add(name)
+    return from_dict(_settled(values, given, config.sizes), "config")
 
 
-def _one_form(values: dict[str, Any], given: set[str]) -> dict[str, Any]:
-    """`values` without the form of the chain that a newly given one replaces, and without keys that hold none."""
+def _settled(values: dict[str, Any], given: set[str], before: tuple[int, ...]) -> dict[str, Any]:
+    """`values` after the keys `given` were set: without the form of the chain that a newly given one replaces,
+    without keys that hold none, and with lists that had an entry for each net of the sizes `before` fitted to new
+    sizes."""
     forms = {"step_size": ("drift", "noise_std"), "drift": ("step_size", "noise_scale")}
     for name, replaced in forms.items():
         if f"langevin.{name}" in given:
             for other in replaced:
                 if f"langevin.{other}" not in given:
                     values["langevin"].pop(other, None)
+    sizes = values["sizes"]
+    if "sizes" in given and all(isinstance(size, int) and size > 0 for size in sizes):
+        for name in set(_PER_GRID) - given:
+            section, _, leaf = name.partition(".")
+            value = values[section].get(leaf)
+            if isinstance(value, list):
+                values[section][leaf] = [value[_nearest_size(size, before[1:])] for size in sizes[1:]]
     return {
         name: {k: v for k, v in value.items() if v is not None} if isinstance(value, dict) else value
         for name, value in values.items()
         if value is not None
     }
+
+
+def _nearest_size(size: int, among: Sequence[int]) -> int:
+    """The index of the size with the smallest ratio to `size`, the smaller one of two."""
+    return min(range(len(among)), key=lambda i: max(size / among[i], among[i] / size))
 
 
 def describe_keys() -> list[tuple[str, str, Any, str]]:
@@ -252,6 +268,13 @@ def _fields() -> dict[str, tuple[type, dataclasses.Field]]:
 
 
 _FIELDS = _fields()
+
+
+def _per_grid(kind: Kind) -> bool:
+    return isinstance(kind.kind if isinstance(kind, Maybe) else kind, PerGrid)
+
+
+_PER_GRID = [name for name, (_, field) in _FIELDS.items() if _per_grid(field.metadata["kind"])]
 
 
 def _first(section: type) -> str:
@@ -306,11 +329,10 @@ def _check_together(config: TrainConfig) -> None:
     low, high = config.value_range
     if not low < high:
         raise ConfigError(f"value_range must be [low, high] with low < high, got {list(config.value_range)}")
-    for name, (owner, field) in _FIELDS.items():
-        section = config if owner is TrainConfig else getattr(config, name.partition(".")[0])
-        value, kind = getattr(section, field.name), field.metadata["kind"]
-        kind = kind.kind if isinstance(kind, Maybe) else kind
-        if isinstance(kind, PerGrid) and isinstance(value, tuple) and len(value) != len(sizes) - 1:
+    for name in _PER_GRID:
+        section, _, leaf = name.partition(".")
+        value = getattr(getattr(config, section), leaf)
+        if isinstance(value, tuple) and len(value) != len(sizes) - 1:
             raise ConfigError(
                 f"{name} must be one value, or a list of {len(sizes) - 1} for the nets of sizes "
                 f"{list(sizes[1:])}, got {len(value)} values"

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from .. import noise, ops
 from ..errors import CheckpointError, DivergenceError
 from ..gradient import energy_gradient
+from ..nets import EnergyNet
 from ..sampling import MultiGrid
 from ..sampling.storage import EMA, MODEL_FILE
 from . import checkpoint
@@ -93,8 +94,8 @@ class MultiGridRule(UpdateRule):
             if config.stabilise.energy_l2:
                 loss = loss + config.stabilise.energy_l2 * (on_real.square().mean() + on_chain.square().mean())
             parameters = self.parameters[grid - 1]
-            parts = torch.autograd.grad(loss, parameters, allow_unused=True)
-            parts = [torch.zeros_like(p) if g is None else g for p, g in zip(parameters, parts, strict=True)]
+            found = torch.autograd.grad(loss, parameters, allow_unused=True)
+            parts = [torch.zeros_like(p) if g is None else g for p, g in zip(parameters, found, strict=True)]
             gradients.append(parts)
             measured += [on_real.detach().mean(), on_chain.detach().mean(), norm(parts)]
         # The one look at the device: nothing is applied before every number is known to be finite.
@@ -122,7 +123,7 @@ class MultiGridRule(UpdateRule):
         return torch.add(images, draw, alpha=std)
 
     def _energies(self, net: nn.Module, real: Tensor, chain: Tensor) -> tuple[Tensor, Tensor]:
-        observing = net.observing() if hasattr(net, "observing") else contextlib.nullcontext()
+        observing: Any = net.observing() if isinstance(net, EnergyNet) else contextlib.nullcontext()
         if getattr(net, "norm", "none") != "batch":
             with observing:
                 on_real, on_chain = net(torch.cat([real, chain])).split([len(real), len(chain)])
@@ -222,8 +223,8 @@ class MultiGridRule(UpdateRule):
         known = {str(grid) for grid in range(1, len(self.optimisers) + 1)}
         if tensors.keys() - known:
             raise CheckpointError(f"{path}: holds the state of grids {sorted(tensors)}, this model has {sorted(known)}")
-        for grid, optimiser in enumerate(self.optimisers, start=1):
-            load_state_tensors(optimiser, tensors.get(str(grid), {}), str(path))
+        for index, optimiser in enumerate(self.optimisers, start=1):
+            load_state_tensors(optimiser, tensors.get(str(index), {}), str(path))
 
 
 def build_model(config: TrainConfig) -> MultiGrid:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
@@ -63,7 +63,7 @@ def map_areas(net: nn.Module) -> dict[int, float]:
 
 
 @torch.no_grad()
-def condition_(gradients: Sequence[Tensor], config: OptimiserConfig, divisors: Sequence[float] | None = None) -> None:
+def condition_(gradients: list[Tensor], config: OptimiserConfig, divisors: list[float] | None = None) -> None:
     """The configured changes of one net's gradients, in place and in this order: division by map areas, rescaling
     of each tensor to max |g| ≤ c, clipping of entries, clipping of the net's norm. No value is read back."""
     if divisors is not None:
@@ -78,7 +78,7 @@ def condition_(gradients: Sequence[Tensor], config: OptimiserConfig, divisors: S
         torch._foreach_mul_(gradients, (config.grad_clip_norm / norm(gradients)).clamp(max=1.0))
 
 
-def norm(tensors: Sequence[Tensor]) -> Tensor:
+def norm(tensors: list[Tensor]) -> Tensor:
     """‖·‖₂ of all entries of all tensors, a 0-dim tensor."""
     return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(tensors)))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from types import TracebackType
+from typing import Any
 
 from rich.console import Console
 
@@ -13,7 +14,7 @@ class Progress:
 
     def __init__(self, console: Console | None, start: int, total: int) -> None:
         self._console, self._start, self._total = console, start, total
-        self._bar = None
+        self._bar: Any = None
         self._began = time.monotonic()
 
     def __enter__(self) -> Progress:

@@ -93,6 +93,19 @@ def test_a_new_form_of_the_chain_replaces_the_old():
 
 
 @pytest.mark.parametrize(
+    ("sizes", "expected"),
+    [([1, 4, 8], (2.0, 3.0)), ([1, 2, 4, 8, 16], (1.0, 2.0, 3.0, 3.0)), ([1, 3, 24], (1.0, 3.0)), ([1, 2], (1.0,))],
+)
+def test_new_sizes_take_values_a_net_along(sizes, expected):
+    config = apply_overrides(load_preset("digits"), ["stabilise.data_noise=1,2,3", "langevin.noise_std=[1,2,3]"])
+    changed = apply_overrides(config, [f"sizes={sizes}"])
+    assert changed.stabilise.data_noise == expected
+    assert tuple(chain.noise_std for chain in changed.dynamics()) == expected
+    with pytest.raises(ConfigError, match="stabilise.data_noise must be one value, or a list of 1 .*got 3 values"):
+        apply_overrides(config, ["sizes=1,2", "stabilise.data_noise=1,2,3"])
+
+
+@pytest.mark.parametrize(
     ("override", "message"),
     [
         ("stepss=3", r"unknown key 'stepss' \(did you mean 'steps'\?\)"),
