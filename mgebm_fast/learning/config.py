@@ -213,8 +213,7 @@ def merge(config: TrainConfig, changes: Mapping[str, Any]) -> TrainConfig:
             values[name] = {**values.get(name, {}), **value}
             given |= {f"{name}.{leaf}" for leaf, entry in value.items() if entry is not None}
         else:
-            _kind(name, "config")
-            values[name] = value
+            values[name] = _read(_kind(name, "config"), name, value, "config")
             given.add(name)
     return from_dict(_settled(values, given, config.sizes), "config")
 
@@ -230,7 +229,7 @@ def _settled(values: dict[str, Any], given: set[str], before: tuple[int, ...]) -
                 if f"langevin.{other}" not in given:
                     values["langevin"].pop(other, None)
     sizes = values["sizes"]
-    if "sizes" in given and all(isinstance(size, int) and size > 0 for size in sizes):
+    if "sizes" in given:
         for name in set(_PER_GRID) - given:
             section, _, leaf = name.partition(".")
             value = values[section].get(leaf)

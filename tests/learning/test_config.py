@@ -94,7 +94,7 @@ def test_a_new_form_of_the_chain_replaces_the_old():
 
 @pytest.mark.parametrize(
     ("sizes", "expected"),
-    [([1, 4, 8], (2.0, 3.0)), ([1, 2, 4, 8, 16], (1.0, 2.0, 3.0, 3.0)), ([1, 3, 24], (1.0, 3.0)), ([1, 2], (1.0,))],
+    [([1, 4, 8], (2.0, 3.0)), ([1, 2, 4, 8, 16], (1.0, 2.0, 3.0, 3.0)), ([1, 3, 24], (2.0, 3.0)), ([1, 2], (1.0,))],
 )
 def test_new_sizes_take_values_a_net_along(sizes, expected):
     config = apply_overrides(load_preset("digits"), ["stabilise.data_noise=1,2,3", "langevin.noise_std=[1,2,3]"])
@@ -142,6 +142,18 @@ def test_new_sizes_take_values_a_net_along(sizes, expected):
 def test_wrong_override(override, message):
     with pytest.raises(ConfigError, match=message):
         apply_overrides(load_preset("digits"), [override])
+
+
+def test_wrong_changes_in_python():
+    config = load_preset("digits")
+    for changes, message in (
+        ({"sizes": 8}, "sizes must be a list"),
+        ({"langevin": 3}, "langevin is a table"),
+        ({"langevin": {"stepz": 3}}, r"unknown key 'langevin.stepz' \(did you mean 'langevin.steps'"),
+        ({"stepz": 3}, r"did you mean 'steps'"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            merge(config, changes)
 
 
 def test_unknown_preset_and_file(tmp_path):
