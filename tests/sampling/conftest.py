@@ -7,6 +7,10 @@ PLACES = [("cpu", "reference"), ("cpu", "native"), ("cpu", "triton")]
 PLACES += [("cuda", "reference"), ("cuda", "native"), ("cuda", "triton")]
 
 
+# Triton's interpreter takes seconds for what a kernel does in microseconds.
+FEW, MANY = (3, 3, 8, 8), (256, 3, 8, 8)
+
+
 @pytest.fixture(params=PLACES, ids=lambda place: "-".join(place))
 def place(request):
     """(device, backend) of every update kernel, those unusable on this machine skipped with their reason."""
@@ -17,3 +21,9 @@ def place(request):
     if reason:
         pytest.skip(reason)
     return device, backend
+
+
+@pytest.fixture
+def shape(place):
+    """(N, C, H, W) of a statistical test at `place`."""
+    return FEW if place == ("cpu", "triton") else MANY

@@ -1,8 +1,9 @@
 """The law of the chain against closed forms: x_K = m + a^K (x_0 − m) + (1 − a^K) v w + Gaussian noise.
 
 Each figure is a z-score of a sum of independent Gaussian terms whose law under a correct chain is known, tested at
-|z| < 5: a correct chain fails one with probability 6e-7, the whole file (about 60 figures a backend) with 4e-5.
-Seeds are fixed, so that a pass stays a pass.
+|z| < 5: a correct chain fails one with probability 6e-7, the whole file (about 100 figures a backend) with 6e-5. In
+Triton's interpreter, where a few hundred values make the tails of the squares heavier, with less than 1e-3. Seeds are
+fixed, so that a pass stays a pass.
 """
 
 import math
@@ -15,7 +16,6 @@ from mgebm_fast.nets import ConvSpec, EnergyNet
 from mgebm_fast.sampling import langevin_sample
 
 LIMIT = 5.0
-SHAPE = (256, 3, 8, 8)
 
 
 def decay(drift, noise_std, precision, steps):
@@ -24,7 +24,7 @@ def decay(drift, noise_std, precision, steps):
     return a**steps, noise_std**2 * (1.0 - a ** (2 * steps)) / (1.0 - a**2)
 
 
-def start(mean, spread, shape=SHAPE):
+def start(mean, spread, shape):
     return mean + spread * torch.randn(shape, generator=torch.Generator().manual_seed(11), dtype=torch.float32)
 
 
@@ -58,7 +58,7 @@ def check(residual, variance, regressors):
     ],
 )
 @pytest.mark.parametrize("target", ["energy", "reference", "both"])
-def test_transient_mean_and_variance_on_a_gaussian(place, sigma, delta, tau, steps, target):
+def test_transient_mean_and_variance_on_a_gaussian(place, shape, sigma, delta, tau, steps, target):
     device, backend = place
     mean = 2.0 * sigma
     # "both": two halves of the precision, one of them in the energy.
@@ -68,7 +68,7 @@ def test_transient_mean_and_variance_on_a_gaussian(place, sigma, delta, tau, ste
     def energy(x):
         return share * ((x - mean) / sigma).square().flatten(1).sum(1) / 2.0 + 0.0 * x.flatten(1).sum(1)
 
-    x0 = start(mean - 3.0 * sigma, sigma).to(device)
+    x0 = start(mean - 3.0 * sigma, sigma, shape).to(device)
     x = langevin_sample(
         energy, x0, steps=steps, step_size=delta, noise_scale=tau, reference_std=reference_std,
         reference_mean=mean if reference_std else 0.0, seed=17, backend=backend,
@@ -80,9 +80,9 @@ def test_transient_mean_and_variance_on_a_gaussian(place, sigma, delta, tau, ste
         assert variance == pytest.approx(sigma**2 / (1.0 - delta**2 / (4.0 * sigma**2)), rel=1e-4)
 
 
-def test_transient_mean_and_variance_of_the_decoupled_form(place):
+def test_transient_mean_and_variance_of_the_decoupled_form(place, shape):
     device, backend = place
-    x0 = start(0.0, 1.0).to(device)
+    x0 = start(0.0, 1.0, shape).to(device)
 
     def energy(x):
         return (x - 1.0).square().flatten(1).sum(1)  # precision 2
@@ -94,7 +94,7 @@ def test_transient_mean_and_variance_of_the_decoupled_form(place):
 
 
 @pytest.mark.parametrize("delta, sigma", [(0.5, 1.0), (0.4, 3.0)])
-def test_law_through_an_affine_conv_net(place, delta, sigma):
+def test_law_through_an_affine_conv_net(place, shape, delta, sigma):
     device, backend = place
     layers = [ConvSpec(8, 5, 2), ConvSpec(12, 3), ConvSpec(6, 3, 2)]
     net = EnergyNet(8, 3, layers, norm="none", activation="leaky_relu", negative_slope=1.0, seed=3)
@@ -108,7 +108,7 @@ def test_law_through_an_affine_conv_net(place, delta, sigma):
     assert w.abs().mean() > 0.1
 
     steps = 12
-    x0 = start(0.0, sigma).to(device)
+    x0 = start(0.0, sigma, shape).to(device)
     x = langevin_sample(
         net.to(device), x0, steps=steps, step_size=delta, reference_std=sigma, reference_mean=0.5, seed=29,
         backend=backend,
@@ -119,9 +119,9 @@ def test_law_through_an_affine_conv_net(place, delta, sigma):
     check(x.double() - 0.5 - shrunk * away - pulled, variance, {"start": away, "score": w})
 
 
-def test_noise_is_independent_between_steps_grids_and_seeds(place):
+def test_noise_is_independent_between_steps_grids_and_seeds(place, shape):
     device, backend = place
-    x0 = torch.zeros(SHAPE, device=device)
+    x0 = torch.zeros(shape, device=device)
 
     def flat(x):
         return 0.0 * x.flatten(1).sum(1)
@@ -133,15 +133,15 @@ def test_noise_is_independent_between_steps_grids_and_seeds(place):
     n = x0.numel()
     # A sum of two steps has twice the variance of one; a repeated counter would make it four times.
     check(chain(steps=2, seed=1), 2.0, {})
-    for other in (chain(seed=2), chain(seed=1, first_step=1), chain(seed=1, stream=1), chain(seed=1, first_sample=256)):
+    for other in (chain(seed=2), chain(seed=1, first_step=1), chain(seed=1, stream=1), chain(seed=1, first_sample=1000)):
         assert abs(float((first * other).sum())) < LIMIT * math.sqrt(n)
 
 
-def test_noise_of_a_step_is_the_op_s(place):
+def test_noise_of_a_step_is_the_op_s(place, shape):
     device, backend = place
     x = langevin_sample(
-        lambda x: 0.0 * x.flatten(1).sum(1), torch.zeros(SHAPE, device=device), steps=1, drift=1.0, noise_std=1.0,
+        lambda x: 0.0 * x.flatten(1).sum(1), torch.zeros(shape, device=device), steps=1, drift=1.0, noise_std=1.0,
         seed=3, first_step=9, first_sample=5, stream=7, backend=backend,
     )  # fmt: skip
-    noise = ops.noise(SHAPE, seed=3, step=9, first_sample=5, stream=7, backend="reference")
+    noise = ops.noise(shape, seed=3, step=9, first_sample=5, stream=7, backend="reference")
     torch.testing.assert_close(x.cpu(), noise, rtol=0, atol=1e-6)

@@ -1,0 +1,273 @@
+#!/usr/bin/env python3
+"""Break the engine on purpose, one fault at a time, and see that the tests notice each.
+
+A test of a sampler's law is worth something only if a wrong sampler fails it. This script copies the sources to a
+temporary folder, checks that the chosen tests pass there, then applies each mutation, runs its tests, and undoes it.
+Your working tree is never touched. The faults are those that real samplers have had: the 1/2 of the drift dropped,
+the step size for its square, a noise counter used twice, padding shifted by one, one draw shared by a batch.
+
+  python scripts/mutations.py                      every mutation that can run here, a few minutes on two cores
+  python scripts/mutations.py --list               what there is, and which tests have to notice it
+  python scripts/mutations.py --layer python       only those in Python (needs no compiler)
+  python scripts/mutations.py --only noise-shared  only those whose name holds this text; may be given again
+  python scripts/mutations.py --keep               leave the temporary copy behind, and say where
+
+Layers: python; native (C++, rebuilt with setup.py for each mutation: needs a compiler); triton (the interpreter, on the
+CPU: needs triton). Exit status: 0 every mutation was noticed, 1 one survived, 2 the check itself could not run.
+To add one, write a Mutation: the text it replaces must stand in the file exactly once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterable
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+COPIED = ("mgebm_fast", "kernels", "csrc", "tests", "pyproject.toml", "setup.py", "README.md", "LICENSE")
+TIMEOUT = 900  # seconds, of one run of tests
+
+LAW = ("tests/sampling/test_law.py",)
+NETS = ("tests/nets/test_energy_net.py",)
+CASCADE = ("tests/sampling/test_cascade.py",)
+UPDATE = ("tests/learning/test_update.py",)
+SPLITS = ("tests/sampling/test_reproducibility.py",)
+INTERPRETED = ("tests/sampling/test_law_interpreted.py",)
+
+
+@dataclasses.dataclass(frozen=True)
+class Mutation:
+    name: str
+    layer: str  # python | native | triton
+    file: str
+    old: str  # stands in `file` exactly once
+    new: str
+    tests: tuple[str, ...]
+
+
+STEP = "mgebm_fast/ops/langevin_step.py"
+CHAIN = "mgebm_fast/sampling/chain.py"
+LAYERS = "mgebm_fast/nets/layers.py"
+CONVOLVE = "self._convolve(x, self.effective_weight(), self.bias, self.stride, self.padding)"
+SHIFTED = (
+    "self._convolve(torch.constant_pad_nd(x, [self.padding - 1, self.padding + 1] * (x.dim() - 2)), "
+    "self.effective_weight(), self.bias, self.stride, 0)"
+)
+
+MUTATIONS = (
+    Mutation("half-dropped", "python", STEP, "step_size**2 / 2", "step_size**2", LAW),
+    Mutation("delta-for-delta-squared", "python", STEP, "step_size**2 / 2", "step_size / 2", LAW),
+    Mutation("noise-delta-squared", "python", STEP, "noise_scale * step_size", "noise_scale * step_size**2", LAW),
+    Mutation("noise-scale-in-drift", "python", STEP, "step_size**2 / 2,", "noise_scale * step_size**2 / 2,", LAW),
+    Mutation(
+        "variance-for-precision", "python", STEP, "1.0 / reference_std**2", "1.0 / reference_std", LAW
+    ),  # sigma for sigma squared
+    Mutation("step-counter-reused", "python", CHAIN, "step=self.place.step + k", "step=self.place.step", LAW),
+    Mutation(
+        "first-step-ignored", "python", CHAIN, "step=self.place.step + k", "step=k", SPLITS
+    ),  # 10 + 20 steps would repeat the noise of the first 10
+    Mutation(
+        "stream-shared-by-grids", "python", "mgebm_fast/sampling/cascade.py", "noise.stream(purpose, grid)",
+        "noise.stream(purpose, 1)", CASCADE,
+    ),
+    Mutation(
+        "step-counter-reused-in-training", "python", "mgebm_fast/learning/multigrid.py",
+        "first_step=[iteration * chain.steps", "first_step=[0 * chain.steps", UPDATE,
+    ),
+    Mutation("padding-shifted", "python", LAYERS, CONVOLVE, SHIFTED, NETS),
+    Mutation(
+        "noise-shared", "python", CHAIN, "first_sample=first_sample, step=first_step, stream=stream\n    )\n    if",
+        "first_sample=torch.zeros(samples, dtype=torch.int64, device=x.device), step=first_step, stream=stream\n"
+        "    )\n    if", LAW,
+    ),
+    Mutation(
+        "noise-shared-reference", "python", "mgebm_fast/noise.py",
+        "sample = torch.arange(n, device=device, dtype=torch.int64) + first_sample",
+        "sample = torch.zeros(n, device=device, dtype=torch.int64) + first_sample", LAW,
+    ),
+    Mutation("first-sample-ignored", "python", CHAIN, "first_sample=first_sample, step", "first_sample=0, step", SPLITS),
+    Mutation(
+        "half-dropped-native", "native", "csrc/ops/langevin_step.h", "fused(-k.drift, force, x)",
+        "fused(-2.0f * k.drift, force, x)", LAW,
+    ),
+    Mutation(
+        "noise-shared-native", "native", "csrc/include/mgebm/counters.h", "sample = counters.first_sample + index;",
+        "sample = counters.first_sample;", LAW,
+    ),
+    Mutation(
+        "step-counter-reused-native", "native", "csrc/include/mgebm/counters.h",
+        "counters.step_at ? *counters.step_at : counters.step;", "counters.step_at ? *counters.step_at : 0;", LAW,
+    ),
+    Mutation(
+        "half-dropped-triton", "triton", "mgebm_fast/kernels/langevin_step.py", "tl.fma(-drift, force, old)",
+        "tl.fma(-2.0 * drift, force, old)", INTERPRETED,
+    ),
+    Mutation(
+        "noise-shared-triton", "triton", "mgebm_fast/kernels/langevin_step.py", "counter_words(first_sample, step, n,",
+        "counter_words(first_sample, step, n * 0,", INTERPRETED,
+    ),
+)  # fmt: skip
+
+
+class CannotRun(Exception):
+    """The check itself cannot be made; exit status 2."""
+
+
+def copy_sources(target: Path) -> None:
+    """The sources in `target`, with the Triton kernels where an installation would put them."""
+    skip = shutil.ignore_patterns("__pycache__", "*.pyc", ".pytest_cache", "build")
+    for name in COPIED:
+        source = ROOT / name
+        if source.is_dir():
+            shutil.copytree(source, target / name, ignore=skip)
+        elif source.is_file():
+            shutil.copy2(source, target / name)
+    if not (target / "mgebm_fast/kernels").exists():
+        shutil.copytree(target / "kernels", target / "mgebm_fast/kernels")
+
+
+def environment(copy: Path) -> dict[str, str]:
+    # No bytecode: a mutation may keep a file's size and its time stamp's second, which is all that Python compares.
+    return {
+        **os.environ, "PYTHONPATH": str(copy), "PYTHONDONTWRITEBYTECODE": "1", "MGEBM_CUDA": "0",
+        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"),
+    }  # fmt: skip
+
+
+def run_tests(copy: Path, tests: Iterable[str]) -> tuple[bool, str]:
+    """(whether all passed, the last lines of pytest's output)."""
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *tests]
+    try:
+        done = subprocess.run(command, cwd=copy, env=environment(copy), capture_output=True, text=True, timeout=TIMEOUT)
+    except subprocess.TimeoutExpired:
+        raise CannotRun(f"{' '.join(tests)} took longer than {TIMEOUT} s") from None
+    if done.returncode not in (0, 1):  # 1: tests failed; anything else: they did not run
+        raise CannotRun(f"pytest ended with status {done.returncode}:\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
+    lines = [line for line in done.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))]
+    return done.returncode == 0, "\n".join(lines) or done.stdout[-2000:]
+
+
+def build(copy: Path) -> None:
+    command = [sys.executable, "setup.py", "build_ext", "--inplace"]
+    done = subprocess.run(command, cwd=copy, env=environment(copy), capture_output=True, text=True)
+    if done.returncode != 0:
+        raise CannotRun(f"the C++ sources do not build:\n{done.stdout[-1000:]}{done.stderr[-3000:]}")
+
+
+def check_copy_is_used(copy: Path) -> None:
+    command = [sys.executable, "-c", "import mgebm_fast; print(mgebm_fast.__path__[0])"]
+    done = subprocess.run(command, cwd=copy, env=environment(copy), capture_output=True, text=True)
+    if not done.stdout.startswith(str(copy)):
+        raise CannotRun(f"the tests would import {done.stdout.strip() or done.stderr.strip()}, not the copy in {copy}")
+
+
+def apply(copy: Path, mutation: Mutation) -> str:
+    """Mutate the copy; returns the file's text as it was."""
+    path = copy / mutation.file
+    text = path.read_text(encoding="utf-8")
+    if text.count(mutation.old) != 1:
+        raise CannotRun(
+            f"{mutation.name}: {mutation.file} must hold {mutation.old!r} once, has {text.count(mutation.old)}"
+        )
+    path.write_text(text.replace(mutation.old, mutation.new), encoding="utf-8")
+    return text
+
+
+def unusable(layer: str) -> str:
+    """Why a layer's mutations cannot run here; an empty string when they can."""
+    if layer == "native":
+        missing = [name for name in ("pybind11", "ninja", "setuptools") if importlib.util.find_spec(name) is None]
+        compiler = os.environ.get("CXX", "c++")
+        if missing or shutil.which(compiler) is None:
+            return f"needs {', '.join(missing) or compiler}"
+    if layer == "triton" and importlib.util.find_spec("triton") is None:
+        return "needs triton"
+    return ""
+
+
+def check(chosen: list[Mutation], copy: Path) -> list[str]:
+    """Run every chosen mutation in `copy`; returns the names of those that no test noticed."""
+    copy_sources(copy)
+    check_copy_is_used(copy)
+    if any(mutation.layer == "native" for mutation in chosen):
+        build(copy)
+    tests = sorted({test for mutation in chosen for test in mutation.tests})
+    passed, output = run_tests(copy, tests)
+    if not passed:
+        raise CannotRun(f"the tests must pass before anything is broken, but:\n{output}")
+    print(f"unbroken: {len(tests)} test files pass", flush=True)
+
+    survivors = []
+    width = max(len(mutation.name) for mutation in chosen)
+    for mutation in chosen:
+        began = time.monotonic()
+        text = apply(copy, mutation)
+        try:
+            if mutation.layer == "native":
+                build(copy)
+            passed, output = run_tests(copy, mutation.tests)
+        finally:
+            (copy / mutation.file).write_text(text, encoding="utf-8")
+        if passed:
+            survivors.append(mutation.name)
+        by = "SURVIVED" if passed else f"noticed by {output.splitlines()[0].removeprefix('FAILED ').split(' - ')[0]}"
+        print(f"{mutation.name:{width}}  {time.monotonic() - began:5.1f} s  {by}", flush=True)
+        if mutation.layer == "native" and mutation is last_of(chosen, "native"):
+            build(copy)  # what follows runs on the right C++ again
+    return survivors
+
+
+def last_of(chosen: list[Mutation], layer: str) -> Mutation:
+    return [mutation for mutation in chosen if mutation.layer == layer][-1]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", action="append", default=[], metavar="TEXT", help="names that hold TEXT; repeatable")
+    parser.add_argument("--layer", choices=("python", "native", "triton"), help="one layer alone")
+    parser.add_argument("--list", action="store_true", help="print the mutations and stop")
+    parser.add_argument("--keep", action="store_true", help="keep the temporary copy")
+    options = parser.parse_args()
+    chosen = [m for m in MUTATIONS if not options.only or any(text in m.name for text in options.only)]
+    chosen = [m for m in chosen if options.layer in (None, m.layer)]
+    if options.list:
+        for m in chosen:
+            print(f"{m.name}  [{m.layer}]  {m.file}\n    {m.old.splitlines()[0]}\n  → {m.new.splitlines()[0]}")
+            print(f"    noticed by {' '.join(m.tests)}")
+        return 0
+    for layer in ("native", "triton"):
+        reason = unusable(layer)
+        if reason and any(m.layer == layer for m in chosen):
+            print(f"{layer}: skipped, {reason}")
+            chosen = [m for m in chosen if m.layer != layer]
+    if not chosen:
+        print("no mutation to run; --list shows them")
+        return 2
+    folder = Path(tempfile.mkdtemp(prefix="mgebm-mutations-")).resolve()
+    try:
+        survivors = check(chosen, folder)
+    except CannotRun as error:
+        print(f"cannot run: {error}", file=sys.stderr)
+        return 2
+    finally:
+        if options.keep:
+            print(f"the copy is in {folder}")
+        else:
+            shutil.rmtree(folder, ignore_errors=True)
+    print(
+        f"{len(chosen) - len(survivors)} of {len(chosen)} mutations noticed"
+        + "".join(f"; {n} SURVIVED" for n in survivors)
+    )
+    return 1 if survivors else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
