@@ -8,20 +8,29 @@ from typing import Annotated
 import typer
 
 
-def presets(json: Annotated[bool, typer.Option("--json", help="Print a list of objects on stdout.")] = False) -> None:
-    """List the presets that `mgebm train` knows.
+def presets(
+    json: Annotated[bool, typer.Option("--json", help="Print a list of objects on stdout.")] = False,
+    keys: Annotated[bool, typer.Option("--keys", help="List every key of a configuration instead.")] = False,
+) -> None:
+    """List the presets that `mgebm train` knows, or the keys that --set and TOML files take.
 
     \b
     Examples:
       mgebm presets
+      mgebm presets --keys
       mgebm presets --json
     """
-    from ..learning.config import load_preset, preset_names
+    from ..learning import describe_keys, load_preset, preset_names
 
+    if keys:
+        entries = [dict(zip(("key", "expected", "default", "help"), row, strict=True)) for row in describe_keys()]
+        text = "\n".join(f"{e['key']} = {_toml(e['default'])}\n    {e['help']} ({e['expected']})" for e in entries)
+        typer.echo(json_module.dumps(entries, indent=1, ensure_ascii=False) if json else text)
+        return
     configs = [load_preset(name) for name in preset_names()]
     if json:
-        keys = ("name", "method", "data", "sizes", "steps", "description")
-        entries = [{key: getattr(config, key) for key in keys} for config in configs]
+        shown = ("name", "method", "data", "sizes", "steps", "description")
+        entries = [{key: getattr(config, key) for key in shown} for config in configs]
         typer.echo(json_module.dumps(entries, indent=1, ensure_ascii=False))
         return
     for config in configs:
@@ -43,3 +52,8 @@ def doctor(json: Annotated[bool, typer.Option("--json", help="Print one JSON obj
 
     report = examine()
     typer.echo(json_module.dumps(report, indent=1, ensure_ascii=False) if json else render(report))
+
+
+def _toml(value: object) -> str:
+    """A default as a TOML file writes it; `none` where the key is left out."""
+    return "none" if value is None else json_module.dumps(value, ensure_ascii=False)

@@ -1,0 +1,162 @@
+"""The documents are true: their code runs, their commands exist, their tables are those of the code."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import torch
+from typer.main import get_command
+from typer.testing import CliRunner
+
+import mgebm_fast as mg
+from mgebm_fast.cli import app
+from mgebm_fast.cli.report import _toml
+from mgebm_fast.learning import describe_keys, preset_names
+from mgebm_fast.ops.backend import TABLE
+
+ROOT = Path(__file__).resolve().parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+DOCUMENTS = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def code_blocks(text: str, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", text, flags=re.MULTILINE | re.DOTALL)
+
+
+def table(text: str, header: str) -> list[list[str]]:
+    """The cells of the table whose first header cell is `header`."""
+    lines = iter(text.splitlines())
+    for line in lines:
+        if line.startswith(f"| {header} |"):
+            break
+    else:
+        raise AssertionError(f"no table of {header}")
+    next(lines)
+    rows = []
+    for line in lines:
+        if not line.startswith("|"):
+            break
+        rows.append([cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]])
+    return rows
+
+
+def commands(text: str) -> list[list[str]]:
+    """Every `mgebm …` of the document, as words; places such as RUN are words too."""
+    blocks = "\n".join(code_blocks(text, ""))
+    inline = "\n".join(re.findall(r"`(mgebm [^`\n]*)`", text))
+    found = re.findall(r"(?:^|&& |\n)(mgebm [a-z][^\n|&]*)", blocks) + re.findall(
+        r"^mgebm [a-z][^|\n]*", inline, re.MULTILINE
+    )
+    return [shlex.split(command.rstrip("\\ "))[1:] for command in found]
+
+
+def test_the_loop_and_the_call_are_the_same_chain():
+    """The README's example runs, and with the call's own noise in place of randn the loop gives the call's samples."""
+    (code,) = [block for block in code_blocks(README, "python") if "langevin_sample" in block]
+    assert len(code.strip().splitlines()) <= 24
+    before, after = code.split("# after\n")
+    torch.manual_seed(0)
+    names: dict = {}
+    exec(before.replace("torch.randn_like(y)", "mg.ops.noise(y.shape, seed=0, step=step)"), names)
+    loop = names["y"]
+    exec(after, names)
+    assert not torch.equal(loop, names["x"])
+    torch.testing.assert_close(names["y"], loop, rtol=0, atol=1e-5)
+
+
+def test_the_training_example_runs():
+    (code,) = [block for block in code_blocks(README, "python") if "MultiGridTrainer" in block]
+    names: dict = {}
+    exec(code, names)
+    assert names["pictures"].shape == (16, 1, 8, 8) and names["pictures"].dtype == torch.uint8
+
+
+@pytest.mark.parametrize("page", ["langevin.md", "models.md", "ops.md", "configuration.md"])
+def test_the_code_of_the_pages_runs(page, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    if page == "models.md":
+        tiny = ["--set", "steps=0", "--set", "langevin.steps=1", "--set", "width=0.1", "--out", "runs/digits"]
+        assert CliRunner().invoke(app, ["train", "digits", *tiny]).exit_code == 0
+    blocks = code_blocks((ROOT / "docs" / page).read_text(encoding="utf-8"), "python")
+    assert blocks
+    names = {"energy": lambda x: x.square().flatten(1).sum(1), "x": torch.rand(2, 3, 4, 4)}
+    for block in blocks:
+        exec(block, names)
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
+def test_links_lead_somewhere(path):
+    for target in re.findall(r"\]\(([^)#\s]+)", path.read_text(encoding="utf-8")):
+        if not target.startswith("https://"):
+            assert (path.parent / target).exists(), f"{path.name}: {target}"
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
+def test_commands_exist(path):
+    group = get_command(app)
+    for words in commands(path.read_text(encoding="utf-8")):
+        name = words[0]
+        if name == "COMMAND":
+            continue
+        assert name in group.commands, f"{path.name}: mgebm {name}"
+        options = {option for parameter in group.commands[name].params for option in parameter.opts}
+        for word in words[1:]:
+            assert not word.startswith("--") or word == "--help" or word in options, f"{path.name}: {words}"
+        if name == "train" and len(words) > 1 and re.fullmatch(r"[a-z][a-z0-9-]*", words[1]):
+            assert words[1] in preset_names(), f"{path.name}: {words}"
+
+
+def test_the_readme_has_the_two_commands():
+    assert "pip install -e . && mgebm train digits --out runs/digits" in README
+    # .ci/run runs this very line
+    assert 'pip install -e ".[test]" && pytest' in README.splitlines()
+
+
+def test_the_op_table_is_that_of_the_code():
+    rows = {cells[0].strip("`"): cells[1:] for cells in table(README, "op")}
+    assert rows.keys() == TABLE.keys()
+    for op, (reference, *others) in rows.items():
+        layers = TABLE[op]
+        assert reference == "yes"
+        assert [cell == "yes" for cell in others] == [layers.cpu, layers.cuda, layers.triton], op
+
+
+def test_the_preset_table_is_complete():
+    assert [cells[0].strip("`") for cells in table(README, "preset")] == preset_names()
+
+
+def test_the_environment_table_is_complete():
+    """Every MGEBM_* variable that Python reads is in the table, and no other."""
+    sources = [ROOT / "setup.py", *(ROOT / "mgebm_fast").rglob("*.py"), *(ROOT / "kernels").rglob("*.py")]
+    pattern = re.compile(r"environ(?:\.get\(|\[)\"(MGEBM_\w+)\"")
+    read = {name for path in sources for name in pattern.findall(path.read_text(encoding="utf-8"))}
+    assert {cells[0].strip("`") for cells in table(README, "variable")} == read
+
+
+def test_the_run_folder_table_is_what_training_leaves(tmp_path):
+    settings = "steps=300 langevin.steps=1 batch_size=2 width=0.05 sizes=1,2 sample_every=300 checkpoint_every=300"
+    words = [word for setting in settings.split() for word in ("--set", setting)]
+    result = CliRunner().invoke(app, ["train", "digits", *words, "--out", str(tmp_path / "run")])
+    assert result.exit_code == 0, result.output
+    named = [cells[0].strip("`").rstrip("/") for cells in table(README, "file")]
+    for name in named:
+        assert (tmp_path / "run" / name).exists(), name
+    assert {name.split("/")[0] for name in named} == {path.name for path in (tmp_path / "run").iterdir()}
+
+
+def test_the_key_table_is_that_of_the_code():
+    text = (ROOT / "docs" / "configuration.md").read_text(encoding="utf-8")
+    rows = [[cell.replace("\\|", "|") for cell in cells] for cells in table(text, "key")]
+    assert rows == [[f"`{key}`", f"`{_toml(default)}`", kind, doc] for key, kind, default, doc in describe_keys()]
+
+
+def test_public_names_are_those_of_the_design():
+    for name in ("langevin_sample", "Langevin", "EnergyNet", "MultiGrid", "MultiGridTrainer"):
+        assert callable(getattr(mg, name))
+    for name in mg.__all__:
+        assert getattr(mg, name) is not None
+    with pytest.raises(AttributeError, match="no attribute 'langevin'"):
+        _ = mg.langevin
