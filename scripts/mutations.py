@@ -93,7 +93,9 @@ MUTATIONS = (
         "sample = torch.arange(n, device=device, dtype=torch.int64) + first_sample",
         "sample = torch.zeros(n, device=device, dtype=torch.int64) + first_sample", LAW,
     ),
-    Mutation("first-sample-ignored", "python", CHAIN, "first_sample=first_sample, step", "first_sample=0, step", SPLITS),
+    Mutation(
+        "first-sample-ignored", "python", CHAIN, "first_sample=first_sample, step", "first_sample=0, step", SPLITS
+    ),
     Mutation(
         "half-dropped-native", "native", "csrc/ops/langevin_step.h", "fused(-k.drift, force, x)",
         "fused(-2.0f * k.drift, force, x)", LAW,

@@ -133,7 +133,12 @@ def test_noise_is_independent_between_steps_grids_and_seeds(place, shape):
     n = x0.numel()
     # A sum of two steps has twice the variance of one; a repeated counter would make it four times.
     check(chain(steps=2, seed=1), 2.0, {})
-    for other in (chain(seed=2), chain(seed=1, first_step=1), chain(seed=1, stream=1), chain(seed=1, first_sample=1000)):
+    for other in (
+        chain(seed=2),
+        chain(seed=1, first_step=1),
+        chain(seed=1, stream=1),
+        chain(seed=1, first_sample=1000),
+    ):
         assert abs(float((first * other).sum())) < LIMIT * math.sqrt(n)
 
 
