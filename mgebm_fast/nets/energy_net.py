@@ -167,6 +167,7 @@ class EnergyNet(nn.Module):
             target.weight.copy_(source.effective_weight() * scale.reshape(-1, *[1] * (self.ndim + 1)))
             target.bias.copy_(shift)
         if self.head is not None and net.head is not None:
+            assert net.head.bias is not None  # a linear head always has one
             net.head.weight.copy_(self.head.effective_weight())
             net.head.bias.copy_(self.head.bias)
         return net.to(next(self.parameters()).device)
