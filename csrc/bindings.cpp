@@ -95,14 +95,16 @@ PyramidParams pyramid_params(Address input, bool bytes, int64_t planes, const Tr
   return p;
 }
 
-UpsampleParams upsample_params(Address input, Address output, int64_t planes, const Triple& size, const Triple& factor) {
+UpsampleParams upsample_params(Address input, Address output, int64_t planes, const Triple& size,
+                               const Triple& factor) {
   return {at<const float>(input), at<float>(output), planes, extent(size), extent(factor)};
 }
 
-// (Not named bind: the tuple arguments would find std::bind.) Binds op_cpu(arguments..., threads) and, where built, op_cuda(arguments..., device, stream) for one params builder.
+// (Not named bind: the tuple arguments would find std::bind.) Binds op_cpu(arguments..., threads) and, where built,
+// op_cuda(arguments..., device, stream) for one params builder.
 template <typename Params, typename Cuda, typename... Arguments>
 void add_op(py::module_& m, const char* op, Params (*build)(Arguments...), void (*cpu)(const Params&, int),
-          [[maybe_unused]] Cuda cuda) {
+            [[maybe_unused]] Cuda cuda) {
   m.def((std::string(op) + "_cpu").c_str(), [build, cpu](Arguments... arguments, int threads) {
     const Params params = build(arguments...);
     py::gil_scoped_release release;
@@ -132,7 +134,8 @@ PYBIND11_MODULE(_C, m) {
   add_op(m, "langevin_step", langevin_step_params, MGEBM_LAUNCHERS(langevin_step));
   add_op(m, "pyramid", pyramid_params, MGEBM_LAUNCHERS(pyramid));
   add_op(m, "upsample", upsample_params, MGEBM_LAUNCHERS(upsample));
-  // The shared header's arithmetic on given words, (quads, 4) uint32 -> (quads, 4) float32: extremes that no seed reaches.
+  // The shared header's arithmetic on given words, (quads, 4) uint32 -> (quads, 4) float32: extremes that no seed
+  // reaches.
   m.def("normals_of_words", [](Address words, Address out, int64_t quads) {
     const Words* const in = at<const Words>(words);
     for (int64_t i = 0; i < quads; ++i) at<Quad>(out)[i] = normals_of(in[i]);

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib
 import os
 from types import ModuleType
 
@@ -11,16 +12,23 @@ import torch
 
 from .errors import BackendError
 
-_module: ModuleType | None
-try:
-    from . import _C as _module  # type: ignore[attr-defined]
 
-    load_error: Exception | None = None
-    _wanted = os.environ.get("MGEBM_SIMD", "auto")
-    if not _module.set_isa(_wanted):
-        raise ValueError(f"MGEBM_SIMD must be auto, portable, avx2 or avx512, and one that this CPU has, got {_wanted!r}")
+def _load() -> ModuleType:
+    module = importlib.import_module("._C", __package__)
+    wanted = os.environ.get("MGEBM_SIMD", "auto")
+    if not module.set_isa(wanted):
+        raise ValueError(
+            f"MGEBM_SIMD must be auto, portable, avx2 or avx512, and one that this CPU has, got {wanted!r}"
+        )
+    return module
+
+
+_module: ModuleType | None = None
+load_error: Exception | None = None
+try:
+    _module = _load()
 except ImportError as error:
-    _module, load_error = None, error
+    load_error = error
 
 
 def available() -> bool:

@@ -8,7 +8,8 @@ One call of Philox turns a counter (c0, c1, c2, c3) and a key (k0, k1) into four
     normals = sqrt(-2 ln u0) * (cos, sin)(2 pi u1), and the same of (u2, u3)      (Box and Muller)
 
 So a number depends on (seed, sample id, step, stream, pixel) and on nothing else. The functions here are the
-reference: integer arithmetic in int64, normals in float64 from the float32 `u`. `mgebm_fast.ops.noise` is the fast form.
+reference: integer arithmetic in int64, normals in float64 from the float32 `u`. `mgebm_fast.ops.noise` is the fast
+form.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Makes the polynomial coefficients of csrc/include/mgebm/normal.h: near-minimax fits at 40 digits, rounded to float32.
 
-    python scripts/fit_polynomials.py        (needs mpmath and numpy)
+python scripts/fit_polynomials.py        (needs mpmath and numpy)
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ mp.mp.dps = 40
 
 
 def fit(function: Callable, low: float, high: float, terms: int, weight: Callable) -> tuple[np.ndarray, float]:
-    """Coefficients of 1, t, t² … that nearly minimise the largest weighted error (Lawson's reweighted least squares)."""
+    """Coefficients of 1, t, t² … that nearly minimise the largest weighted error (Lawson's reweighting)."""
     middle, half = (mp.mpf(low) + high) / 2, (mp.mpf(high) - low) / 2
     nodes = [middle + half * mp.cos(mp.pi * (2 * k + 1) / (2 * NODES)) for k in range(NODES)]
     matrix = np.array([[float(t**j * weight(t)) for j in range(terms)] for t in nodes])

@@ -63,7 +63,8 @@ template <typename Gradient>
 void langevin_step_typed(const LangevinStepParams& p, int threads) {
   const int64_t elements = p.channels * p.spatial;
   const bool contiguous = p.x_strides.channel == p.spatial && p.x_strides.spatial == 1;
-  const bool same_layout = p.x_strides.channel == p.grad_strides.channel && p.x_strides.spatial == p.grad_strides.spatial;
+  const bool same_layout =
+      p.x_strides.channel == p.grad_strides.channel && p.x_strides.spatial == p.grad_strides.spatial;
   const bool same_mask = p.mask && p.mask_strides.channel == p.spatial && p.mask_strides.spatial == 1;
   const bool tiled = same_layout && !contiguous && !p.mask && p.channels <= kBlockElements;
   const int64_t tile = tiled ? kBlockElements / p.channels * p.channels : kBlockElements;
@@ -87,7 +88,8 @@ void langevin_step_typed(const LangevinStepParams& p, int threads) {
       for (int64_t c = 0; c < p.channels; ++c) normals(key, c * p.spatial + pixel, pixels, normal + c, p.channels);
     } else {
       // Blocks of a contiguous run start at whole quads.
-      noise_quads<Distribution::kNormal>(key, static_cast<uint32_t>(first / 4), static_cast<int>((count + 3) / 4), normal);
+      noise_quads<Distribution::kNormal>(key, static_cast<uint32_t>(first / 4), static_cast<int>((count + 3) / 4),
+                                         normal);
     }
     if (tiled || (contiguous && same_layout && !p.mask)) {
       run(k, s.x + first, s.gradient + first, normal, count);
@@ -103,9 +105,12 @@ void langevin_step_typed(const LangevinStepParams& p, int threads) {
 
 void langevin_step_cpu(const LangevinStepParams& p, int threads) {
   switch (p.grad_type) {
-    case GradType::kFloat: return langevin_step_typed<float>(p, threads);
-    case GradType::kHalf: return langevin_step_typed<Half>(p, threads);
-    case GradType::kBfloat: return langevin_step_typed<Bfloat>(p, threads);
+    case GradType::kFloat:
+      return langevin_step_typed<float>(p, threads);
+    case GradType::kHalf:
+      return langevin_step_typed<Half>(p, threads);
+    case GradType::kBfloat:
+      return langevin_step_typed<Bfloat>(p, threads);
   }
 }
 

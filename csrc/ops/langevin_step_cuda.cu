@@ -105,9 +105,12 @@ int langevin_step_cuda(const LangevinStepParams& p, int device, void* stream_han
   if (guard.status() != cudaSuccess) return guard.status();
   const auto stream = static_cast<cudaStream_t>(stream_handle);
   switch (p.grad_type) {
-    case GradType::kFloat: return launch<float>(p, stream);
-    case GradType::kHalf: return launch<Half>(p, stream);
-    case GradType::kBfloat: return launch<Bfloat>(p, stream);
+    case GradType::kFloat:
+      return launch<float>(p, stream);
+    case GradType::kHalf:
+      return launch<Half>(p, stream);
+    case GradType::kBfloat:
+      return launch<Bfloat>(p, stream);
   }
   return cudaErrorInvalidValue;
 }

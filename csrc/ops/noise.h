@@ -1,4 +1,5 @@
-// noise: out[n, e] from Philox words of (seed, sample id n, step, stream, e); normals, uniforms or the words themselves.
+// noise: out[n, e] from Philox words of (seed, sample id n, step, stream, e); normals, uniforms or the words
+// themselves.
 #pragma once
 
 #include "mgebm/counters.h"

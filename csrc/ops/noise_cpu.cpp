@@ -34,9 +34,15 @@ void noise_cpu(const NoiseParams& p, int threads) {
     const uint32_t quad = p.first_quad + static_cast<uint32_t>(first / 4);
     const int64_t at = sample * p.elements + first;
     switch (p.distribution) {
-      case Distribution::kNormal: draws<Distribution::kNormal>(key, quad, count, static_cast<float*>(p.out) + at); break;
-      case Distribution::kUniform: draws<Distribution::kUniform>(key, quad, count, static_cast<float*>(p.out) + at); break;
-      case Distribution::kBits: bits(key, quad, count, static_cast<int64_t*>(p.out) + at); break;
+      case Distribution::kNormal:
+        draws<Distribution::kNormal>(key, quad, count, static_cast<float*>(p.out) + at);
+        break;
+      case Distribution::kUniform:
+        draws<Distribution::kUniform>(key, quad, count, static_cast<float*>(p.out) + at);
+        break;
+      case Distribution::kBits:
+        bits(key, quad, count, static_cast<int64_t*>(p.out) + at);
+        break;
     }
   }
 }

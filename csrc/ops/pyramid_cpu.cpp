@@ -20,11 +20,16 @@ void add_groups(const Source* __restrict__ row, Sum* __restrict__ columns, int64
 template <typename Source, typename Sum>
 void add_row(const Source* row, Sum* columns, int64_t count, int64_t factor) {
   switch (factor) {
-    case 1: return add_groups<1>(row, columns, count, factor);
-    case 2: return add_groups<2>(row, columns, count, factor);
-    case 3: return add_groups<3>(row, columns, count, factor);
-    case 4: return add_groups<4>(row, columns, count, factor);
-    default: return add_groups<0>(row, columns, count, factor);
+    case 1:
+      return add_groups<1>(row, columns, count, factor);
+    case 2:
+      return add_groups<2>(row, columns, count, factor);
+    case 3:
+      return add_groups<3>(row, columns, count, factor);
+    case 4:
+      return add_groups<4>(row, columns, count, factor);
+    default:
+      return add_groups<0>(row, columns, count, factor);
   }
 }
 

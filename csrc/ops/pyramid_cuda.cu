@@ -1,8 +1,8 @@
-// A block of threads makes every level of one plane after another: the input is read once, sums of the finest level stay
-// in shared memory and each coarser level adds up those of the level before. A group of `group` lanes shares one output
-// of the finest level, so that few large blocks (64 -> 1) still use a whole warp.
-// Planes whose finest level does not fit shared memory take one launch a level, each straight from the input.
-// Bytes moved: the input once, and 4 an output value.
+// A block of threads makes every level of one plane after another: the input is read once, sums of the finest level
+// stay in shared memory and each coarser level adds up those of the level before. A group of `group` lanes shares one
+// output of the finest level, so that few large blocks (64 -> 1) still use a whole warp. Planes whose finest level does
+// not fit shared memory take one launch a level, each straight from the input. Bytes moved: the input once, and 4 an
+// output value.
 #include "mgebm/launch.cuh"
 
 namespace mgebm {

@@ -16,10 +16,14 @@ void widen(const float* __restrict__ row, float* __restrict__ out, int64_t width
 
 void widen_row(const float* row, float* out, int64_t width, int64_t factor) {
   switch (factor) {
-    case 2: return widen<2>(row, out, width, factor);
-    case 3: return widen<3>(row, out, width, factor);
-    case 4: return widen<4>(row, out, width, factor);
-    default: return widen<0>(row, out, width, factor);
+    case 2:
+      return widen<2>(row, out, width, factor);
+    case 3:
+      return widen<3>(row, out, width, factor);
+    case 4:
+      return widen<4>(row, out, width, factor);
+    default:
+      return widen<0>(row, out, width, factor);
   }
 }
 

@@ -74,7 +74,8 @@ def unavailable(op: str, backend: str, device: torch.device) -> str:
 def choose(op: str, backend: str, device: torch.device) -> str:
     """The backend that runs `op` on `device`: a named one or an error; for "auto" the fastest that is here.
 
-    auto: a CUDA tensor → native CUDA where built, else Triton, else the reference; a CPU tensor → native, else reference.
+    auto: a CUDA tensor → native CUDA where built, else Triton, else the reference; a CPU tensor → native, else the
+    reference.
     """
     if backend == "auto":
         order = ("native", "triton") if device.type == "cuda" else ("native",)

@@ -98,16 +98,16 @@ def check(
     philox.check_counter(0, "the number of elements // 4", op, last=elements // 4)
     seed_tensor = sample_tensor = step_tensor = None
     if isinstance(seed, Tensor):
-        seed, seed_tensor = 0, _counter_tensor(seed, "seed", op, device, None)
+        seed_tensor, seed = _counter_tensor(seed, "seed", op, device, None), 0
     else:
         seed = philox.check_seed(seed, op)
         seed = seed - (1 << 64) if seed >> 63 else seed
     if isinstance(first_sample, Tensor):
-        first_sample, sample_tensor = 0, _counter_tensor(first_sample, "first_sample", op, device, samples)
+        sample_tensor, first_sample = _counter_tensor(first_sample, "first_sample", op, device, samples), 0
     else:
         philox.check_counter(first_sample, "first_sample", op, last=max(samples - 1, 0))
     if isinstance(step, Tensor):
-        step, step_tensor = 0, _counter_tensor(step, "step", op, device, None)
+        step_tensor, step = _counter_tensor(step, "step", op, device, None), 0
     else:
         philox.check_counter(step, "step", op)
     return Counters(seed, seed_tensor, first_sample, sample_tensor, step, step_tensor, stream)

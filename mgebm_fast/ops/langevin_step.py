@@ -289,9 +289,7 @@ def launch(
         _launch_native(x, grad, mask, numbers, placed)
 
 
-def _launch_native(
-    x: Tensor, grad: Tensor, mask: Tensor | None, numbers: Update, placed: counters.Counters
-) -> None:
+def _launch_native(x: Tensor, grad: Tensor, mask: Tensor | None, numbers: Update, placed: counters.Counters) -> None:
     on_cuda = x.device.type == "cuda"
     module = native.module()
     (module.langevin_step_cuda if on_cuda else module.langevin_step_cpu)(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -53,12 +54,14 @@ def _check_input(x: Tensor) -> None:
     if x.dtype not in (torch.uint8, torch.float32):
         raise TypeError(f"{OP}: x must be uint8 or float32, got {x.dtype}")
     if not 1 <= x.dim() - 2 <= MAX_SPATIAL:
-        raise ValueError(f"{OP}: x must have shape (N, C, *spatial) with 1 to 3 spatial dimensions, got {tuple(x.shape)}")
+        raise ValueError(
+            f"{OP}: x must have shape (N, C, *spatial) with 1 to 3 spatial dimensions, got {tuple(x.shape)}"
+        )
 
 
 def _extent(size: int | Sequence[int], x: Tensor) -> tuple[int, ...]:
     spatial = tuple(x.shape[2:])
-    extent = tuple(size) if isinstance(size, (tuple, list)) else (size,) * len(spatial)
+    extent: tuple[Any, ...] = tuple(size) if isinstance(size, (tuple, list)) else (size,) * len(spatial)
     if len(extent) != len(spatial) or not all(isinstance(s, int) for s in extent):
         raise ValueError(f"{OP}: sizes must hold ints or tuples of {len(spatial)} ints, got {size!r}")
     if any(s < 1 or n % s for s, n in zip(extent, spatial)):
@@ -67,7 +70,7 @@ def _extent(size: int | Sequence[int], x: Tensor) -> tuple[int, ...]:
 
 
 def chains(spatial: tuple[int, ...], extents: list[tuple[int, ...]]) -> list[list[int]]:
-    """Indices of `extents` in as few chains as a greedy pass finds, each fine to coarse, each dividing the one before."""
+    """Indices of `extents` in as few chains as a greedy pass finds: fine to coarse, each dividing the one before."""
     order = sorted(range(len(extents)), key=lambda i: (-math.prod(extents[i]), i))
     found: list[list[int]] = []
     for index in order:

@@ -38,7 +38,9 @@ def upsample(
         raise TypeError(f"{OP}: x must be float32, got {x.dtype}")
     rank = x.dim() - 2
     if not 1 <= rank <= MAX_SPATIAL:
-        raise ValueError(f"{OP}: x must have shape (N, C, *spatial) with 1 to 3 spatial dimensions, got {tuple(x.shape)}")
+        raise ValueError(
+            f"{OP}: x must have shape (N, C, *spatial) with 1 to 3 spatial dimensions, got {tuple(x.shape)}"
+        )
     factors = list(factor) if isinstance(factor, (tuple, list)) else [factor] * rank
     if len(factors) != rank or any(not isinstance(f, int) or isinstance(f, bool) or f < 1 for f in factors):
         raise ValueError(f"{OP}: factor must be a positive int or {rank} of them, got {factor!r}")

@@ -1,4 +1,4 @@
-"""What the CUDA compiler makes of the kernels, checked without a GPU: no spills, no approximate or flushing arithmetic."""
+"""What the CUDA compiler makes of the kernels, with no GPU: no spills, no approximate or flushing arithmetic."""
 
 from __future__ import annotations
 
@@ -21,7 +21,16 @@ pytestmark = pytest.mark.skipif(NVCC is None, reason="no nvcc here")
 def compile_cuda(source: Path, output: Path, *flags: str) -> str:
     setup = (ROOT / "setup.py").read_text()
     shared = re.search(r'NVCC_FLAGS = "([^"]*)"', setup)[1].split()
-    command = [NVCC, *shared, f"-I{ROOT / 'csrc/include'}", f"-I{ROOT / 'csrc'}", *flags, str(source), "-o", str(output)]
+    command = [
+        NVCC,
+        *shared,
+        f"-I{ROOT / 'csrc/include'}",
+        f"-I{ROOT / 'csrc'}",
+        *flags,
+        str(source),
+        "-o",
+        str(output),
+    ]
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     return result.stdout + result.stderr
@@ -30,7 +39,9 @@ def compile_cuda(source: Path, output: Path, *flags: str) -> str:
 @pytest.mark.parametrize("source", SOURCES, ids=lambda p: p.stem)
 @pytest.mark.parametrize("arch", ["80", "90"])
 def test_no_spills(source, arch, tmp_path):
-    log = compile_cuda(source, tmp_path / "x.o", "-c", "-Xptxas", "-v", "-gencode", f"arch=compute_{arch},code=sm_{arch}")
+    log = compile_cuda(
+        source, tmp_path / "x.o", "-c", "-Xptxas", "-v", "-gencode", f"arch=compute_{arch},code=sm_{arch}"
+    )
     frames = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", log)
     assert frames and all(frame == ("0", "0", "0") for frame in frames), log
     assert "warning" not in log, log

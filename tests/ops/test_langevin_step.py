@@ -48,7 +48,15 @@ def test_matches_float64(backend, shape, dtype):
     place = dict(seed=3, step=5, first_sample=7, stream=65536)
     expected = expected_step(x, grad, sigma=50.0, mean=100.0, clip=2.0, clamp=(10.0, 240.0), **FORM, **place)
     got = ops.langevin_step_(
-        x, grad, reference_std=50.0, reference_mean=100.0, grad_clamp=2.0, clamp=(10.0, 240.0), backend=name, **FORM, **place
+        x,
+        grad,
+        reference_std=50.0,
+        reference_mean=100.0,
+        grad_clamp=2.0,
+        clamp=(10.0, 240.0),
+        backend=name,
+        **FORM,
+        **place,
     )
     assert got is x
     torch.testing.assert_close(got.cpu().double(), expected, rtol=0, atol=3e-5)
@@ -63,7 +71,9 @@ def test_coupled_form_is_half_the_square_and_tau_delta(backend):
 
 
 @pytest.mark.parametrize("layouts", [("nhwc", "nhwc"), ("nchw", "nhwc"), ("nhwc", "nchw")])
-@pytest.mark.parametrize("shape", [(2, 3, 8, 8), (2, 3, 5, 7), (3, 5, 9), (2, 3, 4, 5, 6), (1, 600, 2, 3), (1, 1500, 2)])
+@pytest.mark.parametrize(
+    "shape", [(2, 3, 8, 8), (2, 3, 5, 7), (3, 5, 9), (2, 3, 4, 5, 6), (1, 600, 2, 3), (1, 1500, 2)]
+)
 def test_layouts_agree_bit_for_bit(backend, layouts, shape):
     name, device = backend
     x, grad = inputs(shape, device=device)
@@ -115,7 +125,12 @@ def test_zero_step_and_zero_noise_is_the_identity(shape, seed, first, step):
 
 
 @settings(max_examples=40, deadline=None)
-@given(cut=st.integers(0, 6), seed=st.integers(0, 2**64 - 1), layout=st.sampled_from(["nchw", "nhwc"]), count=st.integers(1, 4))
+@given(
+    cut=st.integers(0, 6),
+    seed=st.integers(0, 2**64 - 1),
+    layout=st.sampled_from(["nchw", "nhwc"]),
+    count=st.integers(1, 4),
+)
 def test_split_and_threads_do_not_matter(cut, seed, layout, count):
     x, grad = inputs((6, 3, 40, 41))
     if layout == "nhwc":
@@ -205,7 +220,11 @@ X = torch.zeros(2, 3, 4, 4)
         (X, dict(grad_clamp=-1.0, **FORM), "grad_clamp must be"),
         (X, dict(clamp=(1, 0), **FORM), r"clamp must be \(low, high\) with low < high"),
         (X, dict(clamp=3, **FORM), "clamp must be a pair"),
-        (X, dict(mask=torch.ones(5, dtype=torch.bool), **FORM), r"mask must broadcast to x's shape \(2, 3, 4, 4\), got \(5,\)"),
+        (
+            X,
+            dict(mask=torch.ones(5, dtype=torch.bool), **FORM),
+            r"mask must broadcast to x's shape \(2, 3, 4, 4\), got \(5,\)",
+        ),
         (X, dict(mask=torch.ones(4), **FORM), "mask must be a bool tensor"),
         (X, dict(grad=X[:1], **FORM), r"grad must have x's shape \(2, 3, 4, 4\), got \(1, 3, 4, 4\)"),
         (X, dict(grad=X.double(), **FORM), "grad must be float32, float16 or bfloat16"),

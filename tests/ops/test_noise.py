@@ -213,7 +213,19 @@ def test_named_backend_never_falls_back():
 
 
 def test_opcheck():
-    arguments = ([2, 3, 5], "normal", 1, None, 0, torch.tensor([4, 5]), 0, torch.tensor(3), 7, torch.device("cpu"), "reference")
+    arguments = (
+        [2, 3, 5],
+        "normal",
+        1,
+        None,
+        0,
+        torch.tensor([4, 5]),
+        0,
+        torch.tensor(3),
+        7,
+        torch.device("cpu"),
+        "reference",
+    )
     torch.library.opcheck(torch.ops.mgebm_fast.noise.default, arguments)
 
 

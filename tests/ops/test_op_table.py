@@ -21,7 +21,9 @@ def test_files_hold_just_the_ops_of_the_table():
     assert stems("csrc/ops", ".h") == {op for op, layers in ops.TABLE.items() if layers.cpu or layers.cuda}
     triton = {op for op, layers in ops.TABLE.items() if layers.triton}
     assert triton <= stems("kernels", ".py")
-    assert set(ops.TABLE) <= stems("tests/ops", ".py") | {p.stem.removeprefix("test_") for p in (ROOT / "tests/ops").iterdir()}
+    assert set(ops.TABLE) <= stems("tests/ops", ".py") | {
+        p.stem.removeprefix("test_") for p in (ROOT / "tests/ops").iterdir()
+    }
     assert set(ops.TABLE) <= {p.stem.removeprefix("bench_") for p in (ROOT / "bench/ops").iterdir()}
 
 

@@ -94,7 +94,10 @@ def test_adjoint(backend):
     x = images((12, 8), torch.float32, device).requires_grad_()
     sizes = ((12, 8), (6, 4), (3, 1))
     levels = ops.pyramid(x, sizes, backend=name)
-    weights = [torch.randn(level.shape, generator=torch.Generator().manual_seed(i)).to(device) for i, level in enumerate(levels)]
+    weights = [
+        torch.randn(level.shape, generator=torch.Generator().manual_seed(i)).to(device)
+        for i, level in enumerate(levels)
+    ]
     total = sum((level * weight).sum() for level, weight in zip(levels, weights))
     (grad,) = torch.autograd.grad(total, x)
     expected = sum(

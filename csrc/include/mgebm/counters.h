@@ -18,7 +18,8 @@ struct Counters {
 
 struct SampleKey {
   uint32_t k0, k1, sample, step, stream;
-  bool valid;  // false where a counter from memory does not fit 32 bits: its noise is NaN (its words -1), never a wrapped number
+  bool valid;  // false where a counter from memory does not fit 32 bits: its noise is NaN (its words -1), never a
+               // wrapped number
 };
 
 MG_HD SampleKey sample_key(const Counters& counters, int64_t index) {
@@ -31,9 +32,12 @@ MG_HD SampleKey sample_key(const Counters& counters, int64_t index) {
     sample = counters.one_base ? *counters.samples_at + index : counters.samples_at[index];
   }
   const bool valid = (static_cast<uint64_t>(sample) >> 32) == 0 && (static_cast<uint64_t>(step) >> 32) == 0;
-  return {static_cast<uint32_t>(seed),   static_cast<uint32_t>(seed >> 32),
-          static_cast<uint32_t>(sample), static_cast<uint32_t>(step),
-          counters.stream,               valid};
+  return {static_cast<uint32_t>(seed),
+          static_cast<uint32_t>(seed >> 32),
+          static_cast<uint32_t>(sample),
+          static_cast<uint32_t>(step),
+          counters.stream,
+          valid};
 }
 
 MG_HD Words words_at(const SampleKey& key, uint32_t quad) {

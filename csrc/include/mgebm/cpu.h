@@ -1,5 +1,6 @@
-// The C++ loops: each *_cpu.cpp is compiled once per instruction set into a namespace of its own, and dispatch.cpp picks
-// one when the program runs. Those files use no standard-library templates: a merged copy could carry the wrong one.
+// The C++ loops: each *_cpu.cpp is compiled once per instruction set into a namespace of its own, and dispatch.cpp
+// picks one when the program runs. Those files use no standard-library templates: a merged copy could carry the wrong
+// one.
 #pragma once
 
 #include "ops/langevin_step.h"
@@ -9,12 +10,12 @@
 
 namespace mgebm {
 
-#define MGEBM_DECLARE_CPU(isa)                                                  \
-  namespace isa {                                                               \
-  void noise_cpu(const NoiseParams& params, int threads);                       \
-  void langevin_step_cpu(const LangevinStepParams& params, int threads);        \
-  void pyramid_cpu(const PyramidParams& params, int threads);                   \
-  void upsample_cpu(const UpsampleParams& params, int threads);                 \
+#define MGEBM_DECLARE_CPU(isa)                                           \
+  namespace isa {                                                        \
+  void noise_cpu(const NoiseParams& params, int threads);                \
+  void langevin_step_cpu(const LangevinStepParams& params, int threads); \
+  void pyramid_cpu(const PyramidParams& params, int threads);            \
+  void upsample_cpu(const UpsampleParams& params, int threads);          \
   }
 
 MGEBM_DECLARE_CPU(portable)

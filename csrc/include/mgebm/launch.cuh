@@ -1,4 +1,5 @@
-// What every launcher needs: the device made current, a grid within bounds, and a flat index split without 64-bit division.
+// What every launcher needs: the device made current, a grid within bounds, and a flat index split without 64-bit
+// division.
 #pragma once
 
 #include <cuda_runtime.h>

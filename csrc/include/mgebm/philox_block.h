@@ -58,7 +58,8 @@ struct Lanes {
 };
 #endif
 
-// block.w[j][i] <- word j of quad first_quad + i, for i < quads; what lies above, up to whole registers, is overwritten.
+// block.w[j][i] <- word j of quad first_quad + i, for i < quads; what lies above, up to whole registers, is
+// overwritten.
 static inline __attribute__((always_inline)) void philox_block(const SampleKey& key, uint32_t first_quad, int quads,
                                                                WordBlock& block) {
 #if defined(__AVX2__)
