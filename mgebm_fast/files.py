@@ -6,16 +6,17 @@ import os
 from pathlib import Path
 
 
-def write_bytes(path: str | os.PathLike[str], data: bytes | memoryview) -> Path:
-    """Write a file beside its target, synchronise it, and rename it over the target."""
+def write_bytes(path: str | os.PathLike[str], data: bytes | memoryview, *, durable: bool = True) -> Path:
+    """Write a file beside its target and rename it over the target; `durable`: once it is on the disk itself."""
     path = Path(path)
     # beside the target, since a rename is atomic within one file system only
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with temporary.open("wb") as file:
             file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
+            if durable:
+                file.flush()
+                os.fsync(file.fileno())
         os.replace(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)

@@ -11,6 +11,8 @@ from typing import Any
 
 import numpy as np
 
+from .files import write_bytes
+
 BACKGROUND = 255  # white: gaps stay visible beside dark and mid-grey pictures alike
 INK = (40, 40, 40)
 
@@ -89,18 +91,9 @@ def save_png(path: str | os.PathLike[str], array: np.ndarray) -> Path:
         raise ValueError(
             f"save_png: array must be uint8 (H, W), (H, W, 1) or (H, W, 3), got {array.dtype} {tuple(array.shape)}"
         )
-    path = Path(path)
     encoded = io.BytesIO()
     Image.fromarray(np.ascontiguousarray(array)).save(encoded, format="PNG")
-    # beside the target, since a rename is atomic within one file system only
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_bytes(encoded.getvalue())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    return path
+    return write_bytes(path, encoded.getbuffer(), durable=False)
 
 
 def _as_rgb(where: str, images: Any) -> np.ndarray:
