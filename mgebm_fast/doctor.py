@@ -177,18 +177,37 @@ def _cuda() -> dict[str, Any]:
     why_not_built = ""
     if not built:
         why_not_built = native.module().cuda_note() if native.available() else "the compiled module did not load"
+    archs = native.module().cuda_archs() if built else ""
+    why_not = native.why_no_cuda()
+    missing = [device["capability"] for device in devices if built and not covers(archs, device["capability"])]
+    if missing and not why_not:
+        why_not = f"built for {archs}, which does not cover sm_{missing[0]}"
+        how = f'MGEBM_CUDA_ARCHS="{archs};{missing[0]}" {REBUILD}'
     return {
         "built": built,
-        "archs": native.module().cuda_archs() if built else "",
+        "archs": archs,
         "toolkit": native.module().cuda_version() if built else "",
         "why_not_built": why_not_built,
         "how_to_build": how_to_build,
         "torch_cuda": torch.version.cuda,
         "devices": devices,
-        "usable": native.cuda_available(),
-        "why_not": native.why_no_cuda(),
+        "usable": not why_not,
+        "why_not": why_not,
         "how": how or how_to_build,
     }
+
+
+def covers(archs: str, capability: str) -> bool:
+    """Whether kernels built for `archs` ("80;90+PTX") run on a GPU of compute capability `capability` ("86").
+
+    Code for sm_XY runs on X.Y and later minors of the same major; PTX on everything from its architecture on.
+    """
+    for arch in archs.replace(",", ";").replace(".", "").split(";"):
+        number = int("".join(filter(str.isdigit, arch)) or 0)
+        later = int(capability) >= number
+        if later and (arch.strip().endswith("+PTX") or number // 10 == int(capability) // 10):
+            return True
+    return False
 
 
 def _triton() -> dict[str, Any]:

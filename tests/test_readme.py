@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import runpy
 import shlex
 from pathlib import Path
 
@@ -151,6 +152,17 @@ def test_the_key_table_is_that_of_the_code():
     text = (ROOT / "docs" / "configuration.md").read_text(encoding="utf-8")
     rows = [[cell.replace("\\|", "|") for cell in cells] for cells in table(text, "key")]
     assert rows == [[f"`{key}`", f"`{_toml(default)}`", kind, doc] for key, kind, default, doc in describe_keys()]
+
+
+def test_the_examples_run(tmp_path, monkeypatch, capsys):
+    runpy.run_path(str(ROOT / "examples" / "replace_a_loop.py"), run_name="__main__")
+    differences = re.findall(r"against .*: (\S+) apart", capsys.readouterr().out)
+    assert len(differences) == 2 and all(float(difference) < 1e-3 for difference in differences)
+
+    arguments = ["train_on_folder.py", "texture:grass", "--steps", "2", "--batch", "4", "--out", str(tmp_path / "run")]
+    monkeypatch.setattr("sys.argv", arguments)
+    runpy.run_path(str(ROOT / "examples" / "train_on_folder.py"), run_name="__main__")
+    assert (tmp_path / "run" / "samples.png").is_file()
 
 
 def test_public_names_are_those_of_the_design():

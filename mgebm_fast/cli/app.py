@@ -40,6 +40,16 @@ class Commands(TyperGroup):
         except (ValueError, OSError, ModuleNotFoundError, BackendError, MemoryError) as error:
             _tell(error)
             raise typer.Exit(BAD_INPUT) from error
+        except RuntimeError as error:
+            if not _out_of_memory(error):
+                raise
+            _tell(error)
+            raise typer.Exit(BAD_INPUT) from error
+
+
+def _out_of_memory(error: RuntimeError) -> bool:
+    """Whether torch could not get memory: its own class on a GPU, a plain RuntimeError on a CPU."""
+    return type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error)
 
 
 def _tell(error: BaseException) -> None:

@@ -13,6 +13,8 @@ from ..errors import ConfigError
 from .options import INTERRUPTED, Device, Threads, find_device, load_images, use_threads
 
 if TYPE_CHECKING:
+    import torch
+
     from ..learning import TrainConfig
 
 
@@ -83,6 +85,8 @@ def train(
     use_threads(threads)
     size, channels = chosen.sizes[-1], chosen.channels
     images = load_images(chosen.data, size, channels, chosen.classes, split="train", strict=strict)
+    ladder = "→".join(str(size) for size in chosen.sizes)
+    typer.echo(f"{chosen.name}: {len(images)} images of {images.name}, sizes {ladder}, on {_named(where)}", err=True)
     outcome = fit(
         chosen,
         out=folder,
@@ -94,6 +98,12 @@ def train(
     )
     if not outcome.finished:
         raise typer.Exit(INTERRUPTED)
+
+
+def _named(device: torch.device) -> str:
+    import torch
+
+    return f"{torch.get_num_threads()} CPU threads" if device.type == "cpu" else torch.cuda.get_device_name(device)
 
 
 def _configure(config: str | None, out: Path | None, resume: bool) -> tuple[TrainConfig, Path]:

@@ -68,6 +68,22 @@ def test_doctor_without_the_compiled_module_still_reports(mgebm, monkeypatch):
     assert "libgomp.so.1" in text and doctor.REBUILD in text
 
 
+@pytest.mark.parametrize(
+    ("archs", "capability", "covered"),
+    [
+        ("80;90+PTX", "80", True),
+        ("80;90+PTX", "86", True),
+        ("80;90+PTX", "75", False),
+        ("80;90+PTX", "120", True),
+        ("80;90", "100", False),
+        ("8.6,9.0a", "80", False),
+        ("8.6,9.0a", "90", True),
+    ],
+)
+def test_doctor_knows_which_gpus_a_build_covers(archs, capability, covered):
+    assert doctor.covers(archs, capability) is covered
+
+
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_help_has_an_example(mgebm, command):
     result = mgebm(command, "--help")
