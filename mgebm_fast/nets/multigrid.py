@@ -19,14 +19,14 @@ _COMPACT_BASE, _COMPACT_CAP = 32, 128
 
 
 def compact_layers(size: int) -> tuple[ConvSpec, ...]:
-    """A small net for any size: 3×3 at full resolution, then stride 2 with twice the channels while the map is even
-    and larger than 4; a size of 4 or less gets one more 3×3 instead."""
+    """A small net for any size: 3×3 convolutions, the first at full resolution, then stride 2 with twice the channels
+    (to a cap) until the map is 4×4 or odd; size 4 halves once as well, and sizes up to 8 get one more at stride 1."""
     layers = [ConvSpec(_COMPACT_BASE, 3)]
     channels, extent = _COMPACT_BASE, size
-    while extent > 4 and extent % 2 == 0:
+    while extent % 2 == 0 and (extent > 4 or extent == size == 4):
         channels, extent = min(2 * channels, _COMPACT_CAP), extent // 2
         layers.append(ConvSpec(channels, 3, 2))
-    if len(layers) == 1:
+    if size <= 8:
         layers.append(ConvSpec(2 * _COMPACT_BASE, 3))
     return tuple(layers)
 

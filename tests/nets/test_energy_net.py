@@ -221,7 +221,8 @@ def test_every_size_has_a_compact_net(size, norm):
 def test_compact_layers_halve_the_map_to_four_or_to_an_odd_size():
     assert compact_layers(32) == (ConvSpec(32, 3), ConvSpec(64, 3, 2), ConvSpec(128, 3, 2), ConvSpec(128, 3, 2))
     assert compact_layers(12) == (ConvSpec(32, 3), ConvSpec(64, 3, 2), ConvSpec(128, 3, 2))
-    assert compact_layers(2) == (ConvSpec(32, 3), ConvSpec(64, 3))
+    assert compact_layers(8) == compact_layers(4) == (ConvSpec(32, 3), ConvSpec(64, 3, 2), ConvSpec(64, 3))
+    assert compact_layers(2) == compact_layers(3) == (ConvSpec(32, 3), ConvSpec(64, 3))
 
 
 def test_width_multiplies_hidden_channels():
