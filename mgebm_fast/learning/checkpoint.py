@@ -30,6 +30,11 @@ def name_of(step: int) -> str:
     return f"step_{step:06d}"
 
 
+def step_of(folder: Path) -> int:
+    """The number in the name of a checkpoint's folder."""
+    return int(folder.name.removeprefix("step_"))
+
+
 def write(folder: Path, fill: Callable[[Path], None], state: Mapping[str, Any]) -> Path:
     """Make the checkpoint `folder`: `fill(path)` writes its files beside the target, which is then renamed into place.
 
@@ -95,7 +100,7 @@ def listed(root: Path) -> list[Path]:
     if not root.is_dir():
         return []
     found = [path for path in root.iterdir() if _NAME.fullmatch(path.name) and path.is_dir()]
-    return sorted(found, key=lambda path: int(path.name[5:]))
+    return sorted(found, key=step_of)
 
 
 def newest_good(root: Path) -> tuple[tuple[Path, dict[str, Any]] | None, list[tuple[Path, CheckpointError]]]:
@@ -129,9 +134,9 @@ def clean(root: Path) -> None:
             shutil.rmtree(path, ignore_errors=True)
 
 
-def set_aside(folder: Path) -> Path:
-    """Rename a damaged checkpoint, so that it neither counts as one nor is lost."""
-    target = folder.with_name(folder.name + ".damaged")
+def set_aside(folder: Path, why: str) -> Path:
+    """Rename a checkpoint that is not to count as one any more, and yet not to be lost; `why` ends its new name."""
+    target = folder.with_name(f"{folder.name}.{why}")
     shutil.rmtree(target, ignore_errors=True)
     os.rename(folder, target)
     return target

@@ -105,7 +105,7 @@ class Loop:
     def resume(self, path: Path) -> int:
         """Go on from a checkpoint folder, or from a run folder's newest good checkpoint; the updates made so far."""
         if (path / checkpoint.STATE).exists():
-            folder, state = path, checkpoint.read(path)
+            folder, state = path, self._read_named(path)
         elif (path / CONFIG).is_file():
             with checkpoint.exclusive(path):
                 checkpoint.clean(path / CHECKPOINTS)
@@ -130,13 +130,21 @@ class Loop:
         """Whether `path` is the run's folder or one of its checkpoints."""
         return self.out is not None and self.out.resolve() in (path.resolve(), path.resolve().parent.parent)
 
+    def _read_named(self, folder: Path) -> dict[str, Any]:
+        try:
+            return checkpoint.read(folder)
+        except CheckpointError as error:
+            found, _ = checkpoint.newest_good(folder.parent)
+            hint = f"; the newest whole one beside it is {found[0]}" if found else ""
+            raise CheckpointError(f"{error}{hint}") from None
+
     def _newest_of_run(self, path: Path) -> tuple[Path, dict[str, Any]] | None:
         found, faults = checkpoint.newest_good(path / CHECKPOINTS)
         if faults and found is None:
             raise CheckpointError(f"resume: no checkpoint of {path} is whole: {'; '.join(str(e) for _, e in faults)}")
         for folder, error in faults:
             assert found is not None
-            aside = checkpoint.set_aside(folder)
+            aside = checkpoint.set_aside(folder, "damaged")
             self.say(f"{error}; it is now {aside.name}, and training goes on from the older {found[0]}")
         return found
 
@@ -228,6 +236,9 @@ class Loop:
     def _open_folder(self, out: Path) -> None:
         files.write_bytes(out / CONFIG, self.config.to_toml().encode())
         checkpoint.clean(out / CHECKPOINTS)
+        for folder in checkpoint.listed(out / CHECKPOINTS):
+            if checkpoint.step_of(folder) > self.iteration:  # of a past that this run went back behind
+                checkpoint.set_aside(folder, "replaced")
         self._owns = True
 
     def _recorder(self) -> contextlib.AbstractContextManager[Recorder | None]:

@@ -35,7 +35,8 @@ class MultiGridTrainer:
             Where both are given, the chains are the configuration's.
         out: the run's folder; None keeps nothing on disk.
         device: default: the model's, or for a model built here a GPU where there is one.
-        console: a rich Console for progress; None is silent.
+        console: where progress is shown; default: a rich Console on standard error.
+        quiet: show nothing.
         resume_command: what the message after Ctrl-C tells the user to type.
         overrides: keys of `TrainConfig` to change; sections take a dict.
 
@@ -51,11 +52,18 @@ class MultiGridTrainer:
         out: str | Path | None = None,
         device: torch.device | str | None = None,
         console: Console | None = None,
+        quiet: bool = False,
         resume_command: str | None = None,
         **overrides: Any,
     ) -> None:
+        named = data is None or isinstance(data, (str, Path))
         if config is None:
             config = merge(TrainConfig(), {} if model is None else describe_model(model))
+            if data is not None:
+                name = data.name if isinstance(data, ImageData) else type(data).__name__
+                config = merge(config, {"data": str(data) if named else name})
+            if not named and resume_command is None:
+                resume_command = "the same trainer: .resume(), then .fit()"
         config = merge(config, overrides)
         built = model is None
         if model is None:
@@ -71,6 +79,7 @@ class MultiGridTrainer:
         self.rule = MultiGridRule(self.model, config, images=len(self.data))
         batches = Batches(self.data, config.batch_size, seed=config.seed, flips=config.flips)
         folder = None if out is None else Path(out)
+        console = None if quiet else console or Console(stderr=True)
         self._loop = Loop(self.rule, batches, config, out=folder, console=console, resume_command=resume_command)
 
     @property
@@ -145,6 +154,7 @@ def train(
     strict: bool = False,
     device: torch.device | str | None = None,
     console: Console | None = None,
+    quiet: bool = False,
     resume_command: str | None = None,
 ) -> Outcome:
     """What `mgebm train` does: check the folder, read the data, build the model, and fit or go on.
@@ -156,7 +166,7 @@ def train(
     if not isinstance(data, ImageData):
         data = load_data(config, source=data, strict=strict)
     trainer = MultiGridTrainer(
-        None, data, config, out=out, device=device, console=console, resume_command=resume_command
+        None, data, config, out=out, device=device, console=console, quiet=quiet, resume_command=resume_command
     )
     if resume:
         trainer.resume()

@@ -34,7 +34,8 @@ def tiny_config(**changes) -> TrainConfig:
 def trainer():
     def make(out=None, data=None, console=None, **changes) -> MultiGridTrainer:
         data = tiny_data() if data is None else data
-        return MultiGridTrainer(None, data, tiny_config(**changes), out=out, device="cpu", console=console)
+        quiet = console is None
+        return MultiGridTrainer(None, data, tiny_config(**changes), out=out, device="cpu", console=console, quiet=quiet)
 
     return make
 

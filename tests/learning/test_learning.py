@@ -42,7 +42,7 @@ def test_samples_take_on_the_statistics_of_the_data():
             "stabilise": {"data_noise": 0.05, "energy_l2": 0.01, "ema": 0.9},
         },
     )
-    trainer = MultiGridTrainer(None, stripes(), config, device="cpu")
+    trainer = MultiGridTrainer(None, stripes(), config, device="cpu", quiet=True)
     data = statistics(trainer.model.from_uint8(stripes().batch(slice(None))))
     before = statistics(trainer.model.sample(512, seed=1))
     trainer.fit()

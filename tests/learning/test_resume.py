@@ -105,6 +105,9 @@ def test_a_truncated_checkpoint_gives_way_to_an_older_one(trainer, tmp_path):
     went_on.fit()
     same_run(tmp_path / "a", tmp_path / "b")
 
+    (tmp_path / "b/checkpoints/step_000004/model.safetensors").write_bytes(b"")
+    with pytest.raises(CheckpointError, match="truncated.*newest whole one beside it is .*step_000006"):
+        trainer().resume(tmp_path / "b/checkpoints/step_000004")
     for folder in checkpoint.listed(tmp_path / "b/checkpoints"):
         (folder / "model.safetensors").write_bytes(b"")
     with pytest.raises(CheckpointError, match="no checkpoint of .* is whole: .*truncated"):
@@ -153,6 +156,17 @@ def test_going_on_in_a_new_folder(trainer, tmp_path):
     assert len(Run(tmp_path / "a").metrics()) == 2
 
 
+def test_going_back_sets_later_checkpoints_aside(trainer, tmp_path):
+    trainer(out=tmp_path).fit()
+    back = trainer(out=tmp_path, optimiser={"lr": 1e-4})
+    assert back.resume(tmp_path / "checkpoints/step_000002") == 2
+    back.fit(3)
+    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == [
+        "step_000002", "step_000003", "step_000004.replaced", "step_000006.replaced",
+    ]  # fmt: skip
+    assert [r["step"] for r in Run(tmp_path).metrics()] == [1, 2, 3]
+
+
 def test_nothing_left_to_do(trainer, tmp_path):
     trainer(out=tmp_path / "run").fit()
     before = checkpoint.read_tensors(tmp_path / "run/model.safetensors")
@@ -186,11 +200,11 @@ from conftest import tiny_config, tiny_data
 config = tiny_config(steps=40, checkpoint_every=3, sample_every=20, keep_checkpoints=2,
                      stabilise={{"ema": 0.9, "data_noise": 0.03}})
 if {resume}:
-    train(config, out={out!r} + "/killed", data=tiny_data(), resume=True, device="cpu")
+    train(config, out={out!r} + "/killed", data=tiny_data(), resume=True, device="cpu", quiet=True)
 else:
-    train(config, out={out!r} + "/whole", data=tiny_data(), device="cpu")
+    train(config, out={out!r} + "/whole", data=tiny_data(), device="cpu", quiet=True)
     print("whole", flush=True)
-    train(config, out={out!r} + "/killed", data=tiny_data(), device="cpu")
+    train(config, out={out!r} + "/killed", data=tiny_data(), device="cpu", quiet=True)
 """
 
 

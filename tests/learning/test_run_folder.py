@@ -14,7 +14,7 @@ from PIL import Image
 from rich.console import Console
 
 from mgebm_fast.errors import CheckpointError
-from mgebm_fast.learning import Run, checkpoint, load_config, train
+from mgebm_fast.learning import MultiGridTrainer, Run, checkpoint, load_config, train
 from mgebm_fast.sampling import MultiGrid
 
 from .conftest import tiny_config, tiny_data
@@ -52,6 +52,19 @@ def test_the_final_model_has_the_averaged_weights(trainer, tmp_path):
     assert any(not torch.equal(p, averages[n]) for n, p in ours.model.named_parameters())
     assert final.langevin[0].noise_std == pytest.approx(0.015)  # the chain as it was at the last update
     assert torch.equal(final.colours, ours.model.from_uint8(tiny_data().colours()))
+
+
+def test_data_that_has_no_name_to_read_it_by_again(tmp_path):
+    words = io.StringIO()
+    images = torch.from_numpy(tiny_data(size=2).images)
+    ours = MultiGridTrainer(
+        None, images, sizes=[1, 2], width=0.125, steps=4, batch_size=4, log_every=1, out=tmp_path,
+        console=Console(file=words), langevin={"steps": 2}, device="cpu",
+    )  # fmt: skip
+    interrupt(ours, 1)
+    assert not ours.fit().finished
+    assert ".resume(), then .fit()" in words.getvalue() and "mgebm train" not in words.getvalue()
+    assert load_config(tmp_path / "config.toml").data == "Tensor"
 
 
 def test_a_terminal_gets_a_bar(trainer, tmp_path):

@@ -174,7 +174,7 @@ def test_a_model_of_ones_own_keeps_its_chains():
 
     chains = [Langevin(steps=2, step_size=0.2, clamp=(0, 255)), Langevin(steps=3, step_size=0.1, clamp=(0, 255))]
     model = MultiGrid((1, 2, 4), channels=1, langevin=chains, width=0.1, variant="compact", norm="none", batch_size=5)
-    trainer = MultiGridTrainer(model, tiny_data(), steps=2, optimiser={"lr": 0.01})
+    trainer = MultiGridTrainer(model, tiny_data(), steps=2, optimiser={"lr": 0.01}, quiet=True)
     assert trainer.config.dynamics() == tuple(chains) and trainer.config.batch_size == 5
     assert trainer.config.optimiser.lr == 0.01
     trainer.fit()
