@@ -168,14 +168,14 @@ def pick(value: Any, index: int) -> Any:
 
 def nearest(name: str, options: Sequence[str]) -> str:
     """`suggest` for dotted keys: `lr` finds `optimiser.lr`, `langevn.stps` finds `langevin.steps`."""
-    leaves: dict[str, str] = {}
+    leaves: dict[str, list[str]] = {}
     for option in options:
-        leaves.setdefault(option.rpartition(".")[2], option)
+        leaves.setdefault(option.rpartition(".")[2], []).append(option)
     leaf = name.rpartition(".")[2]
-    if leaf in leaves:
-        return f" (did you mean {leaves[leaf]!r}?)"
+    if leaf in leaves:  # the right word in no section, or in a wrong or misspelt one
+        return suggest(name, leaves[leaf]) or f" (did you mean {leaves[leaf][0]!r}?)"
     hint = suggest(name, options)
     if hint:
         return hint
     close = suggest(leaf, list(leaves))
-    return f" (did you mean {leaves[close.split(chr(39))[1]]!r}?)" if close else ""
+    return f" (did you mean {leaves[close.split(chr(39))[1]][0]!r}?)" if close else ""

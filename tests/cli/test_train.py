@@ -139,6 +139,8 @@ BAD = {
     "no such file": (["missing.toml"], "missing.toml"),
     "unknown key": (["digits", "--set", "batchsize=3"], "did you mean 'batch_size'"),
     "unknown key of a section": (["digits", "--set", "langevin.step=3"], "did you mean 'langevin.steps'"),
+    "misspelt section": (["digits", "--set", "langevn.steps=3"], "did you mean 'langevin.steps'"),
+    "key without its section": (["digits", "--set", "lr=1e-3"], "did you mean 'optimiser.lr'"),
     "no value": (["digits", "--set", "steps"], "key=value"),
     "wrong type": (["digits", "--set", "steps=many"], "steps must be"),
     "sizes that do not divide": (["digits", "--set", "sizes=1,3,8"], "3 does not divide 8"),
