@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -35,7 +36,7 @@ def sample(
     ] = False,
     device: Device = "auto",
     threads: Threads = None,
-    precision: Annotated[str, typer.Option(help="Of the gradient: auto or fp32.")] = "auto",
+    precision: Annotated[str, typer.Option(help="Of the gradient: auto, fp32 or bf16.")] = "auto",
 ) -> None:
     """Draw samples from a trained model. No data is needed: the run keeps the colours that chains start from.
 
@@ -75,6 +76,9 @@ def sample(
 def _check_out(out: Path, overwrite: bool, grids: bool) -> str:
     """The kind of output that a path means, before any work is done; ValueError where it cannot be written."""
     kind = out.suffix.lower() if out.suffix.lower() in (".png", ".npy") else "folder"
+    above = next(path for path in out.absolute().parents if path.exists())
+    if not above.is_dir() or not os.access(above, os.W_OK):
+        raise ValueError(f"--out: must be where a file can be written, got {out}, and {above} is not such a folder")
     if kind != "folder" and out.is_dir():
         raise ValueError(f"--out: must be a file to end in {kind}, got the folder {out}")
     if kind == ".npy" and grids:
@@ -143,7 +147,6 @@ def _write_npy(out: Path, images: dict[int, np.ndarray]) -> None:
 
 def _write_folder(out: Path, images: dict[int, np.ndarray]) -> None:
     """One PNG a sample, made in a folder beside `out` and renamed; in a folder with content, samples are replaced."""
-    import os
     import shutil
     import tempfile
 
@@ -169,8 +172,6 @@ def _write_folder(out: Path, images: dict[int, np.ndarray]) -> None:
 
 def _replace_samples(new: Path, out: Path) -> None:
     """Only files with our names go: what else lies in the folder is not ours to delete."""
-    import os
-
     for old in [*out.glob("sample_*.png"), *out.glob("size_*/sample_*.png")]:
         if _OURS.fullmatch(old.name):
             old.unlink()

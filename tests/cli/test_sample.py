@@ -101,6 +101,15 @@ def test_a_failure_while_writing_leaves_nothing(mgebm, trained, tmp_path, monkey
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("name", ["file/x.png", "file", "folder.png"])
+def test_a_place_that_cannot_be_written_is_told_before_sampling(mgebm, trained, tmp_path, monkeypatch, name):
+    monkeypatch.setattr(mg.MultiGrid, "sample", None)
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "folder.png").mkdir()
+    assert "--out" in one_line(mgebm("sample", trained, "--out", tmp_path / name))
+    assert (tmp_path / "file").read_text() == "mine"
+
+
 def truncated(run):
     path = run / "model.safetensors"
     path.write_bytes(path.read_bytes()[:200])
