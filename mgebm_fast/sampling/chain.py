@@ -26,6 +26,7 @@ class Chain:
     energy: Energy
     numbers: Update
     plan: GradientPlan
+    precision: str
     mask: Tensor | None
     place: counters.Counters
     backend: str
@@ -82,9 +83,11 @@ class Chain:
         state = dense_copy(x)
         for start in range(0, steps, every):
             stop = min(start + every, steps)
+            # The caller may have changed the weights since, and a plan may hold what it made of them.
+            chain = dataclasses.replace(self, plan=plan(self.energy, state, self.precision, self.where))
             origin = state.clone()
-            self.advance_(state, start, stop)
-            self.check_finite(state, origin, start, stop)
+            chain.advance_(state, start, stop)
+            chain.check_finite(state, origin, start, stop)
             yield self.step_number(stop - 1), state.clone()
 
 
@@ -120,6 +123,7 @@ def prepare(
         energy=energy,
         numbers=numbers,
         plan=plan(energy, x, precision, where),
+        precision=precision,
         mask=None if mask is None else check_mask(mask, x, where),
         place=place,
         backend=ops.choose("langevin_step", backend, x.device),

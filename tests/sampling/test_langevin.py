@@ -203,6 +203,19 @@ def test_parameters_are_the_caller_s_between_snapshots():
         assert all(p.requires_grad for p in net.parameters())
 
 
+@pytest.mark.parametrize("spectral_norm", [False, True])
+def test_weights_that_change_between_snapshots_count_from_then_on(spectral_norm):
+    net = multigrid_net(4, norm="none", variant="compact", spectral_norm=spectral_norm)
+    stream = Langevin(4, drift=5.0, noise_std=0.1).trajectory(net, images(size=4), every=2)
+    _, halfway = next(stream)
+    with torch.no_grad():
+        for parameter in net.parameters():
+            parameter.mul_(-1.5)
+    (_, end), *_ = stream
+    rest = Langevin(2, drift=5.0, noise_std=0.1)
+    assert torch.equal(end, rest(net, halfway, first_step=2))
+
+
 def test_a_diverged_chain_names_its_first_bad_step():
     def explosive(x):
         return -((x / 10.0) ** 4).flatten(1).sum(1)
@@ -296,7 +309,7 @@ def test_wrong_dynamics_are_named(arguments, error, message):
         (dict(mask=torch.ones(8, 8)), TypeError, "mask must be a bool tensor"),
         (dict(mask=torch.ones(7, 8, dtype=torch.bool)), ValueError, r"mask must broadcast to x's shape \(4, 3, 8, 8\)"),
         (dict(mask=torch.ones(2, 4, 3, 8, 8, dtype=torch.bool)), ValueError, "mask must broadcast"),
-        (dict(precision="bf61"), ValueError, "precision must be one of auto, fp32, got 'bf61'"),
+        (dict(precision="bf61"), ValueError, "precision must be one of auto, fp32.*, got 'bf61'"),
         (dict(backend="natve"), ValueError, r"backend must be one of .* \(did you mean 'native'\?\)"),
         (dict(seed=-1), ValueError, "seed must be"),
         (dict(seed=1.5), TypeError, "seed must be"),

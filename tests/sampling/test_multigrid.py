@@ -139,7 +139,7 @@ def test_any_energies_may_stand_in_for_the_nets():
 
 def test_explain_has_a_line_a_grid():
     lines = model().explain().splitlines()
-    assert len(lines) == 3 and all("autograd, fp32, because" in line for line in lines)
+    assert len(lines) == 3 and all("; gradient: " in line and ", fp32, " in line for line in lines)
     assert lines[2].startswith("grid 3 (size 8): 2 steps")
 
 

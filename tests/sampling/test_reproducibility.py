@@ -22,6 +22,8 @@ NETS = {
     "16": (lambda: multigrid_net(16, norm="none", width=0.5), 16),
     "64": (lambda: multigrid_net(64, norm="none", width=0.25), 64),
     "compact-8": (lambda: multigrid_net(8, norm="none", variant="compact"), 8),
+    # A bound method is a callable like any other: the autograd plan.
+    "compact-8-autograd": (lambda: multigrid_net(8, norm="none", variant="compact").forward, 8),
 }
 
 
