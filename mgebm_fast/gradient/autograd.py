@@ -11,8 +11,8 @@ from torch import Tensor
 class AutogradPlan:
     """One forward and one backward to x alone, in float32, as the energy itself computes them."""
 
-    def __init__(self, energy: Callable[[Tensor], Tensor], where: str) -> None:
-        self._energy, self._where = energy, where
+    def __init__(self, energy: Callable[[Tensor], Tensor], where: str, reason: str) -> None:
+        self._energy, self._where, self._reason = energy, where, reason
         self._ones: Tensor | None = None
 
     def gradient(self, x: Tensor) -> Tensor:  # (N, ...) -> (N, ...)
@@ -29,8 +29,7 @@ class AutogradPlan:
         return gradient
 
     def explain(self) -> str:
-        name = type(self._energy).__name__
-        return f"autograd, fp32, because it is the plan for any module or callable (here {name})"
+        return f"autograd, fp32, because {self._reason}"
 
     def _check(self, energies: Tensor, x: Tensor) -> None:
         if not isinstance(energies, Tensor):

@@ -1,4 +1,4 @@
-"""The choice of a gradient plan. One plan is here: autograd, for any module or callable."""
+"""The choice of a gradient plan: conv for the nets that it can take, autograd for any module or callable."""
 
 from __future__ import annotations
 
@@ -8,11 +8,12 @@ from typing import Protocol
 
 from torch import Tensor, nn
 
-from ..errors import suggest
+from ..errors import BackendError, suggest
+from . import conv
 from .autograd import AutogradPlan
 
 Energy = Callable[[Tensor], Tensor]  # (N, ...) float32 -> (N,), energies
-PRECISIONS = ("auto", "fp32")
+PRECISIONS = ("auto", "fp32", "bf16")
 
 
 class GradientPlan(Protocol):
@@ -28,14 +29,25 @@ class GradientPlan(Protocol):
 def plan(energy: Energy, x: Tensor, precision: str = "auto", where: str = "gradient") -> GradientPlan:
     """The plan for `energy` on tensors like x. `where` names the caller in error messages.
 
-    precision: "fp32", or "auto", which is fp32 for the autograd plan.
+    precision: "auto" and "fp32" are float32 throughout; "bf16" is the conv plan on 16-bit operands, BackendError where
+    that plan cannot take the energy.
     """
     if not callable(energy):
         raise TypeError(f"{where}: energy must be a module or a callable x -> (N,), got {type(energy).__name__}")
     if precision not in PRECISIONS:
         near = suggest(str(precision), PRECISIONS)
         raise ValueError(f"{where}: precision must be one of {', '.join(PRECISIONS)}, got {precision!r}{near}")
-    return AutogradPlan(energy, where)
+    reason = conv.why_not(energy, x)
+    if not reason:
+        return conv.ConvPlan(energy, "bf16" if precision == "bf16" else "fp32")
+    if precision == "bf16":
+        raise BackendError(f"{where}: precision 'bf16' needs the conv plan, which cannot run here: {reason}")
+    return AutogradPlan(energy, where, reason)
+
+
+def bfloat16_pays(energy: Energy, x: Tensor) -> bool:
+    """Whether precision "bf16" runs on (energy, x), and on hardware that multiplies it natively."""
+    return conv.bfloat16_is_fast(x.device.type) and not conv.why_not(energy, x)
 
 
 def _module_of(energy: Energy) -> nn.Module | None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ConfigError, suggest
+from ..gradient import PRECISIONS
 from ..sampling import Langevin
 from .keys import Choice, Flag, Kind, Many, Maybe, PerGrid, Real, Text, Whole, key, nearest, pick
 
@@ -95,7 +96,7 @@ class TrainConfig:
     log_every: int = key(10, Whole(1), "updates between lines of metrics")
     keep_checkpoints: int = key(3, Whole(1), "newest checkpoints kept")
     flips: bool = key(False, Flag(), "mirror half of the observed images, left to right")
-    precision: str = key("auto", Choice(("auto", "fp32")), "of the gradient inside chains")
+    precision: str = key("auto", Choice(PRECISIONS), "of the gradient inside chains: auto is bf16 where it pays")
     langevin: LangevinConfig = dataclasses.field(default_factory=lambda: LangevinConfig(drift=1.0, noise_std=0.03))
     optimiser: OptimiserConfig = dataclasses.field(default_factory=OptimiserConfig)
     stabilise: StabiliseConfig = dataclasses.field(default_factory=StabiliseConfig)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from .. import noise, ops
 from ..errors import CheckpointError, DivergenceError
-from ..gradient import energy_gradient
+from ..gradient import bfloat16_pays, energy_gradient
 from ..nets import EnergyNet
 from ..sampling import MultiGrid
 from ..sampling.storage import EMA, MODEL_FILE
@@ -61,6 +61,7 @@ class MultiGridRule(UpdateRule):
             self.divisors = [[a.get(id(q), 1.0) for q in p] for a, p in zip(areas, self.parameters, strict=True)]
         self.average = Average(model, config.stabilise.ema) if config.stabilise.ema else None
         model.langevin = config.dynamics()
+        self.precision = _chain_precision(model, config.precision)
 
     def noise_factor(self, iteration: int) -> float:
         """What chain and data noise are multiplied by at update `iteration`: linear from 1 to noise_anneal."""
@@ -84,7 +85,7 @@ class MultiGridRule(UpdateRule):
             seed=config.seed,
             first_step=[iteration * chain.steps for chain in model.langevin],
             purpose=noise.Purpose.TRAINING_CHAIN,
-            precision=config.precision,
+            precision=self.precision,
         )
         measured, gradients = [], []
         for grid, net in enumerate(model.nets, start=1):
@@ -177,9 +178,7 @@ class MultiGridRule(UpdateRule):
 
     def panels(self, observed: Tensor) -> tuple[list[tuple[str, Tensor]], int]:
         with self._averaged():
-            samples = self.model.sample(
-                len(observed), seed=self.config.seed, return_grids=True, precision=self.config.precision
-            )
+            samples = self.model.sample(len(observed), seed=self.config.seed, return_grids=True, precision="auto")
         rows = [("samples", samples), ("data", self.observed(observed))]
         panels = [
             (f"{title} {size}x{size}", self.model.to_uint8(images))
@@ -225,6 +224,19 @@ class MultiGridRule(UpdateRule):
             raise CheckpointError(f"{path}: holds the state of grids {sorted(tensors)}, this model has {sorted(known)}")
         for index, optimiser in enumerate(self.optimisers, start=1):
             load_state_tensors(optimiser, tensors.get(str(index), {}), str(path))
+
+
+def _chain_precision(model: MultiGrid, wanted: str) -> str:
+    """The precision of the training chains: "auto" is bf16 where every net can take it and the CPU multiplies it.
+
+    The rounding moves a pixel by far less than the noise of the same step does; samples are drawn in float32.
+    """
+    if wanted != "auto":
+        return wanted
+    shapes = [(1, model.channels, size, size) for size in model.sizes[1:]]
+    device = model.colours.device
+    pays = all(bfloat16_pays(net, torch.empty(s, device=device)) for net, s in zip(model.nets, shapes, strict=True))
+    return "bf16" if pays else "fp32"
 
 
 def build_model(config: TrainConfig) -> MultiGrid:

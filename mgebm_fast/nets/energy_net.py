@@ -119,13 +119,17 @@ class EnergyNet(nn.Module):
     def _weighted(self) -> Iterator[SpectralWeight]:
         return (module for module in self.modules() if isinstance(module, SpectralWeight))
 
-    def score(self, x: Tensor) -> Tensor:  # (N, C, *size) -> (N,)
-        """f(x), high where data are likely: the head's value on the top map."""
+    def check_input(self, x: Tensor) -> None:
+        """Raise ValueError unless x has the shape that this net takes."""
         if x.shape[1:] != self._input_shape and (
             self.head is not None or x.dim() != self.ndim + 2 or x.shape[1] != self.channels
         ):
             expected = ", ".join(map(str, self._input_shape))
             raise ValueError(f"EnergyNet: x must have shape (N, {expected}), got {tuple(x.shape)}")
+
+    def score(self, x: Tensor) -> Tensor:  # (N, C, *size) -> (N,)
+        """f(x), high where data are likely: the head's value on the top map."""
+        self.check_input(x)
         for layer in self.layers:
             x = layer(x)
         return x.flatten(1).sum(1) if self.head is None else self.head(x)

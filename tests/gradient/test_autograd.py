@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from mgebm_fast.gradient import PRECISIONS, energy_gradient, frozen_parameters, plan
+from mgebm_fast.gradient import energy_gradient, frozen_parameters, plan
 from mgebm_fast.nets import multigrid_net
 
 
@@ -102,11 +102,20 @@ def test_what_is_no_energy_is_refused(energy, error, message):
 
 
 def test_unknown_precision_names_the_choices():
-    with pytest.raises(ValueError, match=r"precision must be one of auto, fp32, got 'fp23' \(did you mean 'fp32'\?\)"):
+    with pytest.raises(
+        ValueError, match=r"precision must be one of auto, fp32, bf16, got 'fp23' \(did you mean 'fp32'\?\)"
+    ):
         plan(lambda x: x, torch.zeros(1, 1), "fp23")
 
 
-@pytest.mark.parametrize("precision", PRECISIONS)
-def test_explain_names_plan_and_precision(precision):
-    text = plan(multigrid_net(4), torch.zeros(1, 3, 4, 4), precision).explain()
-    assert text.startswith("autograd, fp32, because") and "EnergyNet" in text
+@pytest.mark.parametrize(
+    "net, precision, start",
+    [
+        (multigrid_net(4), "auto", "autograd, fp32, because norm='batch'"),
+        (lambda x: x.flatten(1).sum(1), "fp32", "autograd, fp32, because function is not an EnergyNet"),
+        (multigrid_net(4, norm="none"), "auto", "conv, fp32"),
+        (multigrid_net(4, norm="none"), "bf16", "conv, bf16"),
+    ],
+)
+def test_explain_names_plan_precision_and_reason(net, precision, start):
+    assert plan(net, torch.zeros(1, 3, 4, 4), precision).explain().startswith(start)

@@ -7,6 +7,7 @@ import torch
 
 from mgebm_fast import noise, ops
 from mgebm_fast.errors import DivergenceError
+from mgebm_fast.gradient.conv import bfloat16_is_fast
 from mgebm_fast.learning import MultiGridTrainer, build_model
 from mgebm_fast.sampling import MultiGrid
 
@@ -26,6 +27,7 @@ def test_update_is_its_formula(trainer, norm, iteration):
         "optimiser": {"name": "sgd", "lr": lr},
         "stabilise": {"data_noise": noises, "energy_l2": l2, "noise_anneal": 0.5},
         "seed": 11,
+        "precision": "fp32",
     }
     ours, config = trainer(**changes), tiny_config(**changes)
     batch = tiny_data(8).batch(slice(None))
@@ -189,3 +191,20 @@ def test_model_and_configuration_must_fit():
         MultiGridTrainer(model, tiny_data(channels=3), tiny_config())
     with pytest.raises(ValueError, match="at least one image"):
         MultiGridTrainer(model, tiny_data(0), tiny_config())
+
+
+@pytest.mark.parametrize(
+    "norm, wanted, got", [("none", "fp32", "fp32"), ("batch", "auto", "fp32"), ("none", "auto", None)]
+)
+def test_auto_precision_is_bf16_where_it_pays(trainer, norm, wanted, got):
+    expected = got or ("bf16" if bfloat16_is_fast("cpu") else "fp32")
+    assert trainer(norm=norm, precision=wanted).rule.precision == expected
+
+
+def test_a_bf16_update_is_near_the_fp32_one(trainer):
+    # One update from the same chain starts: the chains differ by the gradient's rounding, far less than by their noise.
+    losses = {}
+    for precision in ("fp32", "bf16"):
+        losses[precision] = trainer(precision=precision, seed=5).step(tiny_data(8).batch(slice(None)))
+    for name, value in losses["fp32"].items():
+        assert losses["bf16"][name] == pytest.approx(value, rel=0.05, abs=5e-3)
