@@ -121,7 +121,9 @@ class MultiGridRule(UpdateRule):
             return images
         where = noise.stream(noise.Purpose.DATA_NOISE, grid)
         draw = ops.noise(images.shape, seed=self.config.seed, step=iteration, stream=where, device=images.device)
-        return torch.add(images, draw, alpha=std)
+        noisy = torch.add(images, draw, alpha=std)
+        # Left outside the range, noise marks observed images as what no clamped chain can reach, and the energies part.
+        return noisy.clamp_(*self.config.value_range) if self.config.stabilise.data_noise_clamp else noisy
 
     def _energies(self, net: nn.Module, real: Tensor, chain: Tensor) -> tuple[Tensor, Tensor]:
         observing: Any = net.observing() if isinstance(net, EnergyNet) else contextlib.nullcontext()

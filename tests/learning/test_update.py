@@ -9,6 +9,7 @@ from mgebm_fast import noise, ops
 from mgebm_fast.errors import DivergenceError
 from mgebm_fast.gradient.conv import bfloat16_is_fast
 from mgebm_fast.learning import MultiGridTrainer, build_model
+from mgebm_fast.learning.multigrid import MultiGridRule
 from mgebm_fast.sampling import MultiGrid
 
 from .conftest import tiny_config, tiny_data
@@ -208,3 +209,17 @@ def test_a_bf16_update_is_near_the_fp32_one(trainer):
         losses[precision] = trainer(precision=precision, seed=5).step(tiny_data(8).batch(slice(None)))
     for name, value in losses["fp32"].items():
         assert losses["bf16"][name] == pytest.approx(value, rel=0.05, abs=5e-3)
+
+
+def test_noisy_data_stay_in_the_range_where_asked():
+    changes = {"stabilise": {"data_noise": 2.0}}
+    images = torch.rand(8, 1, 4, 4) * 2 - 1
+    for clamped in (False, True):
+        changes["stabilise"]["data_noise_clamp"] = clamped
+        config = tiny_config(**changes)
+        rule = MultiGridRule(build_model(config), config, images=20)
+        noisy = rule._with_noise(images.clone(), 2, 0, 1.0)
+        assert (noisy.abs().max() <= 1) == clamped
+        if clamped:
+            assert torch.equal(noisy, unclamped.clamp(-1, 1))
+        unclamped = noisy
