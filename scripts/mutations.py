@@ -37,6 +37,7 @@ TIMEOUT = 900  # seconds, of one run of tests
 
 LAW = ("tests/sampling/test_law.py",)
 NETS = ("tests/nets/test_energy_net.py",)
+GRADIENTS = ("tests/gradient/test_conv.py",)
 CASCADE = ("tests/sampling/test_cascade.py",)
 UPDATE = ("tests/learning/test_update.py",)
 SPLITS = ("tests/sampling/test_reproducibility.py",)
@@ -83,6 +84,10 @@ MUTATIONS = (
         "first_step=[iteration * chain.steps", "first_step=[0 * chain.steps", UPDATE,
     ),
     Mutation("padding-shifted", "python", LAYERS, CONVOLVE, SHIFTED, NETS),
+    Mutation(
+        "padding-shifted-in-the-conv-plan", "python", "mgebm_fast/gradient/conv.py", "h = x.contiguous()",
+        "h = torch.roll(x.contiguous(), 1, -1)", GRADIENTS,
+    ),
     Mutation(
         "noise-shared", "python", CHAIN, "first_sample=first_sample, step=first_step, stream=stream\n    )\n    if",
         "first_sample=torch.zeros(samples, dtype=torch.int64, device=x.device), step=first_step, stream=stream\n"

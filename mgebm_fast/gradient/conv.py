@@ -66,7 +66,8 @@ class ConvPlan:
         ones = [1] * net.ndim
         self._layers = []
         with torch.no_grad():
-            for index, layer in enumerate(net.layers):
+            for index, layer in enumerate(net.convolutions):
+                assert layer.bias is not None  # there is one wherever norm is not "batch"
                 weight = layer.effective_weight().detach()
                 low = weight.to(self._dtype)
                 forward = weight if index == 0 else low

@@ -9,6 +9,7 @@ from typing import Protocol
 from torch import Tensor, nn
 
 from ..errors import BackendError, suggest
+from ..nets import EnergyNet
 from . import conv
 from .autograd import AutogradPlan
 
@@ -39,6 +40,7 @@ def plan(energy: Energy, x: Tensor, precision: str = "auto", where: str = "gradi
         raise ValueError(f"{where}: precision must be one of {', '.join(PRECISIONS)}, got {precision!r}{near}")
     reason = conv.why_not(energy, x)
     if not reason:
+        assert isinstance(energy, EnergyNet)
         return conv.ConvPlan(energy, "bf16" if precision == "bf16" else "fp32")
     if precision == "bf16":
         raise BackendError(f"{where}: precision 'bf16' needs the conv plan, which cannot run here: {reason}")

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import suggest
-from .layers import ACTIVATIONS, ConvLayer, LinearHead, SpectralWeight
+from .layers import ACTIVATIONS, BatchStatistics, ConvLayer, LinearHead, SpectralWeight
 
 NORMS = ("batch", "frozen", "none")
 HEADS = ("linear", "sum")
@@ -116,6 +116,11 @@ class EnergyNet(nn.Module):
             module.reset(generator)
         self._input_shape = torch.Size((channels, *self.size))
 
+    @property
+    def convolutions(self) -> list[ConvLayer]:
+        """The layers below the head, bottom first."""
+        return [layer for layer in self.layers if isinstance(layer, ConvLayer)]
+
     def _weighted(self) -> Iterator[SpectralWeight]:
         return (module for module in self.modules() if isinstance(module, SpectralWeight))
 
@@ -141,7 +146,7 @@ class EnergyNet(nn.Module):
     @contextlib.contextmanager
     def observing(self) -> Iterator[EnergyNet]:
         """Inside, a forward is one on observed data: running statistics and power iterations follow it."""
-        followers = [module for module in self.modules() if hasattr(module, "observe")]
+        followers = [m for m in self.modules() if isinstance(m, (SpectralWeight, BatchStatistics))]
         before = [module.observe for module in followers]
         for module in followers:
             module.observe = True
@@ -166,12 +171,13 @@ class EnergyNet(nn.Module):
         if self.norm != "batch":
             net.load_state_dict(self.state_dict())
             return net.to(next(self.parameters()).device)
-        for source, target in zip(self.layers, net.layers, strict=True):
+        for source, target in zip(self.convolutions, net.convolutions, strict=True):
+            assert source.norm is not None and target.bias is not None  # what "batch" and "frozen" mean
             scale, shift = source.norm.scale_and_shift()
             target.weight.copy_(source.effective_weight() * scale.reshape(-1, *[1] * (self.ndim + 1)))
             target.bias.copy_(shift)
         if self.head is not None and net.head is not None:
-            assert net.head.bias is not None  # a linear head always has one
+            assert net.head.bias is not None and self.head.bias is not None  # a linear head always has one
             net.head.weight.copy_(self.head.effective_weight())
             net.head.bias.copy_(self.head.bias)
         return net.to(next(self.parameters()).device)
@@ -179,7 +185,7 @@ class EnergyNet(nn.Module):
     def macs(self) -> int:
         """Multiply-accumulates of one sample's forward pass."""
         total, size = 0, self.size
-        for layer in self.layers:
+        for layer in self.convolutions:
             total += layer.macs(size)
             size = tuple(layer.map_size(s) for s in size)
         return total + (self.head.weight.numel() if self.head is not None else 0)

@@ -21,7 +21,8 @@ def activation_function(name: str, negative_slope: float) -> Callable[[Tensor], 
     """The function of an activation's name, one of `ACTIVATIONS`."""
     if name == "leaky_relu":
         return lambda x: F.leaky_relu(x, negative_slope)
-    return {"relu": F.relu, "silu": F.silu, "elu": F.elu, "none": lambda x: x}[name]
+    functions: dict[str, Callable[[Tensor], Tensor]] = {"relu": F.relu, "silu": F.silu, "elu": F.elu}
+    return functions.get(name, lambda x: x)
 
 
 ACTIVATIONS = ("leaky_relu", "relu", "silu", "elu", "none")

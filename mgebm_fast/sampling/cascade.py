@@ -83,8 +83,8 @@ def cascade(
     """
     where = "cascade"
     if not isinstance(start, Tensor) or start.dtype != torch.float32:
-        got = start.dtype if isinstance(start, Tensor) else type(start).__name__
-        raise TypeError(f"{where}: start must be a float32 tensor, got {got}")
+        kind = start.dtype if isinstance(start, Tensor) else type(start).__name__
+        raise TypeError(f"{where}: start must be a float32 tensor, got {kind}")
     rank = start.dim() - 2
     if rank < 1 or start.shape[2:] != (sizes[0],) * rank:
         raise ValueError(f"{where}: start must have shape (N, C, {sizes[0]}, …), got {tuple(start.shape)}")

@@ -150,10 +150,10 @@ class MultiGrid(nn.Module):
         if not isinstance(start, Tensor) or start.dim() != 4 or start.shape[1:] != (self.channels, 1, 1):
             got = tuple(start.shape) if isinstance(start, Tensor) else type(start).__name__
             raise ValueError(f"cascade: start must have shape (N, {self.channels}, 1, 1), got {got}")
+        dynamics = self.langevin if langevin is None else self._per_net(langevin)
         return cascade(
-            self.nets, self.sizes, self.langevin if langevin is None else self._per_net(langevin), start, seed=seed,
-            first_sample=first_sample, first_step=first_step, purpose=purpose, mask=mask, known=known,
-            callback=callback, precision=precision, backend=backend,
+            list(self.nets), self.sizes, dynamics, start, seed=seed, first_sample=first_sample, first_step=first_step,
+            purpose=purpose, mask=mask, known=known, callback=callback, precision=precision, backend=backend,
         )  # fmt: skip
 
     def sample(
@@ -220,13 +220,20 @@ class MultiGrid(nn.Module):
 
     def freeze_norm(self) -> MultiGrid:
         """A new model whose nets have their running statistics folded in: its chains are independent."""
-        nets = [net.freeze_norm() for net in self.nets]
+        nets = [net.freeze_norm() for net in self._energy_nets("frozen")]
         model = MultiGrid(
             self.sizes, channels=self.channels, langevin=self.langevin, width=self.width, variant=self.variant,
             value_range=self.value_range, batch_size=self.batch_size, nets=nets,
         )  # fmt: skip
         model.colours = self.colours.clone()
         return model
+
+    def _energy_nets(self, what: str) -> list[EnergyNet]:
+        nets = [net for net in self.nets if isinstance(net, EnergyNet)]
+        if len(nets) < len(self.nets):
+            other = next(type(net).__name__ for net in self.nets if not isinstance(net, EnergyNet))
+            raise ValueError(f"MultiGrid: nets must be EnergyNets to be {what}, got {other}")
+        return nets
 
     def explain(self, n: int | None = None) -> str:
         """One line a grid: what its chain runs, and why."""
@@ -239,11 +246,6 @@ class MultiGrid(nn.Module):
 
     def config(self) -> dict[str, Any]:
         """What rebuilds this model but for its weights, in plain JSON types."""
-        for net in self.nets:
-            if not isinstance(net, EnergyNet):
-                raise ValueError(
-                    f"MultiGrid: nets must be EnergyNets to be described and stored, got {type(net).__name__}"
-                )
         return {
             "sizes": list(self.sizes),
             "channels": self.channels,
@@ -253,7 +255,7 @@ class MultiGrid(nn.Module):
             "value_range": list(self.value_range),
             "batch_size": self.batch_size,
             "langevin": [dataclasses.asdict(dynamics) for dynamics in self.langevin],
-            "nets": [net.config() for net in self.nets],
+            "nets": [net.config() for net in self._energy_nets("described and stored")],
         }
 
     @classmethod
