@@ -13,8 +13,10 @@ from torch import Tensor
 from ..errors import CheckpointError
 from ..files import write_bytes
 
-FORMAT = "mgebm_fast.MultiGrid"
-VERSION = "1"
+# One key: safetensors writes several in random order, and equal models should give equal files.
+KEY = "mgebm_fast"
+FORMAT = "MultiGrid"
+VERSION = 1
 EMA = "ema."
 MODEL_FILE = "model.safetensors"
 
@@ -25,7 +27,7 @@ def write(path: str | os.PathLike, tensors: Mapping[str, Tensor], config: Mappin
 
     data = save(
         {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()},
-        metadata={"format": FORMAT, "version": VERSION, "config": json.dumps(config)},
+        metadata={KEY: json.dumps({"format": FORMAT, "version": VERSION, "config": config})},
     )
     write_bytes(path, data)
 
@@ -39,23 +41,28 @@ def read(path: str | os.PathLike) -> tuple[dict[str, Any], dict[str, Tensor]]:
         raise CheckpointError(f"{path}: there is no such model file")
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
-            metadata = file.metadata() or {}
-            if metadata.get("format") != FORMAT:
+            described = _description((file.metadata() or {}).get(KEY, "{}"))
+            if described.get("format") != FORMAT:
                 raise CheckpointError(f"{path}: this safetensors file holds no MultiGrid model")
-            if metadata.get("version") != VERSION:
+            if described.get("version") != VERSION:
                 raise CheckpointError(
-                    f"{path}: written as version {metadata.get('version')} of the format, this program reads {VERSION}"
+                    f"{path}: written as version {described.get('version')} of the format, this program reads {VERSION}"
                 )
             tensors = {name: file.get_tensor(name) for name in file.keys()}
     except SafetensorError as error:
         raise CheckpointError(f"{path}: truncated, or no safetensors file at all ({error})") from error
-    try:
-        config = json.loads(metadata["config"])
-    except (KeyError, json.JSONDecodeError) as error:
-        raise CheckpointError(f"{path}: the model's configuration is missing or unreadable") from error
+    config = described.get("config")
     if not isinstance(config, dict):
         raise CheckpointError(f"{path}: the model's configuration is missing or unreadable")
     return config, tensors
+
+
+def _description(text: str) -> dict[str, Any]:
+    try:
+        found = json.loads(text)
+    except json.JSONDecodeError:
+        found = None
+    return found if isinstance(found, dict) else {}
 
 
 def averaged(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

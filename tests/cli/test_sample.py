@@ -122,9 +122,9 @@ def other_sizes(run):
     path = run / "model.safetensors"
     with safe_open(path, "pt") as file:
         metadata, tensors = dict(file.metadata()), {key: file.get_tensor(key) for key in file.keys()}
-    config = json.loads(metadata["config"])
-    config["sizes"] = [1, 3, 9, 27]
-    save_file(tensors, path, {**metadata, "config": json.dumps(config)})
+    described = json.loads(metadata["mgebm_fast"])
+    described["config"]["sizes"] = [1, 3, 9, 27]
+    save_file(tensors, path, {"mgebm_fast": json.dumps(described)})
 
 
 def not_a_model(run):

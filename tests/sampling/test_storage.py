@@ -59,8 +59,9 @@ def test_a_frozen_model_survives(tmp_path):
 def test_the_file_is_safetensors_with_json(file):
     with safe_open(file, framework="pt") as stored:
         metadata = stored.metadata()
-    assert metadata["format"] == storage.FORMAT
-    assert json.loads(metadata["config"])["sizes"] == [1, 2, 4]
+    described = json.loads(metadata[storage.KEY])
+    assert described["format"] == storage.FORMAT
+    assert described["config"]["sizes"] == [1, 2, 4]
     assert load_file(file)["colours"].shape == (6, 2)
 
 
@@ -161,15 +162,25 @@ def test_what_does_not_fit_together_is_named(file, change, message):
         MultiGrid.load(file)
 
 
-@pytest.mark.parametrize("metadata", [{}, {"config": "{"}, {"config": "[1]"}])
-def test_a_damaged_configuration_is_named(file, metadata):
-    save_file({"colours": torch.zeros(1, 2)}, file, metadata={"format": storage.FORMAT, "version": "1", **metadata})
+def described(**changes):
+    return {storage.KEY: json.dumps({"format": storage.FORMAT, "version": storage.VERSION, **changes})}
+
+
+def test_equal_models_give_equal_files(tmp_path):
+    for name in ("a", "b"):
+        model(seed=3).save(tmp_path / name)
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+
+
+@pytest.mark.parametrize("changes", [{}, {"config": "{"}, {"config": [1]}])
+def test_a_damaged_configuration_is_named(file, changes):
+    save_file({"colours": torch.zeros(1, 2)}, file, metadata=described(**changes))
     with pytest.raises(CheckpointError, match="configuration is missing or unreadable"):
         MultiGrid.load(file)
 
 
 def test_another_version_of_the_format_is_named(file):
-    save_file({"colours": torch.zeros(1, 2)}, file, metadata={"format": storage.FORMAT, "version": "7"})
+    save_file({"colours": torch.zeros(1, 2)}, file, metadata=described(version=7))
     with pytest.raises(CheckpointError, match="version 7 of the format, this program reads 1"):
         MultiGrid.load(file)
 
