@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import importlib
 import os
 from types import ModuleType
@@ -34,12 +33,6 @@ except ImportError as error:
 def available() -> bool:
     """Whether the compiled module was loaded."""
     return _module is not None
-
-
-@functools.cache
-def cuda_available() -> bool:
-    """Whether the compiled module holds CUDA kernels and a device is here to run them."""
-    return _module is not None and bool(_module.cuda_archs()) and torch.cuda.is_available()
 
 
 def module() -> ModuleType:
