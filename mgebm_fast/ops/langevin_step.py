@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .. import native
 from . import counters
-from .backend import choose, cuda_stream
+from .backend import choose, cuda_stream, past_dispatcher
 from .noise import noise_reference
 
 OP = "langevin_step_"
@@ -31,7 +31,16 @@ class Update:
 
     @property
     def arguments(self) -> tuple[float, ...]:
-        return dataclasses.astuple(self)
+        # Spelt out: dataclasses.astuple copies deeply, at ten times the cost, and this runs once a step.
+        return (
+            self.drift,
+            self.noise_std,
+            self.inverse_variance,
+            self.reference_mean,
+            self.grad_clamp,
+            self.low,
+            self.high,
+        )
 
 
 def coefficients(
@@ -240,7 +249,11 @@ def langevin_step_(
         OP, samples, channels * spatial, x.device, seed=seed, first_sample=first_sample, step=step, stream=stream
     )
     backend = choose("langevin_step", backend, x.device)
-    torch.ops.mgebm_fast.langevin_step_(x, grad, mask, *numbers.arguments, *placed.arguments, backend)
+    if past_dispatcher(x, grad):
+        launch(x, grad, mask, numbers, placed, backend)
+        torch.autograd.graph.increment_version(x)
+    else:
+        torch.ops.mgebm_fast.langevin_step_(x, grad, mask, *numbers.arguments, *placed.arguments, backend)
     return x
 
 

@@ -12,7 +12,7 @@ from .. import native
 from .. import noise as philox
 from ..errors import suggest
 from . import counters
-from .backend import choose, cuda_stream
+from .backend import choose, cuda_stream, past_dispatcher
 
 DISTRIBUTIONS = ("normal", "uniform", "bits")
 
@@ -61,6 +61,8 @@ def noise(
     placed = counters.check(
         "noise", shape[0], math.prod(shape[1:]), device, seed=seed, first_sample=first_sample, step=step, stream=stream
     )
+    if past_dispatcher():
+        return make(shape, distribution, placed, device, backend)
     return torch.ops.mgebm_fast.noise(shape, distribution, *placed.arguments, device, backend)
 
 
@@ -71,7 +73,13 @@ def noise(
 )
 def _noise(shape, distribution, *arguments):
     *arguments, device, backend = arguments
-    placed = counters.Counters(*arguments)
+    return make(shape, distribution, counters.Counters(*arguments), device, backend)
+
+
+def make(
+    shape: Sequence[int], distribution: str, placed: counters.Counters, device: torch.device, backend: str
+) -> Tensor:
+    """The draws for checked arguments, past the dispatcher."""
     out = torch.empty(shape, dtype=_dtype(distribution), device=device)
     if out.numel() == 0:
         return out

@@ -249,3 +249,33 @@ def test_opcheck_and_compile():
 
     compiled = torch.compile(two_steps, backend="aot_eager", fullgraph=True)
     assert torch.equal(compiled(x.clone(), grad), two_steps(x.clone(), grad))
+
+
+def test_an_update_of_what_a_graph_saved_is_noticed():
+    x = torch.zeros(2, 3)
+    weight = torch.ones(2, 3, requires_grad=True)
+    loss = (weight * x).sum()
+    ops.langevin_step_(x, torch.zeros(2, 3), **FORM)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_fake_tensors_and_modes_go_through_the_dispatcher():
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Listener(TorchDispatchMode):
+        heard: list[str] = []
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            self.heard.append(str(func))
+            return func(*args, **(kwargs or {}))
+
+    x, grad = inputs((2, 3))
+    with Listener():
+        ops.langevin_step_(x, grad, **FORM)
+        ops.noise((2, 3), seed=0, step=0)
+    assert {"mgebm_fast.langevin_step_.default", "mgebm_fast.noise.default"} <= set(Listener.heard)
+    with FakeTensorMode() as mode:
+        fake = mode.from_tensor(torch.zeros(2, 3))
+        assert ops.langevin_step_(fake, fake.clone(), backend="reference", **FORM) is fake
