@@ -18,7 +18,9 @@ def write_bytes(path: str | os.PathLike[str], data: bytes | memoryview, *, durab
                 file.flush()
                 os.fsync(file.fileno())
         os.replace(temporary, path)
-    except BaseException:
+    except BaseException as error:
         temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.filename is None:  # a write that finds the disk full names no file
+            error.filename = str(path)
         raise
     return path

@@ -82,7 +82,7 @@ def load_images(
 def report_skipped(name: str, skipped: tuple[tuple[str, str], ...], kept: int, most: int = 10) -> None:
     if not skipped:
         return
-    typer.echo(f"{name}: {len(skipped)} of {kept + len(skipped)} images skipped (--strict refuses them):", err=True)
+    typer.echo(f"{name}: {len(skipped)} of {kept + len(skipped)} images skipped:", err=True)
     for path, reason in skipped[:most]:
         typer.echo(f"  {path}: {reason}", err=True)
     if len(skipped) > most:

@@ -284,7 +284,9 @@ class Loop:
     def _how_to_go_on(self) -> str:
         last = self.last_checkpoint()
         if last is None:
-            return "nothing was saved yet; free some space and start again"
+            begun = self.out is not None and (self.out / CONFIG).is_file()
+            again = f"begin again with: {self._resume_command}" if begun else "start again"
+            return f"nothing was saved yet; free some space and {again}"
         return f"the last checkpoint, {last}, is whole; free some space and go on with: {self._resume_command}"
 
     def _diverged(self, error: DivergenceError) -> DivergenceError:

@@ -95,6 +95,8 @@ def update(
     _check_number(reference_mean, "reference_mean", where, signed=True)
     if reference_std is not None:
         _check_number(reference_std, "reference_std", where, positive=True)
+        if reference_std < 1e-18:  # 1/σ² would not be a float32
+            raise ValueError(f"{where}: reference_std must be at least 1e-18, got {reference_std}")
     if grad_clamp is not None:
         _check_number(grad_clamp, "grad_clamp", where, positive=True)
     low, high = -math.inf, math.inf

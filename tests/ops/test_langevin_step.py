@@ -217,6 +217,7 @@ X = torch.zeros(2, 3, 4, 4)
         (X, dict(step_size=float("nan")), "step_size must be finite"),
         (X, dict(step_size="big"), "step_size must be a number"),
         (X, dict(reference_std=0.0, **FORM), "reference_std must be finite and > 0"),
+        (X, dict(reference_std=1e-200, **FORM), "reference_std must be at least 1e-18"),
         (X, dict(grad_clamp=-1.0, **FORM), "grad_clamp must be"),
         (X, dict(clamp=(1, 0), **FORM), r"clamp must be \(low, high\) with low < high"),
         (X, dict(clamp=3, **FORM), "clamp must be a pair"),
