@@ -50,7 +50,7 @@ def find_nvcc() -> tuple[str | None, str]:
         with tempfile.TemporaryDirectory() as folder:
             probe = Path(folder, "probe.cu")
             probe.write_text("__global__ void probe() {}\nint main() { probe<<<1, 1>>>(); }\n")
-            command = [nvcc, *NVCC_FLAGS.split(), *arch_flags(), "-c", str(probe), "-o", f"{folder}/probe.o"]
+            command = [nvcc, *NVCC_FLAGS.split(), *target_flags(), "-c", str(probe), "-o", f"{folder}/probe.o"]
             result = subprocess.run(command, capture_output=True, text=True)
         if result.returncode == 0:
             return nvcc, ""
@@ -61,9 +61,10 @@ def find_nvcc() -> tuple[str | None, str]:
     return None, reason
 
 
-def arch_flags() -> list[str]:
-    """`-gencode` flags of MGEBM_CUDA_ARCHS: 80;90+PTX means code for 80 and 90, and PTX of 90 for what comes later."""
-    flags = []
+def target_flags() -> list[str]:
+    """Host compiler and `-gencode` flags: MGEBM_CUDA_ARCHS=80;90+PTX is code for 80 and 90, and PTX of 90 for later."""
+    # nvcc has its own idea of a host compiler; where one was named, it is that one.
+    flags = ["-ccbin", os.environ["CXX"]] if os.environ.get("CXX") else []
     for arch in os.environ.get("MGEBM_CUDA_ARCHS", DEFAULT_ARCHS).replace(",", ";").split(";"):
         match = re.fullmatch(r"(\d+)\.?(\d)?([af]?)(\+PTX)?", arch.strip())
         if not match:
@@ -147,7 +148,7 @@ class NinjaBuild(build_ext):
                 compile_cxx(f"ops/{op}_cpu.cpp", f"{op}_{isa}", f"-DMGEBM_ISA={isa} {ISA_FLAGS[isa]}")
         libs = ""
         if nvcc:
-            flags = f"{NVCC_FLAGS} {' '.join(arch_flags())} {include_flags}"
+            flags = f"{NVCC_FLAGS} {' '.join(target_flags())} {include_flags}"
             lines += ["rule nvcc", f"  command = {nvcc} -MD -MF $out.d {flags} -c $in -o $out", "  depfile = $out.d"]
             for source in sorted((ROOT / "csrc").glob("**/*.cu")):
                 lines.append(f"build {source.stem}.o: nvcc {source}")
