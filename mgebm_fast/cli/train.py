@@ -85,6 +85,8 @@ def train(
     use_threads(threads)
     size, channels = chosen.sizes[-1], chosen.channels
     images = load_images(chosen.data, size, channels, chosen.classes, split="train", strict=strict)
+    # The held-out part is not trained on, but its bad images are told of, or refused, now and not after hours.
+    load_images(chosen.data, size, channels, chosen.classes, split="held_out", strict=strict)
     ladder = "→".join(str(size) for size in chosen.sizes)
     typer.echo(f"{chosen.name}: {len(images)} images of {images.name}, sizes {ladder}, on {_named(where)}", err=True)
     outcome = fit(

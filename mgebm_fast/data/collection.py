@@ -95,7 +95,7 @@ def choose(
     else:
         labels, names = _renumber(collection, wanted)
         index = np.flatnonzero(keep & (labels >= 0))
-    if not len(index):
+    if not len(index) and split != "held_out":
         of = f" of {', '.join(names)}" if wanted else ""
         part = "images" if split == "all" else f"images in split {split!r}"
         raise DataError(f"load: {collection.name} has no {part}{of} ({collection.count} images in all)")

@@ -122,6 +122,22 @@ def test_data_of_a_path_is_stored_so_that_it_is_found_from_elsewhere(mgebm, pict
     assert mgebm("train", "--out", run, "--resume", "--set", "steps=3").exit_code == 0
 
 
+def test_unreadable_images_of_the_held_out_part_are_told_of_and_refused(mgebm, pictures, tmp_path):
+    from mgebm_fast import data
+
+    held = data.load(pictures, size=12, channels=3, split="held_out").images
+    (path,) = [p for p in pictures.iterdir() if np.array_equal(np.asarray(Image.open(p)).transpose(2, 0, 1), held[0])]
+    path.write_bytes(b"")
+    result = mgebm("train", "cifar10", "--data", pictures, "--out", tmp_path / "run", *TINY)
+    assert result.exit_code == 0 and path.name in result.stderr
+    assert path.name in one_line(
+        mgebm("train", "cifar10", "--data", pictures, "--out", tmp_path / "strict", "--strict", *TINY)
+    )
+    # With nothing readable held out, what is measured has no real twin.
+    found = json.loads(mgebm("evaluate", tmp_path / "run", "--num", 4, "--json").stdout)
+    assert found["num_real"] == 0 and found["kid_real"] is None
+
+
 def test_unreadable_images_are_listed_and_skipped(mgebm, pictures, tmp_path):
     (pictures / "zero.png").write_bytes(b"")
     (pictures / "corrupt.png").write_bytes((pictures / "0.png").read_bytes()[:60])
