@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from ..sampling import MultiGrid
 
 MIN_CELL = 40  # pixels of the longer side of an image in a picture: 8 × 8 digits are enlarged, 64 × 64 photos are not
+# Names of files, not of folders: who gives one wants a format that is not written here.
+_OTHER_FILES = {".jpg", ".jpeg", ".gif", ".webp", ".bmp", ".tif", ".tiff", ".npz", ".zip", ".pt"}
 _OURS = re.compile(r"sample_\d+\.png")
 
 
@@ -46,7 +48,7 @@ def sample(
       mgebm sample runs/digits --num 1000 --out samples.npy
       mgebm sample runs/digits --num 16 --grids --out grids.png
 
-    --out says what is written, whole or not at all:
+    --out says what is written, whole or not at all (but for --overwrite, which replaces files one by one):
 
     \b
       X.png   one picture of all samples with gaps between them (small ones enlarged)
@@ -68,7 +70,7 @@ def sample(
     out.parent.mkdir(parents=True, exist_ok=True)
     if not grids:
         images = {model.sizes[-1]: images[model.sizes[-1]]}
-    _WRITERS[kind](out, images)
+    _WRITERS[kind](out, images, first_sample)
     low, high = model.value_range
     typer.echo(f"{num} samples of {run} (seed {seed}, values {low:g} … {high:g} as 0 … 255): {out}", err=True)
 
@@ -83,6 +85,8 @@ def _check_out(out: Path, overwrite: bool, grids: bool) -> str:
         raise ValueError(f"--out: must be a file to end in {kind}, got the folder {out}")
     if kind == ".npy" and grids:
         raise ValueError(f"--out: must be a .png or a folder to hold every grid (--grids), got {out}")
+    if kind == "folder" and out.suffix.lower() in _OTHER_FILES:
+        raise ValueError(f"--out: must end in .png or .npy, or be a folder, got {out}")
     if kind == "folder" and out.exists():
         if not out.is_dir():
             raise ValueError(f"--out: must end in .png or .npy, or be a folder, got the file {out}")
@@ -122,7 +126,7 @@ def _draw(model: MultiGrid, num: int, *, seed: int, first_sample: int, precision
     return [model.to_uint8(x) for x in results]
 
 
-def _write_png(out: Path, images: dict[int, np.ndarray]) -> None:
+def _write_png(out: Path, images: dict[int, np.ndarray], first_sample: int) -> None:
     from ..pictures import image_grid, labelled_panel, save_png
 
     if len(images) > 1:
@@ -132,7 +136,7 @@ def _write_png(out: Path, images: dict[int, np.ndarray]) -> None:
     save_png(out, image_grid(batch, scale=max(1, -(-MIN_CELL // size))))
 
 
-def _write_npy(out: Path, images: dict[int, np.ndarray]) -> None:
+def _write_npy(out: Path, images: dict[int, np.ndarray], first_sample: int) -> None:
     import io
 
     import numpy as np
@@ -145,8 +149,8 @@ def _write_npy(out: Path, images: dict[int, np.ndarray]) -> None:
     write_bytes(out, buffer.getbuffer())
 
 
-def _write_folder(out: Path, images: dict[int, np.ndarray]) -> None:
-    """One PNG a sample, made in a folder beside `out` and renamed; in a folder with content, samples are replaced."""
+def _write_folder(out: Path, images: dict[int, np.ndarray], first_sample: int) -> None:
+    """One PNG a sample, named by its id, made in a folder beside `out` and renamed; in a folder with content, samples are replaced."""
     import shutil
     import tempfile
 
@@ -157,8 +161,8 @@ def _write_folder(out: Path, images: dict[int, np.ndarray]) -> None:
         for size, batch in images.items():
             folder = temporary / f"size_{size:03d}" if len(images) > 1 else temporary
             folder.mkdir(exist_ok=True)
-            digits = max(5, len(str(len(batch) - 1)))
-            for i, picture in enumerate(batch):
+            digits = max(5, len(str(first_sample + len(batch) - 1)))
+            for i, picture in enumerate(batch, start=first_sample):
                 pixels = picture[:3] if len(picture) >= 3 else picture[:1]
                 save_png(folder / f"sample_{i:0{digits}d}.png", pixels.transpose(1, 2, 0))
         temporary.chmod(0o755)

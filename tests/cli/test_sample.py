@@ -153,3 +153,15 @@ def test_a_wrong_number_is_told_by_option(mgebm, trained, tmp_path, option):
     result = mgebm("sample", trained, *option, "--out", tmp_path / "x.png")
     assert result.exit_code == 2 and option[0] in result.stderr
     assert not (tmp_path / "x.png").exists()
+
+
+def test_files_of_a_folder_are_named_by_sample_id(mgebm, trained, tmp_path):
+    result = mgebm("sample", trained, "--num", 2, "--first-sample", 7, "--out", tmp_path / "pictures")
+    assert result.exit_code == 0, result.output
+    assert sorted(p.name for p in (tmp_path / "pictures").iterdir()) == ["sample_00007.png", "sample_00008.png"]
+
+
+def test_a_format_that_is_not_written_is_refused(mgebm, trained, tmp_path):
+    result = mgebm("sample", trained, "--out", tmp_path / "samples.jpg")
+    assert result.exit_code == 2 and "must end in .png or .npy, or be a folder" in result.stderr
+    assert not (tmp_path / "samples.jpg").exists()
