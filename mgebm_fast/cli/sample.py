@@ -150,7 +150,7 @@ def _write_npy(out: Path, images: dict[int, np.ndarray], first_sample: int) -> N
 
 
 def _write_folder(out: Path, images: dict[int, np.ndarray], first_sample: int) -> None:
-    """One PNG a sample, named by its id, made in a folder beside `out` and renamed; in a folder with content, samples are replaced."""
+    """One PNG a sample, named by its id, made in a folder beside `out` and renamed; in one with content, replaced."""
     import shutil
     import tempfile
 
