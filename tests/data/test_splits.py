@@ -9,7 +9,6 @@ from hypothesis import strategies as st
 
 from mgebm_fast.data import load
 from mgebm_fast.data.collection import held_out_mask
-from mgebm_fast.errors import DataError
 
 
 @settings(max_examples=50, deadline=None)
