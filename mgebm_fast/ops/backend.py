@@ -100,6 +100,8 @@ def past_dispatcher(*tensors: Tensor) -> bool:
     return all(type(tensor) is Tensor for tensor in tensors)
 
 
-def cuda_stream(tensor: Tensor) -> int:
-    """The current CUDA stream of the tensor's device, as the address that the native launchers take."""
-    return torch.cuda.current_stream(tensor.device).cuda_stream
+def launch_place(tensor: Tensor) -> tuple[int, ...]:
+    """The last arguments of every native launcher: (device index, current stream) on CUDA, (threads,) on a CPU."""
+    if tensor.device.type == "cuda":
+        return tensor.device.index, torch.cuda.current_stream(tensor.device).cuda_stream
+    return (torch.get_num_threads(),)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .. import native
 from . import counters
-from .backend import choose, cuda_stream, past_dispatcher
+from .backend import choose, launch_place, past_dispatcher
 from .noise import noise_reference
 
 OP = "langevin_step_"
@@ -318,7 +318,7 @@ def _launch_native(x: Tensor, grad: Tensor, mask: Tensor | None, numbers: Update
         GRAD_TYPES[grad.dtype],
         numbers.arguments,
         placed.native_arguments,
-        *((x.device.index, cuda_stream(x)) if on_cuda else (torch.get_num_threads(),)),
+        *launch_place(x),
     )
 
 

@@ -12,7 +12,7 @@ from .. import native
 from .. import noise as philox
 from ..errors import suggest
 from . import counters
-from .backend import choose, cuda_stream, past_dispatcher
+from .backend import choose, launch_place, past_dispatcher
 
 DISTRIBUTIONS = ("normal", "uniform", "bits")
 
@@ -91,10 +91,9 @@ def make(
 
         kernel(out, distribution=distribution, **placed.reference_arguments)
         return out
-    where = (device.index, cuda_stream(out)) if device.type == "cuda" else (torch.get_num_threads(),)
     launch = native.module().noise_cuda if device.type == "cuda" else native.module().noise_cpu
     code = DISTRIBUTIONS.index(distribution)
-    launch(out.data_ptr(), samples, elements, 0, code, placed.native_arguments, *where)
+    launch(out.data_ptr(), samples, elements, 0, code, placed.native_arguments, *launch_place(out))
     return out
 
 

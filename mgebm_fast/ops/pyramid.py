@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .. import native
-from .backend import choose, cuda_stream
+from .backend import choose, launch_place
 
 OP = "pyramid"
 # Sums of bytes are int32 in the kernels: above this many pixels a block the input goes through float32.
@@ -115,7 +115,7 @@ def _pyramid(x, sizes, backend):
             x.shape[0] * x.shape[1],
             three(spatial),
             [(three(extents[i]), outputs[i].data_ptr()) for i in chain],
-            *((x.device.index, cuda_stream(x)) if on_cuda else (torch.get_num_threads(),)),
+            *launch_place(x),
         )
     return outputs
 

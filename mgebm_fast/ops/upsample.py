@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .. import native
-from .backend import choose, cuda_stream
+from .backend import choose, launch_place
 from .pyramid import MAX_SPATIAL, three
 
 OP = "upsample"
@@ -66,7 +66,7 @@ def _upsample(x, factor, backend):
         x.shape[0] * x.shape[1],
         three(x.shape[2:]),
         three(factor),
-        *((x.device.index, cuda_stream(x)) if on_cuda else (torch.get_num_threads(),)),
+        *launch_place(x),
     )
     return out
 
