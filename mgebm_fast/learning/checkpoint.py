@@ -57,7 +57,11 @@ def write(folder: Path, fill: Callable[[Path], None], state: Mapping[str, Any]) 
             old = temporary.with_name(temporary.name + ".old")
             shutil.rmtree(old, ignore_errors=True)
             os.rename(folder, old)
-            os.rename(temporary, folder)
+            try:
+                os.rename(temporary, folder)
+            except BaseException:
+                os.rename(old, folder)
+                raise
             shutil.rmtree(old, ignore_errors=True)
         else:
             os.rename(temporary, folder)

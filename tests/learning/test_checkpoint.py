@@ -101,3 +101,20 @@ def test_a_kill_between_the_two_renames_loses_nothing(tmp_path):
     folder.rename(tmp_path / ".step_000005.77.tmp.old")
     checkpoint.clean(tmp_path)
     assert checkpoint.read(folder)["iteration"] == 5
+
+
+def test_a_failed_second_rename_puts_the_old_one_back(tmp_path, monkeypatch):
+    folder = make(tmp_path, 5, 1.0)
+    rename = checkpoint.os.rename
+
+    def failing(source, target):
+        if target == folder and source.name.endswith(".tmp"):
+            raise OSError(errno.EIO, "no")
+        rename(source, target)
+
+    monkeypatch.setattr(checkpoint.os, "rename", failing)
+    with pytest.raises(OSError, match="no"):
+        make(tmp_path, 5, 2.0)
+    assert [path.name for path in tmp_path.iterdir()] == [folder.name]
+    checkpoint.read(folder)
+    assert checkpoint.read_tensors(next(folder.glob("*.safetensors")))["w"].unique().tolist() == [1.0]
