@@ -12,12 +12,14 @@ from .config import (
     merge,
     preset_names,
 )
+from .contrastive import ContrastiveRule
 from .loop import Loop, Outcome, UpdateRule, check_new
 from .multigrid import MultiGridRule, build_model
 from .run import Run, load_data
 from .trainer import MultiGridTrainer, train
 
 __all__ = [
+    "ContrastiveRule",
     "LangevinConfig",
     "Loop",
     "MultiGridRule",

@@ -1,0 +1,239 @@
+"""The update that contrastive methods share: every net learns from observed images against what its chain made."""
+
+from __future__ import annotations
+
+import abc
+import contextlib
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .. import noise, ops
+from ..errors import CheckpointError, DivergenceError
+from ..gradient import bfloat16_pays, energy_gradient
+from ..nets import EnergyNet
+from ..sampling import MultiGrid
+from ..sampling.storage import EMA, MODEL_FILE
+from . import checkpoint
+from .config import TrainConfig
+from .ema import Average
+from .keys import pick
+from .loop import UpdateRule
+from .optim import (
+    build_optimiser,
+    condition_,
+    load_state_tensors,
+    map_areas,
+    norm,
+    rate_factor,
+    set_rate,
+    state_tensors,
+)
+
+OPTIMISER_FILE = "optimiser.safetensors"
+
+
+class ContrastiveRule(UpdateRule):
+    """One update of all nets of a model from one observed batch:
+
+        observed    = block means of the batch at every size (+ data noise)
+        synthesised = what the method's chains make, `synthesise`
+        loss of a net = mean E(observed) − mean E(synthesised) + energy_l2 · mean(E(observed)² + E(synthesised)²)
+
+    and one optimiser step of each net on its own loss.
+
+    With norm="batch" observed and synthesised images are normalised apart, and the running statistics follow the
+    observed ones; otherwise they pass through the net as one batch. `images` is the size of the data set, which
+    turns updates into epochs.
+    """
+
+    def __init__(self, model: MultiGrid, config: TrainConfig, *, images: int) -> None:
+        self.model, self.config, self.images = model, config, images
+        self.parameters = [[p for p in net.parameters() if p.requires_grad] for net in model.nets]
+        self.optimisers = [build_optimiser(p, config.optimiser, i) for i, p in enumerate(self.parameters)]
+        self.divisors: list[list[float] | None] = [None] * len(model.nets)
+        if config.optimiser.per_layer_divide:
+            areas = [map_areas(net) for net in model.nets]
+            self.divisors = [[a.get(id(q), 1.0) for q in p] for a, p in zip(areas, self.parameters, strict=True)]
+        self.average = Average(model, config.stabilise.ema) if config.stabilise.ema else None
+        model.langevin = config.dynamics()
+        self.precision = _chain_precision(model, config.precision)
+
+    @abc.abstractmethod
+    def synthesise(self, observed: list[Tensor], iteration: int) -> list[Tensor]:
+        """One synthesised batch a net, float32, by chains under the present weights and `model.langevin`.
+
+        `observed` holds the batch at every size, without data noise at sizes[0] and with it at the others.
+        """
+
+    def noise_factor(self, iteration: int) -> float:
+        """What chain and data noise are multiplied by at update `iteration`: linear from 1 to noise_anneal."""
+        passed = min(1.0, iteration / max(1, self.config.steps - 1))
+        return 1.0 + (self.config.stabilise.noise_anneal - 1.0) * passed
+
+    def observed(self, batch: Tensor) -> list[Tensor]:  # (N, C, S, S) -> float32 at every size
+        """The batch at every size in the model's units; bytes are 0 … 255, floats are in those units already."""
+        device = self.model.colours.device
+        grids = ops.pyramid(batch.to(device), self.model.sizes)
+        return [self.model.from_uint8(grid) for grid in grids] if batch.dtype == torch.uint8 else grids
+
+    def update(self, batch: Tensor, iteration: int, *, detail: bool = False) -> dict[str, float]:
+        config, model = self.config, self.model
+        factor = self.noise_factor(iteration)
+        if factor != 1.0:
+            model.langevin = config.dynamics(factor)
+        means, *images = self.observed(batch)
+        images = [self._with_noise(x, grid, iteration, factor) for grid, x in enumerate(images, start=1)]
+        synthesised = self.synthesise([means, *images], iteration)
+        measured, gradients = [], []
+        for grid, net in enumerate(model.nets, start=1):
+            on_real, on_chain = self._energies(net, images[grid - 1], synthesised[grid - 1])
+            loss = on_real.mean() - on_chain.mean()
+            if config.stabilise.energy_l2:
+                loss = loss + config.stabilise.energy_l2 * (on_real.square().mean() + on_chain.square().mean())
+            parameters = self.parameters[grid - 1]
+            found = torch.autograd.grad(loss, parameters, allow_unused=True)
+            parts = [torch.zeros_like(p) if g is None else g for p, g in zip(parameters, found, strict=True)]
+            gradients.append(parts)
+            measured += [on_real.detach().mean(), on_chain.detach().mean(), norm(parts)]
+        # The one look at the device: nothing is applied before every number is known to be finite.
+        numbers = torch.stack(measured).tolist()
+        self._check_finite(numbers, iteration)
+
+        schedule = rate_factor(config.optimiser, iteration, config.steps, iteration * config.batch_size // self.images)
+        for index, (optimiser, parameters) in enumerate(zip(self.optimisers, self.parameters, strict=True)):
+            condition_(gradients[index], config.optimiser, self.divisors[index])
+            for parameter, gradient in zip(parameters, gradients[index], strict=True):
+                parameter.grad = gradient
+            set_rate(optimiser, pick(config.optimiser.lr, index) * schedule)
+            optimiser.step()
+            optimiser.zero_grad(set_to_none=True)
+        if self.average is not None:
+            self.average.update(iteration)
+        return self._metrics(numbers, schedule, factor, synthesised if detail else None)
+
+    def _with_noise(self, images: Tensor, grid: int, iteration: int, factor: float) -> Tensor:
+        std = pick(self.config.stabilise.data_noise, grid - 1) * factor
+        if std == 0:
+            return images
+        where = noise.stream(noise.Purpose.DATA_NOISE, grid)
+        draw = ops.noise(images.shape, seed=self.config.seed, step=iteration, stream=where, device=images.device)
+        noisy = torch.add(images, draw, alpha=std)
+        # Left outside the range, noise marks observed images as what no clamped chain can reach, and the energies part.
+        return noisy.clamp_(*self.config.value_range) if self.config.stabilise.data_noise_clamp else noisy
+
+    def _energies(self, net: nn.Module, real: Tensor, chain: Tensor) -> tuple[Tensor, Tensor]:
+        observing: Any = net.observing() if isinstance(net, EnergyNet) else contextlib.nullcontext()
+        if getattr(net, "norm", "none") != "batch":
+            with observing:
+                on_real, on_chain = net(torch.cat([real, chain])).split([len(real), len(chain)])
+            return on_real, on_chain
+        with observing:
+            on_real = net(real)
+        return on_real, net(chain)
+
+    def _check_finite(self, numbers: list[float], iteration: int) -> None:
+        for index, size in enumerate(self.model.sizes[1:]):
+            names = ("energy of observed images", "energy of synthesised images", "gradient")
+            for name, number in zip(names, numbers[3 * index : 3 * index + 3], strict=True):
+                if not math.isfinite(number):
+                    raise DivergenceError(
+                        f"training: the {name} of grid {index + 1} (size {size}) became non-finite at update "
+                        f"{iteration + 1}"
+                    )
+
+    def _metrics(
+        self, numbers: list[float], schedule: float, factor: float, synthesised: list[Tensor] | None
+    ) -> dict[str, float]:
+        found: dict[str, float] = {}
+        for index, size in enumerate(self.model.sizes[1:]):
+            on_real, on_chain, length = numbers[3 * index : 3 * index + 3]
+            found[f"size_{size}/energy_observed"] = on_real
+            found[f"size_{size}/energy_synthesised"] = on_chain
+            found[f"size_{size}/gap"] = on_real - on_chain
+            found[f"size_{size}/gradient_norm"] = length
+            if synthesised is not None and (ratio := self._gradient_to_noise(index, synthesised[index])) is not None:
+                found[f"size_{size}/gradient_to_noise"] = ratio
+        found["lr_factor"] = schedule
+        if self.config.stabilise.noise_anneal != 1.0:
+            found["noise_factor"] = factor
+        return found
+
+    def _gradient_to_noise(self, index: int, x: Tensor) -> float | None:
+        """Root mean square of what the gradient moves a pixel by in a step, over that of the noise; None without."""
+        chain = self.model.langevin[index].update()
+        if chain.noise_std == 0:
+            return None
+        force = energy_gradient(self.model.nets[index], x)
+        force = force.clamp(-chain.grad_clamp, chain.grad_clamp) + (x - chain.reference_mean) * chain.inverse_variance
+        return float(chain.drift * force.square().mean().sqrt() / chain.noise_std)
+
+    def headline(self, metrics: Mapping[str, float]) -> str:
+        gaps = " ".join(f"{metrics[f'size_{size}/gap']:+.3f}" for size in self.model.sizes[1:])
+        return f"energy gap {gaps}"
+
+    def panels(self, observed: Tensor) -> tuple[list[tuple[str, Tensor]], int]:
+        with self._averaged():
+            samples = self.model.sample(len(observed), seed=self.config.seed, return_grids=True, precision="auto")
+        rows = [("samples", samples), ("data", self.observed(observed))]
+        panels = [
+            (f"{title} {size}x{size}", self.model.to_uint8(images))
+            for title, grids in rows
+            for size, images in zip(self.model.sizes, grids, strict=True)
+        ]
+        return panels, len(self.model.sizes)
+
+    def _averaged(self) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext() if self.average is None else self.average.applied()
+
+    def write_model(self, path: Path, iteration: int) -> None:
+        self._dynamics_after(iteration)
+        with self._averaged():
+            self.model.save(path)
+
+    def write(self, folder: Path, iteration: int) -> None:
+        self._dynamics_after(iteration)
+        self.model.save(folder / MODEL_FILE, ema=None if self.average is None else self.average.state())
+        tensors = {
+            f"{grid}.{name}": tensor
+            for grid, optimiser in enumerate(self.optimisers, start=1)
+            for name, tensor in state_tensors(optimiser).items()
+        }
+        checkpoint.write_tensors(folder / OPTIMISER_FILE, tensors)
+
+    def _dynamics_after(self, iteration: int) -> None:
+        """What is stored samples with the noise of its last update."""
+        self.model.langevin = self.config.dynamics(self.noise_factor(max(0, iteration - 1)))
+
+    def read(self, folder: Path) -> None:
+        self.model.load_weights(folder, ema=False)
+        if self.average is not None:
+            stored = checkpoint.read_tensors(folder / MODEL_FILE)
+            self.average.restore({k.removeprefix(EMA): v for k, v in stored.items() if k.startswith(EMA)})
+        path = folder / OPTIMISER_FILE
+        tensors: dict[str, dict[str, Tensor]] = {}
+        for key, value in checkpoint.read_tensors(path).items():
+            grid, _, name = key.partition(".")
+            tensors.setdefault(grid, {})[name] = value
+        known = {str(grid) for grid in range(1, len(self.optimisers) + 1)}
+        if tensors.keys() - known:
+            raise CheckpointError(f"{path}: holds the state of grids {sorted(tensors)}, this model has {sorted(known)}")
+        for index, optimiser in enumerate(self.optimisers, start=1):
+            load_state_tensors(optimiser, tensors.get(str(index), {}), str(path))
+
+
+def _chain_precision(model: MultiGrid, wanted: str) -> str:
+    """The precision of the training chains: "auto" is bf16 where every net can take it and the CPU multiplies it.
+
+    The rounding moves a pixel by far less than the noise of the same step does; samples are drawn in float32.
+    """
+    if wanted != "auto":
+        return wanted
+    shapes = [(1, model.channels, size, size) for size in model.sizes[1:]]
+    device = model.colours.device
+    pays = all(bfloat16_pays(net, torch.empty(s, device=device)) for net, s in zip(model.nets, shapes, strict=True))
+    return "bf16" if pays else "fp32"
