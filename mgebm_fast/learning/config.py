@@ -12,6 +12,7 @@ from ..errors import ConfigError, suggest
 from ..gradient import PRECISIONS
 from ..sampling import Langevin
 from .keys import Choice, Flag, Kind, Many, Maybe, PerGrid, Real, Text, Whole, key, nearest, pick
+from .methods import METHODS, TABLES
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -72,11 +73,15 @@ class StabiliseConfig:
 
 @dataclasses.dataclass(frozen=True)
 class TrainConfig:
-    """A whole run. Every key has a default, a kind that checks it, and a line of help (`describe_keys`)."""
+    """A whole run. Every key has a default, a kind that checks it, and a line of help (`describe_keys`).
+
+    `options` holds the method's own keys, the table of its name in a TOML file; None for a method that has none.
+    """
 
     name: str = key("custom", Text(), "name of the preset or configuration")
     description: str = key("", Text(), "one line on what it is")
-    method: str = key("multigrid", Choice(("multigrid",)), "update rule")
+    time: str = key("not measured", Text(), "what the preset takes, and on what")
+    method: str = key("multigrid", Choice(tuple(METHODS)), "update rule")
     data: str = key("digits", Text(), "built-in set, path, or torchvision name")
     classes: tuple = key((), Many(Text()), "names of the classes to learn; empty: all")
     channels: int = key(1, Whole(1), "1 grey, 3 colour")
@@ -101,6 +106,11 @@ class TrainConfig:
     langevin: LangevinConfig = dataclasses.field(default_factory=lambda: LangevinConfig(drift=1.0, noise_std=0.03))
     optimiser: OptimiserConfig = dataclasses.field(default_factory=OptimiserConfig)
     stabilise: StabiliseConfig = dataclasses.field(default_factory=StabiliseConfig)
+    options: Any = None
+
+    def __post_init__(self) -> None:
+        if self.options is None:
+            object.__setattr__(self, "options", METHODS[self.method].options())
 
     def dynamics(self, noise_factor: float = 1.0) -> tuple[Langevin, ...]:
         """The chain of each net, its noise multiplied by `noise_factor`. ConfigError where the numbers do not fit."""
@@ -120,7 +130,9 @@ class TrainConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain TOML types; keys that hold none are left out."""
-        return _plain(dataclasses.asdict(self))
+        values = dataclasses.asdict(self)
+        options = values.pop("options")
+        return _plain(values if options is None else {**values, self.method: options})
 
     def to_toml(self) -> str:
         import tomli_w
@@ -128,7 +140,9 @@ class TrainConfig:
         return tomli_w.dumps(self.to_dict())
 
 
-_SECTIONS: dict[str, type] = {"langevin": LangevinConfig, "optimiser": OptimiserConfig, "stabilise": StabiliseConfig}
+_SECTIONS: dict[str, type] = {
+    "langevin": LangevinConfig, "optimiser": OptimiserConfig, "stabilise": StabiliseConfig, **TABLES,
+}  # fmt: skip
 
 
 def from_dict(values: Mapping[str, Any], where: str = "config") -> TrainConfig:
@@ -148,7 +162,11 @@ def from_dict(values: Mapping[str, Any], where: str = "config") -> TrainConfig:
                 f"{where}: {name} must be a table of keys such as {name}.{_first(section)}, got {value!r}"
             )
         entries = {k: _read(_kind(f"{name}.{k}", where), f"{name}.{k}", v, where) for k, v in value.items()}
-        read[name] = section(**entries)
+        if name in TABLES and name != (method := values.get("method", TrainConfig.method)):
+            raise ConfigError(
+                f"{where}: {name} holds keys of the method {name!r}, the method of this run is {method!r}"
+            )
+        read["options" if name in TABLES else name] = section(**entries)
     config = TrainConfig(**read)
     try:
         _check_together(config)
@@ -222,8 +240,11 @@ def merge(config: TrainConfig, changes: Mapping[str, Any]) -> TrainConfig:
 
 def _settled(values: dict[str, Any], given: set[str], before: tuple[int, ...]) -> dict[str, Any]:
     """`values` after the keys `given` were set: without the form of the chain that a newly given one replaces,
-    without keys that hold none, and with lists that had an entry for each net of the sizes `before` fitted to new
-    sizes."""
+    without the table of a method that was left, without keys that hold none, and with lists that had an entry for
+    each net of the sizes `before` fitted to new sizes."""
+    for name in TABLES.keys() - {values["method"]}:
+        if not any(key.startswith(f"{name}.") for key in given):
+            values.pop(name, None)
     forms = {"step_size": ("drift", "noise_std"), "drift": ("step_size", "noise_scale")}
     for name, replaced in forms.items():
         if f"langevin.{name}" in given:
@@ -260,11 +281,10 @@ def describe_keys() -> list[tuple[str, str, Any, str]]:
 def _fields() -> dict[str, tuple[type, dataclasses.Field]]:
     found: dict[str, tuple[type, dataclasses.Field]] = {}
     for field in dataclasses.fields(TrainConfig):
-        if field.name in _SECTIONS:
-            section = _SECTIONS[field.name]
-            found.update({f"{field.name}.{leaf.name}": (section, leaf) for leaf in dataclasses.fields(section)})
-        else:
+        if "kind" in field.metadata:
             found[field.name] = (TrainConfig, field)
+    for name, section in _SECTIONS.items():
+        found.update({f"{name}.{leaf.name}": (section, leaf) for leaf in dataclasses.fields(section)})
     return found
 
 
@@ -275,7 +295,11 @@ def _per_grid(kind: Kind) -> bool:
     return isinstance(kind.kind if isinstance(kind, Maybe) else kind, PerGrid)
 
 
-_PER_GRID = [name for name, (_, field) in _FIELDS.items() if _per_grid(field.metadata["kind"])]
+_PER_GRID = [
+    name
+    for name, (section, field) in _FIELDS.items()
+    if section not in TABLES.values() and _per_grid(field.metadata["kind"])
+]
 
 
 def _first(section: type) -> str:

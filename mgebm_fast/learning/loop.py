@@ -20,6 +20,7 @@ from . import checkpoint
 from .config import TrainConfig
 from .feed import Batches
 from .interrupts import StopRequests
+from .methods import METHODS
 from .progress import Progress, duration
 from .records import Recorder
 
@@ -150,9 +151,10 @@ class Loop:
 
     def _check_same_run(self, state: Mapping[str, Any], folder: Path) -> None:
         ours, theirs = self.config.to_dict(), state["config"]
-        for name in FIXED:
+        own = METHODS[self.config.method]
+        for name in (*FIXED, *(f"{own.name}.{leaf}" for leaf in own.fixed)):
             section, _, leaf = name.rpartition(".")
-            mine = (ours[section] if section else ours).get(leaf)
+            mine = (ours.get(section, {}) if section else ours).get(leaf)
             stored = (theirs.get(section, {}) if section else theirs).get(leaf)
             if mine != stored:
                 raise ConfigError(
