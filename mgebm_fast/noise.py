@@ -43,6 +43,9 @@ class Purpose(enum.IntEnum):
     DATA_ORDER = 9
     AUGMENTATION = 10
     INITIAL_STATE = 11
+    BANK_RESTART = 12
+    SAMPLING_STATE = 13
+    SAMPLING_BANK = 14
 
 
 def stream(purpose: Purpose | int, grid: int = 0) -> int:

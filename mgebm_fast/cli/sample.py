@@ -114,7 +114,7 @@ def _draw(model: MultiGrid, num: int, *, seed: int, first_sample: int, precision
     console = Console(stderr=True)
     columns = (TextColumn("sampling"), BarColumn(), TextColumn("{task.percentage:3.0f} %"), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
-        bar = progress.add_task("", total=groups * sum(langevin.steps for langevin in model.langevin))
+        bar = progress.add_task("", total=groups * sum(langevin.steps for langevin in model.sampling))
         results = model.sample(
             num,
             seed=seed,

@@ -34,11 +34,11 @@ class PcdConfig:
     bank_size: Any = key(
         None,
         Maybe(Whole(1)),
-        "chains of a shared bank, of which an update draws its batch; none: each batch has its own",
+        "chains of one bank that batches are drawn from; none: each batch of an epoch has its own",
     )
     restart: float = key(0.0, Real(0, 1), "probability that a drawn chain begins anew, from noise")
     sample_steps: Any = key(
-        None, Maybe(Whole(1)), "further steps of a chain that samples the model; none: as in training"
+        None, Maybe(Whole(1)), "further steps of a stored chain that is sampled; none: as in training"
     )
 
 

@@ -2,5 +2,6 @@
 
 from .langevin import Langevin, langevin_sample
 from .multigrid import MultiGrid
+from .single import SingleGrid
 
-__all__ = ["Langevin", "MultiGrid", "langevin_sample"]
+__all__ = ["Langevin", "MultiGrid", "SingleGrid", "langevin_sample"]

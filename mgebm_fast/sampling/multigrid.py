@@ -38,6 +38,8 @@ class MultiGrid(nn.Module):
     State: parameters of the nets, and the buffer `colours` (M, C) float32, the stored distribution of 1×1 images.
     """
 
+    kind = storage.FORMAT  # the name of the class in model files
+    _of_any_length: tuple[str, ...] = ("colours",)
     colours: Tensor
 
     def __init__(
@@ -156,6 +158,11 @@ class MultiGrid(nn.Module):
             purpose=purpose, mask=mask, known=known, callback=callback, precision=precision, backend=backend,
         )  # fmt: skip
 
+    @property
+    def sampling(self) -> tuple[Langevin, ...]:
+        """The chains that a sample goes through."""
+        return self.langevin
+
     def sample(
         self,
         n: int,
@@ -194,8 +201,8 @@ class MultiGrid(nn.Module):
             wanted = min(group, n - begin)
             size = group if self.norm == "batch" else wanted
             rows = [min(i, n - 1) for i in range(begin, begin + size)]
-            results = self.cascade(
-                self.draw_colours(size, seed=seed, first_sample=first_sample + begin),
+            results = self._sample_group(
+                size,
                 seed=seed,
                 first_sample=first_sample + begin,
                 mask=None if held is None else held[1][rows],
@@ -207,6 +214,11 @@ class MultiGrid(nn.Module):
             groups.append([grid[:wanted] for grid in results])
         grids = [torch.cat(parts) for parts in zip(*groups, strict=True)]
         return grids if return_grids else grids[-1]
+
+    def _sample_group(self, n: int, *, seed: int, first_sample: int, **arguments: Any) -> list[Tensor]:
+        """The results at every size of `n` samples that run as one batch; arguments as in `cascade`."""
+        start = self.draw_colours(n, seed=seed, first_sample=first_sample)
+        return self.cascade(start, seed=seed, first_sample=first_sample, **arguments)
 
     def to_uint8(self, x: Tensor) -> Tensor:
         """round(255 (x − lo) / (hi − lo)) as uint8, values outside the range clamped."""
@@ -221,11 +233,10 @@ class MultiGrid(nn.Module):
     def freeze_norm(self) -> MultiGrid:
         """A new model whose nets have their running statistics folded in: its chains are independent."""
         nets = [net.freeze_norm() for net in self._energy_nets("frozen")]
-        model = MultiGrid(
-            self.sizes, channels=self.channels, langevin=self.langevin, width=self.width, variant=self.variant,
-            value_range=self.value_range, batch_size=self.batch_size, nets=nets,
-        )  # fmt: skip
-        model.colours = self.colours.clone()
+        model = self.from_config({**self.config(), "nets": [net.config() for net in nets]})
+        model.nets = nn.ModuleList(nets)
+        for name in self._of_any_length:
+            setattr(model, name, getattr(self, name).clone())
         return model
 
     def _energy_nets(self, what: str) -> list[EnergyNet]:
@@ -261,16 +272,19 @@ class MultiGrid(nn.Module):
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> MultiGrid:
         """The model that `config()` described, with fresh weights and no colours."""
-        return cls(
-            config["sizes"],
-            channels=config["channels"],
-            langevin=[Langevin(**dynamics) for dynamics in config["langevin"]],
-            width=config["width"],
-            variant=config["variant"],
-            value_range=tuple(config["value_range"]),
-            batch_size=config["batch_size"],
-            nets=[EnergyNet.from_config(net) for net in config["nets"]],
-        )
+        return cls(config["sizes"], **cls._arguments(config))
+
+    @staticmethod
+    def _arguments(config: Mapping[str, Any]) -> dict[str, Any]:
+        return {
+            "channels": config["channels"],
+            "langevin": [Langevin(**dynamics) for dynamics in config["langevin"]],
+            "width": config["width"],
+            "variant": config["variant"],
+            "value_range": tuple(config["value_range"]),
+            "batch_size": config["batch_size"],
+            "nets": [EnergyNet.from_config(net) for net in config["nets"]],
+        }
 
     def save(self, path: str | os.PathLike, *, ema: Mapping[str, Tensor] | None = None) -> None:
         """Write one .safetensors file, configuration included, whole or not at all.
@@ -282,19 +296,24 @@ class MultiGrid(nn.Module):
         if unknown:
             raise ValueError(f"save: ema must hold names of the model's state, got {unknown[0]!r}")
         tensors.update({storage.EMA + name: tensor for name, tensor in (ema or {}).items()})
-        storage.write(path, tensors, self.config())
+        storage.write(path, tensors, self.config(), self.kind)
 
     @classmethod
     def load(cls, path: str | os.PathLike, *, device: torch.device | str = "cpu", ema: bool = True) -> MultiGrid:
         """The model stored at `path`: a model file, a checkpoint folder, or a run folder (its final model, else its
-        newest checkpoint), with the averaged weights where there are any and `ema` is not False.
+        newest checkpoint), with the averaged weights where there are any and `ema` is not False. A file says which
+        class it holds, this one or one derived from it.
 
         Raises CheckpointError: no such file, truncated, not a model, or tensors that do not fit its configuration.
         """
         file = storage.find(path)
-        config, tensors = storage.read(file)
+        classes = {
+            cls.kind: cls,
+            **{derived.kind: derived for derived in cls.__subclasses__() if "kind" in vars(derived)},
+        }
+        kind, config, tensors = storage.read_one_of(file, list(classes))
         try:
-            model = cls.from_config(config)
+            model = classes[kind].from_config(config)
         except (KeyError, TypeError, ValueError) as error:
             raise CheckpointError(f"{file}: the model's configuration is wrong: {error}") from error
         model._set_state(tensors, ema, str(file))
@@ -303,7 +322,7 @@ class MultiGrid(nn.Module):
     def load_weights(self, path: str | os.PathLike, *, ema: bool = True) -> None:
         """Take the weights and colours stored at `path` into this model; CheckpointError where they do not fit it."""
         file = storage.find(path)
-        config, tensors = storage.read(file)
+        _, config, tensors = storage.read_one_of(file, (self.kind,))
         own = self.config()
         for key in ("sizes", "channels", "nets"):
             if config.get(key) != own[key]:
@@ -322,9 +341,10 @@ class MultiGrid(nn.Module):
                 fault = "missing" if name in expected else "not of this model"
                 raise CheckpointError(f"{where}: tensor {name!r} is {fault}")
             got, want = tuple(state[name].shape), tuple(expected[name].shape)
-            fits = got[1:] == want[1:] and len(got) == 2 if name == "colours" else got == want
+            fits = got[1:] == want[1:] and len(got) == len(want) if name in self._of_any_length else got == want
             if not fits or state[name].dtype != expected[name].dtype:
                 wanted = f"{want} {expected[name].dtype}"
                 raise CheckpointError(f"{where}: tensor {name!r} must be {wanted}, got {got} {state[name].dtype}")
-        self.colours = state["colours"].to(self.colours.device, copy=True)
+        for name in self._of_any_length:
+            setattr(self, name, state[name].to(self.colours.device, copy=True))
         self.load_state_dict(state)

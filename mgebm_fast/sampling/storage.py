@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,19 +21,26 @@ EMA = "ema."
 MODEL_FILE = "model.safetensors"
 
 
-def write(path: str | os.PathLike, tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> None:
-    """Write tensors and config to `path`, whole or not at all."""
+def write(
+    path: str | os.PathLike, tensors: Mapping[str, Tensor], config: Mapping[str, Any], kind: str = FORMAT
+) -> None:
+    """Write tensors and config of a model of the class named `kind` to `path`, whole or not at all."""
     from safetensors.torch import save
 
     data = save(
         {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()},
-        metadata={KEY: json.dumps({"format": FORMAT, "version": VERSION, "config": config})},
+        metadata={KEY: json.dumps({"format": kind, "version": VERSION, "config": config})},
     )
     write_bytes(path, data)
 
 
 def read(path: str | os.PathLike) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """(config, tensors) of a model file; tensors stay on the CPU. Raises CheckpointError with one clear reason."""
+    """(config, tensors) of a `MultiGrid`; tensors stay on the CPU. Raises CheckpointError with one clear reason."""
+    return read_one_of(path, (FORMAT,))[1:]
+
+
+def read_one_of(path: str | os.PathLike, kinds: Sequence[str]) -> tuple[str, dict[str, Any], dict[str, Tensor]]:
+    """(kind, config, tensors) of a model of one of `kinds`, named by the first where it is of none of them."""
     from safetensors import SafetensorError, safe_open
 
     path = Path(path)
@@ -42,8 +49,10 @@ def read(path: str | os.PathLike) -> tuple[dict[str, Any], dict[str, Tensor]]:
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
             described = _description((file.metadata() or {}).get(KEY, "{}"))
-            if described.get("format") != FORMAT:
-                raise CheckpointError(f"{path}: this safetensors file holds no MultiGrid model")
+            kind = str(described.get("format", ""))
+            if kind not in kinds:
+                other = f" but a {kind}" if kind else ""
+                raise CheckpointError(f"{path}: this safetensors file holds no {kinds[0]} model{other}")
             if described.get("version") != VERSION:
                 raise CheckpointError(
                     f"{path}: written as version {described.get('version')} of the format, this program reads {VERSION}"
@@ -54,7 +63,7 @@ def read(path: str | os.PathLike) -> tuple[dict[str, Any], dict[str, Tensor]]:
     config = described.get("config")
     if not isinstance(config, dict):
         raise CheckpointError(f"{path}: the model's configuration is missing or unreadable")
-    return config, tensors
+    return kind, config, tensors
 
 
 def _description(text: str) -> dict[str, Any]:
