@@ -28,6 +28,9 @@ class AutogradPlan:
             raise ValueError(f"{self._where}: energy must depend on x, got a value whose graph does not reach x")
         return gradient
 
+    def refresh(self) -> None:
+        """Nothing to do: every call runs the energy as it is."""
+
     def explain(self) -> str:
         return f"autograd, fp32, because {self._reason}"
 

@@ -1,26 +1,44 @@
-"""∇E of an EnergyNet by the chain rule written out: data gradient only, weights prepared once, no graph.
+"""∇E of a stack of convolutions by the chain rule written out: data gradient only, weights prepared once, no graph.
 
-    forward    h_0 = x;  z_l = W_l * h_{l−1} + b_l;  h_l = a(z_l)
-    backward   g_L = −(head weight, or ones);  g_{l−1} = W_lᵀ * (g_l · a′(z_l))
+    forward    h_0 = x;  z_l = W_l * h_{l−1} + b_l;  y_l = z_l or BN(z_l);  h_l = a_l(y_l)
+    backward   g_L = head;  u_l = g_l · a_l′(y_l);  v_l = u_l, or through BN;  g_{l−1} = W_lᵀ * v_l;  ∇E = g_0
 
-In float32 these are the very convolutions that autograd calls, and with piecewise linear activations the result is
-autograd's bit for bit; what goes is the graph, the head's forward, and for the spectral norm its value at every step.
-In bfloat16 all convolutions but the first forward one run on 16-bit operands with float32 accumulation: there pixels of
-0–255 would lose up to half a unit.
+BN, with the mean and the biased variance of a channel over the M = N·|map| values of the batch, x̂ = (z − mean)·r,
+r = 1/√(var + ε), y = w·x̂ + b, has the gradient through its statistics too
+
+    v = w·r·( u − Σu/M − x̂·Σ(u·x̂)/M )
+
+In float32 these are the very operators that autograd calls, and with piecewise linear activations the result is
+autograd's bit for bit; what goes is the graph, the head's forward, and the spectral norm's value at every step.
+
+In 16 bits every convolution but the first forward one runs on 16-bit operands with float32 accumulation (pixels of
+0–255 would lose up to half a unit there); statistics are float32, the first stage's of the float32 map. float16 has few
+exponents: the head is scaled so that its largest entry is in [2, 4), which the linear backward carries down to x, where
+float32 takes it out again. What overflows nonetheless, forward or backward, leaves inf or NaN in the gradient.
+
+Kept between forward and backward, in the plan's type: h_l where its sign tells the slope, y_l where not; and z_l or x̂_l
+where statistics follow. Bits in place of h_l would be 1/16 of it, but torch has no operator that packs them.
 """
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import functools
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..nets import EnergyNet
+from ..errors import BackendError
+from .stack import Stack, Stage, read
 
 aten = torch.ops.aten
+TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+# The head's largest entry in float16: gradients may grow 2¹⁴-fold on their way to x, and shrink by as much.
+_HEAD_LOG2 = 1.0
 # backward(upstream, kept): `kept` is the activation's output, or its input where the output does not tell the slope.
 Backward = Callable[[Tensor, Tensor], Tensor]
 
@@ -34,101 +52,216 @@ def bfloat16_is_fast(device_type: str) -> bool:
     return any(bool(getattr(torch.cpu, name, lambda: False)()) for name in checks)
 
 
-def why_not(energy: Any, x: Tensor) -> str:
-    """Why the conv plan cannot take `energy` on tensors like x; an empty string when it can."""
-    if type(energy) is not EnergyNet:
-        return f"{type(energy).__name__} is not an EnergyNet"
-    if energy.norm == "batch":
-        return "norm='batch' couples the samples"
-    if x.dtype != torch.float32:
-        return f"x is {x.dtype}"
-    if x.device.type != "cpu":
-        return f"its kernels for {x.device.type} tensors are not written"
-    if any(module.observe for module in energy.modules() if hasattr(module, "observe")):
-        return "the net is observing data"
-    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-    for name, module in energy.named_modules():
-        if any(getattr(module, hook) for hook in hooks) or hasattr(module, "parametrizations"):
-            return f"{name or 'the net'} has hooks or parametrisations"
-    wrong = next((p for p in energy.parameters() if p.dtype != torch.float32 or p.device != x.device), None)
-    if wrong is not None:
-        return f"a parameter is {wrong.dtype} on {wrong.device}"
-    return ""
+def auto_precision(device_type: str) -> str:
+    """What "auto" means for stacks: float16 on CUDA, bfloat16 on CPUs that multiply it, else float32."""
+    if device_type == "cuda":
+        return "fp16"
+    return "bf16" if bfloat16_is_fast(device_type) else "fp32"
+
+
+@contextlib.contextmanager
+def _exact_cudnn(device: torch.device) -> Iterator[None]:
+    """cuDNN's float32 as float32, not TF32, and with algorithms that give the same bits in every call."""
+    if device.type != "cuda":
+        yield
+        return
+    cudnn: Any = torch.backends.cudnn
+    before = cudnn.conv.fp32_precision, cudnn.deterministic
+    try:
+        cudnn.conv.fp32_precision, cudnn.deterministic = "ieee", True
+        yield
+    finally:
+        cudnn.conv.fp32_precision, cudnn.deterministic = before
+
+
+@dataclasses.dataclass(frozen=True)
+class _Kept:
+    """What the backward of one stage needs."""
+
+    slope: Tensor  # h where its sign tells the activation's slope, else y
+    z: Tensor | None = None  # what batch statistics normalised, and how: mean, 1/std, weight
+    mean: Tensor | None = None
+    rstd: Tensor | None = None
+    weight: Tensor | None = None
+
+
+class _Layer:
+    """A stage in buffers of its own, which `load` fills again in place."""
+
+    def __init__(self, stage: Stage, index: int, dtype: torch.dtype, layout: torch.memory_format) -> None:
+        self.form, self.dtype, self.layout = _form(stage), dtype, layout
+        self.first = index == 0 and dtype != torch.float32
+        self.low = torch.empty_like(stage.weight, dtype=dtype, memory_format=layout)
+        self.weight = torch.empty_like(stage.weight, memory_format=torch.contiguous_format) if self.first else self.low
+        self.bias = None if stage.bias is None else torch.empty_like(stage.bias, dtype=self.weight.dtype)
+        self.norm = stage.norm
+        if self.norm is not None:
+            weight, bias = torch.empty_like(self.norm.weight), torch.empty_like(self.norm.bias)
+            self.norm = dataclasses.replace(self.norm, weight=weight, bias=bias)
+        self.activate, self.slope_backward, self.keeps_output = _activation(stage.activation, stage.slope)
+        ndim = len(stage.in_size)
+        self.geometry = (list(stage.stride), list(stage.padding), list(stage.dilation), False, [0] * ndim, 1)
+        self.per_channel = (1, -1, *[1] * ndim)
+
+    def load(self, stage: Stage) -> None:
+        """The weights of `stage`, which has this one's shapes, at the addresses that they have here."""
+        pairs = [(self.low, stage.weight), (self.weight, stage.weight), (self.bias, stage.bias)]
+        if self.norm is not None and stage.norm is not None:
+            pairs += [(self.norm.weight, stage.norm.weight), (self.norm.bias, stage.norm.bias)]
+        for buffer, value in pairs:
+            if buffer is not None and value is not None:
+                buffer.copy_(value)
+
+    def forward(self, h: Tensor) -> tuple[Tensor, _Kept]:
+        y = aten.convolution(h, self.weight, self.bias, *self.geometry)
+        statistics: tuple[Tensor, ...] = ()
+        if self.norm is not None:
+            weight, bias, eps = self.norm.weight, self.norm.bias, self.norm.eps
+            if self.first:
+                # x̂ stands in for z: rounded to 16 bits, z would lose by the size of its mean.
+                y, mean, rstd = aten.native_batch_norm(y, None, None, None, None, True, 0.0, eps)
+                statistics = self._lower(y), torch.zeros_like(mean), torch.ones_like(rstd), weight * rstd
+                y.mul_(weight.view(self.per_channel)).add_(bias.view(self.per_channel))
+            else:
+                z = y
+                y, mean, rstd = aten.native_batch_norm(z, weight, bias, None, None, True, 0.0, eps)
+                statistics = z, mean, rstd, weight
+        h = self.activate(y)
+        if self.first:
+            y, h = (h, self._lower(h)) if self.keeps_output else (self._lower(y), self._lower(h))
+        return h, _Kept(h if self.keeps_output else y, *statistics)
+
+    def _lower(self, tensor: Tensor) -> Tensor:
+        return tensor.to(self.dtype, memory_format=self.layout)
+
+    def backward(self, upstream: Tensor, kept: _Kept) -> Tensor:
+        """dE/dz of this stage, from dE/dh."""
+        upstream = self.slope_backward(upstream, kept.slope)
+        if self.norm is None:
+            return upstream
+        return aten.native_batch_norm_backward(
+            upstream, kept.z, kept.weight, None, None, kept.mean, kept.rstd, True, self.norm.eps,
+            [True, False, False],
+        )[0]  # fmt: skip
+
+    def down(self, upstream: Tensor, source: Tensor) -> Tensor:
+        """Wᵀ * upstream; of `source`, the convolution's input, only the shape matters."""
+        mask = [True, False, False]
+        return aten.convolution_backward(upstream, source, self.low, None, *self.geometry, mask)[0]
 
 
 class ConvPlan:
-    """∇E for one EnergyNet without batch statistics, with the weights that it has now."""
+    """∇E of a stack, with the weights that it had when the plan was made, or at its last `refresh()`.
 
-    def __init__(self, net: EnergyNet, precision: str) -> None:
-        self._net, self._precision = net, precision
-        self._dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-        self._activate, self._backward, self._keeps_output = _activation(net.activation, net.negative_slope)
-        ones = [1] * net.ndim
-        self._layers = []
-        with torch.no_grad():
-            for index, layer in enumerate(net.convolutions):
-                assert layer.bias is not None  # there is one wherever norm is not "batch"
-                weight = layer.effective_weight().detach()
-                low = weight.to(self._dtype)
-                forward = weight if index == 0 else low
-                bias = layer.bias.detach().to(forward.dtype)
-                geometry = ([layer.stride] * net.ndim, [layer.padding] * net.ndim, ones)
-                self._layers.append((forward, bias, low, geometry))
-            self._head = None if net.head is None else -net.head.effective_weight().detach()
-        self._no_shift = [0] * net.ndim
+    Batches of any size. A call synchronises nothing, so that a CUDA graph may hold it, and keeps nothing.
+    """
+
+    def __init__(self, stack: Stack, energy: Any, precision: str, reason: str = "") -> None:
+        self._energy, self._precision, self._reason = energy, precision, reason
+        self._dtype = TYPES[precision]
+        self._shape = (stack.channels, *stack.size)
+        # Pixels of the smallest map with batch statistics: they need two values a channel.
+        self._statistics = min((math.prod(s.out_size) for s in stack.stages if s.norm is not None), default=None)
+        device = stack.head.device
+        layouts = {2: torch.channels_last, 3: torch.channels_last_3d}
+        low = device.type == "cuda" and precision != "fp32"
+        self._layout = layouts.get(stack.ndim, torch.contiguous_format) if low else torch.contiguous_format
+        with torch.inference_mode(False):
+            self._layers = [_Layer(stage, i, self._dtype, self._layout) for i, stage in enumerate(stack.stages)]
+            self._head = torch.empty_like(stack.head, dtype=self._dtype).unsqueeze(0)
+            self._unscale = torch.ones((), device=device)
+            self._like = torch.empty((), device=device).expand(2, *self._shape)  # what `refresh` reads the energy for
+        self._load(stack)
+
+    def refresh(self) -> None:
+        """Take the energy's present weights, in place: every tensor of the plan stays where it is.
+
+        Raises BackendError where the energy is no longer the stack that the plan was made for.
+        """
+        stack = read(self._energy, self._like)
+        if isinstance(stack, str):
+            raise BackendError(f"refresh: the energy must be one that the conv plan can take, but {stack}")
+        if [layer.form for layer in self._layers] != [_form(stage) for stage in stack.stages]:
+            raise BackendError("refresh: the energy's layers must be those that the plan was made for; make a new plan")
+        self._load(stack)
+
+    def _load(self, stack: Stack) -> None:
+        with torch.no_grad(), torch.inference_mode(False):
+            for layer, stage in zip(self._layers, stack.stages, strict=True):
+                layer.load(stage)
+            head = stack.head
+            if self._dtype == torch.float16:
+                # No reading back of the largest entry: `refresh` may follow every update.
+                exponent = _HEAD_LOG2 - torch.floor(torch.log2(head.abs().amax().clamp_min(2.0**-100)))
+                self._unscale.copy_(torch.exp2(-exponent))
+                head = head * torch.exp2(exponent)
+            self._head.copy_(head.unsqueeze(0))
 
     def gradient(self, x: Tensor) -> Tensor:  # (N, C, *spatial) float32 -> the same, float32 or bfloat16
-        self._net.check_input(x)
-        with torch.no_grad():
+        if tuple(x.shape[1:]) != self._shape:
+            expected = ", ".join(map(str, self._shape))
+            raise ValueError(f"gradient: x must have shape (N, {expected}), got {tuple(x.shape)}")
+        if self._statistics is not None and len(x) * self._statistics < 2:
+            raise ValueError(
+                f"gradient: batch statistics need two values a channel, got {len(x)} samples on a map of "
+                f"{self._statistics} pixels"
+            )
+        with torch.no_grad(), _exact_cudnn(x.device):
             # One layout inside: a channels-last x then gives the same bits.
-            h = x.contiguous()
-            inputs, kept = [], []
-            for index, (weight, bias, _, (stride, padding, dilation)) in enumerate(self._layers):
-                inputs.append(h)
-                z = aten.convolution(h, weight, bias, stride, padding, dilation, False, self._no_shift, 1)
-                h = self._activate(z)
-                if index == 0:
-                    z, h = (h, h.to(self._dtype)) if self._keeps_output else (z.to(self._dtype), h.to(self._dtype))
-                kept.append(h if self._keeps_output else z)
+            bottom = h = x.contiguous()
+            kept = []
+            for layer in self._layers:
+                h, record = layer.forward(h)
+                kept.append(record)
             upstream = self._top(h)
-            for index in range(len(self._layers) - 1, -1, -1):
-                _, _, weight, (stride, padding, dilation) = self._layers[index]
-                upstream = self._backward(upstream, kept[index])
-                source = inputs[index] if index else inputs[0].to(self._dtype)
-                upstream = aten.convolution_backward(
-                    upstream, source, weight, None, stride, padding, dilation, False, self._no_shift, 1,
-                    [True, False, False],
-                )[0]  # fmt: skip
-            return upstream
+            del h, record
+            for layer in reversed(self._layers):
+                upstream = layer.backward(upstream, kept.pop())
+                source = kept[-1].slope if kept else bottom.to(self._dtype, memory_format=self._layout)
+                upstream = layer.down(upstream, source)
+            if self._dtype != torch.float16:
+                return upstream.contiguous()
+            return upstream.to(torch.float32, memory_format=torch.contiguous_format).mul_(self._unscale)
 
     def _top(self, h: Tensor) -> Tensor:
-        """dE/dh_L: minus the head's weight, the same for every sample."""
-        if self._head is None:
-            return h.new_full((), -1.0).expand(h.shape).contiguous()
-        return self._head.to(h.dtype).reshape(1, *h.shape[1:]).expand(h.shape).contiguous()
+        """dE/dh_L, the head for every sample; in float16 with what overflowed on the way up as NaN."""
+        if self._dtype == torch.float16:
+            return torch.mul(h, 0.0).add_(self._head)
+        return self._head.expand(h.shape).clone(memory_format=self._layout)
 
     def explain(self) -> str:
-        if self._precision == "bf16":
-            return "conv, bf16, the chain rule by hand, first convolution and accumulation in fp32"
-        return "conv, fp32, the chain rule by hand"
+        where = "" if self._precision == "fp32" else "; first convolution, statistics and accumulation in fp32"
+        reason = f", because {self._reason}" if self._reason else ""
+        return f"conv, {self._precision} (the chain rule by hand{where}){reason}"
+
+
+def _form(stage: Stage) -> tuple[Any, ...]:
+    """What of a stage a plan cannot change."""
+    eps = None if stage.norm is None else stage.norm.eps
+    return (
+        stage.weight.shape, stage.bias is None, stage.stride, stage.padding, stage.dilation, eps, stage.activation,
+        stage.slope,
+    )  # fmt: skip
 
 
 def _activation(name: str, slope: float) -> tuple[Callable[[Tensor], Tensor], Backward, bool]:
-    """(forward, backward, whether the backward reads the output): in place wherever the input is not needed again."""
+    """(forward, backward, whether the backward reads the output).
+
+    The backward writes over its upstream; the forward over its input, wherever that is not needed again.
+    """
     if name == "none":
         return lambda z: z, lambda g, _: g, True
     if name == "relu":
-        return torch.relu_, lambda g, out: aten.threshold_backward(g, out, 0), True
+        return torch.relu_, lambda g, out: aten.threshold_backward(g, out, 0, grad_input=g), True
     if name == "leaky_relu":
-        leaky = functools.partial(torch.nn.functional.leaky_relu, negative_slope=slope)
         # The output has the input's sign only for a positive slope.
-        if slope > 0:
-            return (
-                functools.partial(leaky, inplace=True),
-                lambda g, out: aten.leaky_relu_backward(g, out, slope, True),
-                True,
-            )
-        return leaky, lambda g, z: aten.leaky_relu_backward(g, z, slope, False), False
+        in_place = slope > 0
+        return (
+            functools.partial(torch.nn.functional.leaky_relu, negative_slope=slope, inplace=in_place),
+            lambda g, kept: aten.leaky_relu_backward(g, kept, slope, in_place, grad_input=g),
+            in_place,
+        )
     if name == "silu":
-        return torch.nn.functional.silu, lambda g, z: aten.silu_backward(g, z), False
-    return torch.nn.functional.elu, lambda g, z: aten.elu_backward(g, 1.0, 1.0, 1.0, False, z), False
+        return torch.nn.functional.silu, lambda g, z: aten.silu_backward(g, z, grad_input=g), False
+    elu_backward = aten.elu_backward
+    return torch.nn.functional.elu, lambda g, z: elu_backward(g, 1.0, 1.0, 1.0, False, z, grad_input=g), False

@@ -1,4 +1,4 @@
-"""The choice of a gradient plan: conv for the nets that it can take, autograd for any module or callable."""
+"""The choice of a gradient plan: conv for stacks of convolutions, autograd for any module or callable."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from typing import Protocol
 from torch import Tensor, nn
 
 from ..errors import BackendError, suggest
-from ..nets import EnergyNet
 from . import conv
 from .autograd import AutogradPlan
+from .stack import read
 
 Energy = Callable[[Tensor], Tensor]  # (N, ...) float32 -> (N,), energies
-PRECISIONS = ("auto", "fp32", "bf16")
+PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 
 
 class GradientPlan(Protocol):
@@ -23,6 +23,9 @@ class GradientPlan(Protocol):
     def gradient(self, x: Tensor) -> Tensor:
         """∇E(x) of each sample, the shape of x; x is left untouched and needs no `requires_grad`."""
 
+    def refresh(self) -> None:
+        """Take the energy's present weights; until then a plan may use those that it was made with."""
+
     def explain(self) -> str:
         """The plan's name, its precision, and why it was chosen, in one line."""
 
@@ -30,26 +33,30 @@ class GradientPlan(Protocol):
 def plan(energy: Energy, x: Tensor, precision: str = "auto", where: str = "gradient") -> GradientPlan:
     """The plan for `energy` on tensors like x. `where` names the caller in error messages.
 
-    precision: "auto" and "fp32" are float32 throughout; "bf16" is the conv plan on 16-bit operands, BackendError where
-    that plan cannot take the energy.
+    precision: "fp32" is float32 throughout; "bf16" and "fp16" are 16-bit operands of the convolutions, which need an
+    energy that `stack.read` can read: BackendError, with the reason, where it cannot. "auto" is fp16 on CUDA and bf16
+    on CPUs that multiply it where the energy can be read, else fp32. The autograd plan is always fp32.
     """
     if not callable(energy):
         raise TypeError(f"{where}: energy must be a module or a callable x -> (N,), got {type(energy).__name__}")
     if precision not in PRECISIONS:
         near = suggest(str(precision), PRECISIONS)
         raise ValueError(f"{where}: precision must be one of {', '.join(PRECISIONS)}, got {precision!r}{near}")
-    reason = conv.why_not(energy, x)
-    if not reason:
-        assert isinstance(energy, EnergyNet)
-        return conv.ConvPlan(energy, "bf16" if precision == "bf16" else "fp32")
-    if precision == "bf16":
-        raise BackendError(f"{where}: precision 'bf16' needs the conv plan, which cannot run here: {reason}")
-    return AutogradPlan(energy, where, reason)
+    stack = read(energy, x)
+    if isinstance(stack, str):
+        if precision in ("bf16", "fp16"):
+            raise BackendError(f"{where}: precision {precision!r} needs the conv plan, which cannot run here: {stack}")
+        return AutogradPlan(energy, where, stack)
+    # A faster plan over the stack is tried here; why it cannot run becomes the conv plan's reason.
+    reason = ""
+    return conv.ConvPlan(
+        stack, energy, conv.auto_precision(x.device.type) if precision == "auto" else precision, reason
+    )
 
 
 def bfloat16_pays(energy: Energy, x: Tensor) -> bool:
     """Whether precision "bf16" runs on (energy, x), and on hardware that multiplies it natively."""
-    return conv.bfloat16_is_fast(x.device.type) and not conv.why_not(energy, x)
+    return conv.bfloat16_is_fast(x.device.type) and not isinstance(read(energy, x), str)
 
 
 def _module_of(energy: Energy) -> nn.Module | None:
