@@ -1,6 +1,10 @@
 """The ops: checks, schemas and the choice of backend. `backend.TABLE` says in which layers each op is written."""
 
 from .backend import BACKENDS, TABLE, choose, unavailable
+from .batch_norm_act import batch_norm_act, batch_norm_act_backward
+from .bias_act import bias_act, bias_act_backward
+from .dense_chain import DenseNet, dense_chain_, dense_net, dense_net_of
+from .edge_step import NO_BAD_STEP, EdgeWeights, edge_step_, edge_weights
 from .langevin_step import coefficients, langevin_step_
 from .noise import noise
 from .pyramid import pyramid
@@ -8,9 +12,21 @@ from .upsample import upsample
 
 __all__ = [
     "BACKENDS",
+    "NO_BAD_STEP",
     "TABLE",
+    "DenseNet",
+    "EdgeWeights",
+    "batch_norm_act",
+    "batch_norm_act_backward",
+    "bias_act",
+    "bias_act_backward",
     "choose",
     "coefficients",
+    "dense_chain_",
+    "dense_net",
+    "dense_net_of",
+    "edge_step_",
+    "edge_weights",
     "langevin_step_",
     "noise",
     "pyramid",

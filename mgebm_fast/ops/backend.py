@@ -32,6 +32,10 @@ TABLE = {
     "langevin_step": Layers(cpu=True, cuda=True, triton=True),
     "pyramid": Layers(cpu=True, cuda=True, triton=False),
     "upsample": Layers(cpu=True, cuda=True, triton=False),
+    "bias_act": Layers(cpu=False, cuda=False, triton=True),
+    "batch_norm_act": Layers(cpu=False, cuda=False, triton=True),
+    "edge_step": Layers(cpu=False, cuda=False, triton=True),
+    "dense_chain": Layers(cpu=False, cuda=False, triton=True),
 }
 
 
@@ -64,6 +68,8 @@ def unavailable(op: str, backend: str, device: torch.device) -> str:
             if not knobs.runtime.interpret:
                 return "Triton runs on CUDA tensors only (TRITON_INTERPRET=1 runs it on CPU tensors, for tests)"
         return reason
+    if not (layers.cuda if device.type == "cuda" else layers.cpu):
+        return f"{op} has no native kernel for {device.type} tensors"
     if device.type == "cpu":
         return "" if native.available() else f"the compiled module did not load: {native.load_error}"
     if device.type == "cuda":
