@@ -2,9 +2,9 @@
 
 A method is an update rule and an initial state over one loop. Its module has
 
-    build_model(config) -> nn.Module                    the untrained model
-    build_rule(model, config, images) -> UpdateRule     images: how many the data set has
-    narrow(config) -> TrainConfig                       the configuration as the method reads it, for what it reduces
+    build_model(config) -> nn.Module                     the untrained model
+    the entry's rule: (model, config, *, images) -> UpdateRule, with `images` how many the data set has
+    narrow(config) -> TrainConfig                        only where the method reads less than is configured
 
 and one entry here makes it known to TOML files, `--set`, `mgebm train` and `mgebm presets`. Modules load when they are
 used.
@@ -15,9 +15,13 @@ from __future__ import annotations
 import dataclasses
 import importlib
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .keys import Maybe, Real, Whole, key
+
+if TYPE_CHECKING:
+    from .config import TrainConfig
+    from .loop import UpdateRule
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,30 +52,41 @@ class Method:
 
     name: str
     about: str
-    module: str
-    model: str = "MultiGrid"  # the class that it trains
+    rule: str  # "module:class"
+    model: str  # the class that it trains, as model files name it
     table: type | None = None
     fixed: tuple[str, ...] = ()
 
-    def load(self) -> ModuleType:
-        """The module with `build_model`, `build_rule` and `narrow`."""
-        return importlib.import_module(f"{__package__}.{self.module}")
+    @property
+    def _module(self) -> ModuleType:
+        return importlib.import_module(f".{self.rule.partition(':')[0]}", __package__)
+
+    def narrow(self, config: TrainConfig) -> TrainConfig:
+        """The configuration as the method reads it: one of the finest net alone, for a method of one net."""
+        return getattr(self._module, "narrow", lambda whole: whole)(config)
+
+    def build_model(self, config: TrainConfig) -> Any:
+        """The untrained model that `config` describes."""
+        return self._module.build_model(config)
+
+    def build_rule(self, model: Any, config: TrainConfig, *, images: int) -> UpdateRule:
+        """The rule that trains `model`; ConfigError where the method's keys do not fit each other."""
+        return getattr(self._module, self.rule.partition(":")[2])(model, config, images=images)
 
     def options(self) -> Any:
         """The method's own keys at their defaults; None where it has none."""
         return None if self.table is None else self.table()
 
 
+_MULTIGRID, _ONE = "multigrid:MultiGridRule", "baselines:SingleGridRule"
 METHODS: dict[str, Method] = {
     method.name: method
     for method in (
-        Method("multigrid", "every grid learns from its own chain, coarse to fine", "multigrid"),
-        Method("cd", "one net; chains start at the observed images", "baselines", "SingleGrid", CdConfig),
-        Method(
-            "pcd", "one net; chains persist in a bank", "baselines", "SingleGrid", PcdConfig, ("bank_size", "restart")
-        ),
-        Method("single-grid-cd", "the finest net only, from the 1x1 means, as many steps", "baselines", "SingleGrid"),
-        Method("short-run", "one net; every chain starts at uniform noise", "baselines", "SingleGrid"),
+        Method("multigrid", "every grid learns from its own chain, coarse to fine", _MULTIGRID, "MultiGrid"),
+        Method("cd", "one net, chains from the observed images", _ONE, "SingleGrid", CdConfig),
+        Method("pcd", "one net, chains that persist", _ONE, "SingleGrid", PcdConfig, ("bank_size", "restart")),
+        Method("single-grid-cd", "the finest net alone, from the 1×1 means, as many steps in all", _ONE, "SingleGrid"),
+        Method("short-run", "one net, chains from uniform noise", _ONE, "SingleGrid"),
     )
 }
 TABLES: dict[str, type] = {method.name: method.table for method in METHODS.values() if method.table is not None}

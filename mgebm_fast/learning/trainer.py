@@ -14,7 +14,8 @@ from ..sampling import MultiGrid
 from .config import TrainConfig, merge
 from .feed import Batches
 from .loop import Loop, Outcome, check_new
-from .multigrid import MultiGridRule, build_model, describe_model
+from .methods import METHODS
+from .multigrid import describe_model
 from .run import load_data
 
 # Where a model and a configuration are both given, these must agree.
@@ -23,7 +24,7 @@ _COLOURS_KEPT = 65536
 
 
 class MultiGridTrainer:
-    """Trains a multi-grid model.
+    """Trains a multi-grid model, or one of another method, which is a key of the configuration.
 
         trainer = mg.MultiGridTrainer(model, images, steps=2000, optimiser={"lr": 1e-3}, out="runs/mine")
         trainer.fit()
@@ -66,9 +67,12 @@ class MultiGridTrainer:
                 resume_command = "the same trainer: .resume(), then .fit()"
         config = merge(config, overrides)
         built = model is None
+        method = METHODS[config.method]
         if model is None:
-            model = build_model(config)
-        _check_fit(model, config)
+            model = method.build_model(config)
+        if model.kind != method.model:
+            raise ValueError(f"MultiGridTrainer: method {method.name!r} trains a {method.model}, got a {model.kind}")
+        _check_fit(model, method.narrow(config))
         if built and device is None:
             device = "cuda" if torch.cuda.is_available() else "cpu"
         self.model = model if device is None else model.to(device)
@@ -76,7 +80,7 @@ class MultiGridTrainer:
         self.data = _images(data, config)
         self.model.batch_size = config.batch_size
         self.model.set_colours(self._colours())
-        self.rule = MultiGridRule(self.model, config, images=len(self.data))
+        self.rule = method.build_rule(self.model, config, images=len(self.data))
         batches = Batches(self.data, config.batch_size, seed=config.seed, flips=config.flips)
         folder = None if out is None else Path(out)
         console = None if quiet else console or Console(stderr=True)

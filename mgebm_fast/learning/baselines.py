@@ -1,0 +1,167 @@
+"""The baselines on one net: CD-K, persistent CD, single-grid CD, short-run chains. Only the chains' starts differ."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .. import noise, ops
+from ..errors import ConfigError
+from ..sampling import SingleGrid
+from .banks import Slots
+from .config import TrainConfig, merge
+from .contrastive import ContrastiveRule
+from .keys import pick
+
+
+class InitialState:
+    """Where the training chains of a method start, and what becomes of where they end."""
+
+    def __init__(self, model: SingleGrid, config: TrainConfig, images: int) -> None:
+        self.model, self.config = model, config
+
+    def ids(self, iteration: int, first_sample: int, n: int) -> int | Tensor:
+        """The sample ids of the chains' noise."""
+        return first_sample
+
+    def at(self, observed: list[Tensor], iteration: int, first_sample: int) -> Tensor:
+        """(N, C, S, S) for `observed`, images at sizes 1 and S from place `first_sample` of the update's batch on."""
+        raise NotImplementedError
+
+    def keep(self, iteration: int, first_sample: int, x: Tensor) -> None:
+        """Take what the chains of an update that was applied have come to."""
+        return
+
+
+class Observed(InitialState):
+    """The observed images, with their noise where the net sees them so: contrastive divergence (Hinton, 2002)."""
+
+    def at(self, observed: list[Tensor], iteration: int, first_sample: int) -> Tensor:
+        return observed[1]
+
+
+class Expanded(InitialState):
+    """The replicated 1×1 means of the observed images: single-grid CD (Gao et al., CVPR 2018, §5)."""
+
+    def at(self, observed: list[Tensor], iteration: int, first_sample: int) -> Tensor:
+        return ops.upsample(observed[0], self.model.sizes[-1])
+
+
+class Noise(InitialState):
+    """Uniform noise in value_range, never stored: short-run MCMC (Nijkamp, Hill, Zhu, Wu, NeurIPS 2019)."""
+
+    def at(self, observed: list[Tensor], iteration: int, first_sample: int) -> Tensor:
+        return self.model.noise_start(
+            len(observed[0]), seed=self.config.seed, step=iteration, first_sample=first_sample,
+            purpose=noise.Purpose.INITIAL_STATE,
+        )  # fmt: skip
+
+
+class Persistent(InitialState):
+    """Where the chains of the batch's slots ended last: persistent CD (Tieleman, ICML 2008).
+
+    A bank begins as uniform noise, which is also what a restarted chain begins from. The noise of a chain belongs to
+    its slot, not to its place in a batch.
+    """
+
+    def __init__(self, model: SingleGrid, config: TrainConfig, images: int) -> None:
+        super().__init__(model, config, images)
+        options = config.options
+        if options.bank_size is not None and options.bank_size < config.batch_size:
+            raise ConfigError(
+                f"pcd.bank_size must be at least batch_size ({config.batch_size}), got {options.bank_size}"
+            )
+        self.slots = Slots.of(options.bank_size, config.batch_size, images, options.restart, config.seed)
+        if len(model.bank) != self.slots.size:
+            model.bank = self._noise(torch.arange(self.slots.size), 0)
+
+    def _noise(self, slots: Tensor, step: int) -> Tensor:
+        return self.model.noise_start(
+            len(slots), seed=self.config.seed, step=step, first_sample=slots.to(self.model.colours.device),
+            purpose=noise.Purpose.INITIAL_STATE,
+        )  # fmt: skip
+
+    def ids(self, iteration: int, first_sample: int, n: int) -> Tensor:
+        return self.slots.at(iteration, first_sample, n).to(self.model.bank.device)
+
+    def at(self, observed: list[Tensor], iteration: int, first_sample: int) -> Tensor:
+        slots = self.slots.at(iteration, first_sample, len(observed[0]))
+        x = self.model.bank[slots.to(self.model.bank.device)]
+        if self.slots.restart and bool((anew := self.slots.restarted(iteration, slots)).any()):
+            # Step 0 of the stream made the bank itself.
+            x[anew.to(x.device)] = self._noise(slots[anew], iteration + 1)
+        return x
+
+    def keep(self, iteration: int, first_sample: int, x: Tensor) -> None:
+        self.model.bank[self.ids(iteration, first_sample, len(x))] = x
+
+
+_STATES: dict[str, type[InitialState]] = {
+    "cd": Observed, "single-grid-cd": Expanded, "short-run": Noise, "pcd": Persistent,
+}  # fmt: skip
+_STARTS = {"cd": "noise", "single-grid-cd": "colours", "short-run": "noise", "pcd": "bank"}
+
+
+class SingleGridRule(ContrastiveRule):
+    """`ContrastiveRule` of one net, whose K-step chains start where the method says (`InitialState`)."""
+
+    model: SingleGrid
+
+    def __init__(self, model: SingleGrid, config: TrainConfig, *, images: int) -> None:
+        super().__init__(model, narrow(config), images=images)
+        self.divisible = config.method != "pcd"  # a bank lives in one process
+        self.initial = _STATES[config.method](model, self.config, images)
+        self._ended: list[tuple[int, Tensor]] = []
+
+    def synthesise(self, observed: list[Tensor], iteration: int, first_sample: int = 0) -> list[Tensor]:
+        chain = self.model.langevin[0]
+        x = chain(
+            self.model.nets[0],
+            self.initial.at(observed, iteration, first_sample),
+            seed=self.config.seed,
+            first_sample=self.initial.ids(iteration, first_sample, len(observed[0])),
+            first_step=iteration * chain.steps,
+            stream=noise.stream(noise.Purpose.TRAINING_CHAIN, 1),
+            precision=self.precision,
+            where=f"training: grid 1 (size {self.model.sizes[-1]})",
+        )
+        self._ended.append((first_sample, x))
+        return [x]
+
+    def update(self, batch: Tensor, iteration: int, *, detail: bool = False) -> dict[str, float]:
+        self._ended.clear()
+        metrics = super().update(batch, iteration, detail=detail)
+        for first_sample, x in self._ended:
+            self.initial.keep(iteration, first_sample, x)
+        self._ended.clear()
+        return metrics
+
+
+def narrow(config: TrainConfig) -> TrainConfig:
+    """The configuration of the finest net alone: sizes (1, S), and the last of values that are given by net.
+
+    Single-grid CD takes as many steps in its one chain as the grids of a multi-grid model do together.
+    """
+    steps = [pick(config.langevin.steps, net) for net in range(len(config.sizes) - 1)]
+    total = sum(steps) if config.method == "single-grid-cd" else steps[-1]
+    return merge(config, {"sizes": [1, config.sizes[-1]], "langevin": {"steps": total}})
+
+
+def build_model(config: TrainConfig) -> SingleGrid:
+    """The untrained model of a baseline."""
+    one = narrow(config)
+    return SingleGrid(
+        one.sizes[-1],
+        start=_STARTS[config.method],
+        sample_steps=getattr(one.options, "sample_steps", None),
+        channels=one.channels,
+        langevin=one.dynamics(),
+        width=one.width,
+        norm=one.norm,
+        variant=one.variant,
+        activation=one.activation,
+        spectral_norm=one.spectral_norm,
+        value_range=one.value_range,
+        batch_size=one.batch_size,
+        seed=one.seed,
+    )
