@@ -97,6 +97,7 @@ class TrainConfig:
     steps: int = key(1000, Whole(0), "parameter updates")
     seed: int = key(0, Whole(0, 2**64 - 1), "of everything that is drawn")
     batch_size: int = key(64, Whole(1), "observed images and chains an update")
+    batch_parts: int = key(1, Whole(1), "equal parts of a batch, run one by one or by ranks; 1 under ranks: one a rank")
     checkpoint_every: int = key(250, Whole(0), "updates between checkpoints; 0: only the last")
     sample_every: int = key(250, Whole(0), "updates between sample pictures; 0: only the last")
     log_every: int = key(10, Whole(1), "updates between lines of metrics")
@@ -351,6 +352,8 @@ def _check_together(config: TrainConfig) -> None:
                 f"sizes must grow, each dividing the next, as in [1, 4, 16, 64], got {list(sizes)} "
                 f"({coarse} does not divide {fine})"
             )
+    if config.batch_size % config.batch_parts:
+        raise ConfigError(f"batch_parts must divide batch_size, {config.batch_size}, got {config.batch_parts}")
     low, high = config.value_range
     if not low < high:
         raise ConfigError(f"value_range must be [low, high] with low < high, got {list(config.value_range)}")

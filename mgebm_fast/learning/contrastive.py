@@ -49,6 +49,9 @@ class ContrastiveRule(UpdateRule):
     With norm="batch" observed and synthesised images are normalised apart, and the running statistics follow the
     observed ones; otherwise they pass through the net as one batch. `images` is the size of the data set, which
     turns updates into epochs.
+
+    A batch of several parts (`batch_parts`, here or over ranks) is learnt from part by part, from the same weights and
+    buffers; gradients, energies and the buffers that follow the data are averaged (`learning.distributed`).
     """
 
     def __init__(self, model: MultiGrid, config: TrainConfig, *, images: int) -> None:
@@ -62,12 +65,15 @@ class ContrastiveRule(UpdateRule):
         self.average = Average(model, config.stabilise.ema) if config.stabilise.ema else None
         model.langevin = config.dynamics()
         self.precision = _chain_precision(model, config.precision)
+        averaged = [*sum(self.parameters, []), *(b for b in self._followers() if b.is_floating_point())]
+        self.length = sum(tensor.numel() for tensor in averaged) + 2 * len(model.nets)
 
     @abc.abstractmethod
-    def synthesise(self, observed: list[Tensor], iteration: int) -> list[Tensor]:
+    def synthesise(self, observed: list[Tensor], iteration: int, first_sample: int) -> list[Tensor]:
         """One synthesised batch a net, float32, by chains under the present weights and `model.langevin`.
 
-        `observed` holds the batch at every size, without data noise at sizes[0] and with it at the others.
+        `observed` holds the batch at every size, without data noise at sizes[0] and with it at the others;
+        `first_sample` is the place of its first image in the whole batch of the update.
         """
 
     def noise_factor(self, iteration: int) -> float:
@@ -86,23 +92,26 @@ class ContrastiveRule(UpdateRule):
         factor = self.noise_factor(iteration)
         if factor != 1.0:
             model.langevin = config.dynamics(factor)
-        means, *images = self.observed(batch)
-        images = [self._with_noise(x, grid, iteration, factor) for grid, x in enumerate(images, start=1)]
-        synthesised = self.synthesise([means, *images], iteration)
-        measured, gradients = [], []
-        for grid, net in enumerate(model.nets, start=1):
-            on_real, on_chain = self._energies(net, images[grid - 1], synthesised[grid - 1])
-            loss = on_real.mean() - on_chain.mean()
-            if config.stabilise.energy_l2:
-                loss = loss + config.stabilise.energy_l2 * (on_real.square().mean() + on_chain.square().mean())
-            parameters = self.parameters[grid - 1]
-            found = torch.autograd.grad(loss, parameters, allow_unused=True)
-            parts = [torch.zeros_like(p) if g is None else g for p, g in zip(parameters, found, strict=True)]
-            gradients.append(parts)
-            measured += [on_real.detach().mean(), on_chain.detach().mean(), norm(parts)]
+        followers = self._followers()
+        before = [buffer.clone() for buffer in followers]
+        shown: list[Tensor] = []
+
+        def learn(images: Tensor, first_sample: int) -> list[Tensor]:
+            if followers:
+                torch._foreach_copy_(followers, before)
+            gradients, energies, synthesised = self._learn(images, first_sample, iteration, factor)
+            if detail and not shown:
+                shown.extend(synthesised)
+            return [*sum(gradients, []), *energies, *(b.clone() for b in followers if b.is_floating_point())]
+
+        values = self.ranks.mean(learn, batch, config.batch_parts, self.length)
+        gradients = [[values.pop(0) for _ in parameters] for parameters in self.parameters]
+        measured = [m for parts in gradients for m in (values.pop(0), values.pop(0), norm(parts))]
         # The one look at the device: nothing is applied before every number is known to be finite.
         numbers = torch.stack(measured).tolist()
         self._check_finite(numbers, iteration)
+        for buffer, mean in zip((b for b in followers if b.is_floating_point()), values, strict=True):
+            buffer.copy_(mean)
 
         schedule = rate_factor(config.optimiser, iteration, config.steps, iteration * config.batch_size // self.images)
         for index, (optimiser, parameters) in enumerate(zip(self.optimisers, self.parameters, strict=True)):
@@ -114,14 +123,40 @@ class ContrastiveRule(UpdateRule):
             optimiser.zero_grad(set_to_none=True)
         if self.average is not None:
             self.average.update(iteration)
-        return self._metrics(numbers, schedule, factor, synthesised if detail else None)
+        return self._metrics(numbers, schedule, factor, shown if detail else None)
 
-    def _with_noise(self, images: Tensor, grid: int, iteration: int, factor: float) -> Tensor:
+    def _learn(
+        self, batch: Tensor, first_sample: int, iteration: int, factor: float
+    ) -> tuple[list[list[Tensor]], list[Tensor], list[Tensor]]:
+        """Of one part: each net's gradients, two mean energies a net (observed, synthesised), synthesised images."""
+        means, *images = self.observed(batch)
+        images = [self._with_noise(x, grid, iteration, factor, first_sample) for grid, x in enumerate(images, start=1)]
+        synthesised = self.synthesise([means, *images], iteration, first_sample)
+        gradients, energies = [], []
+        for grid, net in enumerate(self.model.nets, start=1):
+            on_real, on_chain = self._energies(net, images[grid - 1], synthesised[grid - 1])
+            loss = on_real.mean() - on_chain.mean()
+            if weight := self.config.stabilise.energy_l2:
+                loss = loss + weight * (on_real.square().mean() + on_chain.square().mean())
+            parameters = self.parameters[grid - 1]
+            found = torch.autograd.grad(loss, parameters, allow_unused=True)
+            gradients.append([torch.zeros_like(p) if g is None else g for p, g in zip(parameters, found, strict=True)])
+            energies += [on_real.detach().mean(), on_chain.detach().mean()]
+        return gradients, energies, synthesised
+
+    def _followers(self) -> list[Tensor]:
+        """Buffers that observed images move, where parts of a batch each move them from the same state."""
+        return [b for net in self.model.nets for b in net.buffers()] if self.config.batch_parts > 1 else []
+
+    def _with_noise(self, images: Tensor, grid: int, iteration: int, factor: float, first_sample: int = 0) -> Tensor:
         std = pick(self.config.stabilise.data_noise, grid - 1) * factor
         if std == 0:
             return images
         where = noise.stream(noise.Purpose.DATA_NOISE, grid)
-        draw = ops.noise(images.shape, seed=self.config.seed, step=iteration, stream=where, device=images.device)
+        draw = ops.noise(
+            images.shape, seed=self.config.seed, step=iteration, first_sample=first_sample, stream=where,
+            device=images.device,
+        )  # fmt: skip
         noisy = torch.add(images, draw, alpha=std)
         # Left outside the range, noise marks observed images as what no clamped chain can reach, and the energies part.
         return noisy.clamp_(*self.config.value_range) if self.config.stabilise.data_noise_clamp else noisy

@@ -18,6 +18,7 @@ from .. import files, pictures
 from ..errors import CheckpointError, ConfigError, DivergenceError
 from . import checkpoint
 from .config import TrainConfig
+from .distributed import Ranks
 from .feed import Batches
 from .interrupts import StopRequests
 from .methods import METHODS
@@ -29,19 +30,23 @@ CONFIG, MODEL, CHECKPOINTS, SAMPLES = "config.toml", "model.safetensors", "check
 # Keys that the states of a run hang on: another value would make a resumed run another run.
 FIXED = (
     "method", "channels", "sizes", "width", "variant", "norm", "activation", "spectral_norm", "value_range", "seed",
-    "batch_size", "flips", "classes", "langevin.steps", "optimiser.name",
+    "batch_size", "batch_parts", "flips", "classes", "langevin.steps", "optimiser.name",
 )  # fmt: skip
 
 
 class UpdateRule(abc.ABC):
     """A learning method: how the initial state is updated by a batch, what it looks like, and how it is stored."""
 
+    divisible = False  # whether a batch may be learnt from in parts, which is what several ranks do
+    ranks = Ranks()  # the loop sets it
+
     @abc.abstractmethod
     def update(self, batch: Tensor, iteration: int, *, detail: bool = False) -> dict[str, float]:
         """One parameter update from observed images (N, C, S, S), uint8 or float in the model's units.
 
-        `iteration` counts from 0; all randomness is a function of it and the seed. `detail` asks for measurements
-        that cost something. Raises DivergenceError, with nothing applied, where a number is not finite.
+        `batch` is the share of this rank. `iteration` counts from 0; all randomness is a function of it and the seed.
+        `detail` asks for measurements that cost something. Raises DivergenceError, with nothing applied, where a
+        number is not finite.
         """
 
     @abc.abstractmethod

@@ -19,10 +19,13 @@ class MultiGridRule(ContrastiveRule):
     each grid right after its chain is the same.
     """
 
-    def synthesise(self, observed: list[Tensor], iteration: int) -> list[Tensor]:
+    divisible = True
+
+    def synthesise(self, observed: list[Tensor], iteration: int, first_sample: int) -> list[Tensor]:
         results = self.model.cascade(
             observed[0],
             seed=self.config.seed,
+            first_sample=first_sample,
             first_step=[iteration * chain.steps for chain in self.model.langevin],
             purpose=noise.Purpose.TRAINING_CHAIN,
             precision=self.precision,
