@@ -46,6 +46,7 @@ class Purpose(enum.IntEnum):
     BANK_RESTART = 12
     SAMPLING_STATE = 13
     SAMPLING_BANK = 14
+    SIMULATED_DATA = 15
 
 
 def stream(purpose: Purpose | int, grid: int = 0) -> int:
