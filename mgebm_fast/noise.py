@@ -47,6 +47,7 @@ class Purpose(enum.IntEnum):
     SAMPLING_STATE = 13
     SAMPLING_BANK = 14
     SIMULATED_DATA = 15
+    OCCLUSION = 16
 
 
 def stream(purpose: Purpose | int, grid: int = 0) -> int:
