@@ -111,7 +111,7 @@ def shifts(ours, reference):
 
 
 def smallest_p(ours, reference):
-    """The smallest p of all two-sample tests times their number: what Holm's procedure first holds against the level."""
+    """The smallest p of all two-sample tests times their number: what Holm first holds against the level."""
     p = []
     for name in ("energy", "logit", "channel mean", "channel movement", "contrast"):
         p += [stats.ks_2samp(a, b).pvalue for a, b in zip(ours[name].T, reference[name].T, strict=True)]
