@@ -10,6 +10,10 @@ class BackendError(RuntimeError):
     """A backend that was asked for by name cannot run here; the message says what is missing."""
 
 
+class BatchTooLargeError(MemoryError):
+    """A batch does not fit in memory and cannot be split; the message says how many samples fit."""
+
+
 class CheckpointError(ValueError):
     """A checkpoint is truncated, of another model, or not a checkpoint at all."""
 

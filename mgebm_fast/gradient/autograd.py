@@ -11,6 +11,8 @@ from torch import Tensor
 class AutogradPlan:
     """One forward and one backward to x alone, in float32, as the energy itself computes them."""
 
+    precision = "fp32"
+
     def __init__(self, energy: Callable[[Tensor], Tensor], where: str, reason: str) -> None:
         self._energy, self._where, self._reason = energy, where, reason
         self._ones: Tensor | None = None

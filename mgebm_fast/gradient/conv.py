@@ -157,7 +157,7 @@ class ConvPlan:
     """
 
     def __init__(self, stack: Stack, energy: Any, precision: str, reason: str = "") -> None:
-        self._energy, self._precision, self._reason = energy, precision, reason
+        self._energy, self.precision, self._reason = energy, precision, reason
         self._dtype = TYPES[precision]
         self._shape = (stack.channels, *stack.size)
         # Pixels of the smallest map with batch statistics: they need two values a channel.
@@ -230,9 +230,9 @@ class ConvPlan:
         return self._head.expand(h.shape).clone(memory_format=self._layout)
 
     def explain(self) -> str:
-        where = "" if self._precision == "fp32" else "; first convolution, statistics and accumulation in fp32"
+        where = "" if self.precision == "fp32" else "; first convolution, statistics and accumulation in fp32"
         reason = f", because {self._reason}" if self._reason else ""
-        return f"conv, {self._precision} (the chain rule by hand{where}){reason}"
+        return f"conv, {self.precision} (the chain rule by hand{where}){reason}"
 
 
 def _form(stage: Stage) -> tuple[Any, ...]:

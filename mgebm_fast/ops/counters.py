@@ -27,6 +27,13 @@ class Counters:
     step_tensor: Tensor | None
     stream: int
 
+    def steps(self, start: int, stop: int) -> list[Counters]:
+        """The counters start … stop − 1 steps further on; with a step tensor, one device addition for all of them."""
+        if self.step_tensor is None:
+            return [dataclasses.replace(self, step=self.step + k) for k in range(start, stop)]
+        ladder = torch.arange(start, stop, device=self.step_tensor.device) + self.step_tensor
+        return [dataclasses.replace(self, step_tensor=step) for step in ladder.unbind()]
+
     @property
     def arguments(self) -> tuple:
         """The op's arguments, in the order of `SCHEMA`."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -9,7 +10,10 @@ import torch
 from torch import Tensor
 
 from .. import noise, ops
+from ..errors import BackendError
 from ..gradient.plan import Energy
+from . import graphs
+from .chain import Chain, place_of, prepare
 from .langevin import Langevin
 
 GridCallback = Callable[[int, int, Tensor], Any]
@@ -75,11 +79,13 @@ def cascade(
     callback: GridCallback | None = None,
     precision: str = "auto",
     backend: str = "auto",
+    graph: bool | None = None,
 ) -> list[Tensor]:
     """The result at every size, `start` first: each grid's chain starts at the replicated result of the one before.
 
     nets[i] and dynamics[i] serve sizes[i + 1], whose noise stream is (purpose, i + 1). With `known` and `mask` (at the
-    finest size, False = known) the known pixels stand at each size as the means of their blocks.
+    finest size, False = known) the known pixels stand at each size as the means of their blocks. `graph` as in
+    `langevin_sample`: one CUDA graph then holds all chains.
     """
     where = "cascade"
     if not isinstance(start, Tensor) or start.dtype != torch.float32:
@@ -93,6 +99,68 @@ def cascade(
         got = f"{len(dynamics)} and {len(steps)}"
         raise ValueError(f"{where}: langevin and first_step must hold one entry a net ({len(nets)}), got {got}")
     held = check_known(known, mask, (*start.shape[:2], *(sizes[-1],) * rank), start.device, where)
+    graph = graphs.graph_option(graph, callback, where)
+    grids = range(1, len(sizes))
+    options: dict[str, Any] = {"precision": precision, "backend": backend}
+
+    def name(grid: int) -> str:
+        return f"{where}: grid {grid} (size {sizes[grid]})"
+
+    def placing(grid: int) -> dict[str, Any]:
+        stream = noise.stream(purpose, grid)
+        return {"seed": seed, "first_sample": first_sample, "first_step": steps[grid - 1], "stream": stream}
+
+    def form(grid: int) -> tuple[Tensor, Tensor | None]:
+        x = start.new_empty((*start.shape[:2], *(sizes[grid],) * rank))
+        return x, None if held is None else updated_cells(held[1], sizes[grid])
+
+    def chain_of(grid: int) -> Chain:
+        x, cells = form(grid)
+        langevin = dynamics[grid - 1]
+        return prepare(
+            nets[grid - 1],
+            x,
+            langevin.steps,
+            langevin.update(),
+            mask=cells,
+            where=name(grid),
+            **placing(grid),
+            **options,
+        )
+
+    def build() -> graphs.StaticCascade:
+        chains = [chain_of(grid) for grid in grids]
+        for grid, chain in zip(grids, chains, strict=True):
+            if reason := graphs.why_not_plan(chain.plan, graph):
+                raise BackendError(f"{name(grid)}: {reason}")
+        statics = [graphs.StaticChain(c, form(g)[0], dynamics[g - 1].steps) for g, c in zip(grids, chains, strict=True)]
+        return graphs.StaticCascade(statics, start, held, functools.partial(walk, sizes))
+
+    ids = isinstance(first_sample, Tensor) and first_sample.dim() > 0
+    slot = graphs.slot_for_cascade(nets, start, held, graph, tuple(sizes), tuple(dynamics), purpose, ids, **options)
+    if slot is not None:
+        slot.refresh()
+        places = [place_of(form(g)[0], dynamics[g - 1].steps, where=name(g), **placing(g)) for g in grids]
+        found = slot.run(build, start, held, places)
+        if found is not None:
+            return found
+
+    def advance(grid: int, x: Tensor, cells: Tensor | None) -> Tensor:
+        return dynamics[grid - 1](
+            nets[grid - 1], x, mask=cells, graph=graph, where=name(grid), **placing(grid), **options,
+            callback=None if callback is None else _of_grid(callback, grid),
+        )  # fmt: skip
+
+    return walk(sizes, start, held, advance)
+
+
+def walk(
+    sizes: Sequence[int],
+    start: Tensor,
+    held: tuple[Tensor, Tensor] | None,  # (known, mask) at the finest size
+    advance: Callable[[int, Tensor, Tensor | None], Tensor],  # (grid, start of its chain, mask) -> its end
+) -> list[Tensor]:
+    """The way of a cascade: what a chain ended at, replicated, with known pixels imposed, is the next one's start."""
     means = ops.pyramid(held[0], list(sizes)) if held is not None else []
 
     def imposed(x: Tensor, grid: int) -> tuple[Tensor, Tensor | None]:
@@ -102,23 +170,8 @@ def cascade(
         return torch.where(cells, x, means[grid]), cells
 
     results = [imposed(start, 0)[0]]
-    for grid, (net, langevin) in enumerate(zip(nets, dynamics, strict=True), start=1):
-        x, cells = imposed(ops.upsample(results[-1], sizes[grid] // sizes[grid - 1]), grid)
-        results.append(
-            langevin(
-                net,
-                x,
-                mask=cells,
-                seed=seed,
-                first_sample=first_sample,
-                first_step=steps[grid - 1],
-                stream=noise.stream(purpose, grid),
-                precision=precision,
-                backend=backend,
-                callback=None if callback is None else _of_grid(callback, grid),
-                where=f"{where}: grid {grid} (size {sizes[grid]})",
-            )
-        )
+    for grid in range(1, len(sizes)):
+        results.append(advance(grid, *imposed(ops.upsample(results[-1], sizes[grid] // sizes[grid - 1]), grid)))
     return results
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -14,7 +15,9 @@ from ..errors import DivergenceError
 from ..gradient import GradientPlan, frozen_parameters, plan
 from ..gradient.plan import Energy
 from ..ops import counters
+from ..ops.edge_step import NO_BAD_STEP
 from ..ops.langevin_step import Update, check_grad, check_mask, launch, strides
+from . import graphs, memory
 
 Callback = Callable[[int, Tensor], Any]
 
@@ -31,39 +34,69 @@ class Chain:
     place: counters.Counters
     backend: str
     where: str
+    # Of a plan that may overflow: the first step whose gradient did, else NO_BAD_STEP; 0-dim int64 on the device.
+    bad_step: Tensor | None = None
+    graph: graphs.Slot | str = ""  # where a graph of it is, or why there is none
 
     def place_at(self, k: int) -> counters.Counters:
         """The noise counters of the chain's k-th step."""
-        if self.place.step_tensor is not None:
-            return dataclasses.replace(self.place, step_tensor=self.place.step_tensor + k)
-        return dataclasses.replace(self.place, step=self.place.step + k)
+        return self.place.steps(k, k + 1)[0]
 
-    def advance_(self, x: Tensor, start: int, stop: int, callback: Callback | None = None) -> None:
+    def advance_(self, x: Tensor, start: int, stop: int) -> None:
         """Steps start … stop − 1 of the chain, on x in place."""
+        advance = getattr(self.plan, "advance_", None)
+        if advance is not None and self.backend in getattr(self.plan, "backends", ("native",)):  # makes the steps itself
+            advance(x, self.place_at(start), stop - start, self.numbers, self.mask)
+            return
+        # inf and NaN come through the largest entry; what a clamp hides of them in x is seen here.
+        peaks = None if self.bad_step is None else x.new_empty(stop - start)
+        places = self.place.steps(start, stop)
         with frozen_parameters(self.energy):
-            for k in range(start, stop):
+            for k, place in enumerate(places):
                 gradient = check_grad(self.plan.gradient(x), x, self.where)
-                launch(x, gradient, self.mask, self.numbers, self.place_at(k), self.backend)
-                if callback is not None:
-                    callback(self.step_number(k), x)
+                if peaks is not None:
+                    torch.linalg.vector_norm(gradient, float("inf"), out=peaks[k])
+                launch(x, gradient, self.mask, self.numbers, place, self.backend)
+        if peaks is not None and self.bad_step is not None:
+            note_bad_steps_(self.bad_step, peaks, places)
 
     def step_number(self, k: int) -> int:
         """The noise counter of the k-th step, as callbacks and trajectories name it."""
         base = self.place.step if self.place.step_tensor is None else int(self.place.step_tensor)
         return base + k
 
-    def check_finite(self, x: Tensor, origin: Tensor, start: int, stop: int) -> None:
-        """Raise where x, reached from `origin` by steps start … stop − 1, is not finite; the steps are then replayed
-        to find the first bad one, so that a healthy chain pays for one look at its end."""
-        if _finite(x):
-            return
-        if not _finite(origin):
+    def healthy(self, x: Tensor) -> Tensor:
+        """Whether x and every gradient on the way to it are finite, 0-dim bool on x's device."""
+        fine = torch.isfinite(x).all()
+        return fine if self.bad_step is None else fine & (self.bad_step == NO_BAD_STEP)
+
+    def settle(self, x: Tensor, origin: Tensor, start: int, stop: int) -> Chain:
+        """See to it that x, reached from `origin` by steps start … stop − 1, is a state of the chain; one look at the
+        device where it is.
+
+        Where 16 bits overflowed, the steps are made again in float32, with a notice, and the chain to go on with is a
+        float32 one. A state that is not finite raises DivergenceError; the steps are then replayed to find the first
+        bad one, so that a healthy chain pays for one look at its end.
+        """
+        if bool(self.healthy(x)):
+            return self
+        if not bool(torch.isfinite(origin).all()):
             raise ValueError(f"{self.where}: x must be finite, got NaN or infinite values")
+        if self.bad_step is not None and int(self.bad_step) != NO_BAD_STEP:
+            warnings.warn(
+                f"{self.where}: the {self.plan.precision} gradient overflowed at step {int(self.bad_step)}; the chain "
+                "is run again in fp32",
+                stacklevel=2,
+            )
+            again = self.in_fp32(x)
+            x.copy_(origin)
+            memory.advance_(again, x, origin, start, stop)
+            return again.settle(x, origin, start, stop)
         replay = dense_copy(origin)
         bad = stop - 1
         for k in range(start, stop):
-            self.advance_(replay, k, k + 1)
-            if not _finite(replay):
+            memory.advance_(self, replay, replay.clone(), k, k + 1)
+            if not bool(torch.isfinite(replay).all()):
                 bad = k
                 break
         raise DivergenceError(
@@ -71,11 +104,38 @@ class Chain:
             "grad_clamp or clamp keeps a chain in bounds"
         )
 
+    def in_fp32(self, x: Tensor) -> Chain:
+        """The same chain with a float32 gradient."""
+        return dataclasses.replace(self, precision="fp32").planned(x)
+
+    def planned(self, x: Tensor) -> Chain:
+        """The same chain with a new plan for tensors like x, that has the energy's present weights."""
+        made = plan(self.energy, x, self.precision, self.where)
+        return dataclasses.replace(self, plan=made, bad_step=bad_step_cell(made, x.device), graph="")
+
     def run(self, x: Tensor, steps: int, callback: Callback | None = None) -> Tensor:
         """The state `steps` steps after x, a new tensor."""
+        if callback is None and isinstance(self.graph, graphs.Slot):
+            found = self.graph.run(lambda: graphs.StaticChain(self, x, steps), x, self.mask, self.place)
+            if found is not None:
+                return found[0]
         state = dense_copy(x)
-        self.advance_(state, 0, steps, callback)
-        self.check_finite(state, x, 0, steps)
+        if self.bad_step is not None:
+            self.bad_step.fill_(NO_BAD_STEP)
+        if callback is None:
+            memory.advance_(self, state, x, 0, steps)
+            self.settle(state, x, 0, steps)
+            return state
+        chain = self
+        with frozen_parameters(self.energy):
+            for k in range(steps):
+                before = state.clone()
+                memory.advance_(chain, state, before, k, k + 1)
+                # A callback cannot be told of a step again: an overflow is looked for first.
+                if chain.bad_step is not None and int(chain.bad_step) != NO_BAD_STEP:
+                    chain = chain.settle(state, before, k, k + 1)
+                callback(self.step_number(k), state)
+        chain.settle(state, x, 0, steps)
         return state
 
     def snapshots(self, x: Tensor, steps: int, every: int) -> Iterator[tuple[int, Tensor]]:
@@ -84,10 +144,10 @@ class Chain:
         for start in range(0, steps, every):
             stop = min(start + every, steps)
             # The caller may have changed the weights since, and a plan may hold what it made of them.
-            chain = dataclasses.replace(self, plan=plan(self.energy, state, self.precision, self.where))
+            chain = self.planned(state)
             origin = state.clone()
-            chain.advance_(state, start, stop)
-            chain.check_finite(state, origin, start, stop)
+            memory.advance_(chain, state, origin, start, stop)
+            chain.settle(state, origin, start, stop)
             yield self.step_number(stop - 1), state.clone()
 
 
@@ -104,31 +164,78 @@ def prepare(
     stream: int = 0,
     precision: str = "auto",
     backend: str = "auto",
+    graph: bool | None = False,
     where: str = "langevin_sample",
 ) -> Chain:
-    """Check every argument of a chain of `steps` steps on tensors like x, and resolve its gradient and backend."""
+    """Check every argument of a chain of `steps` steps on tensors like x, and resolve its gradient and backend.
+
+    `graph`: None takes a CUDA graph where one is safe, True insists on one, False takes none.
+    """
     if not isinstance(x, Tensor):
         raise TypeError(f"{where}: x must be a tensor, got {type(x).__name__}")
     if x.dtype != torch.float32:
         raise TypeError(f"{where}: x must be float32, got {x.dtype}; x.float() converts it")
     if x.dim() == 0:
         raise ValueError(f"{where}: x must have shape (N, ...), got a 0-dim tensor")
+    place = place_of(x, steps, seed=seed, first_sample=first_sample, first_step=first_step, stream=stream, where=where)
+    mask = None if mask is None else check_mask(mask, x, where)
+    backend = ops.choose("langevin_step", backend, x.device)
+    slot = graphs.slot_for(energy, x, mask, place, graph, steps, numbers, precision, backend)
+    if isinstance(slot, graphs.Slot) and slot.refresh():
+        made = slot.static.chain.plan
+    else:
+        made = plan(energy, x, precision, where)
+        slot = graphs.why_not_plan(made, graph) or slot
+    graphs.insist(graph, slot, where)
+    return Chain(
+        energy=energy,
+        numbers=numbers,
+        plan=made,
+        precision=precision,
+        mask=mask,
+        place=place,
+        backend=backend,
+        where=where,
+        bad_step=bad_step_cell(made, x.device),
+        graph=slot,
+    )
+
+
+def place_of(
+    x: Tensor,
+    steps: int,
+    *,
+    seed: int | Tensor,
+    first_sample: int | Tensor,
+    first_step: int | Tensor,
+    stream: int,
+    where: str,
+) -> counters.Counters:
+    """The checked counters of a chain of `steps` steps on tensors like x."""
     samples, elements = x.shape[0], x.shape[1:].numel()
     place = counters.check(
         where, samples, elements, x.device, seed=seed, first_sample=first_sample, step=first_step, stream=stream
     )
     if place.step_tensor is None:
         noise.check_counter(place.step, "first_step", where, last=steps - 1)
-    return Chain(
-        energy=energy,
-        numbers=numbers,
-        plan=plan(energy, x, precision, where),
-        precision=precision,
-        mask=None if mask is None else check_mask(mask, x, where),
-        place=place,
-        backend=ops.choose("langevin_step", backend, x.device),
-        where=where,
-    )
+    return place
+
+
+def bad_step_cell(plan: GradientPlan, device: torch.device) -> Tensor | None:
+    """Where a plan's overflow is noted: the plan's own cell, a new one for any float16 plan, None for the others."""
+    cell = getattr(plan, "bad_step", None)
+    if cell is None and getattr(plan, "precision", "fp32") == "fp16":
+        cell = torch.full((), NO_BAD_STEP, device=device)
+    return cell
+
+
+def note_bad_steps_(bad_step: Tensor, peaks: Tensor, places: list[counters.Counters]) -> None:
+    """bad_step ← its minimum with the counters of the steps whose largest gradient entry is not finite."""
+    tensors = [place.step_tensor for place in places if place.step_tensor is not None]
+    first = places[0].step
+    steps = torch.stack(tensors) if tensors else torch.arange(first, first + len(places), device=peaks.device)
+    noted = torch.where(torch.isfinite(peaks), NO_BAD_STEP, steps).min()
+    bad_step.copy_(torch.minimum(bad_step, noted))
 
 
 def dense_copy(x: Tensor) -> Tensor:
@@ -136,7 +243,3 @@ def dense_copy(x: Tensor) -> Tensor:
     with torch.inference_mode(False), torch.no_grad():
         layout = torch.contiguous_format if strides(x) is None else torch.preserve_format
         return x.detach().clone(memory_format=layout)
-
-
-def _finite(x: Tensor) -> bool:
-    return bool(torch.isfinite(x).all())

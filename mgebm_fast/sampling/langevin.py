@@ -10,6 +10,8 @@ from torch import Tensor
 from ..gradient.plan import Energy
 from ..ops.langevin_step import Update, update
 from .chain import Callback, prepare
+from .graphs import graph_option
+from .memory import coupling_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,13 +67,15 @@ class Langevin:
         stream: int = 0,
         precision: str = "auto",
         backend: str = "auto",
+        graph: bool | None = None,
         callback: Callback | None = None,
         where: str = "langevin_sample",
     ) -> Tensor:
         """The state after `steps` steps from x; arguments as in `langevin_sample`; `where` starts error messages."""
         chain = prepare(
             energy, x, self.steps, self.update(), mask=mask, seed=seed, first_sample=first_sample,
-            first_step=first_step, stream=stream, precision=precision, backend=backend, where=where,
+            first_step=first_step, stream=stream, precision=precision, backend=backend,
+            graph=graph_option(graph, callback, where), where=where,
         )  # fmt: skip
         return chain.run(x, self.steps, callback)
 
@@ -104,12 +108,22 @@ class Langevin:
         return chain.snapshots(x, self.steps, every)
 
     def explain(
-        self, energy: Energy, x: Tensor, *, mask: Tensor | None = None, precision: str = "auto", backend: str = "auto"
+        self,
+        energy: Energy,
+        x: Tensor,
+        *,
+        mask: Tensor | None = None,
+        precision: str = "auto",
+        backend: str = "auto",
+        graph: bool | None = None,
     ) -> str:
-        """What a chain on (energy, x) would run: the numbers of the update, the gradient plan, the backend, and why."""
+        """What a chain on (energy, x) would run, and why: the numbers of the update, the gradient's plan and its
+        precision with why a faster one does not run, the update's backend, whether a CUDA graph holds the chain, and
+        whether the samples of a batch are coupled."""
         chain = prepare(
-            energy, x, self.steps, self.update(), mask=mask, precision=precision, backend=backend, where="explain"
-        )
+            energy, x, self.steps, self.update(), mask=mask, precision=precision, backend=backend, graph=graph,
+            where="explain",
+        )  # fmt: skip
         numbers = chain.numbers
         parts = [f"{self.steps} steps", f"drift {numbers.drift:g}", f"noise_std {numbers.noise_std:g}"]
         if self.reference_std is not None:
@@ -121,7 +135,14 @@ class Langevin:
         if mask is not None:
             parts.append("pixels held where the mask is False")
         why = "named" if backend != "auto" else f"the fastest that is usable for {x.device.type} tensors"
-        return f"{', '.join(parts)}; gradient: {chain.plan.explain()}; update: {chain.backend} backend, {why}"
+        captured = chain.graph if isinstance(chain.graph, str) else ""
+        graphed = f"no, because {captured}" if captured else chain.graph.explain()  # type: ignore[union-attr]
+        coupled = coupling_of(energy)
+        samples = f"coupled, {coupled}" if coupled else "independent"
+        return (
+            f"{', '.join(parts)}; gradient: {chain.plan.explain()}; update: {chain.backend} backend, {why}; "
+            f"graph: {graphed}; samples: {samples}"
+        )
 
 
 def langevin_sample(
@@ -144,6 +165,7 @@ def langevin_sample(
     stream: int = 0,
     precision: str = "auto",
     backend: str = "auto",
+    graph: bool | None = None,
     callback: Callback | None = None,
 ) -> Tensor:
     """Run a Langevin chain on each sample of x: a drop-in for a hand-written loop.
@@ -159,8 +181,11 @@ def langevin_sample(
         seed, first_sample, first_step, stream: the noise of sample i at step k is a function of (seed,
             first_sample + i, first_step + k, stream, pixel) alone. So 30 steps are 10 and then 20 with first_step=10,
             and a batch of 8 has the noise of 4 and then 4 with first_sample=4. `first_sample` may be N ids.
-        precision: of the gradient, "fp32" or "auto" (fp32 for the autograd plan). State and update are float32.
+        precision: of the gradient, "auto", "fp32", "bf16" or "fp16" (docs/langevin.md). State and update are float32.
         backend: of the update, "auto", "native", "triton" or "reference".
+        graph: None: on CUDA devices the chain of a net that the conv plan takes is captured in a CUDA graph at its
+            second run, and replayed from then on. True: that of any module (its code must not wait for the device), or
+            an error that says why not. False: no graph. Results are the same bit for bit.
         callback: callback(step, x) after each step, with step = first_step + k and x the live state; copy it to
             keep it.
 
@@ -170,6 +195,8 @@ def langevin_sample(
     Raises:
         TypeError, ValueError: an argument is not as above, or the energy does not return shape (N,).
         DivergenceError: the chain became non-finite; the message names the step.
+        BatchTooLargeError: the batch does not fit in memory, and batch statistics couple its samples. Other batches
+            are split, with a warning.
     """
     dynamics = Langevin(
         steps=steps, step_size=step_size, noise_scale=noise_scale, drift=drift, noise_std=noise_std,
@@ -177,5 +204,5 @@ def langevin_sample(
     )  # fmt: skip
     return dynamics(
         energy, x, mask=mask, seed=seed, first_sample=first_sample, first_step=first_step, stream=stream,
-        precision=precision, backend=backend, callback=callback,
+        precision=precision, backend=backend, graph=graph, callback=callback,
     )  # fmt: skip

@@ -1,0 +1,346 @@
+"""Whole chains at fixed addresses, which a CUDA graph captures once and replays for every batch and after every update.
+
+A static chain reads its start, its mask and its noise counters (seed, first sample, first step) from buffers of its own
+and leaves the state in one; weights are refreshed inside the plan, in place. So nothing of a call is baked into a graph
+but shapes and the dynamics: what differs in those has a graph of its own. `run_once` is plain code: on a CPU, where the
+tests run it, it is the chain itself.
+
+A chain is captured when it is asked for the second time; a chain that is run once pays nothing for graphs.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import os
+import threading
+import weakref
+from collections.abc import Callable, Hashable, Sequence
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import BackendError
+from ..gradient import GradientPlan
+from ..gradient.autograd import AutogradPlan
+from ..ops import counters
+from ..ops.edge_step import NO_BAD_STEP
+from ..ops.langevin_step import strides
+from .memory import is_out_of_memory
+
+if TYPE_CHECKING:
+    from .chain import Chain
+
+DEVICES = ("cuda",)
+CAPTURE_AT = 2  # the run of a chain that captures it
+KEPT = 8  # graphs an energy keeps: those used last
+_SHELF = "_mgebm_chains"
+
+
+class Static(Protocol):
+    """What a graph holds: buffers, and the code between them."""
+
+    healthy: Tensor  # 0-dim bool, whether the last run was
+
+    def refresh(self) -> None: ...
+    def load(self, *arguments: Any) -> None: ...
+    def run_once(self) -> None: ...
+    def results(self) -> list[Tensor]: ...
+
+
+class StaticChain:
+    """A chain of `steps` steps on tensors like x, between fixed addresses."""
+
+    def __init__(self, chain: Chain, x: Tensor, steps: int) -> None:
+        from .chain import dense_copy
+
+        self.steps = steps
+        with torch.inference_mode(False), torch.no_grad():
+            self.x = dense_copy(x)  # the start, then the state
+            self._counters = torch.zeros(3, dtype=torch.int64, device=x.device)
+            ids = chain.place.sample_tensor
+            self._ids = self._counters[1] if ids is None or ids.dim() == 0 else ids.clone()
+            self._mask = None if chain.mask is None else chain.mask.clone()
+            self.healthy = torch.ones((), dtype=torch.bool, device=x.device)
+        place = dataclasses.replace(
+            chain.place, seed=0, seed_tensor=self._counters[0], first_sample=0, sample_tensor=self._ids, step=0,
+            step_tensor=self._counters[2],
+        )  # fmt: skip
+        self.chain = dataclasses.replace(chain, mask=self._mask, place=place, graph="")
+
+    def refresh(self) -> None:
+        """The energy's present weights, at the addresses of the old ones."""
+        self.chain.plan.refresh()
+
+    def load(self, x: Tensor | None, mask: Tensor | None, place: counters.Counters) -> None:
+        """The start, the mask and the counters of the next run. None of x and mask: they are written from elsewhere."""
+        if x is not None:
+            self.x.copy_(x)
+        if mask is not None and self._mask is not None:
+            self._mask.copy_(mask)
+        sources = (
+            (self._counters[0], place.seed, place.seed_tensor),
+            (self._ids, place.first_sample, place.sample_tensor),
+            (self._counters[2], place.step, place.step_tensor),
+        )
+        for buffer, number, tensor in sources:
+            buffer.fill_(number) if tensor is None else buffer.copy_(tensor)
+
+    def enter(self, x: Tensor, mask: Tensor | None) -> None:
+        """The start and the mask, as part of what is captured."""
+        self.load(x, mask, self.chain.place)
+
+    def run_once(self) -> None:
+        if self.chain.bad_step is not None:
+            self.chain.bad_step.fill_(NO_BAD_STEP)
+        self.chain.advance_(self.x, 0, self.steps)
+        self.healthy.copy_(self.chain.healthy(self.x))
+
+    def results(self) -> list[Tensor]:
+        return [self.x.clone()]
+
+
+class StaticCascade:
+    """All chains of a cascade, coarse to fine, and what lies between them."""
+
+    def __init__(
+        self,
+        chains: Sequence[StaticChain],
+        start: Tensor,
+        held: tuple[Tensor, Tensor] | None,
+        walk: Callable[..., list[Tensor]],  # walk(start, held, advance): `cascade.walk` of the sizes
+    ) -> None:
+        self.chains, self._walk = chains, walk
+        with torch.inference_mode(False), torch.no_grad():
+            self._start, self._first = start.detach().clone(), start.detach().clone()
+            self._held = None if held is None else (held[0].clone(), held[1].clone())
+            self.healthy = torch.ones((), dtype=torch.bool, device=start.device)
+
+    def refresh(self) -> None:
+        for chain in self.chains:
+            chain.refresh()
+
+    def load(self, start: Tensor, held: tuple[Tensor, Tensor] | None, places: Sequence[counters.Counters]) -> None:
+        self._start.copy_(start)
+        if held is not None and self._held is not None:
+            self._held[0].copy_(held[0])
+            self._held[1].copy_(held[1])
+        for chain, place in zip(self.chains, places, strict=True):
+            chain.load(None, None, place)
+
+    def run_once(self) -> None:
+        def advance(grid: int, x: Tensor, cells: Tensor | None) -> Tensor:
+            chain = self.chains[grid - 1]
+            chain.enter(x, cells)
+            chain.run_once()
+            return chain.x
+
+        self._first.copy_(self._walk(self._start, self._held, advance)[0])
+        self.healthy.copy_(torch.stack([chain.healthy for chain in self.chains]).all())
+
+    def results(self) -> list[Tensor]:
+        return [self._first.clone(), *(chain.x.clone() for chain in self.chains)]
+
+
+class Lane:
+    """What graphs that never run at the same time share: a memory pool, and who uses it now."""
+
+    def __init__(self) -> None:
+        self.lock = threading.RLock()
+        self._pool: Any = None
+        self._graphs: weakref.WeakSet[Any] = weakref.WeakSet()
+        self.last: Any = None  # event after the last replay: the next may come from another stream
+
+    def record(self, body: Callable[[], None], device: torch.device) -> Callable[[], None]:
+        """Run `body` once to warm libraries up, capture it, and return what replays it."""
+        with torch.cuda.device(device):
+            if not self._graphs:  # a pool is gone with its last graph
+                self._pool = torch.cuda.graph_pool_handle()
+            side, current = torch.cuda.Stream(device), torch.cuda.current_stream(device)
+            side.wait_stream(current)
+            with torch.cuda.stream(side):
+                body()
+            current.wait_stream(side)
+            graph = torch.cuda.CUDAGraph()
+            # Other threads (a loader that pins memory) may go on calling CUDA meanwhile.
+            with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+                body()
+            self._graphs.add(graph)
+        return graph.replay
+
+    def before(self, device: torch.device) -> None:
+        if self.last is not None:
+            torch.cuda.current_stream(device).wait_event(self.last)
+
+    def after(self, device: torch.device) -> None:
+        if device.type == "cuda":
+            self.last = torch.cuda.current_stream(device).record_event()
+
+
+_lanes: dict[Hashable, Lane] = collections.defaultdict(Lane)
+
+
+class Slot:
+    """The place of one chain, or cascade, of an energy: how often it ran, and its graph from the second run on."""
+
+    def __init__(self, device: torch.device, lane: Hashable = 0) -> None:
+        self.device = device
+        self.lane = _lanes[device, lane]
+        self.runs = 0
+        self.refusal = ""  # why it could not be captured
+        self.static: Any = None
+        self._replay: Callable[[], None] | None = None
+
+    def refresh(self) -> bool:
+        """Give what is captured the present weights; False where nothing is, or the energy has become another one."""
+        if self.static is None:
+            return False
+        try:
+            with self.lane.lock:
+                self.lane.before(self.device)
+                self.static.refresh()
+        except BackendError:
+            self.static = self._replay = None
+            self.runs = 0
+            return False
+        return True
+
+    def launch(self, build: Callable[[], Static], *arguments: Any) -> tuple[list[Tensor], Tensor] | None:
+        """(results, whether they are healthy) without waiting for them; None where this run is not from a graph."""
+        self.runs += 1
+        if self.refusal or (self.static is None and self.runs < CAPTURE_AT):
+            return None
+        with self.lane.lock:
+            self.lane.before(self.device)
+            if self.static is None:
+                self._capture(build)
+            if self._replay is None:
+                return None
+            self.static.load(*arguments)
+            self._replay()
+            found = self.static.results(), self.static.healthy.clone()
+            self.lane.after(self.device)
+        return found
+
+    def run(self, build: Callable[[], Static], *arguments: Any) -> list[Tensor] | None:
+        """The results, where they come from a graph and are healthy; one look at the device."""
+        found = self.launch(build, *arguments)
+        return found[0] if found is not None and bool(found[1]) else None
+
+    def _capture(self, build: Callable[[], Static]) -> None:
+        try:
+            static = build()
+            self._replay = self.lane.record(static.run_once, self.device)
+            self.static = static
+        except RuntimeError as error:  # also torch.OutOfMemoryError: the chain runs without a graph then
+            self.refusal = f"its capture failed: {' '.join(str(error).split())}"
+            if self.device.type == "cuda" and is_out_of_memory(error):
+                torch.cuda.empty_cache()
+
+    def explain(self) -> str:
+        if self.refusal:
+            return f"no, because {self.refusal}"
+        if self.static is not None:
+            return "captured, and replayed from now on"
+        return f"captured at run {CAPTURE_AT} of this shape"
+
+
+class _Shelf(collections.OrderedDict[Hashable, Slot]):
+    """The slots of an energy, kept on the module itself and gone with it; a copy of the module begins without."""
+
+    def __deepcopy__(self, memo: Any) -> _Shelf:
+        return _Shelf()
+
+    def __reduce__(self) -> Any:
+        return _Shelf, ()
+
+
+def slot_of(module: nn.Module, key: Hashable, device: torch.device, lane: Hashable = 0) -> Slot:
+    """The slot of `key`, new where there is none; the slots used last are kept."""
+    shelf = module.__dict__.setdefault(_SHELF, _Shelf())
+    slot = shelf.pop(key, None) or Slot(device, lane)
+    shelf[key] = slot
+    while len(shelf) > KEPT:
+        shelf.popitem(last=False)
+    return slot
+
+
+def graph_option(graph: bool | None, callback: Any, where: str) -> bool | None:
+    """`graph` itself, or False where a callback must see every step."""
+    if graph is not None and not isinstance(graph, bool):
+        raise TypeError(f"{where}: graph must be True, False or None, got {graph!r}")
+    if graph is True and callback is not None:
+        raise ValueError(f"{where}: graph=True runs a chain whole, and leaves no steps to tell the callback of")
+    return graph if callback is None else False
+
+
+def why_not(energy: Any, x: Tensor, graph: bool | None) -> str:
+    """Why chains of `energy` on tensors like x are not captured, whatever their plan; an empty string when they are."""
+    if graph is False:
+        return "graph=False was asked for"
+    if x.device.type not in DEVICES:
+        return f"CUDA graphs are not for {x.device.type} tensors"
+    if graph is None and os.environ.get("MGEBM_GRAPHS", "1") in ("", "0"):
+        return "MGEBM_GRAPHS=0"
+    if not isinstance(energy, nn.Module):
+        return f"a {type(energy).__name__} is not a module, and may do anything"
+    if x.numel() == 0:
+        return "the batch is empty"
+    if strides(x) is None:
+        return "x is neither contiguous nor channels-last"
+    if torch.compiler.is_compiling() or (x.device.type == "cuda" and torch.cuda.is_current_stream_capturing()):
+        return "the caller captures or compiles it"
+    return ""
+
+
+def why_not_plan(plan: GradientPlan, graph: bool | None) -> str:
+    """Why a plan is not captured; an empty string when it is."""
+    if isinstance(plan, AutogradPlan) and graph is not True:
+        return "the autograd plan runs the energy's own code, which may wait for the device; graph=True captures it"
+    return ""
+
+
+def form_of(x: Tensor, mask: Tensor | None, place: counters.Counters) -> tuple[Hashable, ...]:
+    """What of a call's tensors a graph is for."""
+    ids = place.sample_tensor is not None and place.sample_tensor.dim() > 0
+    return tuple(x.shape), strides(x), x.device, None if mask is None else tuple(mask.shape), ids, place.stream
+
+
+def addresses(module: nn.Module) -> tuple[int, ...]:
+    """Where a module's own tensors lie: a graph over its own code is for these alone."""
+    return tuple(tensor.data_ptr() for tensor in (*module.parameters(), *module.buffers()))
+
+
+def slot_for(
+    energy: Any, x: Tensor, mask: Tensor | None, place: counters.Counters, graph: bool | None, *rest: Hashable
+) -> Slot | str:
+    """The slot of a chain, or why it is not captured; `rest`: the numbers that a graph is for beside shapes."""
+    reason = why_not(energy, x, graph)
+    if reason:
+        return reason
+    own = addresses(energy) if graph is True else ()
+    return slot_of(energy, (form_of(x, mask, place), own, *rest), x.device)
+
+
+def slot_for_cascade(
+    nets: Sequence[Any],
+    start: Tensor,
+    held: tuple[Tensor, Tensor] | None,
+    graph: bool | None,
+    *rest: Hashable,
+    **options: Hashable,
+) -> Slot | None:
+    """The slot of a whole cascade, None where its chains are not captured; they say why, each for itself."""
+    if any(why_not(net, start, graph) for net in nets):
+        return None
+    own = tuple(addresses(net) for net in nets) if graph is True else ()
+    form = (tuple(start.shape), start.device, held is None)
+    key = ("cascade", tuple(id(net) for net in nets), form, own, rest, tuple(sorted(options.items())))
+    return slot_of(nets[0], key, start.device)
+
+
+def insist(graph: bool | None, found: Slot | str, where: str) -> None:
+    """Raise where graph=True was asked for and cannot be had."""
+    if graph is True and isinstance(found, str):
+        raise BackendError(f"{where}: graph=True cannot be had: {found}")
