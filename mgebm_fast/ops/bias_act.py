@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -66,7 +68,7 @@ def check_activation(activation: str, slope: float, where: str) -> None:
         raise TypeError(f"{where}: slope must be a number, got {type(slope).__name__}")
 
 
-def check_map(t: Tensor, name: str, where: str, like: Tensor | None = None) -> None:
+def check_map(t: Any, name: str, where: str, like: Tensor | None = None) -> None:
     """Raise unless t is a dense 16- or 32-bit map (N, C, *spatial); with `like`, of its shape, layout and device."""
     if not isinstance(t, Tensor):
         raise TypeError(f"{where}: {name} must be a tensor, got {type(t).__name__}")
@@ -114,7 +116,7 @@ def check_head(head: Tensor, z: Tensor, where: str) -> Tensor:
     return (head if z.is_contiguous() else head.movedim(0, -1)).contiguous().reshape(-1)
 
 
-def check_bits(mask: Tensor, z: Tensor, where: str) -> None:
+def check_bits(mask: Any, z: Tensor, where: str) -> None:
     size = -(-z.numel() // 8)
     if not isinstance(mask, Tensor) or mask.dtype != torch.uint8 or tuple(mask.shape) != (size,):
         got = f"{mask.dtype} {tuple(mask.shape)}" if isinstance(mask, Tensor) else repr(mask)

@@ -21,6 +21,7 @@ MAX_LAYERS = 4
 MAX_SITES = 16  # pixels of x and of every map
 MAX_ELEMENTS = 256  # of x: a program holds a tile of samples in registers
 MAX_WIDTH = 4096
+MAX_SPLIT = 32
 PAD = 64  # widths are padded to multiples of this, with zeros
 
 
@@ -204,8 +205,8 @@ def dense_chain_(
     check_state(x, OP)
     if not x.is_contiguous() or x[:1].numel() not in (net.sizes[0], 0):
         raise ValueError(
-            f"{OP}: x must be contiguous with {net.sizes[0]} elements a sample, got shape {tuple(x.shape)} with strides "
-            f"{x.stride()}"
+            f"{OP}: x must be contiguous with {net.sizes[0]} elements a sample, got shape {tuple(x.shape)} with "
+            f"strides {x.stride()}"
         )
     if net.head.device != x.device:
         raise ValueError(f"{OP}: net must be on {x.device}, as x is, got one on {net.head.device}")
@@ -245,8 +246,6 @@ def dense_chain_(
         )  # fmt: skip
     return x
 
-
-MAX_SPLIT = 32
 
 
 @torch.library.custom_op(

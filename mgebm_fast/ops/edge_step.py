@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.nn.grad import conv2d_input
 
 from . import counters
 from .backend import choose, past_dispatcher
@@ -319,7 +320,7 @@ def edge_step_reference(
     placed: counters.Counters,
 ) -> None:
     """The formula in plain torch: float64 throughout, rounded to float32 once at the end."""
-    grad = torch.nn.grad.conv2d_input(
+    grad = conv2d_input(
         list(x.shape), weights.weight.double(), upstream.double(), weights.stride, weights.padding, weights.dilation
     )
     grad = grad * unscale

@@ -18,6 +18,7 @@ import torch
 
 _HERE = pathlib.Path(__file__).parent
 _KERNELS = _HERE.parents[1] / "kernels"
+_NAMES = sorted(path.stem for path in _KERNELS.glob("*.py") if path.stem != "__init__")
 
 
 def _import_triton() -> bool:
@@ -46,7 +47,7 @@ def _module(name: str, path: pathlib.Path, **options: object) -> types.ModuleTyp
 
 @functools.cache
 def load(interpret: bool) -> types.SimpleNamespace:
-    """The modules philox, noise, langevin_step and probe (probe.py of this folder)."""
+    """The modules of kernels/, and probe (probe.py of this folder)."""
     if not _HAVE_TRITON:
         pytest.skip("triton is not installed: `pip install triton`")
     import triton
@@ -59,9 +60,15 @@ def load(interpret: bool) -> types.SimpleNamespace:
     with knobs.runtime.scope():
         knobs.runtime.interpret = interpret
         _module(package, _KERNELS / "__init__.py", submodule_search_locations=[str(_KERNELS)])
-        modules = {name: importlib.import_module(f"{package}.{name}") for name in ("philox", "noise", "langevin_step")}
+        modules = {name: importlib.import_module(f"{package}.{name}") for name in _NAMES}
         modules["probe"] = _module(f"{package}.probe", _HERE / "probe.py")
     return types.SimpleNamespace(**modules)
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path_factory, monkeypatch):
+    """What is compiled here is kept for this run alone, and its cubins are found."""
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path_factory.getbasetemp() / "triton"))
 
 
 @pytest.fixture
