@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import os
 import shlex
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -15,7 +18,8 @@ from .options import INTERRUPTED, Device, Threads, find_device, load_images, use
 if TYPE_CHECKING:
     import torch
 
-    from ..learning import TrainConfig
+    from ..learning import Outcome, TrainConfig
+    from ..learning.distributed import Ranks
 
 
 def train(
@@ -61,6 +65,9 @@ def train(
     Ctrl-C saves a checkpoint and says how to go on; --resume then gives, bit for bit, the run that was never stopped.
     With --resume the configuration is the run's own; only what --set, --data and --precision name is changed.
 
+    Several processes or GPUs train together under torchrun, each on its part of every batch:
+    torchrun --nproc-per-node 2 -m mgebm_fast train digits --out runs/digits
+
     \b
     In the run folder:
       config.toml                  the whole configuration
@@ -69,37 +76,63 @@ def train(
       checkpoints/                 safetensors and JSON, each whole or not there
       model.safetensors            the trained model
     """
-    from rich.console import Console
+    from ..learning import apply_overrides, distributed
 
-    from ..learning import apply_overrides, check_new
-    from ..learning import train as fit
-
-    chosen, folder = _configure(config, out, resume)
-    if data is not None:
-        chosen = dataclasses.replace(chosen, data=_lasting(data))
-    changes = [*(settings or []), *([] if precision is None else [f"precision={precision}"])]
-    chosen = apply_overrides(chosen, changes)
-    if not resume:
-        check_new(folder)
-    where = find_device(device)
     use_threads(threads)
-    size, channels = chosen.sizes[-1], chosen.channels
-    images = load_images(chosen.data, size, channels, chosen.classes, split="train", strict=strict)
-    # The held-out part is not trained on, but its bad images are told of, or refused, now and not after hours.
-    load_images(chosen.data, size, channels, chosen.classes, split="held_out", strict=strict)
-    ladder = "→".join(str(size) for size in chosen.sizes)
-    typer.echo(f"{chosen.name}: {len(images)} images of {images.name}, sizes {ladder}, on {_named(where)}", err=True)
-    outcome = fit(
-        chosen,
-        out=folder,
-        data=images,
-        resume=resume,
-        device=where,
-        console=Console(stderr=True),
-        resume_command=_how_to_resume(folder, device, threads),
-    )
+    where = distributed.local_device(device) if distributed.launched() else find_device(device)
+    with distributed.joined(where) as ranks, _one_voice(ranks):
+        with ranks.together():
+            chosen, folder = _configure(config, out, resume)
+            if data is not None:
+                chosen = dataclasses.replace(chosen, data=_lasting(data))
+            changes = [*(settings or []), *([] if precision is None else [f"precision={precision}"])]
+            chosen = apply_overrides(chosen, changes)
+        outcome = _fit(chosen, folder, resume, strict, where, _how_to_resume(folder, device, threads, ranks), ranks)
     if not outcome.finished:
         raise typer.Exit(INTERRUPTED)
+
+
+def _fit(
+    config: TrainConfig, folder: Path, resume: bool, strict: bool, device: torch.device, command: str, ranks: Ranks
+) -> Outcome:
+    from rich.console import Console
+
+    from ..learning import check_new
+    from ..learning import train as fit
+
+    size, channels = config.sizes[-1], config.channels
+    with ranks.together():
+        if not resume and ranks.first:
+            check_new(folder)
+    with ranks.together():
+        images = load_images(config.data, size, channels, config.classes, split="train", strict=strict)
+        # The held-out part is not trained on, but its bad images are told of, or refused, now and not after hours.
+        load_images(config.data, size, channels, config.classes, split="held_out", strict=strict)
+    ladder = "→".join(str(size) for size in config.sizes)
+    where = f"{_named(device)}{f', {ranks.size} ranks' if ranks.size > 1 else ''}"
+    typer.echo(f"{config.name}: {len(images)} images of {images.name}, sizes {ladder}, on {where}", err=True)
+    console = Console(stderr=True)
+    return fit(
+        config, out=folder, data=images, resume=resume, device=device, console=console, resume_command=command,
+        ranks=ranks,
+    )  # fmt: skip
+
+
+@contextlib.contextmanager
+def _one_voice(ranks: Ranks) -> Iterator[None]:
+    """Rank 0 speaks. Another says nothing, unless of an error that rank 0 does not know."""
+    if ranks.first:
+        yield
+        return
+    try:
+        with open(os.devnull, "w") as nowhere, contextlib.redirect_stderr(nowhere):
+            yield
+    except Exception as error:
+        if ranks.failed:
+            raise typer.Exit(1) from error
+        raise
+    except KeyboardInterrupt:
+        raise typer.Exit(INTERRUPTED) from None
 
 
 def _named(device: torch.device) -> str:
@@ -136,8 +169,13 @@ def _lasting(data: str) -> str:
     return data if is_builtin(data) or not path.exists() else str(path.resolve())
 
 
-def _how_to_resume(folder: Path, device: str, threads: int | None) -> str:
-    command = ["mgebm", "train", "--out", str(folder), "--resume"]
+def _how_to_resume(folder: Path, device: str, threads: int | None, ranks: Ranks) -> str:
+    command = ["mgebm"]
+    if ranks.size > 1:
+        here = int(os.environ.get("LOCAL_WORLD_SIZE", ranks.size))
+        hosts = [] if here == ranks.size else ["--nnodes", str(ranks.size // here)]
+        command = ["torchrun", *hosts, "--nproc-per-node", str(here), "-m", "mgebm_fast"]
+    command += ["train", "--out", str(folder), "--resume"]
     command += [] if device == "auto" else ["--device", device]
     command += [] if threads is None else ["--threads", str(threads)]
     return shlex.join(command)

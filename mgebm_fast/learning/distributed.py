@@ -116,8 +116,8 @@ class Ranks:
         if failure is None:
             mine[:, :length] = torch.stack(rows)
         table = mine.new_empty((parts, length + 1))
-        with _reaching("the gradients of another rank"):
-            dist.all_gather_into_tensor(table, mine)
+        with self._reaching("another rank"):
+            dist.all_gather(list(table.split(len(shares))), mine)
         found = [int(number) for number in table[:: len(shares), -1].tolist()]
         if _FAILED in found:
             self._fail(found.index(_FAILED), failure)
@@ -164,7 +164,7 @@ class Ranks:
         if self.size == 1:
             return [number]
         numbers = [torch.zeros(1, dtype=torch.int64) for _ in range(self.size)]
-        with _reaching("another rank"):
+        with self._reaching("another rank"):
             dist.all_gather(numbers, torch.tensor([number]), group=self._host)
         return [int(n) for n in numbers]
 
@@ -176,7 +176,7 @@ class Ranks:
         said = text.encode()[:_TEXT_BYTES]
         if self.rank == source:
             letters[: len(said)] = torch.frombuffer(bytearray(said), dtype=torch.uint8) if said else 0
-        with _reaching(f"rank {source}"):
+        with self._reaching(f"rank {source}"):
             dist.broadcast(letters, source, group=self._host)
         return bytes(letters.tolist()).rstrip(b"\0").decode(errors="ignore")
 
@@ -184,7 +184,7 @@ class Ranks:
         """Give every rank the values of rank 0, in place."""
         for tensor in tensors if self.size > 1 else []:
             sent = tensor.detach().to(self._meeting_place()).contiguous()
-            with _reaching("rank 0"):
+            with self._reaching("rank 0"):
                 dist.broadcast(sent, 0)
             tensor.detach().copy_(sent)
 
@@ -206,20 +206,20 @@ class Ranks:
         kind = _ERRORS.get(name)
         raise kind(message) if kind else RuntimeError(f"rank {rank}: {name}: {message}")
 
+    @contextlib.contextmanager
+    def _reaching(self, whom: str) -> Iterator[None]:
+        try:
+            yield
+        except RuntimeError as error:
+            self.failed = self.rank > 0
+            raise RankLost(f"torchrun: {whom} cannot be reached any more, a process of this run has ended") from error
+
     @staticmethod
     def _meeting_place() -> torch.device:
         """Where tensors are exchanged: on the rank's GPU over NCCL, else in main memory."""
         if "nccl" in str(dist.get_backend_config()):
             return torch.device("cuda", torch.cuda.current_device())
         return torch.device("cpu")
-
-
-@contextlib.contextmanager
-def _reaching(whom: str) -> Iterator[None]:
-    try:
-        yield
-    except RuntimeError as error:
-        raise RankLost(f"torchrun: {whom} cannot be reached any more, a process of this run has ended") from error
 
 
 def launched() -> bool:

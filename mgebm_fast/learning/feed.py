@@ -13,15 +13,19 @@ class Batches:
     """Batch `iteration` takes places iteration·B … iteration·B + B − 1 of the epochs' shuffles, laid end to end.
 
     Epoch e is `noise.permutation(n, seed, step=e)`. No image is left out of an epoch, and a set smaller than a batch
-    still fills it. With `flips` a bit of the AUGMENTATION stream mirrors each image along its last dimension.
+    still fills it. With `flips` a bit of the AUGMENTATION stream mirrors each image along its last dimension. All ranks
+    go through one order; `places` of a batch are the share that this one reads, by default the whole.
     """
 
-    def __init__(self, data: ImageData, batch_size: int, *, seed: int, flips: bool = False) -> None:
+    def __init__(
+        self, data: ImageData, batch_size: int, *, seed: int, flips: bool = False, places: range | None = None
+    ) -> None:
         self.data, self.batch_size, self.seed, self.flips = data, batch_size, seed, flips
+        self.places = range(batch_size) if places is None else places
         self._orders: dict[int, Tensor] = {}
 
     def indices(self, iteration: int) -> Tensor:  # (B,) int64
-        """Which images batch `iteration` holds."""
+        """Which images batch `iteration` holds, over all ranks."""
         n, place, parts, left = len(self.data), iteration * self.batch_size, [], self.batch_size
         while left:
             epoch, offset = divmod(place, n)
@@ -30,12 +34,15 @@ class Batches:
             place, left = place + len(part), left - len(part)
         return torch.cat(parts)
 
-    def batch(self, iteration: int) -> Tensor:  # (B, C, S, S) uint8, on the CPU
-        """The images of batch `iteration`."""
-        images = self.data.batch(self.indices(iteration))
+    def batch(self, iteration: int) -> Tensor:  # (len(places), C, S, S) uint8, on the CPU
+        """The images at `places` of batch `iteration`."""
+        images = self.data.batch(self.indices(iteration)[self.places.start : self.places.stop])
         if self.flips:
             where = noise.stream(noise.Purpose.AUGMENTATION)
-            draw = ops.noise((len(images), 1), seed=self.seed, step=iteration, stream=where, distribution="uniform")
+            draw = ops.noise(
+                (len(images), 1), seed=self.seed, step=iteration, first_sample=self.places.start, stream=where,
+                distribution="uniform",
+            )  # fmt: skip
             images = torch.where(draw.reshape(-1, *[1] * (images.dim() - 1)) > 0.5, images.flip(-1), images)
         return images
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import abc
 import contextlib
 import dataclasses
+import functools
 import os
 import time
 from collections.abc import Mapping
@@ -18,7 +19,7 @@ from .. import files, pictures
 from ..errors import CheckpointError, ConfigError, DivergenceError
 from . import checkpoint
 from .config import TrainConfig
-from .distributed import Ranks
+from .distributed import RankLost, Ranks
 from .feed import Batches
 from .interrupts import StopRequests
 from .methods import METHODS
@@ -80,7 +81,10 @@ class Outcome:
 
 
 class Loop:
-    """Runs a rule on batches; `out` is the run's folder, None for a run that leaves nothing behind."""
+    """Runs a rule on batches; `out` is the run's folder, None for a run that leaves nothing behind.
+
+    Every rank runs the loop; the first alone writes to `out` and to the console.
+    """
 
     def __init__(
         self,
@@ -91,8 +95,16 @@ class Loop:
         out: Path | None = None,
         console: Console | None = None,
         resume_command: str | None = None,
+        ranks: Ranks | None = None,
     ) -> None:
-        self.rule, self.batches, self.config, self.out, self.console = rule, batches, config, out, console
+        self.ranks = rule.ranks = ranks or Ranks()
+        if config.batch_parts > 1 and not rule.divisible:
+            raise ConfigError(
+                f"batch_parts must be 1, on one rank, for the method {config.method!r}, which learns from whole "
+                f"batches, got {config.batch_parts}"
+            )
+        self.rule, self.batches, self.config, self.out = rule, batches, config, out
+        self.console = console if self.ranks.first else None
         self.iteration = 0
         self._owns = False  # whether what lies in `out` is this run's
         self._resume_command = resume_command or f"mgebm train {out}/{CONFIG} --out {out} --resume"
@@ -101,6 +113,10 @@ class Loop:
 
     def save(self, folder: Path) -> Path:
         """A checkpoint at exactly `folder`."""
+        with self.ranks.together():
+            return self._save(folder) if self.ranks.first else folder
+
+    def _save(self, folder: Path) -> Path:
         state = {
             "iteration": self.iteration,
             "images": len(self.batches.data),
@@ -110,27 +126,32 @@ class Loop:
 
     def resume(self, path: Path) -> int:
         """Go on from a checkpoint folder, or from a run folder's newest good checkpoint; the updates made so far."""
-        if (path / checkpoint.STATE).exists():
-            folder, state = path, self._read_named(path)
-        elif (path / CONFIG).is_file():
-            with checkpoint.exclusive(path):
-                checkpoint.clean(path / CHECKPOINTS)
-                found = self._newest_of_run(path)
-            if found is None:
-                self._owns = self._owns or self._is_out(path)
-                self.say(f"{path}: no checkpoint yet, training starts from the beginning")
-                return 0
-            folder, state = found
+        found: tuple[Path, dict[str, Any]] | None = None
+        with self.ranks.together():  # the first rank tidies up, and chooses for all
+            if self.ranks.first:
+                found = self._find(path)
+        name = self.ranks.tell(str(found[0]) if found else "")
+        if name:
+            with self.ranks.together():
+                folder, state = found or (Path(name), checkpoint.read(Path(name)))
+                self._check_same_run(state, folder)
+                self.rule.read(folder)
+                self.iteration = int(state["iteration"])
         else:
-            what = "is not a run's folder" if path.is_dir() else "does not exist"
-            raise CheckpointError(
-                f"resume: must be a folder with a {CONFIG} or a checkpoint's, got {path}, which {what}"
-            )
-        self._check_same_run(state, folder)
-        self.rule.read(folder)
-        self.iteration = int(state["iteration"])
+            self.say(f"{path}: no checkpoint yet, training starts from the beginning")
         self._owns = self._owns or self._is_out(path)
         return self.iteration
+
+    def _find(self, path: Path) -> tuple[Path, dict[str, Any]] | None:
+        """The checkpoint that `path` means, with its state; None for a run that has none yet."""
+        if (path / checkpoint.STATE).exists():
+            return path, self._read_named(path)
+        if (path / CONFIG).is_file():
+            with checkpoint.exclusive(path):
+                checkpoint.clean(path / CHECKPOINTS)
+                return self._newest_of_run(path)
+        what = "is not a run's folder" if path.is_dir() else "does not exist"
+        raise CheckpointError(f"resume: must be a folder with a {CONFIG} or a checkpoint's, got {path}, which {what}")
 
     def _is_out(self, path: Path) -> bool:
         """Whether `path` is the run's folder or one of its checkpoints."""
@@ -161,6 +182,8 @@ class Loop:
             section, _, leaf = name.rpartition(".")
             mine = (ours.get(section, {}) if section else ours).get(leaf)
             stored = (theirs.get(section, {}) if section else theirs).get(leaf)
+            if name == "batch_parts" and stored is None:  # a run from before there were parts
+                stored = 1
             if mine != stored:
                 raise ConfigError(
                     f"resume: {name} must be {stored!r}, as in {folder}, got {mine!r}; a run with another value is "
@@ -181,31 +204,41 @@ class Loop:
     def run(self, stop: int) -> Outcome:
         """Updates until `stop` have been made in all, or a signal asks to stop."""
         began = time.monotonic()
-        with contextlib.ExitStack() as held:
-            held.enter_context(checkpoint.naming_a_full_disk(self._how_to_go_on))
-            if self.out is not None:
-                if not self._owns:
-                    check_new(self.out)
-                self.out.mkdir(parents=True, exist_ok=True)
-                held.enter_context(checkpoint.exclusive(self.out))
-                self._open_folder(self.out)
-            if self.iteration >= stop and self.iteration > 0:
-                self.say(f"nothing left to do: {self.iteration} updates were made, {stop} asked for")
-                if self.out is not None:  # the last run may have been killed just before it wrote this
-                    self.rule.write_model(self.out / MODEL, self.iteration)
-            else:
-                self._run(stop)
+        advice = functools.partial(self._how_to_go_on, "free some space and ")
+        try:
+            with checkpoint.naming_a_full_disk(advice), contextlib.ExitStack() as held:
+                with self.ranks.together():
+                    if self.out is not None and self.ranks.first:
+                        self._claim(self.out, held)
+                if self.iteration >= stop and self.iteration > 0:
+                    self.say(f"nothing left to do: {self.iteration} updates were made, {stop} asked for")
+                    with self.ranks.together():
+                        if self.out is not None and self.ranks.first:
+                            # the last run may have been killed just before it wrote this
+                            self.rule.write_model(self.out / MODEL, self.iteration)
+                else:
+                    self._run(stop)
+        except RankLost as error:
+            raise RankLost(f"{error}; {self._how_to_go_on()}") from error
         seconds = time.monotonic() - began
         return Outcome(self.iteration, self.iteration >= stop, seconds)
 
+    def _claim(self, out: Path, held: contextlib.ExitStack) -> None:
+        if not self._owns:
+            check_new(out)
+        out.mkdir(parents=True, exist_ok=True)
+        held.enter_context(checkpoint.exclusive(out))
+        self._open_folder(out)
+
     def _run(self, stop: int) -> None:
         began = time.monotonic()
-        with (
-            StopRequests(self._announce_stop) as stopping,
-            Progress(self.console, self.iteration, stop) as progress,
-            self._recorder() as recorder,
-        ):
-            self._iterate(stop, stopping, progress, recorder)
+        with contextlib.ExitStack() as held:
+            stopping = held.enter_context(StopRequests(self._announce_stop))
+            self.ranks.stop_when(lambda: stopping.requested)
+            progress = held.enter_context(Progress(self.console, self.iteration, stop))
+            with self.ranks.together():
+                recorder = held.enter_context(self._recorder())
+            self._iterate(stop, progress, recorder)
         if self.iteration < stop:
             where = f"; saved in {self.last_checkpoint()}; to go on:\n  {self._resume_command}" if self.out else ""
             self.say(f"stopped after {self.iteration} of {stop} updates{where}")
@@ -213,10 +246,11 @@ class Loop:
             took = duration(time.monotonic() - began)
             self.say(f"{self.iteration} updates done in {took}; the model: {self.out / MODEL}")
 
-    def _iterate(self, stop: int, stopping: StopRequests, progress: Progress, recorder: Recorder | None) -> None:
+    def _iterate(self, stop: int, progress: Progress, recorder: Recorder | None) -> None:
         config, spent, updates = self.config, 0.0, 0
         if self.iteration >= stop:  # steps = 0: the untrained model is the result
-            self._save_in_run(final=True)
+            with self.ranks.together():
+                self._save_in_run(final=True)
         while self.iteration < stop:
             done = self.iteration + 1
             logged = done % config.log_every == 0 or done == stop
@@ -228,16 +262,21 @@ class Loop:
             self.iteration = done
             spent, updates = spent + time.monotonic() - begin, updates + 1
             progress.update(done, self.rule.headline(metrics), logged=logged)
-            if logged and recorder is not None:
-                recorder.add(done, {**metrics, "seconds_per_update": spent / updates})
-                spent, updates = 0.0, 0
-            if _due(done, config.sample_every) or done == stop:
-                self._draw(done)
-            if _due(done, config.checkpoint_every) or done == stop or stopping.requested:
-                if recorder is not None:
-                    recorder.synchronise()
-                self._save_in_run(final=done == stop)
-            if stopping.requested:
+            drawn = _due(done, config.sample_every) or done == stop
+            stops = self.ranks.stops()
+            saved = _due(done, config.checkpoint_every) or done == stop or stops
+            if self.out is not None and (logged or drawn or saved):
+                with self.ranks.together():
+                    if logged and recorder is not None:
+                        recorder.add(done, {**metrics, "seconds_per_update": spent / updates})
+                        spent, updates = 0.0, 0
+                    if drawn:
+                        self._draw(done)
+                    if saved:
+                        if recorder is not None:
+                            recorder.synchronise()
+                        self._save_in_run(final=done == stop)
+            if stops:
                 return
 
     def _open_folder(self, out: Path) -> None:
@@ -249,21 +288,21 @@ class Loop:
         self._owns = True
 
     def _recorder(self) -> contextlib.AbstractContextManager[Recorder | None]:
-        if self.out is None:
+        if self.out is None or not self.ranks.first:
             return contextlib.nullcontext()
         return contextlib.closing(Recorder(self.out, self.iteration))
 
     def _save_in_run(self, *, final: bool) -> None:
-        if self.out is None:
+        if self.out is None or not self.ranks.first:
             return
         root = self.out / CHECKPOINTS
-        self.save(root / checkpoint.name_of(self.iteration))
+        self._save(root / checkpoint.name_of(self.iteration))
         checkpoint.prune(root, self.config.keep_checkpoints)
         if final or (self.out / MODEL).exists():  # a run made longer: what it is sampled with does not fall behind
             self.rule.write_model(self.out / MODEL, self.iteration)
 
     def _draw(self, done: int) -> None:
-        if self.out is None:
+        if self.out is None or not self.ranks.first:
             return
         count = min(36, len(self.batches.data))
         spread = [i * len(self.batches.data) // count for i in range(count)]
@@ -288,15 +327,16 @@ class Loop:
             saves = ", then saves" if self.out is not None else ""
             os.write(2, f"\n{signal_name}: finishing this update{saves}; once more aborts\n".encode())
 
-    def _how_to_go_on(self) -> str:
+    def _how_to_go_on(self, first: str = "") -> str:
         last = self.last_checkpoint()
         if last is None:
             begun = self.out is not None and (self.out / CONFIG).is_file()
             again = f"begin again with: {self._resume_command}" if begun else "start again"
-            return f"nothing was saved yet; free some space and {again}"
-        return f"the last checkpoint, {last}, is whole; free some space and go on with: {self._resume_command}"
+            return f"nothing was saved yet; {first}{again}"
+        return f"the last checkpoint, {last}, is whole; {first}go on with: {self._resume_command}"
 
     def _diverged(self, error: DivergenceError) -> DivergenceError:
+        self.ranks.failed = not self.ranks.first  # all ranks averaged the same numbers
         last = self.last_checkpoint()
         good = f"the last good checkpoint is {last}" if last else "there is no checkpoint yet"
         return DivergenceError(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +12,10 @@ from rich.console import Console
 from torch import Tensor
 
 from ..data import ImageData, load
+from ..errors import ConfigError
 from ..sampling import MultiGrid
 from .config import TrainConfig, merge
+from .distributed import Ranks, joined
 from .feed import Batches
 from .loop import Loop, Outcome, check_new
 from .methods import METHODS
@@ -39,6 +43,8 @@ class MultiGridTrainer:
         console: where progress is shown; default: a rich Console on standard error.
         quiet: show nothing.
         resume_command: what the message after Ctrl-C tells the user to type.
+        ranks: the processes that train together; default: those of torch.distributed's default group, where there is
+            one (`learning.distributed`). Models given take the weights of rank 0's.
         overrides: keys of `TrainConfig` to change; sections take a dict.
 
     Raises ValueError where model, configuration and data do not fit each other.
@@ -55,8 +61,10 @@ class MultiGridTrainer:
         console: Console | None = None,
         quiet: bool = False,
         resume_command: str | None = None,
+        ranks: Ranks | None = None,
         **overrides: Any,
     ) -> None:
+        ranks = Ranks.present() if ranks is None else ranks
         named = data is None or isinstance(data, (str, Path))
         if config is None:
             config = merge(TrainConfig(), {} if model is None else describe_model(model))
@@ -65,7 +73,7 @@ class MultiGridTrainer:
                 config = merge(config, {"data": str(data) if named else name})
             if not named and resume_command is None:
                 resume_command = "the same trainer: .resume(), then .fit()"
-        config = merge(config, overrides)
+        config = _parted(merge(config, overrides), ranks)
         built = model is None
         method = METHODS[config.method]
         if model is None:
@@ -77,14 +85,23 @@ class MultiGridTrainer:
             device = "cuda" if torch.cuda.is_available() else "cpu"
         self.model = model if device is None else model.to(device)
         self.config = config
-        self.data = _images(data, config)
-        self.model.batch_size = config.batch_size
-        self.model.set_colours(self._colours())
+        with ranks.together():
+            self.data = _images(data, config)
+        # Batch statistics couple the samples of a part, in training and so in sampling.
+        self.model.batch_size = config.batch_size // (config.batch_parts if self.model.norm == "batch" else 1)
+        colours = self._colours()
+        ranks.check_same("configuration", zlib.crc32(config.to_toml().encode()))
+        ranks.check_same("images", zlib.crc32(colours.numpy().tobytes(), len(self.data)))
+        self.model.set_colours(colours)
+        ranks.follow_first_([*self.model.parameters(), *self.model.buffers()])
         self.rule = method.build_rule(self.model, config, images=len(self.data))
-        batches = Batches(self.data, config.batch_size, seed=config.seed, flips=config.flips)
+        places = ranks.places(config.batch_size)
+        batches = Batches(self.data, config.batch_size, seed=config.seed, flips=config.flips, places=places)
         folder = None if out is None else Path(out)
         console = None if quiet else console or Console(stderr=True)
-        self._loop = Loop(self.rule, batches, config, out=folder, console=console, resume_command=resume_command)
+        self._loop = Loop(
+            self.rule, batches, config, out=folder, console=console, resume_command=resume_command, ranks=ranks
+        )
 
     @property
     def iteration(self) -> int:
@@ -111,6 +128,8 @@ class MultiGridTrainer:
 
     def step(self, batch: Tensor) -> dict[str, float]:  # (N, C, S, S) uint8, or float32 in value_range units
         """One update from a batch of the caller's; the numbers that a record of the metrics holds.
+
+        Of several ranks each gives its share, in the order of ranks and all of one length.
 
         Raises ValueError or TypeError for a batch of another shape, dtype or with non-finite pixels.
         """
@@ -160,21 +179,37 @@ def train(
     console: Console | None = None,
     quiet: bool = False,
     resume_command: str | None = None,
+    ranks: Ranks | None = None,
 ) -> Outcome:
     """What `mgebm train` does: check the folder, read the data, build the model, and fit or go on.
 
-    `data` replaces what `config.data` names; `strict` refuses data with an image that cannot be read.
+    `data` replaces what `config.data` names; `strict` refuses data with an image that cannot be read. Under torchrun
+    the processes train together.
     """
-    if not resume:
-        check_new(Path(out))
-    if not isinstance(data, ImageData):
-        data = load_data(config, source=data, strict=strict)
-    trainer = MultiGridTrainer(
-        None, data, config, out=out, device=device, console=console, quiet=quiet, resume_command=resume_command
-    )
-    if resume:
-        trainer.resume()
-    return trainer.fit()
+    where = None if device is None else torch.device(device)
+    with joined(where) if ranks is None else contextlib.nullcontext(ranks) as group:
+        with group.together():
+            if not resume and group.first:
+                check_new(Path(out))
+            if not isinstance(data, ImageData):
+                data = load_data(config, source=data, strict=strict)
+        trainer = MultiGridTrainer(
+            None, data, config, out=out, device=device, console=console, quiet=quiet, resume_command=resume_command,
+            ranks=group,
+        )  # fmt: skip
+        if resume:
+            trainer.resume()
+        return trainer.fit()
+
+
+def _parted(config: TrainConfig, ranks: Ranks) -> TrainConfig:
+    """The configuration with its batches in as many parts as there are ranks, where it does not say how many."""
+    parts = config.batch_parts if config.batch_parts > 1 else ranks.size
+    if parts % ranks.size:
+        raise ConfigError(f"torchrun: the number of ranks must divide batch_parts, {parts}, got {ranks.size}")
+    if config.batch_size % parts:
+        raise ConfigError(f"torchrun: the number of ranks must divide batch_size, {config.batch_size}, got {parts}")
+    return merge(config, {"batch_parts": parts})
 
 
 def _check_fit(model: MultiGrid, config: TrainConfig) -> None:
