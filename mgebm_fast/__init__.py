@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from .errors import BackendError, CheckpointError, ConfigError, DataError, DivergenceError
     from .learning import MultiGridTrainer
     from .nets import EnergyNet
-    from .sampling import Langevin, MultiGrid, langevin_sample
+    from .sampling import HMC, MALA, Langevin, MultiGrid, langevin_sample
 
 __version__ = "0.1.0"
 
@@ -25,7 +25,9 @@ _NAMES = {
     "DataError": "errors",
     "DivergenceError": "errors",
     "EnergyNet": "nets",
+    "HMC": "sampling",
     "Langevin": "sampling",
+    "MALA": "sampling",
     "MultiGrid": "sampling",
     "MultiGridTrainer": "learning",
     "langevin_sample": "sampling",
@@ -38,7 +40,9 @@ __all__ = [
     "DataError",
     "DivergenceError",
     "EnergyNet",
+    "HMC",
     "Langevin",
+    "MALA",
     "MultiGrid",
     "MultiGridTrainer",
     "data",
