@@ -44,8 +44,8 @@ class Chain:
 
     def advance_(self, x: Tensor, start: int, stop: int) -> None:
         """Steps start … stop − 1 of the chain, on x in place."""
-        advance = getattr(self.plan, "advance_", None)
-        if advance is not None and self.backend in getattr(self.plan, "backends", ("native",)):  # makes the steps itself
+        advance = getattr(self.plan, "advance_", None)  # of a plan that makes the steps itself, on some backends
+        if advance is not None and self.backend in getattr(self.plan, "backends", ("native",)):
             advance(x, self.place_at(start), stop - start, self.numbers, self.mask)
             return
         # inf and NaN come through the largest entry; what a clamp hides of them in x is seen here.

@@ -34,7 +34,7 @@ _SAYINGS = (
     "could not create a memory object",
 )  # fmt: skip
 # Energies of the same samples in another company may differ by rounding, by statistics they differ by far more.
-_COUPLED = 1e-3
+_COUPLED = 1e-4
 
 # energy -> {(shape of a sample, device): samples that fitted}
 _fitted: MutableMapping[Any, dict[tuple[Any, ...], int]] = weakref.WeakKeyDictionary()

@@ -58,7 +58,7 @@ def test_it_is_the_hand_written_loop(place):
 def test_decoupled_form_through_a_net_is_the_hand_written_loop():
     net = multigrid_net(8, norm="none", variant="compact", activation="silu")
     x = images() / 127.5 - 1.0
-    got = langevin_sample(net, x, steps=5, drift=0.5, noise_std=0.03, clamp=(-1.0, 1.0), seed=2)
+    got = langevin_sample(net, x, steps=5, drift=0.5, noise_std=0.03, clamp=(-1.0, 1.0), seed=2, precision="fp32")
     expected = hand_written(net.double(), x, steps=5, drift=0.5, noise_std=0.03, clamp=(-1, 1), seed=2)
     torch.testing.assert_close(got.double(), expected, rtol=0, atol=1e-5)
 
@@ -256,9 +256,15 @@ def test_explain_says_numbers_plan_and_backend():
         "N(0, 50²)",
         "±0.1",
         "[0, 255]",
-        "autograd, fp32, because",
+        "gradient: ",
+        "graph: no, because CUDA graphs are not for cpu tensors",
+        "samples: coupled, norm='batch' normalises by the statistics of the batch",
     ):
         assert part in text
+    assert "autograd, fp32, because function is not" in dynamics.explain(quadratic, images(size=4))
+    assert text.endswith("batch") and dynamics.explain(multigrid_net(4, norm="none"), images(size=4)).endswith(
+        "independent"
+    )
     assert "reference backend, named" in dynamics.explain(multigrid_net(4), images(size=4), backend="reference")
 
 

@@ -139,7 +139,8 @@ def test_any_energies_may_stand_in_for_the_nets():
 
 def test_explain_has_a_line_a_grid():
     lines = model().explain().splitlines()
-    assert len(lines) == 3 and all("; gradient: " in line and ", fp32, " in line for line in lines)
+    parts = ("; gradient: ", "; update: ", "; graph: no, because ", "; samples: independent")
+    assert len(lines) == 3 and all(part in line for line in lines for part in parts)
     assert lines[2].startswith("grid 3 (size 8): 2 steps")
 
 
