@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from timing import copy_bandwidth, device_name, interleaved
+
+from mgebm_fast.benchmarks.timing import copy_bandwidth, device_name, interleaved
 
 DEVICES = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
 ROWS: list[dict] = []

@@ -13,6 +13,7 @@ from typer.core import TyperGroup
 
 from .. import __version__
 from ..errors import BackendError, DivergenceError
+from .bench import bench
 from .evaluate import evaluate
 from .options import INTERRUPTED
 from .report import doctor, presets
@@ -93,7 +94,7 @@ def about(
     """
 
 
-for command in (train, sample, evaluate, presets, doctor):
+for command in (train, sample, evaluate, bench, presets, doctor):
     app.command()(command)
 
 

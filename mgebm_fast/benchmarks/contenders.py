@@ -1,0 +1,85 @@
+"""Who is measured: this package's chains, the baselines of `loops`, and the other packages of `peers`."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import re
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from ..nets import EnergyNet
+from ..sampling import Langevin
+from . import peers
+from .loops import CompiledLoop, Loop, bf16_cast_loop, plain_loop, seed_loop
+from .peers import BoundLoop
+
+SEED = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Contender:
+    """`loop(net, plain)` gives the chain of one net; `precision` is what the gradient is computed in."""
+
+    name: str
+    what: str
+    precision: str
+    loop: Callable[[EnergyNet, nn.Module], BoundLoop]
+    plain: Callable[[], Loop] | None = None  # the loop as a part of plain training, where it has one
+    ours: str = ""  # the precision to ask this package for; empty: not this package
+    slow: bool = False  # compiles or needs another package: measured on demand
+    wall: bool = False  # works where torch's streams do not see it
+
+
+def _ours(precision: str) -> Contender:
+    def loop(net: EnergyNet, plain: nn.Module) -> BoundLoop:
+        return lambda x, dynamics: dynamics(net, x, seed=SEED, precision=precision)
+
+    what = "this package, as it chooses" if precision == "auto" else f"this package, {precision}"
+    return Contender(f"mgebm_{precision}", what, precision, loop, ours=precision)
+
+
+def _baseline(name: str, what: str, precision: str, make: Callable[[], Loop], slow: bool = False) -> Contender:
+    def loop(net: EnergyNet, plain: nn.Module) -> BoundLoop:
+        return functools.partial(make(), plain)
+
+    return Contender(name, what, precision, loop, plain=make, slow=slow)
+
+
+CONTENDERS = {
+    contender.name: contender
+    for contender in (
+        _ours("auto"),
+        _ours("fp32"),
+        _baseline("plain_loop", "autograd.grad, frozen weights", "fp32", lambda: plain_loop),
+        _baseline("seed_loop", "backward() with live weights, retain_graph", "fp32", lambda: seed_loop),
+        _baseline("bf16_cast_loop", "plain_loop, net cast to bf16", "bf16", lambda: bf16_cast_loop),
+        _baseline("compile_fp32", "torch.compile of the step", "fp32", lambda: CompiledLoop(torch.float32), slow=True),
+        _baseline("compile_bf16", "the same, net in bf16", "bf16", lambda: CompiledLoop(torch.bfloat16), slow=True),
+        Contender("torchebm", "TorchEBM's LangevinDynamics", "fp32", peers.torchebm_loop, slow=True),
+        Contender("posteriors", "posteriors' SGLD", "fp32", peers.posteriors_loop, slow=True),
+        Contender("jax_scan", "JAX, one jitted lax.scan", "fp32", peers.jax_loop, slow=True, wall=True),
+    )
+}
+OURS, BASELINE = "mgebm_auto", "plain_loop"
+QUICK = tuple(name for name, contender in CONTENDERS.items() if not contender.slow)
+
+
+def precision_of(contender: Contender, explained: str, device: str) -> str:
+    """What the gradient is computed in: of this package's chains, what `explain()` says.
+
+    On a GPU torch's float32 convolutions, and XLA's, are TF32 unless they are told otherwise.
+    """
+    precision = contender.precision
+    if contender.ours:
+        found = re.search(r"\b(fp32|tf32|bf16|fp16)\b", explained.partition("gradient: ")[2])
+        precision = found[1] if found else precision
+    if precision == "fp32" and device.startswith("cuda") and torch.backends.cudnn.allow_tf32:
+        return "tf32"
+    return precision
+
+
+def explain(contender: Contender, net: nn.Module, x: Tensor, dynamics: Langevin) -> str:
+    return dynamics.explain(net, x, precision=contender.ours) if contender.ours else contender.what

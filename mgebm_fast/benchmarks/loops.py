@@ -1,0 +1,223 @@
+"""The baselines: the Langevin loops and the training step that one writes in plain PyTorch.
+
+A loop takes (energy, x, dynamics) and returns x after `dynamics.steps` steps; `energy` is what `plain_net` builds. The
+loops draw their noise with `torch.randn_like` and know nothing of this package's ops.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import adaptive_avg_pool2d, interpolate
+
+from ..learning import TrainConfig, build_model
+from ..learning.keys import pick
+from ..nets import EnergyNet
+from ..ops.langevin_step import Update
+from ..sampling import Langevin
+
+Loop = Callable[[nn.Module, Tensor, Langevin], Tensor]
+
+
+def plain_net(net: EnergyNet) -> nn.Sequential:
+    """The same energy, (N, C, S, S) -> (N,), with the same weights, as a stack of PyTorch's own layers."""
+    activations: dict[str, Callable[[], nn.Module]] = {
+        "leaky_relu": lambda: nn.LeakyReLU(net.negative_slope), "relu": nn.ReLU, "silu": nn.SiLU, "elu": nn.ELU,
+        "none": nn.Identity,
+    }  # fmt: skip
+    layers: list[nn.Module] = []
+    for layer in net.convolutions:
+        outputs, inputs = layer.weight.shape[:2]
+        conv = nn.Conv2d(inputs, outputs, layer.kernel, layer.stride, layer.padding, bias=layer.bias is not None)
+        conv.weight.data.copy_(layer.effective_weight())
+        if layer.bias is not None and conv.bias is not None:
+            conv.bias.data.copy_(layer.bias)
+        layers.append(conv)
+        if layer.norm is not None:
+            norm = nn.BatchNorm2d(outputs, track_running_stats=False)
+            norm.weight.data.copy_(layer.norm.weight)
+            norm.bias.data.copy_(layer.norm.bias)
+            layers.append(norm)
+        layers.append(activations[net.activation]())
+    if net.head is None or net.head.bias is None:
+        raise ValueError("plain_net: net must have a linear head, got head='sum'")
+    head = nn.Linear(net.head.weight.shape[1], 1)
+    head.weight.data.copy_(-net.head.effective_weight())
+    head.bias.data.copy_(-net.head.bias)
+    return nn.Sequential(*layers, nn.Flatten(), head, nn.Flatten(0)).to(net.head.weight.device)
+
+
+def langevin_update(x: Tensor, gradient: Tensor, numbers: Update) -> Tensor:
+    """One step as a line of torch: x ← clamp(x − drift·(clip(∇E, ±c) + (x − m)/σ²) + noise_std·ε)."""
+    if numbers.grad_clamp < math.inf:
+        gradient = gradient.clamp(-numbers.grad_clamp, numbers.grad_clamp)
+    if numbers.inverse_variance:
+        gradient = gradient + (x - numbers.reference_mean) * numbers.inverse_variance
+    x = x - numbers.drift * gradient
+    if numbers.noise_std:
+        x = x + numbers.noise_std * torch.randn_like(x)
+    return x.clamp(numbers.low, numbers.high) if numbers.low > -math.inf else x
+
+
+def seed_loop(energy: nn.Module, x: Tensor, dynamics: Langevin) -> Tensor:
+    """`backward()` with live weights and `retain_graph=True`: every step computes weight gradients for nothing."""
+    numbers = dynamics.update()
+    for _ in range(dynamics.steps):
+        x = x.detach().requires_grad_()
+        energy(x).sum().backward(retain_graph=True)
+        assert x.grad is not None
+        x = langevin_update(x.detach(), x.grad, numbers)
+    energy.zero_grad()
+    return x
+
+
+def plain_loop(energy: nn.Module, x: Tensor, dynamics: Langevin) -> Tensor:
+    """`autograd.grad` with frozen weights, in x's own precision: the loop written with care."""
+    numbers = dynamics.update()
+    energy.requires_grad_(False)
+    for _ in range(dynamics.steps):
+        x = x.detach().requires_grad_()
+        (gradient,) = torch.autograd.grad(energy(x).sum(), x)
+        x = langevin_update(x.detach(), gradient, numbers)
+    energy.requires_grad_(True)
+    return x
+
+
+def bf16_cast_loop(energy: nn.Module, x: Tensor, dynamics: Langevin) -> Tensor:
+    """`plain_loop` with the net and its input cast to bfloat16; the state and the update stay float32."""
+    numbers = dynamics.update()
+    low = copy.deepcopy(energy).to(torch.bfloat16).requires_grad_(False)
+    for _ in range(dynamics.steps):
+        leaf = x.to(torch.bfloat16).requires_grad_()
+        (gradient,) = torch.autograd.grad(low(leaf).float().sum(), leaf)
+        x = langevin_update(x, gradient.float(), numbers)
+    return x
+
+
+class CompiledLoop:
+    """The whole step as one function under `torch.compile`, channels-last, max-autotune with CUDA graphs on a GPU.
+
+    Compiled once an architecture: weights are copied in before each chain, and the numbers of the step are tensors, so
+    that neither training nor a chain with other numbers compiles again.
+    """
+
+    compiled: ClassVar[dict[tuple[str, torch.dtype, torch.device], tuple[nn.Module, Callable[..., Tensor]]]] = {}
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        self.dtype = dtype
+
+    @classmethod
+    def forget(cls) -> None:
+        """Let go of what was compiled, and of the memory of its graphs."""
+        if cls.compiled:
+            cls.compiled.clear()
+            torch._dynamo.reset()
+
+    def __call__(self, energy: nn.Module, x: Tensor, dynamics: Langevin) -> Tensor:
+        key = str(energy), self.dtype, x.device
+        if key not in self.compiled:
+            self.compiled[key] = self._compile(energy, x.device)
+        net, step = self.compiled[key]
+        with torch.no_grad():
+            torch._foreach_copy_(list(net.parameters()), list(energy.parameters()))
+            n = dynamics.update()
+            numbers = torch.tensor(
+                [n.drift, n.noise_std, n.inverse_variance, n.reference_mean, n.grad_clamp, n.low, n.high]
+            ).to(x.device)
+            x = x.contiguous(memory_format=torch.channels_last)
+            for _ in range(dynamics.steps):
+                torch.compiler.cudagraph_mark_step_begin()
+                # The graph's output is its own memory, which the next replay overwrites.
+                x = step(x, numbers).clone()
+        return x
+
+    def _compile(self, energy: nn.Module, device: torch.device) -> tuple[nn.Module, Callable[..., Tensor]]:
+        # Past its limit torch.compile runs eagerly without an error: a figure would then not be what it says.
+        torch._dynamo.config.recompile_limit = 64
+        torch._dynamo.config.fail_on_recompile_limit_hit = True
+        net = copy.deepcopy(energy).to(self.dtype).requires_grad_(False)
+        for parameter in net.parameters():
+            if parameter.dim() == 4:
+                parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
+
+        def total(y: Tensor) -> Tensor:
+            return net(y.to(self.dtype)).float().sum()
+
+        def step(x: Tensor, numbers: Tensor) -> Tensor:
+            drift, noise_std, inverse_variance, mean, clip, low, high = numbers.unbind()
+            gradient = torch.func.grad(total)(x).clamp(-clip, clip) + (x - mean) * inverse_variance
+            return (x - drift * gradient + noise_std * torch.randn_like(x)).clamp(low, high)
+
+        mode = "max-autotune" if device.type == "cuda" else "default"
+        return net, torch.compile(step, mode=mode, dynamic=False)
+
+
+class PlainTrainer:
+    """Multi-grid training in plain PyTorch, one net and one optimiser a size: what one writes without this package.
+
+    It reads of a `TrainConfig` what the presets `digits` and `multigrid-released` use: the dynamics, data noise with
+    its clamp, energy_l2, noise_anneal, Adam with a constant or cosine rate, and averaged weights.
+    """
+
+    def __init__(
+        self, config: TrainConfig, loop: Loop = plain_loop, *, device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+    ) -> None:  # fmt: skip
+        self.config, self.loop, self.device, self.dtype = config, loop, torch.device(device), dtype
+        self.nets = [plain_net(net).to(device, dtype) for net in build_model(config).nets if isinstance(net, EnergyNet)]
+        options = config.optimiser
+        if options.name not in ("adam", "sgd") or options.schedule not in ("constant", "cosine"):
+            raise ValueError("PlainTrainer: config.optimiser must be adam or sgd, constant or cosine")
+        adam, rates = options.name == "adam", [pick(options.lr, grid) for grid in range(len(self.nets))]
+        self.optimisers: list[torch.optim.Optimizer] = [
+            torch.optim.Adam(net.parameters(), lr=rate, betas=options.betas)
+            if adam
+            else torch.optim.SGD(net.parameters(), lr=rate, momentum=options.momentum)
+            for net, rate in zip(self.nets, rates, strict=True)
+        ]
+        self.rates = [
+            torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, config.steps)
+            if options.schedule == "cosine"
+            else torch.optim.lr_scheduler.ConstantLR(optimiser, 1.0)
+            for optimiser in self.optimisers
+        ]
+        self.averages = copy.deepcopy(self.nets) if config.stabilise.ema else []
+        self.iteration = 0
+
+    def step(self, images: Tensor) -> None:  # (N, C, S, S) uint8
+        """One update of every net from one batch."""
+        config, stabilise = self.config, self.config.stabilise
+        low, high = config.value_range
+        images = images.to(self.device, self.dtype) * ((high - low) / 255) + low
+        passed = min(1.0, self.iteration / max(1, config.steps - 1))
+        factor = 1 + (stabilise.noise_anneal - 1) * passed
+        x = adaptive_avg_pool2d(images, config.sizes[0])
+        for grid, (net, size) in enumerate(zip(self.nets, config.sizes[1:], strict=True)):
+            observed = adaptive_avg_pool2d(images, size)
+            if noise := pick(stabilise.data_noise, grid) * factor:
+                observed = observed + noise * torch.randn_like(observed)
+                if stabilise.data_noise_clamp:
+                    observed = observed.clamp(low, high)
+            x = interpolate(x, size=(size, size), mode="nearest")
+            x = self.loop(net, x, config.dynamics(factor)[grid]).detach()
+            real, chain = net(observed), net(x)
+            loss = real.mean() - chain.mean()
+            if stabilise.energy_l2:
+                loss = loss + stabilise.energy_l2 * (real.square().mean() + chain.square().mean())
+            self.optimisers[grid].zero_grad()
+            loss.backward()
+            self.optimisers[grid].step()
+            self.rates[grid].step()
+        self._average()
+        self.iteration += 1
+
+    @torch.no_grad()
+    def _average(self) -> None:
+        for average, net in zip(self.averages, self.nets, strict=False):
+            for mean, value in zip(average.parameters(), net.parameters(), strict=True):
+                mean.lerp_(value, 1 - self.config.stabilise.ema)
