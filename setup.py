@@ -28,11 +28,14 @@ OPS = sorted(path.name.removesuffix("_cpu.cpp") for path in (ROOT / "csrc/ops").
 # No contraction and no flush to zero: host and device must round alike. errno and traps would stop vectorisation.
 CXX_FLAGS = "-std=c++17 -O3 -fPIC -fvisibility=hidden -fopenmp -ffp-contract=off -fno-math-errno -fno-trapping-math"
 NVCC_FLAGS = "-std=c++17 -O3 -lineinfo -fmad=false -Xcompiler -fPIC,-fvisibility=hidden,-ffp-contract=off"
+AVX512 = "-mavx2 -mfma -mf16c -mavx512f -mavx512dq -mavx512bw -mavx512vl -mprefer-vector-width=512"
 ISA_FLAGS = {
     "portable": "",
     "avx2": "-mavx2 -mfma -mf16c",
-    "avx512": "-mavx2 -mfma -mf16c -mavx512f -mavx512dq -mavx512bw -mavx512vl -mprefer-vector-width=512",
+    "avx512": AVX512,
 }
+# Sets that multiply bfloat16: the convolutions alone have use for them.
+BFLOAT_FLAGS = {"avx512bf16": f"{AVX512} -mavx512bf16", "amx": f"{AVX512} -mavx512bf16 -mamx-tile -mamx-bf16"}
 
 
 def find_nvcc() -> tuple[str | None, str]:
@@ -114,6 +117,9 @@ class NinjaBuild(build_ext):
             sys.exit("mgebm_fast needs a C++17 compiler: install g++ or clang++, or set CXX")
         archs = os.environ.get("MGEBM_CUDA_ARCHS", DEFAULT_ARCHS) if nvcc else ""
         defines = ["-DMGEBM_X86"] if x86 else []
+        bfloat = x86 and compiles(cxx, BFLOAT_FLAGS["amx"], "#include <immintrin.h>\nint main() {}\n")
+        if bfloat:
+            defines.append("-DMGEBM_BFLOAT")
         if nvcc:
             defines.append("-DMGEBM_CUDA")
         include = [ROOT / "csrc/include", ROOT / "csrc"]
@@ -143,9 +149,13 @@ class NinjaBuild(build_ext):
 
         compile_cxx("bindings.cpp", "bindings", f"{python_flags} {fact_flags}")
         compile_cxx("dispatch.cpp", "dispatch")
+        compile_cxx("conv_chain_pack.cpp", "conv_chain_pack")
         for op in OPS:
-            for isa in ISA_FLAGS if x86 else ["portable"]:
-                compile_cxx(f"ops/{op}_cpu.cpp", f"{op}_{isa}", f"-DMGEBM_ISA={isa} {ISA_FLAGS[isa]}")
+            sets = dict(ISA_FLAGS) if x86 else {"portable": ""}
+            if bfloat and op == "conv_chain":
+                sets.update(BFLOAT_FLAGS)
+            for isa, flags in sets.items():
+                compile_cxx(f"ops/{op}_cpu.cpp", f"{op}_{isa}", f"-DMGEBM_ISA={isa} {flags}")
         libs = ""
         if nvcc:
             flags = f"{NVCC_FLAGS} {' '.join(target_flags())} {include_flags}"
@@ -157,6 +167,12 @@ class NinjaBuild(build_ext):
             libs = f"-L{cuda_library_folder(nvcc)} -lcudart_static -ldl -lrt -lpthread"
         lines += [f"build {target}: link {' '.join(objects)}", f"  libs = {libs}", f"default {target}"]
         return "\n".join(lines) + "\n"
+
+
+def compiles(cxx: str, flags: str, source: str) -> bool:
+    """Whether the compiler takes these flags."""
+    command = [*cxx.split(), *flags.split(), "-x", "c++", "-fsyntax-only", "-"]
+    return subprocess.run(command, input=source, capture_output=True, text=True).returncode == 0
 
 
 def compiler_name(cxx: str) -> str:

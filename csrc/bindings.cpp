@@ -6,6 +6,7 @@
 #include <stdexcept>
 #include <string>
 #include <tuple>
+#include <type_traits>
 #include <utility>
 #include <vector>
 
@@ -51,6 +52,11 @@ NoiseParams noise_params(Address out, int64_t samples, int64_t elements, uint32_
   return {at<void>(out), samples, elements, first_quad, static_cast<Distribution>(distribution), counters(c)};
 }
 
+LangevinStepCoefficients coefficients(const UpdateArguments& u) {
+  const auto number = [&](int i) { return static_cast<float>(u[i]); };
+  return {number(0), number(1), number(2), number(3), number(4), number(5), number(6)};
+}
+
 LangevinStepParams langevin_step_params(Address x, Address grad, Address mask, const Triple& size,
                                         const Triple& x_strides, const Triple& grad_strides, const Triple& mask_strides,
                                         int grad_type, const UpdateArguments& u, const CounterArguments& c) {
@@ -64,13 +70,7 @@ LangevinStepParams langevin_step_params(Address x, Address grad, Address mask, c
   p.x_strides = strides(x_strides);
   p.grad_strides = strides(grad_strides);
   p.mask_strides = strides(mask_strides);
-  p.drift = static_cast<float>(u[0]);
-  p.noise_std = static_cast<float>(u[1]);
-  p.inverse_variance = static_cast<float>(u[2]);
-  p.reference_mean = static_cast<float>(u[3]);
-  p.grad_clamp = static_cast<float>(u[4]);
-  p.low = static_cast<float>(u[5]);
-  p.high = static_cast<float>(u[6]);
+  p.update = coefficients(u);
   p.grad_type = static_cast<GradType>(grad_type);
   p.counters = counters(c);
   return p;
@@ -100,6 +100,57 @@ UpsampleParams upsample_params(Address input, Address output, int64_t planes, co
   return {at<const float>(input), at<float>(output), planes, extent(size), extent(factor)};
 }
 
+// classes, outputs; addresses of first_tap, tap_pixel, tap_weight, first_output, base, output
+using WindowArguments = std::tuple<int, int, Address, Address, Address, Address, Address, Address>;
+// forward, backward; weights and rows of each; bias, gamma, beta; eps, slope; activation; pixels and channels, in and
+// out
+using StageArguments = std::tuple<WindowArguments, WindowArguments, Address, int, Address, int, Address, Address,
+                                  Address, float, float, int, std::array<int, 4>>;
+
+// The stages live as long as the call.
+struct ConvChainCall : ConvChainParams {
+  std::vector<ConvStage> stages_held;
+};
+
+Windows windows(const WindowArguments& a) {
+  const auto [classes, outputs, first_tap, tap_pixel, tap_weight, first_output, base, output] = a;
+  const auto table = [](Address address) { return at<const int32_t>(address); };
+  return {classes,     outputs,      table(first_tap), table(tap_pixel), table(tap_weight), table(first_output),
+          table(base), table(output)};
+}
+
+ConvChainCall conv_chain_params(const std::vector<StageArguments>& stages, bool bfloat, Address head, Address x,
+                                Address gradient, Address mask, int64_t samples, int64_t steps,
+                                const std::array<int, 3>& image, const UpdateArguments& u, const CounterArguments& c,
+                                Address workspace) {
+  ConvChainCall p{};
+  for (const auto& [forward, backward, forward_weights, forward_rows, backward_weights, backward_rows, bias, gamma,
+                    beta, eps, slope, activation, sizes] : stages) {
+    p.stages_held.push_back({windows(forward), windows(backward), at<const void>(forward_weights),
+                             at<const void>(backward_weights), forward_rows, backward_rows, at<const float>(bias),
+                             at<const float>(gamma), at<const float>(beta), eps, slope,
+                             static_cast<Activation>(activation), sizes[0], sizes[1], sizes[2], sizes[3]});
+  }
+  p.stage = p.stages_held.data();
+  p.stages = static_cast<int>(stages.size());
+  p.bfloat = bfloat;
+  p.head = at<const float>(head);
+  p.x = at<float>(x);
+  p.gradient = at<float>(gradient);
+  p.mask = at<const uint8_t>(mask);
+  p.samples = samples;
+  p.steps = steps;
+  p.channels = image[0];
+  p.pixels = image[1];
+  p.row = image[2];
+  p.update = coefficients(u);
+  p.counters = counters(c);
+  p.workspace = at<void>(workspace);
+  return p;
+}
+
+void conv_chain_call(const ConvChainCall& call, int threads) { conv_chain_cpu(call, threads); }
+
 // (Not named bind: the tuple arguments would find std::bind.) Binds op_cpu(arguments..., threads) and, where built,
 // op_cuda(arguments..., device, stream) for one params builder.
 template <typename Params, typename Cuda, typename... Arguments>
@@ -111,12 +162,16 @@ void add_op(py::module_& m, const char* op, Params (*build)(Arguments...), void 
     cpu(params, threads);
   });
 #if defined(MGEBM_CUDA)
-  const std::string name = op;
-  m.def((name + "_cuda").c_str(), [build, cuda, name](Arguments... arguments, int device, Address stream) {
-    const Params params = build(arguments...);
-    const int error = cuda(params, device, at<void>(stream));
-    if (error) throw std::runtime_error(name + ": CUDA kernel launch failed: " + cuda_error_text(error));
-  });
+  if constexpr (std::is_null_pointer_v<Cuda>) {
+    return;
+  } else {
+    const std::string name = op;
+    m.def((name + "_cuda").c_str(), [build, cuda, name](Arguments... arguments, int device, Address stream) {
+      const Params params = build(arguments...);
+      const int error = cuda(params, device, at<void>(stream));
+      if (error) throw std::runtime_error(name + ": CUDA kernel launch failed: " + cuda_error_text(error));
+    });
+  }
 #endif
 }
 
@@ -134,12 +189,25 @@ PYBIND11_MODULE(_C, m) {
   add_op(m, "langevin_step", langevin_step_params, MGEBM_LAUNCHERS(langevin_step));
   add_op(m, "pyramid", pyramid_params, MGEBM_LAUNCHERS(pyramid));
   add_op(m, "upsample", upsample_params, MGEBM_LAUNCHERS(upsample));
+  add_op(m, "conv_chain", conv_chain_params, conv_chain_call, nullptr);
   // The shared header's arithmetic on given words, (quads, 4) uint32 -> (quads, 4) float32: extremes that no seed
   // reaches.
   m.def("normals_of_words", [](Address words, Address out, int64_t quads) {
     const Words* const in = at<const Words>(words);
     for (int64_t i = 0; i < quads; ++i) at<Quad>(out)[i] = normals_of(in[i]);
   });
+  m.def("conv_chain_workspace", [](const std::vector<StageArguments>& stages, bool bfloat, bool gradient, bool mask,
+                                   int64_t samples, const std::array<int, 3>& image) {
+    return conv_chain_workspace(conv_chain_params(stages, bfloat, 0, 0, gradient, mask, samples, 0, image, {}, {}, 0));
+  });
+  m.def("conv_chain_pack", [](Address from, Address to, bool bfloat, const std::vector<int64_t>& rows, int inputs,
+                              int depth, int outputs, int64_t input_stride, int64_t output_stride, int threads) {
+    py::gil_scoped_release release;
+    conv_chain_pack({at<const float>(from), at<void>(to), bfloat, rows.data(), static_cast<int>(rows.size()), inputs,
+                     depth, outputs, input_stride, output_stride},
+                    threads);
+  });
+  m.def("isa_has_bfloat", isa_has_bfloat);
   m.def("isa", [] { return std::string(isa_name()); });
   m.def("set_isa", [](const std::string& name) { return set_isa(name.c_str()); });
   m.def("compiler", [] { return std::string(MGEBM_COMPILER); });

@@ -3,31 +3,75 @@
 
 #include "mgebm/cpu.h"
 
+#if defined(MGEBM_X86)
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 namespace mgebm {
 namespace {
 
 struct Table {
   const char* name;
+  bool bfloat;
   void (*noise)(const NoiseParams&, int);
   void (*langevin_step)(const LangevinStepParams&, int);
   void (*pyramid)(const PyramidParams&, int);
   void (*upsample)(const UpsampleParams&, int);
+  void (*conv_chain)(const ConvChainParams&, int);
+  int64_t (*conv_chain_workspace)(const ConvChainParams&);
 };
 
-#define MGEBM_TABLE(isa) {#isa, isa::noise_cpu, isa::langevin_step_cpu, isa::pyramid_cpu, isa::upsample_cpu}
+// The convolutions have sets of their own above those of the other ops.
+#define MGEBM_TABLE(isa, conv, bfloat) \
+  {#conv,                              \
+   bfloat,                             \
+   isa::noise_cpu,                     \
+   isa::langevin_step_cpu,             \
+   isa::pyramid_cpu,                   \
+   isa::upsample_cpu,                  \
+   conv::conv_chain_cpu,               \
+   conv::conv_chain_workspace}
 // Fastest first.
 constexpr Table kTables[] = {
-#if defined(MGEBM_X86)
-    MGEBM_TABLE(avx512),
-    MGEBM_TABLE(avx2),
+#if defined(MGEBM_BFLOAT)
+    MGEBM_TABLE(avx512, amx, true),         MGEBM_TABLE(avx512, avx512bf16, true),
 #endif
-    MGEBM_TABLE(portable),
+#if defined(MGEBM_X86)
+    MGEBM_TABLE(avx512, avx512, false),     MGEBM_TABLE(avx2, avx2, false),
+#endif
+    MGEBM_TABLE(portable, portable, false),
 };
 #undef MGEBM_TABLE
+
+#if defined(MGEBM_X86)
+
+struct Leaf {
+  unsigned eax, ebx, ecx, edx;
+};
+Leaf features(unsigned part) {
+  Leaf leaf{};
+  if (!__get_cpuid_count(7, part, &leaf.eax, &leaf.ebx, &leaf.ecx, &leaf.edx)) return {};
+  return leaf;
+}
+
+bool has_bfloat() { return features(1).eax >> 5 & 1; }
+
+// The tile registers are the kernel's to grant, once a process.
+bool has_tiles() {
+  const unsigned flags = features(0).edx;
+  constexpr long kRequestPermission = 0x1023, kTileData = 18;
+  return (flags >> 22 & 1) && (flags >> 24 & 1) && syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+}
+
+#endif
 
 bool supported(const char* name) {
 #if defined(MGEBM_X86)
   __builtin_cpu_init();
+  if (!std::strcmp(name, "amx")) return supported("avx512bf16") && has_tiles();
+  if (!std::strcmp(name, "avx512bf16")) return supported("avx512") && has_bfloat();
   if (!std::strcmp(name, "avx512")) {
     return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
            __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("fma");
@@ -50,6 +94,7 @@ const Table* current = find("auto");
 }  // namespace
 
 const char* isa_name() { return current->name; }
+bool isa_has_bfloat() { return current->bfloat; }
 
 bool set_isa(const char* name) {
   const Table* table = find(name);
@@ -61,5 +106,7 @@ void noise_cpu(const NoiseParams& params, int threads) { current->noise(params, 
 void langevin_step_cpu(const LangevinStepParams& params, int threads) { current->langevin_step(params, threads); }
 void pyramid_cpu(const PyramidParams& params, int threads) { current->pyramid(params, threads); }
 void upsample_cpu(const UpsampleParams& params, int threads) { current->upsample(params, threads); }
+void conv_chain_cpu(const ConvChainParams& params, int threads) { current->conv_chain(params, threads); }
+int64_t conv_chain_workspace(const ConvChainParams& params) { return current->conv_chain_workspace(params); }
 
 }  // namespace mgebm

@@ -12,15 +12,20 @@ struct Strides {
   int64_t sample, channel, spatial;
 };
 
+// Apart from the rest, so that a loop keeps them in registers.
+struct LangevinStepCoefficients {
+  float drift, noise_std, inverse_variance, reference_mean;
+  float grad_clamp;  // infinity where not asked for
+  float low, high;   // -infinity, infinity where not asked for
+};
+
 struct LangevinStepParams {
   float* x;
   const void* grad;
   const uint8_t* mask;  // null: every pixel is updated; else 0 holds a pixel. Strides are 0 where broadcast
   int64_t samples, channels, spatial;
   Strides x_strides, grad_strides, mask_strides;
-  float drift, noise_std, inverse_variance, reference_mean;
-  float grad_clamp;  // infinity where not asked for
-  float low, high;   // -infinity, infinity where not asked for
+  LangevinStepCoefficients update;
   GradType grad_type;
   Counters counters;
 };
@@ -45,15 +50,6 @@ struct Bfloat {
 };
 MG_HD float load_gradient(const Half* at) { return half_to_float(at->bits); }
 MG_HD float load_gradient(const Bfloat* at) { return bfloat_to_float(at->bits); }
-
-// The coefficients alone, so that a loop keeps them in registers.
-struct LangevinStepCoefficients {
-  float drift, noise_std, inverse_variance, reference_mean, grad_clamp, low, high;
-};
-
-MG_HD LangevinStepCoefficients coefficients_of(const LangevinStepParams& p) {
-  return {p.drift, p.noise_std, p.inverse_variance, p.reference_mean, p.grad_clamp, p.low, p.high};
-}
 
 // One element. The comparisons let NaN through: a diverged chain must stay visible.
 MG_HD float langevin_step_update(const LangevinStepCoefficients& k, float x, float gradient, float normal) {

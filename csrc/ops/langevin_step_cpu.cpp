@@ -69,8 +69,8 @@ void langevin_step_typed(const LangevinStepParams& p, int threads) {
   const bool tiled = same_layout && !contiguous && !p.mask && p.channels <= kBlockElements;
   const int64_t tile = tiled ? kBlockElements / p.channels * p.channels : kBlockElements;
   const int64_t blocks = (elements + tile - 1) / tile;
-  const LangevinStepCoefficients k = coefficients_of(p);
-  const bool noisy = p.noise_std != 0.0f;
+  const LangevinStepCoefficients k = p.update;
+  const bool noisy = p.update.noise_std != 0.0f;
   threads = threads_for(p.samples * elements, threads);
 #pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
   for (int64_t unit = 0; unit < p.samples * blocks; ++unit) {

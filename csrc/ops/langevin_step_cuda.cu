@@ -23,7 +23,7 @@ __device__ __forceinline__ Gradients load_quad(const Gradient* at) {
 }
 
 __device__ __forceinline__ Quad normals_or_nan(const LangevinStepParams& p, int64_t sample, int64_t quad) {
-  if (p.noise_std == 0.0f) return {0.0f, 0.0f, 0.0f, 0.0f};
+  if (p.update.noise_std == 0.0f) return {0.0f, 0.0f, 0.0f, 0.0f};
   const SampleKey key = sample_key(p.counters, sample);
   Quad q = normals_of(words_at(key, static_cast<uint32_t>(quad)));
   if (!key.valid) q.v0 = q.v1 = q.v2 = q.v3 = __int_as_float(0x7FC00000);
@@ -32,7 +32,7 @@ __device__ __forceinline__ Quad normals_or_nan(const LangevinStepParams& p, int6
 
 template <typename Gradient>
 __global__ void __launch_bounds__(kThreads) langevin_step_contiguous_kernel(const LangevinStepParams p) {
-  const LangevinStepCoefficients k = coefficients_of(p);
+  const LangevinStepCoefficients k = p.update;
   const int64_t quads = p.channels * p.spatial / 4;
   const int64_t stride = static_cast<int64_t>(gridDim.x) * kThreads;
   for (int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x; i < p.samples * quads; i += stride) {
@@ -65,7 +65,7 @@ __device__ __forceinline__ void update_element(const LangevinStepParams& p, cons
 
 template <typename Gradient>
 __global__ void __launch_bounds__(kThreads) langevin_step_strided_kernel(const LangevinStepParams p) {
-  const LangevinStepCoefficients k = coefficients_of(p);
+  const LangevinStepCoefficients k = p.update;
   const int64_t quads = (p.channels * p.spatial + 3) / 4;
   const int64_t stride = static_cast<int64_t>(gridDim.x) * kThreads;
   for (int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x; i < p.samples * quads; i += stride) {

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ..errors import BackendError, suggest
 from . import conv
+from . import native as engine
 from .autograd import AutogradPlan
 from .stack import read
 
@@ -19,6 +20,8 @@ PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 
 class GradientPlan(Protocol):
     """∇E for one energy and one shape of x."""
+
+    precision: str  # "fp32", "bf16" or "fp16"
 
     def gradient(self, x: Tensor) -> Tensor:
         """∇E(x) of each sample, the shape of x; x is left untouched and needs no `requires_grad`."""
@@ -47,11 +50,12 @@ def plan(energy: Energy, x: Tensor, precision: str = "auto", where: str = "gradi
         if precision in ("bf16", "fp16"):
             raise BackendError(f"{where}: precision {precision!r} needs the conv plan, which cannot run here: {stack}")
         return AutogradPlan(energy, where, stack)
-    # A faster plan over the stack is tried here; why it cannot run becomes the conv plan's reason.
-    reason = ""
-    return conv.ConvPlan(
-        stack, energy, conv.auto_precision(x.device.type) if precision == "auto" else precision, reason
-    )
+    if precision == "auto":
+        precision = conv.auto_precision(x.device.type)
+    reason = engine.why_not(stack, x, precision)
+    if not reason:
+        return engine.NativePlan(stack, energy, precision)
+    return conv.ConvPlan(stack, energy, precision, f"the native engine cannot run: {reason}")
 
 
 def bfloat16_pays(energy: Energy, x: Tensor) -> bool:

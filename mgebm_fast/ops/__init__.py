@@ -3,6 +3,7 @@
 from .backend import BACKENDS, TABLE, choose, unavailable
 from .batch_norm_act import batch_norm_act, batch_norm_act_backward
 from .bias_act import bias_act, bias_act_backward
+from .conv_chain import conv_chain
 from .dense_chain import DenseNet, dense_chain_, dense_net, dense_net_of
 from .edge_step import NO_BAD_STEP, EdgeWeights, edge_step_, edge_weights
 from .langevin_step import coefficients, langevin_step_
@@ -22,6 +23,7 @@ __all__ = [
     "bias_act_backward",
     "choose",
     "coefficients",
+    "conv_chain",
     "dense_chain_",
     "dense_net",
     "dense_net_of",

@@ -25,6 +25,7 @@ class Layers:
     cpu: bool  # csrc/ops/<op>_cpu.cpp
     cuda: bool  # csrc/ops/<op>_cuda.cu
     triton: bool  # kernels/<op>.py
+    traced: bool = True  # torch.library knows it; not so an object that holds packed weights
 
 
 TABLE = {
@@ -32,6 +33,7 @@ TABLE = {
     "langevin_step": Layers(cpu=True, cuda=True, triton=True),
     "pyramid": Layers(cpu=True, cuda=True, triton=False),
     "upsample": Layers(cpu=True, cuda=True, triton=False),
+    "conv_chain": Layers(cpu=True, cuda=False, triton=False, traced=False),
     "bias_act": Layers(cpu=False, cuda=False, triton=True),
     "batch_norm_act": Layers(cpu=False, cuda=False, triton=True),
     "edge_step": Layers(cpu=False, cuda=False, triton=True),

@@ -3,6 +3,7 @@
 // one.
 #pragma once
 
+#include "ops/conv_chain.h"
 #include "ops/langevin_step.h"
 #include "ops/noise.h"
 #include "ops/pyramid.h"
@@ -10,7 +11,14 @@
 
 namespace mgebm {
 
+#define MGEBM_DECLARE_CONV(isa)                                    \
+  namespace isa {                                                  \
+  int64_t conv_chain_workspace(const ConvChainParams& params);     \
+  void conv_chain_cpu(const ConvChainParams& params, int threads); \
+  }
+
 #define MGEBM_DECLARE_CPU(isa)                                           \
+  MGEBM_DECLARE_CONV(isa)                                                \
   namespace isa {                                                        \
   void noise_cpu(const NoiseParams& params, int threads);                \
   void langevin_step_cpu(const LangevinStepParams& params, int threads); \
@@ -23,10 +31,17 @@ MGEBM_DECLARE_CPU(portable)
 MGEBM_DECLARE_CPU(avx2)
 MGEBM_DECLARE_CPU(avx512)
 #endif
+#if defined(MGEBM_BFLOAT)
+MGEBM_DECLARE_CONV(avx512bf16)
+MGEBM_DECLARE_CONV(amx)
+#endif
 #undef MGEBM_DECLARE_CPU
+#undef MGEBM_DECLARE_CONV
 
-// The set in use: "avx512", "avx2" or "portable".
+// The set in use: "amx", "avx512bf16", "avx512", "avx2" or "portable".
 const char* isa_name();
+// Whether it multiplies bfloat16, as conv_chain can then.
+bool isa_has_bfloat();
 // Takes "auto" or a name; returns false and changes nothing when this CPU or this build has no such set.
 bool set_isa(const char* name);
 
@@ -34,6 +49,9 @@ void noise_cpu(const NoiseParams& params, int threads);
 void langevin_step_cpu(const LangevinStepParams& params, int threads);
 void pyramid_cpu(const PyramidParams& params, int threads);
 void upsample_cpu(const UpsampleParams& params, int threads);
+void conv_chain_cpu(const ConvChainParams& params, int threads);
+// Bytes that it needs, under the set in use.
+int64_t conv_chain_workspace(const ConvChainParams& params);
 
 // Starting threads costs more than this many elements of work do.
 constexpr int64_t kGrainElements = 16384;

@@ -1,0 +1,248 @@
+// The inner products of conv_chain: out[row][16 strip + lane] = sum over taps and channels of a * w, for one block of
+// 16 rows and one or two strips. For *_cpu.cpp files only.
+//
+// Weights come in strips of 16 outputs, [tap row][channel][16], in bfloat16 [tap row][channel / 2][16][2]. A row's
+// sum runs over taps, then channels, on its own accumulator: no tiling changes its value.
+#pragma once
+
+#include "lanes.h"
+
+namespace mgebm::MGEBM_ISA {
+
+constexpr int kStrips = 2;                // strips a tile
+constexpr int kTileWidth = 16 * kStrips;  // floats a row of its result
+
+struct Taps {
+  const int32_t *pixel, *weight;
+  int count;
+};
+
+// How inputs lie in memory, in elements: rows are samples.
+struct Rows {
+  int64_t pixel, channel;  // from one pixel, or channel, to the next
+  int depth;               // channels
+};
+
+// Sums start anew after this many channels at least, and the parts are added up: a rounding error then grows with the
+// square root of a part's length and not of 6,400 products.
+constexpr int kPart = 128;
+
+// kSamplesInner: rows are neighbours (the state); else a row's channels are.
+template <int kRows, int kWide, bool kSamplesInner>
+MG_INLINE void products(const float* a, const Rows& in, const Taps& taps, const float* w, int64_t strip, float* out) {
+  const int64_t row_stride = kSamplesInner ? 1 : in.depth;
+  int t = 0;
+  bool first = true;
+  do {
+    F16 sum[kRows][kWide];
+    for (int r = 0; r < kRows; ++r) {
+      for (int s = 0; s < kWide; ++s) sum[r][s] = all(0.0f);
+    }
+    for (int done = 0; done < kPart && t < taps.count; ++t, done += in.depth) {
+      const float* at = a + taps.pixel[t] * in.pixel;
+      const float* weight = w + static_cast<int64_t>(taps.weight[t]) * in.depth * 16;
+      for (int k = 0; k < in.depth; ++k, weight += 16) {
+        F16 column[kWide];
+        for (int s = 0; s < kWide; ++s) column[s] = load(weight + s * strip);
+        const float* value = kSamplesInner ? at + k * in.channel : at + k;
+#pragma GCC unroll 16
+        for (int r = 0; r < kRows; ++r) {
+          const F16 broadcast = all(value[r * row_stride]);
+#pragma GCC unroll 2
+          for (int s = 0; s < kWide; ++s) sum[r][s] = multiply_add(broadcast, column[s], sum[r][s]);
+        }
+      }
+    }
+    for (int r = 0; r < kRows; ++r) {
+      for (int s = 0; s < kWide; ++s) {
+        float* at = out + r * kTileWidth + 16 * s;
+        store(at, first ? sum[r][s] : load(at) + sum[r][s]);
+      }
+    }
+    first = false;
+  } while (t < taps.count);
+}
+
+#if defined(__AVX512F__)
+constexpr int kRowsAtOnce = 8, kWideAtOnce = 2;  // 16 accumulators of 32 registers
+#elif defined(__AVX2__)
+constexpr int kRowsAtOnce = 6, kWideAtOnce = 1;  // 12 of 16, two a row
+#else
+constexpr int kRowsAtOnce = 2, kWideAtOnce = 1;
+#endif
+
+// The first `rows` rows: as many at once as there are registers for, then what is left in halves.
+template <int kRows, int kWide, bool kSamplesInner>
+MG_INLINE void products_of_rows(const float* a, const Rows& in, const Taps& taps, const float* w, int64_t strip,
+                                int rows, float* out) {
+  const int64_t row_stride = kSamplesInner ? 1 : in.depth;
+  for (; rows >= kRows; rows -= kRows, a += kRows * row_stride, out += kRows * kTileWidth) {
+    products<kRows, kWide, kSamplesInner>(a, in, taps, w, strip, out);
+  }
+  if constexpr (kRows > 1) products_of_rows<kRows / 2, kWide, kSamplesInner>(a, in, taps, w, strip, rows, out);
+}
+
+// The tile of one block of `rows` samples; `strips` is 1 or 2.
+template <bool kSamplesInner>
+static void tile(const float* a, const Rows& in, const Taps& taps, const float* w, int64_t strip, int strips, int rows,
+                 float* out) {
+  if (rows < 16) __builtin_memset(out, 0, sizeof(float) * 16 * kTileWidth);
+  if (strips == kWideAtOnce) {
+    return products_of_rows<kRowsAtOnce, kWideAtOnce, kSamplesInner>(a, in, taps, w, strip, rows, out);
+  }
+  for (int s = 0; s < strips; ++s) {
+    products_of_rows<kRowsAtOnce, 1, kSamplesInner>(a, in, taps, w + s * strip, strip, rows, out + 16 * s);
+  }
+}
+
+#if defined(__AVX512BF16__)
+
+template <int kWide>
+MG_INLINE void bfloat_products(const Bf16* a, const Rows& in, const Taps& taps, const Bf16* w, int64_t strip,
+                               float* out) {
+  constexpr int kRows = 8;
+  __m512 sum[kRows][kWide];
+  for (int r = 0; r < kRows; ++r) {
+    for (int s = 0; s < kWide; ++s) sum[r][s] = _mm512_setzero_ps();
+  }
+  for (int t = 0; t < taps.count; ++t) {
+    const Bf16* at = a + taps.pixel[t] * in.pixel;
+    const Bf16* weight = w + static_cast<int64_t>(taps.weight[t]) * in.depth * 16;
+    for (int k = 0; k < in.depth; k += 2, weight += 32) {
+      __m512bh column[kWide];
+      for (int s = 0; s < kWide; ++s) column[s] = reinterpret_cast<__m512bh>(_mm512_loadu_si512(weight + s * strip));
+#pragma GCC unroll 8
+      for (int r = 0; r < kRows; ++r) {
+        int32_t pair;
+        __builtin_memcpy(&pair, at + r * in.depth + k, sizeof pair);
+        const __m512bh broadcast = reinterpret_cast<__m512bh>(_mm512_set1_epi32(pair));
+#pragma GCC unroll 2
+        for (int s = 0; s < kWide; ++s) sum[r][s] = _mm512_dpbf16_ps(sum[r][s], broadcast, column[s]);
+      }
+    }
+  }
+  for (int r = 0; r < kRows; ++r) {
+    for (int s = 0; s < kWide; ++s) _mm512_store_ps(out + r * kTileWidth + 16 * s, sum[r][s]);
+  }
+}
+
+#endif
+
+#if defined(__AMX_BF16__)
+
+// One sample block is the 16 rows of a tile register, 32 channels its width, and a strip's 32 x 16 weights another.
+struct alignas(64) TileConfig {
+  uint8_t palette = 1, start_row = 0, reserved[14] = {};
+  uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+  uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+};
+MG_INLINE void begin_tiles() {
+  const TileConfig config;
+  _tile_loadconfig(&config);
+}
+MG_INLINE void end_tiles() { _tile_release(); }
+
+// Two blocks and two strips: four accumulators hide the multiplier's latency.
+MG_INLINE void tile_products_2x2(const Bf16* a0, const Bf16* a1, const Rows& in, const Taps& taps, const Bf16* w,
+                                 int64_t strip, float* out0, float* out1) {
+  _tile_zero(0);
+  _tile_zero(1);
+  _tile_zero(2);
+  _tile_zero(3);
+  for (int t = 0; t < taps.count; ++t) {
+    const int64_t at = taps.pixel[t] * in.pixel;
+    const Bf16* weight = w + static_cast<int64_t>(taps.weight[t]) * in.depth * 16;
+    for (int k = 0; k < in.depth; k += 32, weight += 512) {
+      _tile_loadd(4, a0 + at + k, in.depth * 2);
+      _tile_loadd(6, weight, 64);
+      _tile_dpbf16ps(0, 4, 6);
+      _tile_loadd(7, weight + strip, 64);
+      _tile_dpbf16ps(1, 4, 7);
+      _tile_loadd(5, a1 + at + k, in.depth * 2);
+      _tile_dpbf16ps(2, 5, 6);
+      _tile_dpbf16ps(3, 5, 7);
+    }
+  }
+  _tile_stored(0, out0, kTileWidth * 4);
+  _tile_stored(1, out0 + 16, kTileWidth * 4);
+  _tile_stored(2, out1, kTileWidth * 4);
+  _tile_stored(3, out1 + 16, kTileWidth * 4);
+}
+
+MG_INLINE void tile_products_1x2(const Bf16* a, const Rows& in, const Taps& taps, const Bf16* w, int64_t strip,
+                                 float* out) {
+  _tile_zero(0);
+  _tile_zero(1);
+  for (int t = 0; t < taps.count; ++t) {
+    const int64_t at = taps.pixel[t] * in.pixel;
+    const Bf16* weight = w + static_cast<int64_t>(taps.weight[t]) * in.depth * 16;
+    for (int k = 0; k < in.depth; k += 32, weight += 512) {
+      _tile_loadd(4, a + at + k, in.depth * 2);
+      _tile_loadd(6, weight, 64);
+      _tile_dpbf16ps(0, 4, 6);
+      _tile_loadd(7, weight + strip, 64);
+      _tile_dpbf16ps(1, 4, 7);
+    }
+  }
+  _tile_stored(0, out, kTileWidth * 4);
+  _tile_stored(1, out + 16, kTileWidth * 4);
+}
+
+MG_INLINE void tile_products_2x1(const Bf16* a0, const Bf16* a1, const Rows& in, const Taps& taps, const Bf16* w,
+                                 float* out0, float* out1) {
+  _tile_zero(0);
+  _tile_zero(2);
+  for (int t = 0; t < taps.count; ++t) {
+    const int64_t at = taps.pixel[t] * in.pixel;
+    const Bf16* weight = w + static_cast<int64_t>(taps.weight[t]) * in.depth * 16;
+    for (int k = 0; k < in.depth; k += 32, weight += 512) {
+      _tile_loadd(6, weight, 64);
+      _tile_loadd(4, a0 + at + k, in.depth * 2);
+      _tile_dpbf16ps(0, 4, 6);
+      _tile_loadd(5, a1 + at + k, in.depth * 2);
+      _tile_dpbf16ps(2, 5, 6);
+    }
+  }
+  _tile_stored(0, out0, kTileWidth * 4);
+  _tile_stored(2, out1, kTileWidth * 4);
+}
+
+#else
+
+MG_INLINE void begin_tiles() {}
+MG_INLINE void end_tiles() {}
+
+#endif
+
+// The tiles of `blocks` (1 or 2) blocks a[i], of rows[i] samples, into out[i].
+static inline void tiles(const float* const* a, const int* rows, int blocks, const Rows& in, const Taps& taps,
+                         const float* w, int64_t strip, int strips, float (*out)[16 * kTileWidth]) {
+  for (int i = 0; i < blocks; ++i) tile<false>(a[i], in, taps, w, strip, strips, rows[i], out[i]);
+}
+
+#if defined(__AVX512BF16__)
+static inline void tiles(const Bf16* const* a, [[maybe_unused]] const int* rows, int blocks, const Rows& in,
+                         const Taps& taps, const Bf16* w, int64_t strip, int strips, float (*out)[16 * kTileWidth]) {
+#if defined(__AMX_BF16__)
+  if (strips == 2 && blocks == 2) return tile_products_2x2(a[0], a[1], in, taps, w, strip, out[0], out[1]);
+  if (strips == 2) return tile_products_1x2(a[0], in, taps, w, strip, out[0]);
+  // One strip: the second block's products on the same input are made again and written to the same place.
+  tile_products_2x1(a[0], a[blocks - 1], in, taps, w, out[0], out[blocks - 1]);
+#else
+  for (int i = 0; i < blocks; ++i) {
+    // Samples that fill up the last block are computed with it, but not a half of a block that has none.
+    if (rows[i] <= 8) __builtin_memset(out[i], 0, sizeof(out[i]));
+    for (int r = 0; r < rows[i]; r += 8) {
+      const Bf16* at = a[i] + static_cast<int64_t>(r) * in.depth;
+      if (strips == 2) {
+        bfloat_products<2>(at, in, taps, w, strip, out[i] + r * kTileWidth);
+      } else {
+        bfloat_products<1>(at, in, taps, w, strip, out[i] + r * kTileWidth);
+      }
+    }
+  }
+#endif
+}
+#endif
+
+}  // namespace mgebm::MGEBM_ISA

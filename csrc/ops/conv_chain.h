@@ -1,0 +1,72 @@
+// conv_chain: K Langevin steps of a stack of convolutions, x <- clamp(x - drift (clip(dE/dx) + ...) + noise_std eps),
+// in one call; or dE/dx alone.
+//
+//   z_l = W_l * h_(l-1) + b_l;  h_l = a_l(norm_l(z_l));  dE/dh_L = head, the same for every sample
+//
+// Samples go in blocks of 16, the innermost dimension but one: activations are [block][pixel][sample][channel], the
+// state [block][element][sample]. A convolution is then, at each output pixel, a sum over taps of (16 x C) (C x C')
+// products, for any number of dimensions, stride, padding and dilation; a tap outside the map is left out, not
+// multiplied by zero. Every number is summed in one order whatever the batch, the threads and the tiling are.
+#pragma once
+
+#include "ops/langevin_step.h"
+
+namespace mgebm {
+
+constexpr int kLanes = 16;        // samples a block, and channels a strip of packed weights
+constexpr int kEdgePixels = 4;    // neighbouring pixels of the state that are computed together: a quad of noise
+constexpr int kEdgeChannels = 4;  // and how many of its channels
+
+// Which inputs an output reads. Outputs that read the same taps at the same offsets form a class.
+struct Windows {
+  int classes, outputs;
+  const int32_t* first_tap;     // (classes + 1)
+  const int32_t* tap_pixel;     // input pixel of a tap, from the output's base
+  const int32_t* tap_weight;    // its row of the packed weights
+  const int32_t* first_output;  // (classes + 1)
+  const int32_t* base;          // an output's first input pixel
+  const int32_t* output;        // and its own index
+};
+
+enum class Activation : int { kNone = 0, kLeaky = 1, kSilu = 2, kElu = 3 };
+
+// Packed weights: [strip of 16 outputs][tap row][input channel, padded][16], bfloat16 with input channels in pairs.
+struct ConvStage {
+  Windows forward, backward;  // of stage 0, backward is the edge: its outputs are runs of kEdgePixels pixels
+  const void *forward_weights, *backward_weights;
+  int forward_rows, backward_rows;
+  const float* bias;          // padded to whole strips; zeros where a norm follows
+  const float *gamma, *beta;  // batch statistics, or null
+  float eps, slope;
+  Activation activation;
+  int in_pixels, out_pixels, in_channels, out_channels;
+};
+
+struct ConvChainParams {
+  const ConvStage* stage;
+  int stages;
+  bool bfloat;
+  const float* head;    // (top pixels, channels padded to whole strips): dE/dh_L
+  float* x;             // (samples, elements), contiguous
+  float* gradient;      // null: `steps` steps on x; else dE/dx into it, and x stays
+  const uint8_t* mask;  // (samples, elements), 0 holds; or null
+  int64_t samples, steps;
+  int channels, pixels, row;  // of x; row: length of its last dimension
+  LangevinStepCoefficients update;
+  Counters counters;  // of the first step
+  void* workspace;
+};
+
+// Rows of packed weights from any strided source: to[strip][row][channel][lane] <- the weight from input `channel` to
+// output 16 strip + lane at from[rows[row] + channel input_stride + output output_stride]; zeros fill it up.
+struct ConvChainPack {
+  const float* from;
+  void* to;
+  bool bfloat;
+  const int64_t* rows;
+  int row_count, inputs, depth, outputs;
+  int64_t input_stride, output_stride;
+};
+void conv_chain_pack(const ConvChainPack& pack, int threads);
+
+}  // namespace mgebm

@@ -1,0 +1,77 @@
+"""∇E of a stack of convolutions, and whole chains of it, in one call of the native CPU engine (ops.conv_chain)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from .. import native
+from ..errors import BackendError
+from ..ops.conv_chain import MAX_STAGES, ConvChain, has_bfloat
+from ..ops.counters import Counters
+from ..ops.langevin_step import Update
+from .stack import Stack, read
+
+# The engine works on 16 samples at a time: with fewer than this the libraries behind the conv plan are faster.
+MIN_SAMPLES = 4
+
+
+def why_not(stack: Stack, x: Tensor, precision: str) -> str:
+    """Why the engine cannot run `stack` on tensors like x in this precision; an empty string when it can."""
+    if x.device.type != "cpu":
+        return f"it runs on CPU tensors, x is on {x.device.type}"
+    if not native.available():
+        return f"the compiled module did not load: {native.load_error}"
+    if precision == "fp16":
+        return "it has no fp16"
+    if precision == "bf16" and not has_bfloat():
+        return f"bf16 needs AVX512_BF16 or AMX, and {native.isa()} is in use"
+    if len(stack.stages) > MAX_STAGES:
+        return f"it takes up to {MAX_STAGES} layers, the net has {len(stack.stages)}"
+    if x.shape[0] < MIN_SAMPLES:
+        return f"it needs a batch of {MIN_SAMPLES} or more, x has {x.shape[0]}"
+    return ""
+
+
+class NativePlan:
+    """∇E and Langevin steps of one energy with the weights that it had at the last `refresh`, packed."""
+
+    def __init__(self, stack: Stack, energy: Any, precision: str) -> None:
+        self._stack, self._energy, self.precision = stack, energy, precision
+        self._pack()
+
+    def _pack(self) -> None:
+        self._chain = ConvChain(self._stack.stages, self._stack.head, bfloat=self.precision == "bf16")
+
+    def _check(self, x: Tensor) -> None:
+        if x.dim() != self._stack.ndim + 2 or tuple(x.shape[1:]) != (self._stack.channels, *self._stack.size):
+            expected = ", ".join(map(str, (self._stack.channels, *self._stack.size)))
+            raise ValueError(f"conv_chain: x must have shape (N, {expected}), got {tuple(x.shape)}")
+
+    def gradient(self, x: Tensor) -> Tensor:  # (N, C, *size) float32 -> the same, contiguous
+        """∇E(x), float32."""
+        self._check(x)
+        return self._chain.gradient(x)
+
+    def advance_(self, x: Tensor, place: Counters, steps: int, numbers: Update, mask: Tensor | None) -> None:
+        """`steps` Langevin steps on x in place, all in one native call."""
+        self._check(x)
+        self._chain.advance_(x, steps, numbers, place, mask)
+
+    def refresh(self) -> None:
+        """Take the energy's present weights."""
+        stack = read(self._energy, self._example())
+        if isinstance(stack, str):
+            raise BackendError(f"refresh: the energy can no longer be read as a stack of convolutions: {stack}")
+        self._stack = stack
+        self._pack()
+
+    def _example(self) -> Tensor:
+        first = self._stack.stages[0].weight
+        return first.new_empty((MIN_SAMPLES, self._stack.channels, *self._stack.size))
+
+    def explain(self) -> str:
+        """The plan's name and precision, in one line."""
+        operands = "fp32" if self.precision == "fp32" else "bf16 (state, first convolution and sums in fp32)"
+        return f"native, {operands}, all steps in one call, {native.isa()}"

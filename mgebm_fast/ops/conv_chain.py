@@ -1,0 +1,268 @@
+"""conv_chain: K Langevin steps of a stack of convolutions in one native call, or its ∇E; CPU.
+
+    z_l = W_l * h_{l−1} + b_l;   h_l = a_l(z_l), or a_l of z_l's batch normalisation;   dE/dh_L = head
+
+Results do not depend on threads, on the batch that a sample is in (but for batch statistics) or on the layout of x.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .. import native
+from . import windows
+from .counters import Counters, check
+from .langevin_step import Update
+
+ACTIVATIONS = {"none": 0, "leaky_relu": 1, "relu": 1, "silu": 2, "elu": 3}
+MAX_STAGES = 32
+_EDGE_CHANNELS = 4
+_IDLE = Update(0.0, 0.0, 0.0, 0.0, math.inf, -math.inf, math.inf)
+
+
+class NormLike(Protocol):
+    """Batch statistics: y = weight (z − mean) / √(var + eps) + bias."""
+
+    weight: Tensor
+    bias: Tensor
+    eps: float
+
+
+class StageLike(Protocol):
+    """One convolution and what follows it, as `gradient.stack.Stage` describes it."""
+
+    weight: Tensor  # (out, in, *kernel) float32
+    bias: Tensor | None  # (out,)
+    stride: tuple[int, ...]
+    padding: tuple[int, ...]
+    dilation: tuple[int, ...]
+    activation: str
+    slope: float
+    in_size: tuple[int, ...]
+    out_size: tuple[int, ...]
+
+    @property
+    def norm(self) -> NormLike | None: ...
+
+
+def has_bfloat() -> bool:
+    """Whether the instruction set in use multiplies bfloat16."""
+    return native.available() and native.module().isa_has_bfloat()
+
+
+@dataclasses.dataclass(frozen=True)
+class _Stage:
+    """One stage packed: the arguments of the native call, and the tensors that they point into."""
+
+    arguments: tuple
+    held: tuple[Tensor | windows.Windows, ...]
+
+
+class ConvChain:
+    """A stack with its weights packed for the instruction set in use; `bfloat` as its convolutions' operands.
+
+    The first convolution, the sums, the statistics and the state are float32 in either case.
+    """
+
+    def __init__(self, stages: Sequence[StageLike], head: Tensor, *, bfloat: bool = False) -> None:
+        if not 1 <= len(stages) <= MAX_STAGES:
+            raise ValueError(f"conv_chain: stages must be 1 to {MAX_STAGES}, got {len(stages)}")
+        if bfloat and not has_bfloat():
+            raise ValueError(f"conv_chain: bfloat needs AVX512_BF16 or AMX, got the {native.isa()} instruction set")
+        self.bfloat = bfloat
+        with torch.no_grad():
+            self._stages = [self._pack(stage, first=index == 0) for index, stage in enumerate(stages)]
+            # (C, *top) -> (pixel, channel), padded to whole strips
+            self._head = _padded(head.detach().float().flatten(1).T, 1)
+        self._size = stages[0].in_size
+        self._channels = stages[0].weight.shape[1]
+
+    def _pack(self, stage: StageLike, *, first: bool) -> _Stage:
+        weight = stage.weight.detach().float().contiguous()
+        outputs, inputs = weight.shape[:2]
+        kernel = tuple(weight.shape[2:])
+        taps = math.prod(kernel)
+        geometry = (stage.in_size, stage.out_size, kernel, stage.stride, stage.padding, stage.dilation)
+        forward = windows.forward_windows(*geometry)
+        offsets = [_ravel(row, kernel) for row in forward.rows]
+        # The first stage reads the state, which is float32 and not padded.
+        ahead = self._packed(weight, offsets, inputs, outputs, taps, inputs * taps, whole=not first)
+        if first:
+            backward = windows.edge_windows(*geometry)
+            behind = self._packed_edge(weight, backward)
+        else:
+            backward = windows.backward_windows(*geometry)
+            offsets = [_ravel(row, kernel) for row in backward.rows]
+            behind = self._packed(weight, offsets, outputs, inputs, inputs * taps, taps, whole=True)
+        bias = _padded(weight.new_zeros(outputs) if stage.bias is None else stage.bias.detach().float(), 0)
+        norm = stage.norm
+        gamma, beta = (None, None) if norm is None else (_float(norm.weight), _float(norm.bias))
+        eps = 0.0 if norm is None else norm.eps
+        sizes = [math.prod(stage.in_size), math.prod(stage.out_size), inputs, outputs]
+        arguments = (
+            forward.arguments, backward.arguments, ahead.data_ptr(), len(forward.rows), behind.data_ptr(),
+            len(backward.rows), bias.data_ptr(), 0 if gamma is None else gamma.data_ptr(),
+            0 if beta is None else beta.data_ptr(), eps, stage.slope, ACTIVATIONS[stage.activation], sizes,
+        )  # fmt: skip
+        held = tuple(part for part in (forward, backward, ahead, behind, bias, gamma, beta) if part is not None)
+        return _Stage(arguments, held)
+
+    def _packed(
+        self, source: Tensor, rows: list[int], inputs: int, outputs: int, input_stride: int, output_stride: int,
+        *, whole: bool,
+    ) -> Tensor:  # fmt: skip
+        """[strip][row][channel][16], bfloat16 with channels in pairs; `whole`: in the chain's type, padded."""
+        bfloat = self.bfloat and whole
+        unit = 32 if bfloat else 16
+        depth = -(-inputs // unit) * unit if whole else inputs
+        strips = -(-outputs // 16)
+        packed = torch.empty(strips * len(rows) * depth * 16, dtype=torch.bfloat16 if bfloat else torch.float32)
+        native.module().conv_chain_pack(
+            source.data_ptr(), packed.data_ptr(), bfloat, rows, inputs, depth, outputs, input_stride, output_stride,
+            torch.get_num_threads(),
+        )  # fmt: skip
+        return packed
+
+    def _packed_edge(self, weight: Tensor, edge: windows.Windows) -> Tensor:
+        """The edge's weights: strip = four channels of x, lane = 4 (channel mod 4) + pixel of the run."""
+        outputs, inputs = weight.shape[:2]
+        kernel = tuple(weight.shape[2:])
+        flat = torch.cat([weight.flatten(2), weight.new_zeros(outputs, inputs, 1)], 2)  # the last tap is none
+        none = math.prod(kernel)
+        index = [
+            [none if tap < 0 else _ravel((*row[:-1], tap), kernel) for tap in row[-1]]  # type: ignore[union-attr, operator]
+            for row in edge.rows
+        ]
+        pixels = windows.EDGE_PIXELS
+        chosen = flat[:, :, torch.tensor(index, dtype=torch.int64).reshape(-1)]
+        dense = chosen.reshape(outputs, inputs, len(edge.rows), pixels).permute(2, 0, 1, 3)  # row, out, in, pixel
+        groups = -(-inputs // _EDGE_CHANNELS)
+        dense = F.pad(dense, (0, 0, 0, groups * _EDGE_CHANNELS - inputs)).contiguous()
+        lanes = groups * _EDGE_CHANNELS * pixels
+        rows = [row * outputs * lanes for row in range(len(edge.rows))]
+        return self._packed(dense, rows, outputs, lanes, lanes, 1, whole=True)
+
+    def _call(
+        self, x: Tensor, gradient: Tensor | None, mask: Tensor | None, steps: int, numbers: Update, place: Counters
+    ) -> None:
+        module = native.module()
+        stages = [stage.arguments for stage in self._stages]
+        image = [self._channels, math.prod(self._size), self._size[-1]]
+        samples = x.shape[0]
+        needed = module.conv_chain_workspace(
+            stages, self.bfloat, gradient is not None, mask is not None, samples, image
+        )
+        workspace = torch.empty(needed + 64, dtype=torch.uint8)
+        aligned = -(-workspace.data_ptr() // 64) * 64
+        module.conv_chain_cpu(
+            stages, self.bfloat, self._head.data_ptr(), x.data_ptr(), 0 if gradient is None else gradient.data_ptr(),
+            0 if mask is None else mask.data_ptr(), samples, steps, image, numbers.arguments, place.native_arguments,
+            aligned, torch.get_num_threads(),
+        )  # fmt: skip
+
+    def gradient(self, x: Tensor) -> Tensor:  # (N, C, *size) float32, any layout -> the same, contiguous
+        """∇E(x), float32."""
+        x = x.detach().contiguous()
+        out = torch.empty_like(x)
+        if x.shape[0]:
+            self._call(x, out, None, 0, _IDLE, _NOWHERE)
+        return out
+
+    def advance_(self, x: Tensor, steps: int, numbers: Update, place: Counters, mask: Tensor | None = None) -> None:
+        """`steps` Langevin steps on x in place; `place` has the counters of the first, `mask` is x's shape or less."""
+        state = x if x.is_contiguous() else x.contiguous()
+        if mask is not None:
+            mask = mask.expand(x.shape).contiguous()
+        if x.shape[0] and steps:
+            self._call(state, None, mask, steps, numbers, place)
+        if state is not x:
+            x.copy_(state)
+
+
+def conv_chain(
+    stages: Sequence[StageLike],
+    head: Tensor,  # (C_top, *top size): dE/dh_L
+    x: Tensor,  # (N, C, *size) float32
+    *,
+    steps: int,
+    numbers: Update,
+    place: Counters | None = None,
+    mask: Tensor | None = None,
+    bfloat: bool = False,
+    backend: str = "auto",
+) -> Tensor:
+    """The state `steps` steps after x, a new tensor; `reference`: float64 autograd and `langevin_step_reference`."""
+    place = _NOWHERE if place is None else place
+    out = x.detach().clone(memory_format=torch.contiguous_format)
+    if backend == "reference" or (backend == "auto" and not native.available()):
+        conv_chain_reference(stages, head, out, steps=steps, numbers=numbers, place=place, mask=mask)
+    else:
+        ConvChain(stages, head, bfloat=bfloat).advance_(out, steps, numbers, place, mask)
+    return out
+
+
+def gradient_reference(stages: Sequence[StageLike], head: Tensor, x: Tensor) -> Tensor:  # -> float64
+    """∇E by autograd in float64."""
+    convolve = (F.conv1d, F.conv2d, F.conv3d)[x.dim() - 3]
+    with torch.enable_grad():
+        leaf = h = x.detach().double().requires_grad_()
+        for stage in stages:
+            bias = None if stage.bias is None else stage.bias.detach().double()
+            h = convolve(h, stage.weight.detach().double(), bias, stage.stride, stage.padding, stage.dilation)
+            if stage.norm is not None:
+                scale, shift = stage.norm.weight.detach().double(), stage.norm.bias.detach().double()
+                h = F.batch_norm(h, None, None, scale, shift, True, 0.0, stage.norm.eps)
+            h = _activate(h, stage.activation, stage.slope)
+        return torch.autograd.grad((h * head.detach().double()).sum(), leaf)[0]
+
+
+def conv_chain_reference(
+    stages: Sequence[StageLike],
+    head: Tensor,
+    x: Tensor,
+    *,
+    steps: int,
+    numbers: Update,
+    place: Counters,
+    mask: Tensor | None = None,
+) -> None:
+    """The steps in place: gradients in float64, the state rounded to float32 after each."""
+    from .langevin_step import langevin_step_reference
+
+    for k in range(steps):
+        gradient = gradient_reference(stages, head, x)
+        langevin_step_reference(x, gradient, mask, numbers, dataclasses.replace(place, step=place.step + k))
+
+
+def _activate(h: Tensor, name: str, slope: float) -> Tensor:
+    if name in ("leaky_relu", "relu"):
+        return F.leaky_relu(h, slope)
+    return {"silu": F.silu, "elu": F.elu}.get(name, lambda z: z)(h)
+
+
+def _ravel(index: Sequence, size: Sequence[int]) -> int:
+    flat = 0
+    for at, length in zip(index, size, strict=True):
+        flat = flat * length + int(at)
+    return flat
+
+
+def _float(tensor: Tensor) -> Tensor:
+    return tensor.detach().float().contiguous()
+
+
+def _padded(tensor: Tensor, dim: int) -> Tensor:
+    """float32, `dim` filled up with zeros to whole strips of 16."""
+    missing = -tensor.shape[dim] % 16
+    pads = [0, 0] * (tensor.dim() - 1 - dim) + [0, missing]
+    return F.pad(tensor.detach().float(), pads).contiguous()
+
+
+_NOWHERE = check("conv_chain", 1, 1, torch.device("cpu"), seed=0, first_sample=0, step=0, stream=0)

@@ -1,0 +1,149 @@
+"""Which inputs each output of a convolution reads, for any number of dimensions, stride, padding and dilation.
+
+Outputs that read the same taps at the same offsets form a class; a tap outside the map is left out. A dimension is
+solved alone and the classes of a map are the products of its dimensions' classes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import itertools
+from collections.abc import Hashable, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+EDGE_PIXELS = 4  # kEdgePixels of csrc/ops/conv_chain.h
+
+# Of one dimension: the taps of a class, as (key of the weight, offset from the base), → [(output, base), …].
+_Axis = dict[tuple[tuple[Hashable, int], ...], list[tuple[int, int]]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Windows:
+    """The tables of csrc/ops/conv_chain.h, int32; `rows` holds the key of each row of packed weights."""
+
+    first_tap: Tensor
+    tap_pixel: Tensor
+    tap_weight: Tensor
+    first_output: Tensor
+    base: Tensor
+    output: Tensor
+    rows: tuple[tuple[Hashable, ...], ...]
+
+    @property
+    def arguments(self) -> tuple[int, ...]:
+        """Classes, outputs, and the tables' addresses."""
+        tables = (self.first_tap, self.tap_pixel, self.tap_weight, self.first_output, self.base, self.output)
+        return len(self.first_tap) - 1, len(self.output), *(table.data_ptr() for table in tables)
+
+
+def _axis(found: list[list[tuple[Hashable, int]]]) -> _Axis:
+    """From the (key, input) pairs of each output; an output that reads nothing has base 0."""
+    classes: _Axis = {}
+    for output, taps in enumerate(found):
+        base = min((at for _, at in taps), default=0)
+        classes.setdefault(tuple((key, at - base) for key, at in taps), []).append((output, base))
+    return classes
+
+
+def _forward_axis(inputs: int, outputs: int, kernel: int, stride: int, padding: int, dilation: int) -> _Axis:
+    """Output o reads input o·stride − padding + t·dilation by tap t."""
+    reads = [[(t, o * stride - padding + t * dilation) for t in range(kernel)] for o in range(outputs)]
+    return _axis([[(t, at) for t, at in taps if 0 <= at < inputs] for taps in reads])
+
+
+def _reading(inputs: int, outputs: int, kernel: int, stride: int, padding: int, dilation: int) -> list[dict[int, int]]:
+    """For each input, {output that reads it: tap}."""
+    readers: list[dict[int, int]] = [{} for _ in range(inputs)]
+    for o in range(outputs):
+        for t in range(kernel):
+            at = o * stride - padding + t * dilation
+            if 0 <= at < inputs:
+                readers[at][o] = t
+    return readers
+
+
+def _backward_axis(*geometry: int) -> _Axis:
+    return _axis([[(t, o) for o, t in sorted(readers.items())] for readers in _reading(*geometry)])
+
+
+def _edge_axis(*geometry: int) -> _Axis:
+    """Runs of EDGE_PIXELS inputs; a key holds the tap by which each of them is read, −1 where it is not."""
+    readers = _reading(*geometry)
+    found = []
+    for start in range(0, len(readers), EDGE_PIXELS):
+        run = readers[start : start + EDGE_PIXELS]
+        run += [{}] * (EDGE_PIXELS - len(run))
+        outputs = sorted(set().union(*run))
+        found.append([(tuple(pixel.get(o, -1) for pixel in run), o) for o in outputs])
+    return _axis(found)
+
+
+def _product(axes: Sequence[_Axis], read_size: Sequence[int], out_size: Sequence[int]) -> Windows:
+    """The classes of a map from those of its dimensions; `read_size` is the map that is read."""
+    rows: dict[tuple[Hashable, ...], int] = {}
+    first_tap, first_output = [0], [0]
+    pixels: list[int] = []
+    weights: list[int] = []
+    bases, outputs = [], []
+
+    def ravel(parts: Sequence[Sequence[int]], size: Sequence[int]) -> np.ndarray:
+        total = np.zeros((1,) * len(parts), dtype=np.int64)
+        for axis, part in enumerate(parts):
+            shape = [1] * len(parts)
+            shape[axis] = -1
+            total = total * size[axis] + np.asarray(part, dtype=np.int64).reshape(shape)
+        return total.reshape(-1)
+
+    for classes in itertools.product(*(axis.items() for axis in axes)):
+        taps = [taps for taps, _ in classes]
+        pixels += ravel([[offset for _, offset in part] for part in taps], read_size).tolist()
+        for keys in itertools.product(*([key for key, _ in part] for part in taps)):
+            weights.append(rows.setdefault(keys, len(rows)))
+        outputs.append(ravel([[output for output, _ in places] for _, places in classes], out_size))
+        bases.append(ravel([[base for _, base in places] for _, places in classes], read_size))
+        first_tap.append(len(weights))
+        first_output.append(first_output[-1] + len(outputs[-1]))
+
+    def table(values: Sequence[int] | np.ndarray) -> Tensor:
+        return torch.from_numpy(np.asarray(values, dtype=np.int32))
+
+    return Windows(
+        table(first_tap), table(pixels), table(weights), table(first_output), table(np.concatenate(bases)),
+        table(np.concatenate(outputs)), tuple(rows),
+    )  # fmt: skip
+
+
+Sizes = tuple[int, ...]
+
+
+@functools.lru_cache(maxsize=256)
+def forward_windows(
+    inputs: Sizes, outputs: Sizes, kernel: Sizes, stride: Sizes, padding: Sizes, dilation: Sizes
+) -> Windows:
+    """The convolution: rows are taps (one index a dimension), outputs the map's pixels."""
+    axes = [_forward_axis(*axis) for axis in zip(inputs, outputs, kernel, stride, padding, dilation, strict=True)]
+    return _product(axes, inputs, outputs)
+
+
+@functools.lru_cache(maxsize=256)
+def backward_windows(
+    inputs: Sizes, outputs: Sizes, kernel: Sizes, stride: Sizes, padding: Sizes, dilation: Sizes
+) -> Windows:
+    """Its data gradient: what is read is the map of outputs, what is made that of inputs."""
+    axes = [_backward_axis(*axis) for axis in zip(inputs, outputs, kernel, stride, padding, dilation, strict=True)]
+    return _product(axes, outputs, inputs)
+
+
+@functools.lru_cache(maxsize=256)
+def edge_windows(
+    inputs: Sizes, outputs: Sizes, kernel: Sizes, stride: Sizes, padding: Sizes, dilation: Sizes
+) -> Windows:
+    """The data gradient in runs of EDGE_PIXELS pixels along the last dimension, for the state."""
+    geometry = list(zip(inputs, outputs, kernel, stride, padding, dilation, strict=True))
+    axes = [_backward_axis(*axis) for axis in geometry[:-1]] + [_edge_axis(*geometry[-1])]
+    runs = -(-inputs[-1] // EDGE_PIXELS)
+    return _product(axes, outputs, (*inputs[:-1], runs))

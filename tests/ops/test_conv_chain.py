@@ -1,0 +1,261 @@
+"""conv_chain: gradients against float64 autograd, steps against the update op, and what its results may not hang on."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from mgebm_fast import native, ops
+from mgebm_fast.ops import counters
+from mgebm_fast.ops.langevin_step import update
+
+conv_chain = importlib.import_module("mgebm_fast.ops.conv_chain")
+windows = importlib.import_module("mgebm_fast.ops.windows")
+
+ISAS = ("portable", "avx2", "avx512", "avx512bf16", "amx")
+NUMBERS = update(step_size=0.3, reference_std=50.0, grad_clamp=0.8, clamp=(0.0, 255.0))
+
+
+@pytest.fixture(autouse=True)
+def restored_isa():
+    before = native.isa()
+    yield
+    assert native.module().set_isa(before)
+
+
+def use(isa: str, bfloat: bool = False) -> None:
+    if not native.module().set_isa(isa):
+        pytest.skip(f"this CPU or build has no {isa}")
+    if bfloat and not conv_chain.has_bfloat():
+        pytest.skip(f"{isa} does not multiply bfloat16")
+
+
+@dataclasses.dataclass
+class Norm:
+    weight: torch.Tensor
+    bias: torch.Tensor
+    eps: float = 1e-5
+
+
+@dataclasses.dataclass
+class Stage:
+    weight: torch.Tensor
+    bias: torch.Tensor | None
+    stride: tuple[int, ...]
+    padding: tuple[int, ...]
+    dilation: tuple[int, ...]
+    norm: Norm | None
+    activation: str
+    slope: float
+    in_size: tuple[int, ...]
+    out_size: tuple[int, ...]
+
+
+def make(size, channels, layers, *, norm=False, activation="leaky_relu", slope=0.2, dilation=1, seed=0):
+    """(stages, head) for layers of (channels, kernel, stride, padding)."""
+    generator = torch.Generator().manual_seed(seed)
+    stages, inputs, rank = [], channels, len(size)
+    for outputs, kernel, stride, padding in layers:
+        fan = inputs * kernel**rank
+        weight = torch.randn((outputs, inputs) + (kernel,) * rank, generator=generator) / fan**0.5
+        bias = None if norm else 0.1 * torch.randn(outputs, generator=generator)
+        out = tuple((s + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1 for s in size)
+        scale = Norm(0.5 + torch.rand(outputs, generator=generator), 0.1 * torch.randn(outputs, generator=generator))
+        each = (stride,) * rank, (padding,) * rank, (dilation,) * rank
+        stages.append(Stage(weight, bias, *each, scale if norm else None, activation, slope, tuple(size), out))
+        inputs, size = outputs, out
+    return stages, torch.randn((inputs, *size), generator=generator)
+
+
+def images(samples, channels, size, seed=1):
+    return torch.rand((samples, channels, *size), generator=torch.Generator().manual_seed(seed)) * 2 - 1
+
+
+def error(found, expected):
+    return float((found.double() - expected).norm() / expected.norm())
+
+
+SHAPES = {
+    "published 4": ((4, 4), 3, [(96, 5, 2, 2), (128, 3, 1, 1), (64, 3, 1, 1)], 18),
+    "odd sizes": ((7, 5), 2, [(5, 3, 2, 1), (33, 3, 1, 1)], 17),
+    "even kernels": ((12, 12), 3, [(16, 4, 2, 1), (24, 4, 2, 1)], 9),
+    "one layer": ((8, 8), 1, [(20, 3, 1, 1)], 4),
+    "whole map": ((6, 6), 3, [(8, 3, 1, 1), (10, 6, 1, 0), (12, 1, 1, 0)], 40),
+    "unread pixels": ((9, 9), 3, [(6, 2, 3, 0), (7, 2, 1, 0)], 5),
+    "many channels": ((5, 8), 7, [(18, 3, 1, 1), (3, 3, 1, 0)], 6),
+    "one dimension": ((30,), 2, [(9, 7, 3, 3), (17, 3, 1, 1)], 16),
+    "three dimensions": ((5, 6, 4), 3, [(8, 3, 2, 1), (6, 3, 1, 1)], 7),
+    "one sample": ((8, 8), 3, [(16, 3, 1, 1), (16, 3, 2, 1)], 1),
+}
+
+
+@pytest.mark.parametrize("norm", [False, True], ids=["plain", "batch"])
+@pytest.mark.parametrize("case", list(SHAPES))
+@pytest.mark.parametrize("isa", ISAS)
+def test_gradient_equals_float64_autograd(isa, case, norm):
+    use(isa)
+    size, channels, layers, samples = SHAPES[case]
+    stages, head = make(size, channels, layers, norm=norm, activation="silu")
+    x = images(samples, channels, size)
+    if norm and samples == 1:
+        x = images(2, channels, size)
+    expected = conv_chain.gradient_reference(stages, head, x)
+    assert error(conv_chain.ConvChain(stages, head).gradient(x), expected) < 3e-6
+    if conv_chain.has_bfloat():
+        assert error(conv_chain.ConvChain(stages, head, bfloat=True).gradient(x), expected) < 0.03
+
+
+@pytest.mark.parametrize("activation, slope", [("none", 1.0), ("relu", 0.0), ("leaky_relu", 0.2),
+                                               ("leaky_relu", -0.5), ("elu", 1.0), ("silu", 1.0)])  # fmt: skip
+@pytest.mark.parametrize("norm", [False, True], ids=["plain", "batch"])
+@pytest.mark.parametrize("isa", ISAS)
+def test_gradient_of_every_activation(isa, norm, activation, slope):
+    use(isa)
+    stages, head = make((8, 8), 3, [(16, 3, 1, 1), (32, 3, 2, 1)], norm=norm, activation=activation, slope=slope)
+    # Signs that a rounding error turns would change the gradient by far more: none of these is that close to zero.
+    for stage in stages:
+        if stage.bias is not None:
+            stage.bias += 0.05
+    x = images(12, 3, (8, 8))
+    expected = conv_chain.gradient_reference(stages, head, x)
+    assert error(conv_chain.ConvChain(stages, head).gradient(x), expected) < 1e-5
+
+
+def test_dilation():
+    stages, head = make((10, 10), 3, [(8, 3, 1, 2), (8, 3, 1, 2)], activation="silu", dilation=2)
+    x = images(6, 3, (10, 10))
+    found = conv_chain.ConvChain(stages, head).gradient(x)
+    assert error(found, conv_chain.gradient_reference(stages, head, x)) < 3e-6
+
+
+def net(norm=False, size=(8, 8)):
+    return make(size, 3, [(24, 5, 2, 2), (40, 3, 1, 1), (16, 3, 1, 1)], norm=norm)
+
+
+def place(**base):
+    base = {"seed": 7, "first_sample": 0, "step": 0, "stream": 3} | base
+    return counters.check("test", 20, 192, torch.device("cpu"), **base)
+
+
+@pytest.mark.parametrize("size", [(8, 8), (8, 6), (5, 3)], ids=["quads", "rows of 6", "odd"])
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("isa", ISAS)
+def test_a_step_is_the_update_op_on_the_engines_gradient(isa, size, masked):
+    use(isa)
+    stages, head = net(size=size)
+    x = images(20, 3, size) * 60 + 100
+    mask = torch.rand(20, 1, *size, generator=torch.Generator().manual_seed(2)) < 0.7 if masked else None
+    for bfloat in {False, conv_chain.has_bfloat()}:
+        chain = conv_chain.ConvChain(stages, head, bfloat=bfloat)
+        expected = x.clone()
+        for k in range(3):
+            gradient = chain.gradient(expected)
+            ops.langevin_step_(expected, gradient, step_size=0.3, reference_std=50.0, grad_clamp=0.8,
+                               clamp=(0.0, 255.0), mask=mask, seed=7, first_sample=5, step=11 + k,
+                               stream=3)  # fmt: skip
+        found = x.clone()
+        chain.advance_(found, 3, NUMBERS, place(first_sample=5, step=11), mask)
+        assert torch.equal(found, expected)
+
+
+def test_steps_agree_with_the_float64_reference():
+    stages, head = make((8, 8), 3, [(16, 3, 1, 1), (16, 3, 2, 1)], activation="silu")
+    x = images(20, 3, (8, 8)) * 60 + 100
+    arguments = dict(steps=4, numbers=NUMBERS, place=place())
+    expected = conv_chain.conv_chain(stages, head, x, backend="reference", **arguments)
+    torch.testing.assert_close(conv_chain.conv_chain(stages, head, x, **arguments), expected, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("bfloat", [False, True], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("isa", ISAS)
+def test_results_do_not_hang_on_threads_split_or_layout(isa, bfloat):
+    use(isa, bfloat)
+    stages, head = net()
+    chain = conv_chain.ConvChain(stages, head, bfloat=bfloat)
+    x = images(37, 3, (8, 8)) * 60 + 100
+    threads = torch.get_num_threads()
+
+    def run(part, first, steps=5, step=0, layout=torch.contiguous_format):
+        out = part.clone(memory_format=layout)
+        chain.advance_(out, steps, NUMBERS, place(first_sample=first, step=step))
+        return out
+
+    try:
+        torch.set_num_threads(1)
+        whole = run(x, 0)
+        torch.set_num_threads(3)
+        assert torch.equal(run(x, 0), whole)
+        assert torch.equal(run(x, 0, layout=torch.channels_last), whole)
+        assert torch.equal(torch.cat([run(part, 5 * i) for i, part in enumerate(x.split(5))]), whole)
+        assert torch.equal(run(run(x, 0, steps=2), 0, steps=3, step=2), whole)
+    finally:
+        torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("bfloat", [False, True], ids=["fp32", "bf16"])
+def test_batch_statistics_do_not_hang_on_threads(bfloat):
+    if bfloat and not conv_chain.has_bfloat():
+        pytest.skip("no bfloat16 here")
+    stages, head = net(norm=True)
+    chain = conv_chain.ConvChain(stages, head, bfloat=bfloat)
+    x = images(37, 3, (8, 8))
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        one = chain.gradient(x)
+        torch.set_num_threads(3)
+        assert torch.equal(chain.gradient(x), one)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_statistics_survive_a_mean_far_above_the_deviation():
+    stages, head = make((8, 8), 1, [(8, 1, 1, 0)], norm=True, activation="silu")
+    x = 1000 + images(16, 1, (8, 8))
+    expected = conv_chain.gradient_reference(stages, head, x)
+    plain = x.clone().requires_grad_()
+    stage = stages[0]
+    z = F.batch_norm(F.conv2d(plain, stage.weight), None, None, stage.norm.weight, stage.norm.bias, True, 0.0, 1e-5)
+    (torch_gradient,) = torch.autograd.grad((F.silu(z) * head).sum(), plain)
+    found = error(conv_chain.ConvChain(stages, head).gradient(x), expected)
+    assert found < 2 * error(torch_gradient, expected) + 1e-5
+
+
+def test_nan_stays_with_its_sample():
+    stages, head = make((8, 8), 3, [(24, 5, 2, 2), (40, 3, 1, 1)], activation="silu")
+    x = images(20, 3, (8, 8))
+    x[3, 0, 0, 0] = float("nan")
+    gradient = conv_chain.ConvChain(stages, head).gradient(x)
+    bad = ~torch.isfinite(gradient).flatten(1).all(1)
+    assert bad.nonzero().flatten().tolist() == [3]
+
+
+def test_ids_of_its_own_for_each_sample():
+    stages, head = net()
+    x = images(20, 3, (8, 8))
+    ids = torch.arange(40, 20, -1)
+    chain = conv_chain.ConvChain(stages, head)
+    found = x.clone()
+    chain.advance_(found, 2, NUMBERS, place(first_sample=ids))
+    turned = x.flip(0).contiguous()
+    chain.advance_(turned, 2, NUMBERS, place(first_sample=21))
+    assert torch.equal(found, turned.flip(0))
+
+
+@pytest.mark.parametrize("kind", ["forward", "backward", "edge"])
+def test_windows_cover_each_output_once(kind):
+    geometry = ((9, 10), (5, 4), (3, 4), (2, 3), (1, 2), (1, 1))
+    tables = getattr(windows, f"{kind}_windows")(*geometry)
+    outputs = {"forward": 20, "backward": 90, "edge": 9 * 3}[kind]
+    assert sorted(tables.output.tolist()) == list(range(outputs))
+    assert tables.first_tap[-1] == len(tables.tap_pixel) == len(tables.tap_weight)
+
+
+def test_too_many_stages():
+    stages, head = make((2, 2), 1, [(1, 1, 1, 0)] * 33)
+    with pytest.raises(ValueError, match="stages must be 1 to 32, got 33"):
+        conv_chain.ConvChain(stages, head)
