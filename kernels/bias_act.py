@@ -5,7 +5,8 @@
     mask            (ceil(count / 8),) uint8, bit j of byte i is the element at address 8 i + j
     thread mapping  128 eights a program, one a thread; at 16 bits a thread packs its own bits, at float32 two threads
                     share a byte
-    bytes an element (16 bits)  forward 2 read + 2 written + 1/8; with a head 2 + 2; backward 2 + 2 + 1/8, smooth 2 + 2 + 2
+    bytes an element (16 bits)  forward 2 read + 2 written + 1/8; with a head 2 + 2; backward 2 + 2 + 1/8, of silu and
+                    elu 4 + 2
     paths           128-bit loads and stores where 8 divides the count; the bias by vectors where 8 divides C
                     (channels-last), one a thread where 8 divides S (contiguous), else element by element
 

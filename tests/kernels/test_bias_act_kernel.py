@@ -1,4 +1,4 @@
-"""bias_act's kernels against numpy in float64: interpreted everywhere, compiled where there is a GPU; and their code."""
+"""bias_act's kernels against numpy in float64, interpreted or on a GPU; and what the compiler makes of them."""
 
 from __future__ import annotations
 

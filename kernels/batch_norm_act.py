@@ -1,0 +1,387 @@
+"""batch_norm_act: y = a(w (z - m) r + b) with m, r = 1 / sqrt(var + eps) of each channel over (N, S); and its gradient.
+
+    z, grad, out    (N, C, *spatial), float32 / float16 / bfloat16, contiguous or channels-last, one layout for all;
+                    arithmetic, statistics and sums in float32
+    kernels         statistics, then apply; backward sums (of d and of d n, n = (z - m) r, d = grad a'(w n + b)),
+                    then apply
+    thread mapping  rows are the N S places of a channel. A program of the first kernel takes a block of channels and
+                    one of at most 128 runs of rows, keeps running values a thread, and leaves one partial result; the
+                    last program of a channel block to finish combines them, always in the same order
+    bytes an element (16 bits)  statistics 2 read; apply 2 read + 2 written; sums 4 read (2 with a head); backward apply
+                    4 read + 2 written (2 + 2). No mask: the sign is found again in z, which the way back reads anyhow
+    paths           128-bit loads and stores where 8 divides C (channels-last) or S (contiguous), else by the element
+
+Means and squares are Welford's within a thread and Chan's between them: no difference of large sums. There are no
+atomic operations on floats; the ticket that tells the last program is an int32 a channel block, left at 0.
+"""
+
+from __future__ import annotations
+
+import contextlib
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .bias_act import activate, activation_code, sum_of, times_slope
+from .philox import OPTIONS
+
+MAX_SPLITS = 128  # runs of rows: the last program holds all their results at once
+REDUCING_TILE, APPLYING_TILE = 8192, 2048  # elements a program takes at a time
+
+_PLAIN = ["rows", "channels", "spatial", "run", "splits"]
+
+
+@triton.jit
+def places(
+    first_row,
+    block,
+    rows,
+    channels,
+    spatial,
+    CHANNELS_INNER: tl.constexpr,
+    EIGHTS: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """(offsets in the tensor, offsets in a sample, which exist), each (ROWS, COLUMNS): rows down, channels across."""
+    row = first_row + tl.expand_dims(tl.arange(0, ROWS), 1)
+    channel = block * COLUMNS + tl.expand_dims(tl.arange(0, COLUMNS), 0)
+    sample = row // spatial
+    site = row - sample * spatial
+    if CHANNELS_INNER:
+        here = site * channels + channel
+    else:
+        here = channel * spatial + site
+    at = sample.to(tl.int64) * (channels * spatial) + here
+    inside = (row < rows) & (channel < channels)
+    if EIGHTS:
+        # What the launcher knows and the compiler cannot: eights are whole.
+        if CHANNELS_INNER:
+            inside = (row < rows) & ((channel // 8) < (channels // 8))
+            at = tl.max_contiguous(tl.multiple_of(at, (1, 8)), (1, 8))
+            here = tl.max_contiguous(tl.multiple_of(here, (1, 8)), (1, 8))
+        else:
+            inside = (tl.max_constancy(row // 8, (8, 1)) < (rows // 8)) & (channel < channels)
+            at = tl.max_contiguous(tl.multiple_of(at, (8, 1)), (8, 1))
+            here = tl.max_contiguous(tl.multiple_of(here, (8, 1)), (8, 1))
+    return at, here, inside
+
+
+@triton.jit
+def per_channel(values, block, channels, WHOLE: tl.constexpr, COLUMNS: tl.constexpr):
+    """(1, COLUMNS) of a (C,) vector; by vectors with WHOLE, where 8 divides C."""
+    channel = block * COLUMNS + tl.expand_dims(tl.arange(0, COLUMNS), 0)
+    if WHOLE:
+        return tl.load(values + channel, mask=(channel // 8) < (channels // 8), other=0.0)
+    else:
+        return tl.load(values + channel, mask=channel < channels, other=0.0)
+
+
+@triton.jit
+def leave(partial, first, second, split, block, channels, COLUMNS: tl.constexpr):
+    """Keep this program's two results a channel: partial (splits, 2, C)."""
+    channel = block * COLUMNS + tl.arange(0, COLUMNS)
+    at = partial + split * (2 * channels) + channel
+    tl.store(at, first, mask=channel < channels)
+    tl.store(at + channels, second, mask=channel < channels)
+
+
+@triton.jit
+def is_last(tickets, block, splits):
+    """Whether every other program of the channel block has left its results, and this one sees them."""
+    tl.debug_barrier()  # every thread's stores before the one thread's ticket
+    ticket = tl.atomic_add(tickets + block, 1, sem="acq_rel")
+    return ticket == splits - 1
+
+
+@triton.jit
+def gather(partial, which, block, channels, splits, SPLITS: tl.constexpr, COLUMNS: tl.constexpr):
+    """(SPLITS, COLUMNS): one of the two results of every run, 0 where there is none."""
+    channel = block * COLUMNS + tl.expand_dims(tl.arange(0, COLUMNS), 0)
+    split = tl.expand_dims(tl.arange(0, SPLITS), 1)
+    at = partial + split * (2 * channels) + which * channels + channel
+    # Past L1: other programs wrote them.
+    return tl.load(at, mask=(split < splits) & (channel < channels), other=0.0, cache_modifier=".cg")
+
+
+@triton.jit(do_not_specialize=_PLAIN)
+def batch_norm_act_kernel(
+    z,
+    statistics,  # (2, C) float32: m, r
+    partial,  # (splits, 2, C) float32
+    tickets,
+    rows,
+    channels,
+    spatial,
+    run,  # rows of a run, a multiple of ROWS
+    splits,
+    eps,
+    CHANNELS_INNER: tl.constexpr,
+    EIGHTS: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    SPLITS: tl.constexpr,
+):
+    """The statistics of one channel block over one run of rows; the last program makes those over all."""
+    split = tl.program_id(0)
+    block = tl.program_id(1)
+    start = split * run
+    stop = tl.minimum(rows, start + run)
+    mean = tl.full((ROWS, COLUMNS), 0.0, tl.float32)
+    square = tl.full((ROWS, COLUMNS), 0.0, tl.float32)
+    seen = 1.0
+    for first_row in range(start, stop, ROWS):
+        at, _, inside = places(first_row, block, rows, channels, spatial, CHANNELS_INNER, EIGHTS, ROWS, COLUMNS)
+        value = tl.load(z + at, mask=inside, other=0.0).to(tl.float32)
+        away = value - mean
+        # A thread's missing rows come last: until then it has seen as many as all.
+        mean += tl.where(inside, away * (1.0 / seen), 0.0)
+        square += tl.where(inside, away * (value - mean), 0.0)
+        seen += 1.0
+    lane = tl.expand_dims(tl.arange(0, ROWS), 1)
+    count = tl.maximum((stop - start - lane + ROWS - 1) // ROWS, 0).to(tl.float32)
+    run_mean = sum_of(mean * count, 0) / (stop - start).to(tl.float32)
+    away = mean - tl.expand_dims(run_mean, 0)
+    leave(partial, run_mean, sum_of(square + count * away * away, 0), split, block, channels, COLUMNS)
+
+    if is_last(tickets, block, splits):
+        means = gather(partial, 0, block, channels, splits, SPLITS, COLUMNS)
+        squares = gather(partial, 1, block, channels, splits, SPLITS, COLUMNS)
+        index = tl.expand_dims(tl.arange(0, SPLITS), 1)
+        counts = tl.minimum(tl.maximum(rows - index * run, 0), run).to(tl.float32)
+        total = rows.to(tl.float32)
+        whole_mean = sum_of(means * counts, 0) / total
+        apart = means - tl.expand_dims(whole_mean, 0)
+        variance = sum_of(squares + counts * apart * apart, 0) / total
+        channel = block * COLUMNS + tl.arange(0, COLUMNS)
+        tl.store(statistics + channel, whole_mean, mask=channel < channels)
+        tl.store(statistics + channels + channel, 1.0 / tl.sqrt_rn(variance + eps), mask=channel < channels)
+        tl.store(tickets + block, 0)
+
+
+@triton.jit(do_not_specialize=_PLAIN)
+def batch_norm_act_apply_kernel(
+    z,
+    statistics,
+    weight,
+    bias,
+    out,
+    rows,
+    channels,
+    spatial,
+    slope,
+    ACTIVATION: tl.constexpr,
+    CHANNELS_INNER: tl.constexpr,
+    EIGHTS: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    WHOLE: tl.constexpr = CHANNELS_INNER and EIGHTS
+    blocks = (channels + COLUMNS - 1) // COLUMNS
+    tile = tl.program_id(0) // blocks
+    block = tl.program_id(0) - tile * blocks
+    at, _, inside = places(tile * ROWS, block, rows, channels, spatial, CHANNELS_INNER, EIGHTS, ROWS, COLUMNS)
+    normal = normalised(tl.load(z + at, mask=inside, other=0.0), statistics, block, channels, WHOLE, COLUMNS)
+    value = affine(normal, weight, bias, block, channels, WHOLE, COLUMNS)
+    tl.store(out + at, activate(value, slope, ACTIVATION).to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def normalised(z, statistics, block, channels, WHOLE: tl.constexpr, COLUMNS: tl.constexpr):
+    """n = (z - m) r."""
+    mean = per_channel(statistics, block, channels, WHOLE, COLUMNS)
+    scale = per_channel(statistics + channels, block, channels, WHOLE, COLUMNS)
+    return (z.to(tl.float32) - mean) * scale
+
+
+@triton.jit
+def affine(normal, weight, bias, block, channels, WHOLE: tl.constexpr, COLUMNS: tl.constexpr):
+    """w n + b: the same bits, and so the same sign, forward and back."""
+    w = tl.broadcast_to(per_channel(weight, block, channels, WHOLE, COLUMNS), normal.shape)
+    return tl.fma(normal, w, tl.broadcast_to(per_channel(bias, block, channels, WHOLE, COLUMNS), normal.shape))
+
+
+@triton.jit
+def upstream(grad, head, at, here, inside, HEAD: tl.constexpr):
+    if HEAD:
+        return tl.load(head + here, mask=inside, other=0.0)
+    else:
+        return tl.load(grad + at, mask=inside, other=0.0).to(tl.float32)
+
+
+@triton.jit(do_not_specialize=_PLAIN)
+def batch_norm_act_sums_kernel(
+    grad,
+    z,
+    statistics,
+    weight,
+    bias,
+    head,
+    means,  # (2, C) float32: mean d, mean d n
+    partial,
+    tickets,
+    rows,
+    channels,
+    spatial,
+    run,
+    splits,
+    slope,
+    HEAD: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    CHANNELS_INNER: tl.constexpr,
+    EIGHTS: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    SPLITS: tl.constexpr,
+):
+    """The two means that the gradient through the statistics takes, as the statistics themselves are made."""
+    WHOLE: tl.constexpr = CHANNELS_INNER and EIGHTS
+    split = tl.program_id(0)
+    block = tl.program_id(1)
+    start = split * run
+    stop = tl.minimum(rows, start + run)
+    sum_d = tl.full((ROWS, COLUMNS), 0.0, tl.float32)
+    sum_dn = tl.full((ROWS, COLUMNS), 0.0, tl.float32)
+    for first_row in range(start, stop, ROWS):
+        at, here, inside = places(first_row, block, rows, channels, spatial, CHANNELS_INNER, EIGHTS, ROWS, COLUMNS)
+        normal = normalised(tl.load(z + at, mask=inside, other=0.0), statistics, block, channels, WHOLE, COLUMNS)
+        value = affine(normal, weight, bias, block, channels, WHOLE, COLUMNS)
+        d = times_slope(upstream(grad, head, at, here, inside, HEAD), value, slope, ACTIVATION)
+        sum_d += d  # what does not exist has no upstream
+        sum_dn += d * normal
+    leave(partial, sum_of(sum_d, 0), sum_of(sum_dn, 0), split, block, channels, COLUMNS)
+
+    if is_last(tickets, block, splits):
+        channel = block * COLUMNS + tl.arange(0, COLUMNS)
+        total = rows.to(tl.float32)
+        for which in tl.static_range(2):
+            part = sum_of(gather(partial, which, block, channels, splits, SPLITS, COLUMNS), 0) / total
+            tl.store(means + which * channels + channel, part, mask=channel < channels)
+        tl.store(tickets + block, 0)
+
+
+@triton.jit(do_not_specialize=_PLAIN)
+def batch_norm_act_backward_kernel(
+    grad,
+    z,
+    statistics,
+    weight,
+    bias,
+    head,
+    means,
+    out,
+    rows,
+    channels,
+    spatial,
+    slope,
+    HEAD: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    CHANNELS_INNER: tl.constexpr,
+    EIGHTS: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    WHOLE: tl.constexpr = CHANNELS_INNER and EIGHTS
+    blocks = (channels + COLUMNS - 1) // COLUMNS
+    tile = tl.program_id(0) // blocks
+    block = tl.program_id(0) - tile * blocks
+    at, here, inside = places(tile * ROWS, block, rows, channels, spatial, CHANNELS_INNER, EIGHTS, ROWS, COLUMNS)
+    normal = normalised(tl.load(z + at, mask=inside, other=0.0), statistics, block, channels, WHOLE, COLUMNS)
+    value = affine(normal, weight, bias, block, channels, WHOLE, COLUMNS)
+    d = times_slope(upstream(grad, head, at, here, inside, HEAD), value, slope, ACTIVATION)
+    centred = d - per_channel(means, block, channels, WHOLE, COLUMNS)
+    centred -= normal * per_channel(means + channels, block, channels, WHOLE, COLUMNS)
+    scale = per_channel(statistics + channels, block, channels, WHOLE, COLUMNS)
+    result = centred * (scale * per_channel(weight, block, channels, WHOLE, COLUMNS))
+    tl.store(out + at, result.to(out.dtype.element_ty), mask=inside)
+
+
+def _geometry(z: Tensor) -> tuple[dict[str, int], dict[str, object], int]:
+    """(sizes, layout constants, columns of a tile)."""
+    samples, channels = z.shape[0], z.shape[1]
+    spatial = z.numel() // (samples * channels)
+    inner = not z.is_contiguous() or spatial == 1
+    if samples * spatial >= 2**31 - REDUCING_TILE or channels * spatial >= 2**31:
+        raise ValueError(f"batch_norm_act: a channel must have fewer than 2**31 values, got shape {tuple(z.shape)}")
+    # Channels-last: 64 bytes of a row at 16 bits, so that a few channels make several blocks.
+    columns = min(32 if inner else 8, triton.next_power_of_2(channels))
+    eights = (channels if inner else spatial) % 8 == 0 and (columns % 8 == 0 or not inner)
+    sizes = {"rows": samples * spatial, "channels": channels, "spatial": spatial}
+    return sizes, {"CHANNELS_INNER": inner, "EIGHTS": eights, "COLUMNS": columns}, columns
+
+
+def _runs(rows: int, tile_rows: int) -> tuple[int, int]:
+    """(rows of a run, how many runs), none empty."""
+    tiles = triton.cdiv(rows, tile_rows)
+    per_run = triton.cdiv(tiles, MAX_SPLITS)
+    return per_run * tile_rows, triton.cdiv(tiles, per_run)
+
+
+def batch_norm_act(
+    z: Tensor,  # (N, C, *spatial), contiguous or channels-last
+    weight: Tensor,  # (C,) float32
+    bias: Tensor,
+    out: Tensor | None,  # as z; None: the statistics alone
+    statistics: Tensor,  # (2, C) float32
+    tickets: Tensor,  # int32, one a channel or more, zeros; zeros again afterwards
+    *,
+    activation: str,
+    slope: float = 0.0,
+    eps: float = 1e-5,
+) -> None:
+    """statistics <- (m, r) of z, and out <- a(weight (z - m) r + bias)."""
+    sizes, layout, columns = _geometry(z)
+    blocks = triton.cdiv(z.shape[1], columns)
+    reducing = REDUCING_TILE // columns
+    run, splits = _runs(sizes["rows"], reducing)
+    partial = torch.empty(splits, 2, z.shape[1], device=z.device)
+    with torch.cuda.device(z.device) if z.is_cuda else contextlib.nullcontext():
+        batch_norm_act_kernel[splits, blocks](
+            z, statistics, partial, tickets, **sizes, run=run, splits=splits, eps=float(eps), **layout, ROWS=reducing,
+            SPLITS=MAX_SPLITS, num_warps=8, **OPTIONS,
+        )  # fmt: skip
+        if out is None:
+            return
+        applying = APPLYING_TILE // columns
+        batch_norm_act_apply_kernel[triton.cdiv(sizes["rows"], applying) * blocks,](
+            z, statistics, weight, bias, out, **sizes, slope=float(slope),
+            ACTIVATION=activation_code(activation, slope), **layout, ROWS=applying, num_warps=4, **OPTIONS,
+        )  # fmt: skip
+
+
+def batch_norm_act_backward(
+    grad: Tensor | None,  # as z; None with a head
+    z: Tensor,
+    statistics: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    head: Tensor | None,  # (C * S,) float32, in the order of a sample's memory
+    out: Tensor,  # as z; may be grad
+    tickets: Tensor,
+    *,
+    activation: str,
+    slope: float = 0.0,
+) -> None:
+    """out <- dE/dz, through the statistics too."""
+    sizes, layout, columns = _geometry(z)
+    blocks = triton.cdiv(z.shape[1], columns)
+    reducing = REDUCING_TILE // 2 // columns  # two tensors are read
+    run, splits = _runs(sizes["rows"], reducing)
+    partial = torch.empty(splits, 2, z.shape[1], device=z.device)
+    means = torch.empty(2, z.shape[1], device=z.device)
+    upstream_of = {"grad": z if grad is None else grad, "head": z if head is None else head}
+    shared = {
+        "z": z, "statistics": statistics, "weight": weight, "bias": bias, "means": means, **upstream_of, **sizes,
+        "slope": float(slope), "HEAD": head is not None, "ACTIVATION": activation_code(activation, slope), **layout,
+    }  # fmt: skip
+    with torch.cuda.device(z.device) if z.is_cuda else contextlib.nullcontext():
+        batch_norm_act_sums_kernel[splits, blocks](
+            **shared, partial=partial, tickets=tickets, run=run, splits=splits, ROWS=reducing, SPLITS=MAX_SPLITS,
+            num_warps=8, **OPTIONS,
+        )  # fmt: skip
+        applying = APPLYING_TILE // columns
+        batch_norm_act_backward_kernel[triton.cdiv(sizes["rows"], applying) * blocks,](
+            **shared, out=out, ROWS=applying, num_warps=4, **OPTIONS
+        )
