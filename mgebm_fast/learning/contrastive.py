@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from .. import noise, ops
 from ..errors import CheckpointError, DivergenceError
-from ..gradient import bfloat16_pays, energy_gradient
+from ..gradient import energy_gradient
 from ..nets import EnergyNet
 from ..sampling import MultiGrid
 from ..sampling.storage import EMA, MODEL_FILE
@@ -30,8 +30,8 @@ from .optim import (
     map_areas,
     norm,
     rate_factor,
-    set_rate,
     state_tensors,
+    step,
 )
 
 OPTIMISER_FILE = "optimiser.safetensors"
@@ -64,8 +64,11 @@ class ContrastiveRule(UpdateRule):
             self.divisors = [[a.get(id(q), 1.0) for q in p] for a, p in zip(areas, self.parameters, strict=True)]
         self.average = Average(model, config.stabilise.ema) if config.stabilise.ema else None
         model.langevin = config.dynamics()
-        self.precision = _chain_precision(model, config.precision)
-        averaged = [*sum(self.parameters, []), *(b for b in self._followers() if b.is_floating_point())]
+        self.precision = config.precision
+        # What observed images move: running statistics and power iterations.
+        self.buffers = [buffer for net in model.nets for buffer in net.buffers()]
+        self.averaged = [b for b in self.buffers if b.is_floating_point()] if config.batch_parts > 1 else []
+        averaged = [*sum(self.parameters, []), *self.averaged]
         self.length = sum(tensor.numel() for tensor in averaged) + 2 * len(model.nets)
 
     @abc.abstractmethod
@@ -92,38 +95,37 @@ class ContrastiveRule(UpdateRule):
         factor = self.noise_factor(iteration)
         if factor != 1.0:
             model.langevin = config.dynamics(factor)
-        followers = self._followers()
-        before = [buffer.clone() for buffer in followers]
+        before = [buffer.clone() for buffer in self.buffers]
         shown: list[Tensor] = []
 
         def learn(images: Tensor, first_sample: int) -> list[Tensor]:
-            if followers:
-                torch._foreach_copy_(followers, before)
+            if self.averaged:
+                torch._foreach_copy_(self.buffers, before)
             gradients, energies, synthesised = self._learn(images, first_sample, iteration, factor)
             if detail and not shown:
                 shown.extend(synthesised)
-            return [*sum(gradients, []), *energies, *(b.clone() for b in followers if b.is_floating_point())]
+            return [*sum(gradients, []), *energies, *(b.clone() for b in self.averaged)]
 
-        values = self.ranks.mean(learn, batch, config.batch_parts, self.length)
-        gradients = [[values.pop(0) for _ in parameters] for parameters in self.parameters]
-        measured = [m for parts in gradients for m in (values.pop(0), values.pop(0), norm(parts))]
-        # The one look at the device: nothing is applied before every number is known to be finite.
-        numbers = torch.stack(measured).tolist()
-        self._check_finite(numbers, iteration)
-        for buffer, mean in zip((b for b in followers if b.is_floating_point()), values, strict=True):
+        try:
+            values = self.ranks.mean(learn, batch, config.batch_parts, self.length)
+            gradients = [[values.pop(0) for _ in parameters] for parameters in self.parameters]
+            measured = [m for parts in gradients for m in (values.pop(0), values.pop(0), norm(parts))]
+            spoilt = torch.stack(measured).isfinite().all().logical_not().float()
+            ratios = [self._gradient_to_noise(index, x) for index, x in enumerate(shown)]
+            measured += [ratio for ratio in ratios if ratio is not None]
+            schedule = self._apply(gradients, iteration, spoilt)
+            # The one look at the device. What is not finite was not applied: `spoilt` kept it out without a look.
+            numbers = torch.stack(measured).tolist()
+            self._check_finite(numbers, iteration)
+        except Exception:
+            for buffer, value in zip(self.buffers, before, strict=True):
+                buffer.copy_(value)
+            raise
+        for buffer, mean in zip(self.averaged, values, strict=True):
             buffer.copy_(mean)
-
-        schedule = rate_factor(config.optimiser, iteration, config.steps, iteration * config.batch_size // self.images)
-        for index, (optimiser, parameters) in enumerate(zip(self.optimisers, self.parameters, strict=True)):
-            condition_(gradients[index], config.optimiser, self.divisors[index])
-            for parameter, gradient in zip(parameters, gradients[index], strict=True):
-                parameter.grad = gradient
-            set_rate(optimiser, pick(config.optimiser.lr, index) * schedule)
-            optimiser.step()
-            optimiser.zero_grad(set_to_none=True)
         if self.average is not None:
             self.average.update(iteration)
-        return self._metrics(numbers, schedule, factor, shown if detail else None)
+        return self._metrics(numbers, schedule, factor, ratios)
 
     def _learn(
         self, batch: Tensor, first_sample: int, iteration: int, factor: float
@@ -144,9 +146,14 @@ class ContrastiveRule(UpdateRule):
             energies += [on_real.detach().mean(), on_chain.detach().mean()]
         return gradients, energies, synthesised
 
-    def _followers(self) -> list[Tensor]:
-        """Buffers that observed images move, where parts of a batch each move them from the same state."""
-        return [b for net in self.model.nets for b in net.buffers()] if self.config.batch_parts > 1 else []
+    def _apply(self, gradients: list[list[Tensor]], iteration: int, spoilt: Tensor) -> float:
+        """One step of every optimiser, none where `spoilt` is 1; what the schedule multiplies their rates by."""
+        config = self.config
+        schedule = rate_factor(config.optimiser, iteration, config.steps, iteration * config.batch_size // self.images)
+        for index, (optimiser, parameters) in enumerate(zip(self.optimisers, self.parameters, strict=True)):
+            condition_(gradients[index], config.optimiser, self.divisors[index])
+            step(optimiser, parameters, gradients[index], pick(config.optimiser.lr, index) * schedule, spoilt)
+        return schedule
 
     def _with_noise(self, images: Tensor, grid: int, iteration: int, factor: float, first_sample: int = 0) -> Tensor:
         std = pick(self.config.stabilise.data_noise, grid - 1) * factor
@@ -157,7 +164,7 @@ class ContrastiveRule(UpdateRule):
             images.shape, seed=self.config.seed, step=iteration, first_sample=first_sample, stream=where,
             device=images.device,
         )  # fmt: skip
-        noisy = torch.add(images, draw, alpha=std)
+        noisy = torch.add(images, draw, alpha=std, out=draw)
         # Left outside the range, noise marks observed images as what no clamped chain can reach, and the energies part.
         return noisy.clamp_(*self.config.value_range) if self.config.stabilise.data_noise_clamp else noisy
 
@@ -182,30 +189,31 @@ class ContrastiveRule(UpdateRule):
                     )
 
     def _metrics(
-        self, numbers: list[float], schedule: float, factor: float, synthesised: list[Tensor] | None
+        self, numbers: list[float], schedule: float, factor: float, ratios: list[Tensor | None]
     ) -> dict[str, float]:
         found: dict[str, float] = {}
+        after = iter(numbers[3 * len(self.model.nets) :])
         for index, size in enumerate(self.model.sizes[1:]):
             on_real, on_chain, length = numbers[3 * index : 3 * index + 3]
             found[f"size_{size}/energy_observed"] = on_real
             found[f"size_{size}/energy_synthesised"] = on_chain
             found[f"size_{size}/gap"] = on_real - on_chain
             found[f"size_{size}/gradient_norm"] = length
-            if synthesised is not None and (ratio := self._gradient_to_noise(index, synthesised[index])) is not None:
-                found[f"size_{size}/gradient_to_noise"] = ratio
+            if ratios and ratios[index] is not None:
+                found[f"size_{size}/gradient_to_noise"] = next(after)
         found["lr_factor"] = schedule
         if self.config.stabilise.noise_anneal != 1.0:
             found["noise_factor"] = factor
         return found
 
-    def _gradient_to_noise(self, index: int, x: Tensor) -> float | None:
+    def _gradient_to_noise(self, index: int, x: Tensor) -> Tensor | None:
         """Root mean square of what the gradient moves a pixel by in a step, over that of the noise; None without."""
         chain = self.model.langevin[index].update()
         if chain.noise_std == 0:
             return None
-        force = energy_gradient(self.model.nets[index], x)
+        force = energy_gradient(self.model.nets[index], x, precision=self.precision)
         force = force.clamp(-chain.grad_clamp, chain.grad_clamp) + (x - chain.reference_mean) * chain.inverse_variance
-        return float(chain.drift * force.square().mean().sqrt() / chain.noise_std)
+        return chain.drift * force.square().mean().sqrt() / chain.noise_std
 
     def headline(self, metrics: Mapping[str, float]) -> str:
         gaps = " ".join(f"{metrics[f'size_{size}/gap']:+.3f}" for size in self.model.sizes[1:])
@@ -259,16 +267,3 @@ class ContrastiveRule(UpdateRule):
             raise CheckpointError(f"{path}: holds the state of grids {sorted(tensors)}, this model has {sorted(known)}")
         for index, optimiser in enumerate(self.optimisers, start=1):
             load_state_tensors(optimiser, tensors.get(str(index), {}), str(path))
-
-
-def _chain_precision(model: MultiGrid, wanted: str) -> str:
-    """The precision of the training chains: "auto" is bf16 where every net can take it and the CPU multiplies it.
-
-    The rounding moves a pixel by far less than the noise of the same step does; samples are drawn in float32.
-    """
-    if wanted != "auto":
-        return wanted
-    shapes = [(1, model.channels, size, size) for size in model.sizes[1:]]
-    device = model.colours.device
-    pays = all(bfloat16_pays(net, torch.empty(s, device=device)) for net, s in zip(model.nets, shapes, strict=True))
-    return "bf16" if pays else "fp32"

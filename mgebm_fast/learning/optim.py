@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,9 +24,20 @@ def build_optimiser(parameters: Iterable[nn.Parameter], config: OptimiserConfig,
     fused = all(p.dtype == torch.float32 and p.device.type in ("cpu", "cuda") for p in parameters)
     options = {"lr": pick(config.lr, net), "weight_decay": config.weight_decay, "fused": fused}
     if config.name == "sgd":
-        return torch.optim.SGD(parameters, momentum=config.momentum, **options)
+        sgd = torch.optim.SGD(parameters, momentum=config.momentum, **options)
+        if config.momentum:
+            _begin_momentum(sgd)
+        return sgd
     kind = torch.optim.AdamW if config.name == "adamw" else torch.optim.Adam
     return kind(parameters, betas=config.betas, **options)
+
+
+def _begin_momentum(sgd: torch.optim.SGD) -> None:
+    """Momentum from 0, which a first update makes the gradient: torch leaves it without values until an update is made,
+    and so after a first one that was spoilt."""
+    for group in sgd.param_groups:
+        for parameter in group["params"]:
+            sgd.state[parameter].setdefault("momentum_buffer", torch.zeros_like(parameter))
 
 
 def rate_factor(config: OptimiserConfig, iteration: int, steps: int, epoch: int = 0) -> float:
@@ -47,9 +59,29 @@ def rate_factor(config: OptimiserConfig, iteration: int, steps: int, epoch: int 
     return warm * (config.final_lr + (1 - config.final_lr) * fall)
 
 
-def set_rate(optimiser: torch.optim.Optimizer, rate: float) -> None:
+def step(
+    optimiser: torch.optim.Optimizer,
+    parameters: list[nn.Parameter],
+    gradients: list[Tensor],
+    rate: float,
+    spoilt: Tensor,  # () float32, on the parameters' device
+) -> None:
+    """One update by `gradients` at learning rate `rate`; where `spoilt` is 1, none, and no trace of it in the state.
+
+    A fused optimiser looks at `spoilt` on the device, and the host waits for nothing; for another one the host looks.
+    """
     for group in optimiser.param_groups:
         group["lr"] = rate
+    for parameter, gradient in zip(parameters, gradients, strict=True):
+        parameter.grad = gradient
+    if optimiser.defaults["fused"]:
+        told: Any = optimiser  # as torch's own gradient scaler does it
+        told.found_inf = spoilt
+        optimiser.step()
+        del told.found_inf
+    elif not bool(spoilt):
+        optimiser.step()
+    optimiser.zero_grad(set_to_none=True)
 
 
 def map_areas(net: nn.Module) -> dict[int, float]:
@@ -104,3 +136,5 @@ def load_state_tensors(optimiser: torch.optim.Optimizer, tensors: dict[str, Tens
             raise CheckpointError(f"{where}: tensor {key!r} must have shape {shape}, got {tuple(value.shape)}")
         state.setdefault(int(index), {})[name] = value.clone()
     optimiser.load_state_dict({"state": state, "param_groups": optimiser.state_dict()["param_groups"]})
+    if isinstance(optimiser, torch.optim.SGD) and optimiser.defaults["momentum"]:
+        _begin_momentum(optimiser)

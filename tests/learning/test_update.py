@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.overrides import TorchFunctionMode
 
 from mgebm_fast import noise, ops
 from mgebm_fast.errors import DivergenceError
-from mgebm_fast.gradient.conv import bfloat16_is_fast
 from mgebm_fast.learning import MultiGridTrainer, build_model
 from mgebm_fast.learning.multigrid import MultiGridRule
+from mgebm_fast.learning.optim import state_tensors
 from mgebm_fast.sampling import MultiGrid
 
 from .conftest import tiny_config, tiny_data
@@ -136,7 +137,66 @@ def test_a_non_finite_energy_stops_before_anything_is_applied(trainer):
     with pytest.raises(DivergenceError, match=r"grid 2 \(size 4\) became non-finite at update 1"):
         ours.step(tiny_data(8).batch(slice(None)))
     assert all(torch.equal(p, q) for p, q in zip(before, parameters(ours.model), strict=True))
-    assert ours.iteration == 0 and not ours.rule.optimisers[0].state
+    assert ours.iteration == 0
+
+
+OPTIMISERS = [{"name": "adam"}, {"name": "adamw", "weight_decay": 0.1}, {"name": "sgd", "momentum": 0.9}]
+
+
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("after", [0, 1])
+@pytest.mark.parametrize("optimiser", OPTIMISERS, ids=lambda optimiser: optimiser["name"])
+@pytest.mark.parametrize("norm, spectral", [("none", True), ("batch", False)])
+def test_a_spoilt_update_leaves_no_trace(trainer, norm, spectral, optimiser, after, fused):
+    changes = {"norm": norm, "spectral_norm": spectral, "optimiser": optimiser, "stabilise": {"ema": 0.9}}
+    good, bad = tiny_data(8).batch(slice(None)), torch.tensor([[3e38, -3e38]]).repeat(8, 1, 4, 2)
+    ours, plain = trainer(**changes), trainer(**changes)
+    for run in (ours, plain):
+        for built in run.rule.optimisers:
+            built.defaults["fused"] = fused
+            for group in built.param_groups:
+                group["fused"] = fused
+        for _ in range(after):
+            run.step(good)
+    with pytest.raises(DivergenceError, match=r"of grid 2 \(size 4\) became non-finite"):
+        ours.step(bad)
+    assert ours.iteration == after
+    for _ in range(2):
+        ours.step(good)
+        plain.step(good)
+    for (name, got), expected in zip(ours.model.state_dict().items(), plain.model.state_dict().values(), strict=True):
+        assert torch.equal(got, expected), name
+    for a, b in zip(ours.rule.optimisers, plain.rule.optimisers, strict=True):
+        got, expected = state_tensors(a), state_tensors(b)
+        assert got.keys() == expected.keys() and all(torch.equal(got[k], expected[k]) for k in got)
+    assert all(torch.equal(a, b) for a, b in zip(ours.rule.average._mean, plain.rule.average._mean, strict=True))
+
+
+class Looks(TorchFunctionMode):
+    """Counts the reads of a tensor's values by the host: what makes it wait for a GPU."""
+
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        name = getattr(func, "__name__", str(func))
+        if name in ("item", "tolist", "__bool__", "__float__", "__int__", "numpy", "nonzero"):
+            self.found.append(name)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("detail", [True, False])
+@pytest.mark.parametrize("norm", ["none", "batch"])
+def test_the_numbers_of_an_update_are_read_once(trainer, norm, detail):
+    ours = trainer(norm=norm, optimiser={"grad_clip_norm": 1.0, "grad_rescale_max": 1.0}, stabilise={"ema": 0.9})
+    images = [torch.rand(8, 1, size, size) for size in ours.config.sizes[1:]]
+    ours.rule.synthesise = lambda *arguments: images  # chains have a look of their own
+    batch = tiny_data(8).batch(slice(None))
+    ours.rule.update(batch, 0, detail=detail)
+    with Looks() as looks:
+        ours.rule.update(batch, 1, detail=detail)
+    assert looks.found == ["tolist"]
 
 
 def test_a_run_that_diverges_names_the_last_good_checkpoint(trainer, tmp_path):
@@ -194,21 +254,13 @@ def test_model_and_configuration_must_fit():
         MultiGridTrainer(model, tiny_data(0), tiny_config())
 
 
-@pytest.mark.parametrize(
-    "norm, wanted, got", [("none", "fp32", "fp32"), ("batch", "auto", "fp32"), ("none", "auto", None)]
-)
-def test_auto_precision_is_bf16_where_it_pays(trainer, norm, wanted, got):
-    expected = got or ("bf16" if bfloat16_is_fast("cpu") else "fp32")
-    assert trainer(norm=norm, precision=wanted).rule.precision == expected
-
-
 def test_a_bf16_update_is_near_the_fp32_one(trainer):
     # One update from the same chain starts: the chains differ by the gradient's rounding, far less than by their noise.
     losses = {}
     for precision in ("fp32", "bf16"):
         losses[precision] = trainer(precision=precision, seed=5).step(tiny_data(8).batch(slice(None)))
     for name, value in losses["fp32"].items():
-        assert losses["bf16"][name] == pytest.approx(value, rel=0.05, abs=5e-3)
+        assert losses["bf16"][name] == pytest.approx(value, rel=0.1, abs=5e-3)
 
 
 def test_noisy_data_stay_in_the_range_where_asked():
