@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import re
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -17,6 +19,7 @@ if TYPE_CHECKING:
 
     from ..data import ImageData
     from ..learning import TrainConfig
+    from ..learning.distributed import Ranks
 
 INTERRUPTED = 130  # the exit code of a command that Ctrl-C ended
 
@@ -47,6 +50,30 @@ def find_device(name: str) -> torch.device:
             found = "none" if count == 0 else f"cuda:0 … cuda:{count - 1}"
             raise BackendError(f"--device: {name} is not here, torch finds {found} (`mgebm doctor` says why)")
     return device
+
+
+def find_rank_device(name: str) -> torch.device:
+    """`find_device`, and for a rank that torchrun started the GPU of its place on the host."""
+    from ..learning import distributed
+
+    return distributed.local_device(name) if distributed.launched() else find_device(name)
+
+
+@contextlib.contextmanager
+def one_voice(ranks: Ranks) -> Iterator[None]:
+    """Rank 0 speaks. Another says nothing, unless of an error that rank 0 does not know."""
+    if ranks.first:
+        yield
+        return
+    try:
+        with open(os.devnull, "w") as nowhere, contextlib.redirect_stderr(nowhere):
+            yield
+    except Exception as error:
+        if ranks.failed:
+            raise typer.Exit(1) from error
+        raise
+    except KeyboardInterrupt:
+        raise typer.Exit(INTERRUPTED) from None
 
 
 def open_run(path: Path) -> tuple[Path, TrainConfig | None]:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from .options import Device, RunPath, Threads, find_device, open_run, use_threads
+from .options import Device, RunPath, Threads, find_rank_device, one_voice, open_run, use_threads
 
 if TYPE_CHECKING:
     import numpy as np
@@ -58,21 +58,38 @@ def sample(
     The run's averaged (EMA) weights are used where it has them. Sample i depends on (seed, i) and the model alone;
     with norm = "batch" also on its group, so there --first-sample must be a multiple of the batch size.
     """
-    kind = _check_out(out, overwrite, grids)
     use_threads(threads)
+    from ..learning.distributed import joined
     from ..sampling import MultiGrid
 
-    source, _ = open_run(run)
-    model = MultiGrid.load(source, device=find_device(device))
-    _check_group(model, first_sample)
-    batches = _draw(model, num, seed=seed, first_sample=first_sample, precision=precision)
-    images = {size: batch.cpu().numpy() for size, batch in zip(model.sizes, batches, strict=True)}
-    out.parent.mkdir(parents=True, exist_ok=True)
-    if not grids:
-        images = {model.sizes[-1]: images[model.sizes[-1]]}
-    _WRITERS[kind](out, images, first_sample)
-    low, high = model.value_range
-    typer.echo(f"{num} samples of {run} (seed {seed}, values {low:g} … {high:g} as 0 … 255): {out}", err=True)
+    where = find_rank_device(device)
+    with joined(where) as ranks, one_voice(ranks):
+        with ranks.together():
+            kind = _check_out(out, overwrite, grids)
+            source, _ = open_run(run)
+            model = MultiGrid.load(source, device=where)
+            _check_group(model, first_sample)
+        shares = _shares(num, model.batch_size, ranks.size)
+        own = shares[ranks.rank]
+        with ranks.together():
+            batches = _draw(model, len(own), seed=seed, first_sample=first_sample + own.start, precision=precision)
+        collected = [ranks.collect(batch, [len(share) for share in shares]) for batch in batches]
+        images = {size: batch.numpy() for size, batch in zip(model.sizes, collected, strict=True)}
+        if not grids:
+            images = {model.sizes[-1]: images[model.sizes[-1]]}
+        with ranks.together():
+            if ranks.first:
+                out.parent.mkdir(parents=True, exist_ok=True)
+                _WRITERS[kind](out, images, first_sample)
+        low, high = model.value_range
+        typer.echo(f"{num} samples of {run} (seed {seed}, values {low:g} … {high:g} as 0 … 255): {out}", err=True)
+
+
+def _shares(num: int, group: int, ranks: int) -> list[range]:
+    """Which samples each rank draws: whole groups, so that every sample runs in the group that one process runs."""
+    groups = -(-num // group)
+    bounds = [min(num, group * (rank * groups // ranks)) for rank in range(ranks + 1)]
+    return [range(begin, end) for begin, end in zip(bounds, bounds[1:], strict=False)]
 
 
 def _check_out(out: Path, overwrite: bool, grids: bool) -> str:
@@ -107,9 +124,12 @@ def _check_group(model: MultiGrid, first_sample: int) -> None:
 
 def _draw(model: MultiGrid, num: int, *, seed: int, first_sample: int, precision: str) -> list:
     """uint8 samples at every size, with a bar over the steps of all chains."""
+    import torch
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
+    if num == 0:  # a rank with nothing to do
+        return [torch.empty(0, model.channels, size, size, dtype=torch.uint8) for size in model.sizes]
     groups = -(-num // model.batch_size)
     console = Console(stderr=True)
     columns = (TextColumn("sampling"), BarColumn(), TextColumn("{task.percentage:3.0f} %"), TimeRemainingColumn())

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import os
 import shlex
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from ..errors import ConfigError
-from .options import INTERRUPTED, Device, Threads, find_device, load_images, use_threads
+from .options import INTERRUPTED, Device, Threads, find_rank_device, load_images, one_voice, use_threads
 
 if TYPE_CHECKING:
     import torch
@@ -79,8 +77,8 @@ def train(
     from ..learning import apply_overrides, distributed
 
     use_threads(threads)
-    where = distributed.local_device(device) if distributed.launched() else find_device(device)
-    with distributed.joined(where) as ranks, _one_voice(ranks):
+    where = find_rank_device(device)
+    with distributed.joined(where) as ranks, one_voice(ranks):
         with ranks.together():
             chosen, folder = _configure(config, out, resume)
             if data is not None:
@@ -116,23 +114,6 @@ def _fit(
         config, out=folder, data=images, resume=resume, device=device, console=console, resume_command=command,
         ranks=ranks,
     )  # fmt: skip
-
-
-@contextlib.contextmanager
-def _one_voice(ranks: Ranks) -> Iterator[None]:
-    """Rank 0 speaks. Another says nothing, unless of an error that rank 0 does not know."""
-    if ranks.first:
-        yield
-        return
-    try:
-        with open(os.devnull, "w") as nowhere, contextlib.redirect_stderr(nowhere):
-            yield
-    except Exception as error:
-        if ranks.failed:
-            raise typer.Exit(1) from error
-        raise
-    except KeyboardInterrupt:
-        raise typer.Exit(INTERRUPTED) from None
 
 
 def _named(device: torch.device) -> str:

@@ -180,6 +180,19 @@ class Ranks:
             dist.broadcast(letters, source, group=self._host)
         return bytes(letters.tolist()).rstrip(b"\0").decode(errors="ignore")
 
+    def collect(self, own: Tensor, counts: list[int]) -> Tensor:
+        """The rows of all ranks in the order of ranks, on the CPU; rank r has `counts[r]`."""
+        pieces = []
+        for rank, count in enumerate(counts):
+            piece = (
+                own.cpu().contiguous() if rank == self.rank else torch.empty((count, *own.shape[1:]), dtype=own.dtype)
+            )
+            if self.size > 1 and count:
+                with self._reaching(f"rank {rank}"):
+                    dist.broadcast(piece, rank, group=self._host)
+            pieces.append(piece)
+        return torch.cat(pieces)
+
     def follow_first_(self, tensors: list[Tensor]) -> None:
         """Give every rank the values of rank 0, in place."""
         for tensor in tensors if self.size > 1 else []:

@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 from rich.console import Console
 
+from mgebm_fast.cli import app
 from mgebm_fast.errors import DivergenceError
 from mgebm_fast.learning import MultiGridTrainer, build_model, checkpoint
 from mgebm_fast.learning.distributed import Ranks
@@ -66,6 +67,9 @@ def main(rank: int, folder: Path) -> None:
     torch.save(
         Ranks.present().mean(lambda x, first: part_values(first), torch.zeros(6), 4 * 3, 232), folder / f"{rank}.pt"
     )
+
+    for name in ("batch statistics", "adam"):
+        app(["sample", str(folder / name), "--num", "10", "--out", str(folder / f"{name}.npy")], standalone_mode=False)
 
     with ended("other images"):
         trainer(data=tiny_data(20 + rank))

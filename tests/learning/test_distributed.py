@@ -110,6 +110,13 @@ def test_the_mean_is_added_in_the_order_of_parts(ranks):
             torch.testing.assert_close(ours.double(), exact, atol=2e-3, rtol=1e-5)
 
 
+@pytest.mark.parametrize("variant", ["batch statistics", "adam"])
+def test_samples_of_two_ranks_are_those_of_one_process(ranks, variant, tmp_path):
+    out = tmp_path / "one.npy"
+    app(["sample", str(ranks / variant), "--num", "10", "--out", str(out)], standalone_mode=False)
+    assert out.read_bytes() == (ranks / f"{variant}.npy").read_bytes()
+
+
 @pytest.mark.parametrize(
     ("scene", "kind", "message"),
     [
