@@ -1,6 +1,8 @@
-"""The table that ends a run of the benches, and its CSV.
+"""The tables that end a run of the benches, and their CSV.
 
-A bench checks its result against the reference first, then calls `report`. `--csv FILE` keeps the rows.
+A bench of an op checks its result against the reference first, then calls `report`; a bench of a whole chain or of a
+training iteration calls `whole`, which does both. `--csv FILE` keeps the rows of the ops; `mgebm bench --csv DIR` keeps
+those of chains and training. `--tiny` shows that chains and training run, at sizes whose figures mean nothing.
 """
 
 from __future__ import annotations
@@ -10,15 +12,19 @@ from pathlib import Path
 
 import pytest
 import torch
+from rich.console import Console
 
+from mgebm_fast.benchmarks import Row, console_table, run_case
 from mgebm_fast.benchmarks.timing import copy_bandwidth, device_name, interleaved
 
 DEVICES = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
 ROWS: list[dict] = []
+WHOLE: list[list[Row]] = []
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--csv", default=None, help="write the rows of the table to this CSV file")
+    parser.addoption("--csv", default=None, help="write the rows of the ops' table to this CSV file")
+    parser.addoption("--tiny", action="store_true", help="whole chains and training at sizes that mean nothing")
 
 
 @pytest.fixture(params=DEVICES)
@@ -58,7 +64,26 @@ def report(benchmark, device):
     return run
 
 
+@pytest.fixture
+def whole(request, device):
+    """whole(case): every contender of a chain or a training iteration; it fails where this package's gradient does."""
+
+    def run(case) -> None:
+        tiny = request.config.getoption("--tiny")
+        rows = run_case(case.tiny() if tiny else case, device=device)
+        WHOLE.append(rows)
+        wrong = [f"{row.contender}: {row.status}" for row in rows if row.contender.startswith("mgebm") and not row.ok]
+        assert not wrong, "; ".join(wrong)
+
+    return run
+
+
 def pytest_terminal_summary(terminalreporter, config) -> None:
+    for rows in WHOLE:
+        console = Console(width=100)
+        with console.capture() as capture:
+            console.print(console_table(rows))
+        terminalreporter.write_line("\n" + capture.get())
     if not ROWS:
         return
     terminalreporter.section("ops: medians of interleaved runs, results checked first")

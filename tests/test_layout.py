@@ -16,7 +16,20 @@ else:
 ROOT = Path(__file__).resolve().parents[1]
 SOURCES = ROOT / "mgebm_fast"
 # A layer imports from those after it, never from those before it.
-LAYERS = ["cli", "benchmarks", "evaluation", "learning", "sampling", "gradient", "nets", "ops", "data", "native", "noise", "errors"]
+LAYERS = [
+    "cli",
+    "benchmarks",
+    "evaluation",
+    "learning",
+    "sampling",
+    "gradient",
+    "nets",
+    "ops",
+    "data",
+    "native",
+    "noise",
+    "errors",
+]
 
 
 def test_every_package_is_installed():

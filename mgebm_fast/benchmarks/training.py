@@ -14,7 +14,7 @@ from ..learning.config import merge
 from ..nets import EnergyNet
 from .cases import Case
 from .contenders import SEED, Contender, explain, precision_of
-from .gate import check, gradient64, gradient_of, relative_error
+from .gate import LEARNING_LIMITS, check, gradient64, gradient_of, relative_error
 from .loops import PlainTrainer, plain_net
 from .timing import Run
 
@@ -28,8 +28,6 @@ _PROBE = {
     "optimiser": {"name": "sgd", "lr": _RATE, "momentum": 0.0, "schedule": "constant"},
     "stabilise": {"data_noise": 0.0, "ema": 0.0, "noise_anneal": 1.0},
 }  # fmt: skip
-# The learning step is float32 for everybody; what is left is the rounding of a sum that nearly cancels.
-_LEARNING = {"fp32": "fp32", "tf32": "tf32", "bf16": "tf32", "fp16": "tf32"}
 
 
 class TrainingBench:
@@ -72,7 +70,7 @@ class TrainingBench:
         ]
         check(max(errors), precision)
         learning = relative_error(self._learn(contender), self.learning)
-        check(learning, _LEARNING[precision], "weight gradient")
+        check(learning, precision, "weight gradient", LEARNING_LIMITS)
         return self._whole(contender), precision, max(*errors, learning), explained
 
     def _whole(self, contender: Contender) -> Run:

@@ -89,10 +89,9 @@ def bench(
     if plot and (reason := picture.why_not()):
         raise ValueError(f"--plot: {reason}")
     with_ops = _wants_ops(named, tables, only, tiny)
-    rows, peak = _measure(chosen, contenders, where, full=full, csv=csv, tables=named, quiet=json, tiny=tiny)
-    ops = _ops(csv, json) if with_ops else []
-    if plot:
-        _draw(rows, ops, csv or Path())
+    pictures = (csv or Path()) if plot else None
+    rows, peak = _measure(chosen, contenders, where, full=full, csv=csv, pictures=pictures, quiet=json, tiny=tiny)
+    ops = _ops(csv, pictures, json) if with_ops else []
     if json:
         found = {"ceilings": peak, "rows": [dataclasses.asdict(row) for row in rows], "ops": ops}
         typer.echo(json_module.dumps(found, ensure_ascii=False))
@@ -113,14 +112,15 @@ def _wants_ops(named: list[str], tables: list[str] | None, only: list[str] | Non
 
 
 def _measure(
-    chosen: list[Case], contenders: list[Contender], device: str, *, full: bool, csv: Path | None, tables: list[str],
-    quiet: bool, tiny: bool,
+    chosen: list[Case], contenders: list[Contender], device: str, *, full: bool, csv: Path | None,
+    pictures: Path | None, quiet: bool, tiny: bool,
 ) -> tuple[list[Row], dict[str, float]]:  # fmt: skip
     """The rows of all cases, shown and stored as they come, and the machine's measured ceilings."""
     if not chosen:
         return [], {}
     from rich.console import Console
 
+    from ..benchmarks import picture
     from ..benchmarks.report import console_table, write_csv
     from ..benchmarks.run import run_case
     from ..benchmarks.timing import ceilings, device_name
@@ -150,9 +150,12 @@ def _measure(
                 if note := _note(row):
                     out.print(f"  {row.contender}: {note}", style="dim", highlight=False, markup=False, soft_wrap=True)
             out.print()
-        if csv is not None:  # after every case: a run that is cut short keeps what it found
-            table = found[0].table
-            write_csv(csv / f"{table}.csv", [row for row in rows if row.table == table])
+        # After every case: a run that is cut short keeps what it found.
+        table = [row for row in rows if row.table == case.table]
+        if csv is not None:
+            write_csv(csv / f"{case.table}.csv", table)
+        if pictures is not None and any(row.ok for row in table):
+            picture.draw(table, pictures / f"{case.table}.svg")
     return rows, peak
 
 
@@ -168,10 +171,11 @@ def _plan(explained: str) -> str:
     return explained.partition("gradient: ")[2].partition("; update")[0]
 
 
-def _ops(csv: Path | None, quiet: bool) -> list[dict[str, Any]]:
+def _ops(csv: Path | None, pictures: Path | None, quiet: bool) -> list[dict[str, Any]]:
     import sys
 
     from ..benchmarks.ops import run_ops
+    from ..benchmarks.picture import draw_ops
 
     rows = run_ops(sys.stderr if quiet else None)
     if csv is not None:
@@ -182,17 +186,9 @@ def _ops(csv: Path | None, quiet: bool) -> list[dict[str, Any]]:
             writer = csv_module.DictWriter(file, list(rows[0]), lineterminator="\n")
             writer.writeheader()
             writer.writerows(rows)
+    if pictures is not None:
+        draw_ops(rows, pictures / "ops.svg")
     return rows
-
-
-def _draw(rows: list[Row], ops: list[dict[str, Any]], folder: Path) -> None:
-    from ..benchmarks import picture
-
-    for table in dict.fromkeys(row.table for row in rows if row.ok):
-        path = picture.draw([row for row in rows if row.table == table], folder / f"{table}.svg")
-        typer.echo(f"wrote {path}", err=True)
-    if ops:
-        typer.echo(f"wrote {picture.draw_ops(ops, folder / 'ops.svg')}", err=True)
 
 
 def _list(found: list[Case], json: bool) -> None:
