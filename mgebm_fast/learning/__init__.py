@@ -1,5 +1,6 @@
-"""Learning: what a run is (TrainConfig), how it is trained (MultiGridTrainer), and its folder (Run)."""
+"""Learning: what a run is (TrainConfig), by which method (METHODS), how it is trained, and its folder (Run)."""
 
+from .baselines import SingleGridRule
 from .config import (
     LangevinConfig,
     OptimiserConfig,
@@ -14,19 +15,23 @@ from .config import (
 )
 from .contrastive import ContrastiveRule
 from .loop import Loop, Outcome, UpdateRule, check_new
-from .multigrid import MultiGridRule, build_model
+from .methods import METHODS, Method, build_model
+from .multigrid import MultiGridRule
 from .run import Run, load_data
 from .trainer import MultiGridTrainer, train
 
 __all__ = [
+    "METHODS",
     "ContrastiveRule",
     "LangevinConfig",
     "Loop",
+    "Method",
     "MultiGridRule",
     "MultiGridTrainer",
     "OptimiserConfig",
     "Outcome",
     "Run",
+    "SingleGridRule",
     "StabiliseConfig",
     "TrainConfig",
     "UpdateRule",

@@ -42,6 +42,7 @@ class Slots:
         """Which of the slots begin anew at update `iteration`, each with probability `restart` of its own."""
         where = noise.stream(noise.Purpose.BANK_RESTART, 1)
         draw = ops.noise(
-            (len(slots), 1), seed=self.seed, step=iteration, first_sample=slots, stream=where, distribution="uniform"
-        )
+            (len(slots), 1), seed=self.seed, step=iteration, first_sample=slots, stream=where, distribution="uniform",
+            device=slots.device,
+        )  # fmt: skip
         return draw[:, 0] <= self.restart

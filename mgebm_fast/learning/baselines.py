@@ -21,40 +21,43 @@ class InitialState:
         self.model, self.config = model, config
 
     def ids(self, iteration: int, first_sample: int, n: int) -> int | Tensor:
-        """The sample ids of the chains' noise."""
+        """The sample ids of n chains, from place `first_sample` of the update's batch on: one for the first, or n."""
         return first_sample
 
-    def at(self, observed: list[Tensor], iteration: int, first_sample: int) -> Tensor:
-        """(N, C, S, S) for `observed`, images at sizes 1 and S from place `first_sample` of the update's batch on."""
+    def at(self, observed: list[Tensor], iteration: int, ids: int | Tensor) -> Tensor:
+        """(N, C, S, S) for `observed`, a batch at sizes 1 and S."""
         raise NotImplementedError
 
-    def keep(self, iteration: int, first_sample: int, x: Tensor) -> None:
+    def keep(self, ids: int | Tensor, x: Tensor) -> None:
         """Take what the chains of an update that was applied have come to."""
         return
+
+    def noise(self, n: int, step: int, ids: int | Tensor) -> Tensor:
+        """(n, C, S, S) uniform in value_range."""
+        return self.model.noise_start(
+            n, seed=self.config.seed, step=step, first_sample=ids, purpose=noise.Purpose.INITIAL_STATE
+        )
 
 
 class Observed(InitialState):
     """The observed images, with their noise where the net sees them so: contrastive divergence (Hinton, 2002)."""
 
-    def at(self, observed: list[Tensor], iteration: int, first_sample: int) -> Tensor:
+    def at(self, observed: list[Tensor], iteration: int, ids: int | Tensor) -> Tensor:
         return observed[1]
 
 
 class Expanded(InitialState):
-    """The replicated 1×1 means of the observed images: single-grid CD (Gao et al., CVPR 2018, §5)."""
+    """The replicated 1×1 means of the observed images: single-grid CD (Gao et al., CVPR 2018)."""
 
-    def at(self, observed: list[Tensor], iteration: int, first_sample: int) -> Tensor:
+    def at(self, observed: list[Tensor], iteration: int, ids: int | Tensor) -> Tensor:
         return ops.upsample(observed[0], self.model.sizes[-1])
 
 
 class Noise(InitialState):
-    """Uniform noise in value_range, never stored: short-run MCMC (Nijkamp, Hill, Zhu, Wu, NeurIPS 2019)."""
+    """Uniform noise, never stored: short-run MCMC (Nijkamp, Hill, Zhu, Wu, NeurIPS 2019)."""
 
-    def at(self, observed: list[Tensor], iteration: int, first_sample: int) -> Tensor:
-        return self.model.noise_start(
-            len(observed[0]), seed=self.config.seed, step=iteration, first_sample=first_sample,
-            purpose=noise.Purpose.INITIAL_STATE,
-        )  # fmt: skip
+    def at(self, observed: list[Tensor], iteration: int, ids: int | Tensor) -> Tensor:
+        return self.noise(len(observed[0]), iteration, ids)
 
 
 class Persistent(InitialState):
@@ -73,27 +76,21 @@ class Persistent(InitialState):
             )
         self.slots = Slots.of(options.bank_size, config.batch_size, images, options.restart, config.seed)
         if len(model.bank) != self.slots.size:
-            model.bank = self._noise(torch.arange(self.slots.size), 0)
-
-    def _noise(self, slots: Tensor, step: int) -> Tensor:
-        return self.model.noise_start(
-            len(slots), seed=self.config.seed, step=step, first_sample=slots.to(self.model.colours.device),
-            purpose=noise.Purpose.INITIAL_STATE,
-        )  # fmt: skip
+            model.bank = self.noise(self.slots.size, 0, 0)
 
     def ids(self, iteration: int, first_sample: int, n: int) -> Tensor:
         return self.slots.at(iteration, first_sample, n).to(self.model.bank.device)
 
-    def at(self, observed: list[Tensor], iteration: int, first_sample: int) -> Tensor:
-        slots = self.slots.at(iteration, first_sample, len(observed[0]))
-        x = self.model.bank[slots.to(self.model.bank.device)]
-        if self.slots.restart and bool((anew := self.slots.restarted(iteration, slots)).any()):
-            # Step 0 of the stream made the bank itself.
-            x[anew.to(x.device)] = self._noise(slots[anew], iteration + 1)
+    def at(self, observed: list[Tensor], iteration: int, ids: int | Tensor) -> Tensor:
+        assert isinstance(ids, Tensor)
+        x = self.model.bank[ids]
+        if self.slots.restart:
+            anew = self.slots.restarted(iteration, ids)[:, None, None, None]
+            x = torch.where(anew, self.noise(len(ids), iteration + 1, ids), x)  # step 0 made the bank itself
         return x
 
-    def keep(self, iteration: int, first_sample: int, x: Tensor) -> None:
-        self.model.bank[self.ids(iteration, first_sample, len(x))] = x
+    def keep(self, ids: int | Tensor, x: Tensor) -> None:
+        self.model.bank[ids] = x
 
 
 _STATES: dict[str, type[InitialState]] = {
@@ -111,28 +108,29 @@ class SingleGridRule(ContrastiveRule):
         super().__init__(model, narrow(config), images=images)
         self.divisible = config.method != "pcd"  # a bank lives in one process
         self.initial = _STATES[config.method](model, self.config, images)
-        self._ended: list[tuple[int, Tensor]] = []
+        self._ended: list[tuple[int | Tensor, Tensor]] = []
 
     def synthesise(self, observed: list[Tensor], iteration: int, first_sample: int = 0) -> list[Tensor]:
         chain = self.model.langevin[0]
+        ids = self.initial.ids(iteration, first_sample, len(observed[0]))
         x = chain(
             self.model.nets[0],
-            self.initial.at(observed, iteration, first_sample),
+            self.initial.at(observed, iteration, ids),
             seed=self.config.seed,
-            first_sample=self.initial.ids(iteration, first_sample, len(observed[0])),
+            first_sample=ids,
             first_step=iteration * chain.steps,
             stream=noise.stream(noise.Purpose.TRAINING_CHAIN, 1),
             precision=self.precision,
             where=f"training: grid 1 (size {self.model.sizes[-1]})",
         )
-        self._ended.append((first_sample, x))
+        self._ended.append((ids, x))
         return [x]
 
     def update(self, batch: Tensor, iteration: int, *, detail: bool = False) -> dict[str, float]:
         self._ended.clear()
         metrics = super().update(batch, iteration, detail=detail)
-        for first_sample, x in self._ended:
-            self.initial.keep(iteration, first_sample, x)
+        for ids, x in self._ended:
+            self.initial.keep(ids, x)
         self._ended.clear()
         return metrics
 

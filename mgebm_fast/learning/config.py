@@ -103,7 +103,7 @@ class TrainConfig:
     log_every: int = key(10, Whole(1), "updates between lines of metrics")
     keep_checkpoints: int = key(3, Whole(1), "newest checkpoints kept")
     flips: bool = key(False, Flag(), "mirror half of the observed images, left to right")
-    precision: str = key("auto", Choice(PRECISIONS), "of the gradient inside chains: auto is bf16 where it pays")
+    precision: str = key("auto", Choice(PRECISIONS), "of the gradient inside chains: auto is 16 bits where that pays")
     langevin: LangevinConfig = dataclasses.field(default_factory=lambda: LangevinConfig(drift=1.0, noise_std=0.03))
     optimiser: OptimiserConfig = dataclasses.field(default_factory=OptimiserConfig)
     stabilise: StabiliseConfig = dataclasses.field(default_factory=StabiliseConfig)
@@ -226,7 +226,7 @@ def apply_overrides(config: TrainConfig, overrides: Iterable[str]) -> TrainConfi
     return from_dict(_settled(values, given, config.sizes), "--set")
 
 
-def merge(config: TrainConfig, changes: Mapping[str, Any]) -> TrainConfig:
+def merge(config: TrainConfig, changes: Mapping[str, Any], where: str = "config") -> TrainConfig:
     """`config` with the given keys replaced; a section takes a mapping of its own keys. The Python form of --set."""
     values, given = config.to_dict(), set()
     for name, value in changes.items():
@@ -234,9 +234,9 @@ def merge(config: TrainConfig, changes: Mapping[str, Any]) -> TrainConfig:
             values[name] = {**values.get(name, {}), **value}
             given |= {f"{name}.{leaf}" for leaf, entry in value.items() if entry is not None}
         else:
-            values[name] = _read(_kind(name, "config"), name, value, "config")
+            values[name] = _read(_kind(name, where), name, value, where)
             given.add(name)
-    return from_dict(_settled(values, given, config.sizes), "config")
+    return from_dict(_settled(values, given, config.sizes), where)
 
 
 def _settled(values: dict[str, Any], given: set[str], before: tuple[int, ...]) -> dict[str, Any]:
@@ -373,7 +373,15 @@ def _load_file(path: Path, where: str) -> TrainConfig:
         values = tomllib.loads(path.read_text(encoding="utf-8"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{where}: must be a TOML file, got a syntax error: {error}") from None
-    return from_dict(values, where)
+    base = values.pop("base", None)
+    if base is None:
+        return from_dict(values, where)
+    if not isinstance(base, str) or base not in preset_names():
+        names = preset_names()
+        raise ConfigError(f"{where}: base must be one of {', '.join(names)}, got {base!r}{suggest(str(base), names)}")
+    # What is said of the base is not true of what is made of it.
+    own = {name: getattr(TrainConfig, name) for name in ("name", "description", "time")}
+    return merge(load_preset(base), {**own, **values}, where)
 
 
 def _plain(values: Any) -> Any:

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 class CdConfig:
     """`[cd]`: contrastive divergence, whose K training steps never leave the data far enough to sample by."""
 
-    sample_steps: int = key(200, Whole(1), "steps from noise of a chain that samples the trained model")
+    sample_steps: int = key(1000, Whole(1), "steps from noise of a chain that samples the trained model")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,3 +90,8 @@ METHODS: dict[str, Method] = {
     )
 }
 TABLES: dict[str, type] = {method.name: method.table for method in METHODS.values() if method.table is not None}
+
+
+def build_model(config: TrainConfig) -> Any:
+    """The untrained model that a configuration describes, of the class that its method trains."""
+    return METHODS[config.method].build_model(config)
