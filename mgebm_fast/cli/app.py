@@ -16,7 +16,8 @@ from ..errors import BackendError, DivergenceError
 from .bench import bench
 from .evaluate import evaluate
 from .options import INTERRUPTED
-from .report import doctor, presets
+from .presets import presets
+from .report import doctor
 from .sample import sample
 from .train import train
 
