@@ -211,7 +211,7 @@ class Slot:
         self.runs += 1
         if self.refusal or (self.static is None and self.runs < CAPTURE_AT):
             return None
-        with self.lane.lock:
+        with self.lane.lock, torch.inference_mode(False), torch.no_grad():
             self.lane.before(self.device)
             if self.static is None:
                 self._capture(build)

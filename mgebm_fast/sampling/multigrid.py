@@ -135,6 +135,7 @@ class MultiGrid(nn.Module):
         callback: GridCallback | None = None,
         precision: str = "auto",
         backend: str = "auto",
+        graph: bool | None = None,
     ) -> list[Tensor]:
         """The samples at every size, sizes[0] (the start) first; all of `start` as one batch.
 
@@ -146,6 +147,7 @@ class MultiGrid(nn.Module):
             mask, known: at the finest size, broadcastable to (N, C, S, S). Pixels of `known` where the mask is False
                 are held; at coarser sizes a cell is held, at the mean of its block, where its whole block is known.
             callback: callback(grid, step, x) after each step, grid the index in sizes, x the live state.
+            graph: as in `langevin_sample`; one CUDA graph holds the chains of all grids.
 
         Raises DivergenceError naming the grid and the step.
         """
@@ -156,6 +158,7 @@ class MultiGrid(nn.Module):
         return cascade(
             list(self.nets), self.sizes, dynamics, start, seed=seed, first_sample=first_sample, first_step=first_step,
             purpose=purpose, mask=mask, known=known, callback=callback, precision=precision, backend=backend,
+            graph=graph,
         )  # fmt: skip
 
     @property
@@ -176,6 +179,7 @@ class MultiGrid(nn.Module):
         callback: GridCallback | None = None,
         precision: str = "auto",
         backend: str = "auto",
+        graph: bool | None = None,
     ) -> Tensor | list[Tensor]:
         """n samples (n, C, S, S) float32 in `value_range`, with no data: starts are drawn from the stored colours.
 
@@ -210,6 +214,7 @@ class MultiGrid(nn.Module):
                 callback=callback,
                 precision=precision,
                 backend=backend,
+                graph=graph,
             )
             groups.append([grid[:wanted] for grid in results])
         grids = [torch.cat(parts) for parts in zip(*groups, strict=True)]
