@@ -13,7 +13,7 @@ from mgebm_fast.learning import preset_names
 
 from .test_train import one_line
 
-COMMANDS = ("train", "sample", "evaluate", "presets", "doctor")
+COMMANDS = ("train", "sample", "evaluate", "bench", "presets", "doctor")
 
 
 def test_evaluate_prints_one_object_on_stdout(mgebm, trained):
