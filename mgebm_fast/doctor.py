@@ -18,6 +18,8 @@ OPTIONAL = {
     "triton": ("Triton kernels on NVIDIA GPUs", 'pip install "mgebm_fast[triton]"'),
     "torchvision": ("torchvision's image sets, --data torchvision:NAME", 'pip install "mgebm_fast[vision]"'),
     "torch-fidelity": ("FID and KID in Inception features", 'pip install "mgebm_fast[inception]"'),
+    "arviz": ("ESS and split R-hat of mgebm diagnose", 'pip install "mgebm_fast[diagnostics]"'),
+    "matplotlib": ("plots of mgebm diagnose", 'pip install "mgebm_fast[diagnostics]"'),
     "pytest": ("the tests", 'pip install -e ".[test]"'),
 }
 

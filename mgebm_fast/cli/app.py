@@ -14,7 +14,9 @@ from typer.core import TyperGroup
 from .. import __version__
 from ..errors import BackendError, DivergenceError
 from .bench import bench
+from .diagnose import diagnose
 from .evaluate import evaluate
+from .inpaint import inpaint
 from .options import INTERRUPTED
 from .presets import presets
 from .report import doctor
@@ -95,7 +97,7 @@ def about(
     """
 
 
-for command in (train, sample, evaluate, bench, presets, doctor):
+for command in (train, sample, inpaint, evaluate, diagnose, bench, presets, doctor):
     app.command()(command)
 
 

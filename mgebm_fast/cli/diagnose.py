@@ -1,0 +1,74 @@
+"""`mgebm diagnose`: how the chains of a run behave, as figures and plots."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .options import Device, RunPath, Threads, find_device, open_run, use_threads
+
+
+def diagnose(
+    run: RunPath,
+    num: Annotated[int, typer.Option(min=2, help="How many chains.")] = 64,
+    steps: Annotated[
+        int | None, typer.Option(min=1, help="Of every chain. Default: as many as the run samples with.")
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Of the chains.")] = 0,
+    out: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="For plots and report.json. Default: diagnostics, and nothing with --json."),
+    ] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print exactly one JSON object on stdout.")] = False,
+    device: Device = "auto",
+    threads: Threads = None,
+) -> None:
+    """Run a model's sampling chains and measure them: energies, acceptance if corrected, ESS, split R-hat.
+
+    \b
+    Examples:
+      mgebm diagnose runs/digits
+      mgebm diagnose runs/digits --steps 1000 --out long/
+      mgebm diagnose runs/digits --json | jq '.chains[2].rhat'
+
+    \b
+    In the folder, for every grid:
+      grid_3_size_8.png         energy traces, gradient-to-noise ratio, acceptance, autocorrelation
+      grid_3_size_8_states.png  eight chains, top to bottom as they go
+      report.json               what --json prints
+
+    ESS and R-hat need arviz, plots need matplotlib: pip install "mgebm_fast[diagnostics]". Without them the rest is
+    told. What the figures mean, and what short chains do to them, is in docs/diagnostics.md.
+    """
+    import json as json_module
+
+    if out is None and not json:
+        out = Path("diagnostics")
+    if out is not None and out.exists() and not out.is_dir():
+        raise ValueError(f"--out: must be a folder, got the file {out}")
+    use_threads(threads)
+    from rich.console import Console
+
+    from ..evaluation.diagnosis import diagnose as measure
+    from ..evaluation.diagnosis import format_diagnosis
+    from ..files import write_bytes
+    from ..sampling import MultiGrid
+
+    source, _ = open_run(run)
+    model = MultiGrid.load(source, device=find_device(device))
+    with Console(stderr=True).status(f"running {num} chains a grid"):
+        diagnosis = measure(model, num=num, steps=steps, seed=seed)
+    figures = {"run": str(run), "num": num, "seed": seed, **diagnosis.figures()}
+    text = json_module.dumps(figures, allow_nan=False, ensure_ascii=False)
+    if out is not None:
+        written = diagnosis.write(out, model.to_uint8)
+        write_bytes(out / "report.json", (text + "\n").encode(), durable=False)
+        plots = len([path for path in written if not path.stem.endswith("_states")])
+        missing = "" if plots else ', no plots: matplotlib is not installed (pip install "mgebm_fast[diagnostics]")'
+        typer.echo(f"{out}: {len(written)} pictures and report.json{missing}", err=True)
+    if json:
+        typer.echo(text)
+        return
+    Console().print(format_diagnosis(diagnosis))
