@@ -185,7 +185,8 @@ def prepare(
         made = slot.static.chain.plan
     else:
         made = plan(energy, x, precision, where)
-        slot = graphs.why_not_plan(made, graph) or slot
+        if isinstance(slot, graphs.Slot):
+            slot = graphs.why_not_plan(made, graph) or slot
     graphs.insist(graph, slot, where)
     return Chain(
         energy=energy,

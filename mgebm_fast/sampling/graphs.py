@@ -284,7 +284,7 @@ def why_not(energy: Any, x: Tensor, graph: bool | None) -> str:
     if graph is None and os.environ.get("MGEBM_GRAPHS", "1") in ("", "0"):
         return "MGEBM_GRAPHS=0"
     if not isinstance(energy, nn.Module):
-        return f"a {type(energy).__name__} is not a module, and may do anything"
+        return f"a {type(energy).__name__} is not a module"
     if x.numel() == 0:
         return "the batch is empty"
     if strides(x) is None:
