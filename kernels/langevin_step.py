@@ -52,6 +52,25 @@ def offsets(channel, site, channel_stride, spatial_stride, BY_QUAD: tl.constexpr
     return at
 
 
+@triton.jit
+def drifted(old, gradient, drift, inv_variance, reference_mean, grad_clamp, CLIP: tl.constexpr):
+    """The state before its noise."""
+    if CLIP:
+        gradient = tl.where(gradient < -grad_clamp, -grad_clamp, gradient)
+        gradient = tl.where(gradient > grad_clamp, grad_clamp, gradient)
+    force = tl.fma(old - reference_mean, inv_variance, gradient)
+    return tl.fma(-drift, force, old)
+
+
+@triton.jit
+def bounded(value, clamp_lo, clamp_hi, CLAMP_LO: tl.constexpr, CLAMP_HI: tl.constexpr):
+    if CLAMP_LO:
+        value = tl.where(value < clamp_lo, clamp_lo, value)
+    if CLAMP_HI:
+        value = tl.where(value > clamp_hi, clamp_hi, value)
+    return value
+
+
 @triton.jit(do_not_specialize=_PLAIN)
 def langevin_step_kernel(
     x,
@@ -148,11 +167,7 @@ def langevin_step_kernel(
     old = tl.load(x_at, mask=inside)
     gradient = tl.load(grad_at, mask=inside).to(tl.float32)
 
-    if CLIP:
-        gradient = tl.where(gradient < -grad_clamp, -grad_clamp, gradient)
-        gradient = tl.where(gradient > grad_clamp, grad_clamp, gradient)
-    force = tl.fma(old - reference_mean, inv_variance, gradient)
-    value = tl.fma(-drift, force, old)
+    value = drifted(old, gradient, drift, inv_variance, reference_mean, grad_clamp, CLIP)
     if NOISY:
         k0, k1 = seed_words(seed, seed_high, SEED_ON_DEVICE)
         sample, step_word, fits = counter_words(first_sample, step, n, FIRST_SAMPLE_FROM, STEP_ON_DEVICE)
@@ -160,10 +175,7 @@ def langevin_step_kernel(
         v0, v1 = box_muller(w0, w1)
         v2, v3 = box_muller(w2, w3)
         value = tl.fma(tl.where(fits, noise_std, float("nan")), interleave(v0, v1, v2, v3, QUADS), value)
-    if CLAMP_LO:
-        value = tl.where(value < clamp_lo, clamp_lo, value)
-    if CLAMP_HI:
-        value = tl.where(value > clamp_hi, clamp_hi, value)
+    value = bounded(value, clamp_lo, clamp_hi, CLAMP_LO, CLAMP_HI)
     if MASKED:
         if MASK_FLAT:
             mask_at = mask + mask_base + lane
