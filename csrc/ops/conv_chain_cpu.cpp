@@ -133,7 +133,7 @@ struct Engine {
     const int pairs = (all_strips + kStrips - 1) / kStrips;
     const int64_t total = static_cast<int64_t>(w.outputs) * blocks;
     int64_t chunk = larger(2, chunk_bytes() / larger(1, item_bytes));
-    chunk = smaller(chunk, larger(2, total * pairs / (8 * threads)));
+    chunk = smaller(chunk, larger(2, total * pairs / (32 * threads)));
     chunk += chunk & 1;
     int64_t chunks = 0;
     for (int c = 0; c < w.classes; ++c) {
@@ -208,11 +208,16 @@ struct Engine {
     const int strips = strips_of(stage.out_channels);
     sweep(stage.forward, strips, item_bytes, strips * strip_size * 4,
           [&](const int* block, const int* output, const int* base, int count, const Taps& taps, int strip, int wide) {
-            alignas(64) float out[16 * kTileWidth];
+            alignas(64) float out[2][16 * kTileWidth];
+            const float* a[2];
+            int rows[2];
             for (int i = 0; i < count; ++i) {
-              const float* a = x + static_cast<int64_t>(block[i]) * elements() * 16 + 16LL * base[i];
-              tile<true>(a, in, taps, packed + strip * strip_size, strip_size, wide, valid(block[i]), out);
-              for (int s = 0; s < wide; ++s) finish(block[i], output[i], strip + s, out + 16 * s);
+              rows[i] = valid(block[i]);
+              a[i] = x + static_cast<int64_t>(block[i]) * elements() * 16 + 16LL * base[i];
+            }
+            float_tiles<true>(a, rows, count, in, taps, packed + strip * strip_size, strip_size, wide, out);
+            for (int i = 0; i < count; ++i) {
+              for (int s = 0; s < wide; ++s) finish(block[i], output[i], strip + s, out[i] + 16 * s);
             }
           });
   }

@@ -24,6 +24,7 @@ from .langevin_step import Update
 ACTIVATIONS = {"none": 0, "leaky_relu": 1, "relu": 1, "silu": 2, "elu": 3}
 MAX_STAGES = 32
 _EDGE_CHANNELS = 4
+_ALIGN = 64
 _IDLE = Update(0.0, 0.0, 0.0, 0.0, math.inf, -math.inf, math.inf)
 
 
@@ -81,6 +82,7 @@ class ConvChain:
             self._stages = [self._pack(stage, first=index == 0) for index, stage in enumerate(stages)]
             # (C, *top) -> (pixel, channel), padded to whole strips
             self._head = _padded(head.detach().float().flatten(1).T, 1)
+        self._workspace = torch.empty(0, dtype=torch.uint8)
         self._size = stages[0].in_size
         self._channels = stages[0].weight.shape[1]
 
@@ -159,8 +161,10 @@ class ConvChain:
         needed = module.conv_chain_workspace(
             stages, self.bfloat, gradient is not None, mask is not None, samples, image
         )
-        workspace = torch.empty(needed + 64, dtype=torch.uint8)
-        aligned = -(-workspace.data_ptr() // 64) * 64
+        # Kept from call to call: fresh pages cost as much as a step of a small net.
+        if self._workspace.numel() < needed + _ALIGN:
+            self._workspace = torch.empty(needed + _ALIGN, dtype=torch.uint8)
+        aligned = -(-self._workspace.data_ptr() // _ALIGN) * _ALIGN
         module.conv_chain_cpu(
             stages, self.bfloat, self._head.data_ptr(), x.data_ptr(), 0 if gradient is None else gradient.data_ptr(),
             0 if mask is None else mask.data_ptr(), samples, steps, image, numbers.arguments, place.native_arguments,

@@ -24,43 +24,40 @@ struct Rows {
 };
 
 // Sums start anew after this many channels at least, and the parts are added up: a rounding error then grows with the
-// square root of a part's length and not of 6,400 products.
+// square root of a part's length and not of 6,400 products. All rows take a part before the next: its weights, from the
+// second cache, then serve them from the first.
 constexpr int kPart = 128;
 
-// kSamplesInner: rows are neighbours (the state); else a row's channels are.
+// One part; kSamplesInner: rows are neighbours (the state); else a row's channels are.
 template <int kRows, int kWide, bool kSamplesInner>
-MG_INLINE void products(const float* a, const Rows& in, const Taps& taps, const float* w, int64_t strip, float* out) {
+MG_INLINE void products(const float* a, const Rows& in, const Taps& part, const float* w, int64_t strip, bool first,
+                        float* out) {
   const int64_t row_stride = kSamplesInner ? 1 : in.depth;
-  int t = 0;
-  bool first = true;
-  do {
-    F16 sum[kRows][kWide];
-    for (int r = 0; r < kRows; ++r) {
-      for (int s = 0; s < kWide; ++s) sum[r][s] = all(0.0f);
-    }
-    for (int done = 0; done < kPart && t < taps.count; ++t, done += in.depth) {
-      const float* at = a + taps.pixel[t] * in.pixel;
-      const float* weight = w + static_cast<int64_t>(taps.weight[t]) * in.depth * 16;
-      for (int k = 0; k < in.depth; ++k, weight += 16) {
-        F16 column[kWide];
-        for (int s = 0; s < kWide; ++s) column[s] = load(weight + s * strip);
-        const float* value = kSamplesInner ? at + k * in.channel : at + k;
+  F16 sum[kRows][kWide];
+  for (int r = 0; r < kRows; ++r) {
+    for (int s = 0; s < kWide; ++s) sum[r][s] = all(0.0f);
+  }
+  for (int t = 0; t < part.count; ++t) {
+    const float* at = a + part.pixel[t] * in.pixel;
+    const float* weight = w + static_cast<int64_t>(part.weight[t]) * in.depth * 16;
+    for (int k = 0; k < in.depth; ++k, weight += 16) {
+      F16 column[kWide];
+      for (int s = 0; s < kWide; ++s) column[s] = load(weight + s * strip);
+      const float* value = kSamplesInner ? at + k * in.channel : at + k;
 #pragma GCC unroll 16
-        for (int r = 0; r < kRows; ++r) {
-          const F16 broadcast = all(value[r * row_stride]);
+      for (int r = 0; r < kRows; ++r) {
+        const F16 broadcast = all(value[r * row_stride]);
 #pragma GCC unroll 2
-          for (int s = 0; s < kWide; ++s) sum[r][s] = multiply_add(broadcast, column[s], sum[r][s]);
-        }
+        for (int s = 0; s < kWide; ++s) sum[r][s] = multiply_add(broadcast, column[s], sum[r][s]);
       }
     }
-    for (int r = 0; r < kRows; ++r) {
-      for (int s = 0; s < kWide; ++s) {
-        float* at = out + r * kTileWidth + 16 * s;
-        store(at, first ? sum[r][s] : load(at) + sum[r][s]);
-      }
+  }
+  for (int r = 0; r < kRows; ++r) {
+    for (int s = 0; s < kWide; ++s) {
+      float* at = out + r * kTileWidth + 16 * s;
+      store(at, first ? sum[r][s] : load(at) + sum[r][s]);
     }
-    first = false;
-  } while (t < taps.count);
+  }
 }
 
 #if defined(__AVX512F__)
@@ -73,25 +70,37 @@ constexpr int kRowsAtOnce = 2, kWideAtOnce = 1;
 
 // The first `rows` rows: as many at once as there are registers for, then what is left in halves.
 template <int kRows, int kWide, bool kSamplesInner>
-MG_INLINE void products_of_rows(const float* a, const Rows& in, const Taps& taps, const float* w, int64_t strip,
-                                int rows, float* out) {
+MG_INLINE void products_of_rows(const float* a, const Rows& in, const Taps& part, const float* w, int64_t strip,
+                                int rows, bool first, float* out) {
   const int64_t row_stride = kSamplesInner ? 1 : in.depth;
   for (; rows >= kRows; rows -= kRows, a += kRows * row_stride, out += kRows * kTileWidth) {
-    products<kRows, kWide, kSamplesInner>(a, in, taps, w, strip, out);
+    products<kRows, kWide, kSamplesInner>(a, in, part, w, strip, first, out);
   }
-  if constexpr (kRows > 1) products_of_rows<kRows / 2, kWide, kSamplesInner>(a, in, taps, w, strip, rows, out);
+  if constexpr (kRows > 1) {
+    products_of_rows<kRows / 2, kWide, kSamplesInner>(a, in, part, w, strip, rows, first, out);
+  }
 }
 
-// The tile of one block of `rows` samples; `strips` is 1 or 2.
+// The tiles of `blocks` blocks a[i] of rows[i] samples, into out[i]; `strips` is 1 or 2.
 template <bool kSamplesInner>
-static void tile(const float* a, const Rows& in, const Taps& taps, const float* w, int64_t strip, int strips, int rows,
-                 float* out) {
-  if (rows < 16) __builtin_memset(out, 0, sizeof(float) * 16 * kTileWidth);
-  if (strips == kWideAtOnce) {
-    return products_of_rows<kRowsAtOnce, kWideAtOnce, kSamplesInner>(a, in, taps, w, strip, rows, out);
+static void float_tiles(const float* const* a, const int* rows, int blocks, const Rows& in, const Taps& taps,
+                        const float* w, int64_t strip, int strips, float (*out)[16 * kTileWidth]) {
+  for (int i = 0; i < blocks; ++i) {
+    if (rows[i] < 16 || taps.count == 0) __builtin_memset(out[i], 0, sizeof(out[i]));
   }
-  for (int s = 0; s < strips; ++s) {
-    products_of_rows<kRowsAtOnce, 1, kSamplesInner>(a, in, taps, w + s * strip, strip, rows, out + 16 * s);
+  const int step = kPart > in.depth ? (kPart + in.depth - 1) / in.depth : 1;
+  for (int t = 0; t < taps.count; t += step) {
+    const Taps part{taps.pixel + t, taps.weight + t, taps.count - t < step ? taps.count - t : step};
+    for (int i = 0; i < blocks; ++i) {
+      if (strips == kWideAtOnce) {
+        products_of_rows<kRowsAtOnce, kWideAtOnce, kSamplesInner>(a[i], in, part, w, strip, rows[i], t == 0, out[i]);
+        continue;
+      }
+      for (int s = 0; s < strips; ++s) {
+        products_of_rows<kRowsAtOnce, 1, kSamplesInner>(a[i], in, part, w + s * strip, strip, rows[i], t == 0,
+                                                        out[i] + 16 * s);
+      }
+    }
   }
 }
 
@@ -214,10 +223,9 @@ MG_INLINE void end_tiles() {}
 
 #endif
 
-// The tiles of `blocks` (1 or 2) blocks a[i], of rows[i] samples, into out[i].
 static inline void tiles(const float* const* a, const int* rows, int blocks, const Rows& in, const Taps& taps,
                          const float* w, int64_t strip, int strips, float (*out)[16 * kTileWidth]) {
-  for (int i = 0; i < blocks; ++i) tile<false>(a[i], in, taps, w, strip, strips, rows[i], out[i]);
+  float_tiles<false>(a, rows, blocks, in, taps, w, strip, strips, out);
 }
 
 #if defined(__AVX512BF16__)
