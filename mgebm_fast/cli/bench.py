@@ -25,7 +25,7 @@ def bench(
         list[str] | None, typer.Argument(metavar="[chains] [training] [ops]", help="Default: chains; --full: all.")
     ] = None,
     full: Annotated[
-        bool, typer.Option("--full", help="All cases, contenders and tables, more rounds: an hour on two cores.")
+        bool, typer.Option("--full", help="All cases, contenders and tables, and more rounds; leave it alone for long.")
     ] = False,
     only: Annotated[
         list[str] | None, typer.Option("--only", metavar="CASE", help="Measure this case; may be repeated.")
@@ -50,7 +50,7 @@ def bench(
 
     \b
     Examples:
-      mgebm bench                              chains, in about a minute
+      mgebm bench                              chains, the quick way
       mgebm bench training                     whole training iterations
       mgebm bench --only cascade --against compile_bf16
       mgebm bench --full --csv results --plot  everything, with CSV files and pictures
