@@ -41,8 +41,7 @@ def plot_chain(report: ChainReport) -> bytes:
     acceptance.set_ylim(-0.02, 1.02)
     if report.figures["log_acceptance"] is not None:
         mean, log = report.figures["acceptance"], report.figures["log_acceptance"]
-        words = f"after the warm-up: mean {mean:.3g}, median e^{log:.3g}"
-        acceptance.text(0.03, 0.93, words, transform=acceptance.transAxes, color=FAINT)
+        acceptance.set_xlabel(f"step (after the warm-up: mean {mean:.3g}, median e^{log:.3g})")
     if len(kept.steps) < len(steps):
         for axes in (potential, ratio, acceptance):
             axes.axvline(kept.steps[0] + 1, color=OTHER, linewidth=0.8, linestyle=":")

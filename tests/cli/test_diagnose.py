@@ -121,3 +121,8 @@ def test_a_noise_free_run_has_a_note(trained):
         from mgebm_fast.evaluation.plots import plot_chain
 
         assert plot_chain(report.chains[0])[:4] == b"\x89PNG"
+
+
+def test_help_has_an_example(mgebm):
+    result = mgebm("diagnose", "--help")
+    assert result.exit_code == 0 and "  mgebm diagnose runs/" in result.stdout

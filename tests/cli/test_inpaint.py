@@ -92,3 +92,8 @@ def test_a_model_file_alone_needs_data(mgebm, trained, tmp_path):
     assert "--data" in one_line(mgebm("inpaint", alone, "--json"))
     assert figures(mgebm("inpaint", alone, "--json", "--num", 4, "--data", "digits"))["num"] == 4
     assert "does not exist" in one_line(mgebm("inpaint", tmp_path / "no_run", "--json"))
+
+
+def test_help_has_an_example(mgebm):
+    result = mgebm("inpaint", "--help")
+    assert result.exit_code == 0 and "  mgebm inpaint runs/" in result.stdout

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -202,3 +204,11 @@ def test_a_single_grid_fills_too(start):
     completed = inpaint(made, images, masks).completed
     hidden = masks.expand_as(images)
     assert torch.equal(completed[~hidden], images[~hidden]) and (completed[hidden] == round(255 * 0.75)).all()
+
+
+def test_the_code_of_the_page_runs():
+    page = Path(__file__).resolve().parents[2] / "docs" / "inpainting.md"
+    names = {"model": model(channels=1), "images": pictures(5, 1)}
+    for block in re.findall(r"^```python\n(.*?)^```", page.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL):
+        exec(block, names)
+    assert names["result"].completed.shape == (5, 1, 8, 8)
