@@ -13,9 +13,6 @@ from ..ops.counters import Counters
 from ..ops.langevin_step import Update
 from .stack import Stack, read
 
-# The engine works on 16 samples at a time: with fewer than this the libraries behind the conv plan are faster.
-MIN_SAMPLES = 4
-
 
 def why_not(stack: Stack, x: Tensor, precision: str) -> str:
     """Why the engine cannot run `stack` on tensors like x in this precision; an empty string when it can."""
@@ -29,8 +26,6 @@ def why_not(stack: Stack, x: Tensor, precision: str) -> str:
         return f"bf16 needs AVX512_BF16 or AMX, and {native.isa()} is in use"
     if len(stack.stages) > MAX_STAGES:
         return f"it takes up to {MAX_STAGES} layers, the net has {len(stack.stages)}"
-    if x.shape[0] < MIN_SAMPLES:
-        return f"it needs a batch of {MIN_SAMPLES} or more, x has {x.shape[0]}"
     return ""
 
 
@@ -69,7 +64,7 @@ class NativePlan:
 
     def _example(self) -> Tensor:
         first = self._stack.stages[0].weight
-        return first.new_empty((MIN_SAMPLES, self._stack.channels, *self._stack.size))
+        return first.new_empty((1, self._stack.channels, *self._stack.size))
 
     def explain(self) -> str:
         """The plan's name and precision, in one line."""
