@@ -56,7 +56,14 @@ def find_rank_device(name: str) -> torch.device:
     """`find_device`, and for a rank that torchrun started the GPU of its place on the host."""
     from ..learning import distributed
 
-    return distributed.local_device(name) if distributed.launched() else find_device(name)
+    if not distributed.launched():
+        return find_device(name)
+    try:
+        return distributed.local_device(name)
+    except ValueError:  # of the name, and so the same on every rank: the first one tells
+        if os.environ["RANK"] == "0":
+            raise
+        raise typer.Exit(2) from None
 
 
 @contextlib.contextmanager

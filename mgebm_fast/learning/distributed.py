@@ -243,17 +243,18 @@ def launched() -> bool:
 def local_device(name: str = "auto") -> torch.device:
     """The device of this rank: with CUDA the GPU of its place on the host, LOCAL_RANK; else the CPU.
 
-    BackendError where a GPU is named, or there are fewer than ranks.
+    ValueError where one GPU is named. BackendError where there are fewer than ranks.
     """
+    if name not in ("auto", "cpu", "cuda"):
+        raise ValueError(
+            f"--device: must be auto, cpu or cuda under torchrun, where each rank has its GPU, got {name!r}"
+        )
     if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
         return torch.device("cpu")
     place, count = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
-    if name not in ("auto", "cuda"):
-        raise BackendError(
-            f"--device: must be auto, cpu or cuda under torchrun, which gives each rank its GPU, got {name}"
-        )
     if place >= count:
-        raise BackendError(f"torchrun: --nproc-per-node must be at most the {count} GPUs of this machine, got more")
+        ranks = os.environ.get("LOCAL_WORLD_SIZE", "more")
+        raise BackendError(f"torchrun: --nproc-per-node must be at most the {count} GPUs that torch finds, got {ranks}")
     return torch.device("cuda", place)
 
 

@@ -65,27 +65,29 @@ class MultiGridTrainer:
         **overrides: Any,
     ) -> None:
         ranks = Ranks.present() if ranks is None else ranks
-        named = data is None or isinstance(data, (str, Path))
-        if config is None:
-            config = merge(TrainConfig(), {} if model is None else describe_model(model))
-            if data is not None:
-                name = data.name if isinstance(data, ImageData) else type(data).__name__
-                config = merge(config, {"data": str(data) if named else name})
-            if not named and resume_command is None:
-                resume_command = "the same trainer: .resume(), then .fit()"
-        config = _parted(merge(config, overrides), ranks)
-        built = model is None
-        method = METHODS[config.method]
-        if model is None:
-            model = method.build_model(config)
-        if model.kind != method.model:
-            raise ValueError(f"MultiGridTrainer: method {method.name!r} trains a {method.model}, got a {model.kind}")
-        _check_fit(model, method.narrow(config))
-        if built and device is None:
-            device = "cuda" if torch.cuda.is_available() else "cpu"
-        self.model = model if device is None else model.to(device)
-        self.config = config
         with ranks.together():
+            named = data is None or isinstance(data, (str, Path))
+            if config is None:
+                config = merge(TrainConfig(), {} if model is None else describe_model(model))
+                if data is not None:
+                    name = data.name if isinstance(data, ImageData) else type(data).__name__
+                    config = merge(config, {"data": str(data) if named else name})
+                if not named and resume_command is None:
+                    resume_command = "the same trainer: .resume(), then .fit()"
+            config = _parted(merge(config, overrides), ranks)
+            built = model is None
+            method = METHODS[config.method]
+            if model is None:
+                model = method.build_model(config)
+            if model.kind != method.model:
+                raise ValueError(
+                    f"MultiGridTrainer: method {method.name!r} trains a {method.model}, got a {model.kind}"
+                )
+            _check_fit(model, method.narrow(config))
+            if built and device is None:
+                device = "cuda" if torch.cuda.is_available() else "cpu"
+            self.model = model if device is None else model.to(device)
+            self.config = config
             self.data = _images(data, config)
         # Batch statistics couple the samples of a part, in training and so in sampling.
         self.model.batch_size = config.batch_size // (config.batch_parts if self.model.norm == "batch" else 1)
@@ -94,14 +96,15 @@ class MultiGridTrainer:
         ranks.check_same("images", zlib.crc32(colours.numpy().tobytes(), len(self.data)))
         self.model.set_colours(colours)
         ranks.follow_first_([*self.model.parameters(), *self.model.buffers()])
-        self.rule = method.build_rule(self.model, config, images=len(self.data))
-        places = ranks.places(config.batch_size)
-        batches = Batches(self.data, config.batch_size, seed=config.seed, flips=config.flips, places=places)
         folder = None if out is None else Path(out)
         console = None if quiet else console or Console(stderr=True)
-        self._loop = Loop(
-            self.rule, batches, config, out=folder, console=console, resume_command=resume_command, ranks=ranks
-        )
+        places = ranks.places(config.batch_size)
+        batches = Batches(self.data, config.batch_size, seed=config.seed, flips=config.flips, places=places)
+        with ranks.together():
+            self.rule = method.build_rule(self.model, config, images=len(self.data))
+            self._loop = Loop(
+                self.rule, batches, config, out=folder, console=console, resume_command=resume_command, ranks=ranks
+            )
 
     @property
     def iteration(self) -> int:

@@ -13,9 +13,9 @@ import torch
 
 from mgebm_fast import ops
 from mgebm_fast.cli import app
-from mgebm_fast.errors import ConfigError
+from mgebm_fast.errors import BackendError, ConfigError
 from mgebm_fast.learning import MultiGridTrainer, Run, build_model, checkpoint
-from mgebm_fast.learning.distributed import Ranks
+from mgebm_fast.learning.distributed import Ranks, local_device
 from mgebm_fast.learning.feed import Batches
 
 from .conftest import tiny_config, tiny_data
@@ -183,6 +183,20 @@ def test_the_command_under_torchrun(tmp_path):
     assert result.exit_code == 0, result.output
     same_bits(one, two, "step_000003")
     assert (one / "model.safetensors").read_bytes() == (two / "model.safetensors").read_bytes()
+
+
+def test_the_device_of_a_rank(monkeypatch):
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert local_device() == local_device("cuda") == torch.device("cuda:1") and local_device("cpu").type == "cpu"
+    with pytest.raises(ValueError, match="--device: must be auto, cpu or cuda under torchrun, .* got 'cuda:0'"):
+        local_device("cuda:0")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(BackendError, match="--nproc-per-node must be at most the 1 GPUs"):
+        local_device()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert local_device().type == "cpu"
 
 
 # One process
