@@ -60,7 +60,7 @@ def auto_precision(device_type: str) -> str:
 
 
 @contextlib.contextmanager
-def _exact_cudnn(device: torch.device) -> Iterator[None]:
+def exact_cudnn(device: torch.device) -> Iterator[None]:
     """cuDNN's float32 as float32, not TF32, and with algorithms that give the same bits in every call."""
     if device.type != "cuda":
         yield
@@ -72,6 +72,15 @@ def _exact_cudnn(device: torch.device) -> Iterator[None]:
         yield
     finally:
         cudnn.conv.fp32_precision, cudnn.deterministic = before
+
+
+def scaled_head(head: Tensor) -> tuple[Tensor, Tensor]:
+    """(head times the power of two that brings its largest entry into [2, 4), one over that power), for float16.
+
+    The largest entry is not read back: `refresh` may follow every update.
+    """
+    exponent = _HEAD_LOG2 - torch.floor(torch.log2(head.abs().amax().clamp_min(2.0**-100)))
+    return head * torch.exp2(exponent), torch.exp2(-exponent)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,7 +98,7 @@ class _Layer:
     """A stage in buffers of its own, which `load` fills again in place."""
 
     def __init__(self, stage: Stage, index: int, dtype: torch.dtype, layout: torch.memory_format) -> None:
-        self.form, self.dtype, self.layout = _form(stage), dtype, layout
+        self.form, self.dtype, self.layout = form(stage), dtype, layout
         self.first = index == 0 and dtype != torch.float32
         self.low = torch.empty_like(stage.weight, dtype=dtype, memory_format=layout)
         self.weight = torch.empty_like(stage.weight, memory_format=torch.contiguous_format) if self.first else self.low
@@ -181,7 +190,7 @@ class ConvPlan:
         stack = read(self._energy, self._like)
         if isinstance(stack, str):
             raise BackendError(f"refresh: the energy must be one that the conv plan can take, but {stack}")
-        if [layer.form for layer in self._layers] != [_form(stage) for stage in stack.stages]:
+        if [layer.form for layer in self._layers] != [form(stage) for stage in stack.stages]:
             raise BackendError("refresh: the energy's layers must be those that the plan was made for; make a new plan")
         self._load(stack)
 
@@ -191,10 +200,8 @@ class ConvPlan:
                 layer.load(stage)
             head = stack.head
             if self._dtype == torch.float16:
-                # No reading back of the largest entry: `refresh` may follow every update.
-                exponent = _HEAD_LOG2 - torch.floor(torch.log2(head.abs().amax().clamp_min(2.0**-100)))
-                self._unscale.copy_(torch.exp2(-exponent))
-                head = head * torch.exp2(exponent)
+                head, unscale = scaled_head(head)
+                self._unscale.copy_(unscale)
             self._head.copy_(head.unsqueeze(0))
 
     def gradient(self, x: Tensor) -> Tensor:  # (N, C, *spatial) float32 -> the same, float32 or bfloat16
@@ -206,7 +213,7 @@ class ConvPlan:
                 f"gradient: batch statistics need two values a channel, got {len(x)} samples on a map of "
                 f"{self._statistics} pixels"
             )
-        with torch.no_grad(), _exact_cudnn(x.device):
+        with torch.no_grad(), exact_cudnn(x.device):
             # One layout inside: a channels-last x then gives the same bits.
             bottom = h = x.contiguous()
             kept = []
@@ -235,7 +242,7 @@ class ConvPlan:
         return f"conv, {self.precision} (the chain rule by hand{where}){reason}"
 
 
-def _form(stage: Stage) -> tuple[Any, ...]:
+def form(stage: Stage) -> tuple[Any, ...]:
     """What of a stage a plan cannot change."""
     eps = None if stage.norm is None else stage.norm.eps
     return (

@@ -13,6 +13,7 @@ from torch import Tensor
 from .. import noise, ops
 from ..errors import DivergenceError
 from ..gradient import GradientPlan, frozen_parameters, plan
+from ..gradient.cuda import note_bad_steps_
 from ..gradient.plan import Energy
 from ..ops import counters
 from ..ops.edge_step import NO_BAD_STEP
@@ -228,15 +229,6 @@ def bad_step_cell(plan: GradientPlan, device: torch.device) -> Tensor | None:
     if cell is None and getattr(plan, "precision", "fp32") == "fp16":
         cell = torch.full((), NO_BAD_STEP, device=device)
     return cell
-
-
-def note_bad_steps_(bad_step: Tensor, peaks: Tensor, places: list[counters.Counters]) -> None:
-    """bad_step ← its minimum with the counters of the steps whose largest gradient entry is not finite."""
-    tensors = [place.step_tensor for place in places if place.step_tensor is not None]
-    first = places[0].step
-    steps = torch.stack(tensors) if tensors else torch.arange(first, first + len(places), device=peaks.device)
-    noted = torch.where(torch.isfinite(peaks), NO_BAD_STEP, steps).min()
-    bad_step.copy_(torch.minimum(bad_step, noted))
 
 
 def dense_copy(x: Tensor) -> Tensor:

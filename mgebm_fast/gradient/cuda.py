@@ -1,0 +1,317 @@
+"""∇E and whole chains of 2-D stacks on GPUs: library convolutions in 16 bits, one kernel of ours between two of them.
+
+    forward    z_l = W_l * h_{l−1};  h_l = a_l(z_l + b_l), or of z_l's batch normalisation    bias_act, batch_norm_act
+    top        dE/dz_L from the head and the signs of z_L: h_L itself is never made           the same ops
+    backward   dE/dz_{l−1} = a′ · (W_lᵀ * dE/dz_l), through the statistics where there are    the same ops
+    edge       x ← Langevin step with W_1ᵀ * dE/dz_1, which never goes to memory              edge_step_
+
+Maps are channels-last. Kept for the way back are 1-bit masks, or z where the slope or the statistics need it. x enters
+the first convolution as the sum of two 16-bit numbers, in twice the channels (padded to eights, which tensor cores
+want): pixels of 0–255 then lose nothing. A net of small dense layers (`ops.dense_chain_`) makes all its steps in one
+kernel instead.
+
+float16 has few exponents: the head is scaled as in the conv plan, and `bad_step` notes the first step at which
+something overflowed: an entry of ∇E, or the top map, where an overflow on the way up ends.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import BackendError
+from ..ops import backend as backends
+from ..ops import counters, dense_chain, edge_step
+from ..ops.batch_norm_act import launch as batch_norm_act
+from ..ops.batch_norm_act import launch_backward as batch_norm_act_backward
+from ..ops.batch_norm_act import workspace
+from ..ops.bias_act import MASKED
+from ..ops.bias_act import launch as bias_act
+from ..ops.bias_act import launch_backward as bias_act_backward
+from ..ops.edge_step import NO_BAD_STEP
+from ..ops.langevin_step import Update
+from .conv import TYPES, exact_cudnn, form, scaled_head
+from .stack import Stack, Stage, read
+
+aten = torch.ops.aten
+OPS = ("bias_act", "batch_norm_act", "edge_step", "dense_chain")
+
+
+def why_not(stack: Stack, x: Tensor, precision: str, backend: str = "triton") -> str:
+    """Why the fused plan cannot run `stack` on tensors like x; an empty string when it can."""
+    if precision == "fp32":
+        return "it is for 16 bits"
+    for op in OPS:
+        if missing := backends.unavailable(op, backend, x.device):
+            return missing
+    if stack.ndim != 2:
+        return f"its kernels are of 2-D maps, x has {stack.ndim} spatial dimensions"
+    first = stack.stages[0]
+    if max(first.stride) > 2:
+        return f"{first.name} has stride {max(first.stride)}, its edge kernel takes up to 2"
+    stride = (first.stride[0], first.stride[1])
+    if (wide := edge_step.columns(stack.channels, stride)) > edge_step.MAX_COLUMNS:
+        return (
+            f"{first.name} has {stack.channels} channels, and stride² · channels is {wide}, above the edge kernel's 64"
+        )
+    return ""
+
+
+@dataclasses.dataclass
+class _Layer:
+    """A stage in buffers of its own, which `load` fills again in place."""
+
+    stage: Stage  # without its tensors
+    form: tuple[Any, ...]
+    weight: Tensor  # 16 bits, channels-last; of the first stage [W, W, 0 …] over the channels
+    bias: Tensor | None  # float32
+    norm: tuple[Tensor, Tensor] | None  # weight and bias, float32
+    geometry: tuple[Any, ...]
+
+    @classmethod
+    def of(cls, stage: Stage, dtype: torch.dtype, channels: int) -> _Layer:
+        shape = (stage.weight.shape[0], channels, *stage.weight.shape[2:])
+        weight = torch.zeros(shape, dtype=dtype, device=stage.weight.device).to(memory_format=torch.channels_last)
+        norm = None if stage.norm is None else (stage.norm.weight.clone(), stage.norm.bias.clone())
+        bias = None if stage.bias is None else stage.bias.clone()
+        geometry = (list(stage.stride), list(stage.padding), list(stage.dilation), False, [0, 0], 1)
+        return cls(dataclasses.replace(stage, weight=weight, bias=None), form(stage), weight, bias, norm, geometry)
+
+    def load(self, stage: Stage) -> None:
+        inputs = stage.weight.shape[1]
+        self.weight[:, :inputs].copy_(stage.weight)
+        if self.weight.shape[1] > inputs:
+            self.weight[:, inputs : 2 * inputs].copy_(stage.weight)
+        if self.bias is not None and stage.bias is not None:
+            self.bias.copy_(stage.bias)
+        if self.norm is not None and stage.norm is not None:
+            self.norm[0].copy_(stage.norm.weight)
+            self.norm[1].copy_(stage.norm.bias)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Kept:
+    shape: torch.Size  # of the convolution's input
+    kept: Tensor | None = None  # bits of a mask, or z
+    statistics: Tensor | None = None
+
+
+class FusedPlan:
+    """∇E and Langevin steps of a 2-D stack with the weights that it had at the last `refresh()`.
+
+    Nothing is kept between calls, and nothing synchronises, so that a CUDA graph may hold a call.
+    """
+
+    backends = ("native", "triton")  # of the update, with which `advance_` makes the steps
+
+    def __init__(self, stack: Stack, energy: Any, precision: str, backend: str = "triton") -> None:
+        self._energy, self.precision, self._backend = energy, precision, backend
+        self._dtype = TYPES[precision]
+        self._shape = (stack.channels, *stack.size)
+        device, last = stack.head.device, stack.stages[-1]
+        with torch.inference_mode(False), torch.no_grad():
+            self.bad_step = torch.full((), NO_BAD_STEP, device=device)
+            inputs = -(-2 * stack.channels // 8) * 8
+            widths = [inputs, *(stage.weight.shape[1] for stage in stack.stages[1:])]
+            self._layers = [_Layer.of(stage, self._dtype, n) for stage, n in zip(stack.stages, widths, strict=True)]
+            first = stack.stages[0]
+            self._edge = edge_step.edge_weights(
+                first.weight, stride=first.stride, padding=first.padding, dilation=first.dilation, dtype=self._dtype
+            )
+            self._head = torch.empty(stack.head.numel(), device=device)  # in the order of a channels-last sample
+            self._unscale = torch.ones((), device=device)
+            self._workspace = workspace(max(s.weight.shape[0] for s in stack.stages), device)
+            self._like = torch.empty((), device=device).expand(2, *self._shape)
+            self._dense = None
+            if not dense_chain.why_not_dense(stack):
+                made = dense_chain.dense_net_of(stack, self._dtype)
+                assert not isinstance(made, str)
+                self._dense, self._scale = made, 2.0 ** _head_exponent(stack.head)
+        self._checks_top = self._dtype == torch.float16 and last.norm is None
+        self._load(stack)
+
+    def refresh(self) -> None:
+        """Take the energy's present weights, in place. BackendError where it is no longer the same stack."""
+        stack = read(self._energy, self._like)
+        if isinstance(stack, str):
+            raise BackendError(f"refresh: the energy must be one that the fused plan can take, but {stack}")
+        if [layer.form for layer in self._layers] != [form(stage) for stage in stack.stages]:
+            raise BackendError("refresh: the energy's layers must be those that the plan was made for; make a new plan")
+        self._load(stack)
+
+    def _load(self, stack: Stack) -> None:
+        with torch.no_grad(), torch.inference_mode(False):
+            for layer, stage in zip(self._layers, stack.stages, strict=True):
+                layer.load(stage)
+            self._edge.update_(stack.stages[0].weight)
+            head, unscale = scaled_head(stack.head) if self._dtype == torch.float16 else (stack.head, self._unscale)
+            self._unscale.copy_(unscale)
+            self._head.copy_(head.movedim(0, -1).reshape(-1))
+            if self._dense is not None:
+                weights, biases = dense_chain.dense_matrices(stack)
+                self._dense.update_(weights, biases, stack.head)
+
+    def advance_(self, x: Tensor, place: counters.Counters, steps: int, numbers: Update, mask: Tensor | None) -> None:
+        """`steps` Langevin steps on x in place; `place` has the counters of the first."""
+        self._check(x)
+        if x.shape[0] == 0 or steps == 0:
+            return
+        with torch.no_grad(), exact_cudnn(x.device):
+            if self._dense is not None:
+                self._advance_dense_(x, place, steps, numbers, mask)
+                return
+            bottom = self._bottom(x)
+            peaks = torch.zeros(steps, device=x.device) if self._checks_top else None
+            places = place.steps(0, steps)
+            for k, here in enumerate(places):
+                upstream = self._upstream(x, bottom, None if peaks is None else peaks[k])
+                edge_step.launch(
+                    x, upstream, self._edge, self._unscale, 1.0, mask, self.bad_step, numbers, here, self._backend
+                )
+            if peaks is not None:
+                note_bad_steps_(self.bad_step, peaks, places)
+
+    def _advance_dense_(
+        self, x: Tensor, place: counters.Counters, steps: int, numbers: Update, mask: Tensor | None
+    ) -> None:
+        assert self._dense is not None
+        state = x.contiguous()
+        mask = None if mask is None else mask.expand(x.shape).contiguous()
+        scale = self._scale if self._dtype == torch.float16 else 1.0
+        split = _split(x)
+        dense_chain.launch(state, self._dense, steps, scale, mask, self.bad_step, numbers, place, split, self._backend)
+        if state is not x:
+            x.copy_(state)
+
+    def gradient(self, x: Tensor) -> Tensor:  # (N, C, H, W) float32 -> the same, contiguous
+        """∇E(x), float32; what overflowed on the way is inf or NaN."""
+        self._check(x)
+        with torch.no_grad(), exact_cudnn(x.device):
+            peak = torch.zeros((), device=x.device) if self._checks_top else None
+            upstream = self._upstream(x, self._bottom(x), peak)
+            first = self._layers[0]
+            down = self._down(upstream, self._edge.weight, x.shape, first.geometry)
+            found = down.to(torch.float32, memory_format=torch.contiguous_format).mul_(self._unscale)
+            return found if peak is None else found.add_(peak * 0.0)
+
+    def _check(self, x: Tensor) -> None:
+        if tuple(x.shape[1:]) != self._shape:
+            expected = ", ".join(map(str, self._shape))
+            raise ValueError(f"gradient: x must have shape (N, {expected}), got {tuple(x.shape)}")
+
+    def _bottom(self, x: Tensor) -> Tensor:
+        """The first convolution's input, for `_upstream` to fill."""
+        shape = (x.shape[0], self._layers[0].weight.shape[1], *x.shape[2:])
+        return torch.zeros(shape, dtype=self._dtype, device=x.device).to(memory_format=torch.channels_last)
+
+    def _upstream(self, x: Tensor, bottom: Tensor, peak: Tensor | None) -> Tensor:
+        """dE/dz_1 over `unscale`, 16 bits, channels-last; `peak` takes the top map's largest entry."""
+        channels = x.shape[1]
+        high = bottom[:, :channels].copy_(x)
+        bottom[:, channels : 2 * channels].copy_(x - high)
+        h, records = bottom, []
+        for layer in self._layers[:-1]:
+            h, record = self._forward(layer, h)
+            records.append(record)
+        top = self._layers[-1]
+        upstream = self._turn(top, h, peak)
+        shape = h.shape
+        del h
+        for index in range(len(self._layers) - 2, -1, -1):
+            above, layer, record = self._layers[index + 1], self._layers[index], records.pop()
+            upstream = self._down(upstream, above.weight, shape, above.geometry)
+            self._backward_(layer, upstream, record)
+            shape = record.shape
+        return upstream
+
+    def _convolve(self, layer: _Layer, h: Tensor) -> Tensor:
+        z = aten.convolution(h, layer.weight, None, *layer.geometry)
+        return z.contiguous(memory_format=torch.channels_last)
+
+    def _forward(self, layer: _Layer, h: Tensor) -> tuple[Tensor, _Kept]:
+        stage, z = layer.stage, self._convolve(layer, h)
+        if layer.norm is not None and stage.norm is not None:
+            out = torch.empty_like(z)
+            statistics = torch.empty(2, z.shape[1], device=z.device)
+            batch_norm_act(
+                z, *layer.norm, out, statistics, self._workspace, stage.activation, stage.slope, stage.norm.eps,
+                self._backend,
+            )  # fmt: skip
+            return out, _Kept(h.shape, z, statistics)
+        if stage.activation in MASKED:
+            bits = torch.empty(-(-z.numel() // 8), dtype=torch.uint8, device=z.device)
+            bias_act(z, layer.bias, None, z, bits, stage.activation, stage.slope, self._backend)
+            return z, _Kept(h.shape, bits)
+        out = z if stage.activation == "none" else torch.empty_like(z)
+        bias_act(z, layer.bias, None, out, None, stage.activation, stage.slope, self._backend)
+        return out, _Kept(h.shape, None if out is z else z)
+
+    def _turn(self, layer: _Layer, h: Tensor, peak: Tensor | None) -> Tensor:
+        """dE/dz of the last stage."""
+        stage, z = layer.stage, self._convolve(layer, h)
+        if layer.norm is not None and stage.norm is not None:
+            out = torch.empty_like(z)
+            statistics = torch.empty(2, z.shape[1], device=z.device)
+            norm, kind = layer.norm, (stage.activation, stage.slope)
+            batch_norm_act(z, *norm, None, statistics, self._workspace, *kind, stage.norm.eps, self._backend)
+            batch_norm_act_backward(None, z, statistics, *norm, self._head, out, self._workspace, *kind, self._backend)
+            return out
+        if peak is not None:
+            torch.linalg.vector_norm(z, math.inf, dtype=torch.float32, out=peak)
+        bias_act(z, layer.bias, self._head, z, None, stage.activation, stage.slope, self._backend)
+        return z
+
+    def _backward_(self, layer: _Layer, grad: Tensor, record: _Kept) -> None:
+        """dE/dz of a stage from dE/dh, in place."""
+        stage = layer.stage
+        if layer.norm is not None:
+            assert record.kept is not None and record.statistics is not None
+            batch_norm_act_backward(
+                grad, record.kept, record.statistics, *layer.norm, None, grad, self._workspace, stage.activation,
+                stage.slope, self._backend,
+            )  # fmt: skip
+        elif stage.activation != "none":
+            bias = None if stage.activation in MASKED else layer.bias
+            bias_act_backward(grad, record.kept, bias, grad, stage.activation, stage.slope, self._backend)
+
+    def _down(self, upstream: Tensor, weight: Tensor, shape: torch.Size, geometry: tuple[Any, ...]) -> Tensor:
+        """Wᵀ * upstream, for a convolution whose input had this shape."""
+        source = upstream.new_empty(()).expand(shape)  # its shape alone is looked at
+        mask = [True, False, False]
+        found = aten.convolution_backward(upstream, source, weight, None, *geometry, mask)[0]
+        return found.contiguous(memory_format=torch.channels_last)
+
+    def explain(self) -> str:
+        if self._dense is not None:
+            return f"dense, {self.precision} (small maps as matrices, all steps in one kernel; sums and x in fp32)"
+        return (
+            f"fused, {self.precision} (library convolutions and a kernel between them; x as a sum of two "
+            f"{self.precision} numbers; sums, statistics and the step in fp32)"
+        )
+
+
+def _head_exponent(head: Tensor) -> int:
+    """Of the power of two that brings the largest entry into [2, 4)."""
+    largest = float(head.abs().amax())
+    return 1 - math.floor(math.log2(largest)) if 0 < largest < math.inf else 0
+
+
+def _split(x: Tensor) -> int:
+    """Programs to a tile of 16 samples, so that all together fill a GPU without queueing: a power of two."""
+    if x.device.type != "cuda":
+        return 1
+    free = torch.cuda.get_device_properties(x.device).multi_processor_count // -(-x.shape[0] // 16)
+    return min(dense_chain.MAX_SPLIT, 1 << max(free, 1).bit_length() - 1)
+
+
+def note_bad_steps_(bad_step: Tensor, peaks: Tensor, places: list[counters.Counters]) -> None:
+    """bad_step ← its minimum with the counters of the steps whose peak is not finite; no synchronisation."""
+    tensors = [place.step_tensor for place in places if place.step_tensor is not None]
+    first = places[0].step
+    steps = torch.stack(tensors) if tensors else torch.arange(first, first + len(places), device=peaks.device)
+    noted = torch.where(torch.isfinite(peaks), NO_BAD_STEP, steps).min()
+    bad_step.copy_(torch.minimum(bad_step, noted))
