@@ -185,6 +185,34 @@ def test_the_command_under_torchrun(tmp_path):
     assert (one / "model.safetensors").read_bytes() == (two / "model.safetensors").read_bytes()
 
 
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_two_gpus_over_nccl(tmp_path):
+    """cuDNN's weight gradients need not repeat bit for bit; the first update's energies come before any of them."""
+    tiny = ["cuda" if word == "cpu" else word for word in TINY]
+    launch = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        "-m",
+        "mgebm_fast",
+    ]
+    records = {}
+    for name, program, more in (
+        ("two", launch, []),
+        ("one", [sys.executable, "-m", "mgebm_fast"], ["--set", "batch_parts=2"]),
+    ):
+        out = tmp_path / name
+        command = [*program, "train", "digits", *tiny, "--set", "log_every=1", *more, "--out", str(out)]
+        subprocess.run(command, env=ALONE, check=True, timeout=300)
+        records[name] = Run(out).metrics()
+    assert [r["step"] for r in records["two"]] == [1, 2, 3]
+    for key in ("size_2/energy_observed", "size_8/energy_synthesised"):
+        assert records["two"][0][key] == pytest.approx(records["one"][0][key], rel=1e-3, abs=1e-4)
+
+
 def test_the_device_of_a_rank(monkeypatch):
     monkeypatch.setenv("LOCAL_RANK", "1")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
