@@ -208,6 +208,7 @@ PYBIND11_MODULE(_C, m) {
                     threads);
   });
   m.def("isa_has_bfloat", isa_has_bfloat);
+  m.def("isa_prefers_bfloat", isa_prefers_bfloat);
   m.def("isa", [] { return std::string(isa_name()); });
   m.def("set_isa", [](const std::string& name) { return set_isa(name.c_str()); });
   m.def("compiler", [] { return std::string(MGEBM_COMPILER); });

@@ -96,6 +96,18 @@ const Table* current = find("auto");
 const char* isa_name() { return current->name; }
 bool isa_has_bfloat() { return current->bfloat; }
 
+bool isa_prefers_bfloat() {
+#if defined(MGEBM_X86)
+  // Intel's cores multiply bfloat16 vectors no faster than float32 ones; their tile registers do, and AMD's vectors.
+  unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
+  constexpr unsigned kGenu = 0x756E6547;  // of "GenuineIntel"
+  const bool intel = __get_cpuid(0, &eax, &ebx, &ecx, &edx) && ebx == kGenu;
+  return current->bfloat && (!intel || !std::strcmp(current->name, "amx"));
+#else
+  return false;
+#endif
+}
+
 bool set_isa(const char* name) {
   const Table* table = find(name);
   if (table) current = table;

@@ -58,6 +58,11 @@ def has_bfloat() -> bool:
     return native.available() and native.module().isa_has_bfloat()
 
 
+def prefers_bfloat() -> bool:
+    """Whether it does so faster than float32: not so Intel's vectors, which their tile registers (AMX) make up for."""
+    return native.available() and native.module().isa_prefers_bfloat()
+
+
 @dataclasses.dataclass(frozen=True)
 class _Stage:
     """One stage packed: the arguments of the native call, and the tensors that they point into."""

@@ -42,6 +42,8 @@ MGEBM_DECLARE_CONV(amx)
 const char* isa_name();
 // Whether it multiplies bfloat16, as conv_chain can then.
 bool isa_has_bfloat();
+// Whether it then is faster than float32.
+bool isa_prefers_bfloat();
 // Takes "auto" or a name; returns false and changes nothing when this CPU or this build has no such set.
 bool set_isa(const char* name);
 
