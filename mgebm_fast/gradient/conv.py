@@ -32,7 +32,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import native
 from ..errors import BackendError
+from ..ops.conv_chain import prefers_bfloat
 from .stack import Stack, Stage, read
 
 aten = torch.ops.aten
@@ -43,11 +45,12 @@ _HEAD_LOG2 = 1.0
 Backward = Callable[[Tensor, Tensor], Tensor]
 
 
-@functools.cache
 def bfloat16_is_fast(device_type: str) -> bool:
-    """Whether the CPU multiplies bfloat16 natively (AVX512_BF16 or AMX): elsewhere it is emulated, and slower."""
+    """Whether the CPU multiplies bfloat16 faster than float32: AMX, or AVX512_BF16 on AMD's."""
     if device_type != "cpu":
         return False
+    if native.available():
+        return prefers_bfloat()
     checks = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
     return any(bool(getattr(torch.cpu, name, lambda: False)()) for name in checks)
 
@@ -99,9 +102,11 @@ class _Layer:
 
     def __init__(self, stage: Stage, index: int, dtype: torch.dtype, layout: torch.memory_format) -> None:
         self.form, self.dtype, self.layout = form(stage), dtype, layout
-        self.first = index == 0 and dtype != torch.float32
-        self.low = torch.empty_like(stage.weight, dtype=dtype, memory_format=layout)
-        self.weight = torch.empty_like(stage.weight, memory_format=torch.contiguous_format) if self.first else self.low
+        unsafe = dtype == torch.bfloat16 and _bfloat16_is_wrong(stage)
+        self.exact = dtype != torch.float32 and (index == 0 or unsafe)  # whether the forward runs in float32
+        low = torch.float32 if unsafe else dtype
+        self.low = torch.empty_like(stage.weight, dtype=low, memory_format=layout)
+        self.weight = torch.empty_like(stage.weight, memory_format=torch.contiguous_format) if self.exact else self.low
         self.bias = None if stage.bias is None else torch.empty_like(stage.bias, dtype=self.weight.dtype)
         self.norm = stage.norm
         if self.norm is not None:
@@ -122,11 +127,11 @@ class _Layer:
                 buffer.copy_(value)
 
     def forward(self, h: Tensor) -> tuple[Tensor, _Kept]:
-        y = aten.convolution(h, self.weight, self.bias, *self.geometry)
+        y = aten.convolution(h.to(self.weight.dtype), self.weight, self.bias, *self.geometry)
         statistics: tuple[Tensor, ...] = ()
         if self.norm is not None:
             weight, bias, eps = self.norm.weight, self.norm.bias, self.norm.eps
-            if self.first:
+            if self.exact:
                 # x̂ stands in for z: rounded to 16 bits, z would lose by the size of its mean.
                 y, mean, rstd = aten.native_batch_norm(y, None, None, None, None, True, 0.0, eps)
                 statistics = self._lower(y), torch.zeros_like(mean), torch.ones_like(rstd), weight * rstd
@@ -136,7 +141,7 @@ class _Layer:
                 y, mean, rstd = aten.native_batch_norm(z, weight, bias, None, None, True, 0.0, eps)
                 statistics = z, mean, rstd, weight
         h = self.activate(y)
-        if self.first:
+        if self.exact:
             y, h = (h, self._lower(h)) if self.keeps_output else (self._lower(y), self._lower(h))
         return h, _Kept(h if self.keeps_output else y, *statistics)
 
@@ -155,8 +160,11 @@ class _Layer:
 
     def down(self, upstream: Tensor, source: Tensor) -> Tensor:
         """Wᵀ * upstream; of `source`, the convolution's input, only the shape matters."""
-        mask = [True, False, False]
-        return aten.convolution_backward(upstream, source, self.low, None, *self.geometry, mask)[0]
+        low = self.low.dtype
+        source = source.to(low, memory_format=self.layout)
+        return aten.convolution_backward(
+            upstream.to(low), source, self.low, None, *self.geometry, [True, False, False]
+        )[0].to(self.dtype)  # fmt: skip
 
 
 class ConvPlan:
@@ -224,8 +232,7 @@ class ConvPlan:
             del h, record
             for layer in reversed(self._layers):
                 upstream = layer.backward(upstream, kept.pop())
-                source = kept[-1].slope if kept else bottom.to(self._dtype, memory_format=self._layout)
-                upstream = layer.down(upstream, source)
+                upstream = layer.down(upstream, kept[-1].slope if kept else bottom)
             if self._dtype != torch.float16:
                 return upstream.contiguous()
             return upstream.to(torch.float32, memory_format=torch.contiguous_format).mul_(self._unscale)
@@ -240,6 +247,13 @@ class ConvPlan:
         where = "" if self.precision == "fp32" else "; first convolution, statistics and accumulation in fp32"
         reason = f", because {self._reason}" if self._reason else ""
         return f"conv, {self.precision} (the chain rule by hand{where}){reason}"
+
+
+def _bfloat16_is_wrong(stage: Stage) -> bool:
+    """Where oneDNN's AMX convolutions (torch 2.13) give wrong maps, one pixel wide at a stride, or crash, dilated over
+    small maps. These stages run in float32."""
+    column = stage.out_size[-1] == 1 and math.prod(stage.out_size) > 1 and stage.stride[-1] > 1
+    return stage.weight.device.type == "cpu" and (column or max(stage.dilation) > 1)
 
 
 def form(stage: Stage) -> tuple[Any, ...]:

@@ -184,6 +184,30 @@ def test_the_gradient_through_statistics_is_not_that_of_fixed_ones():
     assert gradient.sum((0, 2, 3)).abs().max() < 1e-4 * gradient.abs().sum()
 
 
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+@pytest.mark.parametrize("size", [(9, 2), (2, 9), (9, 2, 1)])
+def test_maps_that_narrow_to_one_pixel(size, precision):
+    net = trained(EnergyNet(size, 3, [ConvSpec(8, 3), ConvSpec(8, 3, 2), ConvSpec(8, 3, 2)], ndim=len(size)))
+    x = torch.randn(16, 3, *size, generator=torch.Generator().manual_seed(1))
+    assert error(net, x, precision) < BOUNDS[precision]
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("stride, padding", [(1, 4), (2, 3)])
+def test_dilated_maps(stride, padding, precision):
+    torch.manual_seed(4)
+    # Every other window of a row misses a map of height 1; at stride 2 all of them do.
+    dilated = nn.Conv2d(4, 40, (3, 1), (stride, 1), (padding, 0), (2, 1))
+    layers = [nn.Conv2d(3, 4, 1), nn.SiLU(), dilated, nn.SiLU(), nn.Flatten(), nn.LazyLinear(1), nn.Flatten(0)]
+    net = nn.Sequential(*layers)
+    x = torch.randn(7, 3, 1, 11, generator=torch.Generator().manual_seed(1))
+    net(x)
+    if stride == 1:
+        assert error(net, x, precision) < BOUNDS[precision]
+    else:
+        assert conv_plan(net, x, precision).gradient(x).abs().max() == 0
+
+
 @pytest.mark.parametrize("norm", ["none", "batch"])
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_layout_does_not_matter_and_x_is_untouched(precision, norm):
