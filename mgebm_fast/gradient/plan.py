@@ -9,7 +9,7 @@ from typing import Protocol
 from torch import Tensor, nn
 
 from ..errors import BackendError, suggest
-from . import conv
+from . import conv, cuda
 from . import native as engine
 from .autograd import AutogradPlan
 from .stack import read
@@ -52,6 +52,11 @@ def plan(energy: Energy, x: Tensor, precision: str = "auto", where: str = "gradi
         return AutogradPlan(energy, where, stack)
     if precision == "auto":
         precision = conv.auto_precision(x.device.type)
+    if x.device.type == "cuda":
+        reason = cuda.why_not(stack, x, precision)
+        if not reason:
+            return cuda.FusedPlan(stack, energy, precision)
+        return conv.ConvPlan(stack, energy, precision, f"the fused plan cannot run: {reason}")
     reason = engine.why_not(stack, x, precision)
     if not reason:
         return engine.NativePlan(stack, energy, precision)
