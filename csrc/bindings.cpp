@@ -209,6 +209,11 @@ PYBIND11_MODULE(_C, m) {
   });
   m.def("isa_has_bfloat", isa_has_bfloat);
   m.def("isa_prefers_bfloat", isa_prefers_bfloat);
+  m.def("isas", [] {
+    std::vector<std::string> names;
+    for (int i = 0; isa_built(i); ++i) names.push_back(isa_built(i));
+    return names;
+  });
   m.def("isa", [] { return std::string(isa_name()); });
   m.def("set_isa", [](const std::string& name) { return set_isa(name.c_str()); });
   m.def("compiler", [] { return std::string(MGEBM_COMPILER); });

@@ -94,6 +94,9 @@ const Table* current = find("auto");
 }  // namespace
 
 const char* isa_name() { return current->name; }
+const char* isa_built(int index) {
+  return index < static_cast<int>(sizeof(kTables) / sizeof(kTables[0])) ? kTables[index].name : nullptr;
+}
 bool isa_has_bfloat() { return current->bfloat; }
 
 bool isa_prefers_bfloat() {

@@ -135,10 +135,9 @@ def _native() -> dict[str, Any]:
 
 def _levels(module: Any) -> list[dict[str, Any]]:
     """Which instruction sets were built, and which of them this CPU has."""
-    built = ("avx512", "avx2", "portable") if platform.machine().lower() in ("x86_64", "amd64") else ("portable",)
     chosen = module.isa()
     levels = []
-    for name in built:
+    for name in module.isas():
         usable = bool(module.set_isa(name))
         why_not = "" if usable else "built, but this CPU does not have it"
         levels.append({"name": name, "usable": usable, "why_not": why_not})

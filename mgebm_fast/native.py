@@ -17,7 +17,7 @@ def _load() -> ModuleType:
     wanted = os.environ.get("MGEBM_SIMD", "auto")
     if not module.set_isa(wanted):
         raise ValueError(
-            f"MGEBM_SIMD must be auto, portable, avx2 or avx512, and one that this CPU has, got {wanted!r}"
+            f"MGEBM_SIMD must be auto or a set that this CPU has, of {', '.join(module.isas())}, got {wanted!r}"
         )
     return module
 
@@ -57,5 +57,5 @@ def why_no_cuda() -> str:
 
 
 def isa() -> str:
-    """The instruction set that the C++ loops use on this CPU: avx512, avx2 or portable."""
+    """The instruction set that the C++ loops use on this CPU: amx, avx512bf16, avx512, avx2 or portable."""
     return module().isa()

@@ -40,6 +40,8 @@ MGEBM_DECLARE_CONV(amx)
 
 // The set in use: "amx", "avx512bf16", "avx512", "avx2" or "portable".
 const char* isa_name();
+// The sets of this build, fastest first; null past the last.
+const char* isa_built(int index);
 // Whether it multiplies bfloat16, as conv_chain can then.
 bool isa_has_bfloat();
 // Whether it then is faster than float32.
