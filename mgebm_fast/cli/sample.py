@@ -38,7 +38,7 @@ def sample(
     ] = False,
     device: Device = "auto",
     threads: Threads = None,
-    precision: Annotated[str, typer.Option(help="Of the gradient: auto, fp32 or bf16.")] = "auto",
+    precision: Annotated[str, typer.Option(help="Of the gradient: auto, fp32, bf16 or fp16.")] = "auto",
 ) -> None:
     """Draw samples from a trained model. No data is needed: the run keeps the colours that chains start from.
 

@@ -44,7 +44,7 @@ def train(
     strict: Annotated[bool, typer.Option("--strict", help="Refuse data with unreadable images.")] = False,
     device: Device = "auto",
     threads: Threads = None,
-    precision: Annotated[str | None, typer.Option(help="Of the gradient in chains: auto, fp32 or bf16.")] = None,
+    precision: Annotated[str | None, typer.Option(help="Of the gradient in chains: auto, fp32, bf16 or fp16.")] = None,
 ) -> None:
     """Train a model, and leave a run folder that can be sampled, evaluated and resumed.
 
