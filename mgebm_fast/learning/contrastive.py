@@ -16,7 +16,7 @@ from .. import noise, ops
 from ..errors import CheckpointError, DivergenceError
 from ..gradient import energy_gradient
 from ..nets import EnergyNet
-from ..sampling import MultiGrid
+from ..sampling import MultiGrid, graphs
 from ..sampling.storage import EMA, MODEL_FILE
 from . import checkpoint
 from .config import TrainConfig
@@ -69,7 +69,7 @@ class ContrastiveRule(UpdateRule):
         self.buffers = [buffer for net in model.nets for buffer in net.buffers()]
         self.averaged = [b for b in self.buffers if b.is_floating_point()] if config.batch_parts > 1 else []
         averaged = [*sum(self.parameters, []), *self.averaged]
-        self.length = sum(tensor.numel() for tensor in averaged) + 2 * len(model.nets)
+        self.length = sum(tensor.numel() for tensor in averaged) + 2 * len(model.nets) + 1
 
     @abc.abstractmethod
     def synthesise(self, observed: list[Tensor], iteration: int, first_sample: int) -> list[Tensor]:
@@ -91,6 +91,15 @@ class ContrastiveRule(UpdateRule):
         return [self.model.from_uint8(grid) for grid in grids] if batch.dtype == torch.uint8 else grids
 
     def update(self, batch: Tensor, iteration: int, *, detail: bool = False) -> dict[str, float]:
+        with graphs.unread() as healthy:
+            metrics = self._update(batch, iteration, detail, healthy)
+        if metrics is None:  # a chain from a graph overflowed 16 bits, or diverged: without graphs it says so itself
+            metrics = self._update(batch, iteration, detail, [])
+        assert metrics is not None
+        return metrics
+
+    def _update(self, batch: Tensor, iteration: int, detail: bool, healthy: list[Tensor]) -> dict[str, float] | None:
+        """The metrics; None, with nothing changed, where one of the chains that `healthy` is told of was not."""
         config, model = self.config, self.model
         factor = self.noise_factor(iteration)
         if factor != 1.0:
@@ -104,28 +113,37 @@ class ContrastiveRule(UpdateRule):
             gradients, energies, synthesised = self._learn(images, first_sample, iteration, factor)
             if detail and not shown:
                 shown.extend(synthesised)
-            return [*sum(gradients, []), *energies, *(b.clone() for b in self.averaged)]
+            whole = torch.stack(healthy).all().float() if healthy else torch.ones_like(energies[0])
+            return [*sum(gradients, []), *energies, whole, *(b.clone() for b in self.averaged)]
 
         try:
             values = self.ranks.mean(learn, batch, config.batch_parts, self.length)
             gradients = [[values.pop(0) for _ in parameters] for parameters in self.parameters]
             measured = [m for parts in gradients for m in (values.pop(0), values.pop(0), norm(parts))]
-            spoilt = torch.stack(measured).isfinite().all().logical_not().float()
+            whole = values.pop(0)
+            spoilt = (torch.stack(measured).isfinite().all() & (whole == 1)).logical_not().float()
             ratios = [self._gradient_to_noise(index, x) for index, x in enumerate(shown)]
-            measured += [ratio for ratio in ratios if ratio is not None]
             schedule = self._apply(gradients, iteration, spoilt)
             # The one look at the device. What is not finite was not applied: `spoilt` kept it out without a look.
-            numbers = torch.stack(measured).tolist()
-            self._check_finite(numbers, iteration)
+            read = torch.stack([whole, *measured, *(ratio for ratio in ratios if ratio is not None)]).tolist()
+            all_healthy, numbers = read[0] == 1, read[1:]
+            if all_healthy:
+                self._check_finite(numbers, iteration)
         except Exception:
-            for buffer, value in zip(self.buffers, before, strict=True):
-                buffer.copy_(value)
+            self._put_back(before)
             raise
+        if not all_healthy:
+            self._put_back(before)
+            return None
         for buffer, mean in zip(self.averaged, values, strict=True):
             buffer.copy_(mean)
         if self.average is not None:
             self.average.update(iteration)
         return self._metrics(numbers, schedule, factor, ratios)
+
+    def _put_back(self, before: list[Tensor]) -> None:
+        for buffer, value in zip(self.buffers, before, strict=True):
+            buffer.copy_(value)
 
     def _learn(
         self, batch: Tensor, first_sample: int, iteration: int, factor: float

@@ -11,11 +11,13 @@ A chain is captured when it is asked for the second time; a chain that is run on
 from __future__ import annotations
 
 import collections
+import contextlib
+import contextvars
 import dataclasses
 import os
 import threading
 import weakref
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -181,6 +183,21 @@ class Lane:
 _lanes: dict[Hashable, Lane] = collections.defaultdict(Lane)
 
 
+_unread: contextvars.ContextVar[list[Tensor] | None] = contextvars.ContextVar("mgebm_unread", default=None)
+
+
+@contextlib.contextmanager
+def unread() -> Iterator[list[Tensor]]:
+    """Inside, what comes from a graph is given without a look at whether it is healthy; the list has a 0-dim bool of
+    each run on its device, for the caller to look at. Chains without a graph look at themselves, as ever."""
+    healthy: list[Tensor] = []
+    token = _unread.set(healthy)
+    try:
+        yield healthy
+    finally:
+        _unread.reset(token)
+
+
 class Slot:
     """The place of one chain, or cascade, of an energy: how often it ran, and its graph from the second run on."""
 
@@ -224,9 +241,15 @@ class Slot:
         return found
 
     def run(self, build: Callable[[], Static], *arguments: Any) -> list[Tensor] | None:
-        """The results, where they come from a graph and are healthy; one look at the device."""
+        """The results, where they come from a graph and are healthy; one look at the device, or none in `unread()`."""
         found = self.launch(build, *arguments)
-        return found[0] if found is not None and bool(found[1]) else None
+        if found is None:
+            return None
+        results, healthy = found
+        if (unread := _unread.get()) is not None:
+            unread.append(healthy)
+            return results
+        return results if bool(healthy) else None
 
     def _capture(self, build: Callable[[], Static]) -> None:
         try:

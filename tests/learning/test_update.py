@@ -11,7 +11,7 @@ from mgebm_fast.errors import DivergenceError
 from mgebm_fast.learning import MultiGridTrainer, build_model
 from mgebm_fast.learning.multigrid import MultiGridRule
 from mgebm_fast.learning.optim import state_tensors
-from mgebm_fast.sampling import MultiGrid
+from mgebm_fast.sampling import MultiGrid, graphs
 
 from .conftest import tiny_config, tiny_data
 
@@ -197,6 +197,37 @@ def test_the_numbers_of_an_update_are_read_once(trainer, norm, detail):
     with Looks() as looks:
         ours.rule.update(batch, 1, detail=detail)
     assert looks.found == ["tolist"]
+
+
+class Graphs:
+    """Chains as graphs give them: without a look, and with a verdict that is read later."""
+
+    def __init__(self, ours, verdicts):
+        self.synthesise, self.verdicts, self.seen = ours.rule.synthesise, list(verdicts), []
+        ours.rule.synthesise = self
+
+    def __call__(self, *arguments):
+        results = self.synthesise(*arguments)
+        unread = graphs._unread.get()
+        self.seen.append(unread is not None)
+        if unread is None:
+            return results
+        unread.append(torch.tensor(self.verdicts.pop(0)))
+        return results if bool(unread[-1]) else [torch.full_like(x, torch.nan) for x in results]
+
+
+@pytest.mark.parametrize("parts", [1, 2])
+@pytest.mark.parametrize("norm", ["none", "batch"])
+def test_chains_that_were_not_healthy_are_run_again_with_a_look(trainer, norm, parts):
+    changes = {"norm": norm, "batch_parts": parts, "stabilise": {"ema": 0.9}}
+    ours, plain = trainer(**changes), trainer(**changes)
+    faked = Graphs(ours, [True] * (2 * parts - 1) + [False] + [True] * parts)
+    batch = tiny_data(8).batch(slice(None))
+    for _ in range(3):
+        assert ours.step(batch) == plain.step(batch)
+    for (name, got), expected in zip(ours.model.state_dict().items(), plain.model.state_dict().values(), strict=True):
+        assert torch.equal(got, expected), name
+    assert faked.seen == [True] * 2 * parts + [False] * parts + [True] * parts
 
 
 def test_a_run_that_diverges_names_the_last_good_checkpoint(trainer, tmp_path):
