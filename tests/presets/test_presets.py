@@ -1,0 +1,80 @@
+"""Every preset trains from the command line with nothing but what is installed, and its run can be used."""
+
+from __future__ import annotations
+
+import json
+import socket
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+from mgebm_fast.cli import app
+from mgebm_fast.data.builtin import is_builtin
+from mgebm_fast.learning import METHODS, Run, build_model, load_preset, preset_names
+from mgebm_fast.learning.keys import pick
+
+SMALL = ["--set", "steps=2", "--set", "batch_size=4", "--set", "width=0.05", "--set", "langevin.steps=2"]
+BASELINES = [name for name in preset_names() if load_preset(name).method != "multigrid"]
+
+
+def mgebm(*arguments):
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
+    assert result.exit_code == 0, result.output
+    return result
+
+
+@pytest.fixture
+def no_network(monkeypatch):
+    def refuse(*arguments, **options):
+        raise AssertionError("a preset's data must need no network")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+
+
+def test_the_list_says_method_data_and_time():
+    listed = json.loads(mgebm("presets", "--json").stdout)
+    assert [entry["name"] for entry in listed] == preset_names()
+    for entry in listed:
+        assert entry["method"] in METHODS and is_builtin(entry["data"]) and entry["time"] and entry["description"]
+    assert {entry["method"] for entry in listed} == set(METHODS)
+    text = mgebm("presets").stdout
+    for entry in listed:
+        assert f"{entry['method']} on {entry['data']}" in text
+
+
+@pytest.mark.parametrize("name", preset_names())
+def test_a_preset_trains_two_steps_and_its_run_is_used(name, tmp_path, no_network):
+    out = tmp_path / "run"
+    mgebm("train", name, *SMALL, "--out", out)
+    run = Run(out)
+    assert run.finished and len(run.metrics()) >= 1 and run.config.method == load_preset(name).method
+    steps = ["--set", "steps=3"]
+    mgebm("train", "--out", out, "--resume", *steps)
+    mgebm("sample", out, "--num", 3, "--seed", 1, "--out", tmp_path / "a.npy")
+    mgebm("sample", out, "--num", 3, "--seed", 1, "--out", tmp_path / "b.npy")
+    a, b = np.load(tmp_path / "a.npy"), np.load(tmp_path / "b.npy")
+    size, channels = run.config.sizes[-1], run.config.channels
+    assert a.shape == (3, channels, size, size) and a.dtype == np.uint8 and np.array_equal(a, b)
+    assert list((out / "samples").glob("*.png"))
+
+
+def test_a_baseline_is_evaluated(tmp_path):
+    mgebm("train", "digits-pcd", *SMALL, "--out", tmp_path / "run")
+    figures = json.loads(mgebm("evaluate", tmp_path / "run", "--num", 20, "--json").stdout)
+    assert figures["num"] == 20 and figures["kid"] is not None
+
+
+def compute(config):
+    """Multiply-accumulates of a run, an image of the batch: 2 forward passes a step of a chain, 6 an update."""
+    config = METHODS[config.method].narrow(config)
+    steps = [pick(config.langevin.steps, net) for net in range(len(config.sizes) - 1)]
+    return config.steps * sum((2 * k + 6) * net.macs() for k, net in zip(steps, build_model(config).nets, strict=True))
+
+
+@pytest.mark.parametrize("name", BASELINES)
+def test_a_baseline_has_the_net_and_the_compute_of_its_twin(name):
+    config, twin = load_preset(name), load_preset(name.partition("-")[0])
+    assert compute(config) == pytest.approx(compute(twin), rel=0.01)
+    assert build_model(config).nets[0].config() == build_model(twin).nets[-1].config()
+    assert config.optimiser == twin.optimiser and config.stabilise == twin.stabilise and config.data == twin.data
