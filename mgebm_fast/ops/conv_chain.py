@@ -31,26 +31,37 @@ _IDLE = Update(0.0, 0.0, 0.0, 0.0, math.inf, -math.inf, math.inf)
 class NormLike(Protocol):
     """Batch statistics: y = weight (z − mean) / √(var + eps) + bias."""
 
-    weight: Tensor
-    bias: Tensor
-    eps: float
+    @property
+    def weight(self) -> Tensor: ...
+    @property
+    def bias(self) -> Tensor: ...
+    @property
+    def eps(self) -> float: ...
 
 
 class StageLike(Protocol):
     """One convolution and what follows it, as `gradient.stack.Stage` describes it."""
 
-    weight: Tensor  # (out, in, *kernel) float32
-    bias: Tensor | None  # (out,)
-    stride: tuple[int, ...]
-    padding: tuple[int, ...]
-    dilation: tuple[int, ...]
-    activation: str
-    slope: float
-    in_size: tuple[int, ...]
-    out_size: tuple[int, ...]
-
+    @property
+    def weight(self) -> Tensor: ...  # (out, in, *kernel) float32
+    @property
+    def bias(self) -> Tensor | None: ...  # (out,)
+    @property
+    def stride(self) -> tuple[int, ...]: ...
+    @property
+    def padding(self) -> tuple[int, ...]: ...
+    @property
+    def dilation(self) -> tuple[int, ...]: ...
     @property
     def norm(self) -> NormLike | None: ...
+    @property
+    def activation(self) -> str: ...  # a key of ACTIVATIONS
+    @property
+    def slope(self) -> float: ...  # of leaky_relu
+    @property
+    def in_size(self) -> tuple[int, ...]: ...
+    @property
+    def out_size(self) -> tuple[int, ...]: ...
 
 
 def has_bfloat() -> bool:
@@ -143,10 +154,7 @@ class ConvChain:
         kernel = tuple(weight.shape[2:])
         flat = torch.cat([weight.flatten(2), weight.new_zeros(outputs, inputs, 1)], 2)  # the last tap is none
         none = math.prod(kernel)
-        index = [
-            [none if tap < 0 else _ravel((*row[:-1], tap), kernel) for tap in row[-1]]  # type: ignore[union-attr, operator]
-            for row in edge.rows
-        ]
+        index = [[none if tap < 0 else _ravel((*row[:-1], tap), kernel) for tap in row[-1]] for row in edge.rows]
         pixels = windows.EDGE_PIXELS
         chosen = flat[:, :, torch.tensor(index, dtype=torch.int64).reshape(-1)]
         dense = chosen.reshape(outputs, inputs, len(edge.rows), pixels).permute(2, 0, 1, 3)  # row, out, in, pixel
@@ -253,7 +261,9 @@ def conv_chain_reference(
 def _activate(h: Tensor, name: str, slope: float) -> Tensor:
     if name in ("leaky_relu", "relu"):
         return F.leaky_relu(h, slope)
-    return {"silu": F.silu, "elu": F.elu}.get(name, lambda z: z)(h)
+    if name == "none":
+        return h
+    return F.silu(h) if name == "silu" else F.elu(h)
 
 
 def _ravel(index: Sequence, size: Sequence[int]) -> int:

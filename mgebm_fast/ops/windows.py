@@ -9,7 +9,8 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,7 +19,7 @@ from torch import Tensor
 EDGE_PIXELS = 4  # kEdgePixels of csrc/ops/conv_chain.h
 
 # Of one dimension: the taps of a class, as (key of the weight, offset from the base), → [(output, base), …].
-_Axis = dict[tuple[tuple[Hashable, int], ...], list[tuple[int, int]]]
+_Axis = dict[tuple[tuple[Any, int], ...], list[tuple[int, int]]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,7 +32,7 @@ class Windows:
     first_output: Tensor
     base: Tensor
     output: Tensor
-    rows: tuple[tuple[Hashable, ...], ...]
+    rows: tuple[tuple[Any, ...], ...]
 
     @property
     def arguments(self) -> tuple[int, ...]:
@@ -40,7 +41,7 @@ class Windows:
         return len(self.first_tap) - 1, len(self.output), *(table.data_ptr() for table in tables)
 
 
-def _axis(found: list[list[tuple[Hashable, int]]]) -> _Axis:
+def _axis(found: list[list[tuple[Any, int]]]) -> _Axis:
     """From the (key, input) pairs of each output; an output that reads nothing has base 0."""
     classes: _Axis = {}
     for output, taps in enumerate(found):
@@ -73,7 +74,7 @@ def _backward_axis(*geometry: int) -> _Axis:
 def _edge_axis(*geometry: int) -> _Axis:
     """Runs of EDGE_PIXELS inputs; a key holds the tap by which each of them is read, −1 where it is not."""
     readers = _reading(*geometry)
-    found = []
+    found: list[list[tuple[Any, int]]] = []
     for start in range(0, len(readers), EDGE_PIXELS):
         run = readers[start : start + EDGE_PIXELS]
         run += [{}] * (EDGE_PIXELS - len(run))
@@ -84,7 +85,7 @@ def _edge_axis(*geometry: int) -> _Axis:
 
 def _product(axes: Sequence[_Axis], read_size: Sequence[int], out_size: Sequence[int]) -> Windows:
     """The classes of a map from those of its dimensions; `read_size` is the map that is read."""
-    rows: dict[tuple[Hashable, ...], int] = {}
+    rows: dict[tuple[Any, ...], int] = {}
     first_tap, first_output = [0], [0]
     pixels: list[int] = []
     weights: list[int] = []
