@@ -113,7 +113,7 @@ class FusedPlan:
         self._dtype = TYPES[precision]
         self._shape = (stack.channels, *stack.size)
         device, last = stack.head.device, stack.stages[-1]
-        with torch.inference_mode(False), torch.no_grad():
+        with torch.inference_mode(False), torch.no_grad(), exact_cudnn(device):
             self.bad_step = torch.full((), NO_BAD_STEP, device=device)
             inputs = -(-2 * stack.channels // 8) * 8
             widths = [inputs, *(stage.weight.shape[1] for stage in stack.stages[1:])]
@@ -144,7 +144,8 @@ class FusedPlan:
         self._load(stack)
 
     def _load(self, stack: Stack) -> None:
-        with torch.no_grad(), torch.inference_mode(False):
+        # Exact, for the convolutions that make the dense matrices.
+        with torch.no_grad(), torch.inference_mode(False), exact_cudnn(stack.head.device):
             for layer, stage in zip(self._layers, stack.stages, strict=True):
                 layer.load(stage)
             self._edge.update_(stack.stages[0].weight)
