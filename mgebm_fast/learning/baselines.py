@@ -108,7 +108,7 @@ class SingleGridRule(ContrastiveRule):
         super().__init__(model, narrow(config), images=images)
         self.divisible = config.method != "pcd"  # a bank lives in one process
         self.initial = _STATES[config.method](model, self.config, images)
-        self._ended: list[tuple[int | Tensor, Tensor]] = []
+        self._ended: dict[int, tuple[int | Tensor, Tensor]] = {}  # by first sample: chains may be run again
 
     def synthesise(self, observed: list[Tensor], iteration: int, first_sample: int = 0) -> list[Tensor]:
         chain = self.model.langevin[0]
@@ -123,13 +123,13 @@ class SingleGridRule(ContrastiveRule):
             precision=self.precision,
             where=f"training: grid 1 (size {self.model.sizes[-1]})",
         )
-        self._ended.append((ids, x))
+        self._ended[first_sample] = ids, x
         return [x]
 
     def update(self, batch: Tensor, iteration: int, *, detail: bool = False) -> dict[str, float]:
         self._ended.clear()
         metrics = super().update(batch, iteration, detail=detail)
-        for ids, x in self._ended:
+        for ids, x in self._ended.values():
             self.initial.keep(ids, x)
         self._ended.clear()
         return metrics
