@@ -87,7 +87,7 @@ class ContrastiveRule(UpdateRule):
     def observed(self, batch: Tensor) -> list[Tensor]:  # (N, C, S, S) -> float32 at every size
         """The batch at every size in the model's units; bytes are 0 … 255, floats are in those units already."""
         device = self.model.colours.device
-        grids = ops.pyramid(batch.to(device), self.model.sizes)
+        grids = ops.pyramid(batch.to(device, non_blocking=True), self.model.sizes)
         return [self.model.from_uint8(grid) for grid in grids] if batch.dtype == torch.uint8 else grids
 
     def update(self, batch: Tensor, iteration: int, *, detail: bool = False) -> dict[str, float]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from concurrent.futures import Future, ThreadPoolExecutor
+
 import torch
 from torch import Tensor
 
@@ -15,14 +17,26 @@ class Batches:
     Epoch e is `noise.permutation(n, seed, step=e)`. No image is left out of an epoch, and a set smaller than a batch
     still fills it. With `flips` a bit of the AUGMENTATION stream mirrors each image along its last dimension. All ranks
     go through one order; `places` of a batch are the share that this one reads, by default the whole.
+
+    With `ahead` a thread makes the next batch, in pinned memory, while the caller works on the one it has: a GPU then
+    does not wait for it. A CPU that trains has no core to spare for that.
     """
 
     def __init__(
-        self, data: ImageData, batch_size: int, *, seed: int, flips: bool = False, places: range | None = None
+        self,
+        data: ImageData,
+        batch_size: int,
+        *,
+        seed: int,
+        flips: bool = False,
+        places: range | None = None,
+        ahead: bool = False,
     ) -> None:
         self.data, self.batch_size, self.seed, self.flips = data, batch_size, seed, flips
         self.places = range(batch_size) if places is None else places
         self._orders: dict[int, Tensor] = {}
+        self._thread = ThreadPoolExecutor(1, "mgebm-batches") if ahead else None
+        self._next: tuple[int, Future[Tensor]] | None = None
 
     def indices(self, iteration: int) -> Tensor:  # (B,) int64
         """Which images batch `iteration` holds, over all ranks."""
@@ -36,6 +50,15 @@ class Batches:
 
     def batch(self, iteration: int) -> Tensor:  # (len(places), C, S, S) uint8, on the CPU
         """The images at `places` of batch `iteration`."""
+        if self._thread is None:
+            return self._read(iteration)
+        expected, coming = self._next or (None, None)
+        # One thread, so that what it makes now is done before it is asked for another batch.
+        images = (coming if coming and expected == iteration else self._thread.submit(self._read, iteration)).result()
+        self._next = iteration + 1, self._thread.submit(self._read, iteration + 1)
+        return images
+
+    def _read(self, iteration: int) -> Tensor:
         images = self.data.batch(self.indices(iteration)[self.places.start : self.places.stop])
         if self.flips:
             where = noise.stream(noise.Purpose.AUGMENTATION)
@@ -44,7 +67,7 @@ class Batches:
                 distribution="uniform",
             )  # fmt: skip
             images = torch.where(draw.reshape(-1, *[1] * (images.dim() - 1)) > 0.5, images.flip(-1), images)
-        return images
+        return images.pin_memory() if self._thread is not None and torch.cuda.is_available() else images
 
     def _order(self, epoch: int) -> Tensor:
         if epoch not in self._orders:

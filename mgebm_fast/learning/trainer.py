@@ -99,7 +99,10 @@ class MultiGridTrainer:
         folder = None if out is None else Path(out)
         console = None if quiet else console or Console(stderr=True)
         places = ranks.places(config.batch_size)
-        batches = Batches(self.data, config.batch_size, seed=config.seed, flips=config.flips, places=places)
+        ahead = self.model.colours.device.type == "cuda"
+        batches = Batches(
+            self.data, config.batch_size, seed=config.seed, flips=config.flips, places=places, ahead=ahead
+        )
         with ranks.together():
             self.rule = method.build_rule(self.model, config, images=len(self.data))
             self._loop = Loop(

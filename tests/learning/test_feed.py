@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
 from mgebm_fast.learning.feed import Batches
@@ -24,6 +25,21 @@ def test_a_batch_depends_on_seed_and_update_alone():
     for i in reversed(range(6)):
         assert torch.equal(backward.batch(i), ahead[i])
     assert not torch.equal(Batches(tiny_data(), 8, seed=4).indices(0), forward.indices(0))
+
+
+def test_batches_made_ahead_are_the_same():
+    ahead, plain = (Batches(tiny_data(), 8, seed=3, flips=True, ahead=ahead) for ahead in (True, False))
+    for iteration in (0, 1, 2, 7, 8, 3):  # a run that is resumed begins elsewhere
+        assert torch.equal(ahead.batch(iteration), plain.batch(iteration))
+
+
+def test_what_goes_wrong_ahead_is_raised_when_its_batch_is_asked_for(monkeypatch):
+    batches = Batches(tiny_data(), 8, seed=3, ahead=True)
+    monkeypatch.setattr(batches, "indices", lambda i: torch.arange(8) if i < 2 else torch.full((8,), 99))
+    for iteration in range(2):
+        batches.batch(iteration)
+    with pytest.raises(IndexError):
+        batches.batch(2)
 
 
 def test_a_set_smaller_than_a_batch_fills_it():
