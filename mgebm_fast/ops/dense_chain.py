@@ -247,7 +247,6 @@ def dense_chain_(
     return x
 
 
-
 @torch.library.custom_op(
     "mgebm_fast::dense_chain_",
     mutates_args=("x", "bad_step"),
