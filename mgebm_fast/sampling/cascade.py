@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -12,7 +13,7 @@ from torch import Tensor
 from .. import noise, ops
 from ..errors import BackendError
 from ..gradient.plan import Energy
-from . import graphs
+from . import graphs, pipeline
 from .chain import Chain, place_of, prepare
 from .langevin import Langevin
 
@@ -137,7 +138,10 @@ def cascade(
         return graphs.StaticCascade(statics, start, held, functools.partial(walk, sizes))
 
     ids = isinstance(first_sample, Tensor) and first_sample.dim() > 0
-    slot = graphs.slot_for_cascade(nets, start, held, graph, tuple(sizes), tuple(dynamics), purpose, ids, **options)
+    piped = pipeline.current()
+    slot = None  # in a pipeline each grid has a graph of its own
+    if piped is None:
+        slot = graphs.slot_for_cascade(nets, start, held, graph, tuple(sizes), tuple(dynamics), purpose, ids, **options)
     if slot is not None:
         slot.refresh()
         places = [place_of(form(g)[0], dynamics[g - 1].steps, where=name(g), **placing(g)) for g in grids]
@@ -151,7 +155,7 @@ def cascade(
             callback=None if callback is None else _of_grid(callback, grid),
         )  # fmt: skip
 
-    return walk(sizes, start, held, advance)
+    return walk(sizes, start, held, advance, None if piped is None else piped.on)
 
 
 def walk(
@@ -159,6 +163,7 @@ def walk(
     start: Tensor,
     held: tuple[Tensor, Tensor] | None,  # (known, mask) at the finest size
     advance: Callable[[int, Tensor, Tensor | None], Tensor],  # (grid, start of its chain, mask) -> its end
+    on: Callable[..., contextlib.AbstractContextManager[None]] | None = None,  # (grid, *inputs): where a grid's work is
 ) -> list[Tensor]:
     """The way of a cascade: what a chain ended at, replicated, with known pixels imposed, is the next one's start."""
     means = ops.pyramid(held[0], list(sizes)) if held is not None else []
@@ -171,7 +176,9 @@ def walk(
 
     results = [imposed(start, 0)[0]]
     for grid in range(1, len(sizes)):
-        results.append(advance(grid, *imposed(ops.upsample(results[-1], sizes[grid] // sizes[grid - 1]), grid)))
+        with on(grid, results[-1], held, means) if on is not None else contextlib.nullcontext():
+            x = ops.upsample(results[-1], sizes[grid] // sizes[grid - 1])
+            results.append(advance(grid, *imposed(x, grid)))
     return results
 
 

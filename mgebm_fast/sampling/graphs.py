@@ -186,6 +186,19 @@ _lanes: dict[Hashable, Lane] = collections.defaultdict(Lane)
 _unread: contextvars.ContextVar[list[Tensor] | None] = contextvars.ContextVar("mgebm_unread", default=None)
 
 
+_lane: contextvars.ContextVar[int] = contextvars.ContextVar("mgebm_lane", default=0)
+
+
+@contextlib.contextmanager
+def in_lane(number: int) -> Iterator[None]:
+    """Inside, chains have graphs apart from those of other lanes, with which they may overlap in time."""
+    token = _lane.set(number)
+    try:
+        yield
+    finally:
+        _lane.reset(token)
+
+
 @contextlib.contextmanager
 def unread() -> Iterator[list[Tensor]]:
     """Inside, what comes from a graph is given without a look at whether it is healthy; the list has a 0-dim bool of
@@ -279,8 +292,10 @@ class _Shelf(collections.OrderedDict[Hashable, Slot]):
         return _Shelf, ()
 
 
-def slot_of(module: nn.Module, key: Hashable, device: torch.device, lane: Hashable = 0) -> Slot:
-    """The slot of `key`, new where there is none; the slots used last are kept."""
+def slot_of(module: nn.Module, key: Hashable, device: torch.device) -> Slot:
+    """The slot of `key` in the present lane, new where there is none; the slots used last are kept."""
+    lane = _lane.get()
+    key = (lane, key)
     shelf = module.__dict__.setdefault(_SHELF, _Shelf())
     slot = shelf.pop(key, None) or Slot(device, lane)
     shelf[key] = slot

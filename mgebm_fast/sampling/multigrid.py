@@ -16,6 +16,7 @@ from ..nets import EnergyNet, multigrid_net
 from . import storage
 from .cascade import GridCallback, cascade, check_known, check_sizes
 from .langevin import Langevin
+from .pipeline import piped
 
 DEFAULT_GROUP = 100
 
@@ -180,6 +181,7 @@ class MultiGrid(nn.Module):
         precision: str = "auto",
         backend: str = "auto",
         graph: bool | None = None,
+        pipeline: bool = False,
     ) -> Tensor | list[Tensor]:
         """n samples (n, C, S, S) float32 in `value_range`, with no data: starts are drawn from the stored colours.
 
@@ -191,6 +193,8 @@ class MultiGrid(nn.Module):
         Args:
             mask, known: as in `cascade`, for (n, C, S, S); fillers repeat the last sample's.
             return_grids: give the list of results at every size instead.
+            pipeline: on a CUDA device, run a group's coarse grids while the group before it is at the fine ones, each
+                grid on a stream of its own. The samples are the same.
         """
         if isinstance(n, bool) or not isinstance(n, int) or n < 1:
             raise ValueError(f"sample: n must be a positive int, got {n!r}")
@@ -200,23 +204,28 @@ class MultiGrid(nn.Module):
         noise.check_seed(seed, "sample")
         finest = (n, self.channels, self.sizes[-1], self.sizes[-1])
         held = check_known(known, mask, finest, self.colours.device, "sample")
-        groups = []
-        for begin in range(0, n, group):
-            wanted = min(group, n - begin)
-            size = group if self.norm == "batch" else wanted
-            rows = [min(i, n - 1) for i in range(begin, begin + size)]
-            results = self._sample_group(
-                size,
-                seed=seed,
-                first_sample=first_sample + begin,
-                mask=None if held is None else held[1][rows],
-                known=None if held is None else held[0][rows],
-                callback=callback,
-                precision=precision,
-                backend=backend,
-                graph=graph,
-            )
-            groups.append([grid[:wanted] for grid in results])
+
+        def draw() -> list[list[Tensor]]:
+            groups = []
+            for begin in range(0, n, group):
+                wanted = min(group, n - begin)
+                size = group if self.norm == "batch" else wanted
+                rows = [min(i, n - 1) for i in range(begin, begin + size)]
+                results = self._sample_group(
+                    size,
+                    seed=seed,
+                    first_sample=first_sample + begin,
+                    mask=None if held is None else held[1][rows],
+                    known=None if held is None else held[0][rows],
+                    callback=callback,
+                    precision=precision,
+                    backend=backend,
+                    graph=graph,
+                )
+                groups.append([grid[:wanted] for grid in results])
+            return groups
+
+        groups = piped(draw, self.colours.device, len(self.nets), callback) if pipeline else draw()
         grids = [torch.cat(parts) for parts in zip(*groups, strict=True)]
         return grids if return_grids else grids[-1]
 

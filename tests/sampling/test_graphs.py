@@ -292,7 +292,7 @@ class Own(nn.Module):
         self.looks = looks
 
     def forward(self, x):
-        if self.looks and float(x.sum()) < 0:
+        if self.looks and float(x.detach().sum()) < 0:
             return x.flatten(1).sum(1)
         return ((x - 100.0) / self.scale).square().flatten(1).sum(1)
 
@@ -441,6 +441,38 @@ def test_a_cascade_with_a_net_of_another_kind_is_not_captured_whole(traced):
     assert "grid 1 (size 4)" in slots(m.nets[0])[0].refusal
 
 
+@pytest.mark.parametrize("held", [False, True])
+@pytest.mark.parametrize("norm", ["none", "batch"])
+def test_a_pipeline_draws_the_same_samples(traced, no_eager_run, norm, held):
+    m, known = model(norm), {}
+    m.set_colours(colours(20))
+    if held:
+        mask = torch.rand(20, 1, 8, 8, generator=torch.Generator().manual_seed(1)) < 0.5
+        known = {"known": images(20), "mask": mask}
+    expected = m.sample(20, seed=1, graph=False, return_grids=True, **known)
+    got = m.sample(20, seed=1, pipeline=True, return_grids=True, **known)
+    assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+    assert len(traced) == 3  # a graph a grid, each in a lane of its own
+    assert len({id(slot.lane) for net in m.nets for slot in slots(net)}) == 3
+    no_eager_run()
+    assert torch.equal(m.sample(20, seed=1, pipeline=True, **known), expected[-1])
+
+
+def test_a_pipeline_that_diverges_names_the_grid_and_one_that_cannot_be_is_refused(traced):
+    m = model()
+    m.set_colours(colours(20))
+    m.sample(20, seed=1, pipeline=True, precision="fp32")
+    with torch.no_grad():
+        m.nets[1].head.weight.fill_(float("nan"))
+    with pytest.raises(DivergenceError, match=r"grid 2 \(size 4\): the chain became non-finite"):
+        m.sample(20, seed=1, pipeline=True, precision="fp32")
+    with pytest.raises(ValueError, match="pipeline=True runs chains whole"):
+        m.sample(20, seed=1, pipeline=True, callback=print)
+    graphs.DEVICES = ("cuda",)  # undone by the fixture
+    with pytest.raises(BackendError, match="sample: pipeline=True needs a CUDA device, the model is on cpu"):
+        m.sample(20, seed=1, pipeline=True)
+
+
 # --- on a GPU ---------------------------------------------------------------------------------------------------------
 
 cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
@@ -471,6 +503,16 @@ def test_a_cascade_s_replay_equals_eager_bit_for_bit(norm):
         assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
         change_(m)
     assert slots(m.nets[0])[0].static is not None
+
+
+@cuda
+@pytest.mark.parametrize("norm", ["none", "batch"])
+def test_a_pipeline_on_streams_draws_the_same_samples(norm):
+    m = model(norm).cuda()
+    m.set_colours(colours(40).cuda())
+    expected = m.sample(40, seed=1, graph=False)
+    for _ in range(3):
+        assert torch.equal(m.sample(40, seed=1, pipeline=True), expected)
 
 
 @cuda
