@@ -4,29 +4,37 @@
 namespace mgebm {
 namespace {
 
-// To nearest, ties to even; NaN stays one.
-uint16_t bfloat_of(float value) {
+// To nearest, ties to even; NaN stays one. Without branches, so that it vectorises.
+inline uint16_t bfloat_of(float value) {
   const uint32_t bits = as_bits(value);
-  if (value != value) return static_cast<uint16_t>(bits >> 16 | 0x40);
-  return static_cast<uint16_t>((bits + 0x7FFF + (bits >> 16 & 1)) >> 16);
+  const uint32_t rounded = (bits + 0x7FFF + (bits >> 16 & 1)) >> 16;
+  return static_cast<uint16_t>((bits & 0x7FFFFFFF) > 0x7F800000 ? bits >> 16 | 0x40 : rounded);
 }
 
-template <typename T, int kPair, typename Convert>
-void pack_typed(const ConvChainPack& p, int threads, Convert convert) {
-  const int strips = (p.outputs + 15) / 16;
+inline void convert(float from, float& to) { to = from; }
+inline void convert(float from, uint16_t& to) { to = bfloat_of(from); }
+
+template <typename T, int kPair>
+void pack_typed(const ConvChainPack& p, int threads) {
+  const int strips = (p.outputs + 15) / 16, groups = p.depth / kPair;
   T* to = static_cast<T*>(p.to);
 #pragma omp parallel for collapse(2) schedule(static) num_threads(threads)
   for (int strip = 0; strip < strips; ++strip) {
-    for (int channel = 0; channel < p.depth; ++channel) {
-      // Taps innermost: they are neighbours where the weights come from.
-      for (int lane = 0; lane < 16; ++lane) {
-        const int output = 16 * strip + lane;
-        const bool real = channel < p.inputs && output < p.outputs;
-        const float* from = p.from + channel * p.input_stride + output * p.output_stride;
-        T* at = to + static_cast<int64_t>(strip) * p.row_count * p.depth * 16 + channel / kPair * kPair * 16 +
-                lane * kPair + channel % kPair;
-        for (int row = 0; row < p.row_count; ++row) {
-          at[static_cast<int64_t>(row) * p.depth * 16] = real ? convert(from[p.rows[row]]) : T{};
+    for (int group = 0; group < groups; ++group) {
+      const int channel = group * kPair, left = p.outputs - 16 * strip;
+      const int lanes = left < 16 ? left : 16, channels = p.inputs - channel < kPair ? p.inputs - channel : kPair;
+      const float* from = p.from + channel * p.input_stride + 16 * strip * p.output_stride;
+      T* at = to + (static_cast<int64_t>(strip) * p.row_count * p.depth + channel) * 16;
+      for (int row = 0; row < p.row_count; ++row, at += static_cast<int64_t>(p.depth) * 16) {
+        const float* tap = from + p.rows[row];
+        if (lanes < 16 || channels < kPair) {
+          for (int i = 0; i < 16 * kPair; ++i) at[i] = T{};
+        }
+        for (int c = 0; c < channels; ++c) {
+#pragma omp simd
+          for (int lane = 0; lane < lanes; ++lane) {
+            convert(tap[lane * p.output_stride + c * p.input_stride], at[lane * kPair + c]);
+          }
         }
       }
     }
@@ -37,9 +45,9 @@ void pack_typed(const ConvChainPack& p, int threads, Convert convert) {
 
 void conv_chain_pack(const ConvChainPack& pack, int threads) {
   if (pack.bfloat) {
-    pack_typed<uint16_t, 2>(pack, threads, bfloat_of);
+    pack_typed<uint16_t, 2>(pack, threads);
   } else {
-    pack_typed<float, 1>(pack, threads, [](float value) { return value; });
+    pack_typed<float, 1>(pack, threads);
   }
 }
 

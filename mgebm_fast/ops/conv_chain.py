@@ -20,11 +20,11 @@ from .. import native
 from . import windows
 from .counters import Counters, check
 from .langevin_step import Update
+from .scratch import Scratch
 
 ACTIVATIONS = {"none": 0, "leaky_relu": 1, "relu": 1, "silu": 2, "elu": 3}
 MAX_STAGES = 32
 _EDGE_CHANNELS = 4
-_ALIGN = 64
 _IDLE = Update(0.0, 0.0, 0.0, 0.0, math.inf, -math.inf, math.inf)
 
 
@@ -79,7 +79,7 @@ class _Stage:
     """One stage packed: the arguments of the native call, and the tensors that they point into."""
 
     arguments: tuple
-    held: tuple[Tensor | windows.Windows, ...]
+    held: tuple[Tensor | Scratch | windows.Windows, ...]
 
 
 class ConvChain:
@@ -98,7 +98,6 @@ class ConvChain:
             self._stages = [self._pack(stage, first=index == 0) for index, stage in enumerate(stages)]
             # (C, *top) -> (pixel, channel), padded to whole strips
             self._head = _padded(head.detach().float().flatten(1).T, 1)
-        self._workspace = torch.empty(0, dtype=torch.uint8)
         self._size = stages[0].in_size
         self._channels = stages[0].weight.shape[1]
 
@@ -125,7 +124,7 @@ class ConvChain:
         eps = 0.0 if norm is None else norm.eps
         sizes = [math.prod(stage.in_size), math.prod(stage.out_size), inputs, outputs]
         arguments = (
-            forward.arguments, backward.arguments, ahead.data_ptr(), len(forward.rows), behind.data_ptr(),
+            forward.arguments, backward.arguments, ahead.address, len(forward.rows), behind.address,
             len(backward.rows), bias.data_ptr(), 0 if gamma is None else gamma.data_ptr(),
             0 if beta is None else beta.data_ptr(), eps, stage.slope, ACTIVATIONS[stage.activation], sizes,
         )  # fmt: skip
@@ -135,20 +134,20 @@ class ConvChain:
     def _packed(
         self, source: Tensor, rows: list[int], inputs: int, outputs: int, input_stride: int, output_stride: int,
         *, whole: bool,
-    ) -> Tensor:  # fmt: skip
+    ) -> Scratch:  # fmt: skip
         """[strip][row][channel][16], bfloat16 with channels in pairs; `whole`: in the chain's type, padded."""
         bfloat = self.bfloat and whole
         unit = 32 if bfloat else 16
         depth = -(-inputs // unit) * unit if whole else inputs
         strips = -(-outputs // 16)
-        packed = torch.empty(strips * len(rows) * depth * 16, dtype=torch.bfloat16 if bfloat else torch.float32)
+        packed = Scratch(strips * len(rows) * depth * 16 * (2 if bfloat else 4))
         native.module().conv_chain_pack(
-            source.data_ptr(), packed.data_ptr(), bfloat, rows, inputs, depth, outputs, input_stride, output_stride,
+            source.data_ptr(), packed.address, bfloat, rows, inputs, depth, outputs, input_stride, output_stride,
             torch.get_num_threads(),
         )  # fmt: skip
         return packed
 
-    def _packed_edge(self, weight: Tensor, edge: windows.Windows) -> Tensor:
+    def _packed_edge(self, weight: Tensor, edge: windows.Windows) -> Scratch:
         """The edge's weights: strip = four channels of x, lane = 4 (channel mod 4) + pixel of the run."""
         outputs, inputs = weight.shape[:2]
         kernel = tuple(weight.shape[2:])
@@ -174,14 +173,11 @@ class ConvChain:
         needed = module.conv_chain_workspace(
             stages, self.bfloat, gradient is not None, mask is not None, samples, image
         )
-        # Kept from call to call: fresh pages cost as much as a step of a small net.
-        if self._workspace.numel() < needed + _ALIGN:
-            self._workspace = torch.empty(needed + _ALIGN, dtype=torch.uint8)
-        aligned = -(-self._workspace.data_ptr() // _ALIGN) * _ALIGN
+        workspace = Scratch(needed)
         module.conv_chain_cpu(
             stages, self.bfloat, self._head.data_ptr(), x.data_ptr(), 0 if gradient is None else gradient.data_ptr(),
             0 if mask is None else mask.data_ptr(), samples, steps, image, numbers.arguments, place.native_arguments,
-            aligned, torch.get_num_threads(),
+            workspace.address, torch.get_num_threads(),
         )  # fmt: skip
 
     def gradient(self, x: Tensor) -> Tensor:  # (N, C, *size) float32, any layout -> the same, contiguous

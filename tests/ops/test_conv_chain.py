@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import dataclasses
 import importlib
 
@@ -253,6 +254,19 @@ def test_windows_cover_each_output_once(kind):
     outputs = {"forward": 20, "backward": 90, "edge": 9 * 3}[kind]
     assert sorted(tables.output.tolist()) == list(range(outputs))
     assert tables.first_tap[-1] == len(tables.tap_pixel) == len(tables.tap_weight)
+
+
+def test_threads_of_the_caller_do_not_meet_in_a_buffer():
+    stages, head = net()
+    batches = [images(16 + i, 3, (8, 8), seed=i) for i in range(4)]
+    chain = conv_chain.ConvChain(stages, head)
+    expected = [chain.gradient(x) for x in batches]
+
+    def work(i):
+        return all(torch.equal(conv_chain.ConvChain(stages, head).gradient(batches[i]), expected[i]) for _ in range(20))
+
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        assert all(pool.map(work, range(4)))
 
 
 def test_too_many_stages():

@@ -1,0 +1,40 @@
+"""CPU buffers that outlive their user, for the next one: fresh pages cost as much as a step of a chain does."""
+
+from __future__ import annotations
+
+import threading
+
+import torch
+from torch import Tensor
+
+_KEPT_BYTES = 256 << 20
+_ALIGN = 64
+_kept: list[Tensor] = []
+# Reentrant: a collection may run `__del__` wherever the lock is held.
+_lock = threading.RLock()
+
+
+class Scratch:
+    """`nbytes` bytes at `address`, aligned to 64; its contents are anyone's. Given back when it is collected."""
+
+    def __init__(self, nbytes: int) -> None:
+        self._buffer = _take(nbytes + _ALIGN)
+        self.nbytes = self._buffer.numel() - _ALIGN
+        self.address = -(-self._buffer.data_ptr() // _ALIGN) * _ALIGN
+
+    def __del__(self) -> None:
+        buffer = getattr(self, "_buffer", None)
+        if buffer is None or _lock is None:  # at exit the module may be gone before its buffers' users
+            return
+        with _lock:
+            if sum(kept.numel() for kept in _kept) + buffer.numel() <= _KEPT_BYTES:
+                _kept.append(buffer)
+
+
+def _take(nbytes: int) -> Tensor:
+    """The smallest kept buffer that is large enough, and not four times that; else a new one."""
+    with _lock:
+        fitting = [i for i, kept in enumerate(_kept) if nbytes <= kept.numel() <= 4 * nbytes]
+        if fitting:
+            return _kept.pop(min(fitting, key=lambda i: _kept[i].numel()))
+    return torch.empty(nbytes, dtype=torch.uint8)
