@@ -135,8 +135,10 @@ def launches(compiled, shape, layout, dtype, kernel, head=False):
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
-@pytest.mark.parametrize("layout", ["nhwc", "nchw"])
+@pytest.mark.parametrize(
+    "layout, dtype",
+    [("nhwc", torch.float16), ("nhwc", torch.bfloat16), ("nhwc", torch.float32), ("nchw", torch.float16)],
+)
 def test_whole_vectors_and_no_spills(compiled, kernel, layout, dtype):
     built = build(launches(compiled, (8, 64, 16, 16), layout, dtype, kernel), 90)
     check_unspilled(built)

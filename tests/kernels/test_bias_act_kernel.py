@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from compiling import accesses, build, check_clean, check_unspilled, record
+from compiling import accesses, build, check_clean, check_unspilled, record, specialisation
 
 ACTIVATIONS = ["none", "relu", "leaky_relu", "silu", "elu"]
 SLOPE = 0.2
@@ -65,10 +65,8 @@ def test_there_and_back(kernels, device, shape, layout, dtype, activation):
     np.testing.assert_allclose(out.double().cpu().numpy(), value(v, activation), **tight)
     if masked:
         bits = np.unpackbits(mask.cpu().numpy(), bitorder="little")
-        expected = flat(torch.from_numpy(v > 0).to(memory_format=torch.preserve_format)) if layout == "nchw" else None
-        if expected is None:
-            expected = torch.from_numpy(np.moveaxis(v > 0, 1, -1).copy()).reshape(-1)
-        np.testing.assert_array_equal(bits[:count].astype(bool), expected.numpy())
+        expected = (v > 0 if layout == "nchw" else np.moveaxis(v > 0, 1, -1)).reshape(-1)
+        np.testing.assert_array_equal(bits[:count].astype(bool), expected)
         assert not bits[count:].any()
     kept = mask if masked else before
     expected = grad.double().cpu().numpy() * slope(v, activation)
@@ -145,8 +143,6 @@ def test_the_others_move_whole_vectors_too(compiled, activation):
 
 
 def test_batches_share_one_kernel(compiled):
-    from compiling import specialisation
-
     def launch(n):
         z = maps((n, 64, 8, 8), torch.float16)
         mask = torch.zeros(z.numel() // 8, dtype=torch.uint8)
