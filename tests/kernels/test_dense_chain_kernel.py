@@ -116,6 +116,7 @@ def test_steps_in_one_call_are_single_steps(kernels, device):
     assert torch.equal(whole, x)
 
 
+@pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
 def test_the_first_bad_step_is_kept(kernels, device):
     activations, parts = ["relu"], made((12, 64))
     bad = torch.tensor(ops.NO_BAD_STEP, device=device)

@@ -66,7 +66,7 @@ def step(kernels, device, x, upstream, weight, stride, padding, **options):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-@pytest.mark.parametrize("layouts", ["both", "upstream", "neither", "x"])
+@pytest.mark.parametrize("layouts", ["both", "upstream", "x"])
 @pytest.mark.parametrize("shape, kernel, stride, padding, out_channels", CASES)
 def test_step(kernels, device, shape, kernel, stride, padding, out_channels, layouts, dtype):
     x, upstream, weight = case(shape, kernel, stride, padding, out_channels, dtype)
@@ -130,6 +130,7 @@ def test_counters_and_scale_in_device_memory(kernels, device, shape):
     assert got[-1].isnan().all() and got[:-1].isfinite().all()
 
 
+@pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
 def test_the_first_bad_step_is_kept(kernels, device):
     x, upstream, weight = case((5, 3, 4, 4), 5, 2, 2, 16, torch.float16)
     bad = torch.tensor(ops.NO_BAD_STEP, device=device)
