@@ -74,7 +74,8 @@ def train(
       checkpoints/                 safetensors and JSON, each whole or not there
       model.safetensors            the trained model
     """
-    from ..learning import apply_overrides, distributed
+    from ..learning import apply_overrides, build_model, distributed
+    from ..learning.threads import threads_for
 
     use_threads(threads)
     where = find_rank_device(device)
@@ -85,6 +86,8 @@ def train(
                 chosen = dataclasses.replace(chosen, data=_lasting(data))
             changes = [*(settings or []), *([] if precision is None else [f"precision={precision}"])]
             chosen = apply_overrides(chosen, changes)
+            if threads is None and where.type == "cpu":
+                use_threads(threads_for(build_model(chosen), chosen.batch_size))
         outcome = _fit(chosen, folder, resume, strict, where, _how_to_resume(folder, device, threads, ranks), ranks)
     if not outcome.finished:
         raise typer.Exit(INTERRUPTED)
@@ -119,7 +122,10 @@ def _fit(
 def _named(device: torch.device) -> str:
     import torch
 
-    return f"{torch.get_num_threads()} CPU threads" if device.type == "cpu" else torch.cuda.get_device_name(device)
+    count = torch.get_num_threads()
+    return (
+        f"{count} CPU thread{'s' if count > 1 else ''}" if device.type == "cpu" else torch.cuda.get_device_name(device)
+    )
 
 
 def _configure(config: str | None, out: Path | None, resume: bool) -> tuple[TrainConfig, Path]:

@@ -240,8 +240,9 @@ def test_a_run_that_diverges_names_the_last_good_checkpoint(trainer, tmp_path):
     assert [p.name for p in (tmp_path / "run/checkpoints").iterdir()] == ["step_000002"]
 
 
-def test_a_chain_that_diverges_names_grid_and_step(trainer):
-    ours = trainer(langevin={"clamp": False})
+@pytest.mark.parametrize("precision", ["auto", "fp32", "bf16", "fp16"])
+def test_a_chain_that_diverges_names_grid_and_step(trainer, precision):
+    ours = trainer(langevin={"clamp": False}, precision=precision)
     with torch.no_grad():
         ours.model.nets[1].head.weight.fill_(3e38)
     with pytest.raises(DivergenceError, match=r"grid 2 \(size 4\).*step"):
