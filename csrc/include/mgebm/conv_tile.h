@@ -28,6 +28,11 @@ struct Rows {
 // second cache, then serve them from the first.
 constexpr int kPart = 128;
 
+MG_INLINE int taps_of_part(int depth) { return kPart > depth ? (kPart + depth - 1) / depth : 1; }
+MG_INLINE Taps part_of(const Taps& taps, int first, int step) {
+  return {taps.pixel + first, taps.weight + first, taps.count - first < step ? taps.count - first : step};
+}
+
 // One part; kSamplesInner: rows are neighbours (the state); else a row's channels are.
 template <int kRows, int kWide, bool kSamplesInner>
 MG_INLINE void products(const float* a, const Rows& in, const Taps& part, const float* w, int64_t strip, bool first,
@@ -88,9 +93,9 @@ static void float_tiles(const float* const* a, const int* rows, int blocks, cons
   for (int i = 0; i < blocks; ++i) {
     if (rows[i] < 16 || taps.count == 0) __builtin_memset(out[i], 0, sizeof(out[i]));
   }
-  const int step = kPart > in.depth ? (kPart + in.depth - 1) / in.depth : 1;
+  const int step = taps_of_part(in.depth);
   for (int t = 0; t < taps.count; t += step) {
-    const Taps part{taps.pixel + t, taps.weight + t, taps.count - t < step ? taps.count - t : step};
+    const Taps part = part_of(taps, t, step);
     for (int i = 0; i < blocks; ++i) {
       if (strips == kWideAtOnce) {
         products_of_rows<kRowsAtOnce, kWideAtOnce, kSamplesInner>(a[i], in, part, w, strip, rows[i], t == 0, out[i]);
@@ -106,22 +111,23 @@ static void float_tiles(const float* const* a, const int* rows, int blocks, cons
 
 #if defined(__AVX512BF16__)
 
+constexpr int kBfloatRows = 8;
+
 template <int kWide>
-MG_INLINE void bfloat_products(const Bf16* a, const Rows& in, const Taps& taps, const Bf16* w, int64_t strip,
-                               float* out) {
-  constexpr int kRows = 8;
-  __m512 sum[kRows][kWide];
-  for (int r = 0; r < kRows; ++r) {
+MG_INLINE void bfloat_products(const Bf16* a, const Rows& in, const Taps& part, const Bf16* w, int64_t strip,
+                               bool first, float* out) {
+  __m512 sum[kBfloatRows][kWide];
+  for (int r = 0; r < kBfloatRows; ++r) {
     for (int s = 0; s < kWide; ++s) sum[r][s] = _mm512_setzero_ps();
   }
-  for (int t = 0; t < taps.count; ++t) {
-    const Bf16* at = a + taps.pixel[t] * in.pixel;
-    const Bf16* weight = w + static_cast<int64_t>(taps.weight[t]) * in.depth * 16;
+  for (int t = 0; t < part.count; ++t) {
+    const Bf16* at = a + part.pixel[t] * in.pixel;
+    const Bf16* weight = w + static_cast<int64_t>(part.weight[t]) * in.depth * 16;
     for (int k = 0; k < in.depth; k += 2, weight += 32) {
       __m512bh column[kWide];
       for (int s = 0; s < kWide; ++s) column[s] = reinterpret_cast<__m512bh>(_mm512_loadu_si512(weight + s * strip));
 #pragma GCC unroll 8
-      for (int r = 0; r < kRows; ++r) {
+      for (int r = 0; r < kBfloatRows; ++r) {
         int32_t pair;
         __builtin_memcpy(&pair, at + r * in.depth + k, sizeof pair);
         const __m512bh broadcast = reinterpret_cast<__m512bh>(_mm512_set1_epi32(pair));
@@ -130,8 +136,11 @@ MG_INLINE void bfloat_products(const Bf16* a, const Rows& in, const Taps& taps, 
       }
     }
   }
-  for (int r = 0; r < kRows; ++r) {
-    for (int s = 0; s < kWide; ++s) _mm512_store_ps(out + r * kTileWidth + 16 * s, sum[r][s]);
+  for (int r = 0; r < kBfloatRows; ++r) {
+    for (int s = 0; s < kWide; ++s) {
+      float* at = out + r * kTileWidth + 16 * s;
+      _mm512_store_ps(at, first ? sum[r][s] : _mm512_add_ps(_mm512_load_ps(at), sum[r][s]));
+    }
   }
 }
 
@@ -239,13 +248,19 @@ static inline void tiles(const Bf16* const* a, [[maybe_unused]] const int* rows,
 #else
   for (int i = 0; i < blocks; ++i) {
     // Samples that fill up the last block are computed with it, but not a half of a block that has none.
-    if (rows[i] <= 8) __builtin_memset(out[i], 0, sizeof(out[i]));
-    for (int r = 0; r < rows[i]; r += 8) {
-      const Bf16* at = a[i] + static_cast<int64_t>(r) * in.depth;
-      if (strips == 2) {
-        bfloat_products<2>(at, in, taps, w, strip, out[i] + r * kTileWidth);
-      } else {
-        bfloat_products<1>(at, in, taps, w, strip, out[i] + r * kTileWidth);
+    if (rows[i] <= kBfloatRows || taps.count == 0) __builtin_memset(out[i], 0, sizeof(out[i]));
+  }
+  const int step = taps_of_part(in.depth);
+  for (int t = 0; t < taps.count; t += step) {
+    const Taps part = part_of(taps, t, step);
+    for (int i = 0; i < blocks; ++i) {
+      for (int r = 0; r < rows[i]; r += kBfloatRows) {
+        const Bf16* at = a[i] + static_cast<int64_t>(r) * in.depth;
+        if (strips == 2) {
+          bfloat_products<2>(at, in, part, w, strip, t == 0, out[i] + r * kTileWidth);
+        } else {
+          bfloat_products<1>(at, in, part, w, strip, t == 0, out[i] + r * kTileWidth);
+        }
       }
     }
   }
