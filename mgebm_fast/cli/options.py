@@ -25,7 +25,10 @@ INTERRUPTED = 130  # the exit code of a command that Ctrl-C ended
 
 RunPath = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder, a checkpoint folder or a model file.")]
 Device = Annotated[str, typer.Option(help="cpu, cuda or cuda:N; auto takes CUDA where torch finds it.")]
-Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads. Default: as many as torch chooses; train takes fewer for small nets.")]
+Threads = Annotated[
+    int | None,
+    typer.Option(min=1, help="CPU threads. Default: as many as torch chooses; train takes fewer for small nets."),
+]
 
 
 def use_threads(threads: int | None) -> None:

@@ -240,6 +240,7 @@ def test_a_run_that_diverges_names_the_last_good_checkpoint(trainer, tmp_path):
     assert [p.name for p in (tmp_path / "run/checkpoints").iterdir()] == ["step_000002"]
 
 
+@pytest.mark.filterwarnings("ignore:.*the fp16 gradient overflowed")
 @pytest.mark.parametrize("precision", ["auto", "fp32", "bf16", "fp16"])
 def test_a_chain_that_diverges_names_grid_and_step(trainer, precision):
     ours = trainer(langevin={"clamp": False}, precision=precision)
