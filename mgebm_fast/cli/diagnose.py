@@ -54,10 +54,14 @@ def diagnose(
     from ..evaluation.diagnosis import diagnose as measure
     from ..evaluation.diagnosis import format_diagnosis
     from ..files import write_bytes
-    from ..sampling import MultiGrid
+    from ..sampling import Model, MultiGrid
 
     source, _ = open_run(run)
-    model = MultiGrid.load(source, device=find_device(device))
+    model = Model.load(source, device=find_device(device))
+    if not isinstance(model, MultiGrid):
+        raise ValueError(
+            f"run: must have chains of images to diagnose, got {run}, whose samples a generator makes alone"
+        )
     with Console(stderr=True).status(f"running {num} chains a grid"):
         diagnosis = measure(model, num=num, steps=steps, seed=seed)
     figures = {"run": str(run), "num": num, "seed": seed, **diagnosis.figures()}

@@ -37,10 +37,10 @@ def evaluate(
     use_threads(threads)
     from ..evaluation import evaluate as measure
     from ..evaluation import format_report
-    from ..sampling import MultiGrid
+    from ..sampling import Model
 
     file, config = open_run(run)
-    model = MultiGrid.load(file, device=find_device(device))
+    model = Model.load(file, device=find_device(device))
     source = data or (config.data if config else "")
     if not source:
         raise ValueError(f"--data: must be given, {run} is no run folder and does not say what it was trained on")

@@ -64,10 +64,10 @@ def inpaint(
 
     from ..evaluation.inpainting import inpaint as fill
     from ..evaluation.occlusions import KINDS, occlusion, read_mask
-    from ..sampling import MultiGrid
+    from ..sampling import Model
 
     file, config = open_run(run)
-    model = MultiGrid.load(file, device=find_device(device))
+    model = Model.load(file, device=find_device(device))
     size = model.sizes[-1]
     given = None if mask in KINDS else read_mask(mask, size)
     source = data or (config.data if config else "")

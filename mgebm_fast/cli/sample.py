@@ -14,7 +14,7 @@ from .options import Device, RunPath, Threads, find_rank_device, one_voice, open
 if TYPE_CHECKING:
     import numpy as np
 
-    from ..sampling import MultiGrid
+    from ..sampling import Model
 
 MIN_CELL = 40  # pixels of the longer side of an image in a picture: 8 × 8 digits are enlarged, 64 × 64 photos are not
 # Names of files, not of folders: who gives one wants a format that is not written here.
@@ -60,14 +60,14 @@ def sample(
     """
     use_threads(threads)
     from ..learning.distributed import joined
-    from ..sampling import MultiGrid
+    from ..sampling import Model
 
     where = find_rank_device(device)
     with joined(where) as ranks, one_voice(ranks):
         with ranks.together():
             kind = _check_out(out, overwrite, grids)
             source, _ = open_run(run)
-            model = MultiGrid.load(source, device=where)
+            model = Model.load(source, device=where)
             _check_group(model, first_sample)
         shares = _shares(num, model.batch_size, ranks.size)
         own = shares[ranks.rank]
@@ -114,7 +114,7 @@ def _check_out(out: Path, overwrite: bool, grids: bool) -> str:
     return kind
 
 
-def _check_group(model: MultiGrid, first_sample: int) -> None:
+def _check_group(model: Model, first_sample: int) -> None:
     if model.norm == "batch" and first_sample % model.batch_size:
         raise ValueError(
             f"--first-sample: must be a multiple of the batch size {model.batch_size} for a model with batch "
@@ -122,7 +122,7 @@ def _check_group(model: MultiGrid, first_sample: int) -> None:
         )
 
 
-def _draw(model: MultiGrid, num: int, *, seed: int, first_sample: int, precision: str) -> list:
+def _draw(model: Model, num: int, *, seed: int, first_sample: int, precision: str) -> list:
     """uint8 samples at every size, with a bar over the steps of all chains."""
     import torch
     from rich.console import Console

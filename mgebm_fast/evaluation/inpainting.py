@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..sampling import MultiGrid
+from ..sampling import Model
 
 HIDDEN = (92, 124, 178)  # the colour of occluded pixels in pictures: one that neither ink nor paper has
 
@@ -53,7 +53,7 @@ class Inpainted:
 
 
 def inpaint(
-    model: MultiGrid,
+    model: Model,
     images: Tensor,  # (N, C, S, S) uint8
     mask: Tensor,  # bool, broadcastable to (N, 1, S, S), True = occluded
     *,

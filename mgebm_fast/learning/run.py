@@ -9,7 +9,7 @@ import torch
 
 from ..data import ImageData, load
 from ..errors import CheckpointError
-from ..sampling import MultiGrid
+from ..sampling import Model
 from . import checkpoint, records
 from .config import TrainConfig, from_dict, load_config
 from .loop import CHECKPOINTS, CONFIG, MODEL
@@ -58,9 +58,9 @@ class Run:
             raise CheckpointError(f"run: {self.path} has no model to use: {why}")
         return found[0] / MODEL
 
-    def model(self, device: torch.device | str = "cpu") -> MultiGrid:
+    def model(self, device: torch.device | str = "cpu") -> Model:
         """The model to sample from, with averaged weights where the run keeps them."""
-        return MultiGrid.load(self.model_file(), device=device)
+        return Model.load(self.model_file(), device=device)
 
     def metrics(self) -> list[dict[str, float]]:
         """The records of metrics.jsonl."""

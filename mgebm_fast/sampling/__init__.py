@@ -2,7 +2,8 @@
 
 from .langevin import Langevin, langevin_sample
 from .mcmc import HMC, MALA
+from .model import Model
 from .multigrid import MultiGrid
 from .single import SingleGrid
 
-__all__ = ["HMC", "MALA", "Langevin", "MultiGrid", "SingleGrid", "langevin_sample"]
+__all__ = ["HMC", "MALA", "Langevin", "Model", "MultiGrid", "SingleGrid", "langevin_sample"]
