@@ -63,8 +63,8 @@ def inpaint(
     from rich.console import Console
 
     from ..evaluation.inpainting import inpaint as fill
-    from ..evaluation.occlusions import KINDS, occlusion, read_mask
     from ..sampling import Model
+    from ..sampling.occlusions import KINDS, occlusion, read_mask
 
     file, config = open_run(run)
     model = Model.load(file, device=find_device(device))

@@ -1,6 +1,17 @@
-"""Energy nets: bottom-up ConvNets with one energy a sample, and the published architectures."""
+"""Nets: bottom-up ConvNets with one energy a sample, the published architectures, and top-down generators."""
 
 from .energy_net import ConvSpec, EnergyNet
+from .generator import DeconvSpec, Generator, generator_layers
 from .multigrid import VARIANTS, compact_layers, multigrid_layers, multigrid_net
 
-__all__ = ["VARIANTS", "ConvSpec", "EnergyNet", "compact_layers", "multigrid_layers", "multigrid_net"]
+__all__ = [
+    "VARIANTS",
+    "ConvSpec",
+    "DeconvSpec",
+    "EnergyNet",
+    "Generator",
+    "compact_layers",
+    "generator_layers",
+    "multigrid_layers",
+    "multigrid_net",
+]

@@ -1,9 +1,20 @@
 """Langevin chains, exact chains (MALA, HMC), and the multi-grid cascade."""
 
+from .generated import CoopNets, GeneratorModel
 from .langevin import Langevin, langevin_sample
 from .mcmc import HMC, MALA
 from .model import Model
 from .multigrid import MultiGrid
 from .single import SingleGrid
 
-__all__ = ["HMC", "MALA", "Langevin", "Model", "MultiGrid", "SingleGrid", "langevin_sample"]
+__all__ = [
+    "HMC",
+    "MALA",
+    "CoopNets",
+    "GeneratorModel",
+    "Langevin",
+    "Model",
+    "MultiGrid",
+    "SingleGrid",
+    "langevin_sample",
+]

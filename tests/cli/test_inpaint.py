@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from mgebm_fast import data
-from mgebm_fast.evaluation.occlusions import occlusion
+from mgebm_fast.sampling.occlusions import occlusion
 
 from .test_train import one_line
 

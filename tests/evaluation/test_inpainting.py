@@ -15,7 +15,7 @@ from scipy import ndimage
 import mgebm_fast as mg
 from mgebm_fast.errors import DataError
 from mgebm_fast.evaluation.inpainting import HIDDEN, inpaint
-from mgebm_fast.evaluation.occlusions import KINDS, occlusion, read_mask
+from mgebm_fast.sampling.occlusions import KINDS, occlusion, read_mask
 
 
 class Pull(torch.nn.Module):
