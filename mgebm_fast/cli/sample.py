@@ -33,6 +33,13 @@ def sample(
         int, typer.Option(min=0, help="Number of the first sample: go on where an earlier call stopped.")
     ] = 0,
     grids: Annotated[bool, typer.Option("--grids", help="Show the samples at every size, coarse to fine.")] = False,
+    generator: Annotated[
+        bool, typer.Option("--generator", help="By the generator alone, where a run has one; no chain refines it.")
+    ] = False,
+    interpolate: Annotated[
+        int | None,
+        typer.Option(min=2, metavar="POINTS", help="NUM rows of as many images between two draws of a generator."),
+    ] = None,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace the samples in a folder that is not empty.")
     ] = False,
@@ -47,6 +54,8 @@ def sample(
       mgebm sample runs/digits --num 64 --seed 1 --out samples.png
       mgebm sample runs/digits --num 1000 --out samples.npy
       mgebm sample runs/digits --num 16 --grids --out grids.png
+      mgebm sample runs/coop --generator --out alone.png
+      mgebm sample runs/coop --interpolate 10 --num 8 --out between.png
 
     --out says what is written, whole or not at all (but for --overwrite, which replaces files one by one):
 
@@ -69,20 +78,29 @@ def sample(
             source, _ = open_run(run)
             model = Model.load(source, device=where)
             _check_group(model, first_sample)
+            if generator or interpolate is not None:
+                option = "--generator" if interpolate is None else "--interpolate"
+                _check_generator(model, run, option, grids)
         shares = _shares(num, model.batch_size, ranks.size)
         own = shares[ranks.rank]
         with ranks.together():
-            batches = _draw(model, len(own), seed=seed, first_sample=first_sample + own.start, precision=precision)
-        collected = [ranks.collect(batch, [len(share) for share in shares]) for batch in batches]
-        images = {size: batch.numpy() for size, batch in zip(model.sizes, collected, strict=True)}
+            place = {"seed": seed, "first_sample": first_sample + own.start}
+            if generator or interpolate is not None:
+                batches = _generate(model, len(own), interpolate, **place)
+            else:
+                batches = _draw(model, len(own), **place, precision=precision)
+        each = interpolate or 1
+        collected = [ranks.collect(batch, [each * len(share) for share in shares]) for batch in batches]
+        images = {size: batch.numpy() for size, batch in zip(model.sizes[-len(batches) :], collected, strict=True)}
         if not grids:
             images = {model.sizes[-1]: images[model.sizes[-1]]}
         with ranks.together():
             if ranks.first:
                 out.parent.mkdir(parents=True, exist_ok=True)
-                _WRITERS[kind](out, images, first_sample)
+                _WRITERS[kind](out, images, first_sample, interpolate)
         low, high = model.value_range
-        typer.echo(f"{num} samples of {run} (seed {seed}, values {low:g} … {high:g} as 0 … 255): {out}", err=True)
+        what = "samples" if interpolate is None else f"rows of {interpolate} images"
+        typer.echo(f"{num} {what} of {run} (seed {seed}, values {low:g} … {high:g} as 0 … 255): {out}", err=True)
 
 
 def _shares(num: int, group: int, ranks: int) -> list[range]:
@@ -122,6 +140,30 @@ def _check_group(model: Model, first_sample: int) -> None:
         )
 
 
+def _check_generator(model: Model, run: Path, option: str, grids: bool) -> None:
+    from ..sampling.latent import Generates
+
+    if not isinstance(model, Generates):
+        raise ValueError(
+            f"{option}: the run must have a generator (methods cooperative, abp), got {run}, a {model.kind}"
+        )
+    if grids:
+        raise ValueError(f"--grids: must be left out beside {option}, whose images have one size")
+
+
+def _generate(model, num: int, points: int | None, *, seed: int, first_sample: int) -> list:
+    """uint8 images of the generator alone: samples, or rows of `points` between samples 2r and 2r + 1."""
+    import torch
+
+    size = model.sizes[-1]
+    if num == 0:
+        return [torch.empty(0, model.channels, size, size, dtype=torch.uint8)]
+    if points is None:
+        return [model.to_uint8(model.generate(num, seed=seed, first_sample=first_sample))]
+    rows = model.interpolate(num, points, seed=seed, first_sample=2 * first_sample)
+    return [model.to_uint8(rows).flatten(0, 1)]
+
+
 def _draw(model: Model, num: int, *, seed: int, first_sample: int, precision: str) -> list:
     """uint8 samples at every size, with a bar over the steps of all chains."""
     import torch
@@ -146,17 +188,17 @@ def _draw(model: Model, num: int, *, seed: int, first_sample: int, precision: st
     return [model.to_uint8(x) for x in results]
 
 
-def _write_png(out: Path, images: dict[int, np.ndarray], first_sample: int) -> None:
+def _write_png(out: Path, images: dict[int, np.ndarray], first_sample: int, points: int | None) -> None:
     from ..pictures import image_grid, labelled_panel, save_png
 
     if len(images) > 1:
         save_png(out, labelled_panel([(f"{size} × {size}", batch) for size, batch in images.items()]))
         return
     ((size, batch),) = images.items()
-    save_png(out, image_grid(batch, scale=max(1, -(-MIN_CELL // size))))
+    save_png(out, image_grid(batch, columns=points, scale=max(1, -(-MIN_CELL // size))))
 
 
-def _write_npy(out: Path, images: dict[int, np.ndarray], first_sample: int) -> None:
+def _write_npy(out: Path, images: dict[int, np.ndarray], first_sample: int, points: int | None) -> None:
     import io
 
     import numpy as np
@@ -169,7 +211,7 @@ def _write_npy(out: Path, images: dict[int, np.ndarray], first_sample: int) -> N
     write_bytes(out, buffer.getbuffer())
 
 
-def _write_folder(out: Path, images: dict[int, np.ndarray], first_sample: int) -> None:
+def _write_folder(out: Path, images: dict[int, np.ndarray], first_sample: int, points: int | None) -> None:
     """One PNG a sample, named by its id, made in a folder beside `out` and renamed; in one with content, replaced."""
     import shutil
     import tempfile
@@ -181,8 +223,8 @@ def _write_folder(out: Path, images: dict[int, np.ndarray], first_sample: int) -
         for size, batch in images.items():
             folder = temporary / f"size_{size:03d}" if len(images) > 1 else temporary
             folder.mkdir(exist_ok=True)
-            digits = max(5, len(str(first_sample + len(batch) - 1)))
-            for i, picture in enumerate(batch, start=first_sample):
+            digits = max(5, len(str(first_sample * (points or 1) + len(batch) - 1)))
+            for i, picture in enumerate(batch, start=first_sample * (points or 1)):
                 pixels = picture[:3] if len(picture) >= 3 else picture[:1]
                 save_png(folder / f"sample_{i:0{digits}d}.png", pixels.transpose(1, 2, 0))
         temporary.chmod(0o755)

@@ -6,38 +6,24 @@ import abc
 import contextlib
 import math
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .. import noise, ops
-from ..errors import CheckpointError, DivergenceError
+from ..errors import DivergenceError
 from ..gradient import energy_gradient
 from ..nets import EnergyNet
 from ..sampling import MultiGrid, graphs
-from ..sampling.storage import EMA, MODEL_FILE
-from . import checkpoint
 from .config import TrainConfig
 from .ema import Average
 from .keys import pick
-from .loop import UpdateRule
-from .optim import (
-    build_optimiser,
-    condition_,
-    load_state_tensors,
-    map_areas,
-    norm,
-    rate_factor,
-    state_tensors,
-    step,
-)
-
-OPTIMISER_FILE = "optimiser.safetensors"
+from .optim import build_optimiser, condition_, map_areas, norm, rate_factor, step
+from .stored import ModelRule
 
 
-class ContrastiveRule(UpdateRule):
+class ContrastiveRule(ModelRule):
     """One update of all nets of a model from one observed batch:
 
         observed    = block means of the batch at every size (+ data noise)
@@ -53,6 +39,8 @@ class ContrastiveRule(UpdateRule):
     A batch of several parts (`batch_parts`, here or over ranks) is learnt from part by part, from the same weights and
     buffers; gradients, energies and the buffers that follow the data are averaged (`learning.distributed`).
     """
+
+    model: MultiGrid
 
     def __init__(self, model: MultiGrid, config: TrainConfig, *, images: int) -> None:
         self.model, self.config, self.images = model, config, images
@@ -78,11 +66,6 @@ class ContrastiveRule(UpdateRule):
         `observed` holds the batch at every size, without data noise at sizes[0] and with it at the others;
         `first_sample` is the place of its first image in the whole batch of the update.
         """
-
-    def noise_factor(self, iteration: int) -> float:
-        """What chain and data noise are multiplied by at update `iteration`: linear from 1 to noise_anneal."""
-        passed = min(1.0, iteration / max(1, self.config.steps - 1))
-        return 1.0 + (self.config.stabilise.noise_anneal - 1.0) * passed
 
     def observed(self, batch: Tensor) -> list[Tensor]:  # (N, C, S, S) -> float32 at every size
         """The batch at every size in the model's units; bytes are 0 … 255, floats are in those units already."""
@@ -238,7 +221,7 @@ class ContrastiveRule(UpdateRule):
         return f"energy gap {gaps}"
 
     def panels(self, observed: Tensor) -> tuple[list[tuple[str, Tensor]], int]:
-        with self._averaged():
+        with self.averaged_weights():
             samples = self.model.sample(len(observed), seed=self.config.seed, return_grids=True, precision="auto")
         rows = [("samples", samples), ("data", self.observed(observed))]
         panels = [
@@ -248,40 +231,9 @@ class ContrastiveRule(UpdateRule):
         ]
         return panels, len(self.model.sizes)
 
-    def _averaged(self) -> contextlib.AbstractContextManager[None]:
-        return contextlib.nullcontext() if self.average is None else self.average.applied()
+    def named_optimisers(self) -> dict[str, torch.optim.Optimizer]:
+        return {str(grid): optimiser for grid, optimiser in enumerate(self.optimisers, start=1)}
 
-    def write_model(self, path: Path, iteration: int) -> None:
-        self._dynamics_after(iteration)
-        with self._averaged():
-            self.model.save(path)
-
-    def write(self, folder: Path, iteration: int) -> None:
-        self._dynamics_after(iteration)
-        self.model.save(folder / MODEL_FILE, ema=None if self.average is None else self.average.state())
-        tensors = {
-            f"{grid}.{name}": tensor
-            for grid, optimiser in enumerate(self.optimisers, start=1)
-            for name, tensor in state_tensors(optimiser).items()
-        }
-        checkpoint.write_tensors(folder / OPTIMISER_FILE, tensors)
-
-    def _dynamics_after(self, iteration: int) -> None:
+    def before_stored(self, iteration: int) -> None:
         """What is stored samples with the noise of its last update."""
         self.model.langevin = self.config.dynamics(self.noise_factor(max(0, iteration - 1)))
-
-    def read(self, folder: Path) -> None:
-        self.model.load_weights(folder, ema=False)
-        if self.average is not None:
-            stored = checkpoint.read_tensors(folder / MODEL_FILE)
-            self.average.restore({k.removeprefix(EMA): v for k, v in stored.items() if k.startswith(EMA)})
-        path = folder / OPTIMISER_FILE
-        tensors: dict[str, dict[str, Tensor]] = {}
-        for key, value in checkpoint.read_tensors(path).items():
-            grid, _, name = key.partition(".")
-            tensors.setdefault(grid, {})[name] = value
-        known = {str(grid) for grid in range(1, len(self.optimisers) + 1)}
-        if tensors.keys() - known:
-            raise CheckpointError(f"{path}: holds the state of grids {sorted(tensors)}, this model has {sorted(known)}")
-        for index, optimiser in enumerate(self.optimisers, start=1):
-            load_state_tensors(optimiser, tensors.get(str(index), {}), str(path))

@@ -11,12 +11,39 @@ from .. import noise, ops
 from ..data import ImageData
 
 
-class Batches:
-    """Batch `iteration` takes places iteration·B … iteration·B + B − 1 of the epochs' shuffles, laid end to end.
+class Order:
+    """Which images the batch of an update holds: places iteration·B … iteration·B + B − 1 of the epochs' shuffles.
 
     Epoch e is `noise.permutation(n, seed, step=e)`. No image is left out of an epoch, and a set smaller than a batch
-    still fills it. With `flips` a bit of the AUGMENTATION stream mirrors each image along its last dimension. All ranks
-    go through one order; `places` of a batch are the share that this one reads, by default the whole.
+    still fills it.
+    """
+
+    def __init__(self, n: int, batch_size: int, seed: int) -> None:
+        self.n, self.batch_size, self.seed = n, batch_size, seed
+        self._orders: dict[int, Tensor] = {}
+
+    def indices(self, iteration: int) -> Tensor:  # (B,) int64
+        """Which images batch `iteration` holds, over all ranks."""
+        place, parts, left = iteration * self.batch_size, [], self.batch_size
+        while left:
+            epoch, offset = divmod(place, self.n)
+            part = self._order(epoch)[offset : offset + left]
+            parts.append(part)
+            place, left = place + len(part), left - len(part)
+        return torch.cat(parts)
+
+    def _order(self, epoch: int) -> Tensor:
+        if epoch not in self._orders:
+            where = noise.stream(noise.Purpose.DATA_ORDER)
+            self._orders = {epoch: noise.permutation(self.n, seed=self.seed, step=epoch, stream=where)}
+        return self._orders[epoch]
+
+
+class Batches:
+    """Batch `iteration` of a data set, in the order of `Order`.
+
+    With `flips` a bit of the AUGMENTATION stream mirrors each image along its last dimension. All ranks go through one
+    order; `places` of a batch are the share that this one reads, by default the whole.
 
     With `ahead` a thread makes the next batch, in pinned memory, while the caller works on the one it has: a GPU then
     does not wait for it. A CPU that trains has no core to spare for that.
@@ -34,19 +61,13 @@ class Batches:
     ) -> None:
         self.data, self.batch_size, self.seed, self.flips = data, batch_size, seed, flips
         self.places = range(batch_size) if places is None else places
-        self._orders: dict[int, Tensor] = {}
+        self._order = Order(len(data), batch_size, seed)
         self._thread = ThreadPoolExecutor(1, "mgebm-batches") if ahead else None
         self._next: tuple[int, Future[Tensor]] | None = None
 
     def indices(self, iteration: int) -> Tensor:  # (B,) int64
         """Which images batch `iteration` holds, over all ranks."""
-        n, place, parts, left = len(self.data), iteration * self.batch_size, [], self.batch_size
-        while left:
-            epoch, offset = divmod(place, n)
-            part = self._order(epoch)[offset : offset + left]
-            parts.append(part)
-            place, left = place + len(part), left - len(part)
-        return torch.cat(parts)
+        return self._order.indices(iteration)
 
     def batch(self, iteration: int) -> Tensor:  # (len(places), C, S, S) uint8, on the CPU
         """The images at `places` of batch `iteration`."""
@@ -68,10 +89,3 @@ class Batches:
             )  # fmt: skip
             images = torch.where(draw.reshape(-1, *[1] * (images.dim() - 1)) > 0.5, images.flip(-1), images)
         return images.pin_memory() if self._thread is not None and torch.cuda.is_available() else images
-
-    def _order(self, epoch: int) -> Tensor:
-        if epoch not in self._orders:
-            where = noise.stream(noise.Purpose.DATA_ORDER)
-            order = noise.permutation(len(self.data), seed=self.seed, step=epoch, stream=where)
-            self._orders = {epoch: order}
-        return self._orders[epoch]

@@ -17,7 +17,7 @@ import importlib
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from .keys import Maybe, Real, Whole, key
+from .keys import Choice, Maybe, Real, Whole, key
 
 if TYPE_CHECKING:
     from .config import TrainConfig
@@ -44,6 +44,34 @@ class PcdConfig:
     sample_steps: Any = key(
         None, Maybe(Whole(1)), "further steps of a stored chain that is sampled; none: as in training"
     )
+
+
+@dataclasses.dataclass(frozen=True)
+class GeneratorConfig:
+    """What methods that learn a generator x = g(z) + s ε, z ~ N(0, I), have in common."""
+
+    latent: int = key(32, Whole(1), "length of z, at each place of its map")
+    generator_width: int = key(32, Whole(1), "channels of the generator's last hidden layer, times width")
+    std: float = key(0.3, Real(0, above=True), "s, of the noise around g(z), in value_range units")
+    infer_steps: int = key(0, Whole(0), "Langevin steps on z given an image, an update")
+    infer_step_size: float = key(0.1, Real(0, above=True), "δ of those steps")
+    complete_steps: int = key(300, Whole(1), "steps on z that explain the known pixels of an image in in-painting")
+
+
+@dataclasses.dataclass(frozen=True)
+class CooperativeConfig(GeneratorConfig):
+    """`[cooperative]`: the generator, and how it is taught. [langevin] and [optimiser] are the descriptor's."""
+
+    lr: float = key(1e-3, Real(0, above=True), "learning rate of the generator")
+
+
+@dataclasses.dataclass(frozen=True)
+class AbpConfig(GeneratorConfig):
+    """`[abp]`: the generator, the chains on z, and what is hidden of the data."""
+
+    infer_steps: int = key(20, Whole(1), "Langevin steps on z given an image, an update")
+    latent_map: int = key(1, Whole(1), "side of the map of z: more than 1 for textures, sizes[-1] over a power of 2")
+    occlude: str = key("none", Choice(("none", "square", "doodle", "pepper")), "what is hidden of every training image")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,6 +115,14 @@ METHODS: dict[str, Method] = {
         Method("pcd", "one net, chains that persist", _ONE, "SingleGrid", PcdConfig, ("bank_size", "restart")),
         Method("single-grid-cd", "the finest net alone, from the 1×1 means, as many steps in all", _ONE, "SingleGrid"),
         Method("short-run", "one net, chains from uniform noise", _ONE, "SingleGrid"),
+        Method(
+            "cooperative", "a descriptor refines what a generator makes, and teaches it", "cooperative:CooperativeRule",
+            "CoopNets", CooperativeConfig, ("latent", "generator_width", "infer_steps"),
+        ),
+        Method(
+            "abp", "a generator alone, by inference of the latent variables of every image", "abp:ABPRule",
+            "GeneratorModel", AbpConfig, ("latent", "generator_width", "infer_steps", "latent_map", "occlude"),
+        ),
     )
 }
 TABLES: dict[str, type] = {method.name: method.table for method in METHODS.values() if method.table is not None}

@@ -314,6 +314,6 @@ def test_a_run_trains_and_its_file_samples_the_same(trainer, tmp_path, method, n
     ours.fit()
     loaded = MultiGrid.load(tmp_path / "run")
     assert type(loaded) is SingleGrid and loaded.start == ours.model.start
-    with ours.rule._averaged():
+    with ours.rule.averaged_weights():
         assert torch.equal(loaded.sample(5, seed=2), ours.model.sample(5, seed=2))
     assert merge(ours.config, {}) == ours.config

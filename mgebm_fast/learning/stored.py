@@ -1,0 +1,74 @@
+"""What every rule that trains a model by optimisers has in common: averaged weights, and the files of a checkpoint."""
+
+from __future__ import annotations
+
+import contextlib
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ..errors import CheckpointError
+from ..sampling import Model
+from ..sampling.storage import EMA, MODEL_FILE
+from . import checkpoint
+from .config import TrainConfig
+from .ema import Average
+from .loop import UpdateRule
+from .optim import load_state_tensors, state_tensors
+
+OPTIMISER_FILE = "optimiser.safetensors"
+
+
+class ModelRule(UpdateRule):
+    """A rule with a model, averaged weights where they are asked for, and optimisers by name."""
+
+    model: Model
+    config: TrainConfig
+    average: Average | None
+
+    def named_optimisers(self) -> dict[str, torch.optim.Optimizer]:
+        """The optimisers by the names that their state has in files."""
+        raise NotImplementedError
+
+    def noise_factor(self, iteration: int) -> float:
+        """What noise is multiplied by at update `iteration`: linear from 1 to noise_anneal."""
+        passed = min(1.0, iteration / max(1, self.config.steps - 1))
+        return 1.0 + (self.config.stabilise.noise_anneal - 1.0) * passed
+
+    def before_stored(self, iteration: int) -> None:
+        """Make the model what it is to be stored as after `iteration` updates."""
+
+    def averaged_weights(self) -> contextlib.AbstractContextManager[None]:
+        """Inside, the model holds the averaged weights, where the run keeps them."""
+        return contextlib.nullcontext() if self.average is None else self.average.applied()
+
+    def write_model(self, path: Path, iteration: int) -> None:
+        self.before_stored(iteration)
+        with self.averaged_weights():
+            self.model.save(path)
+
+    def write(self, folder: Path, iteration: int) -> None:
+        self.before_stored(iteration)
+        self.model.save(folder / MODEL_FILE, ema=None if self.average is None else self.average.state())
+        tensors = {
+            f"{owner}.{name}": tensor
+            for owner, optimiser in self.named_optimisers().items()
+            for name, tensor in state_tensors(optimiser).items()
+        }
+        checkpoint.write_tensors(folder / OPTIMISER_FILE, tensors)
+
+    def read(self, folder: Path) -> None:
+        self.model.load_weights(folder, ema=False)
+        if self.average is not None:
+            stored = checkpoint.read_tensors(folder / MODEL_FILE)
+            self.average.restore({k.removeprefix(EMA): v for k, v in stored.items() if k.startswith(EMA)})
+        path, known = folder / OPTIMISER_FILE, self.named_optimisers()
+        tensors: dict[str, dict[str, Tensor]] = {}
+        for key, value in checkpoint.read_tensors(path).items():
+            owner, _, name = key.partition(".")
+            tensors.setdefault(owner, {})[name] = value
+        if tensors.keys() - known:
+            raise CheckpointError(f"{path}: holds the state of grids {sorted(tensors)}, this model has {sorted(known)}")
+        for owner, optimiser in known.items():
+            load_state_tensors(optimiser, tensors.get(owner, {}), str(path))
