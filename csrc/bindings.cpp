@@ -197,8 +197,9 @@ PYBIND11_MODULE(_C, m) {
     for (int64_t i = 0; i < quads; ++i) at<Quad>(out)[i] = normals_of(in[i]);
   });
   m.def("conv_chain_workspace", [](const std::vector<StageArguments>& stages, bool bfloat, bool gradient, bool mask,
-                                   int64_t samples, const std::array<int, 3>& image) {
-    return conv_chain_workspace(conv_chain_params(stages, bfloat, 0, 0, gradient, mask, samples, 0, image, {}, {}, 0));
+                                   int64_t samples, const std::array<int, 3>& image, int threads) {
+    return conv_chain_workspace(conv_chain_params(stages, bfloat, 0, 0, gradient, mask, samples, 0, image, {}, {}, 0),
+                                threads);
   });
   m.def("conv_chain_pack", [](Address from, Address to, bool bfloat, const std::vector<int64_t>& rows, int inputs,
                               int depth, int outputs, int64_t input_stride, int64_t output_stride, int threads) {

@@ -20,7 +20,7 @@ struct Table {
   void (*pyramid)(const PyramidParams&, int);
   void (*upsample)(const UpsampleParams&, int);
   void (*conv_chain)(const ConvChainParams&, int);
-  int64_t (*conv_chain_workspace)(const ConvChainParams&);
+  int64_t (*conv_chain_workspace)(const ConvChainParams&, int);
 };
 
 // The convolutions have sets of their own above those of the other ops.
@@ -122,6 +122,8 @@ void langevin_step_cpu(const LangevinStepParams& params, int threads) { current-
 void pyramid_cpu(const PyramidParams& params, int threads) { current->pyramid(params, threads); }
 void upsample_cpu(const UpsampleParams& params, int threads) { current->upsample(params, threads); }
 void conv_chain_cpu(const ConvChainParams& params, int threads) { current->conv_chain(params, threads); }
-int64_t conv_chain_workspace(const ConvChainParams& params) { return current->conv_chain_workspace(params); }
+int64_t conv_chain_workspace(const ConvChainParams& params, int threads) {
+  return current->conv_chain_workspace(params, threads);
+}
 
 }  // namespace mgebm

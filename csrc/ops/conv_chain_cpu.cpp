@@ -1,4 +1,5 @@
-// One parallel region runs all steps; within it a pass is shared out over (outputs, strips), and a barrier ends it.
+// One parallel region runs all steps; within it a pass is shared out over (outputs, strips), and a barrier ends it. Or,
+// for small nets without batch statistics, each thread runs the whole chain of some samples and waits for nobody.
 //
 //   forward   z_l -> [statistics -> normalise] -> h_l      last stage: dE/dh_L a'(z_L) at once, h_L is never made
 //   backward  [centre] -> dE/dh_(l-1) a'(z_(l-1))           the same products with the other weights
@@ -6,6 +7,7 @@
 //
 // Batch statistics: y = gamma zh + beta, zh = (z - mean) / sqrt(var + eps). With g = dE/dy, means over the batch's
 // samples and pixels,  dE/dz = gamma / sqrt(var + eps) (g - mean(g) - zh mean(g zh)).
+#include <omp.h>
 #include <unistd.h>
 
 #include "mgebm/conv_tile.h"
@@ -87,6 +89,9 @@ template <typename T>
 struct Engine {
   const ConvChainParams& p;
   int blocks, threads;
+  // This thread's blocks in every pass, so that they stay in its cache; or all threads share out all blocks.
+  bool own;
+  int first_block, last_block;
   float* x;       // [block][element][16]
   float* dx;      // the same; where the gradient is asked for or a row is not whole quads
   uint8_t* mask;  // the same
@@ -130,27 +135,27 @@ struct Engine {
   // body(block[], pixel[], base[], items, taps, strip, strips) for every class, pair of items and pair of strips.
   template <typename Body>
   void sweep(const Windows& w, int all_strips, int64_t item_bytes, int64_t weight_bytes, const Body& body) {
-    const int pairs = (all_strips + kStrips - 1) / kStrips;
-    const int64_t total = static_cast<int64_t>(w.outputs) * blocks;
+    const int pairs = (all_strips + kStrips - 1) / kStrips, mine = last_block - first_block;
+    const int64_t total = static_cast<int64_t>(w.outputs) * mine;
     int64_t chunk = larger(2, chunk_bytes() / larger(1, item_bytes));
-    chunk = smaller(chunk, larger(2, total * pairs / (32 * threads)));
+    if (!own) chunk = smaller(chunk, larger(2, total * pairs / (32 * threads)));
     chunk += chunk & 1;
     int64_t chunks = 0;
     for (int c = 0; c < w.classes; ++c) {
-      const int64_t items = static_cast<int64_t>(w.first_output[c + 1] - w.first_output[c]) * blocks;
+      const int64_t items = static_cast<int64_t>(w.first_output[c + 1] - w.first_output[c]) * mine;
       chunks += (items + chunk - 1) / chunk;
     }
     // Either chunks of inputs stay put and all weights pass by each, or pairs of strips do and all inputs pass by.
     const int64_t inputs = total * item_bytes;
     const bool strips_outside = weight_bytes + inputs * pairs < inputs + weight_bytes * chunks;
-#pragma omp for schedule(dynamic, 1)
-    for (int64_t task = 0; task < chunks * pairs; ++task) {
+    const auto run_task = [&](int64_t task) {
       int64_t index = strips_outside ? task % chunks : task / pairs;
       const int pair = static_cast<int>(strips_outside ? task / chunks : task % pairs);
       int c = 0;
-      int64_t items = 0;
+      int64_t pixels = 0, items = 0;
       for (;; ++c) {
-        items = static_cast<int64_t>(w.first_output[c + 1] - w.first_output[c]) * blocks;
+        pixels = w.first_output[c + 1] - w.first_output[c];
+        items = pixels * mine;
         const int64_t here = (items + chunk - 1) / chunk;
         if (index < here) break;
         index -= here;
@@ -163,14 +168,25 @@ struct Engine {
         int block[2], output[2], base[2];
         const int count = item + 1 < last ? 2 : 1;
         for (int i = 0; i < count; ++i) {
-          const int64_t pixels = w.first_output[c + 1] - w.first_output[c];
           const int64_t at = w.first_output[c] + (item + i) % pixels;
-          block[i] = static_cast<int>((item + i) / pixels);
+          block[i] = first_block + static_cast<int>((item + i) / pixels);
           output[i] = w.output[at];
           base[i] = w.base[at];
         }
         body(block, output, base, count, taps, strip, strips);
       }
+    };
+    share(chunks * pairs, run_task);
+  }
+
+  // body(0) ... body(count - 1): all of them by a thread that owns its blocks, else shared out and waited for.
+  template <typename Body>
+  MG_METHOD void share(int64_t count, const Body& body) {
+    if (own) {
+      for (int64_t i = 0; i < count; ++i) body(i);
+    } else {
+#pragma omp for schedule(dynamic, 1)
+      for (int64_t i = 0; i < count; ++i) body(i);
     }
   }
 
@@ -349,6 +365,7 @@ struct Engine {
   void reduce_statistics(int l) {
     const ConvStage& stage = p.stage[l];
     const double total = static_cast<double>(p.samples) * stage.out_pixels;
+#pragma omp barrier
 #pragma omp for schedule(static)
     for (int strip = 0; strip < kept[l].strips; ++strip) {
       double mean[16] = {}, square[16] = {};
@@ -379,6 +396,7 @@ struct Engine {
 
   void reduce_gradient(int l) {
     const double total = static_cast<double>(p.samples) * p.stage[l].out_pixels;
+#pragma omp barrier
 #pragma omp for schedule(static)
     for (int strip = 0; strip < kept[l].strips; ++strip) {
       for (int which = 0; which < 2; ++which) {
@@ -402,12 +420,23 @@ struct Engine {
   // body(block, pixel, strip) for every 16 x 16 tile of a stage's map, shared out.
   template <typename Body>
   MG_METHOD void each_tile(int l, const Body& body) {
-    const int pixels = p.stage[l].out_pixels;
-#pragma omp for schedule(static)
-    for (int64_t at = 0; at < static_cast<int64_t>(blocks) * pixels; ++at) {
+    const int64_t pixels = p.stage[l].out_pixels, first = first_block * pixels;
+    share_evenly((last_block - first_block) * pixels, [&](int64_t i) {
+      const int64_t at = first + i;
       for (int strip = 0; strip < kept[l].strips; ++strip) {
         body(static_cast<int>(at / pixels), static_cast<int>(at % pixels), strip);
       }
+    });
+  }
+
+  // As `share`, for small pieces of equal work.
+  template <typename Body>
+  MG_METHOD void share_evenly(int64_t count, const Body& body) {
+    if (own) {
+      for (int64_t i = 0; i < count; ++i) body(i);
+    } else {
+#pragma omp for schedule(static)
+      for (int64_t i = 0; i < count; ++i) body(i);
     }
   }
 
@@ -519,14 +548,13 @@ struct Engine {
              });
     if (fused() || p.gradient) return;
     const int64_t quads = (elements() + 3) / 4;
-#pragma omp for schedule(static)
-    for (int64_t unit = 0; unit < blocks * quads; ++unit) {
-      const int block = static_cast<int>(unit / quads);
+    share_evenly((last_block - first_block) * quads, [&](int64_t unit) {
+      const int block = first_block + static_cast<int>(unit / quads);
       const int64_t quad = unit % quads;
       const float* slope = dx + (static_cast<int64_t>(block) * elements() + 4 * quad) * 16;
       update_quad(block, quad, static_cast<int>(smaller(4, elements() - 4 * quad)),
                   reinterpret_cast<const float (*)[16]>(slope), key);
-    }
+    });
   }
 
   void gradient(const SampleKey& key) {
@@ -562,34 +590,38 @@ struct Engine {
 
   // (samples, elements) <-> [block][element][16]. Lanes past the last sample repeat it: they stay as finite as it is.
   void read_state() {
-#pragma omp for schedule(static)
-    for (int64_t unit = 0; unit < static_cast<int64_t>(blocks) * elements(); ++unit) {
+    share_evenly(static_cast<int64_t>(last_block - first_block) * elements(), [&](int64_t i) {
+      const int64_t unit = static_cast<int64_t>(first_block) * elements() + i;
       const int64_t block = unit / elements(), element = unit % elements();
-      for (int i = 0; i < 16; ++i) {
-        const int64_t sample = smaller(16 * block + i, p.samples - 1);
-        x[unit * 16 + i] = p.x[sample * elements() + element];
-        if (p.mask) mask[unit * 16 + i] = p.mask[sample * elements() + element];
+      for (int lane = 0; lane < 16; ++lane) {
+        const int64_t sample = smaller(16 * block + lane, p.samples - 1);
+        x[unit * 16 + lane] = p.x[sample * elements() + element];
+        if (p.mask) mask[unit * 16 + lane] = p.mask[sample * elements() + element];
       }
-    }
-#pragma omp for schedule(static)
-    for (int64_t i = 0; i < 16LL * blocks; ++i) ids[i] = sample_key(p.counters, smaller(i, p.samples - 1)).sample;
+    });
+    share_evenly(16LL * (last_block - first_block), [&](int64_t i) {
+      const int64_t lane = 16LL * first_block + i;
+      ids[lane] = sample_key(p.counters, smaller(lane, p.samples - 1)).sample;
+    });
   }
 
   void write(const float* from, float* to) {
-#pragma omp for schedule(static)
-    for (int64_t sample = 0; sample < p.samples; ++sample) {
+    const int64_t first = 16LL * first_block;
+    share_evenly(smaller(16LL * last_block, p.samples) - first, [&](int64_t i) {
+      const int64_t sample = first + i;
       const float* in = from + sample / 16 * elements() * 16 + sample % 16;
       for (int64_t element = 0; element < elements(); ++element) to[sample * elements() + element] = in[element * 16];
-    }
+    });
   }
 
   // Channels that only fill up a strip or a tile are read as inputs and must be zero.
   void clear_padding() {
     for (int l = 0; l < p.stages; ++l) {
-      const int64_t count = static_cast<int64_t>(blocks) * p.stage[l].out_pixels * 16 * kept[l].depth;
       if (kept[l].depth == p.stage[l].out_channels) continue;
-#pragma omp for schedule(static)
-      for (int64_t i = 0; i < count; ++i) kept[l].h[i] = T{};
+      const int64_t size = 16LL * kept[l].depth, first = static_cast<int64_t>(first_block) * p.stage[l].out_pixels;
+      share_evenly(static_cast<int64_t>(last_block - first_block) * p.stage[l].out_pixels, [&](int64_t i) {
+        __builtin_memset(static_cast<void*>(kept[l].h + (first + i) * size), 0, size * sizeof(T));
+      });
     }
   }
 
@@ -609,40 +641,110 @@ struct Engine {
   }
 };
 
+// An engine that shares out all passes, with its buffers not laid out yet.
 template <typename T>
 Engine<T> engine(const ConvChainParams& p, int threads) {
-  return {p, static_cast<int>((p.samples + 15) / 16), threads, nullptr, nullptr, nullptr, nullptr, {}};
+  const int blocks = static_cast<int>((p.samples + 15) / 16);
+  return {p, blocks, threads, false, 0, blocks, nullptr, nullptr, nullptr, nullptr, {}};
 }
+
+enum class Sharing {
+  kPasses,  // all threads work on every pass together
+  kBlocks,  // they meet for the batch's statistics alone, each with blocks of its own
+  kChains,  // nobody waits: each runs the whole chain of a few blocks, and then of the next
+};
+constexpr int64_t kChainBlocks = 2;
+
+struct Plan {
+  Sharing sharing;
+  int threads;
+  int64_t blocks;  // of a chain, where those are shared out
+};
 
 // Below this many products a thread and step, waiting for each other costs more than a further thread saves.
 constexpr double kGrainProducts = 2e6;
 
-int useful_threads(const ConvChainParams& p, int threads) {
+Plan plan_of(const ConvChainParams& p, int threads) {
   double products = 0;
+  bool coupled = false;
   for (int l = 0; l < p.stages; ++l) {
     const ConvStage& s = p.stage[l];
     products += 2.0 * s.out_pixels * s.forward_rows * s.in_channels * s.out_channels;
+    coupled |= s.gamma != nullptr;
+  }
+  const int64_t blocks = (p.samples + 15) / 16;
+  if (!coupled && blocks >= threads) {
+    return {Sharing::kChains, threads, smaller(kChainBlocks, (blocks + threads - 1) / threads)};
   }
   const double useful = 1 + products * static_cast<double>(p.samples) / kGrainProducts;
-  return useful < threads ? static_cast<int>(useful) : threads;
+  if (useful < threads) threads = static_cast<int>(useful);
+  // What a thread has more of than another, all others wait for.
+  const bool even = blocks % threads == 0 || blocks >= 3 * threads;
+  return {even ? Sharing::kBlocks : Sharing::kPasses, threads, 0};
+}
+
+// The same call for `samples` samples from `first` on.
+ConvChainParams part(const ConvChainParams& p, int64_t first, int64_t samples) {
+  ConvChainParams some = p;
+  const int64_t offset = first * p.channels * p.pixels;
+  some.samples = samples;
+  some.x = p.x + offset;
+  if (p.gradient) some.gradient = p.gradient + offset;
+  if (p.mask) some.mask = p.mask + offset;
+  Counters& c = some.counters;
+  if (c.samples_at && !c.one_base) {
+    c.samples_at += first;
+  } else {
+    c.first_sample = first + (c.samples_at ? *c.samples_at : c.first_sample);
+    c.samples_at = nullptr;
+  }
+  return some;
+}
+
+template <typename T>
+int64_t workspace(const ConvChainParams& p, int threads) {
+  const Plan plan = plan_of(p, threads);
+  if (plan.sharing != Sharing::kChains) return engine<T>(p, 1).lay_out(nullptr);
+  return engine<T>(part(p, 0, smaller(p.samples, 16 * plan.blocks)), 1).lay_out(nullptr) * plan.threads;
 }
 
 template <typename T>
 void run(const ConvChainParams& p, int threads) {
-  threads = useful_threads(p, threads);
-  Engine<T> shared = engine<T>(p, threads);
-  shared.lay_out(static_cast<char*>(p.workspace));
-#pragma omp parallel num_threads(threads) if (threads > 1)
-  shared.run();
+  const Plan plan = plan_of(p, threads);
+  char* const base = static_cast<char*>(p.workspace);
+  if (plan.sharing != Sharing::kChains) {
+#pragma omp parallel num_threads(plan.threads) if (plan.threads > 1)
+    {
+      Engine<T> engine_here = engine<T>(p, plan.threads);
+      engine_here.lay_out(base);
+      if (plan.sharing == Sharing::kBlocks) {
+        const int64_t blocks = engine_here.blocks, me = omp_get_thread_num(), all = omp_get_num_threads();
+        engine_here.own = true;
+        engine_here.first_block = static_cast<int>(blocks * me / all);
+        engine_here.last_block = static_cast<int>(blocks * (me + 1) / all);
+      }
+      engine_here.run();
+    }
+    return;
+  }
+  const int64_t size = 16 * plan.blocks, each = workspace<T>(p, threads) / plan.threads;
+#pragma omp parallel for schedule(dynamic, 1) num_threads(plan.threads)
+  for (int64_t first = 0; first < p.samples; first += size) {
+    const ConvChainParams some = part(p, first, smaller(size, p.samples - first));
+    Engine<T> engine_here = engine<T>(some, 1);
+    engine_here.lay_out(base + omp_get_thread_num() * each);
+    engine_here.own = true;
+    engine_here.run();
+  }
 }
 
 }  // namespace
 
-int64_t conv_chain_workspace(const ConvChainParams& p) {
+int64_t conv_chain_workspace(const ConvChainParams& p, int threads) {
 #if defined(__AVX512BF16__)
-  if (p.bfloat) return engine<Bf16>(p, 1).lay_out(nullptr);
+  if (p.bfloat) return workspace<Bf16>(p, threads);
 #endif
-  return engine<float>(p, 1).lay_out(nullptr);
+  return workspace<float>(p, threads);
 }
 
 void conv_chain_cpu(const ConvChainParams& p, int threads) {

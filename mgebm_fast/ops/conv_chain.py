@@ -169,15 +169,15 @@ class ConvChain:
         module = native.module()
         stages = [stage.arguments for stage in self._stages]
         image = [self._channels, math.prod(self._size), self._size[-1]]
-        samples = x.shape[0]
+        samples, threads = x.shape[0], torch.get_num_threads()
         needed = module.conv_chain_workspace(
-            stages, self.bfloat, gradient is not None, mask is not None, samples, image
+            stages, self.bfloat, gradient is not None, mask is not None, samples, image, threads
         )
         workspace = Scratch(needed)
         module.conv_chain_cpu(
             stages, self.bfloat, self._head.data_ptr(), x.data_ptr(), 0 if gradient is None else gradient.data_ptr(),
             0 if mask is None else mask.data_ptr(), samples, steps, image, numbers.arguments, place.native_arguments,
-            workspace.address, torch.get_num_threads(),
+            workspace.address, threads,
         )  # fmt: skip
 
     def gradient(self, x: Tensor) -> Tensor:  # (N, C, *size) float32, any layout -> the same, contiguous

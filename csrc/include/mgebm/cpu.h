@@ -11,10 +11,10 @@
 
 namespace mgebm {
 
-#define MGEBM_DECLARE_CONV(isa)                                    \
-  namespace isa {                                                  \
-  int64_t conv_chain_workspace(const ConvChainParams& params);     \
-  void conv_chain_cpu(const ConvChainParams& params, int threads); \
+#define MGEBM_DECLARE_CONV(isa)                                             \
+  namespace isa {                                                           \
+  int64_t conv_chain_workspace(const ConvChainParams& params, int threads); \
+  void conv_chain_cpu(const ConvChainParams& params, int threads);          \
   }
 
 #define MGEBM_DECLARE_CPU(isa)                                           \
@@ -55,7 +55,7 @@ void pyramid_cpu(const PyramidParams& params, int threads);
 void upsample_cpu(const UpsampleParams& params, int threads);
 void conv_chain_cpu(const ConvChainParams& params, int threads);
 // Bytes that it needs, under the set in use.
-int64_t conv_chain_workspace(const ConvChainParams& params);
+int64_t conv_chain_workspace(const ConvChainParams& params, int threads);
 
 // Starting threads costs more than this many elements of work do.
 constexpr int64_t kGrainElements = 16384;
