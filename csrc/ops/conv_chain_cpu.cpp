@@ -1,5 +1,5 @@
-// One parallel region runs all steps; within it a pass is shared out over (outputs, strips), and a barrier ends it. Or,
-// for small nets without batch statistics, each thread runs the whole chain of some samples and waits for nobody.
+// One parallel region runs all steps. `Sharing` says who does what in it: without batch statistics each thread runs the
+// whole chain of some samples and waits for nobody.
 //
 //   forward   z_l -> [statistics -> normalise] -> h_l      last stage: dE/dh_L a'(z_L) at once, h_L is never made
 //   backward  [centre] -> dE/dh_(l-1) a'(z_(l-1))           the same products with the other weights
@@ -132,7 +132,8 @@ struct Engine {
 
   // ---- the sharing out of a pass ----
 
-  // body(block[], pixel[], base[], items, taps, strip, strips) for every class, pair of items and pair of strips.
+  // body(block[], output[], base[], items, taps, strip, strips) for every pair of items (an output of a block) that
+  // read alike, and every pair of strips.
   template <typename Body>
   void sweep(const Windows& w, int all_strips, int64_t item_bytes, int64_t weight_bytes, const Body& body) {
     const int pairs = (all_strips + kStrips - 1) / kStrips, mine = last_block - first_block;
@@ -253,7 +254,7 @@ struct Engine {
   }
   float* scale_at(int l, int which, int strip) const { return kept[l].scale + (which * kept[l].strips + strip) * 16; }
 
-  // a(z), keeping what its slope will need. kCurved: z itself, unless it is kept already.
+  // a(z), and for a piecewise linear a the sign that its slope will need.
   MG_METHOD F16 activate(const ConvStage& stage, F16 z, uint16_t* sign) {
     switch (stage.activation) {
       case Activation::kNone:
