@@ -1,6 +1,10 @@
-"""Images for training and evaluation: `load` reads any source by one policy, `ImageData` holds the result."""
+"""Images for training and evaluation: `load` reads any source by one policy, `ImageData` holds the result.
 
+`Clips` are windows of a recording: `data.video`, `data.sound`.
+"""
+
+from .clips import Clips
 from .image_data import ImageData
 from .loading import load
 
-__all__ = ["ImageData", "load"]
+__all__ = ["Clips", "ImageData", "load"]

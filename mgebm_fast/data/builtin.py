@@ -13,6 +13,7 @@ from .policy import block_mean
 
 TEXTURES = ("brick", "grass", "gravel")
 PHOTOGRAPHS = ("astronaut", "chelsea", "coffee", "rocket")
+RECORDINGS = ("simulated:fire", "simulated:chimes")  # a video and a sound, for the methods that take those
 BUILT_IN = ("digits", "lfw", *(f"texture:{name}" for name in TEXTURES), "photos")
 
 
@@ -27,7 +28,8 @@ def open_builtin(name: str, size: int, channels: int) -> Collection:
 
 
 def is_builtin(name: str) -> bool:
-    return name in _OPENERS or name.startswith("texture:")
+    """Whether a name is that of a set, or of a recording, that the package has."""
+    return name in _OPENERS or name in RECORDINGS or name.startswith("texture:")
 
 
 def _digits(size: int, channels: int) -> Collection:

@@ -21,6 +21,8 @@ from .collection import SPLITS, Batch, Collection, choose
 from .datasets import dataset_collection, torchvision_collection
 from .files import open_folder, open_tar, open_zip
 from .image_data import ImageData
+from .sound import is_sound
+from .video import is_video
 
 _TAR_ENDINGS = (".tar", ".tgz", ".tbz2", ".txz", ".tar.gz", ".tar.bz2", ".tar.xz")
 
@@ -98,6 +100,7 @@ def _check_arguments(size: int, channels: int, split: str) -> None:
 def _open(source: Any, size: int, channels: int, root: str | os.PathLike[str], download: bool) -> Collection:
     if isinstance(source, (str, os.PathLike)):
         name = os.fspath(source)
+        _refuse_recordings(name)
         if isinstance(source, str) and is_builtin(name):
             _check_picture_channels(channels, name)
             return open_builtin(name, size, channels)
@@ -114,6 +117,15 @@ def _open(source: Any, size: int, channels: int, root: str | os.PathLike[str], d
         "load: source must be a name, a path, an array, a tensor or a Dataset with a length and items, "
         f"got {type(source).__name__}"
     )
+
+
+def _refuse_recordings(name: str) -> None:
+    for kind, takes, found in (("video", "fire", is_video(name)), ("sound", "chimes", is_sound(name))):
+        if found and not Path(name).is_dir():
+            raise DataError(
+                f"load: data must be images here, got the {kind} {name}; the method spatial-temporal, of the preset "
+                f"{takes}, learns from a {kind}"
+            )
 
 
 def _open_path(path: Path, name: str, size: int, channels: int) -> Collection:
