@@ -51,7 +51,7 @@ _NOISY = ("langevin.noise_scale=1.0", "langevin.reference_std=50.0")
 
 
 def _cpu(full: bool) -> list[Case]:
-    steps = 10 if full else 3
+    steps = 10
     return [
         _chain("64", 64, 32, steps),
         _chain("16", 16, 64, steps),

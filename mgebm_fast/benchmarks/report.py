@@ -31,7 +31,7 @@ class Row:
     rounds: int = 0
     vs_plain_loop: float | None = None  # how many times faster than plain_loop
     vs_seed_loop: float | None = None
-    gflops: float | None = None  # GFLOP/s of the convolutions, from EnergyNet.macs
+    gflops: float | None = None  # GFLOP/s of the convolutions, from work.macs_inside
     ceiling_gflops: float | None = None  # measured matrix rate of this precision
     percent_of_ceiling: float | None = None
     gradient_error: float | None = None  # relative L2 to float64

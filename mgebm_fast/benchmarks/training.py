@@ -17,6 +17,7 @@ from .contenders import SEED, Contender, explain, precision_of
 from .gate import LEARNING_LIMITS, check, gradient64, gradient_of, relative_error
 from .loops import PlainTrainer, plain_net
 from .timing import Run
+from .work import macs_inside
 
 _IMAGES = 512
 # One noise-free step a grid, and an update that shows the gradient: Δw = −rate·∂loss/∂w.
@@ -52,7 +53,7 @@ class TrainingBench:
     def flops(self) -> float:
         """Of one update: K steps of a forward and a data gradient, and the learning step on two batches."""
         grids = zip(self.nets, self.dynamics, strict=True)
-        return self.case.batch * sum((4.0 * chain.steps + 12.0) * net.macs() for net, chain in grids)
+        return self.case.batch * sum((4.0 * chain.steps + 12.0) * macs_inside(net) for net, chain in grids)
 
     @property
     def units(self) -> int:

@@ -15,6 +15,7 @@ from mgebm_fast.benchmarks.contenders import CONTENDERS, QUICK, precision_of
 from mgebm_fast.benchmarks.gate import WrongGradientError, check, gradient64, gradient_of, relative_error
 from mgebm_fast.benchmarks.loops import plain_loop, plain_net, seed_loop
 from mgebm_fast.benchmarks.training import TrainingBench
+from mgebm_fast.benchmarks.work import macs_inside
 
 
 def energy_net(norm="batch", size=4):
@@ -91,7 +92,14 @@ def test_the_work_of_a_step_is_the_published_one():
         net = mg.nets.multigrid_net(case.sizes[0])
         assert 4 * net.macs() / 1e6 == pytest.approx(megaflop, rel=0.01)
     bench = ChainBench(cases(("chains",), only=["cascade"], tiny=True)[0], "cpu")
-    assert bench.flops == 4 * 8 * sum(net.macs() for net in bench.nets)
+    assert bench.flops == 4 * 8 * sum(macs_inside(net) for net in bench.nets)
+
+
+def test_work_leaves_out_the_padding():
+    net = mg.EnergyNet(5, 1, [mg.nets.ConvSpec(2, 3), mg.nets.ConvSpec(3, 5, 2)], norm="none")
+    ones = torch.nn.functional.conv2d(torch.ones(1, 1, 5, 5), torch.ones(1, 1, 3, 3), padding=1)
+    second = torch.nn.functional.conv2d(torch.ones(1, 1, 5, 5), torch.ones(1, 1, 5, 5), stride=2, padding=2)
+    assert macs_inside(net) == 2 * int(ones.sum()) + 2 * 3 * int(second.sum()) + net.head.weight.numel()
 
 
 def test_plain_training_has_this_packages_weight_gradients():
