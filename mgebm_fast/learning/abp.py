@@ -12,6 +12,7 @@ from torch import Tensor
 from .. import noise
 from ..errors import ConfigError, DivergenceError
 from ..nets import Generator, generator_layers
+from ..nets.generator import DeconvLayer
 from ..sampling import GeneratorModel
 from ..sampling.latent import Inference, Residual, draw_latents
 from ..sampling.occlusions import occlusion
@@ -34,7 +35,8 @@ class ABPRule(ModelRule):
         learning:  one step of the generator down the mean of ‖x − g(z)‖²/2s²
 
     Both gradients are one back-propagation through g. With `occlude`, a part of every image is hidden, the same at
-    every visit, and takes part in neither: learning from incomplete data, which g(z) completes.
+    every visit, and takes part in neither: learning from incomplete data, which g(z) completes. With `expand`, each
+    epoch ends with a step of `expand()`.
 
     Image i has z number i and noise of id i, so the rule knows images by the order of the feed: place p of update t is
     image `Order.indices(t)[p]`.
@@ -52,9 +54,7 @@ class ABPRule(ModelRule):
         self.optimiser = build_optimiser(self.parameters, self.config.optimiser)
         self.average = Average(model, config.stabilise.ema) if config.stabilise.ema else None
         if len(model.latents) != images:
-            model.latents = draw_latents(
-                model.generator, images, seed=config.seed, purpose=noise.Purpose.INITIAL_STATE
-            )
+            model.latents = draw_latents(model.generator, images, seed=config.seed, purpose=noise.Purpose.INITIAL_STATE)
         self.hidden: Tensor | None = None
         if self.options.occlude != "none":
             size = model.sizes[-1]
@@ -98,6 +98,8 @@ class ABPRule(ModelRule):
             if not math.isfinite(number):
                 raise DivergenceError(f"training: the generator's {name} became non-finite at update {iteration + 1}")
         self.model.latents[ids] = z
+        if self.options.expand and (iteration + 1) % self.order.per_epoch == 0:
+            self.expand()
         if self.average is not None:
             self.average.update(iteration)
         shown = x[0].numel() if hidden is None else x.shape[1] * float((~hidden).sum()) / len(x)
@@ -110,6 +112,25 @@ class ABPRule(ModelRule):
         if detail and hidden is not None:
             found["hidden/error"] = self._hidden_error(x, z, hidden)
         return found
+
+    @torch.no_grad()
+    def expand(self) -> None:
+        """Give the z of the data the prior's second moment, and the first layer what that takes from them.
+
+            Ψ = LLᵀ = mean of zzᵀ over the data;  z ← L⁻¹z,  W ← WL:  every g(z) stays as it is
+
+        The step of parameter-expanded EM (Liu, Rubin, Wu, Biometrika 1998): plain steps approach the scale of z, on
+        which samples from the prior depend, very slowly where images determine their z well.
+        """
+        latents, layer = self.model.latents, self.model.generator.layers[0]
+        assert isinstance(layer, DeconvLayer)
+        columns = latents.movedim(1, 0).flatten(1).double()  # (d, images and places)
+        second = columns @ columns.T / columns.shape[1]
+        root = torch.linalg.cholesky(second + 1e-6 * torch.eye(len(second), dtype=second.dtype, device=second.device))
+        columns = torch.linalg.solve_triangular(root, columns, upper=False)
+        moved = columns.reshape(latents.shape[1], len(latents), *latents.shape[2:]).movedim(0, 1)
+        self.model.latents = moved.to(latents.dtype).contiguous()
+        layer.weight.copy_(torch.einsum("dokl,de->eokl", layer.weight.double(), root))
 
     def _rate(self) -> float:
         return float(pick(self.config.optimiser.lr, 0))

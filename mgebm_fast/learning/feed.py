@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import noise, ops
-from ..data import ImageData
+from ..data import Clips, ImageData
 
 
 class Order:
@@ -21,6 +21,11 @@ class Order:
     def __init__(self, n: int, batch_size: int, seed: int) -> None:
         self.n, self.batch_size, self.seed = n, batch_size, seed
         self._orders: dict[int, Tensor] = {}
+
+    @property
+    def per_epoch(self) -> int:
+        """Updates in which every image is seen."""
+        return -(-self.n // self.batch_size)
 
     def indices(self, iteration: int) -> Tensor:  # (B,) int64
         """Which images batch `iteration` holds, over all ranks."""
@@ -51,7 +56,7 @@ class Batches:
 
     def __init__(
         self,
-        data: ImageData,
+        data: ImageData | Clips,
         batch_size: int,
         *,
         seed: int,

@@ -17,7 +17,7 @@ import importlib
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from .keys import Choice, Maybe, Real, Whole, key
+from .keys import Choice, Flag, Maybe, Real, Whole, key
 
 if TYPE_CHECKING:
     from .config import TrainConfig
@@ -71,6 +71,7 @@ class AbpConfig(GeneratorConfig):
 
     infer_steps: int = key(20, Whole(1), "Langevin steps on z given an image, an update")
     latent_map: int = key(1, Whole(1), "side of the map of z: more than 1 for textures, sizes[-1] over a power of 2")
+    expand: bool = key(True, Flag(), "keep the second moment of the data's z at the prior's (PX-EM), once an epoch")
     occlude: str = key("none", Choice(("none", "square", "doodle", "pepper")), "what is hidden of every training image")
 
 
@@ -121,7 +122,7 @@ METHODS: dict[str, Method] = {
         ),
         Method(
             "abp", "a generator alone, by inference of the latent variables of every image", "abp:ABPRule",
-            "GeneratorModel", AbpConfig, ("latent", "generator_width", "infer_steps", "latent_map", "occlude"),
+            "GeneratorModel", AbpConfig, ("latent", "generator_width", "infer_steps", "latent_map", "expand", "occlude"),
         ),
     )
 }

@@ -16,7 +16,7 @@ from rich.console import Console
 
 from mgebm_fast.errors import CheckpointError, ConfigError
 from mgebm_fast.learning import Run, checkpoint, records
-from mgebm_fast.sampling import MultiGrid
+from mgebm_fast.sampling import Model
 
 from .conftest import tiny_data
 
@@ -48,7 +48,7 @@ def same_run(a: Path, b: Path) -> None:
         for run in (a, b)
     ]
     assert timeless[0] == timeless[1] and [r["step"] for r in timeless[0]] == [1, 2, 3, 4, 5, 6]
-    samples = [MultiGrid.load(run).sample(4, seed=5) for run in (a, b)]
+    samples = [Model.load(run).sample(4, seed=5) for run in (a, b)]
     assert torch.equal(*samples)
 
 
