@@ -72,11 +72,16 @@ class Persistent(InitialState):
         options = config.options
         if options.bank_size is not None and options.bank_size < config.batch_size:
             raise ConfigError(
-                f"pcd.bank_size must be at least batch_size ({config.batch_size}), got {options.bank_size}"
+                f"{config.method}.bank_size must be at least batch_size ({config.batch_size}), got {options.bank_size}"
             )
-        self.slots = Slots.of(options.bank_size, config.batch_size, images, options.restart, config.seed)
+        self.slots = self.chosen(images)
         if len(model.bank) != self.slots.size:
             model.bank = self.noise(self.slots.size, 0, 0)
+
+    def chosen(self, images: int) -> Slots:
+        """The slots that batches take."""
+        config, options = self.config, self.config.options
+        return Slots.of(options.bank_size, config.batch_size, images, options.restart, config.seed)
 
     def ids(self, iteration: int, first_sample: int, n: int) -> Tensor:
         return self.slots.at(iteration, first_sample, n).to(self.model.bank.device)
@@ -85,12 +90,24 @@ class Persistent(InitialState):
         assert isinstance(ids, Tensor)
         x = self.model.bank[ids]
         if self.slots.restart:
-            anew = self.slots.restarted(iteration, ids)[:, None, None, None]
+            anew = self.slots.restarted(iteration, ids).reshape(-1, *[1] * (x.dim() - 1))
             x = torch.where(anew, self.noise(len(ids), iteration + 1, ids), x)  # step 0 made the bank itself
         return x
 
     def keep(self, ids: int | Tensor, x: Tensor) -> None:
         self.model.bank[ids] = x
+
+
+class Zeros(Persistent):
+    """Persistent chains that begin, and begin anew, as the model's `zeros`; as many as a batch unless `bank_size` says
+    more."""
+
+    def chosen(self, images: int) -> Slots:
+        config, options = self.config, self.config.options
+        return Slots.of(options.bank_size or config.batch_size, config.batch_size, images, options.restart, config.seed)
+
+    def noise(self, n: int, step: int, ids: int | Tensor) -> Tensor:
+        return self.model.zeros(n)  # type: ignore[attr-defined,operator]
 
 
 _STATES: dict[str, type[InitialState]] = {
@@ -106,15 +123,19 @@ class SingleGridRule(ContrastiveRule):
 
     def __init__(self, model: SingleGrid, config: TrainConfig, *, images: int) -> None:
         super().__init__(model, narrow(config), images=images)
-        self.divisible = config.method != "pcd"  # a bank lives in one process
-        self.initial = _STATES[config.method](model, self.config, images)
+        self.initial = self.begin(images)
+        self.divisible = not isinstance(self.initial, Persistent)  # a bank lives in one process
         self._ended: dict[int, tuple[int | Tensor, Tensor]] = {}  # by first sample: chains may be run again
+
+    def begin(self, images: int) -> InitialState:
+        """Where chains start, by the method's name."""
+        return _STATES[self.config.method](self.model, self.config, images)
 
     def synthesise(self, observed: list[Tensor], iteration: int, first_sample: int = 0) -> list[Tensor]:
         chain = self.model.langevin[0]
         ids = self.initial.ids(iteration, first_sample, len(observed[0]))
         x = chain(
-            self.model.nets[0],
+            self.nets[0],
             self.initial.at(observed, iteration, ids),
             seed=self.config.seed,
             first_sample=ids,

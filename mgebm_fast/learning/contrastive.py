@@ -5,7 +5,7 @@ from __future__ import annotations
 import abc
 import contextlib
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -58,6 +58,11 @@ class ContrastiveRule(ModelRule):
         self.averaged = [b for b in self.buffers if b.is_floating_point()] if config.batch_parts > 1 else []
         averaged = [*sum(self.parameters, []), *self.averaged]
         self.length = sum(tensor.numel() for tensor in averaged) + 2 * len(model.nets) + 1
+
+    @property
+    def nets(self) -> Sequence[nn.Module]:
+        """The energies at the present update, one a size after the first."""
+        return list(self.model.nets)
 
     @abc.abstractmethod
     def synthesise(self, observed: list[Tensor], iteration: int, first_sample: int) -> list[Tensor]:
@@ -136,7 +141,7 @@ class ContrastiveRule(ModelRule):
         images = [self._with_noise(x, grid, iteration, factor, first_sample) for grid, x in enumerate(images, start=1)]
         synthesised = self.synthesise([means, *images], iteration, first_sample)
         gradients, energies = [], []
-        for grid, net in enumerate(self.model.nets, start=1):
+        for grid, net in enumerate(self.nets, start=1):
             on_real, on_chain = self._energies(net, images[grid - 1], synthesised[grid - 1])
             loss = on_real.mean() - on_chain.mean()
             if weight := self.config.stabilise.energy_l2:
@@ -212,7 +217,7 @@ class ContrastiveRule(ModelRule):
         chain = self.model.langevin[index].update()
         if chain.noise_std == 0:
             return None
-        force = energy_gradient(self.model.nets[index], x, precision=self.precision)
+        force = energy_gradient(self.nets[index], x, precision=self.precision)
         force = force.clamp(-chain.grad_clamp, chain.grad_clamp) + (x - chain.reference_mean) * chain.inverse_variance
         return chain.drift * force.square().mean().sqrt() / chain.noise_std
 

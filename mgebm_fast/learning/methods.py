@@ -17,7 +17,7 @@ import importlib
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from .keys import Choice, Flag, Maybe, Real, Whole, key
+from .keys import Choice, Flag, Many, Maybe, Real, Text, Whole, key
 
 if TYPE_CHECKING:
     from .config import TrainConfig
@@ -44,6 +44,39 @@ class PcdConfig:
     sample_steps: Any = key(
         None, Maybe(Whole(1)), "further steps of a stored chain that is sampled; none: as in training"
     )
+
+
+@dataclasses.dataclass(frozen=True)
+class ConvNetConfig:
+    """`[generative-convnet]`: the net, its growth, and its persistent chains."""
+
+    layers: tuple = key(
+        ((48, 9, 2), (48, 5, 1), (32, 3, 1)), Many(Many(Whole(1), 3)), "[channels, kernel, stride] of each layer"
+    )
+    head: str = key("sum", Choice(("sum", "linear")), "sum of the top map, for images of any size, or linear over it")
+    grow: bool = key(
+        True, Flag(), "train the lowest layer alone, then two, and so on, with the sum head until the last"
+    )
+    init_std: Any = key(None, Maybe(Real(0, above=True)), "of normal initial weights; none: Xavier-uniform ones")
+    bank_size: Any = key(None, Maybe(Whole(1)), "chains that batches are drawn from; none: as many as a batch")
+    restart: float = key(0.0, Real(0, 1), "probability that a drawn chain begins anew, from the zero image")
+    sample_steps: int = key(300, Whole(1), "steps of a sample's chain from the zero image")
+
+
+@dataclasses.dataclass(frozen=True)
+class FrameConfig:
+    """`[frame]`: the frozen filters, and how chains of their weights move."""
+
+    filters: str = key("gabor", Text(), "gabor: a bank of Gabor and DoG filters; or a run whose lower layers are taken")
+    layers: int = key(1, Whole(1), "how many layers of that run's net")
+    scales: tuple = key((2.0, 3.5, 6.0), Many(Real(1)), "wavelengths of the bank, in pixels")
+    orientations: int = key(8, Whole(1), "of the Gabor filters at every scale")
+    thresholds: tuple = key((0.0,), Many(Real(0)), "b of relu(F * x - b), in the model's units: each is a moment")
+    stride: int = key(1, Whole(1), "pixels between responses")
+    leapfrog_steps: Any = key(None, Maybe(Whole(1)), "gradients to a Hamiltonian proposal; none: Langevin steps")
+    bank_size: Any = key(None, Maybe(Whole(1)), "chains that batches are drawn from; none: as many as a batch")
+    restart: float = key(0.0, Real(0, 1), "probability that a drawn chain begins anew, from the zero image")
+    sample_steps: int = key(300, Whole(1), "steps of a sample's chain from the zero image")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,6 +149,32 @@ METHODS: dict[str, Method] = {
         Method("pcd", "one net, chains that persist", _ONE, "SingleGrid", PcdConfig, ("bank_size", "restart")),
         Method("single-grid-cd", "the finest net alone, from the 1×1 means, as many steps in all", _ONE, "SingleGrid"),
         Method("short-run", "one net, chains from uniform noise", _ONE, "SingleGrid"),
+        Method(
+            "generative-convnet",
+            "one net of one's own layers, persistent chains from zero images",
+            "convnet:ConvNetRule",
+            "GenerativeConvNet",
+            ConvNetConfig,
+            ("layers", "head", "grow", "init_std", "bank_size", "restart"),
+        ),
+        Method(
+            "frame",
+            "fixed filters, weights of their responses, persistent chains from zero images",
+            "frame:FrameRule",
+            "Frame",
+            FrameConfig,
+            (
+                "filters",
+                "layers",
+                "scales",
+                "orientations",
+                "thresholds",
+                "stride",
+                "leapfrog_steps",
+                "bank_size",
+                "restart",
+            ),
+        ),
         Method(
             "cooperative", "a descriptor refines what a generator makes, and teaches it", "cooperative:CooperativeRule",
             "CoopNets", CooperativeConfig, ("latent", "generator_width", "infer_steps"),

@@ -1,5 +1,6 @@
 """Langevin chains, exact chains (MALA, HMC), and the multi-grid cascade."""
 
+from .convnet import Frame, GenerativeConvNet
 from .generated import CoopNets, GeneratorModel
 from .langevin import Langevin, langevin_sample
 from .mcmc import HMC, MALA
@@ -11,6 +12,8 @@ __all__ = [
     "HMC",
     "MALA",
     "CoopNets",
+    "Frame",
+    "GenerativeConvNet",
     "GeneratorModel",
     "Langevin",
     "Model",

@@ -1,0 +1,100 @@
+"""Generative ConvNet (Xie, Lu, Zhu, Wu, ICML 2016, arXiv 1602.03264): persistent chains from zero images, and a net
+that grows layer by layer while the layers beneath keep learning."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..errors import ConfigError
+from ..nets import ConvSpec
+from ..sampling import GenerativeConvNet
+from .baselines import InitialState, SingleGridRule, Zeros, narrow
+from .config import TrainConfig
+
+__all__ = ["ConvNetRule", "build_model", "layers_of", "narrow"]
+
+
+class ConvNetRule(SingleGridRule):
+    """`ContrastiveRule` of a `GenerativeConvNet`.
+
+    With `grow`, update t trains layers 1 … p alone, p = 1 + ⌊t L / steps⌋ of L: the head is the sum of layer p's map,
+    the layers above are left out of the energy and out of learning. Chains go on where they were.
+    """
+
+    model: GenerativeConvNet
+
+    def __init__(self, model: GenerativeConvNet, config: TrainConfig, *, images: int) -> None:
+        super().__init__(model, config, images=images)
+        if self.grows and config.optimiser.name == "adam" and config.optimiser.weight_decay:
+            raise ConfigError(
+                "optimiser.weight_decay must be 0 with adam, or optimiser.name adamw or sgd, where layers grow: adam "
+                f"would wear down those that do not learn yet, got {config.optimiser.weight_decay:g}"
+            )
+
+    @property
+    def grows(self) -> bool:
+        return bool(getattr(self.config.options, "grow", False)) and self.model.layers > 1
+
+    def depth(self, iteration: int) -> int | None:
+        """Layers in use at update `iteration`; None: all."""
+        if not self.grows:
+            return None
+        count = self.model.layers
+        return min(count, 1 + iteration * count // max(1, self.config.steps))
+
+    @property
+    def nets(self) -> Sequence[nn.Module]:
+        return [self.model.energy]
+
+    def begin(self, images: int) -> InitialState:
+        return Zeros(self.model, self.config, images)
+
+    def update(self, batch: Tensor, iteration: int, *, detail: bool = False) -> dict[str, float]:
+        self.model.depth = self.depth(iteration)
+        return super().update(batch, iteration, detail=detail)
+
+    def headline(self, metrics: Mapping[str, float]) -> str:
+        layers = f"{self.model.depth} layers, " if self.grows else ""
+        return layers + super().headline(metrics)
+
+    def panels(self, observed: Tensor) -> tuple[list[tuple[str, Tensor]], int]:
+        """The persistent chains beside the data: samples from zero images would cost more than the updates between."""
+        size, chains = self.model.sizes[-1], self.model.bank[: len(observed)]
+        shown = (("chains", chains), ("data", self.observed(observed[: len(chains)])[-1]))
+        return [(f"{title} {size}x{size}", self.model.to_uint8(images)) for title, images in shown], 2
+
+    def read(self, folder: Any) -> None:
+        super().read(folder)
+        self.model.depth = None  # every update says which it is; a run with nothing left to do has all
+
+
+def layers_of(config: TrainConfig) -> tuple[ConvSpec, ...]:
+    """The convolutions that the method's keys describe, `width` times their channels."""
+    return tuple(
+        ConvSpec(max(1, round(channels * config.width)), kernel, stride)
+        for channels, kernel, stride in config.options.layers
+    )
+
+
+def build_model(config: TrainConfig) -> GenerativeConvNet:
+    """The untrained model."""
+    one = narrow(config)
+    options = one.options
+    return GenerativeConvNet(
+        one.sizes[-1],
+        layers_of(one),
+        head=options.head,
+        init_std=options.init_std,
+        sample_steps=options.sample_steps,
+        channels=one.channels,
+        langevin=one.dynamics(),
+        activation=one.activation,
+        norm=one.norm,
+        spectral_norm=one.spectral_norm,
+        value_range=one.value_range,
+        batch_size=one.batch_size,
+        seed=one.seed,
+    )

@@ -1,0 +1,132 @@
+"""FRAME (Zhu, Wu, Mumford, 1998) and its deep version (Lu, Zhu, Wu, AAAI 2016): weights λ of fixed filters, learned
+until the mean responses of what chains make are those of the data."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import CheckpointError, ConfigError
+from ..nets import ConvSpec, EnergyNet
+from ..nets.filters import filter_bank
+from ..sampling import Frame, Model, MultiGrid
+from .baselines import narrow
+from .config import TrainConfig
+from .convnet import ConvNetRule
+
+__all__ = ["FrameRule", "build_model", "narrow"]
+
+_TRAINING_GRID = 2  # of Hamiltonian chains in training: samples' have grid 1, and so other numbers
+
+
+class FrameRule(ConvNetRule):
+    """`ConvNetRule` of a `Frame`: the gradient of λ_k is the difference of the mean responses of filter k,
+
+        d/dλ_k loss = mean h_k(synthesised) − mean h_k(observed)
+
+    (mean over pixels too: the gradient divided by the area of a map), and nothing else learns.
+    """
+
+    model: Frame
+
+    def __init__(self, model: Frame, config: TrainConfig, *, images: int) -> None:
+        super().__init__(model, config, images=images)
+        self._moments: Tensor | None = None
+
+    def synthesise(self, observed: list[Tensor], iteration: int, first_sample: int = 0) -> list[Tensor]:
+        exact = self.model.exact(self.model.langevin[0].steps)
+        if exact is None:
+            return super().synthesise(observed, iteration, first_sample)
+        ids = self.initial.ids(iteration, first_sample, len(observed[0]))
+        result = exact(
+            self.model.energy, self.initial.at(observed, iteration, ids), seed=self.config.seed, first_sample=ids,
+            first_step=iteration * exact.steps, grid=_TRAINING_GRID, precision=self.precision,
+        )  # fmt: skip
+        self._ended[first_sample] = ids, result.x
+        return [result.x]
+
+    def _learn(self, batch: Tensor, first_sample: int, iteration: int, factor: float) -> Any:
+        gradients, energies, synthesised = super()._learn(batch, first_sample, iteration, factor)
+        (whole,) = gradients[0]
+        tied = whole.view(self.model.energy.specs[-1].channels, -1).mean(1, keepdim=True)
+        self._moments = torch.stack([tied[:, 0], self.model.responses(synthesised[0]).mean(0)])
+        gradients[0][0] = tied.expand(-1, whole.numel() // len(tied)).reshape(whole.shape)
+        return gradients, energies, synthesised
+
+    def update(self, batch: Tensor, iteration: int, *, detail: bool = False) -> dict[str, float]:
+        metrics = super().update(batch, iteration, detail=detail)
+        if detail and self._moments is not None:
+            difference, synthesised = self._moments.double()
+            observed = synthesised - difference
+            metrics["moment_error"] = float(difference.abs().mean() / observed.abs().mean().clamp_min(1e-12))
+        return metrics
+
+
+def build_model(config: TrainConfig) -> Frame:
+    """The model with λ = 0, which is its reference."""
+    one = narrow(config)
+    net = _bank(one) if one.options.filters == "gabor" else _learned(one)
+    assert net.head is not None
+    for parameter in net.head.parameters():
+        torch.nn.init.zeros_(parameter)
+    return Frame(
+        one.sizes[-1],
+        leapfrog_steps=one.options.leapfrog_steps,
+        sample_steps=one.options.sample_steps,
+        channels=one.channels,
+        langevin=one.dynamics(),
+        nets=[net],
+        value_range=one.value_range,
+        batch_size=one.batch_size,
+        seed=one.seed,
+    )
+
+
+@torch.no_grad()
+def _bank(config: TrainConfig) -> EnergyNet:
+    options = config.options
+    if not options.thresholds:
+        raise ConfigError("frame.thresholds must hold at least one number, got none")
+    filters = filter_bank(options.scales, options.orientations, channels=config.channels)
+    spec = ConvSpec(len(filters) * len(options.thresholds), filters.shape[-1], options.stride)
+    net = EnergyNet(config.sizes[-1], config.channels, [spec], norm="none", activation="relu")
+    (layer,) = net.convolutions
+    assert layer.bias is not None
+    layer.weight.copy_(filters.repeat(len(options.thresholds), 1, 1, 1))
+    layer.bias.copy_(-torch.tensor(options.thresholds).repeat_interleave(len(filters)))
+    return net
+
+
+@torch.no_grad()
+def _learned(config: TrainConfig) -> EnergyNet:
+    """The lowest layers of a trained net, its finest, under a new head."""
+    options = config.options
+    try:
+        model = Model.load(options.filters)
+    except CheckpointError as error:
+        raise ConfigError(f"frame.filters must be gabor or the folder of a run: {error}") from None
+    trained = model.nets[-1] if isinstance(model, MultiGrid) else None
+    if not isinstance(trained, EnergyNet) or trained.norm == "batch":
+        raise ConfigError(
+            "frame.filters must be a run of energy nets without batch normalisation, got "
+            f"{options.filters}, which is a {model.kind}{'' if trained is None else ' with it'}"
+        )
+    if model.channels != config.channels or model.value_range != config.value_range:
+        raise ConfigError(
+            f"frame.filters must be learned from images of {config.channels} channels in {config.value_range}, got "
+            f"{model.channels} in {model.value_range}"
+        )
+    if options.layers > len(trained.specs):
+        raise ConfigError(f"frame.layers must be at most the {len(trained.specs)} of {options.filters}, got "
+                          f"{options.layers}")  # fmt: skip
+    net = EnergyNet.from_config(
+        {**trained.config(), "size": [config.sizes[-1]] * 2, "layers": trained.config()["layers"][: options.layers],
+         "head": "linear", "norm": "none", "spectral_norm": False}
+    )  # fmt: skip
+    for source, target in zip(trained.convolutions, net.convolutions, strict=False):
+        target.weight.copy_(source.effective_weight())
+        if target.bias is not None and source.bias is not None:
+            target.bias.copy_(source.bias)
+    return net
