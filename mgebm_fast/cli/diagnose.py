@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from .options import Device, RunPath, Threads, find_device, open_run, use_threads
+from .options import Device, RunPath, Threads, check_images, find_device, open_run, use_threads
 
 
 def diagnose(
@@ -58,6 +58,7 @@ def diagnose(
 
     source, _ = open_run(run)
     model = Model.load(source, device=find_device(device))
+    check_images(model, run, "diagnose")
     if not isinstance(model, MultiGrid):
         raise ValueError(
             f"run: must have chains of images to diagnose, got {run}, whose samples a generator makes alone"

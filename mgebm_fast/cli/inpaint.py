@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from .options import Device, RunPath, Threads, find_device, load_images, open_run, use_threads
+from .options import Device, RunPath, Threads, check_images, find_device, load_images, open_run, use_threads
 from .sample import _check_out
 
 SHOWN = 16  # images of a picture
@@ -68,6 +68,7 @@ def inpaint(
 
     file, config = open_run(run)
     model = Model.load(file, device=find_device(device))
+    check_images(model, run, "inpaint")
     size = model.sizes[-1]
     given = None if mask in KINDS else read_mask(mask, size)
     source = data or (config.data if config else "")

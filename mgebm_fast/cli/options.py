@@ -17,9 +17,10 @@ from ..errors import BackendError, CheckpointError, suggest
 if TYPE_CHECKING:
     import torch
 
-    from ..data import ImageData
+    from ..data import Clips, ImageData
     from ..learning import TrainConfig
     from ..learning.distributed import Ranks
+    from ..sampling import Model
 
 INTERRUPTED = 130  # the exit code of a command that Ctrl-C ended
 
@@ -114,6 +115,26 @@ def load_images(
         data = load(source, size=size, channels=channels, classes=list(classes) or None, split=split, strict=strict)
     report_skipped(data.name, data.skipped, len(data))
     return data
+
+
+def load_run_data(config: TrainConfig, *, split: str, strict: bool = False) -> ImageData | Clips:
+    """What a configuration learns from, with images that could not be read listed on stderr."""
+    from ..learning import load_data
+
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=r".*: skipped \d+ of \d+ images")
+        data = load_data(config, split=split, strict=strict)
+    report_skipped(data.name, data.skipped, len(data))
+    return data
+
+
+def check_images(model: Model, run: Path, command: str) -> None:
+    """ValueError where a command that works on images is asked of a model of videos or of sounds."""
+    from ..sampling import SpatialTemporal
+
+    if isinstance(model, SpatialTemporal):
+        kind = "videos" if model.is_video else "sounds"
+        raise ValueError(f"run: must hold a model of images for `mgebm {command}`, got {run}, a model of {kind}")
 
 
 def report_skipped(name: str, skipped: tuple[tuple[str, str], ...], kept: int, most: int = 10) -> None:

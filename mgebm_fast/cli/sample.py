@@ -4,30 +4,40 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from . import recordings
 from .options import Device, RunPath, Threads, find_rank_device, one_voice, open_run, use_threads
 
 if TYPE_CHECKING:
     import numpy as np
+    from torch import Tensor
 
     from ..sampling import Model
 
 MIN_CELL = 40  # pixels of the longer side of an image in a picture: 8 × 8 digits are enlarged, 64 × 64 photos are not
 # Names of files, not of folders: who gives one wants a format that is not written here.
-_OTHER_FILES = {".jpg", ".jpeg", ".gif", ".webp", ".bmp", ".tif", ".tiff", ".npz", ".zip", ".pt"}
+_OTHER_FILES = set(".jpg .jpeg .gif .webp .bmp .tif .tiff .npz .zip .pt .mp4 .avi .wav".split())
+IMAGE_FILES = (".png", ".npy")
 _OURS = re.compile(r"sample_\d+\.png")
 
 
 def sample(
     run: RunPath,
-    num: Annotated[int, typer.Option(min=1, help="How many samples.")] = 64,
+    num: Annotated[
+        int | None, typer.Option(min=1, help="How many samples. Default: 64 images, one video or sound.")
+    ] = None,
     seed: Annotated[int, typer.Option(min=0, help="The same seed gives the same samples.")] = 0,
     out: Annotated[
-        Path, typer.Option(metavar="FILE|DIR", help="X.png, X.npy, or a folder for one PNG a sample.")
+        Path,
+        typer.Option(
+            metavar="FILE|DIR",
+            help="X.png, X.npy, a folder for one PNG a sample; of videos also X.gif, X.mp4; of sounds X.wav.",
+        ),
     ] = Path("samples.png"),
     first_sample: Annotated[
         int, typer.Option(min=0, help="Number of the first sample: go on where an earlier call stopped.")
@@ -56,6 +66,8 @@ def sample(
       mgebm sample runs/digits --num 16 --grids --out grids.png
       mgebm sample runs/coop --generator --out alone.png
       mgebm sample runs/coop --interpolate 10 --num 8 --out between.png
+      mgebm sample runs/fire --num 3 --out fire.gif
+      mgebm sample runs/chimes --out chimes.wav
 
     --out says what is written, whole or not at all (but for --overwrite, which replaces files one by one):
 
@@ -64,23 +76,38 @@ def sample(
       X.npy   uint8 (N, C, H, W) = round(255 (x - lo) / (hi - lo)), [lo, hi] the model's range of pixel values
       else    a folder with sample_00000.png, ... ; one that holds anything is refused without --overwrite
 
+    Of a model of videos X.gif and X.mp4 show them side by side, X.png a row of frames of each, X.npy holds uint8
+    (N, C, T, H, W), and a folder their frames as PNG files. Of sounds X.wav holds one, X.png shows waveforms and
+    spectra, X.npy holds float32 (N, 1, L) in [-1, 1], and a folder one wav file each.
+
     The run's averaged (EMA) weights are used where it has them. Sample i depends on (seed, i) and the model alone;
     with norm = "batch" also on its group, so there --first-sample must be a multiple of the batch size.
     """
     use_threads(threads)
     from ..learning.distributed import joined
-    from ..sampling import Model
+    from ..sampling import Model, SpatialTemporal
 
     where = find_rank_device(device)
     with joined(where) as ranks, one_voice(ranks):
         with ranks.together():
-            kind = _check_out(out, overwrite, grids)
             source, _ = open_run(run)
             model = Model.load(source, device=where)
+            recorded = model if isinstance(model, SpatialTemporal) else None
+            num = num or (1 if recorded else 64)
+            files = recordings.check(recorded, out, num, grids) if recorded else IMAGE_FILES
+            kind = _check_out(out, overwrite, grids, files)
             _check_group(model, first_sample)
             if generator or interpolate is not None:
                 option = "--generator" if interpolate is None else "--interpolate"
                 _check_generator(model, run, option, grids)
+        if recorded:
+            with ranks.together():
+                if ranks.first:
+                    (x,) = _chains(recorded, num, seed=seed, first_sample=first_sample, precision=precision)
+                    out.parent.mkdir(parents=True, exist_ok=True)
+                    recordings.write(recorded, x, out, kind, first_sample)
+                    typer.echo(f"{num} samples of {run} (seed {seed}): {out}", err=True)
+            return
         shares = _shares(num, model.batch_size, ranks.size)
         own = shares[ranks.rank]
         with ranks.together():
@@ -110,9 +137,10 @@ def _shares(num: int, group: int, ranks: int) -> list[range]:
     return [range(begin, end) for begin, end in zip(bounds, bounds[1:], strict=False)]
 
 
-def _check_out(out: Path, overwrite: bool, grids: bool) -> str:
+def _check_out(out: Path, overwrite: bool, grids: bool, files: Sequence[str] = IMAGE_FILES) -> str:
     """The kind of output that a path means, before any work is done; ValueError where it cannot be written."""
-    kind = out.suffix.lower() if out.suffix.lower() in (".png", ".npy") else "folder"
+    kind = out.suffix.lower() if out.suffix.lower() in files else "folder"
+    wanted = f"must end in {', '.join(files[:-1])} or {files[-1]}, or be a folder"
     above = next(path for path in out.absolute().parents if path.exists())
     if not above.is_dir() or not os.access(above, os.W_OK):
         raise ValueError(f"--out: must be where a file can be written, got {out}, and {above} is not such a folder")
@@ -121,10 +149,10 @@ def _check_out(out: Path, overwrite: bool, grids: bool) -> str:
     if kind == ".npy" and grids:
         raise ValueError(f"--out: must be a .png or a folder to hold every grid (--grids), got {out}")
     if kind == "folder" and out.suffix.lower() in _OTHER_FILES:
-        raise ValueError(f"--out: must end in .png or .npy, or be a folder, got {out}")
+        raise ValueError(f"--out: {wanted}, got {out}")
     if kind == "folder" and out.exists():
         if not out.is_dir():
-            raise ValueError(f"--out: must end in .png or .npy, or be a folder, got the file {out}")
+            raise ValueError(f"--out: {wanted}, got the file {out}")
         if any(out.iterdir()) and not overwrite:
             raise ValueError(
                 f"--out: must be a new or empty folder, got {out}, which is not (--overwrite replaces its samples)"
@@ -165,19 +193,26 @@ def _generate(model, num: int, points: int | None, *, seed: int, first_sample: i
 
 
 def _draw(model: Model, num: int, *, seed: int, first_sample: int, precision: str) -> list:
-    """uint8 samples at every size, with a bar over the steps of all chains."""
+    """uint8 samples at every size."""
     import torch
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
     if num == 0:  # a rank with nothing to do
         return [torch.empty(0, model.channels, size, size, dtype=torch.uint8) for size in model.sizes]
+    drawn = _chains(model, num, seed=seed, first_sample=first_sample, precision=precision)
+    return [model.to_uint8(x) for x in drawn]
+
+
+def _chains(model: Model, num: int, *, seed: int, first_sample: int, precision: str) -> list[Tensor]:
+    """Samples at every size in the model's units, with a bar over the steps of all chains."""
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
     groups = -(-num // model.batch_size)
     console = Console(stderr=True)
     columns = (TextColumn("sampling"), BarColumn(), TextColumn("{task.percentage:3.0f} %"), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
         bar = progress.add_task("", total=groups * sum(langevin.steps for langevin in model.sampling))
-        results = model.sample(
+        drawn = model.sample(
             num,
             seed=seed,
             first_sample=first_sample,
@@ -185,7 +220,7 @@ def _draw(model: Model, num: int, *, seed: int, first_sample: int, precision: st
             precision=precision,
             callback=lambda grid, step, x: progress.advance(bar),
         )
-    return [model.to_uint8(x) for x in results]
+    return list(drawn)
 
 
 def _write_png(out: Path, images: dict[int, np.ndarray], first_sample: int, points: int | None) -> None:

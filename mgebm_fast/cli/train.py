@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ..errors import ConfigError
-from .options import INTERRUPTED, Device, Threads, find_rank_device, load_images, one_voice, use_threads
+from .options import INTERRUPTED, Device, Threads, find_rank_device, load_run_data, one_voice, use_threads
 
 if TYPE_CHECKING:
     import torch
 
+    from ..data import Clips, ImageData
     from ..learning import Outcome, TrainConfig
     from ..learning.distributed import Ranks
 
@@ -30,7 +31,8 @@ def train(
         typer.Option(
             metavar="NAME|PATH",
             help="A built-in set (digits, lfw, texture:brick, photos), torchvision:NAME, a folder, zip or tar of "
-            "images, or an .npy or .npz file. Default: what the preset names.",
+            "images, an .npy or .npz file; for spatial-temporal a video, a folder of frames or a wav file. Default: "
+            "what the preset names.",
         ),
     ] = None,
     out: Annotated[
@@ -101,22 +103,30 @@ def _fit(
     from ..learning import check_new
     from ..learning import train as fit
 
-    size, channels = config.sizes[-1], config.channels
     with ranks.together():
         if not resume and ranks.first:
             check_new(folder)
     with ranks.together():
-        images = load_images(config.data, size, channels, config.classes, split="train", strict=strict)
+        data = load_run_data(config, split="train", strict=strict)
         # The held-out part is not trained on, but its bad images are told of, or refused, now and not after hours.
-        load_images(config.data, size, channels, config.classes, split="held_out", strict=strict)
-    ladder = "→".join(str(size) for size in config.sizes)
+        load_run_data(config, split="held_out", strict=strict)
     where = f"{_named(device)}{f', {ranks.size} ranks' if ranks.size > 1 else ''}"
-    typer.echo(f"{config.name}: {len(images)} images of {images.name}, sizes {ladder}, on {where}", err=True)
+    typer.echo(f"{config.name}: {_described(data, config)}, on {where}", err=True)
     console = Console(stderr=True)
     return fit(
-        config, out=folder, data=images, resume=resume, device=device, console=console, resume_command=command,
+        config, out=folder, data=data, resume=resume, device=device, console=console, resume_command=command,
         ranks=ranks,
     )  # fmt: skip
+
+
+def _described(data: ImageData | Clips, config: TrainConfig) -> str:
+    from ..data import ImageData
+
+    if isinstance(data, ImageData):
+        return f"{len(data)} images of {data.name}, sizes {'→'.join(str(size) for size in config.sizes)}"
+    clips = "one clip" if len(data) == 1 else f"{len(data)} clips"
+    unit = "frames" if data.is_video else "samples"
+    return f"{clips} of {data.name}, {'×'.join(map(str, data.shape))}, {data.rate:g} {unit} a second"
 
 
 def _named(device: torch.device) -> str:

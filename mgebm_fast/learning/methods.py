@@ -17,6 +17,7 @@ import importlib
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
+from ..data import load
 from .keys import Choice, Flag, Many, Maybe, Real, Text, Whole, key
 
 if TYPE_CHECKING:
@@ -109,6 +110,26 @@ class AbpConfig(GeneratorConfig):
 
 
 @dataclasses.dataclass(frozen=True)
+class SpatialTemporalConfig:
+    """`[spatial-temporal]`: the clips that are learnt from, the net, and its persistent chains."""
+
+    size: tuple = key((20, 32, 32), Many(Whole(2)), "of a clip: [frames, height, width], or [samples] of a sound")
+    rate: Any = key(
+        None,
+        Maybe(Real(0, above=True)),
+        "frames or samples a second that data are brought to; none: 25 of videos, 11025 of sounds",
+    )
+    hop: int = key(1, Whole(1), "frames or samples between the beginnings of clips")
+    layers: tuple = key(((32, 5, 2), (64, 3, 2)), Many(Many(Whole(1), 3)), "[channels, kernel, stride] of each layer")
+    head: str = key("linear", Choice(("linear", "sum")), "linear over the top map, or its sum: places are alike")
+    bank_size: Any = key(None, Maybe(Whole(1)), "chains that batches are drawn from; none: as many as a batch")
+    restart: float = key(0.0, Real(0, 1), "probability that a drawn chain begins anew, from the data's mean")
+    sample_steps: Any = key(
+        None, Maybe(Whole(1)), "further steps of a stored chain that is sampled; none: as in training"
+    )
+
+
+@dataclasses.dataclass(frozen=True)
 class Method:
     """One entry: `table` holds the method's own keys, of which a resumed run may not change those in `fixed`."""
 
@@ -130,6 +151,20 @@ class Method:
     def build_model(self, config: TrainConfig) -> Any:
         """The untrained model that `config` describes."""
         return self._module.build_model(config)
+
+    def load_data(self, config: TrainConfig, *, source: Any = None, split: str = "train", strict: bool = False) -> Any:
+        """What the method learns from, as `config` or `source` names it: images, unless its module reads its own."""
+        read = getattr(self._module, "load_data", None)
+        if read is not None:
+            return read(config, source=source, split=split)
+        return load(
+            config.data if source is None else source,
+            size=config.sizes[-1],
+            channels=config.channels,
+            classes=list(config.classes) or None,
+            split=split,
+            strict=strict,
+        )
 
     def build_rule(self, model: Any, config: TrainConfig, *, images: int) -> UpdateRule:
         """The rule that trains `model`; ConfigError where the method's keys do not fit each other."""
@@ -176,12 +211,28 @@ METHODS: dict[str, Method] = {
             ),
         ),
         Method(
-            "cooperative", "a descriptor refines what a generator makes, and teaches it", "cooperative:CooperativeRule",
-            "CoopNets", CooperativeConfig, ("latent", "generator_width", "infer_steps"),
+            "cooperative",
+            "a descriptor refines what a generator makes, and teaches it",
+            "cooperative:CooperativeRule",
+            "CoopNets",
+            CooperativeConfig,
+            ("latent", "generator_width", "infer_steps"),
         ),
         Method(
-            "abp", "a generator alone, by inference of the latent variables of every image", "abp:ABPRule",
-            "GeneratorModel", AbpConfig, ("latent", "generator_width", "infer_steps", "latent_map", "expand", "occlude"),
+            "abp",
+            "a generator alone, by inference of the latent variables of every image",
+            "abp:ABPRule",
+            "GeneratorModel",
+            AbpConfig,
+            ("latent", "generator_width", "infer_steps", "latent_map", "expand", "occlude"),
+        ),
+        Method(
+            "spatial-temporal",
+            "one net over time, of a video or a sound, persistent chains from the data's mean",
+            "spatial_temporal:SpatialTemporalRule",
+            "SpatialTemporal",
+            SpatialTemporalConfig,
+            ("size", "rate", "hop", "layers", "head", "bank_size", "restart"),
         ),
     )
 }

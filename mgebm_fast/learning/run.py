@@ -7,12 +7,12 @@ from typing import Any
 
 import torch
 
-from ..data import ImageData, load
 from ..errors import CheckpointError
 from ..sampling import Model
 from . import checkpoint, records
 from .config import TrainConfig, from_dict, load_config
 from .loop import CHECKPOINTS, CONFIG, MODEL
+from .methods import METHODS
 
 
 class Run:
@@ -66,18 +66,12 @@ class Run:
         """The records of metrics.jsonl."""
         return records.read(self.path / records.METRICS)
 
-    def data(self, split: str = "train", source: Any = None) -> ImageData:
-        """The images of the run, read as in training; `source` where they lie elsewhere now."""
+    def data(self, split: str = "train", source: Any = None) -> Any:
+        """The images or clips of the run, read as in training; `source` where they lie elsewhere now."""
         return load_data(self.config, split=split, source=source)
 
 
-def load_data(config: TrainConfig, *, split: str = "train", source: Any = None, strict: bool = False) -> ImageData:
-    """The data that a configuration names, at its finest size and with its channels and classes."""
-    return load(
-        config.data if source is None else source,
-        size=config.sizes[-1],
-        channels=config.channels,
-        classes=list(config.classes) or None,
-        split=split,
-        strict=strict,
-    )
+def load_data(config: TrainConfig, *, split: str = "train", source: Any = None, strict: bool = False) -> Any:
+    """The data that a configuration names, as its method takes them: an `ImageData` at the finest size and with the
+    configuration's channels and classes, or `Clips` of a recording."""
+    return METHODS[config.method].load_data(config, source=source, split=split, strict=strict)

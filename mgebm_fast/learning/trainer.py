@@ -11,7 +11,7 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from ..data import ImageData, load
+from ..data import Clips, ImageData
 from ..errors import ConfigError
 from ..sampling import MultiGrid
 from .config import TrainConfig, merge
@@ -70,7 +70,7 @@ class MultiGridTrainer:
             if config is None:
                 config = merge(TrainConfig(), {} if model is None else describe_model(model))
                 if data is not None:
-                    name = data.name if isinstance(data, ImageData) else type(data).__name__
+                    name = data.name if isinstance(data, (Clips, ImageData)) else type(data).__name__
                     config = merge(config, {"data": str(data) if named else name})
                 if not named and resume_command is None:
                     resume_command = "the same trainer: .resume(), then .fit()"
@@ -88,7 +88,7 @@ class MultiGridTrainer:
                 device = "cuda" if torch.cuda.is_available() else "cpu"
             self.model = model if device is None else model.to(device)
             self.config = config
-            self.data = _images(data, config)
+            self.data = _images(data, config, method.narrow(config))
         # Batch statistics couple the samples of a part, in training and so in sampling.
         self.model.batch_size = config.batch_size // (config.batch_parts if self.model.norm == "batch" else 1)
         colours = self._colours()
@@ -139,12 +139,13 @@ class MultiGridTrainer:
 
         Raises ValueError or TypeError for a batch of another shape, dtype or with non-finite pixels.
         """
-        size, channels = self.model.sizes[-1], self.model.channels
+        expected = (self.model.channels, *getattr(self.model, "shape", (self.model.sizes[-1],) * 2))
         if not isinstance(batch, Tensor) or batch.dtype not in (torch.uint8, torch.float32):
             got = batch.dtype if isinstance(batch, Tensor) else type(batch).__name__
             raise TypeError(f"step: batch must be a uint8 or float32 tensor, got {got}")
-        if batch.dim() != 4 or batch.shape[0] == 0 or tuple(batch.shape[1:]) != (channels, size, size):
-            raise ValueError(f"step: batch must have shape (N, {channels}, {size}, {size}), got {tuple(batch.shape)}")
+        if batch.dim() == 0 or batch.shape[0] == 0 or tuple(batch.shape[1:]) != expected:
+            wanted = ", ".join(map(str, expected))
+            raise ValueError(f"step: batch must have shape (N, {wanted}), got {tuple(batch.shape)}")
         if batch.is_floating_point() and not bool(torch.isfinite(batch).all()):
             raise ValueError("step: batch must be finite, got NaN or infinite pixels")
         metrics = self.rule.update(batch, self._loop.iteration, detail=True)
@@ -197,7 +198,7 @@ def train(
         with group.together():
             if not resume and group.first:
                 check_new(Path(out))
-            if not isinstance(data, ImageData):
+            if not isinstance(data, (Clips, ImageData)):
                 data = load_data(config, source=data, strict=strict)
         trainer = MultiGridTrainer(
             None, data, config, out=out, device=device, console=console, quiet=quiet, resume_command=resume_command,
@@ -225,19 +226,22 @@ def _check_fit(model: MultiGrid, config: TrainConfig) -> None:
             raise ValueError(f"MultiGridTrainer: config.{name} must be the model's, {theirs!r}, got {ours!r}")
 
 
-def _images(data: Any, config: TrainConfig) -> ImageData:
-    if not isinstance(data, ImageData):
-        if data is None:
-            data = load_data(config)
-        else:
-            data = load(
-                data, size=config.sizes[-1], channels=config.channels, classes=list(config.classes) or None, split="all"
-            )
+def _images(data: Any, config: TrainConfig, own: TrainConfig) -> ImageData | Clips:
+    """`data` as what the method learns from; `own` is the configuration as the method reads it."""
+    if data is None:
+        data = load_data(config)
+    elif not isinstance(data, (Clips, ImageData)):
+        data = load_data(config, source=data, split="all")
+    if isinstance(data, Clips) != (config.method == "spatial-temporal"):
+        kind = "clips of a recording" if isinstance(data, Clips) else "images"
+        raise ValueError(f"MultiGridTrainer: data must be what the method {config.method!r} takes, got {kind}")
+    if isinstance(data, Clips) and data.shape != tuple(config.options.size):
+        raise ValueError(f"MultiGridTrainer: clips must be of size {list(config.options.size)}, got {list(data.shape)}")
     if len(data) == 0:
         raise ValueError("MultiGridTrainer: data must hold at least one image, got none")
-    if data.size != config.sizes[-1] or data.channels != config.channels:
+    if data.size != own.sizes[-1] or data.channels != own.channels:
         raise ValueError(
-            f"MultiGridTrainer: data must be {config.channels} x {config.sizes[-1]} x {config.sizes[-1]}, as the "
+            f"MultiGridTrainer: data must be {own.channels} x {own.sizes[-1]} x {own.sizes[-1]}, as the "
             f"model's finest grid, got {data.channels} x {data.size} x {data.size}"
         )
     return data

@@ -7,6 +7,7 @@ from .mcmc import HMC, MALA
 from .model import Model
 from .multigrid import MultiGrid
 from .single import SingleGrid
+from .spatial_temporal import SpatialTemporal
 
 __all__ = [
     "HMC",
@@ -19,5 +20,6 @@ __all__ = [
     "Model",
     "MultiGrid",
     "SingleGrid",
+    "SpatialTemporal",
     "langevin_sample",
 ]

@@ -1,0 +1,111 @@
+"""SpatialTemporal: one net over time and space, or over time alone, and its persistent chains: videos and sounds."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .. import noise
+from ..nets import ConvSpec, EnergyNet
+from .single import SingleGrid
+
+
+class SpatialTemporal(SingleGrid):
+    """A model of videos (C, T, H, W) or of sounds (1, L), whose time is a spatial dimension as any other.
+
+    A sample is one of the persistent chains of training, `sample_steps` steps on.
+
+    Args:
+        size: (T, H, W) or (L,).
+        layers: the convolutions, bottom first, each the same along every dimension.
+        head: "linear" over the top map, or its "sum", which makes every place alike.
+        rate: frames or samples a second.
+        sample_steps: None: as many as `langevin` has.
+
+    Other arguments as `MultiGrid`'s. State: the net's; `colours` (1, C), the data's mean, where chains begin; `bank`
+    (M, C, *size), the persistent chains.
+
+    Source: Xie, Zhu, Wu, Synthesizing dynamic patterns by spatial-temporal generative ConvNet (CVPR 2017).
+    """
+
+    kind = "SpatialTemporal"
+
+    def __init__(
+        self,
+        size: Sequence[int],
+        layers: Sequence[ConvSpec] = (),
+        *,
+        head: str = "linear",
+        rate: float = 25.0,
+        channels: int = 3,
+        activation: str | None = None,
+        norm: str = "none",
+        spectral_norm: bool = False,
+        sample_steps: int | None = None,
+        seed: int = 0,
+        nets: Sequence[nn.Module] | None = None,
+        **arguments: Any,
+    ) -> None:
+        shape = tuple(size)
+        if len(shape) not in (1, 3) or any(isinstance(s, bool) or not isinstance(s, int) or s < 2 for s in shape):
+            raise ValueError(f"SpatialTemporal: size must be [T, H, W] or [L], ints from 2 on, got {list(shape)}")
+        if nets is None:
+            net = EnergyNet(
+                shape, channels, layers, norm=norm, activation=activation or "silu", spectral_norm=spectral_norm,
+                head=head, ndim=len(shape), seed=seed % 2**63,
+            )  # fmt: skip
+            nets = [net]
+        super().__init__(
+            shape[-1], start="bank", sample_steps=sample_steps, channels=channels, nets=nets, seed=seed, **arguments
+        )
+        self.shape, self.rate = shape, float(rate)
+        self.bank = torch.empty(0, channels, *shape)
+
+    @property
+    def is_video(self) -> bool:
+        return len(self.shape) == 3
+
+    def zeros(self, n: int) -> Tensor:  # (n, C, *size)
+        """The data's mean everywhere: the zeros of the paper, which subtracts it. Chains begin there."""
+        mean = (
+            self.colours.mean(0)
+            if len(self.colours)
+            else self.colours.new_full((self.channels,), sum(self.value_range) / 2)
+        )
+        return mean.reshape(1, -1, *[1] * len(self.shape)).repeat(n, 1, *self.shape)
+
+    def _sample_group(
+        self,
+        n: int,
+        *,
+        seed: int,
+        first_sample: int,
+        mask: Tensor | None = None,
+        known: Tensor | None = None,
+        callback: Any = None,
+        **arguments: Any,
+    ) -> list[Tensor]:
+        if mask is not None:
+            raise ValueError("sample: mask must be None for a model of videos or of sounds")
+        x = self.sampling[0](
+            self.nets[0], self._start(n, seed, first_sample), seed=seed, first_sample=first_sample,
+            stream=noise.stream(noise.Purpose.SAMPLING, 1),
+            callback=None if callback is None else lambda step, state: callback(1, step, state),
+            where="sample", **arguments,
+        )  # fmt: skip
+        return [x]
+
+    def explain(self, n: int | None = None) -> str:
+        """What the chain runs, and why."""
+        x = torch.empty(n or self.batch_size, self.channels, *self.shape, device=self.colours.device)
+        return self.langevin[0].explain(self.nets[0], x)
+
+    def config(self) -> dict[str, Any]:
+        return {**super().config(), "shape": list(self.shape), "rate": self.rate}
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> SpatialTemporal:
+        return cls(config["shape"], rate=config["rate"], sample_steps=config["sample_steps"], **cls._arguments(config))
