@@ -1,5 +1,6 @@
 """Learning: what a run is (TrainConfig), by which method (METHODS), how it is trained, and its folder (Run)."""
 
+from .abp import ABPRule
 from .baselines import SingleGridRule
 from .config import (
     LangevinConfig,
@@ -14,6 +15,7 @@ from .config import (
     preset_names,
 )
 from .contrastive import ContrastiveRule
+from .cooperative import CooperativeRule
 from .loop import Loop, Outcome, UpdateRule, check_new
 from .methods import METHODS, Method, build_model
 from .multigrid import MultiGridRule
@@ -22,7 +24,9 @@ from .trainer import MultiGridTrainer, train
 
 __all__ = [
     "METHODS",
+    "ABPRule",
     "ContrastiveRule",
+    "CooperativeRule",
     "LangevinConfig",
     "Loop",
     "Method",

@@ -105,7 +105,7 @@ class AbpConfig(GeneratorConfig):
 
     infer_steps: int = key(20, Whole(1), "Langevin steps on z given an image, an update")
     latent_map: int = key(1, Whole(1), "side of the map of z: more than 1 for textures, sizes[-1] over a power of 2")
-    expand: bool = key(True, Flag(), "keep the second moment of the data's z at the prior's (PX-EM), once an epoch")
+    expand: bool = key(False, Flag(), "keep the second moment of the data's z at the prior's (PX-EM), once an epoch")
     occlude: str = key("none", Choice(("none", "square", "doodle", "pepper")), "what is hidden of every training image")
 
 

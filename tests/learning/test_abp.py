@@ -9,7 +9,7 @@ import torch
 from mgebm_fast import noise
 from mgebm_fast.data import ImageData
 from mgebm_fast.errors import ConfigError, DivergenceError
-from mgebm_fast.learning import MultiGridTrainer, build_model, merge
+from mgebm_fast.learning import MultiGridTrainer, build_model
 from mgebm_fast.learning.abp import ABPRule
 from mgebm_fast.nets import DeconvSpec, Generator
 from mgebm_fast.sampling import GeneratorModel
@@ -37,11 +37,17 @@ def linear_model(std=S, seed=3, **inference):
 
 def linear_rule(images, *, batch_size=120, occlude="none", expand=True, **optimiser):
     optimiser = {"name": "adam", "lr": 0.05, "betas": [0.9, 0.999], "schedule": "cosine", **optimiser}
-    table = {"latent": FACTORS, "std": S, "infer_steps": 10, "infer_step_size": 0.12, "occlude": occlude}
+    table = {
+        "latent": FACTORS,
+        "std": S,
+        "infer_steps": 10,
+        "infer_step_size": 0.12,
+        "occlude": occlude,
+        "expand": expand,
+    }
     config = tiny_config(
         method="abp", batch_size=batch_size, steps=UPDATES, seed=7, sizes=[1, 4], optimiser=optimiser, abp=table
     )
-    config = merge(config, {"abp": {"expand": expand}})
     return ABPRule(linear_model(), config, images=images)
 
 
@@ -171,7 +177,7 @@ def test_expansion_moves_scale_from_latents_to_weights():
 TABLE = {"latent": 3, "generator_width": 4, "infer_steps": 3}
 
 
-@pytest.mark.parametrize("table", [{}, {"occlude": "pepper", "latent_map": 2}])
+@pytest.mark.parametrize("table", [{}, {"occlude": "pepper", "latent_map": 2, "expand": True}])
 def test_resumed_run_equals_the_uninterrupted(trainer, tmp_path, table):
     changes = {
         "method": "abp",
