@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from ..sampling import SpatialTemporal
 
 VIDEO_FILES, SOUND_FILES = (".gif", ".mp4", ".png", ".npy"), (".wav", ".png", ".npy")
-_SCALE_TO = 128  # pixels of a frame's shorter side in a GIF or MP4
+_SCALE_TO = 96  # pixels of a frame's shorter side in a GIF or MP4
 _STRIP = 10  # frames of a video in a picture
 
 

@@ -16,7 +16,7 @@ from .single import SingleGrid
 class SpatialTemporal(SingleGrid):
     """A model of videos (C, T, H, W) or of sounds (1, L), whose time is a spatial dimension as any other.
 
-    A sample is one of the persistent chains of training, `sample_steps` steps on.
+    Sample i is the persistent chain i mod M of the M of training, `sample_steps` steps on.
 
     Args:
         size: (T, H, W) or (L,).
@@ -76,6 +76,11 @@ class SpatialTemporal(SingleGrid):
             else self.colours.new_full((self.channels,), sum(self.value_range) / 2)
         )
         return mean.reshape(1, -1, *[1] * len(self.shape)).repeat(n, 1, *self.shape)
+
+    def _start(self, n: int, seed: int, first_sample: int) -> Tensor:
+        if len(self.bank) == 0:
+            raise ValueError("sample: the model must hold chains of training, got none: train it first")
+        return self.bank[(torch.arange(n, device=self.bank.device) + first_sample) % len(self.bank)]
 
     def _sample_group(
         self,

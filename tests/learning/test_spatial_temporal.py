@@ -132,6 +132,7 @@ def test_a_sample_depends_on_its_number_alone(name):
     whole = model.sample(5, seed=3, precision="fp32")
     assert whole.shape == (5, model.channels, *model.shape)
     assert torch.equal(whole[2:4], model.sample(2, seed=3, first_sample=2, batch_size=1, precision="fp32"))
+    assert torch.equal(model._start(5, 0, 2), model.bank[[2, 0, 1, 2, 0]])
     with pytest.raises(ValueError, match="mask must be None"):
         model._sample_group(1, seed=0, first_sample=0, mask=torch.ones(1))
     assert model.explain(2)
