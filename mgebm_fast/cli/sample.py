@@ -50,6 +50,9 @@ def sample(
         int | None,
         typer.Option(min=2, metavar="POINTS", help="NUM rows of as many images between two draws of a generator."),
     ] = None,
+    size: Annotated[
+        int | None, typer.Option(min=1, help="Side of the images, of a model that takes any: a texture's.")
+    ] = None,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace the samples in a folder that is not empty.")
     ] = False,
@@ -66,6 +69,7 @@ def sample(
       mgebm sample runs/digits --num 16 --grids --out grids.png
       mgebm sample runs/coop --generator --out alone.png
       mgebm sample runs/coop --interpolate 10 --num 8 --out between.png
+      mgebm sample runs/texture --size 224 --num 1 --out wall.png
       mgebm sample runs/fire --num 3 --out fire.gif
       mgebm sample runs/chimes --out chimes.wav
 
@@ -92,6 +96,8 @@ def sample(
         with ranks.together():
             source, _ = open_run(run)
             model = Model.load(source, device=where)
+            if size is not None:
+                model = _resized(model, size, run)
             recorded = model if isinstance(model, SpatialTemporal) else None
             num = num or (1 if recorded else 64)
             files = recordings.check(recorded, out, num, grids) if recorded else IMAGE_FILES
@@ -128,6 +134,14 @@ def sample(
         low, high = model.value_range
         what = "samples" if interpolate is None else f"rows of {interpolate} images"
         typer.echo(f"{num} {what} of {run} (seed {seed}, values {low:g} … {high:g} as 0 … 255): {out}", err=True)
+
+
+def _resized(model: Model, size: int, run: Path) -> Model:
+    from ..sampling import GenerativeConvNet
+
+    if not isinstance(model, GenerativeConvNet):
+        raise ValueError(f"--size: is for a generative ConvNet or FRAME model, got {run}, a {model.kind} of one size")
+    return model.at_size(size)
 
 
 def _shares(num: int, group: int, ranks: int) -> list[range]:

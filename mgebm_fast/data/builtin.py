@@ -12,6 +12,7 @@ from .collection import Collection
 from .policy import block_mean
 
 TEXTURES = ("brick", "grass", "gravel")
+REDUCTIONS = (2, 4, 8)
 PHOTOGRAPHS = ("astronaut", "chelsea", "coffee", "rocket")
 RECORDINGS = ("simulated:fire", "simulated:chimes")  # a video and a sound, for the methods that take those
 BUILT_IN = ("digits", "lfw", *(f"texture:{name}" for name in TEXTURES), "photos")
@@ -20,11 +21,13 @@ BUILT_IN = ("digits", "lfw", *(f"texture:{name}" for name in TEXTURES), "photos"
 def open_builtin(name: str, size: int, channels: int) -> Collection:
     if name in _OPENERS:
         return _OPENERS[name](size, channels)
-    texture = name.removeprefix("texture:")
+    texture, _, factor = name.removeprefix("texture:").partition("/")
     if texture not in TEXTURES:
         near = suggest(texture, TEXTURES)
         raise DataError(f"load: texture must be one of {', '.join(TEXTURES)}, got {texture!r}{near}")
-    return _texture(texture, size, channels)
+    if factor not in ("", *map(str, REDUCTIONS)) or name.endswith("/"):
+        raise DataError(f"load: a texture must be reduced by one of {', '.join(map(str, REDUCTIONS))}, got {name!r}")
+    return _texture(texture, size, channels, int(factor or 1))
 
 
 def is_builtin(name: str) -> bool:
@@ -52,17 +55,21 @@ def _lfw(size: int, channels: int) -> Collection:
     return array_collection(data.lfw_subset()[:100].astype(np.float32), "lfw", size, channels)
 
 
-def _texture(texture: str, size: int, channels: int) -> Collection:
-    """Overlapping crops of one 512 x 512 grey texture; held out: those of its lowest max(128, size) rows."""
+def _texture(texture: str, size: int, channels: int, factor: int) -> Collection:
+    """Overlapping crops of one 512 x 512 grey texture, reduced by `factor`.
+
+    Held out: those of its lowest quarter, or of its lowest `size` rows where those are more.
+    """
     from skimage import data
 
-    image = getattr(data, texture)()[..., None]
-    edge = image.shape[0] - max(128, size)
+    image = block_mean(getattr(data, texture)()[None, ..., None], factor)[0]
+    name = f"texture:{texture}" + (f"/{factor}" if factor > 1 else "")
+    edge = image.shape[0] - max(image.shape[0] // 4, size)
     if edge < size:
-        raise DataError(f"load: crops of texture:{texture} must be of size 1 … {image.shape[0] // 2}, got {size}")
+        raise DataError(f"load: crops of {name} must be of size 1 … {image.shape[0] // 2}, got {size}")
     stride = max(4, size // 8)
     parts = [_crops(region, size, stride) for region in (image[:edge], image[edge:])]
-    return _two_parts(parts, f"texture:{texture}", size, channels)
+    return _two_parts(parts, name, size, channels)
 
 
 def _photos(size: int, channels: int) -> Collection:

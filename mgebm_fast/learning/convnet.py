@@ -20,8 +20,8 @@ __all__ = ["ConvNetRule", "build_model", "layers_of", "narrow"]
 class ConvNetRule(SingleGridRule):
     """`ContrastiveRule` of a `GenerativeConvNet`.
 
-    With `grow`, update t trains layers 1 … p alone, p = 1 + ⌊t L / steps⌋ of L: the head is the sum of layer p's map,
-    the layers above are left out of the energy and out of learning. Chains go on where they were.
+    With `grow` g > 0, update t trains layers 1 … p of L alone, p = min(L, 1 + ⌊t (L − 1) / (g·steps)⌋): the head is the
+    sum of layer p's map, the layers above are left out of the energy and out of learning. Chains go on where they were.
     """
 
     model: GenerativeConvNet
@@ -36,14 +36,14 @@ class ConvNetRule(SingleGridRule):
 
     @property
     def grows(self) -> bool:
-        return bool(getattr(self.config.options, "grow", False)) and self.model.layers > 1
+        return getattr(self.config.options, "grow", 0.0) > 0 and self.model.layers > 1
 
     def depth(self, iteration: int) -> int | None:
         """Layers in use at update `iteration`; None: all."""
         if not self.grows:
             return None
         count = self.model.layers
-        return min(count, 1 + iteration * count // max(1, self.config.steps))
+        return min(count, 1 + int(iteration * (count - 1) / max(1.0, self.config.options.grow * self.config.steps)))
 
     @property
     def nets(self) -> Sequence[nn.Module]:

@@ -55,8 +55,8 @@ class ConvNetConfig:
         ((48, 9, 2), (48, 5, 1), (32, 3, 1)), Many(Many(Whole(1), 3)), "[channels, kernel, stride] of each layer"
     )
     head: str = key("sum", Choice(("sum", "linear")), "sum of the top map, for images of any size, or linear over it")
-    grow: bool = key(
-        True, Flag(), "train the lowest layer alone, then two, and so on, with the sum head until the last"
+    grow: float = key(
+        0.0, Real(0, 1, below=True), "share of the updates, in equal parts, that stacks of fewer layers are trained for"
     )
     init_std: Any = key(None, Maybe(Real(0, above=True)), "of normal initial weights; none: Xavier-uniform ones")
     bank_size: Any = key(None, Maybe(Whole(1)), "chains that batches are drawn from; none: as many as a batch")

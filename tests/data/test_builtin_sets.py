@@ -75,6 +75,17 @@ def test_textures(texture, size):
     np.testing.assert_array_equal(train.images[-1, 0], image[tops[-1] :, lefts[-1] :][:size, :size])
 
 
+def test_a_reduced_texture():
+    train, held_out = (load("texture:brick/4", size=48, channels=1, split=split) for split in ("train", "held_out"))
+    small = skimage_data.brick().reshape(128, 4, 128, 4).mean((1, 3))
+    assert train.name == "texture:brick/4" and len(train) == 6 * 14
+    assert np.abs(train.images[0, 0] - small[:48, :48]).max() <= 0.5
+    assert np.abs(held_out.images[0, 0] - small[80:, :48]).max() <= 0.5
+    for wrong in ("texture:brick/3", "texture:brick/"):
+        with pytest.raises(DataError, match=f"a texture must be reduced by one of 2, 4, 8, got '{wrong}'"):
+            load(wrong, size=16, channels=1)
+
+
 def test_photos():
     train, held_out = (load("photos", size=64, channels=3, split=split) for split in ("train", "held_out"))
     assert train.images.shape[1:] == (3, 64, 64) and len(train) > 2000 and len(held_out) > 300
