@@ -149,7 +149,14 @@ ConvChainCall conv_chain_params(const std::vector<StageArguments>& stages, bool 
   return p;
 }
 
-void conv_chain_call(const ConvChainCall& call, int threads) { conv_chain_cpu(call, threads); }
+void conv_chain_call(const ConvChainCall& call, int threads) {
+  // Weights that were packed for a set that has it must not be read by one that has not.
+  if (call.bfloat && !isa_has_bfloat()) {
+    throw std::runtime_error("conv_chain: the weights are bfloat16, which this instruction set has not: " +
+                             std::string(isa_name()));
+  }
+  conv_chain_cpu(call, threads);
+}
 
 // (Not named bind: the tuple arguments would find std::bind.) Binds op_cpu(arguments..., threads) and, where built,
 // op_cuda(arguments..., device, stream) for one params builder.

@@ -370,7 +370,7 @@ def batch_norm_act_backward(
     reducing = REDUCING_TILE // 2 // columns  # two tensors are read
     run, splits = _runs(sizes["rows"], reducing)
     partial = torch.empty(splits, 2, z.shape[1], device=z.device)
-    means = torch.empty(2, z.shape[1], device=z.device)
+    means = torch.empty(2, z.shape[1], dtype=torch.float32, device=z.device)
     upstream_of = {"grad": z if grad is None else grad, "head": z if head is None else head}
     shared = {
         "z": z, "statistics": statistics, "weight": weight, "bias": bias, "means": means, **upstream_of, **sizes,

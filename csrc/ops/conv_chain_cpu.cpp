@@ -22,7 +22,11 @@ constexpr int64_t kAlign = 64;
 
 // Half of a core's second cache: the inputs of one task, beside which its weights pass by.
 int64_t chunk_bytes() {
+#if defined(_SC_LEVEL2_CACHE_SIZE)
   static const long found = sysconf(_SC_LEVEL2_CACHE_SIZE);
+#else
+  constexpr long found = 1 << 20;
+#endif
   return found > (256 << 10) ? found / 2 : 128 << 10;
 }
 
@@ -79,7 +83,7 @@ struct Kept {
   T* z;            // [16][depth]: with batch statistics or a curved activation
   uint16_t* mask;  // [strip][16]: the sign of what entered a piecewise linear activation
   float* sums;     // [2][strips * 16]: a pixel's share of the batch's statistics
-  float* scale;    // [6][strips * 16]: scale, shift, mean, 1/std; then mean(g), mean(g zh)
+  float* scale;    // [6][strips * 16]: gamma/std, beta, mean, 1/std; then mean(g), mean(g zh)
   int depth, strips;
 };
 
@@ -261,7 +265,7 @@ struct Engine {
         return z;
       case Activation::kLeaky:
         *sign = positive(z);
-        return select(*sign, z, z * all(stage.slope));
+        return select(*sign, z, stage.slope == 0.0f ? all(0.0f) : z * all(stage.slope));
       case Activation::kSilu:
         return each(z, silu);
       default:
@@ -275,7 +279,7 @@ struct Engine {
       case Activation::kNone:
         return g;
       case Activation::kLeaky:
-        return select(sign, g, g * all(stage.slope));
+        return select(sign, g, stage.slope == 0.0f ? all(0.0f) : g * all(stage.slope));
       case Activation::kSilu:
         return g * each(z, silu_slope);
       default:
@@ -301,9 +305,13 @@ struct Engine {
     const Kept<T>& k = kept[l];
     const int64_t at = pixel_at(l, block, pixel);
     if (stage.gamma) {
-      statistics(tile, valid(block), sums_at(l, at, 0, strip), sums_at(l, at, 1, strip));
       T* z = z_at(l, at, strip);
-      for (int n = 0; n < 16; ++n) store(z + n * k.depth, load(tile + n * kTileWidth));
+      for (int n = 0; n < 16; ++n) {
+        store(z + n * k.depth, load(tile + n * kTileWidth));
+        // Statistics of what is kept: normalised values then have mean 0, whatever it was rounded to.
+        store(tile + n * kTileWidth, load(z + n * k.depth));
+      }
+      statistics(tile, valid(block), sums_at(l, at, 0, strip), sums_at(l, at, 1, strip));
       return;
     }
     const bool top = l + 1 == p.stages;
@@ -330,7 +338,7 @@ struct Engine {
     const Kept<T>& k = kept[l];
     const int64_t at = pixel_at(l, block, pixel);
     T* h = h_at(l, at, strip);
-    const T* z = k.z ? z_at(l, at, strip) : nullptr;
+    const T* z = z_at(l, at, strip);  // read where there is one
     const uint16_t* sign = stage.activation == Activation::kLeaky ? mask_at(l, at, strip) : nullptr;
     const bool needs_z = stage.gamma || stage.activation >= Activation::kSilu;
     const Affine norm = affine(l, strip);
@@ -338,12 +346,13 @@ struct Engine {
     const int count = valid(block);
     for (int n = 0; n < 16; ++n) {
       const F16 raw = needs_z ? load(z + n * k.depth) : all(0.0f);
-      const F16 entered = stage.gamma ? multiply_add(raw, norm.scale, norm.shift) : raw;
+      const F16 entered = stage.gamma ? norm.of(raw) : raw;
       const F16 g = times_slope(stage, load(tile + n * kTileWidth), sign ? sign[n] : 0, entered);
       store(h + n * k.depth, g);
       if (stage.gamma && n < count) {
-        sum = sum + g;
-        product = multiply_add(g, (raw - norm.mean) * norm.inverse_std, product);
+        const F16 held = load(h + n * k.depth);
+        sum = sum + held;
+        product = multiply_add(held, (raw - norm.mean) * norm.inverse_std, product);
       }
     }
     if (!stage.gamma) return;
@@ -354,7 +363,9 @@ struct Engine {
   // ---- batch statistics ----
 
   struct Affine {
-    F16 scale, shift, mean, inverse_std;
+    F16 scale, beta, mean, inverse_std;
+    // The mean goes first: z and it may be far larger than their difference.
+    MG_METHOD F16 of(F16 z) const { return multiply_add(z - mean, scale, beta); }
   };
   MG_METHOD Affine affine(int l, int strip) {
     if (!p.stage[l].gamma) return {all(0.0f), all(0.0f), all(0.0f), all(0.0f)};
@@ -385,10 +396,11 @@ struct Engine {
       for (int i = 0; i < 16; ++i) {
         const int c = 16 * strip + i;
         const bool real = c < stage.out_channels;
-        const double inverse_std = 1.0 / __builtin_sqrt(square[i] / total + static_cast<double>(stage.eps));
+        const double inverse_std =
+            real ? 1.0 / __builtin_sqrt(square[i] / total + static_cast<double>(stage.eps)) : 0.0;
         const double scale = real ? stage.gamma[c] * inverse_std : 0.0;
         scale_at(l, 0, strip)[i] = static_cast<float>(scale);
-        scale_at(l, 1, strip)[i] = static_cast<float>(real ? stage.beta[c] - mean[i] * scale : 0.0);
+        scale_at(l, 1, strip)[i] = real ? stage.beta[c] : 0.0f;
         scale_at(l, 2, strip)[i] = static_cast<float>(mean[i]);
         scale_at(l, 3, strip)[i] = static_cast<float>(inverse_std);
       }
@@ -452,7 +464,7 @@ struct Engine {
         const Affine norm = affine(l, strip);
         const F16 head = load(p.head + (static_cast<int64_t>(pixel) * k.strips + strip) * 16);
         for (int n = 0; n < 16; ++n) {
-          const F16 y = multiply_add(load(z_at(l, at, strip) + n * k.depth), norm.scale, norm.shift);
+          const F16 y = norm.of(load(z_at(l, at, strip) + n * k.depth));
           if (stage.activation == Activation::kLeaky) mask_at(l, at, strip)[n] = positive(y);
           store(tile + n * kTileWidth, head);
         }
@@ -467,7 +479,7 @@ struct Engine {
       T* h = h_at(l, at, strip);
       uint16_t* sign = mask_at(l, at, strip);
       for (int n = 0; n < 16; ++n) {
-        const F16 y = multiply_add(load(z + n * k.depth), norm.scale, norm.shift);
+        const F16 y = norm.of(load(z + n * k.depth));
         uint16_t here = 0;
         store(h + n * k.depth, activate(stage, y, &here));
         if (stage.activation == Activation::kLeaky) sign[n] = here;
@@ -503,6 +515,9 @@ struct Engine {
       for (int i = 0; i < 16; ++i) {
         const Quad q = normals_of({words[0][i], words[1][i], words[2][i], words[3][i]});
         normal[0][i] = q.v0, normal[1][i] = q.v1, normal[2][i] = q.v2, normal[3][i] = q.v3;
+      }
+      if (!key.valid) {
+        for (int i = 0; i < 64; ++i) normal[i / 16][i % 16] = __builtin_nanf("");
       }
     }
     const LangevinStepCoefficients k = p.update;
@@ -628,6 +643,8 @@ struct Engine {
 
   void run() {
     SampleKey key = sample_key(p.counters, 0);
+    key.valid &= sample_key(p.counters, p.samples - 1).valid;
+    const int64_t first_step = p.counters.step_at ? *p.counters.step_at : p.counters.step;
     begin_tiles();
     read_state();
     clear_padding();
@@ -635,7 +652,12 @@ struct Engine {
       gradient(key);
       write(dx, p.gradient);
     } else {
-      for (int64_t k = 0; k < p.steps; ++k, ++key.step) gradient(key);
+      for (int64_t k = 0; k < p.steps; ++k) {
+        const int64_t step = first_step + k;
+        key.step = static_cast<uint32_t>(step);
+        key.valid &= (static_cast<uint64_t>(step) >> 32) == 0;
+        gradient(key);
+      }
       write(x, p.x);
     }
     end_tiles();

@@ -76,7 +76,9 @@ def precision_of(contender: Contender, explained: str, device: str) -> str:
     if contender.ours:
         found = re.search(r"\b(fp32|tf32|bf16|fp16)\b", explained.partition("gradient: ")[2])
         precision = found[1] if found else precision
-    if precision == "fp32" and device.startswith("cuda") and torch.backends.cudnn.allow_tf32:
+    # This package's own plans keep float32 float32.
+    theirs = not contender.ours or "gradient: autograd" in explained
+    if theirs and precision == "fp32" and device.startswith("cuda") and torch.backends.cudnn.allow_tf32:
         return "tf32"
     return precision
 

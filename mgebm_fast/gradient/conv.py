@@ -55,10 +55,15 @@ def bfloat16_is_fast(device_type: str) -> bool:
     return any(bool(getattr(torch.cpu, name, lambda: False)()) for name in checks)
 
 
-def auto_precision(device_type: str) -> str:
-    """What "auto" means for stacks: float16 on CUDA, bfloat16 on CPUs that multiply it, else float32."""
+# float16 loses gradients that shrink from layer to layer, and more layers leave them more room to.
+_FLOAT16_LAYERS = 8
+
+
+def auto_precision(device_type: str, layers: int = 1) -> str:
+    """What "auto" means for stacks of so many layers: on CUDA float16, or bfloat16, which has float32's range, for deep
+    ones; on CPUs bfloat16 where that is faster than float32."""
     if device_type == "cuda":
-        return "fp16"
+        return "fp16" if layers <= _FLOAT16_LAYERS else "bf16"
     return "bf16" if bfloat16_is_fast(device_type) else "fp32"
 
 
@@ -102,7 +107,7 @@ class _Layer:
 
     def __init__(self, stage: Stage, index: int, dtype: torch.dtype, layout: torch.memory_format) -> None:
         self.form, self.dtype, self.layout = form(stage), dtype, layout
-        unsafe = dtype == torch.bfloat16 and _bfloat16_is_wrong(stage)
+        unsafe = dtype != torch.float32 and _library_is_wrong(stage)
         self.exact = dtype != torch.float32 and (index == 0 or unsafe)  # whether the forward runs in float32
         low = torch.float32 if unsafe else dtype
         self.low = torch.empty_like(stage.weight, dtype=low, memory_format=layout)
@@ -186,8 +191,10 @@ class ConvPlan:
         with torch.inference_mode(False):
             self._layers = [_Layer(stage, i, self._dtype, self._layout) for i, stage in enumerate(stack.stages)]
             self._head = torch.empty_like(stack.head, dtype=self._dtype).unsqueeze(0)
-            self._unscale = torch.ones((), device=device)
-            self._like = torch.empty((), device=device).expand(2, *self._shape)  # what `refresh` reads the energy for
+            self._unscale = torch.ones((), dtype=torch.float32, device=device)
+            self._like = torch.empty((), dtype=torch.float32, device=device).expand(
+                2, *self._shape
+            )  # what `refresh` reads the energy for
         self._load(stack)
 
     def refresh(self) -> None:
@@ -249,9 +256,9 @@ class ConvPlan:
         return f"conv, {self.precision} (the chain rule by hand{where}){reason}"
 
 
-def _bfloat16_is_wrong(stage: Stage) -> bool:
-    """Where oneDNN's AMX convolutions (torch 2.13) give wrong maps, one pixel wide at a stride, or crash, dilated over
-    small maps. These stages run in float32."""
+def _library_is_wrong(stage: Stage) -> bool:
+    """Where oneDNN's 16-bit convolutions on CPUs (torch 2.13, AMX) give wrong maps, one pixel wide at a stride, or
+    crash, dilated over small maps. These stages run in float32."""
     column = stage.out_size[-1] == 1 and math.prod(stage.out_size) > 1 and stage.stride[-1] > 1
     return stage.weight.device.type == "cpu" and (column or max(stage.dilation) > 1)
 

@@ -122,10 +122,12 @@ class FusedPlan:
             self._edge = edge_step.edge_weights(
                 first.weight, stride=first.stride, padding=first.padding, dilation=first.dilation, dtype=self._dtype
             )
-            self._head = torch.empty(stack.head.numel(), device=device)  # in the order of a channels-last sample
-            self._unscale = torch.ones((), device=device)
+            self._head = torch.empty(
+                stack.head.numel(), dtype=torch.float32, device=device
+            )  # in the order of a channels-last sample
+            self._unscale = torch.ones((), dtype=torch.float32, device=device)
             self._workspace = workspace(max(s.weight.shape[0] for s in stack.stages), device)
-            self._like = torch.empty((), device=device).expand(2, *self._shape)
+            self._like = torch.empty((), dtype=torch.float32, device=device).expand(2, *self._shape)
             self._dense = None
             if not dense_chain.why_not_dense(stack):
                 made = dense_chain.dense_net_of(stack, self._dtype)
@@ -192,7 +194,7 @@ class FusedPlan:
         """∇E(x), float32; what overflowed on the way is inf or NaN."""
         self._check(x)
         with torch.no_grad(), exact_cudnn(x.device):
-            peak = torch.zeros((), device=x.device) if self._checks_top else None
+            peak = torch.zeros((), dtype=torch.float32, device=x.device) if self._checks_top else None
             upstream = self._upstream(x, self._bottom(x), peak)
             first = self._layers[0]
             down = self._down(upstream, self._edge.weight, x.shape, first.geometry)
@@ -237,7 +239,7 @@ class FusedPlan:
         stage, z = layer.stage, self._convolve(layer, h)
         if layer.norm is not None and stage.norm is not None:
             out = torch.empty_like(z)
-            statistics = torch.empty(2, z.shape[1], device=z.device)
+            statistics = torch.empty(2, z.shape[1], dtype=torch.float32, device=z.device)
             batch_norm_act(
                 z, *layer.norm, out, statistics, self._workspace, stage.activation, stage.slope, stage.norm.eps,
                 self._backend,
@@ -256,7 +258,7 @@ class FusedPlan:
         stage, z = layer.stage, self._convolve(layer, h)
         if layer.norm is not None and stage.norm is not None:
             out = torch.empty_like(z)
-            statistics = torch.empty(2, z.shape[1], device=z.device)
+            statistics = torch.empty(2, z.shape[1], dtype=torch.float32, device=z.device)
             norm, kind = layer.norm, (stage.activation, stage.slope)
             batch_norm_act(z, *norm, None, statistics, self._workspace, *kind, stage.norm.eps, self._backend)
             batch_norm_act_backward(None, z, statistics, *norm, self._head, out, self._workspace, *kind, self._backend)

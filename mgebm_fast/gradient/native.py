@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from .. import native
 from ..errors import BackendError
-from ..ops.conv_chain import MAX_STAGES, ConvChain, has_bfloat
+from ..ops.conv_chain import MAX_STAGES, ConvChain, has_bfloat, prefers_bfloat
 from ..ops.counters import Counters
 from ..ops.langevin_step import Update
 from .stack import Stack, read
@@ -39,34 +40,25 @@ class NativePlan:
     def _pack(self) -> None:
         self._chain = ConvChain(self._stack.stages, self._stack.head, bfloat=self.precision == "bf16")
 
-    def _check(self, x: Tensor) -> None:
-        if x.dim() != self._stack.ndim + 2 or tuple(x.shape[1:]) != (self._stack.channels, *self._stack.size):
-            expected = ", ".join(map(str, (self._stack.channels, *self._stack.size)))
-            raise ValueError(f"conv_chain: x must have shape (N, {expected}), got {tuple(x.shape)}")
-
     def gradient(self, x: Tensor) -> Tensor:  # (N, C, *size) float32 -> the same, contiguous
         """∇E(x), float32."""
-        self._check(x)
         return self._chain.gradient(x)
 
     def advance_(self, x: Tensor, place: Counters, steps: int, numbers: Update, mask: Tensor | None) -> None:
         """`steps` Langevin steps on x in place, all in one native call."""
-        self._check(x)
         self._chain.advance_(x, steps, numbers, place, mask)
 
     def refresh(self) -> None:
         """Take the energy's present weights."""
-        stack = read(self._energy, self._example())
+        like = torch.empty((), dtype=torch.float32, device="cpu").expand(2, self._stack.channels, *self._stack.size)
+        stack = read(self._energy, like)
         if isinstance(stack, str):
             raise BackendError(f"refresh: the energy can no longer be read as a stack of convolutions: {stack}")
         self._stack = stack
         self._pack()
 
-    def _example(self) -> Tensor:
-        first = self._stack.stages[0].weight
-        return first.new_empty((1, self._stack.channels, *self._stack.size))
-
     def explain(self) -> str:
         """The plan's name and precision, in one line."""
         operands = "fp32" if self.precision == "fp32" else "bf16 (state, first convolution and sums in fp32)"
-        return f"native, {operands}, all steps in one call, {native.isa()}"
+        slower = "" if prefers_bfloat() else f", and bf16 is not faster by {native.isa()}"
+        return f"native, {operands}, all steps in one call, {native.isa()}{slower}"

@@ -6,6 +6,7 @@ import contextlib
 from collections.abc import Callable, Iterator
 from typing import Protocol
 
+import torch
 from torch import Tensor, nn
 
 from ..errors import BackendError, suggest
@@ -37,8 +38,9 @@ def plan(energy: Energy, x: Tensor, precision: str = "auto", where: str = "gradi
     """The plan for `energy` on tensors like x. `where` names the caller in error messages.
 
     precision: "fp32" is float32 throughout; "bf16" and "fp16" are 16-bit operands of the convolutions, which need an
-    energy that `stack.read` can read: BackendError, with the reason, where it cannot. "auto" is fp16 on CUDA and bf16
-    on CPUs that multiply it where the energy can be read, else fp32. The autograd plan is always fp32.
+    energy that `stack.read` can read: BackendError, with the reason, where it cannot. "auto" is fp16 on CUDA (bf16 for
+    more than eight layers) and bf16 on CPUs that multiply it faster, where the energy can be read, else fp32. The
+    autograd plan is always fp32. float16 underflows, silently, where a deep net shrinks gradients.
     """
     if not callable(energy):
         raise TypeError(f"{where}: energy must be a module or a callable x -> (N,), got {type(energy).__name__}")
@@ -48,10 +50,12 @@ def plan(energy: Energy, x: Tensor, precision: str = "auto", where: str = "gradi
     stack = read(energy, x)
     if isinstance(stack, str):
         if precision in ("bf16", "fp16"):
-            raise BackendError(f"{where}: precision {precision!r} needs the conv plan, which cannot run here: {stack}")
+            raise BackendError(
+                f"{where}: precision {precision!r} needs a stack of convolutions, and the energy is none: {stack}"
+            )
         return AutogradPlan(energy, where, stack)
     if precision == "auto":
-        precision = conv.auto_precision(x.device.type)
+        precision = conv.auto_precision(x.device.type, len(stack.stages))
     if x.device.type == "cuda":
         reason = cuda.why_not(stack, x, precision)
         if not reason:
@@ -78,9 +82,12 @@ def frozen_parameters(energy: Energy) -> Iterator[None]:
     """Inside, the parameters of a module (or of a bound method's module) need no gradient; restored in any case.
 
     A chain never needs weight gradients: without them a convolution's backward does half the work and keeps less.
+    Buffers that a forward moves (running statistics in train mode) are put back: a sampler leaves no trace in a net.
     """
     module = _module_of(energy)
     held = [] if module is None else [p for p in module.parameters() if p.requires_grad]
+    with torch.no_grad():
+        buffers = [] if module is None else [(buffer, buffer.clone()) for buffer in module.buffers()]
     try:
         for parameter in held:
             parameter.requires_grad_(False)
@@ -88,6 +95,9 @@ def frozen_parameters(energy: Energy) -> Iterator[None]:
     finally:
         for parameter in held:
             parameter.requires_grad_(True)
+        with torch.no_grad():
+            for buffer, before in buffers:
+                buffer.copy_(before)
 
 
 def energy_gradient(energy: Energy, x: Tensor, *, precision: str = "auto") -> Tensor:

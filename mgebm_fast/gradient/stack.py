@@ -182,6 +182,8 @@ class _Builder:
     def batch_norm(self, where: str, weight: Tensor, bias: Tensor, eps: float) -> None:
         if self.samples * math.prod(self.size) <= 1:
             raise _Unreadable(f"{where} has batch statistics, and one value a channel")
+        if eps <= 0:
+            raise _Unreadable(f"{where} has eps {eps}")
         norm = BatchNorm(weight.detach(), bias.detach(), eps)
         self.stages[-1] = dataclasses.replace(self.stages[-1], norm=norm, bias=None)
 

@@ -61,7 +61,7 @@ def batch_norm_act(
         if out.data_ptr() == z.data_ptr():
             raise ValueError(f"{OP}: out must not be z, which the way back reads")
     if statistics is None:
-        statistics = torch.empty(2, z.shape[1], device=z.device)
+        statistics = torch.empty(2, z.shape[1], dtype=torch.float32, device=z.device)
     else:
         _check_statistics(statistics, z, OP)
     backend = choose(OP, backend, z.device)

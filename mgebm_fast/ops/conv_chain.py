@@ -18,10 +18,12 @@ from torch import Tensor
 
 from .. import native
 from . import windows
+from .backend import choose
 from .counters import Counters, check
-from .langevin_step import Update
+from .langevin_step import Update, check_mask, langevin_step_reference, update
 from .scratch import Scratch
 
+OP = "conv_chain"
 ACTIVATIONS = {"none": 0, "leaky_relu": 1, "relu": 1, "silu": 2, "elu": 3}
 MAX_STAGES = 32
 _EDGE_CHANNELS = 4
@@ -99,6 +101,8 @@ class ConvChain:
             # (C, *top) -> (pixel, channel), padded to whole strips
             self._head = _padded(head.detach().float().flatten(1).T, 1)
         self._size = stages[0].in_size
+        # Pixels of the smallest map with batch statistics; 2 where there are none.
+        self._smallest = min((math.prod(stage.out_size) for stage in stages if stage.norm is not None), default=2)
         self._channels = stages[0].weight.shape[1]
 
     def _pack(self, stage: StageLike, *, first: bool) -> _Stage:
@@ -120,13 +124,15 @@ class ConvChain:
             behind = self._packed(weight, offsets, outputs, inputs, inputs * taps, taps, whole=True)
         bias = _padded(weight.new_zeros(outputs) if stage.bias is None else stage.bias.detach().float(), 0)
         norm = stage.norm
-        gamma, beta = (None, None) if norm is None else (_float(norm.weight), _float(norm.bias))
+        # Copies: the parameters may change while this chain has the weights of now.
+        gamma, beta = (None, None) if norm is None else (_copy(norm.weight), _copy(norm.bias))
         eps = 0.0 if norm is None else norm.eps
+        slope = 0.0 if stage.activation == "relu" else stage.slope
         sizes = [math.prod(stage.in_size), math.prod(stage.out_size), inputs, outputs]
         arguments = (
             forward.arguments, backward.arguments, ahead.address, len(forward.rows), behind.address,
             len(backward.rows), bias.data_ptr(), 0 if gamma is None else gamma.data_ptr(),
-            0 if beta is None else beta.data_ptr(), eps, stage.slope, ACTIVATIONS[stage.activation], sizes,
+            0 if beta is None else beta.data_ptr(), eps, slope, ACTIVATIONS[stage.activation], sizes,
         )  # fmt: skip
         held = tuple(part for part in (forward, backward, ahead, behind, bias, gamma, beta) if part is not None)
         return _Stage(arguments, held)
@@ -155,7 +161,7 @@ class ConvChain:
         none = math.prod(kernel)
         index = [[none if tap < 0 else _ravel((*row[:-1], tap), kernel) for tap in row[-1]] for row in edge.rows]
         pixels = windows.EDGE_PIXELS
-        chosen = flat[:, :, torch.tensor(index, dtype=torch.int64).reshape(-1)]
+        chosen = flat[:, :, torch.tensor(index, dtype=torch.int64, device=flat.device).reshape(-1)]
         dense = chosen.reshape(outputs, inputs, len(edge.rows), pixels).permute(2, 0, 1, 3)  # row, out, in, pixel
         groups = -(-inputs // _EDGE_CHANNELS)
         dense = F.pad(dense, (0, 0, 0, groups * _EDGE_CHANNELS - inputs)).contiguous()
@@ -180,8 +186,23 @@ class ConvChain:
             workspace.address, threads,
         )  # fmt: skip
 
+    def _check(self, x: Tensor) -> None:
+        """Raw addresses go to native code: nothing but a float32 CPU tensor of the right shape may pass."""
+        if not isinstance(x, Tensor) or x.dtype != torch.float32:
+            got = x.dtype if isinstance(x, Tensor) else type(x).__name__
+            raise TypeError(f"{OP}: x must be a float32 tensor, got {got}")
+        if x.device.type != "cpu":
+            raise ValueError(f"{OP}: x must be on the CPU, got a tensor on {x.device}")
+        if tuple(x.shape[1:]) != (self._channels, *self._size) or x.dim() == 0:
+            expected = ", ".join(map(str, (self._channels, *self._size)))
+            raise ValueError(f"{OP}: x must have shape (N, {expected}), got {tuple(x.shape)}")
+        if 0 < x.shape[0] * self._smallest <= 1:
+            shape = tuple(x.shape)
+            raise ValueError(f"{OP}: batch statistics need more than one value a channel, got x of shape {shape}")
+
     def gradient(self, x: Tensor) -> Tensor:  # (N, C, *size) float32, any layout -> the same, contiguous
         """∇E(x), float32."""
+        self._check(x)
         x = x.detach().contiguous()
         out = torch.empty_like(x)
         if x.shape[0]:
@@ -189,10 +210,16 @@ class ConvChain:
         return out
 
     def advance_(self, x: Tensor, steps: int, numbers: Update, place: Counters, mask: Tensor | None = None) -> None:
-        """`steps` Langevin steps on x in place; `place` has the counters of the first, `mask` is x's shape or less."""
+        """`steps` Langevin steps on x in place; `place` has the counters of the first, `mask` is as in `check_mask`."""
+        self._check(x)
+        if steps < 0:
+            raise ValueError(f"{OP}: steps must be >= 0, got {steps}")
+        ids = place.sample_tensor
+        if ids is not None and ids.dim() and ids.shape[0] != x.shape[0]:
+            raise ValueError(f"{OP}: first_sample must hold one id a sample, {x.shape[0]}, got {ids.shape[0]}")
         state = x if x.is_contiguous() else x.contiguous()
         if mask is not None:
-            mask = mask.expand(x.shape).contiguous()
+            mask = check_mask(mask, x, OP).expand(x.shape).contiguous()
         if x.shape[0] and steps:
             self._call(state, None, mask, steps, numbers, place)
         if state is not x:
@@ -205,16 +232,46 @@ def conv_chain(
     x: Tensor,  # (N, C, *size) float32
     *,
     steps: int,
-    numbers: Update,
-    place: Counters | None = None,
-    mask: Tensor | None = None,
     bfloat: bool = False,
+    step_size: float | None = None,
+    noise_scale: float = 1.0,
+    drift: float | None = None,
+    noise_std: float | None = None,
+    reference_std: float | None = None,
+    reference_mean: float = 0.0,
+    grad_clamp: float | None = None,
+    clamp: tuple[float, float] | None = None,
+    mask: Tensor | None = None,
+    seed: int | Tensor = 0,
+    first_sample: int | Tensor = 0,
+    first_step: int | Tensor = 0,
+    stream: int = 0,
     backend: str = "auto",
 ) -> Tensor:
-    """The state `steps` steps after x, a new tensor; `reference`: float64 autograd and `langevin_step_reference`."""
-    place = _NOWHERE if place is None else place
+    """The state `steps` steps after x, a new contiguous tensor.
+
+        for k in 0 … K − 1:   x ← `langevin_step_`(x, ∇E(x), …) at step first_step + k
+
+    Args:
+        bfloat: the native backend's convolutions on bfloat16 operands (AVX512_BF16 or AMX).
+        step_size … mask, seed … stream: as in `langevin_step_`; first_step a number or a 0-dim int64 tensor.
+        backend: "native" (CPU), or "reference": float64 gradients by autograd, x rounded to float32 at each step.
+
+    Raises: TypeError, ValueError, BackendError.
+    """
+    backend = choose(OP, backend, x.device)
+    if bfloat and backend == "reference":
+        raise ValueError(f"{OP}: bfloat=True needs the native backend, got the reference")
+    numbers = update(
+        step_size=step_size, noise_scale=noise_scale, drift=drift, noise_std=noise_std, reference_std=reference_std,
+        reference_mean=reference_mean, grad_clamp=grad_clamp, clamp=clamp, where=OP,
+    )  # fmt: skip
+    place = check(
+        OP, x.shape[0], x[:1].numel(), x.device, seed=seed, first_sample=first_sample, step=first_step, stream=stream
+    )
     out = x.detach().clone(memory_format=torch.contiguous_format)
-    if backend == "reference" or (backend == "auto" and not native.available()):
+    if backend == "reference":
+        mask = None if mask is None else check_mask(mask, x, OP)
         conv_chain_reference(stages, head, out, steps=steps, numbers=numbers, place=place, mask=mask)
     else:
         ConvChain(stages, head, bfloat=bfloat).advance_(out, steps, numbers, place, mask)
@@ -247,11 +304,8 @@ def conv_chain_reference(
     mask: Tensor | None = None,
 ) -> None:
     """The steps in place: gradients in float64, the state rounded to float32 after each."""
-    from .langevin_step import langevin_step_reference
-
-    for k in range(steps):
-        gradient = gradient_reference(stages, head, x)
-        langevin_step_reference(x, gradient, mask, numbers, dataclasses.replace(place, step=place.step + k))
+    for here in place.steps(0, steps):
+        langevin_step_reference(x, gradient_reference(stages, head, x), mask, numbers, here)
 
 
 def _activate(h: Tensor, name: str, slope: float) -> Tensor:
@@ -269,8 +323,8 @@ def _ravel(index: Sequence, size: Sequence[int]) -> int:
     return flat
 
 
-def _float(tensor: Tensor) -> Tensor:
-    return tensor.detach().float().contiguous()
+def _copy(tensor: Tensor) -> Tensor:
+    return tensor.detach().to(torch.float32, copy=True).contiguous()
 
 
 def _padded(tensor: Tensor, dim: int) -> Tensor:
@@ -280,4 +334,4 @@ def _padded(tensor: Tensor, dim: int) -> Tensor:
     return F.pad(tensor.detach().float(), pads).contiguous()
 
 
-_NOWHERE = check("conv_chain", 1, 1, torch.device("cpu"), seed=0, first_sample=0, step=0, stream=0)
+_NOWHERE = check(OP, 1, 1, torch.device("cpu"), seed=0, first_sample=0, step=0, stream=0)

@@ -37,4 +37,4 @@ def _take(nbytes: int) -> Tensor:
         fitting = [i for i, kept in enumerate(_kept) if nbytes <= kept.numel() <= 4 * nbytes]
         if fitting:
             return _kept.pop(min(fitting, key=lambda i: _kept[i].numel()))
-    return torch.empty(nbytes, dtype=torch.uint8)
+    return torch.empty(nbytes, dtype=torch.uint8, device="cpu")

@@ -220,6 +220,8 @@ def place_of(
     )
     if place.step_tensor is None:
         noise.check_counter(place.step, "first_step", where, last=steps - 1)
+    elif place.step_tensor.device.type == "cpu":
+        noise.check_counter(int(place.step_tensor), "first_step", where, last=steps - 1)
     return place
 
 

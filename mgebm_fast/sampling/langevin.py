@@ -134,13 +134,16 @@ class Langevin:
             parts.append(f"pixels clamped to [{self.clamp[0]:g}, {self.clamp[1]:g}]")
         if mask is not None:
             parts.append("pixels held where the mask is False")
+        gradient = chain.plan.explain()
+        if chain.backend != "native":  # the plan then gives the gradient alone
+            gradient = gradient.replace(", all steps in one call", "")
         why = "named" if backend != "auto" else f"the fastest that is usable for {x.device.type} tensors"
         captured = chain.graph if isinstance(chain.graph, str) else ""
         graphed = f"no, because {captured}" if captured else chain.graph.explain()  # type: ignore[union-attr]
         coupled = coupling_of(energy)
         samples = f"coupled, {coupled}" if coupled else "independent"
         return (
-            f"{', '.join(parts)}; gradient: {chain.plan.explain()}; update: {chain.backend} backend, {why}; "
+            f"{', '.join(parts)}; gradient: {gradient}; update: {chain.backend} backend, {why}; "
             f"graph: {graphed}; samples: {samples}"
         )
 

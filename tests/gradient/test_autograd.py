@@ -113,7 +113,7 @@ def test_unknown_precision_names_the_choices():
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_sixteen_bits_are_refused_by_name(precision):
     with pytest.raises(
-        BackendError, match=f"precision '{precision}' needs the conv plan.*function is not an EnergyNet"
+        BackendError, match=f"precision '{precision}' needs a stack of convolutions.*function is not an EnergyNet"
     ):
         plan(lambda x: x.flatten(1).sum(1), torch.zeros(1, 3, 4, 4), precision)
 

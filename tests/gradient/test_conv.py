@@ -390,7 +390,7 @@ def test_sixteen_bits_that_cannot_run_are_refused_with_the_layer(precision):
     x = torch.zeros(3, 2, 8, 8)
     assert plan(net, x).explain() == "autograd, fp32, because layer 0 (Conv2d) has groups=2"
     with pytest.raises(
-        BackendError, match=rf"precision '{precision}' needs the conv plan.*layer 0 \(Conv2d\) has groups"
+        BackendError, match=rf"precision '{precision}' needs a stack of convolutions.*layer 0 \(Conv2d\) has groups"
     ):
         plan(net, x, precision)
 

@@ -11,11 +11,13 @@ import torch
 import torch.nn.functional as F
 
 from mgebm_fast import native, ops
+from mgebm_fast.errors import BackendError
 from mgebm_fast.ops import counters
 from mgebm_fast.ops.langevin_step import update
 
 conv_chain = importlib.import_module("mgebm_fast.ops.conv_chain")
 windows = importlib.import_module("mgebm_fast.ops.windows")
+scratch = importlib.import_module("mgebm_fast.ops.scratch")
 
 ISAS = ("portable", "avx2", "avx512", "avx512bf16", "amx")
 NUMBERS = update(step_size=0.3, reference_std=50.0, grad_clamp=0.8, clamp=(0.0, 255.0))
@@ -166,7 +168,10 @@ def test_a_step_is_the_update_op_on_the_engines_gradient(isa, size, masked):
 def test_steps_agree_with_the_float64_reference():
     stages, head = make((8, 8), 3, [(16, 3, 1, 1), (16, 3, 2, 1)], activation="silu")
     x = images(20, 3, (8, 8)) * 60 + 100
-    arguments = dict(steps=4, numbers=NUMBERS, place=place())
+    arguments = dict(steps=4, step_size=0.3, reference_std=50.0, grad_clamp=0.8, clamp=(0.0, 255.0), seed=7, stream=3)
+    arguments |= dict(
+        first_step=torch.tensor(5), mask=torch.rand(8, 8, generator=torch.Generator().manual_seed(0)) < 0.8
+    )
     expected = conv_chain.conv_chain(stages, head, x, backend="reference", **arguments)
     torch.testing.assert_close(conv_chain.conv_chain(stages, head, x, **arguments), expected, rtol=0, atol=1e-4)
 
@@ -188,7 +193,7 @@ def test_results_do_not_hang_on_threads_split_or_layout(isa, bfloat):
     try:
         torch.set_num_threads(1)
         whole = run(x, 0)
-        for count in (2, 3, 5):  # passes shared out, a block a thread, and more threads than blocks
+        for count in (2, 3, 5):  # whole chains shared out; at 5 threads, more than blocks, passes
             torch.set_num_threads(count)
             assert torch.equal(run(x, 0), whole)
         assert torch.equal(run(x, 0, layout=torch.channels_last), whole)
@@ -209,7 +214,7 @@ def test_batch_statistics_do_not_hang_on_threads(bfloat):
     try:
         torch.set_num_threads(1)
         one = chain.gradient(x)
-        for count in (2, 3, 5):
+        for count in (2, 3, 5):  # passes shared out, a block a thread, passes
             torch.set_num_threads(count)
             assert torch.equal(chain.gradient(x), one)
     finally:
@@ -269,6 +274,74 @@ def test_threads_of_the_caller_do_not_meet_in_a_buffer():
 
     with concurrent.futures.ThreadPoolExecutor(4) as pool:
         assert all(pool.map(work, range(4)))
+
+
+def test_what_cannot_be_run_is_refused_before_an_address_is_taken():
+    stages, head = net()
+    x = images(20, 3, (8, 8))
+    chain = conv_chain.ConvChain(stages, head)
+    for wrong, error_type in [
+        (x.half(), TypeError), (x.double(), TypeError), (x[:, :2], ValueError), (x[..., :7], ValueError),
+        (x[0], ValueError), (x.to("meta"), ValueError),
+    ]:  # fmt: skip
+        with pytest.raises(error_type, match="x must"):
+            chain.gradient(wrong)
+        with pytest.raises(error_type, match="x must"):
+            chain.advance_(wrong, 1, NUMBERS, place())
+    with pytest.raises(ValueError, match="steps must be >= 0, got -1"):
+        chain.advance_(x, -1, NUMBERS, place())
+    with pytest.raises(TypeError, match="mask must be a bool"):
+        chain.advance_(x, 1, NUMBERS, place(), torch.ones_like(x))
+    with pytest.raises(ValueError, match="one id a sample, 5, got 20"):
+        chain.advance_(x[:5].clone(), 1, NUMBERS, place(first_sample=torch.arange(20)))
+    for backend in ("triton", "bogus"):
+        with pytest.raises((ValueError, BackendError), match=backend):
+            conv_chain.conv_chain(stages, head, x, steps=1, step_size=0.1, backend=backend)
+    with pytest.raises(ValueError, match="more than one value a channel"):
+        conv_chain.ConvChain(*make((8, 8), 3, [(4, 8, 1, 0)], norm=True)).gradient(x[:1])
+
+
+def test_a_counter_past_32_bits_is_not_wrapped():
+    stages, head = net()
+    x = images(4, 3, (8, 8))
+    conv_chain.ConvChain(stages, head).advance_(x, 3, NUMBERS, place(step=2**32 - 2))
+    assert torch.isnan(x).all()
+
+
+def test_weights_are_those_of_the_packing():
+    stages, head = net(norm=True)
+    x = images(20, 3, (8, 8))
+    chain = conv_chain.ConvChain(stages, head)
+    before = chain.gradient(x)
+    for stage in stages:
+        stage.weight.mul_(3)
+        stage.norm.weight.mul_(3)
+        stage.norm.bias.add_(1)
+    assert torch.equal(chain.gradient(x), before)
+
+
+def test_weights_in_bfloat_are_not_read_by_a_set_without_it():
+    use("amx", bfloat=True) if native.module().set_isa("amx") else use("avx512bf16", bfloat=True)
+    stages, head = net()
+    chain = conv_chain.ConvChain(stages, head, bfloat=True)
+    assert native.module().set_isa("portable")
+    with pytest.raises(RuntimeError, match="weights are bfloat16"):
+        chain.gradient(images(4, 3, (8, 8)))
+
+
+def test_torchs_defaults_change_nothing():
+    stages, head = net()
+    x = images(20, 3, (8, 8))
+    expected = conv_chain.ConvChain(stages, head).gradient(x)
+    torch.set_default_dtype(torch.float64)
+    torch.set_default_device("meta")
+    try:
+        scratch._kept.clear()
+        found = conv_chain.ConvChain(stages, head).gradient(x)
+    finally:
+        torch.set_default_device(None)
+        torch.set_default_dtype(torch.float32)
+    assert torch.equal(found, expected)
 
 
 def test_too_many_stages():
