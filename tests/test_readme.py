@@ -75,7 +75,9 @@ def test_the_training_example_runs():
     assert names["pictures"].shape == (16, 1, 8, 8) and names["pictures"].dtype == torch.uint8
 
 
-@pytest.mark.parametrize("page", ["langevin.md", "methods.md", "models.md", "ops.md", "configuration.md", "distributed.md"])
+@pytest.mark.parametrize(
+    "page", ["langevin.md", "methods.md", "models.md", "ops.md", "configuration.md", "distributed.md"]
+)
 def test_the_code_of_the_pages_runs(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     if page == "models.md":
