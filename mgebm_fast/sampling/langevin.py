@@ -186,7 +186,7 @@ def langevin_sample(
             and a batch of 8 has the noise of 4 and then 4 with first_sample=4. `first_sample` may be N ids.
         precision: of the gradient, "auto", "fp32", "bf16" or "fp16" (docs/langevin.md). State and update are float32.
         backend: of the update, "auto", "native", "triton" or "reference".
-        graph: None: on CUDA devices the chain of a net that the conv plan takes is captured in a CUDA graph at its
+        graph: None: on CUDA devices the chain of a stack of convolutions is captured in a CUDA graph at its
             second run, and replayed from then on. True: that of any module (its code must not wait for the device), or
             an error that says why not. False: no graph. Results are the same bit for bit.
         callback: callback(step, x) after each step, with step = first_step + k and x the live state; copy it to

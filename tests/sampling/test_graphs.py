@@ -542,4 +542,12 @@ def test_memory_of_a_chain_does_not_grow_with_its_steps():
 
 
 def test_plans_that_are_captured_can_be_refreshed():
-    assert callable(plan(net_of(), images(2)).refresh)
+    net, x = net_of(), images(2)
+    made = plan(net, x, "fp32")
+    with torch.no_grad():
+        for parameter in net.parameters():
+            parameter.mul_(1.5)
+    stale = made.gradient(x)
+    made.refresh()
+    assert not torch.equal(made.gradient(x), stale)
+    assert torch.equal(made.gradient(x), plan(net, x, "fp32").gradient(x))
