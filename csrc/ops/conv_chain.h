@@ -13,7 +13,6 @@
 
 namespace mgebm {
 
-constexpr int kLanes = 16;        // samples a block, and channels a strip of packed weights
 constexpr int kEdgePixels = 4;    // neighbouring pixels of the state that are computed together: a quad of noise
 constexpr int kEdgeChannels = 4;  // and how many of its channels
 

@@ -13,7 +13,7 @@ from torch.nn.grad import conv2d_input
 from . import counters
 from .backend import choose, past_dispatcher
 from .bias_act import DTYPES
-from .langevin_step import Update, check_mask, check_state, langevin_step_reference, strides, update
+from .langevin_step import Update, check_mask, check_state, langevin_step_reference, mask_strides, strides, update
 
 OP = "edge_step_"
 # What a bad-step cell holds while every gradient was finite.
@@ -282,7 +282,6 @@ def launch(
         return
     if backend == "triton":
         from ..kernels.edge_step import edge_step_ as kernel
-        from .langevin_step import mask_strides
 
         kernel(
             x,
@@ -292,13 +291,7 @@ def launch(
             first=weights.first,
             taps=weights.taps,
             unscale=unscale if unscale_tensor is None else unscale_tensor,
-            drift=numbers.drift,
-            noise_std=numbers.noise_std,
-            inv_variance=numbers.inverse_variance,
-            reference_mean=numbers.reference_mean,
-            grad_clamp=None if math.isinf(numbers.grad_clamp) else numbers.grad_clamp,
-            clamp_lo=None if math.isinf(numbers.low) else numbers.low,
-            clamp_hi=None if math.isinf(numbers.high) else numbers.high,
+            **numbers.triton_arguments,
             mask=mask,
             mask_strides=None if mask is None else mask_strides(mask, x),
             bad_step=bad_step,

@@ -42,6 +42,19 @@ class Update:
             self.high,
         )
 
+    @property
+    def triton_arguments(self) -> dict[str, float | None]:
+        """Keyword arguments of the Triton launchers, to which a bound that is not asked for is None."""
+        return {
+            "drift": self.drift,
+            "noise_std": self.noise_std,
+            "inv_variance": self.inverse_variance,
+            "reference_mean": self.reference_mean,
+            "grad_clamp": None if math.isinf(self.grad_clamp) else self.grad_clamp,
+            "clamp_lo": None if math.isinf(self.low) else self.low,
+            "clamp_hi": None if math.isinf(self.high) else self.high,
+        }
+
 
 def coefficients(
     step_size: float | None, noise_scale: float, drift: float | None, noise_std: float | None, where: str = OP
@@ -289,13 +302,7 @@ def launch(
         kernel(
             x,
             grad,
-            drift=numbers.drift,
-            noise_std=numbers.noise_std,
-            inv_variance=numbers.inverse_variance,
-            reference_mean=numbers.reference_mean,
-            grad_clamp=None if math.isinf(numbers.grad_clamp) else numbers.grad_clamp,
-            clamp_lo=None if math.isinf(numbers.low) else numbers.low,
-            clamp_hi=None if math.isinf(numbers.high) else numbers.high,
+            **numbers.triton_arguments,
             mask=mask,
             mask_strides=None if mask is None else mask_strides(mask, x),
             **placed.reference_arguments,
