@@ -21,6 +21,7 @@ from .methods import METHODS, Method, build_model
 from .multigrid import MultiGridRule
 from .run import Run, load_data
 from .trainer import MultiGridTrainer, train
+from .work import work
 
 __all__ = [
     "METHODS",
@@ -49,4 +50,5 @@ __all__ = [
     "merge",
     "preset_names",
     "train",
+    "work",
 ]

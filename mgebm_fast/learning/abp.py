@@ -23,6 +23,7 @@ from .feed import Order
 from .keys import pick
 from .optim import build_optimiser, condition_, norm, rate_factor, step
 from .stored import ModelRule
+from .work import CHAIN_STEP, LEARNING
 
 # Sample ids of the occlusions of training images, apart from those of `mgebm inpaint`.
 _TRAINING_MASKS = 1 << 31
@@ -163,6 +164,11 @@ class ABPRule(ModelRule):
 def narrow(config: TrainConfig) -> TrainConfig:
     """The configuration of one size, without normalisation: a generator has none."""
     return merge(baselines.narrow(config), {"norm": "none"})
+
+
+def work(model: GeneratorModel, config: TrainConfig) -> float:
+    """Inference of z, and learning from the z found."""
+    return (CHAIN_STEP * config.options.infer_steps + LEARNING) * model.generator.macs()
 
 
 def build_model(config: TrainConfig) -> GeneratorModel:

@@ -3,6 +3,7 @@ that grows layer by layer while the layers beneath keep learning."""
 
 from __future__ import annotations
 
+import collections
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -13,8 +14,9 @@ from ..nets import ConvSpec
 from ..sampling import GenerativeConvNet
 from .baselines import InitialState, SingleGridRule, Zeros, narrow
 from .config import TrainConfig
+from .work import CHAIN_STEP, LEARNING
 
-__all__ = ["ConvNetRule", "build_model", "layers_of", "narrow"]
+__all__ = ["ConvNetRule", "build_model", "layers_of", "narrow", "work"]
 
 
 class ConvNetRule(SingleGridRule):
@@ -40,10 +42,7 @@ class ConvNetRule(SingleGridRule):
 
     def depth(self, iteration: int) -> int | None:
         """Layers in use at update `iteration`; None: all."""
-        if not self.grows:
-            return None
-        count = self.model.layers
-        return min(count, 1 + int(iteration * (count - 1) / max(1.0, self.config.options.grow * self.config.steps)))
+        return depth_at(self.config, self.model.layers, iteration) if self.grows else None
 
     @property
     def nets(self) -> Sequence[nn.Module]:
@@ -69,6 +68,22 @@ class ConvNetRule(SingleGridRule):
     def read(self, folder: Any) -> None:
         super().read(folder)
         self.model.depth = None  # every update says which it is; a run with nothing left to do has all
+
+
+def depth_at(config: TrainConfig, layers: int, iteration: int) -> int:
+    """Layers in use at update `iteration` of a net of `layers`."""
+    growing = config.options.grow * config.steps
+    return min(layers, 1 + int(iteration * (layers - 1) / max(1.0, growing))) if growing > 0 else layers
+
+
+def work(model: GenerativeConvNet, config: TrainConfig) -> float:
+    """`work_of_chains` of the layers in use, on average over the updates."""
+    depths = collections.Counter(depth_at(config, model.layers, i) for i in range(config.steps))
+    passes = CHAIN_STEP * model.langevin[0].steps + 2 * LEARNING
+    total = 0
+    for model.depth, updates in depths.items():
+        total += updates * passes * model.energy.macs()
+    return total / max(1, config.steps)
 
 
 def layers_of(config: TrainConfig) -> tuple[ConvSpec, ...]:

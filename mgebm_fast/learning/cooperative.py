@@ -19,8 +19,9 @@ from .baselines import narrow
 from .config import TrainConfig
 from .contrastive import ContrastiveRule
 from .optim import build_optimiser, condition_, norm, step
+from .work import CHAIN_STEP, LEARNING, work_of_chains
 
-__all__ = ["CooperativeRule", "build_model", "narrow"]
+__all__ = ["CooperativeRule", "build_model", "narrow", "work"]
 
 
 class CooperativeRule(ContrastiveRule):
@@ -106,6 +107,12 @@ class CooperativeRule(ContrastiveRule):
             alone = self.model.generate(n, seed=seed)
         data = self.observed(observed)[-1]
         return [("refined", to_uint8(refined)), ("generator alone", to_uint8(alone)), ("data", to_uint8(data))], 3
+
+
+def work(model: CoopNets, config: TrainConfig) -> float:
+    """That of the descriptor and its chain; the generator proposes, infers z where it is asked to, and learns."""
+    passes = 1 + CHAIN_STEP * config.options.infer_steps + LEARNING
+    return work_of_chains(model, config) + passes * model.generator.macs()
 
 
 def build_model(config: TrainConfig) -> CoopNets:

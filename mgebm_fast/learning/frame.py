@@ -15,8 +15,9 @@ from ..sampling import Frame, Model, MultiGrid
 from .baselines import narrow
 from .config import TrainConfig
 from .convnet import ConvNetRule
+from .work import CHAIN_STEP
 
-__all__ = ["FrameRule", "build_model", "narrow"]
+__all__ = ["FrameRule", "build_model", "narrow", "work"]
 
 _TRAINING_GRID = 2  # of Hamiltonian chains in training: samples' have grid 1, and so other numbers
 
@@ -62,6 +63,12 @@ class FrameRule(ConvNetRule):
             observed = synthesised - difference
             metrics["moment_error"] = float(difference.abs().mean() / observed.abs().mean().clamp_min(1e-12))
         return metrics
+
+
+def work(model: Frame, config: TrainConfig) -> float:
+    """The chain, and three forward passes for learning: filters are frozen, so that λ needs the responses alone."""
+    gradients = model.langevin[0].steps * (model.leapfrog_steps or 1)
+    return (CHAIN_STEP * gradients + 3) * model.nets[0].macs()
 
 
 def build_model(config: TrainConfig) -> Frame:

@@ -5,6 +5,7 @@ A method is an update rule and an initial state over one loop. Its module has
     build_model(config) -> nn.Module                     the untrained model
     the entry's rule: (model, config, *, images) -> UpdateRule, with `images` how many the data set has
     narrow(config) -> TrainConfig                        only where the method reads less than is configured
+    work(model, config) -> float                         only where the work of an update is not `work_of_chains`
 
 and one entry here makes it known to TOML files, `--set`, `mgebm train` and `mgebm presets`. Modules load when they are
 used.
@@ -19,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..data import load
 from .keys import Choice, Flag, Many, Maybe, Real, Text, Whole, key
+from .work import work_of_chains
 
 if TYPE_CHECKING:
     from .config import TrainConfig
@@ -169,6 +171,10 @@ class Method:
     def build_rule(self, model: Any, config: TrainConfig, *, images: int) -> UpdateRule:
         """The rule that trains `model`; ConfigError where the method's keys do not fit each other."""
         return getattr(self._module, self.rule.partition(":")[2])(model, config, images=images)
+
+    def work(self, config: TrainConfig) -> float:
+        """Multiply-accumulates of one update for one image of the batch, on average over the updates (`work.work`)."""
+        return getattr(self._module, "work", work_of_chains)(self.build_model(config), config)
 
     def options(self) -> Any:
         """The method's own keys at their defaults; None where it has none."""

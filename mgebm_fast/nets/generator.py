@@ -138,6 +138,14 @@ class Generator(nn.Module):
         low, high = self.value_range
         return torch.tanh(x) * ((high - low) / 2) + (high + low) / 2
 
+    def macs(self) -> int:
+        """Multiply-accumulates of one image's forward pass."""
+        total, side = 0, self.latent_map
+        for spec, layer in zip(self.specs, self.layers, strict=True):
+            total += layer.weight.numel() * side**2  # every place of the map is stamped once
+            side *= spec.stride
+        return total
+
     def config(self) -> dict[str, Any]:
         """What `from_config` rebuilds this architecture from, in plain JSON types."""
         return {

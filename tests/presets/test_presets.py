@@ -11,8 +11,7 @@ from typer.testing import CliRunner
 
 from mgebm_fast.cli import app
 from mgebm_fast.data.builtin import is_builtin
-from mgebm_fast.learning import METHODS, Run, build_model, load_preset, preset_names
-from mgebm_fast.learning.keys import pick
+from mgebm_fast.learning import METHODS, Run, build_model, load_preset, preset_names, work
 
 SMALL = ["--set", "steps=2", "--set", "batch_size=4", "--set", "width=0.05", "--set", "langevin.steps=2"]
 BASELINES = [
@@ -68,16 +67,9 @@ def test_a_baseline_is_evaluated(tmp_path):
     assert figures["num"] == 20 and figures["kid"] is not None
 
 
-def compute(config):
-    """Multiply-accumulates of a run, an image of the batch: 2 forward passes a step of a chain, 6 an update."""
-    config = METHODS[config.method].narrow(config)
-    steps = [pick(config.langevin.steps, net) for net in range(len(config.sizes) - 1)]
-    return config.steps * sum((2 * k + 6) * net.macs() for k, net in zip(steps, build_model(config).nets, strict=True))
-
-
 @pytest.mark.parametrize("name", BASELINES)
 def test_a_baseline_has_the_net_and_the_compute_of_its_twin(name):
     config, twin = load_preset(name), load_preset(name.partition("-")[0])
-    assert compute(config) == pytest.approx(compute(twin), rel=0.01)
+    assert work(config) == pytest.approx(work(twin), rel=0.01)
     assert build_model(config).nets[0].config() == build_model(twin).nets[-1].config()
     assert config.optimiser == twin.optimiser and config.stabilise == twin.stabilise and config.data == twin.data
