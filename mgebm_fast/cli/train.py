@@ -77,8 +77,10 @@ def train(
       model.safetensors            the trained model
     """
     from ..learning import apply_overrides, build_model, distributed
+    from ..learning.heap import keep_freed_memory
     from ..learning.threads import threads_for
 
+    keep_freed_memory()
     use_threads(threads)
     where = find_rank_device(device)
     with distributed.joined(where) as ranks, one_voice(ranks):
