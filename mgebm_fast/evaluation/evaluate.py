@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -25,6 +26,31 @@ class Sampler(Protocol):
     def to_uint8(self, x: Tensor) -> Tensor: ...
 
 
+@dataclasses.dataclass(frozen=True)
+class Judges:
+    """What samples are judged by, fitted to one data set: models that share them have comparable figures."""
+
+    space: FeatureSpace
+    reference: Tensor  # (N, D) float64, the features of all training images
+    recogniser: Recogniser | None  # None where the data have fewer than two labels
+    seconds: dict[str, float] = dataclasses.field(default_factory=dict)  # what fitting took, by stage
+
+
+def fit_judges(
+    train: ImageData, held_out: ImageData, *, seed: int = 0, features: str = "auto", progress: bool = True
+) -> Judges:
+    """The feature space of FID and KID and the recogniser, as `evaluate` fits them with the same seed."""
+    seconds: dict[str, float] = {}
+    with _stage("training the feature space", "features", seconds, progress):
+        space = feature_space(features, train, held_out, seed=seed)
+        reference = space.extract(train.images)
+    recogniser = None
+    if len(classes_of(train)) > 1:
+        with _stage("training the recogniser", "recogniser", seconds, progress):
+            recogniser = fit_recogniser(train, seed=seed)
+    return Judges(space, reference, recogniser, seconds)
+
+
 def evaluate(
     model: Sampler,
     train: ImageData,
@@ -34,6 +60,7 @@ def evaluate(
     seed: int = 0,
     device: str | torch.device | None = None,  # where the model is moved to for sampling; None leaves it
     features: str = "auto",  # "auto", "inception", "classifier": see feature_space
+    judges: Judges | None = None,  # None: fitted here, as `fit_judges(train, held_out, seed=seed, features=features)`
     progress: bool = True,
 ) -> dict[str, Any]:
     """Measure `num` samples, and as many held-out images, against the training images.
@@ -69,17 +96,18 @@ def evaluate(
         notes.append(f"only {len(real)} held-out images: figures ending in _real are of these; compare fid_matched")
 
     result: dict[str, Any] = {"num": num, "num_real": len(real)}
-    with _stage("training the feature space", "features", seconds, progress):
-        space = feature_space(features, train, held_out, seed=seed)
+    if judges is None:
+        judges = fit_judges(train, held_out, seed=seed, features=features, progress=progress)
+        seconds |= judges.seconds
     with _stage("FID and KID", "fid_kid", seconds, progress):
-        result |= {"feature_space": space.name} | _set_distances(space, train.images, samples, real, seed, notes)
+        result |= {"feature_space": judges.space.name} | _set_distances(judges, samples, real, seed, notes)
     with _stage("nearest training images", "nearest", seconds, progress):
         nearest = nearest_distance(np.concatenate([samples, real]), train.images)
         result["nearest_distance"] = float(nearest[:num].mean())
         result["nearest_distance_real"] = float(nearest[num:].mean()) if len(real) else None
-    if len(classes_of(train)) > 1:
-        with _stage("recognising classes", "recogniser", seconds, progress):
-            result |= _recognised(fit_recogniser(train, seed=seed), samples, real, seed, notes)
+    if judges.recogniser is not None:
+        with _stage("recognising classes", "recognising", seconds, progress):
+            result |= _recognised(judges.recogniser, samples, real, seed, notes)
     else:
         why = "the data have no labels" if train.labels is None else "the data have a single class"
         notes.append(f"confident_share and class_shares left out: {why}")
@@ -112,9 +140,10 @@ def _draw(model: Sampler, num: int, seed: int, device: Any, shape: tuple[int, ..
 
 
 def _set_distances(
-    space: FeatureSpace, train: np.ndarray, samples: np.ndarray, real: np.ndarray, seed: int, notes: list[str]
+    judges: Judges, samples: np.ndarray, real: np.ndarray, seed: int, notes: list[str]
 ) -> dict[str, float | None]:
-    reference, drawn = space.extract(train), space.extract(samples)
+    space, reference = judges.space, judges.reference
+    drawn = space.extract(samples)
     sets = {"": drawn}
     if len(real) >= 2:
         sets |= {"_real": space.extract(real), "_matched": drawn[: len(real)]}

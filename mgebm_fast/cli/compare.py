@@ -1,0 +1,192 @@
+"""`mgebm compare`: presets × seeds trained, measured alike, and set in one table."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from .options import INTERRUPTED, Device, Threads, find_device, load_run_data, use_threads
+from .train import _lasting
+
+if TYPE_CHECKING:
+    import torch
+
+    from ..evaluation.comparison import Entry
+    from ..learning import TrainConfig
+
+
+def compare(
+    presets: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="PRESET [PRESET]...",
+            help="The preset that others are compared with, and the others. Default: those based on it.",
+        ),
+    ],
+    out: Annotated[Path, typer.Option(metavar="DIR", help="For runs, figures, tables and pictures; may hold them.")],
+    seeds: Annotated[str, typer.Option(metavar="N,N,...", help="Each preset is trained once a seed.")] = "0,1,2",
+    data: Annotated[
+        str | None, typer.Option(metavar="NAME|PATH", help="What all learn from, as for `mgebm train`.")
+    ] = None,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="Change a key in all of them; may be repeated."),
+    ] = None,
+    num: Annotated[int, typer.Option(min=2, help="How many samples of a run are measured.")] = 1000,
+    picture: Annotated[
+        bool | None,
+        typer.Option("--picture/--no-picture", help="Draw kid.png. Default: where matplotlib is installed."),
+    ] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print exactly one JSON object on stdout.")] = False,
+    device: Device = "auto",
+    threads: Threads = None,
+) -> None:
+    """Train presets with several seeds, measure every run alike, and set the methods in one table.
+
+    \b
+    Examples:
+      mgebm compare digits --out runs/compare
+      mgebm compare cifar10 cifar10-pcd cifar10-cd --data cifar10.zip --out runs/compare-cifar
+      mgebm compare digits digits-pcd --seeds 0 --set steps=200 --out runs/quick
+
+    \b
+    In the folder:
+      PRESET/seed-N/           run folders, as of mgebm train PRESET --set seed=N
+      PRESET/seed-N.json       the figures of that run
+      figures.csv              one row a run
+      table.csv, table.md      mean and standard deviation over seeds
+      samples.png, kid.png     samples of every method under data; KID with seeds as points
+
+    Runs and figures that are there already are used, unfinished runs go on: stop the command and start it again at
+    will. The presets of `digits` and `cifar10` make as many multiply-accumulates as their base; the column "work" says
+    so. One feature space, one recogniser and the same occlusions judge all runs. docs/results/comparison.md says what
+    the columns are.
+    """
+    import json as json_module
+
+    numbers = _seeds(seeds)
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"--out: must be a folder, got the file {out}")
+    drawn = importlib.util.find_spec("matplotlib") is not None
+    if picture and not drawn:
+        raise ModuleNotFoundError('--picture: must have matplotlib: pip install "mgebm_fast[plot]"')
+    use_threads(threads)
+    import torch
+    from rich.console import Console
+
+    from ..data import ImageData
+    from ..evaluation import comparison
+    from ..evaluation import comparison_table as table
+    from ..learning import build_model
+    from ..learning.threads import threads_for
+
+    where = find_device(device)
+    names = presets if len(presets) > 1 else [*presets, *comparison.contenders(presets[0])]
+    runs = comparison.entries([_configured(name, data, settings) for name in names], numbers, out)
+    for run in runs:
+        comparison.state(run)  # before data are read
+    console = Console(stderr=True)
+    training, held_out = (load_run_data(runs[0].config, split=split) for split in ("train", "held_out"))
+    assert isinstance(training, ImageData) and isinstance(held_out, ImageData)  # `entries` refuses other methods
+    usual = torch.get_num_threads()
+
+    def adjust(config: TrainConfig | None) -> None:
+        if threads is None and where.type == "cpu":
+            torch.set_num_threads(usual if config is None else threads_for(build_model(config), config.batch_size))
+
+    again = _command(presets, out, seeds, data, settings, num, picture, device, threads)
+    try:
+        records = comparison.compare(
+            runs, training, held_out, comparison.Settings(num=num), device=where, console=console, threads=adjust,
+            say=lambda text: console.print(text, markup=False, highlight=False, soft_wrap=True),
+            resume_command=again,
+        )  # fmt: skip
+    except comparison.Interrupted:
+        raise typer.Exit(INTERRUPTED) from None
+    rows = table.tabulate(records)
+    _write(out, rows, records)
+    if any("figures" in record for record in records):
+        _draw(out, runs, records, held_out if len(held_out) else training, where, picture is not False and drawn)
+    if json:
+        found = {"presets": names, "seeds": numbers, "runs": records, "table": rows, "real": table.twins(records)}
+        typer.echo(json_module.dumps(found, allow_nan=False, ensure_ascii=False))
+        return
+    Console().print(table.console_tables(rows, records))
+
+
+def _seeds(text: str) -> list[int]:
+    try:
+        found = [int(word) for word in text.split(",")]
+    except ValueError:
+        found = []
+    if not found or min(found) < 0 or len(set(found)) < len(found):
+        raise ValueError(f"--seeds: must be different whole numbers >= 0 with commas between, got {text!r}")
+    return found
+
+
+def _configured(name: str, data: str | None, settings: Sequence[str] | None) -> TrainConfig:
+    """What `mgebm train NAME --data DATA --set …` trains."""
+    from ..errors import ConfigError
+    from ..learning import apply_overrides, load_config
+
+    if any(setting.partition("=")[0].strip() == "seed" for setting in settings or ()):
+        raise ConfigError("--set: seed is what --seeds is for, got it as a key")
+    config = load_config(name)
+    if data is not None:
+        config = dataclasses.replace(config, data=_lasting(data))
+    return apply_overrides(config, settings or ())
+
+
+def _write(out: Path, rows: list[dict[str, Any]], records: list[dict[str, Any]]) -> None:
+    from ..evaluation import comparison_table as table
+    from ..files import write_bytes
+
+    texts = {
+        "figures.csv": table.figures_csv(records),
+        "table.csv": table.table_csv(rows),
+        "table.md": table.markdown(rows, records),
+    }
+    for name, text in texts.items():
+        write_bytes(out / name, text.encode(), durable=False)
+    typer.echo(f"{out}: {', '.join(texts)}", err=True)
+
+
+def _draw(
+    out: Path, runs: list[Entry], records: list[dict[str, Any]], data: Any, device: torch.device, plot: bool
+) -> None:
+    """samples.png of the first run of each preset that has figures, and kid.png."""
+    from ..evaluation import comparison, comparison_pictures
+    from ..files import write_bytes
+    from ..pictures import save_png
+
+    shown: dict[str, Any] = {}
+    n = min(comparison_pictures.SHOWN, len(data), next(record["num"] for record in records if "num" in record))
+    for run, record in zip(runs, records, strict=True):
+        if run.preset not in shown and "figures" in record:
+            shown[run.preset] = comparison.samples_of(run, n, comparison.Settings().seed, device)
+    spread = [i * len(data) // n for i in range(n)]
+    save_png(out / "samples.png", comparison_pictures.samples_picture(data.batch(spread), list(shown.items())))
+    names = ["samples.png"]
+    if plot:
+        write_bytes(out / "kid.png", comparison_pictures.kid_plot(records), durable=False)
+        names.append("kid.png")
+    typer.echo(f"{out}: {', '.join(names)}", err=True)
+
+
+def _command(
+    presets: list[str], out: Path, seeds: str, data: str | None, settings: list[str] | None, num: int,
+    picture: bool | None, device: str, threads: int | None,
+) -> str:  # fmt: skip
+    """The command line that goes on with a comparison that was stopped."""
+    command = ["mgebm", "compare", *presets, "--out", str(out), "--seeds", seeds, "--num", str(num)]
+    command += [] if data is None else ["--data", data]
+    command += [word for setting in settings or () for word in ("--set", setting)]
+    command += [] if picture is None else ["--picture" if picture else "--no-picture"]
+    command += [] if device == "auto" else ["--device", device]
+    return shlex.join(command + ([] if threads is None else ["--threads", str(threads)]))

@@ -1,0 +1,322 @@
+"""A comparison of methods at equal compute: presets × seeds trained into one folder, and each run measured alike.
+
+    OUT/<preset>/seed-<n>/       the run folder, as `mgebm train` makes it
+    OUT/<preset>/seed-<n>.json   the figures measured of it
+
+What is there is used again, so that a comparison that was killed goes on where it was.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import math
+import statistics
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from ..data import ImageData
+from ..errors import ConfigError, DivergenceError
+from ..files import write_bytes
+from ..learning import Run, TrainConfig, load_config, load_preset, preset_names, train, work
+from ..learning.checkpoint import listed, step_of
+from ..learning.config import PRESETS
+from ..sampling.occlusions import KINDS, occlusion
+from .evaluate import Judges, evaluate, fit_judges
+from .inpainting import inpaint
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+COMPARED = ("single-grid-cd", "cd", "pcd", "short-run", "cooperative")  # methods of the default contenders, in order
+INPAINTED = 360
+# A run stays what it is under these.
+_IRRELEVANT = (
+    "description", "time", "checkpoint_every", "sample_every", "log_every", "keep_checkpoints",
+)  # fmt: skip
+_VERSION = 1  # of what the figures mean; others are measured again
+
+
+def contenders(first: str) -> list[str]:
+    """What a preset is compared with unless others are named: those based on it, of the methods in `COMPARED`."""
+    if first not in preset_names():
+        raise ConfigError(f"compare: presets must be named where the first is no preset, got {first!r} alone")
+    methods = {name: load_preset(name).method for name in preset_names() if _base(name) == first}
+    found = [name for method in COMPARED for name in methods if methods[name] == method]
+    if not found:
+        raise ConfigError(f"compare: presets to compare {first!r} with must be named, since none is based on it")
+    return found
+
+
+def _base(preset: str) -> str | None:
+    """The preset that another's file takes its keys from."""
+    return tomllib.loads((PRESETS / f"{preset}.toml").read_text(encoding="utf-8")).get("base")
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """What figures hang on besides the run and the images."""
+
+    num: int = 1000  # samples
+    seed: int = 0  # of samples, occlusions, feature space and recogniser, the same for all runs
+    inpainted: int = INPAINTED  # held-out images, or all where there are fewer
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """One run of a comparison: a preset's configuration with its seed, and where the run lies."""
+
+    preset: str
+    config: TrainConfig
+    folder: Path
+
+    @property
+    def figures(self) -> Path:
+        return self.folder.with_name(f"{self.folder.name}.json")
+
+    @property
+    def title(self) -> str:
+        return f"{self.preset}, seed {self.config.seed}"
+
+
+def entries(configs: Sequence[TrainConfig], seeds: Sequence[int], out: Path) -> list[Entry]:
+    """The runs of a comparison, preset by preset. ConfigError where they would not learn from the same images."""
+    names = [config.name for config in configs]
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        raise ConfigError(f"compare: presets must differ in name, got {twice!r} twice")
+    first = configs[0]
+    for config in configs:
+        if config.method == "spatial-temporal":
+            raise ConfigError(f"compare: presets must be of images, got {config.name!r}, of the method {config.method}")
+        for name, ours, theirs in (
+            ("data", config.data, first.data),
+            ("classes", config.classes, first.classes),
+            ("channels", config.channels, first.channels),
+            ("the finest of sizes", config.sizes[-1], first.sizes[-1]),
+        ):
+            if ours != theirs:
+                raise ConfigError(
+                    f"compare: presets must learn from the same images, but {name} of {config.name!r} is {ours!r} "
+                    f"and of {first.name!r} {theirs!r}"
+                )
+    return [
+        Entry(config.name, dataclasses.replace(config, seed=seed), out / config.name / f"seed-{seed}")
+        for config in configs
+        for seed in seeds
+    ]
+
+
+def state(entry: Entry) -> str:
+    """ "finished", "unfinished" or "missing". ConfigError where the folder holds a run that would not be made so."""
+    if not (entry.folder / "config.toml").is_file():
+        return "missing"
+    stored, wanted = _flat(load_config(entry.folder / "config.toml")), _flat(entry.config)
+    for key in sorted(stored.keys() | wanted.keys()):
+        if stored.get(key) != wanted.get(key):
+            raise ConfigError(
+                f"compare: {key} must be {wanted.get(key)!r}, as this comparison trains {entry.title}, got "
+                f"{stored.get(key)!r} in {entry.folder}; move that run away, or choose another --out"
+            )
+    checkpoints = listed(entry.folder / "checkpoints")
+    behind = bool(checkpoints) and step_of(checkpoints[-1]) < entry.config.steps
+    return "finished" if Run(entry.folder).finished and not behind else "unfinished"
+
+
+def _flat(config: TrainConfig) -> dict[str, Any]:
+    """The keys that a run hangs on, sections written out with dots."""
+    found: dict[str, Any] = {}
+    for name, value in config.to_dict().items():
+        if isinstance(value, dict):
+            found |= {f"{name}.{leaf}": entry for leaf, entry in value.items()}
+        elif name not in _IRRELEVANT:
+            found[name] = value
+    return found
+
+
+class Interrupted(Exception):
+    """A signal ended the training of a run, which was saved."""
+
+
+def compare(
+    runs: Sequence[Entry],
+    training: ImageData,
+    held_out: ImageData,
+    settings: Settings,
+    *,
+    device: torch.device | str = "cpu",
+    say: Callable[[str], None] = lambda text: None,
+    console: Any = None,  # where the training of a run is shown; None: nowhere
+    threads: Callable[[TrainConfig | None], None] = lambda config: None,  # called before a run, and before figures
+    resume_command: str = "the same command",
+) -> list[dict[str, Any]]:
+    """Train what is missing, measure what was not measured, and give one record a run (`measured`).
+
+    All runs are checked before the first is trained. A run that diverges has a record with `failed` and no figures.
+    Raises ConfigError: a folder holds another run. Interrupted: a signal ended the training.
+    """
+    for entry in runs:
+        state(entry)
+    judges: Judges | None = None
+    records = []
+    for number, entry in enumerate(runs, start=1):
+        head = f"[{number}/{len(runs)}] {entry.title}"
+        failed = None
+        found = state(entry)
+        if found != "finished":
+            threads(entry.config)
+            say(f"{head}: {'going on with' if found == 'unfinished' else 'training'} {entry.config.steps:,} updates")
+            try:
+                outcome = train(
+                    entry.config, out=entry.folder, data=training, resume=found == "unfinished", device=device,
+                    console=console, quiet=console is None, resume_command=resume_command,
+                )  # fmt: skip
+            except DivergenceError as error:
+                failed = str(error)
+            else:
+                if not outcome.finished:
+                    raise Interrupted(entry.title)
+        threads(None)
+        if failed is None:
+            wanted = _conditions(entry, training, held_out, settings, device)
+            record = _stored(entry, wanted)
+            if record is None:
+                if judges is None:
+                    say("training the judges: feature space and recogniser")
+                    judges = fit_judges(training, held_out, seed=settings.seed, progress=console is not None)
+                say(f"{head}: measuring")
+                try:
+                    record = measured(entry, training, held_out, judges, settings, device) | {"conditions": wanted}
+                    text = json.dumps(record, allow_nan=False, ensure_ascii=False, indent=1)
+                    write_bytes(entry.figures, (text + "\n").encode())
+                except DivergenceError as error:
+                    failed = str(error)
+        if failed is not None:
+            record = _identity(entry) | {"failed": failed}
+        assert record is not None
+        records.append(record)
+        say(f"{head}: {summary(record)}")
+    return records
+
+
+def _conditions(
+    entry: Entry, training: ImageData, held_out: ImageData, settings: Settings, device: torch.device | str
+) -> dict[str, Any]:
+    """What the figures of a run are a function of; figures measured under others are not used."""
+    return {
+        "version": _VERSION,
+        **dataclasses.asdict(settings),
+        "data": training.name,
+        "images": [len(training), len(held_out)],
+        "model": hashlib.sha256(Run(entry.folder).model_file().read_bytes()).hexdigest(),
+        "device": torch.device(device).type,
+        # they change the last bits of the feature space, and so all that it judges
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+    }
+
+
+def _stored(entry: Entry, wanted: dict[str, Any]) -> dict[str, Any] | None:
+    """The record measured under these conditions; None where there is none, or a damaged one."""
+    try:
+        record = json.loads(entry.figures.read_text(encoding="utf-8"))
+        return record if record["conditions"] == wanted and record.keys() >= {"figures", "preset"} else None
+    except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError):
+        return None
+
+
+def _identity(entry: Entry) -> dict[str, Any]:
+    config = entry.config
+    return {
+        "preset": entry.preset, "method": config.method, "seed": config.seed, "updates": config.steps,
+        "work": work(config),
+    }  # fmt: skip
+
+
+def measured(
+    entry: Entry,
+    training: ImageData,
+    held_out: ImageData,
+    judges: Judges,
+    settings: Settings,
+    device: torch.device | str = "cpu",
+) -> dict[str, Any]:
+    """The record of a finished run: what it is, its `figures`, their `real` twins, and what judged them.
+
+    figures, numbers or None where the data do not allow them:
+      kid, fid, fid_matched, confident_share, nearest_distance   as `evaluate` has them
+      smallest_class_share                                       of class_shares
+      <kind>_error, <kind>_psnr                                  as `inpaint` has them, for square, doodle, pepper
+      seconds_an_update, seconds                                 the median update, and all updates
+    """
+    run = Run(entry.folder)
+    model = run.model(device)
+    found = evaluate(model, training, held_out, num=settings.num, seed=settings.seed, judges=judges, progress=False)
+    figures: dict[str, Any] = {"kid": found["kid"], "fid": found["fid"], "fid_matched": found["fid_matched"]}
+    real: dict[str, Any] = {"kid": found["kid_real"], "fid_matched": found["fid_real"]}
+    for suffix, into in (("", figures), ("_real", real)):
+        shares = found.get(f"class_shares{suffix}")
+        into["confident_share"] = found.get(f"confident_share{suffix}")
+        into["smallest_class_share"] = min(shares.values()) if shares else None
+        into["nearest_distance"] = found[f"nearest_distance{suffix}"]
+    if len(held_out):
+        chosen = np.random.default_rng(settings.seed).permutation(len(held_out))[: settings.inpainted]
+        images = held_out.batch(chosen)
+        for kind in KINDS:
+            mask = occlusion(kind, len(chosen), model.sizes[-1], seed=settings.seed)
+            filled = inpaint(model, images, mask, seed=settings.seed).figures()
+            for key in ("error", "psnr"):
+                figures[f"{kind}_{key}"], real[f"{kind}_{key}"] = filled[key], filled[f"{key}_mean_fill"]
+    return _identity(entry) | {
+        "figures": figures | timing(run.metrics()),
+        "real": real,
+        "num": settings.num,
+        "num_real": found["num_real"],
+        "feature_space": found["feature_space"],
+        "recogniser": found.get("recogniser"),
+        "notes": found["notes"],
+    }
+
+
+def timing(metrics: Sequence[dict[str, float]]) -> dict[str, float | None]:
+    """Median seconds of an update, and seconds of all updates, from the records of a run."""
+    if not metrics:
+        return {"seconds_an_update": None, "seconds": None}
+    steps = [0, *(record["step"] for record in metrics)]
+    spent = [record["seconds_per_update"] for record in metrics]
+    total = sum(each * (after - before) for each, before, after in zip(spent, steps, steps[1:], strict=False))
+    return {"seconds_an_update": statistics.median(spent), "seconds": total}
+
+
+def summary(record: dict[str, Any]) -> str:
+    """The run in a few words, for progress."""
+    if "failed" in record:
+        return f"no figures: {record['failed']}"
+    figures = record["figures"]
+    words = [f"KID {figures['kid']:.4f}"]
+    if figures["confident_share"] is not None:
+        words.append(f"recognised {figures['confident_share']:.3f}")
+    errors = [figures.get(f"{kind}_error") for kind in KINDS]
+    if all(error is not None and math.isfinite(error) for error in errors):
+        words.append("in-painting error " + " ".join(f"{error:.3f}" for error in errors))
+    return ", ".join(words)
+
+
+def samples_of(entry: Entry, n: int, seed: int, device: torch.device | str = "cpu") -> torch.Tensor:
+    """The first n of the samples that were measured, (n, C, S, S) uint8."""
+    model = Run(entry.folder).model(device)
+    return model.to_uint8(model.sample(n, seed=seed)).cpu()
+
+
+__all__ = [
+    "COMPARED", "Entry", "Interrupted", "Settings", "compare", "contenders", "entries", "measured",
+    "samples_of", "state", "summary", "timing",
+]  # fmt: skip
