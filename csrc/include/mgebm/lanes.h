@@ -10,6 +10,8 @@
 namespace mgebm::MGEBM_ISA {
 
 #define MG_INLINE static inline __attribute__((always_inline))
+// Of a class, whose members cannot be static for this.
+#define MG_METHOD inline __attribute__((always_inline))
 
 struct Bf16 {
   uint16_t bits;

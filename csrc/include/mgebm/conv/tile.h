@@ -5,7 +5,7 @@
 // sum runs over taps, then channels, on its own accumulator: no tiling changes its value.
 #pragma once
 
-#include "lanes.h"
+#include "mgebm/lanes.h"
 
 namespace mgebm::MGEBM_ISA {
 
@@ -232,12 +232,15 @@ MG_INLINE void end_tiles() {}
 
 #endif
 
+// The tiles of activations, in the chain's type. kState: of the state, which is float32 always.
+template <bool kState>
 static inline void tiles(const float* const* a, const int* rows, int blocks, const Rows& in, const Taps& taps,
                          const float* w, int64_t strip, int strips, float (*out)[16 * kTileWidth]) {
-  float_tiles<false>(a, rows, blocks, in, taps, w, strip, strips, out);
+  float_tiles<kState>(a, rows, blocks, in, taps, w, strip, strips, out);
 }
 
 #if defined(__AVX512BF16__)
+template <bool kState>
 static inline void tiles(const Bf16* const* a, [[maybe_unused]] const int* rows, int blocks, const Rows& in,
                          const Taps& taps, const Bf16* w, int64_t strip, int strips, float (*out)[16 * kTileWidth]) {
 #if defined(__AMX_BF16__)

@@ -1,0 +1,75 @@
+// Activations of sixteen lanes, and their slopes. For *_cpu.cpp files only.
+#pragma once
+
+#include "mgebm/lanes.h"
+#include "ops/conv_chain.h"
+
+namespace mgebm::MGEBM_ISA {
+
+// e^x to about 1e-7 of its value; its own polynomial, so that it vectorises on every CPU.
+MG_INLINE float exponential(float x) {
+  x = x < -87.0f ? -87.0f : x;
+  x = x > 88.0f ? 88.0f : x;
+  const float n = static_cast<float>(static_cast<int32_t>(x * 1.44269504f + (x < 0.0f ? -0.5f : 0.5f)));
+  const float r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
+  float p = 1.98756915e-4f;
+  p = p * r + 1.39819995e-3f;
+  p = p * r + 8.33345192e-3f;
+  p = p * r + 4.16657955e-2f;
+  p = p * r + 1.66666655e-1f;
+  p = p * r + 5.00000012e-1f;
+  p = p * r * r + r + 1.0f;
+  return p * as_float(static_cast<uint32_t>(static_cast<int32_t>(n) + 127) << 23);
+}
+
+MG_INLINE F16 each(F16 in, float (*function)(float)) {
+  alignas(64) float v[16];
+  store(v, in);
+#pragma omp simd
+  for (int i = 0; i < 16; ++i) v[i] = function(v[i]);
+  return load(v);
+}
+
+MG_INLINE float silu(float z) { return z / (1.0f + exponential(-z)); }
+MG_INLINE float silu_slope(float z) {
+  const float s = 1.0f / (1.0f + exponential(-z));
+  return s * (1.0f + z * (1.0f - s));
+}
+MG_INLINE float elu(float z) { return z > 0.0f ? z : exponential(z) - 1.0f; }
+MG_INLINE float elu_slope(float z) { return z > 0.0f ? 1.0f : exponential(z); }
+
+// Whether the slope needs z itself, and not its sign alone.
+MG_INLINE bool curved(Activation activation) {
+  return activation == Activation::kSilu || activation == Activation::kElu;
+}
+
+// a(z), and for a piecewise linear a the sign that its slope will need.
+MG_INLINE F16 activate(const ConvStage& stage, F16 z, uint16_t* sign) {
+  switch (stage.activation) {
+    case Activation::kNone:
+      return z;
+    case Activation::kLeaky:
+      *sign = positive(z);
+      return select(*sign, z, stage.slope == 0.0f ? all(0.0f) : z * all(stage.slope));
+    case Activation::kSilu:
+      return each(z, silu);
+    default:
+      return each(z, elu);
+  }
+}
+
+// g a'(z): by the sign that was kept, or from z.
+MG_INLINE F16 times_slope(const ConvStage& stage, F16 g, uint16_t sign, F16 z) {
+  switch (stage.activation) {
+    case Activation::kNone:
+      return g;
+    case Activation::kLeaky:
+      return select(sign, g, stage.slope == 0.0f ? all(0.0f) : g * all(stage.slope));
+    case Activation::kSilu:
+      return g * each(z, silu_slope);
+    default:
+      return g * each(z, elu_slope);
+  }
+}
+
+}  // namespace mgebm::MGEBM_ISA

@@ -1,0 +1,105 @@
+// What is done with the tiles of a stage, forward and backward. For *_cpu.cpp files only.
+#pragma once
+
+#include "mgebm/conv/norm.h"
+
+namespace mgebm::MGEBM_ISA {
+
+// z_l -> h_l; at the top dE/dh_L a'(z_L) at once. With batch statistics: z_l is kept, with a pixel's share of them.
+template <typename T>
+static void finish_forward(const Engine<T>& e, int l, int block, int pixel, int strip, float* tile) {
+  const ConvStage& stage = e.p.stage[l];
+  const int depth = e.kept[l].depth;
+  const int64_t at = e.pixel_at(l, block, pixel);
+  if (stage.gamma) {
+    T* z = e.z_at(l, at, strip);
+    for (int n = 0; n < 16; ++n) {
+      store(z + n * depth, load(tile + n * kTileWidth));
+      // Statistics of what is kept: normalised values then have mean 0, whatever it was rounded to.
+      store(tile + n * kTileWidth, load(z + n * depth));
+    }
+    statistics(tile, e.valid(block), e.sums_at(l, at, 0, strip), e.sums_at(l, at, 1, strip));
+    return;
+  }
+  const F16 bias = load(stage.bias + 16 * strip);
+  const F16 head = e.top(l) ? load(e.head_at(pixel, strip)) : bias;
+  T* h = e.h_at(l, at, strip);
+  for (int n = 0; n < 16; ++n) {
+    const F16 z = load(tile + n * kTileWidth) + bias;
+    uint16_t sign = 0;
+    const F16 out = activate(stage, z, &sign);
+    if (e.top(l)) {
+      store(h + n * depth, times_slope(stage, head, sign, z));
+      continue;
+    }
+    if (stage.activation == Activation::kLeaky) e.mask_at(l, at, strip)[n] = sign;
+    if (curved(stage.activation)) store(e.z_at(l, at, strip) + n * depth, z);
+    store(h + n * depth, out);
+  }
+}
+
+// dE/dh_l a'(z_l), and with batch statistics a pixel's share of sum(g) and sum(g zh).
+template <typename T>
+static void finish_backward(const Engine<T>& e, int l, int block, int pixel, int strip, float* tile) {
+  const ConvStage& stage = e.p.stage[l];
+  const int depth = e.kept[l].depth;
+  const int64_t at = e.pixel_at(l, block, pixel);
+  T* h = e.h_at(l, at, strip);
+  const T* z = e.z_at(l, at, strip);  // read where there is one
+  const uint16_t* sign = stage.activation == Activation::kLeaky ? e.mask_at(l, at, strip) : nullptr;
+  const bool needs_z = stage.gamma || curved(stage.activation);
+  const Affine norm = affine(e, l, strip);
+  F16 sum = all(0.0f), product = all(0.0f);
+  const int count = e.valid(block);
+  for (int n = 0; n < 16; ++n) {
+    const F16 raw = needs_z ? load(z + n * depth) : all(0.0f);
+    const F16 entered = stage.gamma ? norm.of(raw) : raw;
+    const F16 g = times_slope(stage, load(tile + n * kTileWidth), sign ? sign[n] : 0, entered);
+    store(h + n * depth, g);
+    if (stage.gamma && n < count) {
+      const F16 held = load(h + n * depth);
+      sum = sum + held;
+      product = multiply_add(held, norm.unit(raw), product);
+    }
+  }
+  if (!stage.gamma) return;
+  store(e.sums_at(l, at, 0, strip), sum);
+  store(e.sums_at(l, at, 1, strip), product);
+}
+
+// h <- a(gamma zh + beta); at the top, dE/dh_L a'(gamma zh + beta) with its share of the sums.
+template <typename T>
+static void normalise(const Engine<T>& e, int l) {
+  const ConvStage& stage = e.p.stage[l];
+  const int depth = e.kept[l].depth;
+  if (e.top(l)) {
+    e.each_tile(l, [&](int block, int pixel, int strip) {
+      alignas(64) float tile[16 * kTileWidth];
+      const int64_t at = e.pixel_at(l, block, pixel);
+      const Affine norm = affine(e, l, strip);
+      const F16 head = load(e.head_at(pixel, strip));
+      for (int n = 0; n < 16; ++n) {
+        const F16 y = norm.of(load(e.z_at(l, at, strip) + n * depth));
+        if (stage.activation == Activation::kLeaky) e.mask_at(l, at, strip)[n] = positive(y);
+        store(tile + n * kTileWidth, head);
+      }
+      finish_backward(e, l, block, pixel, strip, tile);
+    });
+    return;
+  }
+  e.each_tile(l, [&](int block, int pixel, int strip) {
+    const int64_t at = e.pixel_at(l, block, pixel);
+    const Affine norm = affine(e, l, strip);
+    const T* z = e.z_at(l, at, strip);
+    T* h = e.h_at(l, at, strip);
+    uint16_t* sign = e.mask_at(l, at, strip);
+    for (int n = 0; n < 16; ++n) {
+      const F16 y = norm.of(load(z + n * depth));
+      uint16_t here = 0;
+      store(h + n * depth, activate(stage, y, &here));
+      if (stage.activation == Activation::kLeaky) sign[n] = here;
+    }
+  });
+}
+
+}  // namespace mgebm::MGEBM_ISA
