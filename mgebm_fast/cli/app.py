@@ -14,6 +14,7 @@ from typer.core import TyperGroup
 from .. import __version__
 from ..errors import BackendError, DivergenceError
 from .bench import bench
+from .classify import classify
 from .compare import compare
 from .diagnose import diagnose
 from .evaluate import evaluate
@@ -98,7 +99,7 @@ def about(
     """
 
 
-for command in (train, sample, inpaint, evaluate, compare, diagnose, bench, presets, doctor):
+for command in (train, sample, inpaint, evaluate, classify, compare, diagnose, bench, presets, doctor):
     app.command()(command)
 
 

@@ -1,0 +1,135 @@
+"""`mgebm classify`: what the features that runs learnt without labels are worth to a classifier with few labels."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .options import Device, Threads, check_images, find_device, load_images, open_run, use_threads
+
+
+def classify(
+    runs: Annotated[
+        list[Path], typer.Argument(metavar="RUN...", help="Run folders, checkpoint folders or model files.")
+    ],
+    labels: Annotated[
+        str, typer.Option(metavar="K,K,...", help="Labelled images a class; a column of the table each.")
+    ] = "10,20,50",
+    draws: Annotated[int, typer.Option(min=1, help="Choices of the labelled images, the same for everyone.")] = 5,
+    seed: Annotated[int, typer.Option(min=0, help="Of the draws and of random weights.")] = 0,
+    fine_tune: Annotated[
+        bool, typer.Option("--fine-tune", help="Also train each run's nets on, from the learned weights.")
+    ] = False,
+    data: Annotated[
+        str | None, typer.Option(metavar="NAME|PATH", help="Labelled images. Default: those the runs were trained on.")
+    ] = None,
+    picture: Annotated[
+        Path | None, typer.Option(metavar="X.png", help="Draw accuracy over the number of labels.")
+    ] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print exactly one JSON object on stdout.")] = False,
+    device: Device = "auto",
+    threads: Threads = None,
+) -> None:
+    """Classify held-out images with few labels: learned features against the same nets trained on the labels alone.
+
+    \b
+    Examples:
+      mgebm classify runs/digits
+      mgebm classify runs/digits runs/digits-cd --labels 10,20,50 --picture curve.png
+      mgebm classify runs/digits --draws 10 --fine-tune --json > few.json
+
+    \b
+    Every contender gets the same draws of labelled training images and is tested on all held-out ones:
+      RUN: features            its energy nets, frozen, read by a support-vector classifier
+      RUN: fine-tuned          its nets trained on the labelled images, from the learned weights (--fine-tune)
+      nets of RUN: supervised  the same layers trained on the labelled images, from random weights
+      nets of RUN: random      the same layers, random and frozen, read as learned ones are
+      pixels                   no net: the same classifier, and logistic regression
+
+    Runs of the same layers share the supervised and the random rows. The classifier's settings are chosen by
+    cross-validation on the labelled images. --picture needs matplotlib: pip install "mgebm_fast[plot]".
+    """
+    import json as json_module
+
+    wanted = _numbers(labels)
+    _check_picture(picture)
+    use_threads(threads)
+    from rich.console import Console
+
+    from ..evaluation.few_labels import few_labels
+    from ..evaluation.few_labels_report import format_few_labels, plot_few_labels
+    from ..evaluation.net_features import energy_nets
+    from ..files import write_bytes
+    from ..sampling import Model
+
+    models, sources = {}, {}
+    for run in runs:
+        file, config = open_run(run)
+        model = Model.load(file, device=find_device(device))
+        check_images(model, run, "classify")
+        try:
+            energy_nets(model)
+        except ValueError:
+            raise ValueError(
+                f"run: must have an energy net whose features can be read, got {run}, a {type(model).__name__}"
+            ) from None
+        if str(run) in models:
+            raise ValueError(f"run: must be given once, got {run} twice")
+        shape = (model.sizes[-1], model.channels)
+        sources[str(run)] = (data or (config.data if config else ""), *shape, tuple(config.classes if config else ()))
+        models[str(run)] = model
+    first = next(iter(sources.values()))
+    if not first[0]:
+        raise ValueError(f"--data: must be given, {runs[0]} is no run folder and does not say what it was trained on")
+    for name, source in sources.items():
+        if source != first:
+            raise ValueError(
+                f"run: must all be of the same data, size, channels and classes, got {_words(first)} in {runs[0]} and "
+                f"{_words(source)} in {name}"
+            )
+    source, size, channels, classes = first
+    train, held_out = (load_images(source, size, channels, classes, split=split) for split in ("train", "held_out"))
+    with Console(stderr=True).status("reading features") as status:
+        result = few_labels(
+            models, train, held_out, labels=wanted, draws=draws, seed=seed, fine_tune=fine_tune,
+            progress=lambda name, done, total: status.update(f"{done + 1} of {total}: {name}"),
+        )  # fmt: skip
+    if json:
+        typer.echo(json_module.dumps(result, allow_nan=False, ensure_ascii=False))
+    else:
+        Console().print(format_few_labels(result))
+    if picture is not None:  # last: figures are there even where the file cannot be written
+        picture.parent.mkdir(parents=True, exist_ok=True)
+        write_bytes(picture, plot_few_labels(result))
+        typer.echo(f"{picture}: {len(result['contenders'])} contenders", err=True)
+
+
+def _numbers(text: str) -> list[int]:
+    try:
+        numbers = [int(part) for part in text.split(",")]
+    except ValueError:
+        numbers = []
+    if not numbers or min(numbers) < 2 or len(set(numbers)) < len(numbers):
+        raise ValueError(
+            f"--labels: must be different whole numbers of at least 2 with commas between them, got {text!r}"
+        )
+    return numbers
+
+
+def _check_picture(path: Path | None) -> None:
+    if path is None:
+        return
+    if path.suffix.lower() != ".png":
+        raise ValueError(f"--picture: must end in .png, got {path}")
+    if path.is_dir():
+        raise ValueError(f"--picture: must be a file, got the folder {path}")
+    if importlib.util.find_spec("matplotlib") is None:
+        raise ModuleNotFoundError('--picture: needs matplotlib: pip install "mgebm_fast[plot]"')
+
+
+def _words(source: tuple) -> str:
+    name, size, channels, classes = source
+    return f"{name or 'unnamed data'} {channels}x{size}x{size}" + (f" ({', '.join(classes)})" if classes else "")
