@@ -74,7 +74,7 @@ def cascade(
     seed: int | Tensor,
     first_sample: int | Tensor = 0,
     first_step: int | Sequence[int] = 0,
-    purpose: noise.Purpose = noise.Purpose.SAMPLING,
+    purpose: noise.Purpose | int = noise.Purpose.SAMPLING,
     mask: Tensor | None = None,
     known: Tensor | None = None,
     callback: GridCallback | None = None,
@@ -152,7 +152,7 @@ def cascade(
     def advance(grid: int, x: Tensor, cells: Tensor | None) -> Tensor:
         return dynamics[grid - 1](
             nets[grid - 1], x, mask=cells, graph=graph, where=name(grid), **placing(grid), **options,
-            callback=None if callback is None else _of_grid(callback, grid),
+            callback=of_grid(callback, grid),
         )  # fmt: skip
 
     return walk(sizes, start, held, advance, None if piped is None else piped.on)
@@ -182,5 +182,6 @@ def walk(
     return results
 
 
-def _of_grid(callback: GridCallback, grid: int) -> Callable[[int, Tensor], Any]:
-    return lambda step, x: callback(grid, step, x)
+def of_grid(callback: GridCallback | None, grid: int) -> Callable[[int, Tensor], Any] | None:
+    """The callback of one grid's chain."""
+    return None if callback is None else functools.partial(callback, grid)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .. import noise, ops
+from ..gradient.plan import Energy
 from ..nets import ConvSpec, EnergyNet
 from .mcmc import HMC
 from .single import SingleGrid
@@ -98,31 +98,11 @@ class GenerativeConvNet(SingleGrid):
         zero = self.langevin[0].reference_mean
         return torch.full((n, self.channels, size, size), zero, device=self.colours.device)
 
-    def _sample_group(
-        self,
-        n: int,
-        *,
-        seed: int,
-        first_sample: int,
-        mask: Tensor | None = None,
-        known: Tensor | None = None,
-        callback: Any = None,
-        **arguments: Any,
-    ) -> list[Tensor]:
-        x = self.zeros(n)
-        if mask is not None and known is not None:
-            x = torch.where(mask, x, known)
-        x = self._run(
-            x, mask=mask, seed=seed, first_sample=first_sample,
-            callback=None if callback is None else lambda step, state: callback(1, step, state), **arguments,
-        )  # fmt: skip
-        return [ops.pyramid(x, [1])[0], x]
+    def _start(self, n: int, seed: int, first_sample: int) -> Tensor:
+        return self.zeros(n)
 
-    def _run(self, x: Tensor, **arguments: Any) -> Tensor:
-        """A sample's chain from x."""
-        stream = noise.stream(noise.Purpose.SAMPLING, 1)
-        where = f"sample: grid 1 (size {self.sizes[-1]})"
-        return self.sampling[0](self.energy, x, stream=stream, where=where, **arguments)
+    def _run(self, x: Tensor, energy: Energy | None = None, **arguments: Any) -> Tensor:
+        return super()._run(x, self.energy if energy is None else energy, **arguments)
 
     def at_size(self, size: int) -> GenerativeConvNet:
         """This model for images of another size, with its weights and no bank. ValueError where the head is linear."""
@@ -204,13 +184,13 @@ class Frame(GenerativeConvNet):
             numbers.noise_std**2 / (2 * numbers.drift), chain.clamp, chain.grad_clamp,
         )  # fmt: skip
 
-    def _run(self, x: Tensor, **arguments: Any) -> Tensor:
+    def _run(self, x: Tensor, energy: Energy | None = None, **arguments: Any) -> Tensor:
         exact = self.exact(self.sampling[0].steps)
         if exact is None:
-            return super()._run(x, **arguments)
+            return super()._run(x, energy, **arguments)
         for name in ("backend", "graph"):
             arguments.pop(name, None)
-        return exact(self.energy, x, grid=1, **arguments).x
+        return exact(self.energy if energy is None else energy, x, grid=1, **arguments).x
 
     def at_size(self, size: int) -> Frame:
         """This model for images of another size, with its weights and no bank."""

@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import noise, ops
+from .. import ops
 from ..nets import Generator
+from .cascade import GridCallback, of_grid
 from .latent import Generates, Inference
 from .model import Model
 from .multigrid import MultiGrid
@@ -60,10 +61,7 @@ class GeneratorModel(Generates, Model):
         backend: str = "auto",
         **arguments: Any,
     ) -> list[Tensor]:
-        if mask is not None and known is not None:
-            x = self.complete(known, mask, seed=seed, first_sample=first_sample, backend=backend)
-        else:
-            x = self.generate(n, seed=seed, first_sample=first_sample)
+        x = self.draw(n, known, mask, seed=seed, first_sample=first_sample, backend=backend)
         return [ops.pyramid(x, [1])[0], x]
 
     def config(self) -> dict[str, Any]:
@@ -127,19 +125,14 @@ class CoopNets(Generates, MultiGrid):
         first_sample: int,
         mask: Tensor | None = None,
         known: Tensor | None = None,
-        callback: Any = None,
+        callback: GridCallback | None = None,
         backend: str = "auto",
         **arguments: Any,
     ) -> list[Tensor]:
-        if mask is not None and known is not None:
-            x = self.complete(known, mask, seed=seed, first_sample=first_sample, backend=backend)
-        else:
-            x = self.generate(n, seed=seed, first_sample=first_sample)
-        x = self.sampling[0](
-            self.nets[0], x, mask=mask, seed=seed, first_sample=first_sample,
-            stream=noise.stream(noise.Purpose.SAMPLING, 1),
-            callback=None if callback is None else lambda step, state: callback(1, step, state),
-            backend=backend, where=f"sample: grid 1 (size {self.sizes[-1]})", **arguments,
+        x = self.draw(n, known, mask, seed=seed, first_sample=first_sample, backend=backend)
+        x = self._run(
+            x, mask=mask, seed=seed, first_sample=first_sample, callback=of_grid(callback, 1), backend=backend,
+            **arguments,
         )  # fmt: skip
         return [ops.pyramid(x, [1])[0], x]
 

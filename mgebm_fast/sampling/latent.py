@@ -35,7 +35,10 @@ class Residual(nn.Module):
     def forward(self, z: Tensor) -> Tensor:  # (N, *latent_shape) -> (N,)
         if len(z) != len(self.x):
             raise ValueError(f"infer: z must hold one sample for each of the {len(self.x)} images, got {len(z)}")
-        rest = self.x - self.generator(z)
+        made = self.generator(z)
+        if made.shape != self.x.shape:
+            raise ValueError(f"infer: x must be images {tuple(made.shape)}, as g(z) is, got {tuple(self.x.shape)}")
+        rest = self.x - made
         if self.seen is not None:
             rest = rest * self.seen
         return self.scale * rest.square().flatten(1).sum(1)
@@ -104,7 +107,7 @@ def draw_latents(
     seed: int,
     step: int = 0,
     first_sample: int | Tensor = 0,
-    purpose: noise.Purpose = noise.Purpose.SAMPLING_STATE,
+    purpose: noise.Purpose | int = noise.Purpose.SAMPLING_STATE,
 ) -> Tensor:
     """n draws (n, *latent_shape) of z ~ N(0, I), float32; each a function of (seed, step, sample id, purpose)."""
     device = next(generator.parameters()).device
@@ -188,3 +191,18 @@ class Generates:
         z = self.infer(known, hidden=mask, seed=seed, first_sample=first_sample, backend=backend)
         with torch.no_grad():
             return torch.where(mask, self.generator(z), known)
+
+    def draw(
+        self,
+        n: int,
+        known: Tensor | None = None,
+        mask: Tensor | None = None,
+        *,
+        seed: int = 0,
+        first_sample: int = 0,
+        backend: str = "auto",
+    ) -> Tensor:
+        """n images by the generator alone: completed where pixels are known, else of draws of z."""
+        if mask is not None and known is not None:
+            return self.complete(known, mask, seed=seed, first_sample=first_sample, backend=backend)
+        return self.generate(n, seed=seed, first_sample=first_sample)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import noise
+from ..gradient.plan import Energy
 from ..nets import EnergyNet, multigrid_net
 from . import storage
 from .cascade import GridCallback, cascade
@@ -102,7 +103,7 @@ class MultiGrid(Model):
         seed: int | Tensor,
         first_sample: int | Tensor = 0,
         first_step: int | Sequence[int] = 0,
-        purpose: noise.Purpose = noise.Purpose.SAMPLING,
+        purpose: noise.Purpose | int = noise.Purpose.SAMPLING,
         langevin: Langevin | Sequence[Langevin] | None = None,
         mask: Tensor | None = None,
         known: Tensor | None = None,
@@ -144,6 +145,16 @@ class MultiGrid(Model):
         """The results at every size of `n` samples that run as one batch; arguments as in `cascade`."""
         start = self.draw_colours(n, seed=seed, first_sample=first_sample)
         return self.cascade(start, seed=seed, first_sample=first_sample, **arguments)
+
+    def _run(self, x: Tensor, energy: Energy | None = None, **arguments: Any) -> Tensor:
+        """A sample's chain from x, in a model of one net; arguments as in `langevin_sample`. None: the net itself."""
+        return self.sampling[0](
+            self.nets[0] if energy is None else energy, x,
+            **{
+                "stream": noise.stream(noise.Purpose.SAMPLING, 1), "where": f"sample: grid 1 (size {self.sizes[-1]})",
+                **arguments,
+            },
+        )  # fmt: skip
 
     def freeze_norm(self) -> MultiGrid:
         """A new model whose nets have their running statistics folded in: its chains are independent."""

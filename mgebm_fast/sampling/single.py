@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .. import noise, ops
+from .cascade import GridCallback, of_grid
 from .langevin import Langevin
 from .multigrid import MultiGrid
 
@@ -54,7 +55,7 @@ class SingleGrid(MultiGrid):
         seed: int,
         step: int = 0,
         first_sample: int | Tensor = 0,
-        purpose: noise.Purpose = noise.Purpose.SAMPLING_STATE,
+        purpose: noise.Purpose | int = noise.Purpose.SAMPLING_STATE,
     ) -> Tensor:
         """(n, C, S, S) uniform in `value_range`, a function of (seed, step, sample id, purpose) and the pixel."""
         size, device = self.sizes[-1], self.colours.device
@@ -66,6 +67,7 @@ class SingleGrid(MultiGrid):
         return draw.mul_(high - low).add_(low)
 
     def _start(self, n: int, seed: int, first_sample: int) -> Tensor:
+        """Where the chains of n samples start."""
         if self.start == "colours":
             return ops.upsample(self.draw_colours(n, seed=seed, first_sample=first_sample), self.sizes[-1])
         if self.start == "noise":
@@ -86,19 +88,20 @@ class SingleGrid(MultiGrid):
         first_sample: int,
         mask: Tensor | None = None,
         known: Tensor | None = None,
-        callback: Any = None,
+        callback: GridCallback | None = None,
         **arguments: Any,
     ) -> list[Tensor]:
-        """The block means of the samples, and the samples; where pixels are known, the start holds them."""
+        """The samples at every size; where pixels are known, the start holds them."""
         x = self._start(n, seed, first_sample)
         if mask is not None and known is not None:
             x = torch.where(mask, x, known)
-        x = self.sampling[0](
-            self.nets[0], x, mask=mask, seed=seed, first_sample=first_sample,
-            stream=noise.stream(noise.Purpose.SAMPLING, 1),
-            callback=None if callback is None else lambda step, state: callback(1, step, state),
-            where=f"sample: grid 1 (size {self.sizes[-1]})", **arguments,
-        )  # fmt: skip
+        callback_here = of_grid(callback, 1)
+        return self._grids(
+            self._run(x, mask=mask, seed=seed, first_sample=first_sample, callback=callback_here, **arguments)
+        )
+
+    def _grids(self, x: Tensor) -> list[Tensor]:
+        """A sample at every size: its block means, and itself."""
         return [ops.pyramid(x, [1])[0], x]
 
     def config(self) -> dict[str, Any]:

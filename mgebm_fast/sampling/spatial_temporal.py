@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .. import noise
+from ..gradient.plan import Energy
 from ..nets import ConvSpec, EnergyNet
 from .single import SingleGrid
 
@@ -82,25 +82,15 @@ class SpatialTemporal(SingleGrid):
             raise ValueError("sample: the model must hold chains of training, got none: train it first")
         return self.bank[(torch.arange(n, device=self.bank.device) + first_sample) % len(self.bank)]
 
-    def _sample_group(
-        self,
-        n: int,
-        *,
-        seed: int,
-        first_sample: int,
-        mask: Tensor | None = None,
-        known: Tensor | None = None,
-        callback: Any = None,
-        **arguments: Any,
-    ) -> list[Tensor]:
+    def _sample_group(self, n: int, *, mask: Tensor | None = None, **arguments: Any) -> list[Tensor]:
         if mask is not None:
             raise ValueError("sample: mask must be None for a model of videos or of sounds")
-        x = self.sampling[0](
-            self.nets[0], self._start(n, seed, first_sample), seed=seed, first_sample=first_sample,
-            stream=noise.stream(noise.Purpose.SAMPLING, 1),
-            callback=None if callback is None else lambda step, state: callback(1, step, state),
-            where="sample", **arguments,
-        )  # fmt: skip
+        return super()._sample_group(n, **arguments)
+
+    def _run(self, x: Tensor, energy: Energy | None = None, **arguments: Any) -> Tensor:
+        return super()._run(x, energy, **{"where": "sample", **arguments})
+
+    def _grids(self, x: Tensor) -> list[Tensor]:
         return [x]
 
     def explain(self, n: int | None = None) -> str:
