@@ -19,7 +19,7 @@ PENALTIES = (1.0, 10.0, 100.0)  # C
 WIDTHS = (0.03, 0.1, 0.3, 1.0)  # gamma, features having a total variance of 1: from nearly linear to narrow
 INVERSE_STRENGTHS = (0.1, 1.0, 10.0, 100.0)  # C of the logistic regression, on the same scale
 
-STEPS = 400
+STEPS = 300
 BATCH = 64
 LEARNING_RATE = 2e-3
 WEIGHT_DECAY = 1e-2
