@@ -4,7 +4,8 @@
 A test of a sampler's law is worth something only if a wrong sampler fails it. This script copies the sources to a
 temporary folder, checks that the chosen tests pass there, then applies each mutation, runs its tests, and undoes it.
 Your working tree is never touched. The faults are those that real samplers have had: the 1/2 of the drift dropped,
-the step size for its square, a noise counter used twice, padding shifted by one, one draw shared by a batch.
+the step size for its square, a noise counter used twice, padding shifted by one, one draw shared by a batch; and those
+of learning: a sign, a bank that is not stored, a generator taught what it made itself.
 
   python scripts/mutations.py                      every mutation that can run here, a few minutes on two cores
   python scripts/mutations.py --list               what there is, and which tests have to notice it
@@ -32,7 +33,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-COPIED = ("mgebm_fast", "kernels", "csrc", "tests", "pyproject.toml", "setup.py", "README.md", "LICENSE")
+COPIED = ("mgebm_fast", "kernels", "csrc", "tests", "docs", "pyproject.toml", "setup.py", "README.md", "LICENSE")
 TIMEOUT = 900  # seconds, of one run of tests
 
 LAW = ("tests/sampling/test_law.py",)
@@ -42,6 +43,15 @@ CASCADE = ("tests/sampling/test_cascade.py",)
 UPDATE = ("tests/learning/test_update.py",)
 SPLITS = ("tests/sampling/test_reproducibility.py",)
 INTERPRETED = ("tests/sampling/test_law_interpreted.py",)
+EXACT = ("tests/sampling/test_mcmc.py",)
+LATENT = ("tests/sampling/test_latent.py",)
+BASELINES = ("tests/learning/test_baselines.py",)
+CONVNET = ("tests/learning/test_convnet.py",)
+FRAME = ("tests/learning/test_frame.py",)
+COOPERATIVE = ("tests/learning/test_cooperative.py",)
+ABP = ("tests/learning/test_abp.py",)
+TEMPORAL = ("tests/learning/test_spatial_temporal.py",)
+INPAINTING = ("tests/evaluation/test_inpainting.py",)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,8 +64,14 @@ class Mutation:
     tests: tuple[str, ...]
 
 
-STEP = "mgebm_fast/ops/langevin_step.py"
+STEP = "mgebm_fast/ops/update.py"
 CHAIN = "mgebm_fast/sampling/chain.py"
+COUNTERS = "mgebm_fast/ops/counters.py"
+METROPOLIS = "mgebm_fast/sampling/metropolis.py"
+CORRECTED = "mgebm_fast/sampling/corrected.py"
+POSTERIOR = "mgebm_fast/sampling/latent.py"
+STARTS = "mgebm_fast/learning/baselines.py"
+BANKS = "mgebm_fast/learning/banks.py"
 LAYERS = "mgebm_fast/nets/layers.py"
 CONVOLVE = "self._convolve(x, self.effective_weight(), self.bias, self.stride, self.padding)"
 SHIFTED = (
@@ -71,9 +87,9 @@ MUTATIONS = (
     Mutation(
         "variance-for-precision", "python", STEP, "1.0 / reference_std**2", "1.0 / reference_std", LAW
     ),  # sigma for sigma squared
-    Mutation("step-counter-reused", "python", CHAIN, "step=self.place.step + k", "step=self.place.step", LAW),
+    Mutation("step-counter-reused", "python", COUNTERS, "step=self.step + k)", "step=self.step)", LAW),
     Mutation(
-        "first-step-ignored", "python", CHAIN, "step=self.place.step + k", "step=k", SPLITS
+        "first-step-ignored", "python", COUNTERS, "step=self.step + k)", "step=k)", SPLITS
     ),  # 10 + 20 steps would repeat the noise of the first 10
     Mutation(
         "stream-shared-by-grids", "python", "mgebm_fast/sampling/cascade.py", "noise.stream(purpose, grid)",
@@ -100,6 +116,140 @@ MUTATIONS = (
     ),
     Mutation(
         "first-sample-ignored", "python", CHAIN, "first_sample=first_sample, step", "first_sample=0, step", SPLITS
+    ),
+    # MALA and HMC
+    Mutation(
+        "metropolis-sign", "python", METROPOLIS, "log_ratio = (-change)", "log_ratio = change", EXACT
+    ),  # the unlikely is accepted
+    Mutation(
+        "metropolis-accepts-all", "python", METROPOLIS, ".log() <= proposal.log_ratio",
+        ".log() <= 0 * proposal.log_ratio", EXACT,
+    ),
+    Mutation(
+        "kinetic-energy-left-out", "python", METROPOLIS, " + (squares(end) - squares(momentum)) / 2", "", EXACT
+    ),
+    Mutation(
+        "kinetic-half-dropped", "python", METROPOLIS, "(squares(end) - squares(momentum)) / 2",
+        "(squares(end) - squares(momentum))", EXACT,
+    ),
+    Mutation(
+        "leapfrog-half-dropped", "python", METROPOLIS, "momentum - step_size / 2 * at_x", "momentum - step_size * at_x",
+        EXACT,
+    ),
+    Mutation(
+        "temperature-left-out", "python", METROPOLIS, "(potential - state.potential) / target.temperature",
+        "(potential - state.potential)", EXACT,
+    ),
+    Mutation(
+        "potential-of-the-refused", "python", METROPOLIS, "torch.where(accepted, new.potential, state.potential)",
+        "new.potential", EXACT,
+    ),
+    Mutation(
+        "reference-left-out-of-the-target", "python", METROPOLIS, "return self.energies(x) + self.reference(x)",
+        "return self.energies(x)", EXACT,
+    ),
+    Mutation(
+        "jitter-tied-to-the-decision", "python", CORRECTED, "2.0 * uniform[:, 1] - 1.0", "2.0 * uniform[:, 0] - 1.0",
+        EXACT,
+    ),
+    # inference of latent variables
+    Mutation("posterior-half-dropped", "python", POSTERIOR, "0.5 / std**2", "1.0 / std**2", LATENT),
+    Mutation("posterior-std-for-variance", "python", POSTERIOR, "0.5 / std**2", "0.5 / std", LATENT),
+    Mutation(
+        "prior-left-out", "python", POSTERIOR, "noise_scale=self.noise_scale, reference_std=1.0)",
+        "noise_scale=self.noise_scale)", LATENT,
+    ),
+    Mutation("hidden-pixels-infer", "python", POSTERIOR, "rest = rest * self.seen", "rest = rest * 1.0", LATENT),
+    # where chains of training start
+    Mutation(
+        "learning-sign", "python", "mgebm_fast/learning/contrastive.py", "loss = on_real.mean() - on_chain.mean()",
+        "loss = on_chain.mean() - on_real.mean()", BASELINES,
+    ),
+    Mutation("bank-not-stored", "python", STARTS, "self.model.bank[ids] = x", "return", BASELINES),
+    Mutation("restart-ignored", "python", BANKS, "draw[:, 0] <= self.restart", "draw[:, 0] <= 0", BASELINES),
+    Mutation("restart-inverted", "python", BANKS, "draw[:, 0] <= self.restart", "draw[:, 0] > self.restart", BASELINES),
+    Mutation("restart-from-the-first-noise", "python", STARTS, "iteration + 1, ids)", "0, ids)", BASELINES),
+    Mutation(
+        "slots-of-the-first-batch", "python", BANKS, " + iteration * self.batch_size)", " + 0 * self.batch_size)",
+        BASELINES,
+    ),
+    Mutation(
+        "short-run-starts-alike", "python", STARTS, "self.noise(len(observed[0]), iteration, ids)",
+        "self.noise(len(observed[0]), 0, ids)", BASELINES,
+    ),
+    Mutation("cd-from-the-means", "python", STARTS, "return observed[1]", "return 0 * observed[1]", BASELINES),
+    Mutation(
+        "single-grid-from-the-data", "python", STARTS, "ops.upsample(observed[0], self.model.sizes[-1])", "observed[1]",
+        BASELINES,
+    ),
+    Mutation(
+        "single-grid-with-the-steps-of-one", "python", STARTS, "total = sum(steps) if", "total = steps[-1] if",
+        BASELINES,
+    ),
+    Mutation(
+        "step-counter-reused-on-one-net", "python", STARTS, "first_step=iteration * chain.steps",
+        "first_step=iteration", BASELINES,
+    ),
+    # generative ConvNet, FRAME, spatial-temporal
+    Mutation(
+        "chains-begin-at-noise", "python", STARTS, "return self.model.zeros(n)", "return super().noise(n, step, ids)",
+        CONVNET,
+    ),
+    Mutation(
+        "layers-join-late", "python", "mgebm_fast/learning/convnet.py", "min(layers, 1 + int(",
+        "min(layers, int(1 + 0.7 * ", CONVNET,
+    ),
+    Mutation(
+        "lambda-sign", "python", "mgebm_fast/learning/frame.py", "tied = whole.view(", "tied = -whole.view(", FRAME
+    ),
+    Mutation(
+        "filter-threshold-sign", "python", "mgebm_fast/learning/frame.py", "copy_(-torch.tensor(options.thresholds)",
+        "copy_(torch.tensor(options.thresholds)", FRAME,
+    ),
+    Mutation(
+        "hamiltonian-steps-repeat", "python", "mgebm_fast/learning/frame.py", "first_step=iteration * exact.steps",
+        "first_step=0", FRAME,
+    ),
+    Mutation(
+        "hamiltonian-noise-of-samples", "python", "mgebm_fast/learning/frame.py", "_TRAINING_GRID = 2",
+        "_TRAINING_GRID = 1", FRAME,
+    ),
+    Mutation(
+        "one-clip-chains-forget", "python", STARTS, "self.model.bank[ids] = x", "return", TEMPORAL
+    ),
+    # with a generator
+    Mutation(
+        "taught-what-it-made", "python", "mgebm_fast/learning/cooperative.py", "self._pair = z, x",
+        "self._pair = z, start", COOPERATIVE,
+    ),
+    Mutation(
+        "draws-repeat", "python", "mgebm_fast/learning/cooperative.py", "step=iteration, first_sample",
+        "step=0, first_sample", COOPERATIVE,
+    ),
+    Mutation(
+        "teaching-noise-repeats", "python", "mgebm_fast/learning/cooperative.py",
+        "first_step=iteration * options.infer_steps", "first_step=0", COOPERATIVE,
+    ),
+    Mutation(
+        "latents-not-kept", "python", "mgebm_fast/learning/abp.py", "self.model.latents[ids] = z", "pass", ABP
+    ),
+    Mutation(
+        "latents-of-before", "python", "mgebm_fast/learning/abp.py", "loss = residual(z).mean()",
+        "loss = residual(self.model.latents[ids]).mean()", ABP,
+    ),
+    Mutation("expansion-transposed", "python", "mgebm_fast/learning/abp.py", "dokl,de->eokl", "dokl,ed->eokl", ABP),
+    Mutation(
+        "inference-noise-repeats", "python", "mgebm_fast/learning/abp.py", "first_step=iteration * inference.steps",
+        "first_step=0", ABP,
+    ),
+    # in-painting
+    Mutation(
+        "known-and-hidden-exchanged", "python", "mgebm_fast/evaluation/inpainting.py", "mask=mask.to(device), known",
+        "mask=~mask.to(device), known", INPAINTING,
+    ),
+    Mutation(
+        "error-over-all-pixels", "python", "mgebm_fast/evaluation/inpainting.py", "hidden.sum((1, 2, 3)) * x.shape[1]",
+        "hidden[0].numel() * x.shape[1]", INPAINTING,
     ),
     Mutation(
         "half-dropped-native", "native", "csrc/ops/langevin_step.h", "fused(-k.drift, force, x)",
