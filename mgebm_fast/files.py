@@ -20,7 +20,7 @@ def write_bytes(path: str | os.PathLike[str], data: bytes | memoryview, *, durab
         os.replace(temporary, path)
     except BaseException as error:
         temporary.unlink(missing_ok=True)
-        if isinstance(error, OSError) and error.filename is None:  # a write that finds the disk full names no file
-            error.filename = str(path)
+        if isinstance(error, OSError):  # a full disk names no file, and nobody asked for the temporary one
+            error.filename, error.filename2 = str(path), None
         raise
     return path

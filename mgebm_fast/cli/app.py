@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 import traceback
 from collections.abc import Sequence
@@ -61,7 +62,20 @@ def _out_of_memory(error: RuntimeError) -> bool:
 def _tell(error: BaseException) -> None:
     if os.environ.get("MGEBM_DEBUG", "0") not in ("", "0"):
         traceback.print_exception(error)
-    typer.echo(f"error: {' '.join(str(error).split()) or type(error).__name__}", err=True)
+    typer.echo(f"error: {' '.join(_words(error).split()) or type(error).__name__}", err=True)
+
+
+def _words(error: BaseException) -> str:
+    if isinstance(error, OSError) and error.filename and error.strerror:
+        return f"cannot read or write {error.filename}: {error.strerror}"
+    asked = re.search(r"allocate memory: you tried to allocate (\d+) bytes", str(error))
+    if asked:
+        gigabytes = int(asked[1]) / 1e9
+        return (
+            f"memory: {gigabytes:,.1f} GB were asked for in one piece, which this machine cannot give; a smaller "
+            "batch_size, width or size, or fewer samples at a time, need less"
+        )
+    return str(error)
 
 
 def _version(wanted: bool) -> None:

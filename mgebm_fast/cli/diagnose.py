@@ -7,12 +7,12 @@ from typing import Annotated
 
 import typer
 
-from .options import Device, RunPath, Threads, check_images, find_device, open_run, use_threads
+from .options import Device, RunPath, Threads, find_device, open_run, use_threads
 
 
 def diagnose(
     run: RunPath,
-    num: Annotated[int, typer.Option(min=2, help="How many chains.")] = 64,
+    num: Annotated[int | None, typer.Option(min=2, help="How many chains. Default: 64, of videos or sounds 8.")] = None,
     steps: Annotated[
         int | None, typer.Option(min=1, help="Of every chain. Default: as many as the run samples with.")
     ] = None,
@@ -36,7 +36,7 @@ def diagnose(
     \b
     In the folder, for every grid:
       grid_3_size_8.png         energy traces, gradient-to-noise ratio, acceptance, autocorrelation
-      grid_3_size_8_states.png  eight chains, top to bottom as they go
+      grid_3_size_8_states.png  eight chains, top to bottom as they go; not of videos and sounds
       report.json               what --json prints
 
     ESS and R-hat need arviz, plots need matplotlib: pip install "mgebm_fast[diagnostics]". Without them the rest is
@@ -54,15 +54,13 @@ def diagnose(
     from ..evaluation.diagnosis import diagnose as measure
     from ..evaluation.diagnosis import format_diagnosis
     from ..files import write_bytes
-    from ..sampling import Model, MultiGrid
+    from ..sampling import Model, MultiGrid, SpatialTemporal
 
     source, _ = open_run(run)
     model = Model.load(source, device=find_device(device))
-    check_images(model, run, "diagnose")
     if not isinstance(model, MultiGrid):
-        raise ValueError(
-            f"run: must have chains of images to diagnose, got {run}, whose samples a generator makes alone"
-        )
+        raise ValueError(f"run: must have chains to diagnose, got {run}, whose samples a generator makes alone")
+    num = num or (8 if isinstance(model, SpatialTemporal) else 64)
     with Console(stderr=True).status(f"running {num} chains a grid"):
         diagnosis = measure(model, num=num, steps=steps, seed=seed)
     figures = {"run": str(run), "num": num, "seed": seed, **diagnosis.figures()}

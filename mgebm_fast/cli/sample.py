@@ -51,7 +51,7 @@ def sample(
         typer.Option(min=2, metavar="POINTS", help="NUM rows of as many images between two draws of a generator."),
     ] = None,
     size: Annotated[
-        int | None, typer.Option(min=1, help="Side of the images, of a model that takes any: a texture's.")
+        int | None, typer.Option(min=2, help="Side of the images, of a model that takes any: a texture's.")
     ] = None,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace the samples in a folder that is not empty.")

@@ -92,7 +92,7 @@ class Target:
 
 def squares(x: Tensor) -> Tensor:
     """Σ x² of each sample, (N,) float64."""
-    return x.double().square().reshape(x.shape[0], -1).sum(1)
+    return x.double().square().reshape(x.shape[0], x.shape[1:].numel()).sum(1)
 
 
 def leapfrog(

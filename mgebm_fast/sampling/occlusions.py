@@ -95,6 +95,15 @@ def _doodle(n: int, size: int, seed: int, first_sample: int) -> Tensor:
     return (first <= enough[:, None]).reshape(n, size, size)
 
 
+def _hidden(values: np.ndarray) -> np.ndarray:
+    """Where numbers are not 0; ValueError for what is neither true, false nor a number."""
+    if values.dtype.kind not in "biuf":
+        raise ValueError(f"it must hold bools or numbers, got {values.dtype}")
+    if values.dtype.kind == "f" and np.isnan(values).any():
+        raise ValueError("it must hold bools or numbers, got NaN")
+    return values != 0
+
+
 def read_mask(path: str | os.PathLike[str], size: int) -> Tensor:
     """A mask (1 or N, 1, S, S) from an .npy file or a picture: occluded where it is True, non-zero or bright (≥ 128).
 
@@ -106,7 +115,7 @@ def read_mask(path: str | os.PathLike[str], size: int) -> Tensor:
         raise DataError(f"mask: must be one of {', '.join(KINDS)} or a file, got {path}{suggest(str(path), KINDS)}")
     try:
         if path.suffix.lower() == ".npy":
-            values = np.load(path, allow_pickle=False) != 0
+            values = _hidden(np.load(path, allow_pickle=False))
         else:
             from PIL import Image
 

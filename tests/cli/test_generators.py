@@ -76,7 +76,7 @@ def test_a_descriptor_has_chains_to_diagnose(runs):
         (("sample", "cd", "--interpolate", 4), "--interpolate: the run must have a generator"),
         (("sample", "abp", "--interpolate", 4, "--grids"), "--grids: must be left out beside --interpolate"),
         (("sample", "abp", "--interpolate", 1), "greater than or equal to 2"),
-        (("diagnose", "abp"), "must have chains of images to diagnose"),
+        (("diagnose", "abp"), "must have chains to diagnose"),
     ],
 )
 def test_what_makes_no_sense_is_said(runs, tmp_path, arguments, message):

@@ -165,3 +165,15 @@ def test_a_format_that_is_not_written_is_refused(mgebm, trained, tmp_path):
     result = mgebm("sample", trained, "--out", tmp_path / "samples.jpg")
     assert result.exit_code == 2 and "must end in .png or .npy, or be a folder" in result.stderr
     assert not (tmp_path / "samples.jpg").exists()
+
+
+def test_memory_that_is_not_there_is_told_in_gigabytes(mgebm, trained, tmp_path):
+    call = ["train", "digits", "--set", "steps=1", "--set", "width=1e9", "--out", tmp_path / "wide"]
+    line = one_line(mgebm(*call))
+    assert "GB were asked for in one piece" in line and "width" in line and "alloc_cpu" not in line
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_place_that_takes_no_file_is_named(mgebm, trained):
+    line = one_line(mgebm("sample", trained, "--num", 2, "--out", "/proc/x.png"))
+    assert "cannot read or write /proc/x.png: " in line and "Errno" not in line

@@ -29,6 +29,13 @@ class Pull(torch.nn.Module):
         return (x - self.target).square().flatten(1).sum(1) / 2
 
 
+class Flat(torch.nn.Module):
+    """E = 0: no chain moves but by its noise."""
+
+    def forward(self, x):
+        return 0 * x.flatten(1).sum(1)
+
+
 def model(target=0.5, channels=3, noise_std=0.0, sizes=(1, 2, 4, 8)):
     langevin = mg.Langevin(steps=2, drift=1.0, noise_std=noise_std)
     made = mg.MultiGrid(
@@ -107,6 +114,10 @@ def test_masks_are_read_from_pictures_and_arrays(tmp_path):
     (tmp_path / "text.png").write_text("no picture")
     with pytest.raises(DataError, match="cannot be read"):
         read_mask(tmp_path / "text.png", 8)
+    for values, got in ((np.full((6, 6), np.nan), "NaN"), (np.full((6, 6), "x"), "<U1")):
+        np.save(tmp_path / "no_mask.npy", values)
+        with pytest.raises(DataError, match=f"must hold bools or numbers, got {got}"):
+            read_mask(tmp_path / "no_mask.npy", 6)
 
 
 def test_unknown_kinds_are_told():
@@ -204,6 +215,29 @@ def test_a_single_grid_fills_too(start):
     completed = inpaint(made, images, masks).completed
     hidden = masks.expand_as(images)
     assert torch.equal(completed[~hidden], images[~hidden]) and (completed[hidden] == round(255 * 0.75)).all()
+
+
+@pytest.mark.parametrize("sizes", [(1, 2, 4), (1, 4)])
+def test_what_no_chain_moves_is_the_mean_of_the_known_pixels_around(sizes):
+    """A flat energy without noise leaves the start: the held cells of the coarse grids, replicated."""
+    still = mg.Langevin(steps=2, drift=1.0, noise_std=0.0)
+    if len(sizes) == 2:
+        made = mg.sampling.SingleGrid(
+            4, start="colours", channels=1, langevin=still, value_range=(-1.0, 1.0), nets=[Flat()]
+        )
+    else:
+        made = mg.MultiGrid(sizes, channels=1, langevin=still, value_range=(-1.0, 1.0), nets=[Flat(), Flat()])
+    made.set_colours(torch.full((1, 1), -1.0))
+    images = pictures(3, 1, size=4, seed=3)
+    mask = torch.zeros(4, 4, dtype=torch.bool)
+    mask[:3, :2] = True  # the upper left block wholly, half of the one beneath it
+    completed = inpaint(made, images, mask).completed[:, 0].double()
+    x, known = images[:, 0].double(), ~mask
+    overall = x[:, known].mean(1)
+    beneath = x[:, 3, :2].mean(1) if len(sizes) == 3 else overall
+    # between the grids a value is a float, and rounded to eight bits once
+    assert (completed[:, 0, 0] - overall).abs().max() <= 0.51
+    assert (completed[:, 2, 0] - beneath).abs().max() <= 0.51
 
 
 def test_the_code_of_the_page_runs():

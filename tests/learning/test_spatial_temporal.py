@@ -212,6 +212,22 @@ def test_a_sound_is_written_in_every_form(runs, tmp_path):
     assert sorted(path.name for path in (tmp_path / "several").iterdir()) == ["sample_00000.wav", "sample_00001.wav"]
 
 
+@pytest.mark.parametrize("name", ["fire", "chimes"])
+def test_chains_of_videos_and_sounds_are_diagnosed(runs, tmp_path, name):
+    """The last potential is U = E + ‖x − m‖²/2σ² of the samples, whose chains these are."""
+    mgebm("diagnose", runs / name, "--num", 4, "--out", tmp_path)
+    (chain,) = json.loads((tmp_path / "report.json").read_text())["chains"]
+    model = Model.load(runs / name)
+    steps = model.sampling[0]
+    assert (chain["chains"], chain["steps"]) == (4, steps.steps)
+    x = model.sample(4, seed=0, precision="fp32")
+    with torch.no_grad():
+        potential = model.nets[0](x).double()
+    if steps.reference_std is not None:
+        potential += (x.double() - steps.reference_mean).square().flatten(1).sum(1) / (2 * steps.reference_std**2)
+    assert chain["potential_last"] == pytest.approx(float(np.median(potential)), rel=1e-5, abs=1e-5)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -227,7 +243,6 @@ def test_a_sound_is_written_in_every_form(runs, tmp_path):
         (["sample", "{runs}/fire", "--grids", "--out", "x.png"], "--grids: must be left out"),
         (["inpaint", "{runs}/fire"], "run: must hold a model of images for `mgebm inpaint`"),
         (["evaluate", "{runs}/chimes"], "run: must hold a model of images for `mgebm evaluate`"),
-        (["diagnose", "{runs}/fire"], "run: must hold a model of images for `mgebm diagnose`"),
     ],
 )
 def test_what_does_not_fit_ends_in_one_sentence(arguments, message, runs, tmp_path, monkeypatch):

@@ -169,6 +169,7 @@ def test_frozen_statistics_keep_the_generator():
         (lambda: Inference(0, 0.1, 0.3), "steps must be a positive int"),
         (lambda: Inference(1, 0.1, 0.0), "std must be a finite number > 0, got 0.0"),
         (lambda: Inference(1, 0.1, 1.0)(linear()[0], torch.zeros(3, 1, 2, 2), torch.zeros(2, 2)), "3 images, got 2"),
+        (lambda: Inference(1, 0.1, 1.0)(linear()[0], torch.zeros(3, 2, 2, 2), torch.zeros(3, 2)), "x must be images"),
         (lambda: CoopNets(8, linear()[0], Inference(1, 0.1, 1.0), channels=1), "images of 1 x 8 x 8, got 1 x 2 x 2"),
     ],
 )  # fmt: skip

@@ -408,6 +408,19 @@ def test_wrong_descriptions_are_told(arguments, message):
         mg.MALA(**{"steps": 2, "step_size": 0.1, **arguments})
 
 
+@pytest.mark.parametrize("shape", [(0, 3), (1,), (5, 0), (2, 1, 3, 1, 2)])
+def test_any_shape_is_a_batch(shape):
+    x = torch.zeros(shape)
+    result = mg.HMC(2, 2, 0.1, reference_std=1.0)(lambda x: x.reshape(len(x), x.shape[1:].numel()).sum(1), x)
+    assert result.x.shape == x.shape and result.accepted.shape == (2, len(x))
+
+
+def test_a_view_is_its_values():
+    x = normals(6, 4, 5).float().transpose(1, 2)[::2]
+    for chain in CHAINS.values():
+        assert torch.equal(chain(quartic, x, seed=1).x, chain(quartic, x.contiguous(), seed=1).x)
+
+
 def test_wrong_starts_are_told():
     chain = mg.HMC(2, 2, 0.1, box=(0.0, 1.0))
     with pytest.raises(TypeError, match="x must be a float32 tensor"):
