@@ -64,7 +64,7 @@ def inpaint(
     """Fill the occluded pixels of every image by the model's own chains, with the known pixels held.
 
     Known pixels are never touched by an update; at coarser sizes of a cascade a cell is held, at the mean of its
-    block, where its whole block is known. Image i is completed with the noise of sample first_sample + i.
+    block's known pixels, where it has any. Image i is completed with the noise of sample first_sample + i.
 
         error = mean over occluded pixels and channels of |x − x̂| / (hi − lo)
         PSNR = 10 log₁₀( (hi − lo)² / mean over all pixels of (x − x̂)² )

@@ -34,10 +34,16 @@ def check_sizes(sizes: Sequence[int], where: str = "MultiGrid") -> tuple[int, ..
 
 
 def updated_cells(mask: Tensor, size: int) -> Tensor:
-    """The mask at a coarser size: a cell is held (False) only where its whole block is held."""
+    """The mask at a coarser size: a cell is held (False) where any pixel of its block is known."""
     for dim in range(2, mask.dim()):
-        mask = mask.unflatten(dim, (size, -1)).any(dim + 1)
+        mask = mask.unflatten(dim, (size, -1)).all(dim + 1)
     return mask
+
+
+def known_means(known: Tensor, mask: Tensor, sizes: Sequence[int]) -> list[Tensor]:
+    """At every size the mean of each block's known pixels, 0 where there is none; `known` is 0 where it is unknown."""
+    sums, shares = (ops.pyramid(x, list(sizes)) for x in (known, (~mask).to(known.dtype)))
+    return [total / torch.where(share > 0, share, 1.0) for total, share in zip(sums, shares, strict=True)]
 
 
 def check_known(
@@ -85,8 +91,8 @@ def cascade(
     """The result at every size, `start` first: each grid's chain starts at the replicated result of the one before.
 
     nets[i] and dynamics[i] serve sizes[i + 1], whose noise stream is (purpose, i + 1). With `known` and `mask` (at the
-    finest size, False = known) the known pixels stand at each size as the means of their blocks. `graph` as in
-    `langevin_sample`: one CUDA graph then holds all chains.
+    finest size, False = known) a cell of a coarser size stands at the mean of its block's known pixels, where it has
+    any. `graph` as in `langevin_sample`: one CUDA graph then holds all chains.
     """
     where = "cascade"
     if not isinstance(start, Tensor) or start.dtype != torch.float32:
@@ -166,7 +172,7 @@ def walk(
     on: Callable[..., contextlib.AbstractContextManager[None]] | None = None,  # (grid, *inputs): where a grid's work is
 ) -> list[Tensor]:
     """The way of a cascade: what a chain ended at, replicated, with known pixels imposed, is the next one's start."""
-    means = ops.pyramid(held[0], list(sizes)) if held is not None else []
+    means = known_means(*held, sizes) if held is not None else []
 
     def imposed(x: Tensor, grid: int) -> tuple[Tensor, Tensor | None]:
         if held is None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .. import noise, ops
-from .cascade import GridCallback, of_grid
+from .cascade import GridCallback, known_means, of_grid, updated_cells
 from .langevin import Langevin
 from .multigrid import MultiGrid
 
@@ -91,9 +91,11 @@ class SingleGrid(MultiGrid):
         callback: GridCallback | None = None,
         **arguments: Any,
     ) -> list[Tensor]:
-        """The samples at every size; where pixels are known, the start holds them."""
+        """The samples at every size; where pixels are known, the start holds them, and a 1×1 start is their mean."""
         x = self._start(n, seed, first_sample)
         if mask is not None and known is not None:
+            if self.start == "colours":
+                x = torch.where(updated_cells(mask, 1), x, known_means(known, mask, [1])[0])
             x = torch.where(mask, x, known)
         callback_here = of_grid(callback, 1)
         return self._grids(
