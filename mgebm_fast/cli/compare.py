@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from ..evaluation.comparison import Entry
     from ..learning import TrainConfig
 
+_LOG_WIDTH = 140
+
 
 def compare(
     presets: Annotated[
@@ -84,7 +86,10 @@ def compare(
     from ..evaluation import comparison
     from ..evaluation import comparison_table as table
     from ..learning import build_model
+    from ..learning.heap import keep_freed_memory
     from ..learning.threads import threads_for
+
+    keep_freed_memory()
 
     where = find_device(device)
     names = presets if len(presets) > 1 else [*presets, *comparison.contenders(presets[0])]
@@ -117,7 +122,8 @@ def compare(
         found = {"presets": names, "seeds": numbers, "runs": records, "table": rows, "real": table.twins(records)}
         typer.echo(json_module.dumps(found, allow_nan=False, ensure_ascii=False))
         return
-    Console().print(table.console_tables(rows, records))
+    shown = Console()
+    (shown if shown.is_terminal else Console(width=_LOG_WIDTH)).print(table.console_tables(rows, records))
 
 
 def _seeds(text: str) -> list[int]:

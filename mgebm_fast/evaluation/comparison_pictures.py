@@ -27,7 +27,7 @@ def kid_plot(records: Sequence[dict[str, Any]]) -> bytes:
 
     measured = [record for record in records if "figures" in record]
     names = list(dict.fromkeys(record["preset"] for record in records))
-    figure = Figure(figsize=(8, 0.8 + 0.42 * len(names)), layout="constrained")
+    figure = Figure(figsize=(8, 1.0 + 0.42 * len(names)), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots()
     for place, name in enumerate(names):
@@ -44,7 +44,7 @@ def kid_plot(records: Sequence[dict[str, Any]]) -> bytes:
     real = next((record["real"]["kid"] for record in measured if record["real"].get("kid") is not None), None)
     if real is not None:
         axes.axvline(real, color=_REAL, linewidth=1, linestyle="--", label=f"held-out images ({real:.3f})")
-        axes.legend(frameon=False, fontsize=8, loc="lower right")
+        axes.legend(frameon=False, fontsize=8, loc="lower right", bbox_to_anchor=(1, 1), borderaxespad=0.1)
     axes.set_yticks(range(len(names)), names, fontsize=9)
     axes.set_ylim(len(names) - 0.4, -0.6)  # the first on top
     axes.margins(x=0.12)

@@ -197,7 +197,7 @@ def console_tables(rows: Sequence[dict[str, Any]], records: Sequence[dict[str, A
         if not shown:
             continue
         table = Table(title=group, title_justify="left")
-        table.add_column("preset", style="bold")
+        table.add_column("preset", style="bold", no_wrap=True)
         for column in shown:
             table.add_column(column.title, justify="right")
         for row in rows:
