@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from mgebm_fast import ops
 from mgebm_fast.data import ImageData
 from mgebm_fast.errors import ConfigError
 from mgebm_fast.learning import MultiGridTrainer, build_model, merge
@@ -143,6 +144,27 @@ def test_hamiltonian_chains_resume_and_sample_apart_from_training(tmp_path):
     assert large.weights.equal(loaded.weights) and large.sample(2).shape == (2, 1, 9, 9)
     with pytest.raises(ValueError, match="must have noise for Hamiltonian chains"):
         build_model(merge(config, {"langevin": {"noise_scale": 0.0}}))
+
+
+def test_hamiltonian_chains_use_no_counter_twice(monkeypatch):
+    """Over updates, and between training and samples, every (stream, step, sample id) is drawn once."""
+    trainer = MultiGridTrainer(
+        None, tiny_data(), small(frame={"leapfrog_steps": 2, "sample_steps": 6}), device="cpu", quiet=True
+    )
+    used: list[tuple[int, int, int]] = []
+    draw = ops.noise
+
+    def noted(shape, *, step, stream, first_sample=0, **rest):
+        tensor = isinstance(first_sample, torch.Tensor) and first_sample.dim() > 0
+        ids = first_sample.tolist() if tensor else range(int(first_sample), int(first_sample) + shape[0])
+        used.extend((stream, step, i) for i in ids)
+        return draw(shape, step=step, stream=stream, first_sample=first_sample, **rest)
+
+    monkeypatch.setattr(ops, "noise", noted)
+    trainer.fit(2)
+    training = len(used)
+    trainer.model.sample(4, seed=trainer.config.seed)
+    assert training >= 2 * 2 * 5 * 8 and len(used) > training and len(used) == len(set(used))
 
 
 def test_filters_of_a_trained_run(tmp_path):
