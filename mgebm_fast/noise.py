@@ -22,6 +22,7 @@ from torch import Tensor
 
 WORD = 0xFFFFFFFF
 MAX_INTEGER = 2**31
+MAX_ATTEMPT = 255
 
 _ROUNDS = 10
 _MULTIPLIER_0, _MULTIPLIER_1 = 0xD2511F53, 0xCD9E8D57
@@ -29,7 +30,7 @@ _WEYL_0, _WEYL_1 = 0x9E3779B9, 0xBB67AE85
 
 
 class Purpose(enum.IntEnum):
-    """What a draw is for. No two uses share a number, so no counter is ever used twice for two things."""
+    """What a draw is for, below 256. No two uses share a number, so no counter is ever used twice for two things."""
 
     USER = 0
     TRAINING_CHAIN = 1
@@ -57,6 +58,17 @@ def stream(purpose: Purpose | int, grid: int = 0) -> int:
     if not 0 <= grid < 1 << 16:
         raise ValueError(f"stream: grid must be in [0, 65536), got {grid}")
     return int(purpose) << 16 | grid
+
+
+def retried(purpose: Purpose, attempt: int) -> int:
+    """The purpose of the same draw in attempt number `attempt` of a run, 0 … 255: `attempt << 8 | purpose`.
+
+    Purposes are below 256, so that the stream word is `attempt << 24 | purpose << 16 | grid`, and a run that goes back
+    and tries again never draws what it drew before.
+    """
+    if not 0 <= attempt <= MAX_ATTEMPT:
+        raise ValueError(f"retried: attempt must be in [0, {MAX_ATTEMPT}], got {attempt}")
+    return attempt << 8 | int(purpose)
 
 
 def check_seed(seed: int, where: str) -> int:

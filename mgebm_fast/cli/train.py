@@ -57,6 +57,7 @@ def train(
       mgebm train digits --set steps=200 --set langevin.steps=10 --set seed=1
       mgebm train my_config.toml --data photos/ --out runs/mine
       mgebm train --out runs/mine --resume
+      mgebm train cifar10 --set rollback.attempts=3
 
     --set takes TOML values: steps=2000, sizes=[1,4,16], flips=true, langevin.noise_std=0.02; `none` clears an optional
     key. Keys of every preset: steps (parameter updates), langevin.steps, seed, batch_size, checkpoint_every,
@@ -64,6 +65,9 @@ def train(
 
     Ctrl-C saves a checkpoint and says how to go on; --resume then gives, bit for bit, the run that was never stopped.
     With --resume the configuration is the run's own; only what --set, --data and --precision name is changed.
+
+    A run that diverges stops, with advice; with rollback.attempts=3 it goes back to its last good checkpoint up to
+    three times, and on from there with other noise and half the learning rate. docs/configuration.md says what counts.
 
     Several processes or GPUs train together under torchrun, each on its part of every batch:
     torchrun --nproc-per-node 2 -m mgebm_fast train digits --out runs/digits
@@ -93,6 +97,8 @@ def train(
             if threads is None and where.type == "cpu":
                 use_threads(threads_for(build_model(chosen), chosen.batch_size))
         outcome = _fit(chosen, folder, resume, strict, where, _how_to_resume(folder, device, threads, ranks), ranks)
+        if outcome.finished and ranks.first:
+            typer.echo(_what_next(folder, chosen), err=True)
     if not outcome.finished:
         raise typer.Exit(INTERRUPTED)
 
@@ -119,6 +125,14 @@ def _fit(
         config, out=folder, data=data, resume=resume, device=device, console=console, resume_command=command,
         ranks=ranks,
     )  # fmt: skip
+
+
+def _what_next(folder: Path, config: TrainConfig) -> str:
+    """What one would do with a finished run."""
+    run = shlex.quote(str(folder))
+    if config.method != "spatial-temporal":
+        return f"next: mgebm sample {run} --num 64 --out samples.png\n      mgebm evaluate {run}"
+    return f"next: mgebm sample {run} --out sample.{'gif' if len(config.options.size) == 3 else 'wav'}"
 
 
 def _described(data: ImageData | Clips, config: TrainConfig) -> str:

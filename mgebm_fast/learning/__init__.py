@@ -5,6 +5,7 @@ from .baselines import SingleGridRule
 from .config import (
     LangevinConfig,
     OptimiserConfig,
+    RollbackConfig,
     StabiliseConfig,
     TrainConfig,
     apply_overrides,
@@ -16,9 +17,11 @@ from .config import (
 )
 from .contrastive import ContrastiveRule
 from .cooperative import CooperativeRule
-from .loop import Loop, Outcome, UpdateRule, check_new
+from .loop import Loop, Outcome
 from .methods import METHODS, Method, build_model
 from .multigrid import MultiGridRule
+from .resuming import check_new
+from .rule import UpdateRule
 from .run import Run, load_data
 from .trainer import MultiGridTrainer, train
 from .work import work
@@ -35,6 +38,7 @@ __all__ = [
     "MultiGridTrainer",
     "OptimiserConfig",
     "Outcome",
+    "RollbackConfig",
     "Run",
     "SingleGridRule",
     "StabiliseConfig",

@@ -83,7 +83,7 @@ class ABPRule(ModelRule):
             inference = dataclasses.replace(inference, noise_scale=factor)
         z = inference(
             generator, x, self.model.latents[ids], hidden=hidden, seed=config.seed, first_sample=ids,
-            first_step=iteration * inference.steps, stream=noise.stream(noise.Purpose.LATENT),
+            first_step=iteration * inference.steps, stream=noise.stream(self.purpose(noise.Purpose.LATENT)),
             where="training: inference of z",
         )  # fmt: skip
         residual = Residual(generator, x, inference.std, hidden)
@@ -91,7 +91,8 @@ class ABPRule(ModelRule):
         gradients = list(torch.autograd.grad(loss, self.parameters))
         measured = torch.stack([loss.detach(), norm(gradients), z.square().mean()])
         spoilt = measured.isfinite().all().logical_not().float()
-        schedule = rate_factor(config.optimiser, iteration, config.steps, iteration * config.batch_size // self.order.n)
+        epoch = iteration * config.batch_size // self.order.n
+        schedule = self.rate * rate_factor(config.optimiser, iteration, config.steps, epoch)
         condition_(gradients, config.optimiser)
         step(self.optimiser, self.parameters, gradients, self._rate() * schedule, spoilt)
         numbers = measured.tolist()

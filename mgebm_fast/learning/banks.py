@@ -24,6 +24,7 @@ class Slots:
     shared: bool
     restart: float
     seed: int
+    attempt: int = 0  # of the run, `noise.retried`
 
     @classmethod
     def of(cls, bank_size: int | None, batch_size: int, images: int, restart: float, seed: int) -> Slots:
@@ -35,12 +36,12 @@ class Slots:
         """The slots of places first … first + n − 1 of the batch of update `iteration`; all of a batch differ."""
         if not self.shared:
             return (torch.arange(first, first + n) + iteration * self.batch_size) % self.size
-        where = noise.stream(noise.Purpose.BANK_DRAW, 1)
+        where = noise.stream(noise.retried(noise.Purpose.BANK_DRAW, self.attempt), 1)
         return noise.permutation(self.size, seed=self.seed, step=iteration, stream=where)[first : first + n]
 
     def restarted(self, iteration: int, slots: Tensor) -> Tensor:  # (n,) bool
         """Which of the slots begin anew at update `iteration`, each with probability `restart` of its own."""
-        where = noise.stream(noise.Purpose.BANK_RESTART, 1)
+        where = noise.stream(noise.retried(noise.Purpose.BANK_RESTART, self.attempt), 1)
         draw = ops.noise(
             (len(slots), 1), seed=self.seed, step=iteration, first_sample=slots, stream=where, distribution="uniform",
             device=slots.device,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import torch
 from torch import Tensor
 
@@ -19,6 +21,11 @@ class InitialState:
 
     def __init__(self, model: SingleGrid, config: TrainConfig, images: int) -> None:
         self.model, self.config = model, config
+        self.attempt = 0
+
+    def try_again(self, attempt: int) -> None:
+        """Draw as attempt number `attempt` of the run does, from here on (`noise.retried`)."""
+        self.attempt = attempt
 
     def ids(self, iteration: int, first_sample: int, n: int) -> int | Tensor:
         """The sample ids of n chains, from place `first_sample` of the update's batch on: one for the first, or n."""
@@ -35,8 +42,9 @@ class InitialState:
     def noise(self, n: int, step: int, ids: int | Tensor) -> Tensor:
         """(n, C, S, S) uniform in value_range."""
         return self.model.noise_start(
-            n, seed=self.config.seed, step=step, first_sample=ids, purpose=noise.Purpose.INITIAL_STATE
-        )
+            n, seed=self.config.seed, step=step, first_sample=ids,
+            purpose=noise.retried(noise.Purpose.INITIAL_STATE, self.attempt),
+        )  # fmt: skip
 
 
 class Observed(InitialState):
@@ -77,6 +85,10 @@ class Persistent(InitialState):
         self.slots = self.chosen(images)
         if len(model.bank) != self.slots.size:
             model.bank = self.noise(self.slots.size, 0, 0)
+
+    def try_again(self, attempt: int) -> None:
+        super().try_again(attempt)
+        self.slots = dataclasses.replace(self.slots, attempt=attempt)
 
     def chosen(self, images: int) -> Slots:
         """The slots that batches take."""
@@ -140,7 +152,7 @@ class SingleGridRule(ContrastiveRule):
             seed=self.config.seed,
             first_sample=ids,
             first_step=iteration * chain.steps,
-            stream=noise.stream(noise.Purpose.TRAINING_CHAIN, 1),
+            stream=noise.stream(self.purpose(noise.Purpose.TRAINING_CHAIN), 1),
             precision=self.precision,
             where=f"training: grid 1 (size {self.model.sizes[-1]})",
         )
@@ -149,6 +161,8 @@ class SingleGridRule(ContrastiveRule):
 
     def update(self, batch: Tensor, iteration: int, *, detail: bool = False) -> dict[str, float]:
         self._ended.clear()
+        if self.initial.attempt != self.attempt:
+            self.initial.try_again(self.attempt)
         metrics = super().update(batch, iteration, detail=detail)
         for ids, x in self._ended.values():
             self.initial.keep(ids, x)

@@ -18,6 +18,9 @@ from torch import Tensor
 
 from ..errors import CheckpointError
 
+# What a run's folder holds.
+CONFIG, MODEL, CHECKPOINTS, SAMPLES = "config.toml", "model.safetensors", "checkpoints", "samples"
+
 STATE = "state.json"
 FORMAT = "mgebm_fast.checkpoint"
 VERSION = 1

@@ -10,8 +10,9 @@ from typing import Any
 
 from ..errors import ConfigError, suggest
 from ..gradient import PRECISIONS
+from ..noise import MAX_ATTEMPT
 from ..sampling import Langevin
-from .keys import Choice, Flag, Kind, Many, Maybe, PerGrid, Real, Text, Whole, key, nearest, pick
+from .keys import Auto, Choice, Flag, Kind, Many, Maybe, PerGrid, Real, Text, Whole, key, nearest, pick
 from .methods import METHODS, TABLES
 
 if sys.version_info >= (3, 11):
@@ -72,6 +73,22 @@ class StabiliseConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class RollbackConfig:
+    """`[rollback]`: what a run does that diverges. At its default it stops, and says so."""
+
+    attempts: int = key(
+        0, Whole(0, MAX_ATTEMPT), "times that a run which diverges goes back to its last good state; 0: it stops"
+    )
+    lr_factor: float = key(0.5, Real(0, 1, above=True), "each time, learning rates are multiplied by this, for good")
+    gap_ratio: Any = key(
+        30.0,
+        Maybe(Real(1, above=True)),
+        "bound on |mean E(observed) - mean E(synthesised)| of a grid, in multiples of its running mean; none: no bound",
+    )
+    gap_max: Any = key(None, Maybe(_POSITIVE), "bound on the same difference as it is, in energies; none: no bound")
+
+
+@dataclasses.dataclass(frozen=True)
 class TrainConfig:
     """A whole run. Every key has a default, a kind that checks it, and a line of help (`describe_keys`).
 
@@ -90,7 +107,7 @@ class TrainConfig:
     variant: str = key("compact", Choice(("A", "B", "compact")), "family of nets")
     norm: str = key("none", Choice(("batch", "none")), "normalisation of the nets")
     activation: Any = key(
-        None, Maybe(Choice(("leaky_relu", "relu", "silu", "elu", "none"))), "of the nets; left out: the variant's own"
+        None, Auto(Choice(("leaky_relu", "relu", "silu", "elu", "none"))), "of the nets; auto: the variant's own"
     )
     spectral_norm: bool = key(False, Flag(), "spectral normalisation of every weight")
     value_range: tuple = key((-1.0, 1.0), Many(Real(), 2), "what pixel values 0 and 255 become")
@@ -107,6 +124,7 @@ class TrainConfig:
     langevin: LangevinConfig = dataclasses.field(default_factory=lambda: LangevinConfig(drift=1.0, noise_std=0.03))
     optimiser: OptimiserConfig = dataclasses.field(default_factory=OptimiserConfig)
     stabilise: StabiliseConfig = dataclasses.field(default_factory=StabiliseConfig)
+    rollback: RollbackConfig = dataclasses.field(default_factory=RollbackConfig)
     options: Any = None
 
     def __post_init__(self) -> None:
@@ -142,7 +160,8 @@ class TrainConfig:
 
 
 _SECTIONS: dict[str, type] = {
-    "langevin": LangevinConfig, "optimiser": OptimiserConfig, "stabilise": StabiliseConfig, **TABLES,
+    "langevin": LangevinConfig, "optimiser": OptimiserConfig, "stabilise": StabiliseConfig,
+    "rollback": RollbackConfig, **TABLES,
 }  # fmt: skip
 
 
@@ -274,7 +293,7 @@ def _nearest_size(size: int, among: Sequence[int]) -> int:
 def describe_keys() -> list[tuple[str, str, Any, str]]:
     """(key, what it may hold, default, help) of every key, for documentation and `--help`."""
     return [
-        (name, field.metadata["kind"].expected, field.default, field.metadata["doc"])
+        (name, field.metadata["kind"].expected, field.metadata["kind"].shown(field.default), field.metadata["doc"])
         for name, (_, field) in _FIELDS.items()
     ]
 
@@ -326,7 +345,7 @@ def _read(kind: Kind, name: str, value: Any, where: str) -> Any:
 
 def _value(text: str, kind: Kind) -> Any:
     """The TOML value of a command-line word. A bare word is a string, `1,2,4` a list."""
-    inner = kind.kind if isinstance(kind, Maybe) else kind
+    inner = kind.kind if isinstance(kind, (Auto, Maybe)) else kind
     if isinstance(inner, Text):
         return text[1:-1] if len(text) > 1 and text[0] == text[-1] and text[0] in "\"'" else text
     for candidate in (text, f"[{text}]") if isinstance(inner, (Many, PerGrid)) else (text,):

@@ -90,7 +90,7 @@ class ContrastiveRule(ModelRule):
         """The metrics; None, with nothing changed, where one of the chains that `healthy` is told of was not."""
         config, model = self.config, self.model
         factor = self.noise_factor(iteration)
-        if factor != 1.0:
+        if config.stabilise.noise_anneal != 1.0:  # also back at 1, where a run went back to its beginning
             model.langevin = config.dynamics(factor)
         before = [buffer.clone() for buffer in self.buffers]
         shown: list[Tensor] = []
@@ -153,9 +153,10 @@ class ContrastiveRule(ModelRule):
         return gradients, energies, synthesised
 
     def _apply(self, gradients: list[list[Tensor]], iteration: int, spoilt: Tensor) -> float:
-        """One step of every optimiser, none where `spoilt` is 1; what the schedule multiplies their rates by."""
+        """One step of every optimiser, none where `spoilt` is 1; what their rates were multiplied by."""
         config = self.config
-        schedule = rate_factor(config.optimiser, iteration, config.steps, iteration * config.batch_size // self.images)
+        epoch = iteration * config.batch_size // self.images
+        schedule = self.rate * rate_factor(config.optimiser, iteration, config.steps, epoch)
         for index, (optimiser, parameters) in enumerate(zip(self.optimisers, self.parameters, strict=True)):
             condition_(gradients[index], config.optimiser, self.divisors[index])
             step(optimiser, parameters, gradients[index], pick(config.optimiser.lr, index) * schedule, spoilt)
@@ -165,7 +166,7 @@ class ContrastiveRule(ModelRule):
         std = pick(self.config.stabilise.data_noise, grid - 1) * factor
         if std == 0:
             return images
-        where = noise.stream(noise.Purpose.DATA_NOISE, grid)
+        where = noise.stream(self.purpose(noise.Purpose.DATA_NOISE), grid)
         draw = ops.noise(
             images.shape, seed=self.config.seed, step=iteration, first_sample=first_sample, stream=where,
             device=images.device,

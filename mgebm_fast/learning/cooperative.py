@@ -56,13 +56,13 @@ class CooperativeRule(ContrastiveRule):
         chain, generator = self.model.langevin[0], self.model.generator
         z = draw_latents(
             generator, len(observed[0]), seed=self.config.seed, step=iteration, first_sample=first_sample,
-            purpose=noise.Purpose.INITIAL_STATE,
+            purpose=self.purpose(noise.Purpose.INITIAL_STATE),
         )  # fmt: skip
         with torch.no_grad():
             start = generator(z)
         x = chain(
             self.model.nets[0], start, seed=self.config.seed, first_sample=first_sample,
-            first_step=iteration * chain.steps, stream=noise.stream(noise.Purpose.TRAINING_CHAIN, 1),
+            first_step=iteration * chain.steps, stream=noise.stream(self.purpose(noise.Purpose.TRAINING_CHAIN), 1),
             precision=self.precision, where=f"training: grid 1 (size {self.model.sizes[-1]})",
         )  # fmt: skip
         self._pair = z, x
@@ -74,7 +74,7 @@ class CooperativeRule(ContrastiveRule):
         if options.infer_steps and not bool(spoilt):
             z = self.inference(
                 generator, x, z, seed=self.config.seed, first_step=iteration * options.infer_steps,
-                stream=noise.stream(noise.Purpose.LATENT), where="training: inference of z",
+                stream=noise.stream(self.purpose(noise.Purpose.LATENT)), where="training: inference of z",
             )  # fmt: skip
         loss = Residual(generator, x, options.std)(z).mean()
         found = list(torch.autograd.grad(loss, self.taught))

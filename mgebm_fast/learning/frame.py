@@ -19,7 +19,7 @@ from .work import CHAIN_STEP
 
 __all__ = ["FrameRule", "build_model", "narrow", "work"]
 
-_TRAINING_GRID = 2  # of Hamiltonian chains in training: samples' have grid 1, and so other numbers
+_TRAINING_GRID = 2  # of Hamiltonian chains in training, and on for later attempts: samples' have grid 1, other numbers
 
 
 class FrameRule(ConvNetRule):
@@ -43,7 +43,7 @@ class FrameRule(ConvNetRule):
         ids = self.initial.ids(iteration, first_sample, len(observed[0]))
         result = exact(
             self.model.energy, self.initial.at(observed, iteration, ids), seed=self.config.seed, first_sample=ids,
-            first_step=iteration * exact.steps, grid=_TRAINING_GRID, precision=self.precision,
+            first_step=iteration * exact.steps, grid=_TRAINING_GRID + self.attempt, precision=self.precision,
         )  # fmt: skip
         self._ended[first_sample] = ids, result.x
         return [result.x]

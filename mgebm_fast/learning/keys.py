@@ -18,6 +18,10 @@ class Kind:
     def read(self, value: Any) -> Any:
         raise NotImplementedError
 
+    def shown(self, value: Any) -> Any:
+        """A value that was read as a TOML file would give it."""
+        return value
+
 
 @dataclasses.dataclass(frozen=True)
 class Whole(Kind):
@@ -154,6 +158,24 @@ class Maybe(Kind):
 
     def read(self, value: Any) -> Any:
         return None if value is None or value == "none" else self.kind.read(value)
+
+
+@dataclasses.dataclass(frozen=True)
+class Auto(Kind):
+    """`kind`, or what else the run says it should be: the key is left out of the file, and `auto` clears it. For a kind
+    to which "none" is a value."""
+
+    kind: Kind
+
+    @property
+    def expected(self) -> str:  # type: ignore[override]
+        return f"{self.kind.expected}, or auto"
+
+    def read(self, value: Any) -> Any:
+        return None if value is None or value == "auto" else self.kind.read(value)
+
+    def shown(self, value: Any) -> Any:
+        return "auto" if value is None else value
 
 
 def key(default: Any, kind: Kind, doc: str) -> Any:

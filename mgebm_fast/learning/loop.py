@@ -2,73 +2,26 @@
 
 from __future__ import annotations
 
-import abc
 import contextlib
 import dataclasses
 import functools
 import os
 import time
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
-from torch import Tensor
 
 from .. import files, pictures
-from ..errors import CheckpointError, ConfigError, DivergenceError
-from . import checkpoint
+from ..errors import ConfigError, DivergenceError
+from . import checkpoint, resuming, rollback
+from .checkpoint import CHECKPOINTS, CONFIG, MODEL, SAMPLES
 from .config import TrainConfig
 from .distributed import RankLost, Ranks
 from .feed import Batches
 from .interrupts import StopRequests
-from .methods import METHODS
 from .progress import Progress, duration
 from .records import Recorder
-
-CONFIG, MODEL, CHECKPOINTS, SAMPLES = "config.toml", "model.safetensors", "checkpoints", "samples"
-
-# Keys that the states of a run hang on: another value would make a resumed run another run.
-FIXED = (
-    "method", "channels", "sizes", "width", "variant", "norm", "activation", "spectral_norm", "value_range", "seed",
-    "batch_size", "batch_parts", "flips", "classes", "langevin.steps", "optimiser.name",
-)  # fmt: skip
-
-
-class UpdateRule(abc.ABC):
-    """A learning method: how the initial state is updated by a batch, what it looks like, and how it is stored."""
-
-    divisible = False  # whether a batch may be learnt from in parts, which is what several ranks do
-    ranks = Ranks()  # the loop sets it
-
-    @abc.abstractmethod
-    def update(self, batch: Tensor, iteration: int, *, detail: bool = False) -> dict[str, float]:
-        """One parameter update from observed images (N, C, S, S), uint8 or float in the model's units.
-
-        `batch` is the share of this rank. `iteration` counts from 0; all randomness is a function of it and the seed.
-        `detail` asks for measurements that cost something. Raises DivergenceError, with nothing applied, where a
-        number is not finite.
-        """
-
-    @abc.abstractmethod
-    def headline(self, metrics: Mapping[str, float]) -> str:
-        """A few words on how training stands, from what `update` returned."""
-
-    @abc.abstractmethod
-    def panels(self, observed: Tensor) -> tuple[list[tuple[str, Tensor]], int]:
-        """Titled uint8 images of the model, always from the same noise, beside `observed`; and how many to a row."""
-
-    @abc.abstractmethod
-    def write(self, folder: Path, iteration: int) -> None:
-        """The files of a checkpoint after `iteration` updates: all that later updates depend on."""
-
-    @abc.abstractmethod
-    def read(self, folder: Path) -> None:
-        """Restore what `write` stored, bit for bit."""
-
-    @abc.abstractmethod
-    def write_model(self, path: Path, iteration: int) -> None:
-        """The model to sample from, as one file."""
+from .rule import UpdateRule
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,6 +59,7 @@ class Loop:
         self.rule, self.batches, self.config, self.out = rule, batches, config, out
         self.console = console if self.ranks.first else None
         self.iteration = 0
+        self.history = rollback.History(config.rollback)
         self._owns = False  # whether what lies in `out` is this run's
         self._resume_command = resume_command or f"mgebm train {out}/{CONFIG} --out {out} --resume"
 
@@ -116,88 +70,121 @@ class Loop:
         with self.ranks.together():
             return self._save(folder) if self.ranks.first else folder
 
-    def _save(self, folder: Path) -> Path:
+    def _save(self, folder: Path, *, good: bool = False) -> Path:
         state = {
             "iteration": self.iteration,
             "images": len(self.batches.data),
             "config": self.config.to_dict(),
+            **self.history.state(good=good),
         }
         return checkpoint.write(folder, lambda path: self.rule.write(path, self.iteration), state)
 
     def resume(self, path: Path) -> int:
         """Go on from a checkpoint folder, or from a run folder's newest good checkpoint; the updates made so far."""
-        found: tuple[Path, dict[str, Any]] | None = None
+        found: resuming.Found | None = None
         with self.ranks.together():  # the first rank tidies up, and chooses for all
             if self.ranks.first:
-                found = self._find(path)
-        name = self.ranks.tell(str(found[0]) if found else "")
-        if name:
-            with self.ranks.together():
-                folder, state = found or (Path(name), checkpoint.read(Path(name)))
-                self._check_same_run(state, folder)
-                self.rule.read(folder)
-                self.iteration = int(state["iteration"])
-        else:
+                found = resuming.find(path, self.say)
+        self.history.kept = []
+        if not self._enter(found):
             self.say(f"{path}: no checkpoint yet, training starts from the beginning")
         self._owns = self._owns or self._is_out(path)
         return self.iteration
 
-    def _find(self, path: Path) -> tuple[Path, dict[str, Any]] | None:
-        """The checkpoint that `path` means, with its state; None for a run that has none yet."""
-        if (path / checkpoint.STATE).exists():
-            return path, self._read_named(path)
-        if (path / CONFIG).is_file():
-            with checkpoint.exclusive(path):
-                checkpoint.clean(path / CHECKPOINTS)
-                return self._newest_of_run(path)
-        what = "is not a run's folder" if path.is_dir() else "does not exist"
-        raise CheckpointError(f"resume: must be a folder with a {CONFIG} or a checkpoint's, got {path}, which {what}")
+    def _enter(self, found: resuming.Found | None) -> bool:
+        """Take over, on every rank, the checkpoint that the first rank found; False where it found none."""
+        name = self.ranks.tell(str(found[0]) if found else "")
+        if not name:
+            return False
+        with self.ranks.together():
+            folder, state = found or (Path(name), checkpoint.read(Path(name)))
+            resuming.check_same_run(self.config, len(self.batches.data), state, folder)
+            self.rule.read(folder)
+            self.iteration = int(state["iteration"])
+            self.history.restore(state)
+            self._tell_rule()
+        return True
 
     def _is_out(self, path: Path) -> bool:
         """Whether `path` is the run's folder or one of its checkpoints."""
         return self.out is not None and self.out.resolve() in (path.resolve(), path.resolve().parent.parent)
 
-    def _read_named(self, folder: Path) -> dict[str, Any]:
-        try:
-            return checkpoint.read(folder)
-        except CheckpointError as error:
-            found, _ = checkpoint.newest_good(folder.parent)
-            hint = f"; the newest whole one beside it is {found[0]}" if found else ""
-            raise CheckpointError(f"{error}{hint}") from None
-
-    def _newest_of_run(self, path: Path) -> tuple[Path, dict[str, Any]] | None:
-        found, faults = checkpoint.newest_good(path / CHECKPOINTS)
-        if faults and found is None:
-            raise CheckpointError(f"resume: no checkpoint of {path} is whole: {'; '.join(str(e) for _, e in faults)}")
-        for folder, error in faults:
-            assert found is not None
-            aside = checkpoint.set_aside(folder, "damaged")
-            self.say(f"{error}; it is now {aside.name}, and training goes on from the older {found[0]}")
-        return found
-
-    def _check_same_run(self, state: Mapping[str, Any], folder: Path) -> None:
-        ours, theirs = self.config.to_dict(), state["config"]
-        own = METHODS[self.config.method]
-        for name in (*FIXED, *(f"{own.name}.{leaf}" for leaf in own.fixed)):
-            section, _, leaf = name.rpartition(".")
-            mine = (ours.get(section, {}) if section else ours).get(leaf)
-            stored = (theirs.get(section, {}) if section else theirs).get(leaf)
-            if name == "batch_parts" and stored is None:  # a run from before there were parts
-                stored = 1
-            if mine != stored:
-                raise ConfigError(
-                    f"resume: {name} must be {stored!r}, as in {folder}, got {mine!r}; a run with another value is "
-                    "another run: train it into a new folder"
-                )
-        if state.get("images") != len(self.batches.data):
-            raise ConfigError(
-                f"resume: data must be the {state.get('images')} images that the run began with, got "
-                f"{len(self.batches.data)}"
-            )
+    def _checkpoints(self) -> list[Path]:
+        """Those of the run, oldest first."""
+        return checkpoint.listed(self.out / CHECKPOINTS) if self.out else []
 
     def last_checkpoint(self) -> Path | None:
-        folders = checkpoint.listed(self.out / CHECKPOINTS) if self.out else []
+        folders = self._checkpoints()
         return folders[-1] if folders else None
+
+    # going back
+
+    def _tell_rule(self) -> None:
+        self.rule.attempt, self.rule.rate = len(self.history.made), self.history.rate
+
+    def _keep_good_state(self) -> None:
+        """The present state, to go back to, where there is no folder that holds it."""
+        if self.out is None and self.history.on:
+            newest = self.iteration, self.rule.snapshot(), self.history.watch.state()
+            self.history.kept = [*self.history.kept, newest][-self.config.keep_checkpoints :]
+
+    def _begin_good(self) -> None:
+        """A state to go back to from the first update on, where the run has none yet."""
+        if not self.history.kept:
+            self._keep_good_state()
+        with self.ranks.together():
+            if self.out is not None and self.ranks.first and self.history.on:
+                if not rollback.good_states(self._checkpoints()):
+                    self._save(self.out / CHECKPOINTS / checkpoint.name_of(self.iteration), good=True)
+
+    def _go_back(self, error: DivergenceError, recorder: Recorder | None) -> None:
+        """To the last good state, from where noise is other and rates are lower; the error where that was tried enough.
+
+        All ranks know of the same error: it is about what they averaged, or was told to all.
+        """
+        history, update = self.history, self.iteration + 1
+        made = history.made  # a good state of before knows of less
+        if history.exhausted or not self._enter_good():
+            raise self._diverged(error) from error
+        self.ranks.failed = False
+        entry = rollback.Rollback(update, self.iteration, self.config.rollback.lr_factor, str(error))
+        history.made = [*made, entry]
+        self._tell_rule()
+        with self.ranks.together():
+            if self.out is not None and self.ranks.first:
+                # Killed between these, a run goes on from a checkpoint that fits its records.
+                self._set_later_aside(self.out)
+                self._save(self.out / CHECKPOINTS / checkpoint.name_of(self.iteration), good=True)
+                self._record_going_back(recorder)
+        self.say(
+            f"{error}; back to update {self.iteration}, with other noise and the learning rate times "
+            f"{history.rate:g} from here on (rollback {len(history.made)} of at most {history.config.attempts})"
+        )
+
+    def _record_going_back(self, recorder: Recorder | None) -> None:
+        """Where the run has just come back to a good state, a record of it, and none of what was abandoned."""
+        made = self.history.made
+        if recorder is not None and made and made[-1].to == self.iteration:
+            recorder.go_back(self.iteration, len(made), made[-1].at)
+
+    def _enter_good(self) -> bool:
+        """Take over the last good state; False where there is none."""
+        if self.out is None:
+            place = rollback.choose([step for step, _, _ in self.history.kept], self.history.made)
+            if place is None:
+                return False
+            self.history.kept = self.history.kept[: place + 1]
+            self.iteration, state, watched = self.history.kept[-1]
+            self.rule.restore(state)
+            self.history.watch.restore(watched)
+            return True
+        found: resuming.Found | None = None
+        with self.ranks.together():
+            if self.ranks.first:
+                states = rollback.good_states(self._checkpoints())
+                place = rollback.choose([int(state["iteration"]) for _, state in states], self.history.made)
+                found = None if place is None else states[place]
+        return self._enter(found)
 
     # running
 
@@ -225,7 +212,7 @@ class Loop:
 
     def _claim(self, out: Path, held: contextlib.ExitStack) -> None:
         if not self._owns:
-            check_new(out)
+            resuming.check_new(out)
         out.mkdir(parents=True, exist_ok=True)
         held.enter_context(checkpoint.exclusive(out))
         self._open_folder(out)
@@ -238,13 +225,16 @@ class Loop:
             progress = held.enter_context(Progress(self.console, self.iteration, stop))
             with self.ranks.together():
                 recorder = held.enter_context(self._recorder())
+                self._record_going_back(recorder)
+            self._begin_good()
             self._iterate(stop, progress, recorder)
         if self.iteration < stop:
             where = f"; saved in {self.last_checkpoint()}; to go on:\n  {self._resume_command}" if self.out else ""
             self.say(f"stopped after {self.iteration} of {stop} updates{where}")
         elif self.out is not None:
             took = duration(time.monotonic() - began)
-            self.say(f"{self.iteration} updates done in {took}; the model: {self.out / MODEL}")
+            where = f"the model: {self.out / MODEL}; pictures: {self.out / SAMPLES}"
+            self.say(f"{self.iteration} updates done in {took}; {where}")
 
     def _iterate(self, stop: int, progress: Progress, recorder: Recorder | None) -> None:
         config, spent, updates = self.config, 0.0, 0
@@ -257,14 +247,22 @@ class Loop:
             begin = time.monotonic()
             try:
                 metrics = self.rule.update(self.batches.batch(self.iteration), self.iteration, detail=logged)
+                if self.history.on:
+                    self.history.watch.check(metrics, done)
             except DivergenceError as error:
-                raise self._diverged(error) from error
+                self._go_back(error, recorder)
+                progress.restart(self.iteration)
+                spent, updates = 0.0, 0
+                continue
             self.iteration = done
             spent, updates = spent + time.monotonic() - begin, updates + 1
             progress.update(done, self.rule.headline(metrics), logged=logged)
             drawn = _due(done, config.sample_every) or done == stop
             stops = self.ranks.stops()
-            saved = _due(done, config.checkpoint_every) or done == stop or stops
+            good = _due(done, config.checkpoint_every)
+            saved = good or done == stop or stops
+            if good:
+                self._keep_good_state()
             if self.out is not None and (logged or drawn or saved):
                 with self.ranks.together():
                     if logged and recorder is not None:
@@ -275,29 +273,33 @@ class Loop:
                     if saved:
                         if recorder is not None:
                             recorder.synchronise()
-                        self._save_in_run(final=done == stop)
+                        self._save_in_run(final=done == stop, good=good)
             if stops:
                 return
 
     def _open_folder(self, out: Path) -> None:
         files.write_bytes(out / CONFIG, self.config.to_toml().encode())
         checkpoint.clean(out / CHECKPOINTS)
-        for folder in checkpoint.listed(out / CHECKPOINTS):
-            if checkpoint.step_of(folder) > self.iteration:  # of a past that this run went back behind
-                checkpoint.set_aside(folder, "replaced")
+        self._set_later_aside(out)
         self._owns = True
+
+    def _set_later_aside(self, out: Path) -> None:
+        """Checkpoints of a past that this run went back behind no longer count."""
+        for folder in checkpoint.listed(out / CHECKPOINTS):
+            if checkpoint.step_of(folder) > self.iteration:
+                checkpoint.set_aside(folder, "replaced")
 
     def _recorder(self) -> contextlib.AbstractContextManager[Recorder | None]:
         if self.out is None or not self.ranks.first:
             return contextlib.nullcontext()
-        return contextlib.closing(Recorder(self.out, self.iteration))
+        return contextlib.closing(Recorder(self.out, self.iteration, len(self.history.made)))
 
-    def _save_in_run(self, *, final: bool) -> None:
+    def _save_in_run(self, *, final: bool, good: bool = False) -> None:
         if self.out is None or not self.ranks.first:
             return
         root = self.out / CHECKPOINTS
-        self._save(root / checkpoint.name_of(self.iteration))
-        checkpoint.prune(root, self.config.keep_checkpoints)
+        self._save(root / checkpoint.name_of(self.iteration), good=good)
+        (rollback if self.history.on else checkpoint).prune(root, self.config.keep_checkpoints)
         if final or (self.out / MODEL).exists():  # a run made longer: what it is sampled with does not fall behind
             self.rule.write_model(self.out / MODEL, self.iteration)
 
@@ -339,25 +341,13 @@ class Loop:
         self.ranks.failed = not self.ranks.first  # all ranks averaged the same numbers
         last = self.last_checkpoint()
         good = f"the last good checkpoint is {last}" if last else "there is no checkpoint yet"
+        kept = "saved" if isinstance(error, rollback.RunAway) else "applied"
+        more = "" if self.history.on else "; rollback.attempts lets a run go back and try again by itself"
         return DivergenceError(
-            f"{error}; stopped at update {self.iteration + 1}, which was not applied; {good}. A smaller optimiser.lr, "
-            "optimiser.grad_clip_norm, stabilise.energy_l2 or spectral_norm keep training in bounds"
+            f"{error}; stopped at update {self.iteration + 1}, which was not {kept}; {self.history.describe()}{good}. "
+            "A smaller optimiser.lr, optimiser.grad_clip_norm, stabilise.energy_l2 or spectral_norm keep training in "
+            f"bounds{more}"
         )
-
-
-def check_new(out: Path) -> None:
-    """Raise FileExistsError unless `out` is a folder that does not exist yet or is empty."""
-    if out.exists() and not out.is_dir():
-        raise FileExistsError(f"out: must be a folder, got {out}, which is a file")
-    if out.is_dir() and any(not _left_behind(path) for path in out.iterdir()):
-        advice = "pass --resume to go on with its run, or choose" if (out / CONFIG).exists() else "choose"
-        raise FileExistsError(
-            f"out: must be a new or empty folder, got {out}, which is not empty; {advice} another one"
-        )
-
-
-def _left_behind(path: Path) -> bool:
-    return path.name.startswith(f".{CONFIG}.")
 
 
 def _due(done: int, every: int) -> bool:

@@ -24,7 +24,7 @@ from .work import work_of_chains
 
 if TYPE_CHECKING:
     from .config import TrainConfig
-    from .loop import UpdateRule
+    from .rule import UpdateRule
 
 
 @dataclasses.dataclass(frozen=True)

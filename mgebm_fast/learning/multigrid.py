@@ -27,7 +27,7 @@ class MultiGridRule(ContrastiveRule):
             seed=self.config.seed,
             first_sample=first_sample,
             first_step=[iteration * chain.steps for chain in self.model.langevin],
-            purpose=noise.Purpose.TRAINING_CHAIN,
+            purpose=self.purpose(noise.Purpose.TRAINING_CHAIN),
             precision=self.precision,
         )
         return results[1:]

@@ -46,6 +46,10 @@ class Progress:
             left = (self._total - done) * self._seconds(done)
             self.say(f"{done}/{self._total}  {self._rate(done)}  {duration(left)} left  {headline}")
 
+    def restart(self, done: int) -> None:
+        """The run went back to `done` updates: the rate is that of those from here on."""
+        self._start, self._began = done, time.monotonic()
+
     def say(self, text: str) -> None:
         """A line beside the bar, as it is: no markup, no wrapping of paths and commands."""
         if self._console is not None:

@@ -15,17 +15,28 @@ class Recorder:
     """One line of JSON a record, flushed at once, and one TensorBoard scalar a number.
 
     `step` counts the updates made. Opening at step s drops what earlier runs wrote after s, a torn last line
-    included, so that a resumed run doubles nothing.
+    included, so that a resumed run doubles nothing; and records of going back beyond the first `rollbacks` ones.
     """
 
-    def __init__(self, folder: Path, step: int) -> None:
+    def __init__(self, folder: Path, step: int, rollbacks: int = 0) -> None:
+        self._folder = folder
+        self._open(step, rollbacks)
+
+    def _open(self, step: int, rollbacks: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        path = folder / METRICS
-        truncate(path, step)
+        path = self._folder / METRICS
+        truncate(path, step, rollbacks)
         self._file = path.open("a", encoding="utf-8")
-        purge = step + 1 if step else None
-        self._board = SummaryWriter(str(folder / TENSORBOARD), purge_step=purge, max_queue=1000)
+        purge = step + 1 if (self._folder / TENSORBOARD).is_dir() else None
+        self._board = SummaryWriter(str(self._folder / TENSORBOARD), purge_step=purge, max_queue=1000)
+
+    def go_back(self, step: int, rollbacks: int, diverged_at: int) -> None:
+        """Drop what was written after `step`, and write, as a record of `step`, that the run went back to it."""
+        self.close()
+        self._open(step, rollbacks - 1)
+        self.add(step, {"rollbacks": rollbacks, "diverged_at": diverged_at})
+        self.synchronise()
 
     def add(self, step: int, values: Mapping[str, float]) -> None:
         """Write the record of update number `step` (from 1)."""
@@ -46,15 +57,16 @@ class Recorder:
             self._board.close()
 
 
-def truncate(path: Path, step: int) -> None:
-    """Cut a metrics file behind its last whole line with a step up to `step`; lines are in the order of steps."""
+def truncate(path: Path, step: int, rollbacks: int = 0) -> None:
+    """Cut a metrics file behind its last whole line with a step up to `step`, and before a record of going back that is
+    not of the first `rollbacks`; lines are in the order of steps."""
     if not path.exists():
         return
     keep = 0
     with path.open("rb") as file:
         for line in file:
             recorded = _step(line)
-            if recorded is None or recorded > step:
+            if recorded is None or recorded > step or json.loads(line).get("rollbacks", 0) > rollbacks:
                 break
             keep += len(line)
     os.truncate(path, keep)

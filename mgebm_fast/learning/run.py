@@ -10,8 +10,8 @@ import torch
 from ..errors import CheckpointError
 from ..sampling import Model
 from . import checkpoint, records
+from .checkpoint import CHECKPOINTS, CONFIG, MODEL
 from .config import TrainConfig, from_dict, load_config
-from .loop import CHECKPOINTS, CONFIG, MODEL
 from .methods import METHODS
 
 

@@ -14,8 +14,8 @@ from ..sampling.storage import EMA, MODEL_FILE
 from . import checkpoint
 from .config import TrainConfig
 from .ema import Average
-from .loop import UpdateRule
 from .optim import load_state_tensors, state_tensors
+from .rule import UpdateRule
 
 OPTIMISER_FILE = "optimiser.safetensors"
 
@@ -51,24 +51,43 @@ class ModelRule(UpdateRule):
     def write(self, folder: Path, iteration: int) -> None:
         self.before_stored(iteration)
         self.model.save(folder / MODEL_FILE, ema=None if self.average is None else self.average.state())
-        tensors = {
+        checkpoint.write_tensors(folder / OPTIMISER_FILE, self._optimiser_tensors())
+
+    def _optimiser_tensors(self) -> dict[str, Tensor]:
+        return {
             f"{owner}.{name}": tensor
             for owner, optimiser in self.named_optimisers().items()
             for name, tensor in state_tensors(optimiser).items()
         }
-        checkpoint.write_tensors(folder / OPTIMISER_FILE, tensors)
+
+    def snapshot(self) -> dict[str, dict[str, Tensor]]:
+        averages = {} if self.average is None else self.average.state()
+        parts = {"model": self.model.state_dict(), "optimiser": self._optimiser_tensors(), "average": averages}
+        return {part: {name: t.detach().clone() for name, t in tensors.items()} for part, tensors in parts.items()}
+
+    def restore(self, snapshot: dict[str, dict[str, Tensor]]) -> None:
+        self.model.set_state(snapshot["model"], False, "snapshot")
+        if self.average is not None:
+            self.average.restore(snapshot["average"])
+        self._restore_optimisers(snapshot["optimiser"], "snapshot")
 
     def read(self, folder: Path) -> None:
         self.model.load_weights(folder, ema=False)
         if self.average is not None:
             stored = checkpoint.read_tensors(folder / MODEL_FILE)
             self.average.restore({k.removeprefix(EMA): v for k, v in stored.items() if k.startswith(EMA)})
-        path, known = folder / OPTIMISER_FILE, self.named_optimisers()
+        path = folder / OPTIMISER_FILE
+        self._restore_optimisers(checkpoint.read_tensors(path), str(path))
+
+    def _restore_optimisers(self, stored: dict[str, Tensor], where: str) -> None:
+        known = self.named_optimisers()
         tensors: dict[str, dict[str, Tensor]] = {}
-        for key, value in checkpoint.read_tensors(path).items():
+        for key, value in stored.items():
             owner, _, name = key.partition(".")
             tensors.setdefault(owner, {})[name] = value
         if tensors.keys() - known:
-            raise CheckpointError(f"{path}: holds the state of grids {sorted(tensors)}, this model has {sorted(known)}")
+            raise CheckpointError(
+                f"{where}: holds the state of grids {sorted(tensors)}, this model has {sorted(known)}"
+            )
         for owner, optimiser in known.items():
-            load_state_tensors(optimiser, tensors.get(owner, {}), str(path))
+            load_state_tensors(optimiser, tensors.get(owner, {}), where)

@@ -17,9 +17,10 @@ from ..sampling import MultiGrid
 from .config import TrainConfig, merge
 from .distributed import Ranks, joined
 from .feed import Batches
-from .loop import Loop, Outcome, check_new
+from .loop import Loop, Outcome
 from .methods import METHODS
 from .multigrid import describe_model
+from .resuming import check_new
 from .run import load_data
 
 # Where a model and a configuration are both given, these must agree.

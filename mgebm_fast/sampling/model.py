@@ -188,7 +188,7 @@ class Model(nn.Module, abc.ABC):
             model = classes[kind].from_config(config)
         except (KeyError, TypeError, ValueError) as error:
             raise CheckpointError(f"{file}: the model's configuration is wrong: {error}") from error
-        model._set_state(tensors, ema, str(file))
+        model.set_state(tensors, ema, str(file))
         return model.to(device)
 
     def load_weights(self, path: str | os.PathLike, *, ema: bool = True) -> None:
@@ -201,10 +201,14 @@ class Model(nn.Module, abc.ABC):
                 nets = key in ("nets", "generator")
                 what = "with other nets" if nets else f"of {key} {config.get(key)}, this one has {own[key]}"
                 raise CheckpointError(f"{file}: stored from a model {what}")
-        self._set_state(tensors, ema, str(file))
+        self.set_state(tensors, ema, str(file))
 
     @torch.no_grad()
-    def _set_state(self, tensors: Mapping[str, Tensor], ema: bool, where: str) -> None:
+    def set_state(self, tensors: Mapping[str, Tensor], ema: bool, where: str) -> None:
+        """Take copies of what `save` stores, by its names; with `ema` averages in place of what they average.
+
+        CheckpointError, which begins with `where`, unless they are the tensors of this model.
+        """
         if ema:
             tensors = storage.averaged(tensors)
         state = {name: tensor for name, tensor in tensors.items() if not name.startswith(storage.EMA)}

@@ -94,6 +94,18 @@ def main(rank: int, folder: Path) -> None:
     with ended("diverging"):
         diverging.fit()
 
+    back = trainer("back", rollback={"attempts": 1, "lr_factor": 0.25}, **VARIANTS["batch statistics"])
+    once = back.rule.synthesise
+
+    def diverge_once(observed, iteration, first_sample):
+        if rank == 1 and iteration == 4 and back.rule.attempt == 0:
+            raise DivergenceError("the chain of sample 5")
+        return once(observed, iteration, first_sample)
+
+    back.rule.synthesise = diverge_once
+    back.fit()
+    ends["back"] = [back.iteration, back.rule.attempt, back.rule.rate]
+
     full, write = trainer("full disk"), checkpoint.write_tensors
     checkpoint.write_tensors = lambda path, tensors: (_ for _ in ()).throw(OSError(errno.ENOSPC, "full", str(path)))
     with ended("full disk"):

@@ -72,6 +72,8 @@ def test_published_presets_have_the_published_numbers():
         ("data=some where/x=1.zip", "data", "some where/x=1.zip"),
         ("seed=18446744073709551615", "seed", 2**64 - 1),
         ("activation=silu", "activation", "silu"),
+        ("activation=none", "activation", "none"),
+        ("activation=auto", "activation", None),
     ],
 )
 def test_override(override, key, value):
@@ -177,6 +179,18 @@ def test_noise_factor_scales_the_form_that_is_used():
     full = decoupled.dynamics()[0].update().noise_std
     assert decoupled.dynamics(0.5)[0].update().noise_std == pytest.approx(0.5 * full)
     assert coupled.dynamics(0.5)[0].update().noise_std == pytest.approx(0.15)
+
+
+def test_no_activation_is_a_value_and_auto_the_variants_own():
+    from mgebm_fast.learning import build_model
+
+    config = apply_overrides(load_preset("digits"), ["activation=none"])
+    assert 'activation = "none"' in config.to_toml() and build_model(config).nets[-1].activation == "none"
+    own = apply_overrides(config, ["activation=auto"])
+    assert "activation" not in own.to_toml().split("[")[0] and build_model(own).nets[-1].activation == "leaky_relu"
+    assert {name: default for name, _, default, _ in describe_keys()}["activation"] == "auto"
+    with pytest.raises(ConfigError, match="elu, none, or auto, got 'tanh'"):
+        apply_overrides(config, ["activation=tanh"])
 
 
 def test_every_key_is_described():

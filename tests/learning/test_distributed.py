@@ -13,7 +13,7 @@ import torch
 
 from mgebm_fast import ops
 from mgebm_fast.cli import app
-from mgebm_fast.errors import BackendError, ConfigError
+from mgebm_fast.errors import BackendError, ConfigError, DivergenceError
 from mgebm_fast.learning import MultiGridTrainer, Run, build_model, checkpoint
 from mgebm_fast.learning.distributed import Ranks, local_device
 from mgebm_fast.learning.feed import Batches
@@ -134,6 +134,23 @@ def test_an_error_of_one_rank_ends_both(ends, scene, kind, message):
 
     for end in ends:
         assert end[scene][0] == kind and re.search(message, end[scene][1]), end[scene]
+
+
+def test_ranks_go_back_together(ranks, ends, trainer, tmp_path):
+    """Where one of them diverged, to the state after update 4; as one process does."""
+    assert [end["back"] for end in ends] == [[6, 1, 0.25], [6, 1, 0.25]]
+    changes = {**VARIANTS["batch statistics"], "batch_parts": 2, "rollback": {"attempts": 1, "lr_factor": 0.25}}
+    one = trainer(out=tmp_path / "one", **changes)
+    synthesise = one.rule.synthesise
+
+    def diverge_once(observed, iteration, first_sample):
+        if iteration == 4 and one.rule.attempt == 0:
+            raise DivergenceError("the chain of sample 5")
+        return synthesise(observed, iteration, first_sample)
+
+    one.rule.synthesise = diverge_once
+    one.fit()
+    same_bits(tmp_path / "one", ranks / "back")
 
 
 def test_a_full_disk_says_how_to_go_on(ranks, ends):
