@@ -105,9 +105,8 @@ MUTATIONS = (
         "h = torch.roll(x.contiguous(), 1, -1)", GRADIENTS,
     ),
     Mutation(
-        "noise-shared", "python", CHAIN, "first_sample=first_sample, step=first_step, stream=stream\n    )\n    if",
-        "first_sample=torch.zeros(samples, dtype=torch.int64, device=x.device), step=first_step, stream=stream\n"
-        "    )\n    if", LAW,
+        "noise-shared", "python", CHAIN, "first_sample=first_sample, step=first_step,\n",
+        "first_sample=torch.zeros(x.shape[0], dtype=torch.int64, device=x.device), step=first_step,\n", LAW,
     ),
     Mutation(
         "noise-shared-reference", "python", "mgebm_fast/noise.py",

@@ -18,7 +18,7 @@ from torch.nn.functional import adaptive_avg_pool2d, interpolate
 from ..learning import TrainConfig, build_model
 from ..learning.keys import pick
 from ..nets import EnergyNet
-from ..ops.langevin_step import Update
+from ..ops.update import Update
 from ..sampling import Langevin
 
 Loop = Callable[[nn.Module, Tensor, Langevin], Tensor]

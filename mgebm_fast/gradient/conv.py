@@ -33,9 +33,8 @@ import torch
 from torch import Tensor
 
 from .. import native
-from ..errors import BackendError
 from ..ops.conv_chain import prefers_bfloat
-from .stack import Stack, Stage, read
+from .stack import Stack, Stage, form, like, read_again
 
 aten = torch.ops.aten
 TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -192,9 +191,7 @@ class ConvPlan:
             self._layers = [_Layer(stage, i, self._dtype, self._layout) for i, stage in enumerate(stack.stages)]
             self._head = torch.empty_like(stack.head, dtype=self._dtype).unsqueeze(0)
             self._unscale = torch.ones((), dtype=torch.float32, device=device)
-            self._like = torch.empty((), dtype=torch.float32, device=device).expand(
-                2, *self._shape
-            )  # what `refresh` reads the energy for
+            self._like = like(stack)
         self._load(stack)
 
     def refresh(self) -> None:
@@ -202,12 +199,7 @@ class ConvPlan:
 
         Raises BackendError where the energy is no longer the stack that the plan was made for.
         """
-        stack = read(self._energy, self._like)
-        if isinstance(stack, str):
-            raise BackendError(f"refresh: the energy must be one that the conv plan can take, but {stack}")
-        if [layer.form for layer in self._layers] != [form(stage) for stage in stack.stages]:
-            raise BackendError("refresh: the energy's layers must be those that the plan was made for; make a new plan")
-        self._load(stack)
+        self._load(read_again(self._energy, self._like, [layer.form for layer in self._layers]))
 
     def _load(self, stack: Stack) -> None:
         with torch.no_grad(), torch.inference_mode(False):
@@ -261,15 +253,6 @@ def _library_is_wrong(stage: Stage) -> bool:
     crash, dilated over small maps. These stages run in float32."""
     column = stage.out_size[-1] == 1 and math.prod(stage.out_size) > 1 and stage.stride[-1] > 1
     return stage.weight.device.type == "cpu" and (column or max(stage.dilation) > 1)
-
-
-def form(stage: Stage) -> tuple[Any, ...]:
-    """What of a stage a plan cannot change."""
-    eps = None if stage.norm is None else stage.norm.eps
-    return (
-        stage.weight.shape, stage.bias is None, stage.stride, stage.padding, stage.dilation, eps, stage.activation,
-        stage.slope,
-    )  # fmt: skip
 
 
 def _activation(name: str, slope: float) -> tuple[Callable[[Tensor], Tensor], Backward, bool]:

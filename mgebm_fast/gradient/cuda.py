@@ -23,7 +23,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import BackendError
 from ..ops import backend as backends
 from ..ops import counters, dense_chain, edge_step
 from ..ops.batch_norm_act import launch as batch_norm_act
@@ -33,9 +32,9 @@ from ..ops.bias_act import MASKED
 from ..ops.bias_act import launch as bias_act
 from ..ops.bias_act import launch_backward as bias_act_backward
 from ..ops.edge_step import NO_BAD_STEP
-from ..ops.langevin_step import Update
-from .conv import TYPES, exact_cudnn, form, scaled_head
-from .stack import Stack, Stage, read
+from ..ops.update import Update
+from .conv import TYPES, exact_cudnn, scaled_head
+from .stack import Stack, Stage, form, like, read_again
 
 aten = torch.ops.aten
 OPS = ("bias_act", "batch_norm_act", "edge_step", "dense_chain")
@@ -127,7 +126,7 @@ class FusedPlan:
             )  # in the order of a channels-last sample
             self._unscale = torch.ones((), dtype=torch.float32, device=device)
             self._workspace = workspace(max(s.weight.shape[0] for s in stack.stages), device)
-            self._like = torch.empty((), dtype=torch.float32, device=device).expand(2, *self._shape)
+            self._like = like(stack)
             self._dense = None
             if not dense_chain.why_not_dense(stack):
                 made = dense_chain.dense_net_of(stack, self._dtype)
@@ -138,12 +137,7 @@ class FusedPlan:
 
     def refresh(self) -> None:
         """Take the energy's present weights, in place. BackendError where it is no longer the same stack."""
-        stack = read(self._energy, self._like)
-        if isinstance(stack, str):
-            raise BackendError(f"refresh: the energy must be one that the fused plan can take, but {stack}")
-        if [layer.form for layer in self._layers] != [form(stage) for stage in stack.stages]:
-            raise BackendError("refresh: the energy's layers must be those that the plan was made for; make a new plan")
-        self._load(stack)
+        self._load(read_again(self._energy, self._like, [layer.form for layer in self._layers]))
 
     def _load(self, stack: Stack) -> None:
         # Exact, for the convolutions that make the dense matrices.

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from .. import native
-from ..errors import BackendError
 from ..ops.conv_chain import MAX_STAGES, ConvChain, has_bfloat, prefers_bfloat
 from ..ops.counters import Counters
-from ..ops.langevin_step import Update
-from .stack import Stack, read
+from ..ops.update import Update
+from .stack import Stack, like, read_again
 
 
 def why_not(stack: Stack, x: Tensor, precision: str) -> str:
@@ -50,11 +48,7 @@ class NativePlan:
 
     def refresh(self) -> None:
         """Take the energy's present weights."""
-        like = torch.empty((), dtype=torch.float32, device="cpu").expand(2, self._stack.channels, *self._stack.size)
-        stack = read(self._energy, like)
-        if isinstance(stack, str):
-            raise BackendError(f"refresh: the energy can no longer be read as a stack of convolutions: {stack}")
-        self._stack = stack
+        self._stack = read_again(self._energy, like(self._stack))
         self._pack()
 
     def explain(self) -> str:

@@ -67,11 +67,6 @@ def plan(energy: Energy, x: Tensor, precision: str = "auto", where: str = "gradi
     return conv.ConvPlan(stack, energy, precision, f"the native engine cannot run: {reason}")
 
 
-def bfloat16_pays(energy: Energy, x: Tensor) -> bool:
-    """Whether precision "bf16" runs on (energy, x), and on hardware that multiplies it natively."""
-    return conv.bfloat16_is_fast(x.device.type) and not isinstance(read(energy, x), str)
-
-
 def _module_of(energy: Energy) -> nn.Module | None:
     owner = energy if isinstance(energy, nn.Module) else getattr(energy, "__self__", None)
     return owner if isinstance(owner, nn.Module) else None

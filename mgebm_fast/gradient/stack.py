@@ -12,13 +12,14 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from ..errors import BackendError
 from ..nets import EnergyNet
 from ..nets.layers import BN_EPS, BatchStatistics, ConvLayer, LinearHead
 
@@ -81,6 +82,33 @@ def read(energy: Any, x: Tensor) -> Stack | str:  # x: (N, C, *spatial); only it
         return _read(energy, x)
     except _Unreadable as reason:
         return str(reason)
+
+
+def read_again(energy: Any, x: Tensor, forms: Sequence[tuple[Any, ...]] | None = None) -> Stack:
+    """The stack of `energy` as it is now, for a plan that takes layers of these forms alone; None: of any.
+
+    Raises BackendError where the energy is no longer such a stack.
+    """
+    stack = read(energy, x)
+    if isinstance(stack, str):
+        raise BackendError(f"refresh: the energy must still be a stack of convolutions, but {stack}")
+    if forms is not None and [form(stage) for stage in stack.stages] != list(forms):
+        raise BackendError("refresh: the energy's layers must be those that the plan was made for; make a new plan")
+    return stack
+
+
+def form(stage: Stage) -> tuple[Any, ...]:
+    """What of a stage a plan cannot change."""
+    eps = None if stage.norm is None else stage.norm.eps
+    return (
+        stage.weight.shape, stage.bias is None, stage.stride, stage.padding, stage.dilation, eps, stage.activation,
+        stage.slope,
+    )  # fmt: skip
+
+
+def like(stack: Stack) -> Tensor:  # (2, C, *size), without memory of its own
+    """What a plan reads its energy again for."""
+    return torch.empty((), dtype=torch.float32, device=stack.head.device).expand(2, stack.channels, *stack.size)
 
 
 @torch.no_grad()

@@ -6,9 +6,10 @@ from .bias_act import bias_act, bias_act_backward
 from .conv_chain import conv_chain
 from .dense_chain import DenseNet, dense_chain_, dense_net, dense_net_of
 from .edge_step import NO_BAD_STEP, EdgeWeights, edge_step_, edge_weights
-from .langevin_step import coefficients, langevin_step_
+from .langevin_step import langevin_step_
 from .noise import noise
 from .pyramid import pyramid
+from .update import coefficients
 from .upsample import upsample
 
 __all__ = [

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..errors import suggest
 from .backend import choose, past_dispatcher
-from .langevin_step import strides
+from .state import strides
 
 OP = "bias_act"
 ACTIVATIONS = ("none", "relu", "leaky_relu", "silu", "elu")

@@ -20,8 +20,10 @@ from .. import native
 from . import windows
 from .backend import choose
 from .counters import Counters, check
-from .langevin_step import Update, check_mask, langevin_step_reference, update
+from .langevin_step import langevin_step_reference
 from .scratch import Scratch
+from .state import check_mask
+from .update import Update, check_steps, prepare
 
 OP = "conv_chain"
 ACTIVATIONS = {"none": 0, "leaky_relu": 1, "relu": 1, "silu": 2, "elu": 3}
@@ -212,8 +214,7 @@ class ConvChain:
     def advance_(self, x: Tensor, steps: int, numbers: Update, place: Counters, mask: Tensor | None = None) -> None:
         """`steps` Langevin steps on x in place; `place` has the counters of the first, `mask` is as in `check_mask`."""
         self._check(x)
-        if steps < 0:
-            raise ValueError(f"{OP}: steps must be >= 0, got {steps}")
+        check_steps(steps, OP)
         ids = place.sample_tensor
         if ids is not None and ids.dim() and ids.shape[0] != x.shape[0]:
             raise ValueError(f"{OP}: first_sample must hold one id a sample, {x.shape[0]}, got {ids.shape[0]}")
@@ -262,16 +263,14 @@ def conv_chain(
     backend = choose(OP, backend, x.device)
     if bfloat and backend == "reference":
         raise ValueError(f"{OP}: bfloat=True needs the native backend, got the reference")
-    numbers = update(
-        step_size=step_size, noise_scale=noise_scale, drift=drift, noise_std=noise_std, reference_std=reference_std,
-        reference_mean=reference_mean, grad_clamp=grad_clamp, clamp=clamp, where=OP,
+    check_steps(steps, OP)
+    numbers, mask, place = prepare(
+        OP, x, mask, steps=steps, step_size=step_size, noise_scale=noise_scale, drift=drift, noise_std=noise_std,
+        reference_std=reference_std, reference_mean=reference_mean, grad_clamp=grad_clamp, clamp=clamp, seed=seed,
+        first_sample=first_sample, step=first_step, stream=stream,
     )  # fmt: skip
-    place = check(
-        OP, x.shape[0], x[:1].numel(), x.device, seed=seed, first_sample=first_sample, step=first_step, stream=stream
-    )
     out = x.detach().clone(memory_format=torch.contiguous_format)
     if backend == "reference":
-        mask = None if mask is None else check_mask(mask, x, OP)
         conv_chain_reference(stages, head, out, steps=steps, numbers=numbers, place=place, mask=mask)
     else:
         ConvChain(stages, head, bfloat=bfloat).advance_(out, steps, numbers, place, mask)

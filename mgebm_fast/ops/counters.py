@@ -73,7 +73,9 @@ class Counters:
         }
 
 
-def _counter_tensor(value: Tensor, name: str, op: str, device: torch.device, samples: int | None) -> Tensor:
+def _counter_tensor(
+    value: Tensor, name: str, op: str, device: torch.device, samples: int | None, last: int = 0
+) -> Tensor:
     shapes = "a 0-dim tensor" if samples is None else f"a 0-dim tensor or one of shape ({samples},)"
     if value.dtype != torch.int64:
         raise TypeError(f"{op}: {name} must be an int or an int64 tensor, got dtype {value.dtype}")
@@ -83,9 +85,8 @@ def _counter_tensor(value: Tensor, name: str, op: str, device: torch.device, sam
         raise ValueError(f"{op}: {name} must be {shapes}, got shape {tuple(value.shape)}")
     # A device tensor cannot be read without a synchronisation: there the kernels turn what passes 32 bits into NaN.
     if name != "seed" and value.device.type == "cpu" and not torch.compiler.is_compiling() and value.numel():
-        last = samples - 1 if samples and value.dim() == 0 else 0
         philox.check_counter(int(value.min()), name, op)
-        philox.check_counter(int(value.max()), name, op, last=last)
+        philox.check_counter(int(value.max()), name, op, last=0 if value.dim() else last)
     return value.contiguous()
 
 
@@ -99,8 +100,14 @@ def check(
     first_sample: int | Tensor,
     step: int | Tensor,
     stream: int,
+    steps: int | None = None,
 ) -> Counters:
-    """`Counters` for `samples` samples of `elements` each, or an error that names the argument."""
+    """`Counters` for `samples` samples of `elements` each, or an error that names the argument.
+
+    `steps`: of a chain whose first one is at `step`, which its callers know as `first_step`; all must fit 32 bits.
+    """
+    name, last_step = ("step", 0) if steps is None else ("first_step", max(steps - 1, 0))
+    last_sample = max(samples - 1, 0)
     philox.check_counter(stream, "stream", op)
     philox.check_counter(0, "the number of elements // 4", op, last=elements // 4)
     seed_tensor = sample_tensor = step_tensor = None
@@ -110,11 +117,11 @@ def check(
         seed = philox.check_seed(seed, op)
         seed = seed - (1 << 64) if seed >> 63 else seed
     if isinstance(first_sample, Tensor):
-        sample_tensor, first_sample = _counter_tensor(first_sample, "first_sample", op, device, samples), 0
+        sample_tensor, first_sample = _counter_tensor(first_sample, "first_sample", op, device, samples, last_sample), 0
     else:
-        philox.check_counter(first_sample, "first_sample", op, last=max(samples - 1, 0))
+        philox.check_counter(first_sample, "first_sample", op, last=last_sample)
     if isinstance(step, Tensor):
-        step_tensor, step = _counter_tensor(step, "step", op, device, None), 0
+        step_tensor, step = _counter_tensor(step, name, op, device, None, last_step), 0
     else:
-        philox.check_counter(step, "step", op)
+        philox.check_counter(step, name, op, last=last_step)
     return Counters(seed, seed_tensor, first_sample, sample_tensor, step, step_tensor, stream)

@@ -14,7 +14,9 @@ from . import counters
 from .backend import choose, past_dispatcher
 from .bias_act import DTYPES, activate, check_activation, slope_at
 from .edge_step import check_bad_step, note_bad_step_
-from .langevin_step import Update, check_mask, check_state, langevin_step_reference, update
+from .langevin_step import langevin_step_reference
+from .state import check_state
+from .update import Update, check_steps, prepare
 
 OP = "dense_chain_"
 MAX_LAYERS = 4
@@ -210,31 +212,19 @@ def dense_chain_(
         )
     if net.head.device != x.device:
         raise ValueError(f"{OP}: net must be on {x.device}, as x is, got one on {net.head.device}")
-    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 0:
-        raise ValueError(f"{OP}: steps must be an int >= 0, got {steps!r}")
+    check_steps(steps, OP)
     if not isinstance(split, int) or not 1 <= split <= MAX_SPLIT:
         raise ValueError(f"{OP}: split must be in [1, {MAX_SPLIT}], got {split!r}")
     if not (math.isfinite(scale) and scale > 0):
         raise ValueError(f"{OP}: scale must be finite and > 0, got {scale}")
-    numbers = update(
-        step_size=step_size,
-        noise_scale=noise_scale,
-        drift=drift,
-        noise_std=noise_std,
-        reference_std=reference_std,
-        reference_mean=reference_mean,
-        grad_clamp=grad_clamp,
-        clamp=clamp,
-        where=OP,
-    )
     check_bad_step(bad_step, x, OP)
+    numbers, mask, placed = prepare(
+        OP, x, mask, steps=steps, step_size=step_size, noise_scale=noise_scale, drift=drift, noise_std=noise_std,
+        reference_std=reference_std, reference_mean=reference_mean, grad_clamp=grad_clamp, clamp=clamp, seed=seed,
+        first_sample=first_sample, step=first_step, stream=stream,
+    )  # fmt: skip
     if mask is not None:
-        mask = check_mask(mask, x, OP).expand(x.shape).contiguous()
-    placed = counters.check(
-        OP, x.shape[0], net.sizes[0], x.device, seed=seed, first_sample=first_sample, step=first_step, stream=stream
-    )
-    if placed.step_tensor is None:
-        counters.philox.check_counter(placed.step, "first_step", OP, last=max(steps - 1, 0))
+        mask = mask.expand(x.shape).contiguous()
     backend = choose("dense_chain", backend, x.device)
     if past_dispatcher(x):
         launch(x, net, steps, float(scale), mask, bad_step, numbers, placed, split, backend)

@@ -13,7 +13,9 @@ from torch.nn.grad import conv2d_input
 from . import counters
 from .backend import choose, past_dispatcher
 from .bias_act import DTYPES
-from .langevin_step import Update, check_mask, check_state, langevin_step_reference, mask_strides, strides, update
+from .langevin_step import langevin_step_reference
+from .state import check_state, mask_strides, strides
+from .update import Update, prepare
 
 OP = "edge_step_"
 # What a bad-step cell holds while every gradient was finite.
@@ -172,17 +174,6 @@ def edge_step_(
     Raises: TypeError, ValueError, BackendError.
     """
     check_state(x, OP)
-    numbers = update(
-        step_size=step_size,
-        noise_scale=noise_scale,
-        drift=drift,
-        noise_std=noise_std,
-        reference_std=reference_std,
-        reference_mean=reference_mean,
-        grad_clamp=grad_clamp,
-        clamp=clamp,
-        where=OP,
-    )
     check_upstream(x, upstream, weights)
     scale_tensor = unscale if isinstance(unscale, Tensor) else None
     if scale_tensor is not None:
@@ -192,11 +183,11 @@ def edge_step_(
     elif not math.isfinite(unscale):
         raise ValueError(f"{OP}: unscale must be finite, got {unscale}")
     check_bad_step(bad_step, x, OP)
-    if mask is not None:
-        mask = check_mask(mask, x, OP)
-    placed = counters.check(
-        OP, x.shape[0], x[:1].numel(), x.device, seed=seed, first_sample=first_sample, step=step, stream=stream
-    )
+    numbers, mask, placed = prepare(
+        OP, x, mask, step_size=step_size, noise_scale=noise_scale, drift=drift, noise_std=noise_std,
+        reference_std=reference_std, reference_mean=reference_mean, grad_clamp=grad_clamp, clamp=clamp, seed=seed,
+        first_sample=first_sample, step=step, stream=stream,
+    )  # fmt: skip
     backend = choose("edge_step", backend, x.device)
     scale = 1.0 if scale_tensor is not None else float(unscale)
     if past_dispatcher(x, upstream):

@@ -10,14 +10,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import noise, ops
+from .. import ops
 from ..errors import DivergenceError
 from ..gradient import GradientPlan, frozen_parameters, plan
 from ..gradient.cuda import note_bad_steps_
 from ..gradient.plan import Energy
 from ..ops import counters
 from ..ops.edge_step import NO_BAD_STEP
-from ..ops.langevin_step import Update, check_grad, check_mask, launch, strides
+from ..ops.langevin_step import check_grad, launch
+from ..ops.state import check_mask, dense_copy
+from ..ops.update import Update
 from . import graphs, memory
 
 Callback = Callable[[int, Tensor], Any]
@@ -214,15 +216,10 @@ def place_of(
     where: str,
 ) -> counters.Counters:
     """The checked counters of a chain of `steps` steps on tensors like x."""
-    samples, elements = x.shape[0], x.shape[1:].numel()
-    place = counters.check(
-        where, samples, elements, x.device, seed=seed, first_sample=first_sample, step=first_step, stream=stream
-    )
-    if place.step_tensor is None:
-        noise.check_counter(place.step, "first_step", where, last=steps - 1)
-    elif place.step_tensor.device.type == "cpu":
-        noise.check_counter(int(place.step_tensor), "first_step", where, last=steps - 1)
-    return place
+    return counters.check(
+        where, x.shape[0], x.shape[1:].numel(), x.device, seed=seed, first_sample=first_sample, step=first_step,
+        stream=stream, steps=steps,
+    )  # fmt: skip
 
 
 def bad_step_cell(plan: GradientPlan, device: torch.device) -> Tensor | None:
@@ -231,10 +228,3 @@ def bad_step_cell(plan: GradientPlan, device: torch.device) -> Tensor | None:
     if cell is None and getattr(plan, "precision", "fp32") == "fp16":
         cell = torch.full((), NO_BAD_STEP, device=device)
     return cell
-
-
-def dense_copy(x: Tensor) -> Tensor:
-    """A copy that may be updated in place: channels-last stays so, any other layout becomes contiguous."""
-    with torch.inference_mode(False), torch.no_grad():
-        layout = torch.contiguous_format if strides(x) is None else torch.preserve_format
-        return x.detach().clone(memory_format=layout)

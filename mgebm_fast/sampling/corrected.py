@@ -14,8 +14,9 @@ from .. import noise, ops
 from ..gradient import frozen_parameters, plan
 from ..gradient.plan import Energy
 from ..ops import counters
-from ..ops.langevin_step import Update, check_mask, update
-from .chain import Callback, dense_copy
+from ..ops.state import check_mask, dense_copy
+from ..ops.update import Update, update
+from .chain import Callback
 from .metropolis import State, Target, couples_samples, decide, propose
 
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from .. import noise
 from ..gradient import frozen_parameters, plan
 from ..gradient.plan import Energy
-from ..ops.langevin_step import check_mask
+from ..ops.state import check_mask
 from .corrected import Corrected
 from .langevin import Langevin
 from .mcmc import MALA

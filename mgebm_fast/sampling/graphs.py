@@ -28,7 +28,7 @@ from ..gradient import GradientPlan
 from ..gradient.autograd import AutogradPlan
 from ..ops import counters
 from ..ops.edge_step import NO_BAD_STEP
-from ..ops.langevin_step import strides
+from ..ops.state import dense_copy, strides
 from .memory import is_out_of_memory
 
 if TYPE_CHECKING:
@@ -55,8 +55,6 @@ class StaticChain:
     """A chain of `steps` steps on tensors like x, between fixed addresses."""
 
     def __init__(self, chain: Chain, x: Tensor, steps: int) -> None:
-        from .chain import dense_copy
-
         self.steps = steps
         with torch.inference_mode(False), torch.no_grad():
             self.x = dense_copy(x)  # the start, then the state

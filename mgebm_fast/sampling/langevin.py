@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from torch import Tensor
 
 from ..gradient.plan import Energy
-from ..ops.langevin_step import Update, update
+from ..ops.update import Update, update
 from .chain import Callback, prepare
 from .graphs import graph_option
 from .memory import coupling_of

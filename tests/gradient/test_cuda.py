@@ -13,7 +13,8 @@ from mgebm_fast.gradient.stack import read
 from mgebm_fast.nets import multigrid_net
 from mgebm_fast.ops import counters
 from mgebm_fast.ops.edge_step import NO_BAD_STEP
-from mgebm_fast.ops.langevin_step import langevin_step_reference, update
+from mgebm_fast.ops.langevin_step import langevin_step_reference
+from mgebm_fast.ops.update import update
 
 NUMBERS = update(step_size=0.3, reference_std=50.0, clamp=(0.0, 255.0), grad_clamp=2.0)
 # The roundings of 16 bits, and the signs that they turn: bounds of issue and design.

@@ -10,7 +10,7 @@ from mgebm_fast.gradient.stack import read
 from mgebm_fast.nets import multigrid_net
 from mgebm_fast.ops import counters
 from mgebm_fast.ops.edge_step import NO_BAD_STEP
-from mgebm_fast.ops.langevin_step import update
+from mgebm_fast.ops.update import update
 
 NUMBERS = update(step_size=0.3, reference_std=50.0, clamp=(0.0, 255.0))
 

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from mgebm_fast import native, ops
 from mgebm_fast.errors import BackendError
 from mgebm_fast.ops import counters
-from mgebm_fast.ops.langevin_step import update
+from mgebm_fast.ops.update import update
 
 conv_chain = importlib.import_module("mgebm_fast.ops.conv_chain")
 windows = importlib.import_module("mgebm_fast.ops.windows")
@@ -288,7 +288,7 @@ def test_what_cannot_be_run_is_refused_before_an_address_is_taken():
             chain.gradient(wrong)
         with pytest.raises(error_type, match="x must"):
             chain.advance_(wrong, 1, NUMBERS, place())
-    with pytest.raises(ValueError, match="steps must be >= 0, got -1"):
+    with pytest.raises(ValueError, match="steps must be an int >= 0, got -1"):
         chain.advance_(x, -1, NUMBERS, place())
     with pytest.raises(TypeError, match="mask must be a bool"):
         chain.advance_(x, 1, NUMBERS, place(), torch.ones_like(x))
@@ -348,3 +348,16 @@ def test_too_many_stages():
     stages, head = make((2, 2), 1, [(1, 1, 1, 0)] * 33)
     with pytest.raises(ValueError, match="stages must be 1 to 32, got 33"):
         conv_chain.ConvChain(stages, head)
+
+
+@pytest.mark.parametrize("first", [2**32 - 1, torch.tensor(2**32 - 1)], ids=["int", "tensor"])
+@pytest.mark.parametrize("name", ["native", "reference"])
+def test_a_last_step_past_thirty_two_bits_is_refused(name, first):
+    stages, head = make((4, 4), 1, [(4, 3, 1, 1)])
+    x = images(2, 1, (4, 4))
+    run = dict(step_size=0.1, backend=name)
+    assert torch.isfinite(ops.conv_chain(stages, head, x, steps=1, first_step=first, **run)).all()
+    with pytest.raises(ValueError, match=r"conv_chain: first_step must stay in \[0, 2\*\*32\), got .*4294967296"):
+        ops.conv_chain(stages, head, x, steps=2, first_step=first, **run)
+    with pytest.raises(ValueError, match="conv_chain: steps must be an int >= 0, got 1.5"):
+        ops.conv_chain(stages, head, x, steps=1.5, **run)

@@ -1,0 +1,75 @@
+"""What a chain asks of its state x and of the mask on it: dtypes, shapes, layouts; and a copy that may be updated."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+
+def dimensions(x: Tensor) -> tuple[int, int, int]:
+    """(N, C, S): samples, channels, and the product of the spatial dimensions."""
+    shape = tuple(x.shape)
+    channels = shape[1] if len(shape) > 1 else 1
+    return shape[0], channels, math.prod(shape[2:])
+
+
+def strides(x: Tensor) -> tuple[int, int, int] | None:
+    """(sample, channel, spatial) strides of a contiguous or channels-last tensor; None for any other layout."""
+    _, channels, spatial = dimensions(x)
+    if x.is_contiguous():
+        return channels * spatial, spatial, 1
+    if x.dim() > 2 and x.movedim(1, -1).is_contiguous():
+        return channels * spatial, 1, channels
+    return None
+
+
+def check_state(x: Tensor, where: str) -> None:
+    """Raise unless x is a dense float32 tensor (N, …) that may be written in place."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{where}: x must be a tensor, got {type(x).__name__}")
+    if x.dtype != torch.float32:
+        raise TypeError(f"{where}: x must be float32 (the state and the update are float32 always), got {x.dtype}")
+    if x.dim() == 0:
+        raise ValueError(f"{where}: x must have shape (N, ...), got a 0-dim tensor")
+    if strides(x) is None:
+        raise ValueError(
+            f"{where}: x must be contiguous or channels-last, since it is updated in place, got shape "
+            f"{tuple(x.shape)} with strides {x.stride()}; call .contiguous() and keep the result"
+        )
+    if x.requires_grad and torch.is_grad_enabled():
+        raise ValueError(f"{where}: x must not require grad, since it is updated in place; detach it first")
+
+
+def check_mask(mask: Tensor, x: Tensor, where: str) -> Tensor:
+    """The mask as a contiguous bool tensor of x's rank, each dimension 1 or x's, the spatial ones all or none."""
+    if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
+        got = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
+        raise TypeError(f"{where}: mask must be a bool tensor (True = updated), got {got}")
+    if mask.device != x.device:
+        raise ValueError(f"{where}: mask must be on {x.device}, as x is, got {mask.device}")
+    shape = (1,) * (x.dim() - mask.dim()) + tuple(mask.shape)
+    if len(shape) > x.dim() or any(m not in (1, n) for m, n in zip(shape, x.shape)):
+        raise ValueError(f"{where}: mask must broadcast to x's shape {tuple(x.shape)}, got {tuple(mask.shape)}")
+    mask = mask.reshape(shape)
+    if any(size != 1 for size in shape[2:]):
+        mask = mask.expand(*shape[:2], *x.shape[2:])
+    return mask.contiguous()
+
+
+def mask_strides(mask: Tensor, x: Tensor) -> tuple[int, int, int]:
+    """(sample, channel, spatial) strides of a checked mask, 0 where it broadcasts."""
+    samples, channels, spatial = dimensions(mask)
+    return (
+        channels * spatial if samples > 1 else 0,
+        spatial if channels > 1 else 0,
+        1 if spatial > 1 else 0,
+    )
+
+
+def dense_copy(x: Tensor) -> Tensor:
+    """A copy that may be updated in place: channels-last stays so, any other layout becomes contiguous."""
+    with torch.inference_mode(False), torch.no_grad():
+        layout = torch.contiguous_format if strides(x) is None else torch.preserve_format
+        return x.detach().clone(memory_format=layout)
