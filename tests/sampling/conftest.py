@@ -1,7 +1,10 @@
 import pytest
 import torch
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from mgebm_fast import ops
+from mgebm_fast.gradient import native
+from mgebm_fast.sampling import chain, graphs, memory
 
 PLACES = [("cpu", "reference"), ("cpu", "native"), ("cpu", "triton")]
 PLACES += [("cuda", "reference"), ("cuda", "native"), ("cuda", "triton")]
@@ -27,3 +30,45 @@ def place(request):
 def shape(place):
     """(N, C, H, W) of a statistical test at `place`."""
     return FEW if place == ("cpu", "triton") else MANY
+
+
+@pytest.fixture
+def traced(monkeypatch):
+    """Traces stand for CUDA graphs; the list grows by one with every capture.
+
+    A trace of a chain's body holds what ran, operator by operator, on the buffers that it ran on, and, as a CUDA graph
+    does, nothing of Python and no look at a number.
+    """
+    captures = []
+
+    def record(self, body, device):
+        body()
+
+        def outputs():
+            body()
+            return torch.zeros(())
+
+        with torch.no_grad():
+            trace = make_fx(outputs)()
+        captures.append(trace)
+        return trace
+
+    def launch(x, grad, mask, numbers, placed, backend):
+        torch.ops.mgebm_fast.langevin_step_(x, grad, mask, *numbers.arguments, *placed.arguments, backend)
+
+    monkeypatch.setattr(graphs, "DEVICES", ("cpu",))
+    monkeypatch.setattr(graphs.Lane, "record", record)
+    # What a trace holds: operators of torch's and of ours, not calls past the dispatcher.
+    monkeypatch.setattr(chain, "launch", launch)
+    monkeypatch.setattr(native, "why_not", lambda *_: "graphs are tested")
+    return captures
+
+
+@pytest.fixture
+def no_eager_run(monkeypatch):
+    """After a call of this, only graphs may make steps."""
+
+    def forbid(*_):
+        raise AssertionError("a chain ran outside its graph")
+
+    return lambda: monkeypatch.setattr(memory, "advance_", forbid)
