@@ -84,11 +84,11 @@ def classify(
     first = next(iter(sources.values()))
     if not first[0]:
         raise ValueError(f"--data: must be given, {runs[0]} is no run folder and does not say what it was trained on")
-    for name, source in sources.items():
-        if source != first:
+    for name, found in sources.items():
+        if found != first:
             raise ValueError(
                 f"run: must all be of the same data, size, channels and classes, got {_words(first)} in {runs[0]} and "
-                f"{_words(source)} in {name}"
+                f"{_words(found)} in {name}"
             )
     source, size, channels, classes = first
     train, held_out = (load_images(source, size, channels, classes, split=split) for split in ("train", "held_out"))

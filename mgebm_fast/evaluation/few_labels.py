@@ -33,7 +33,7 @@ _END_TO_END = (
 
 @dataclass(frozen=True)
 class Contender:
-    """A way to classify: `predict(labelled, test labels wanted of all, per)` and what it is."""
+    """A way to classify the held-out images by some labelled ones, and what it is."""
 
     name: str
     kind: str  # LEARNED, FINE_TUNED, SUPERVISED, RANDOM or PIXELS
@@ -179,7 +179,7 @@ def _contenders(
     # features are scaled by these: labels play no part in the choice
     reference = np.sort(np.random.default_rng(seed).permutation(len(train))[:_REFERENCE])
 
-    def frozen(train_blocks: list[Tensor], test_blocks: list[Tensor], classify: Any) -> Callable:
+    def frozen(train_blocks: list[Tensor], test_blocks: list[Tensor], classify: Any) -> Callable[..., Any]:
         scale = Scale([block[reference] for block in train_blocks])
         test = scale(test_blocks).numpy()
 
@@ -189,15 +189,20 @@ def _contenders(
 
         return predict
 
-    pixels = [[torch.from_numpy(np.asarray(d.images) / 255.0).flatten(1)] for d in (train, held_out)]
+    pixels, unseen = ([torch.from_numpy(np.asarray(d.images) / 255.0).flatten(1)] for d in (train, held_out))
     first: dict[tuple, str] = {}
     out, alike = [], []
     for name, model in models.items():
-        nets, data = energy_nets(model), [energy_features(model, d.images) for d in (train, held_out)]
-        out.append(Contender(f"{name}: features", LEARNED, name, name, frozen(*data, readout.kernel_predictions)))
+        nets = energy_nets(model)
+        own, tested = (energy_features(model, d.images) for d in (train, held_out))
+        out.append(Contender(f"{name}: features", LEARNED, name, name, frozen(own, tested, readout.kernel_predictions)))
         inputs = [scaled_down(model, d.images) for d in (train, held_out)]
         if fine_tune:
-            predict = _end_to_end(lambda draw, nets=nets: nets, inputs, known, reference)
+
+            def learned(draw: int, nets: Sequence[EnergyNet] = nets) -> Sequence[EnergyNet]:
+                return nets
+
+            predict = _end_to_end(learned, inputs, known, reference)
             out.append(Contender(f"{name}: fine-tuned", FINE_TUNED, name, name, predict))
         key = (model.sizes, model.value_range, *(str(_fresh(net, 0).config()) for net in nets))
         if key in first:
@@ -211,8 +216,8 @@ def _contenders(
 
         def untrained(labelled: np.ndarray, draw: int, begin: Any = begin, inputs: Any = inputs) -> np.ndarray:
             nets = readout.readable(begin(draw), [x[reference] for x in inputs[0]])
-            blocks = [read_maps(nets, x) for x in inputs]
-            return frozen(*blocks, readout.kernel_predictions)(labelled, draw)
+            own, tested = (read_maps(nets, x) for x in inputs)
+            return frozen(own, tested, readout.kernel_predictions)(labelled, draw)
 
         alike.append(
             Contender(
@@ -221,9 +226,11 @@ def _contenders(
         )
         alike.append(Contender(f"nets of {name}: random, frozen", RANDOM, None, name, untrained))
     out += alike
-    out.append(Contender("pixels", PIXELS, None, None, frozen(*pixels, readout.kernel_predictions)))
+    out.append(Contender("pixels", PIXELS, None, None, frozen(pixels, unseen, readout.kernel_predictions)))
     out.append(
-        Contender("pixels, logistic regression", PIXELS, None, None, frozen(*pixels, readout.logistic_predictions))
+        Contender(
+            "pixels, logistic regression", PIXELS, None, None, frozen(pixels, unseen, readout.logistic_predictions)
+        )
     )
     return out
 

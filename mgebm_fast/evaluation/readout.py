@@ -158,7 +158,7 @@ def net_predictions(
 @torch.no_grad()
 def readable(nets: Sequence[EnergyNet], reference: Sequence[Tensor]) -> list[EnergyNet]:
     """The nets under statistics that no batch changes; those of `reference` where they have seen nothing yet."""
-    out = []
+    out: list[EnergyNet] = []
     for net, x in zip(nets, reference, strict=True):
         if net.norm == "batch" and not all(int(layer.norm.observed) for layer in net.convolutions if layer.norm):
             net = EnergyNet.from_config(net.config()).to(x.device)

@@ -231,7 +231,8 @@ def test_good_features_win_where_labels_are_few():
     assert mean["learned"] > max(mean["pixels"], mean["supervised"], mean["random"]) + 0.1
 
 
-def test_figures_are_a_function_of_the_seed_and_models_of_the_same_layers_share_rows():
+def test_figures_are_a_function_of_the_seed_and_models_of_the_same_layers_share_rows(monkeypatch):
+    monkeypatch.setattr(net_predictions, "__kwdefaults__", {**net_predictions.__kwdefaults__, "steps": 5})
     (x, y), (z, t) = checkers(60, 0), checkers(30, 1)
     models = {"a": model_of(), "b": model_of(seed=1), "c": model_of(width=0.5)}
     args = (data_of(x, y), data_of(z, t))
