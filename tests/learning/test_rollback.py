@@ -355,5 +355,6 @@ def test_the_command(tmp_path, capsys):
     tiny = [f"--set={key}" for key in ("steps=6", "langevin.steps=2", "batch_size=8", "width=0.1", "checkpoint_every=2",
                                        "optimiser.lr=300", "rollback.attempts=30", "rollback.gap_max=5")]  # fmt: skip
     app(["train", "digits", *tiny, "--device", "cpu", "--out", str(tmp_path / "r")], standalone_mode=False)
-    assert "(rollback 1 of at most 30)" in capsys.readouterr().err
+    words = capsys.readouterr().err
+    assert "(rollback 1 of at most 30)" in words and f"next: mgebm sample {tmp_path / 'r'} --num 64" in words
     assert Run(tmp_path / "r").finished
