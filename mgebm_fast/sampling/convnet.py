@@ -184,10 +184,10 @@ class Frame(GenerativeConvNet):
             numbers.noise_std**2 / (2 * numbers.drift), chain.clamp, chain.grad_clamp,
         )  # fmt: skip
 
-    def _run(self, x: Tensor, energy: Energy | None = None, **arguments: Any) -> Tensor:
-        exact = self.exact(self.sampling[0].steps)
+    def _run(self, x: Tensor, energy: Energy | None = None, *, length: float = 1.0, **arguments: Any) -> Tensor:
+        exact = self.exact(self.chains(length)[0].steps)
         if exact is None:
-            return super()._run(x, energy, **arguments)
+            return super()._run(x, energy, length=length, **arguments)
         for name in ("backend", "graph"):
             arguments.pop(name, None)
         return exact(self.energy if energy is None else energy, x, grid=1, **arguments).x

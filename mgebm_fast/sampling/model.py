@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import abc
+import dataclasses
+import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, TypeVar
@@ -74,6 +76,12 @@ class Model(nn.Module, abc.ABC):
         """The chains that a sample goes through."""
         return ()
 
+    def chains(self, length: float = 1.0) -> tuple[Langevin, ...]:
+        """The chains that a sample goes through, each of max(1, round(length · K)) steps in place of its K."""
+        if length == 1:
+            return self.sampling
+        return tuple(dataclasses.replace(chain, steps=max(1, round(length * chain.steps))) for chain in self.sampling)
+
     @abc.abstractmethod
     def _sample_group(self, n: int, *, seed: int, first_sample: int, **arguments: Any) -> list[Tensor]:
         """The results at every size of `n` samples that run as one batch; other arguments as in `sample`."""
@@ -97,6 +105,7 @@ class Model(nn.Module, abc.ABC):
         return_grids: bool = False,
         mask: Tensor | None = None,
         known: Tensor | None = None,
+        length: float = 1.0,
         callback: GridCallback | None = None,
         precision: str = "auto",
         backend: str = "auto",
@@ -112,6 +121,7 @@ class Model(nn.Module, abc.ABC):
 
         Args:
             mask, known: as in `cascade`, for (n, C, S, S); fillers repeat the last sample's.
+            length: of the chains, as `chains` has it. Other than 1 only for a model whose samples go through a chain.
             return_grids: give the list of results at every size instead.
             pipeline: on a CUDA device, run a group's coarse grids while the group before it is at the fine ones, each
                 grid on a stream of its own. The samples are the same.
@@ -122,6 +132,7 @@ class Model(nn.Module, abc.ABC):
         if isinstance(group, bool) or not isinstance(group, int) or group < 1:
             raise ValueError(f"sample: batch_size must be a positive int or None, got {batch_size!r}")
         noise.check_seed(seed, "sample")
+        self._check_length(length)
         finest = (n, self.channels, self.sizes[-1], self.sizes[-1])
         held = check_known(known, mask, finest, self.colours.device, "sample")
 
@@ -137,6 +148,7 @@ class Model(nn.Module, abc.ABC):
                     first_sample=first_sample + begin,
                     mask=None if held is None else held[1][rows],
                     known=None if held is None else held[0][rows],
+                    length=length,
                     callback=callback,
                     precision=precision,
                     backend=backend,
@@ -148,6 +160,15 @@ class Model(nn.Module, abc.ABC):
         groups = piped(draw, self.colours.device, len(self.sampling), callback) if pipeline else draw()
         grids = [torch.cat(parts) for parts in zip(*groups, strict=True)]
         return grids if return_grids else grids[-1]
+
+    def _check_length(self, length: float) -> None:
+        fine = isinstance(length, (int, float)) and not isinstance(length, bool) and 0 < length < math.inf
+        if not fine:
+            raise ValueError(f"sample: length must be a finite number > 0, got {length!r}")
+        if length != 1 and not self.sampling:
+            raise ValueError(
+                f"sample: length must be 1 for a {type(self).__name__}, whose images go through no chain, got {length}"
+            )
 
     def to_uint8(self, x: Tensor) -> Tensor:
         """round(255 (x − lo) / (hi − lo)) as uint8, values outside the range clamped."""

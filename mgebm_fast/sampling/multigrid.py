@@ -120,7 +120,7 @@ class MultiGrid(Model):
             purpose: what the noise is for; a grid's stream is (purpose, index in sizes).
             langevin: dynamics in place of the model's own.
             mask, known: at the finest size, broadcastable to (N, C, S, S). Pixels of `known` where the mask is False
-                are held; at coarser sizes a cell is held, at the mean of its block, where its whole block is known.
+                are held; at coarser sizes a cell is held, at the mean of its block's known pixels, where it has any.
             callback: callback(grid, step, x) after each step, grid the index in sizes, x the live state.
             graph: as in `langevin_sample`; one CUDA graph holds the chains of all grids.
 
@@ -141,14 +141,16 @@ class MultiGrid(Model):
         """The chains that a sample goes through."""
         return self.langevin
 
-    def _sample_group(self, n: int, *, seed: int, first_sample: int, **arguments: Any) -> list[Tensor]:
+    def _sample_group(
+        self, n: int, *, seed: int, first_sample: int, length: float = 1.0, **arguments: Any
+    ) -> list[Tensor]:
         """The results at every size of `n` samples that run as one batch; arguments as in `cascade`."""
         start = self.draw_colours(n, seed=seed, first_sample=first_sample)
-        return self.cascade(start, seed=seed, first_sample=first_sample, **arguments)
+        return self.cascade(start, seed=seed, first_sample=first_sample, langevin=self.chains(length), **arguments)
 
-    def _run(self, x: Tensor, energy: Energy | None = None, **arguments: Any) -> Tensor:
+    def _run(self, x: Tensor, energy: Energy | None = None, *, length: float = 1.0, **arguments: Any) -> Tensor:
         """A sample's chain from x, in a model of one net; arguments as in `langevin_sample`. None: the net itself."""
-        return self.sampling[0](
+        return self.chains(length)[0](
             self.nets[0] if energy is None else energy, x,
             **{
                 "stream": noise.stream(noise.Purpose.SAMPLING, 1), "where": f"sample: grid 1 (size {self.sizes[-1]})",
