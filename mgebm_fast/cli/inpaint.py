@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from .options import Device, RunPath, Threads, check_images, find_device, load_images, open_run, use_threads
 from .sample import _check_out
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from ..learning import TrainConfig
+    from ..sampling import Model
 
 SHOWN = 16  # images of a picture
 
@@ -23,6 +30,13 @@ def inpaint(
     out: Annotated[
         Path | None,
         typer.Option(metavar="FILE", help="X.png or X.npy. Default: inpainted.png, and nothing with --json."),
+    ] = None,
+    length: Annotated[
+        str | None,
+        typer.Option(
+            metavar="auto|FLOAT",
+            help="Of the chains, relative to a sample's. Default: auto where the training images can be read, else 1.",
+        ),
     ] = None,
     data: Annotated[
         str | None, typer.Option(metavar="NAME|PATH", help="Images to fill. Default: those it was trained on.")
@@ -39,6 +53,7 @@ def inpaint(
       mgebm inpaint runs/digits --mask square --out square.png
       mgebm inpaint runs/digits --mask pepper --num 360 --json > pepper.json
       mgebm inpaint runs/digits --mask my_mask.png --data my_digits/
+      mgebm inpaint runs/digits --length 0.5
 
     \b
     --mask   square  a square of half the side, anywhere
@@ -47,6 +62,9 @@ def inpaint(
              FILE    a picture of the model's size, bright where hidden, or an .npy array of (N, S, S), non-zero there
     --out    X.png   rows original / occluded / completed of the first 16 images
              X.npy   uint8 (N, C, S, S), every completed image
+    --length auto    of 0.25, 0.5, 1 and 2 the one with the least error on the same occlusion of 64 training images;
+                     1 unless another is clearly better
+             0.5     every grid's chain takes half the steps that it takes for a sample
 
     error is the mean absolute difference on the hidden pixels as a share of the range; PSNR is of the whole image.
     Both are given beside those of a fill by the mean of the known pixels, which knows nothing of the data.
@@ -58,10 +76,12 @@ def inpaint(
     if out is not None and out.suffix.lower() not in (".png", ".npy"):
         raise ValueError(f"--out: must end in .png or .npy, got {out}")
     kind = None if out is None else _check_out(out, overwrite=False, grids=False)
+    asked = _read_length(length)
     use_threads(threads)
     import numpy as np
     from rich.console import Console
 
+    from ..evaluation.inpainting import PickedLength, pick_length
     from ..evaluation.inpainting import inpaint as fill
     from ..sampling import Model
     from ..sampling.occlusions import KINDS, occlusion, read_mask
@@ -69,6 +89,10 @@ def inpaint(
     file, config = open_run(run)
     model = Model.load(file, device=find_device(device))
     check_images(model, run, "inpaint")
+    if asked is not None and asked != 1 and not model.sampling:
+        raise ValueError(
+            f"--length: must be 1 for {run}, a {type(model).__name__} without chains of images, got {asked}"
+        )
     size = model.sizes[-1]
     given = None if mask in KINDS else read_mask(mask, size)
     source = data or (config.data if config else "")
@@ -80,16 +104,28 @@ def inpaint(
     chosen = np.random.default_rng(seed).permutation(len(images))[:num]
     if given is not None and len(given) not in (1, len(chosen)):
         raise ValueError(f"--mask: must hold one mask, or one for each of the {len(chosen)} images, got {len(given)}")
-    with Console(stderr=True).status(f"filling {len(chosen)} images"):
+    notes = [f"only {len(images)} held-out images"] if len(images) < num else []
+    training = None
+    if asked is None and model.sampling:
+        training, why = _training_images(run, model, config, seed)
+        if training is None and length is not None:
+            raise ValueError(f"--length: auto must have images that {run} was trained on, but {why}")
+        notes += [] if training is not None else [f"length 1, a sample's: {why}"]
+    with Console(stderr=True).status(f"filling {len(chosen)} images") as status:
+        picked = PickedLength(1.0 if asked is None else asked)
+        if training is not None:
+            picked = pick_length(
+                model, training, mask if given is None else given, seed=seed, precision=precision, report=status.update
+            )
+            status.update(f"filling {len(chosen)} images")
         hidden = occlusion(mask, len(chosen), size, seed=seed) if given is None else given
-        result = fill(model, images.batch(chosen), hidden, seed=seed, precision=precision)
+        result = fill(model, images.batch(chosen), hidden, seed=seed, length=picked.length, precision=precision)
 
     if out is not None:
         out.parent.mkdir(parents=True, exist_ok=True)
         _WRITERS[str(kind)](out, result)
         typer.echo(f"{run}, {mask} on {len(chosen)} held-out images of {images.name}: {out}", err=True)
-    notes = [f"only {len(images)} held-out images"] if len(images) < num else []
-    figures = {"mask": mask, "data": images.name, "seed": seed, **result.figures(), "notes": notes}
+    figures = {"mask": mask, "data": images.name, "seed": seed, **result.figures(), **picked.figures(), "notes": notes}
     if json:
         typer.echo(json_module.dumps(figures, allow_nan=False, ensure_ascii=False))
         return
@@ -98,11 +134,48 @@ def inpaint(
         typer.echo(f"note  {note}", err=True)
 
 
+def _read_length(text: str | None) -> float | None:
+    """The number that `--length` gives; None where the length is to be picked."""
+    if text in (None, "auto"):
+        return None
+    try:
+        length = float(text)
+    except ValueError:
+        length = math.nan
+    if not 0 < length < math.inf:
+        raise ValueError(f"--length: must be auto or a finite number > 0, got {text!r}")
+    return length
+
+
+def _training_images(run: Path, model: Model, config: TrainConfig | None, seed: int) -> tuple[Tensor | None, str]:
+    """What the length is picked on; None, and why, where the run's training images cannot be read."""
+    from ..errors import DataError
+    from ..evaluation.inpainting import LENGTH_IMAGES
+
+    if config is None or not config.data:
+        return None, f"{run} does not say what it was trained on"
+    try:
+        # Only what is needed is read; these are the images that `length_images` takes of all.
+        found = load_images(
+            config.data, model.sizes[-1], model.channels, config.classes, split="train", most=LENGTH_IMAGES, seed=seed
+        )
+    except (DataError, OSError, ImportError) as error:
+        return None, f"its training images cannot be read: {error}"
+    return found.batch(slice(None)), ""
+
+
 def _table(figures: dict):
     from rich.table import Table
 
     share = f"{figures['occluded_share']:.0%} of the pixels hidden ({figures['mask']}), {figures['num']} images"
-    table = Table(title=share, title_justify="left")
+    tried = [
+        f"{length}: diverged" if error is None else f"{length}: {error:.4f}"
+        for length, error in figures["length_errors"].items()
+    ]
+    chains = f"chains {figures['length']:g} × as long as a sample's"
+    if tried:
+        chains += f", picked on {figures['length_images']} training images by error ({', '.join(tried)})"
+    table = Table(title=share, title_justify="left", caption=chains, caption_justify="left")
     for name in ("figure", "model", "mean fill", "reading"):
         table.add_column(name, justify="left" if name in ("figure", "reading") else "right")
     rows = (("error", "error", "{:.4f}", "share of the range; lower is better"),

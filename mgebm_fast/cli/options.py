@@ -105,14 +105,25 @@ def open_run(path: Path) -> tuple[Path, TrainConfig | None]:
 
 
 def load_images(
-    source: str, size: int, channels: int, classes: Sequence[str] = (), *, split: str, strict: bool = False
+    source: str,
+    size: int,
+    channels: int,
+    classes: Sequence[str] = (),
+    *,
+    split: str,
+    strict: bool = False,
+    most: int | None = None,
+    seed: int = 0,
 ) -> ImageData:
     """Images of a source, with those that could not be read listed on stderr."""
     from ..data import load
 
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=r".*: skipped \d+ of \d+ images")  # told in full below
-        data = load(source, size=size, channels=channels, classes=list(classes) or None, split=split, strict=strict)
+        data = load(
+            source, size=size, channels=channels, classes=list(classes) or None, split=split, strict=strict, most=most,
+            seed=seed,
+        )  # fmt: skip
     report_skipped(data.name, data.skipped, len(data))
     return data
 

@@ -38,6 +38,8 @@ def load(
     cache: bool | None = None,
     root: str | os.PathLike[str] = "data",
     download: bool = False,
+    most: int | None = None,
+    seed: int = 0,
 ) -> ImageData:
     """Read images as uint8 (N, channels, size, size), by one policy for all sources (`mgebm_fast.data.policy`).
 
@@ -58,15 +60,20 @@ def load(
             $MGEBM_CACHE (default ~/.cache/mgebm_fast), mapped from there; True keeps any file source; False keeps
             everything in memory.
         root, download: where torchvision's sets lie, and whether they may be fetched.
+        most, seed: read only so many images of the split, those that a permutation by the seed puts first, in its
+            order.
 
     Raises:
         DataError (a ValueError): a source that does not exist, is empty or damaged as a whole; an unknown class;
             pixels of an unknown range or not finite; `strict` and a bad image.
         OSError: the cache cannot be written.
     """
-    _check_arguments(size, channels, split)
+    _check_arguments(size, channels, split, most)
     collection = _open(source, size, channels, root, download)
     index, labels, names = choose(collection, split, classes)
+    if most is not None:
+        chosen = np.random.default_rng(seed).permutation(len(index))[:most]
+        index, labels = index[chosen], None if labels is None else labels[chosen]
     if strict and collection.skipped:
         path, why = collection.skipped[0]
         raise DataError(f"load: {path} of {collection.name} cannot be used: {why}")
@@ -87,12 +94,14 @@ def load(
     return ImageData(decoded.images, labels, names, collection.name, skipped)
 
 
-def _check_arguments(size: int, channels: int, split: str) -> None:
+def _check_arguments(size: int, channels: int, split: str, most: int | None) -> None:
     for name, value in (("size", size), ("channels", channels)):
         if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
             raise TypeError(f"load: {name} must be an int, got {type(value).__name__}")
         if value < 1:
             raise DataError(f"load: {name} must be at least 1, got {value}")
+    if most is not None and most < 1:
+        raise DataError(f"load: most must be at least 1 or None, got {most}")
     if split not in SPLITS:
         raise DataError(f"load: split must be one of {', '.join(SPLITS)}, got {split!r}{suggest(str(split), SPLITS)}")
 

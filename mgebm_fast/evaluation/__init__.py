@@ -3,18 +3,21 @@
 from ..sampling.occlusions import occlusion
 from .evaluate import Judges, evaluate, fit_judges
 from .few_labels import few_labels
-from .inpainting import Inpainted, inpaint
+from .inpainting import Inpainted, PickedLength, inpaint, length_images, pick_length
 from .net_features import energy_features
 from .report import format_report
 
 __all__ = [
     "Inpainted",
     "Judges",
+    "PickedLength",
     "energy_features",
     "evaluate",
     "few_labels",
     "fit_judges",
     "format_report",
     "inpaint",
+    "length_images",
     "occlusion",
+    "pick_length",
 ]

@@ -29,7 +29,7 @@ from ..learning.checkpoint import listed, step_of
 from ..learning.config import PRESETS
 from ..sampling.occlusions import KINDS, occlusion
 from .evaluate import Judges, evaluate, fit_judges
-from .inpainting import inpaint
+from .inpainting import inpaint, length_images, pick_length
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -42,7 +42,7 @@ INPAINTED = 360
 _IRRELEVANT = (
     "description", "time", "checkpoint_every", "sample_every", "log_every", "keep_checkpoints",
 )  # fmt: skip
-_VERSION = 2  # of what the figures mean; others are measured again
+_VERSION = 3  # of what the figures mean; others are measured again
 
 
 def contenders(first: str) -> list[str]:
@@ -249,12 +249,14 @@ def measured(
     settings: Settings,
     device: torch.device | str = "cpu",
 ) -> dict[str, Any]:
-    """The record of a finished run: what it is, its `figures`, their `real` twins, and what judged them.
+    """The record of a finished run: what it is, its `figures`, their `real` twins, what judged them, and `inpainting`,
+    the length of the chains by kind of occlusion.
 
     figures, numbers or None where the data do not allow them:
       kid, fid, fid_matched, confident_share, nearest_distance   as `evaluate` has them
       smallest_class_share                                       of class_shares
-      <kind>_error, <kind>_psnr                                  as `inpaint` has them, for square, doodle, pepper
+      <kind>_error, <kind>_psnr                                  as `inpaint` has them, for square, doodle, pepper, at
+                                                                 the lengths that `pick_length` picks
       seconds_an_update, seconds                                 the median update, and all updates
     """
     run = Run(entry.folder)
@@ -267,17 +269,21 @@ def measured(
         into["confident_share"] = found.get(f"confident_share{suffix}")
         into["smallest_class_share"] = min(shares.values()) if shares else None
         into["nearest_distance"] = found[f"nearest_distance{suffix}"]
+    lengths: dict[str, dict[str, Any]] = {}
     if len(held_out):
         chosen = np.random.default_rng(settings.seed).permutation(len(held_out))[: settings.inpainted]
-        images = held_out.batch(chosen)
+        images, tried = held_out.batch(chosen), length_images(training, settings.seed)
         for kind in KINDS:
             mask = occlusion(kind, len(chosen), model.sizes[-1], seed=settings.seed)
-            filled = inpaint(model, images, mask, seed=settings.seed).figures()
+            picked = pick_length(model, tried, kind, seed=settings.seed)
+            lengths[kind] = picked.figures()
+            filled = inpaint(model, images, mask, seed=settings.seed, length=picked.length).figures()
             for key in ("error", "psnr"):
                 figures[f"{kind}_{key}"], real[f"{kind}_{key}"] = filled[key], filled[f"{key}_mean_fill"]
     return _identity(entry) | {
         "figures": figures | timing(run.metrics()),
         "real": real,
+        "inpainting": lengths,
         "num": settings.num,
         "num_real": found["num_real"],
         "feature_space": found["feature_space"],

@@ -65,6 +65,10 @@ def test_figures_are_those_of_evaluate_and_inpaint(compared, mgebm):
     assert figures["smallest_class_share"] == min(evaluated["class_shares"].values())
     filled = json.loads(mgebm("inpaint", run, "--mask", "pepper", "--num", INPAINTED, "--threads", 1, "--json").stdout)
     assert figures["pepper_error"] == pytest.approx(filled["error"], rel=1e-9)
+    lengths = found["runs"][1]["inpainting"]
+    assert list(lengths) == ["square", "doodle", "pepper"] and lengths["pepper"]["length"] == filled["length"]
+    assert lengths["pepper"]["length_errors"] == pytest.approx(filled["length_errors"], rel=1e-9)
+    assert json.loads((out / "digits" / "seed-1.json").read_text())["inpainting"] == lengths
     assert figures["pepper_psnr"] == pytest.approx(filled["psnr"], rel=1e-9)
 
 

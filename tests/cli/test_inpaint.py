@@ -9,6 +9,8 @@ import pytest
 from PIL import Image
 
 from mgebm_fast import data
+from mgebm_fast.evaluation.inpainting import inpaint, length_images, pick_length
+from mgebm_fast.sampling import Model
 from mgebm_fast.sampling.occlusions import occlusion
 
 from .test_train import one_line
@@ -92,6 +94,48 @@ def test_a_model_file_alone_needs_data(mgebm, trained, tmp_path):
     assert "--data" in one_line(mgebm("inpaint", alone, "--json"))
     assert figures(mgebm("inpaint", alone, "--json", "--num", 4, "--data", "digits"))["num"] == 4
     assert "does not exist" in one_line(mgebm("inpaint", tmp_path / "no_run", "--json"))
+
+
+def test_the_length_is_picked_on_training_images(mgebm, trained):
+    call = ("inpaint", trained, "--mask", "doodle", "--num", 12, "--seed", 3, "--threads", 1, "--json")
+    found = figures(mgebm(*call))
+    model = Model.load(trained)
+    training, held_out = (data.load("digits", size=8, channels=1, split=split) for split in ("train", "held_out"))
+    picked = pick_length(model, length_images(training, 3), "doodle", seed=3)
+    assert found["length"] == picked.length and found["length_images"] == 64
+    assert found["length_errors"] == pytest.approx({f"{k:g}": v for k, v in picked.errors.items()}, rel=1e-6)
+    images = held_out.batch(np.random.default_rng(3).permutation(len(held_out))[:12])
+    mask = occlusion("doodle", 12, 8, seed=3)
+    for length in (picked.length, 0.5, 2.0):
+        given = found if length == picked.length else figures(mgebm(*call, "--length", length))
+        assert given["length"] == length and (length == picked.length or given["length_errors"] == {})
+        expected = inpaint(model, images, mask, seed=3, length=length).figures()
+        assert given["error"] == pytest.approx(expected["error"], rel=1e-6)
+    assert figures(mgebm(*call)) == figures(mgebm(*call, "--length", "auto")) == found
+
+
+def test_the_table_says_the_length(mgebm, trained, tmp_path):
+    result = mgebm("inpaint", trained, "--num", 5, "--out", tmp_path / "a.png")
+    words = " ".join(result.stdout.split())
+    assert "as long as a sample's, picked on 64 training images by error (0.25: 0." in words
+    result = mgebm("inpaint", trained, "--num", 5, "--length", "0.5", "--out", tmp_path / "b.png")
+    assert "chains 0.5 × as long as a sample's" in " ".join(result.stdout.split()) and "picked" not in result.stdout
+
+
+def test_without_training_images_the_length_is_that_of_a_sample(mgebm, run):
+    config = run / "config.toml"
+    config.write_text(config.read_text().replace('data = "digits"', 'data = "/gone/images.zip"'))
+    call = ("inpaint", run, "--num", 4, "--data", "digits", "--json")
+    found = figures(mgebm(*call))
+    assert found["length"] == 1 and found["length_images"] == 0 and "/gone/images.zip" in found["notes"][0]
+    message = one_line(mgebm(*call, "--length", "auto"))
+    assert "--length: auto must have images that" in message and "/gone/images.zip" in message
+
+
+@pytest.mark.parametrize("length", ["0", "-1", "nan", "inf", "long"])
+def test_a_length_is_auto_or_a_number(mgebm, trained, length):
+    message = one_line(mgebm("inpaint", trained, f"--length={length}", "--json"))
+    assert f"--length: must be auto or a finite number > 0, got '{length}'" in message
 
 
 def test_help_has_an_example(mgebm):

@@ -13,8 +13,10 @@ from PIL import Image
 from scipy import ndimage
 
 import mgebm_fast as mg
-from mgebm_fast.errors import DataError
-from mgebm_fast.evaluation.inpainting import HIDDEN, inpaint
+from mgebm_fast.data import ImageData, load
+from mgebm_fast.errors import DataError, DivergenceError
+from mgebm_fast.evaluation.inpainting import HIDDEN, LENGTHS, inpaint, length_images, pick_length
+from mgebm_fast.sampling.latent import Inference
 from mgebm_fast.sampling.occlusions import KINDS, occlusion, read_mask
 
 
@@ -240,9 +242,167 @@ def test_what_no_chain_moves_is_the_mean_of_the_known_pixels_around(sizes):
     assert (completed[:, 2, 0] - beneath).abs().max() <= 0.51
 
 
+# the length of chains
+
+
+class Slope(torch.nn.Module):
+    """E = −Σx: a noise-free step of drift d adds d to every pixel."""
+
+    def forward(self, x):
+        return -x.flatten(1).sum(1)
+
+
+def climbing(steps=8, drift=1 / 64, grids=1, **arguments):
+    """A model whose chains add `drift` a step, K = `steps`; one net makes it a single grid."""
+    langevin = mg.Langevin(steps=steps, drift=drift, noise_std=0.0)
+    rest = {"channels": 1, "langevin": langevin, "value_range": (-1.0, 1.0), "nets": [Slope()] * grids, **arguments}
+    made = mg.MultiGrid([1, 2, 4, 8], **rest) if grids == 3 else mg.sampling.SingleGrid(8, start="colours", **rest)
+    made.set_colours(torch.zeros(1, 1))
+    return made
+
+
+RIGHT = torch.zeros(8, 8, dtype=torch.bool)
+RIGHT[:, 4:] = True
+
+
+def halves(n, rise):
+    """Images whose left half is −1 and whose right half lies `rise` above it, as model units."""
+    images = torch.zeros(n, 1, 8, 8, dtype=torch.uint8)
+    images[..., 4:] = round(127.5 * rise)
+    return images
+
+
+def refining():
+    generator = mg.nets.Generator(2, [mg.nets.DeconvSpec(1, 8, 8)])
+    return mg.sampling.CoopNets(
+        8, generator, Inference(2, 0.1, 0.3), complete_steps=2, channels=1, value_range=(-1.0, 1.0), nets=[Slope()],
+        langevin=mg.Langevin(steps=6, drift=0.01, noise_std=0.0),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(("length", "expected"), [(0.25, [1, 2, 5]), (0.5, [2, 4, 10]), (1.0, [3, 9, 20]),
+                                                  (2.0, [6, 18, 40]), (0.01, [1, 1, 1])])  # fmt: skip
+def test_every_grid_takes_its_share_of_steps(length, expected):
+    """K = 3, 9, 20: max(1, round(length · K)), halves to even."""
+    dynamics = [mg.Langevin(steps=k, drift=2.0**-10, noise_std=0.0) for k in (3, 9, 20)]
+    made = climbing(grids=3, langevin=dynamics)
+    counted = []
+    mask, known = torch.ones(2, 1, 8, 8, dtype=torch.bool), torch.zeros(2, 1, 8, 8)
+    x = made.sample(2, mask=mask, known=known, length=length, callback=lambda grid, step, x: counted.append(grid))
+    assert [counted.count(grid) for grid in (1, 2, 3)] == expected
+    assert (x == sum(expected) * 2.0**-10).all(), "a step adds its drift"
+
+
+@pytest.mark.parametrize("made", [
+    climbing(steps=6),
+    mg.sampling.SingleGrid(8, start="noise", sample_steps=6, channels=1, langevin=mg.Langevin(2, drift=0.01,
+                           noise_std=0.0), nets=[Slope()]),
+    mg.sampling.GenerativeConvNet(8, [mg.nets.ConvSpec(2, 3, 1)], sample_steps=6, channels=1),
+    mg.sampling.Frame(8, layers=[mg.nets.ConvSpec(2, 3, 1)], leapfrog_steps=2, sample_steps=6, channels=1),
+    mg.sampling.Frame(8, layers=[mg.nets.ConvSpec(2, 3, 1)], sample_steps=6, channels=1),
+    refining(),
+], ids=["single", "sample-steps", "convnet", "hamiltonian", "frame", "cooperative"])  # fmt: skip
+@pytest.mark.parametrize(("length", "steps"), [(0.5, 3), (1.0, 6), (2.0, 12)])
+def test_every_model_with_a_chain_has_a_length(made, length, steps):
+    counted = []
+    made.sample(2, length=length, callback=lambda grid, step, x: counted.append(step))
+    assert counted == list(range(steps))
+
+
+@pytest.mark.parametrize("length", LENGTHS)
+@pytest.mark.parametrize("grids", [1, 3])
+def test_the_length_that_fits_is_picked(length, grids):
+    """Hidden pixels lie as far above the known ones as chains of this length climb."""
+    made, images = climbing(grids=grids), halves(5, 8 * length / 64)
+    images[..., 4:] *= grids  # the right half has no known pixel at any size: it climbs on every grid
+    picked = pick_length(made, images, RIGHT)
+    assert picked.length == length and picked.num == 5 and list(picked.errors) == list(LENGTHS)
+    found = [inpaint(made, images, RIGHT, length=other) for other in LENGTHS]
+    assert [float(result.error.mean()) for result in found] == pytest.approx(list(picked.errors.values()), abs=1e-6)
+    assert found[0].figures()["length"] == 0.25
+
+
+def test_a_tie_takes_the_length_of_a_sample():
+    picked = pick_length(model(channels=1), pictures(3, 1), RIGHT)  # every chain ends at the target
+    assert len(set(picked.errors.values())) == 1 and picked.length == 1.0
+
+
+@pytest.mark.parametrize(("short", "expected"), [(1, 0.5), (2, 0.5), (3, 1.0), (8, 1.0)])
+def test_a_length_stays_unless_the_gain_exceeds_its_doubt(short, expected):
+    """Of 12 images `short` gain as much by chains of length 1 as each other one does by chains of half of it."""
+    images = halves(12, 4 / 64)
+    images[:short] = halves(short, 8 / 64)
+    picked = pick_length(climbing(), images, RIGHT)
+    gains = np.repeat([-1.0, 1.0], [short, 12 - short])
+    clear = gains.mean() > 2 * gains.std(ddof=1) / math.sqrt(12)
+    assert clear == (expected == 0.5) and picked.length == expected
+    assert pick_length(climbing(), images[-1:], RIGHT).length == 1.0, "one image tells no spread"
+
+
+def test_the_pick_is_a_function_of_the_seed_and_has_noise_of_its_own():
+    made, images = model(channels=1, noise_std=0.3), pictures(6, 1)
+    first, again, other = (pick_length(made, images, "doodle", seed=seed) for seed in (1, 1, 2))
+    assert first == again and first.errors != other.errors
+    measured = inpaint(made, images, occlusion("doodle", 6, 8, seed=1), seed=1)
+    assert float(measured.error.mean()) not in first.errors.values()
+    # one mask serves images in turn
+    pair = torch.stack([RIGHT, ~RIGHT])[:, None]
+    assert pick_length(made, images, pair, seed=1) == pick_length(made, images, pair.repeat(3, 1, 1, 1), seed=1)
+
+
+def test_a_length_that_diverges_is_not_picked():
+    class Cliff(torch.nn.Module):
+        def forward(self, x):
+            flat = x.flatten(1)
+            return -flat.sum(1) * torch.where(flat.amax(1) > bound, torch.nan, 1.0)
+
+    made = climbing(nets=[Cliff()])
+    bound = -1 + 5 / 64
+    picked = pick_length(made, halves(3, 1.0), RIGHT)
+    assert picked.length == 0.5 and picked.errors[1.0] is None and picked.errors[2.0] is None
+    assert picked.figures()["length_errors"]["2"] is None
+    bound = -2.0
+    with pytest.raises(DivergenceError):
+        pick_length(made, halves(3, 1.0), RIGHT)
+
+
+def test_a_generator_alone_has_no_length():
+    parts = refining()
+    made = mg.sampling.GeneratorModel(parts.generator, parts.inference, complete_steps=2)
+    assert pick_length(made, pictures(3, 1), "square").figures() == {
+        "length": 1.0, "length_errors": {}, "length_images": 0
+    }  # fmt: skip
+    with pytest.raises(
+        ValueError, match="length must be 1 for a GeneratorModel, whose images go through no chain, got 2"
+    ):
+        inpaint(made, pictures(3, 1), RIGHT, length=2)
+    for wrong in (0, -1.0, math.nan, math.inf, True, "2"):
+        with pytest.raises(ValueError, match="length must be a finite number > 0, got"):
+            inpaint(climbing(), pictures(3, 1), RIGHT, length=wrong)
+
+
+def test_training_images_are_a_choice_by_the_seed():
+    images = pictures(90, 1)
+    images[:, 0, 0, 0] = torch.arange(90)
+    data = ImageData(images.numpy())
+    chosen = length_images(data, 3)
+    assert len(chosen) == 64 == len(chosen[:, 0, 0, 0].unique())
+    assert torch.equal(chosen, length_images(data, 3)) and not torch.equal(chosen, length_images(data, 4))
+    assert len(length_images(ImageData(images[:5].numpy()))) == 5
+    # the same are read alone
+    whole, few = (load("digits", size=8, channels=1, most=most, seed=3) for most in (None, 64))
+    assert torch.equal(few.batch(slice(None)), length_images(whole, 3)) and len(few.labels) == 64
+    with pytest.raises(DataError, match="most must be at least 1 or None, got 0"):
+        load("digits", size=8, channels=1, most=0)
+
+
 def test_the_code_of_the_page_runs():
     page = Path(__file__).resolve().parents[2] / "docs" / "inpainting.md"
-    names = {"model": model(channels=1), "images": pictures(5, 1)}
+    names = {
+        "model": model(channels=1),
+        "images": pictures(5, 1),
+        "training": ImageData(pictures(9, 1, seed=1).numpy()),
+    }
     for block in re.findall(r"^```python\n(.*?)^```", page.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL):
         exec(block, names)
     assert names["result"].completed.shape == (5, 1, 8, 8)
