@@ -293,11 +293,15 @@ def measured(
 
 
 def timing(metrics: Sequence[dict[str, float]]) -> dict[str, float | None]:
-    """Median seconds of an update, and seconds of all updates, from the records of a run."""
-    if not metrics:
+    """Median seconds of an update, and seconds of all updates that count, from the records of a run.
+
+    Updates that a run went back behind (`[rollback]`) are in no record.
+    """
+    timed = [record for record in metrics if "seconds_per_update" in record]  # one of going back has no time
+    if not timed:
         return {"seconds_an_update": None, "seconds": None}
-    steps = [0, *(record["step"] for record in metrics)]
-    spent = [record["seconds_per_update"] for record in metrics]
+    steps = [0, *(record["step"] for record in timed)]
+    spent = [record["seconds_per_update"] for record in timed]
     total = sum(each * (after - before) for each, before, after in zip(spent, steps, steps[1:], strict=False))
     return {"seconds_an_update": statistics.median(spent), "seconds": total}
 

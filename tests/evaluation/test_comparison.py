@@ -101,7 +101,10 @@ def test_time_is_the_median_update_and_the_sum_of_all():
     metrics = [{"step": 20, "seconds_per_update": 3.0}, {"step": 40, "seconds_per_update": 1.0}]
     metrics += [{"step": 45, "seconds_per_update": 2.0}]
     assert comparison.timing(metrics) == {"seconds_an_update": 2.0, "seconds": 20 * 3.0 + 20 * 1.0 + 5 * 2.0}
-    assert comparison.timing([])["seconds"] is None
+    # a run that went back to 30 after it diverged, whose records after 20 are those of the second attempt
+    back = [metrics[0], {"step": 30, "rollbacks": 1, "diverged_at": 39}, *metrics[1:]]
+    assert comparison.timing(back) == comparison.timing(metrics)
+    assert comparison.timing([])["seconds"] is None and comparison.timing(back[1:2])["seconds"] is None
 
 
 @pytest.mark.parametrize("base", ["digits", "cifar10"])
