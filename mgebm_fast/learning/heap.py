@@ -9,16 +9,21 @@ import os
 _TRIM_THRESHOLD, _TOP_PAD, _MMAP_THRESHOLD = -1, -2, -3
 _KEEP, _PAD, _LARGEST = 2**31 - 1, 64 * 2**20, 32 * 2**20  # bytes; mallopt takes an int, and no mmap threshold above
 
+# Where one of these is set, somebody else has seen to it.
+_SETTINGS = (
+    "MALLOC_TRIM_THRESHOLD_", "MALLOC_TOP_PAD_", "MALLOC_MMAP_THRESHOLD_", "GLIBC_TUNABLES", "LD_PRELOAD",
+)  # fmt: skip
+
 
 def keep_freed_memory() -> bool:
     """Ask glibc to hold on to freed memory up to 2 GB; whether it was asked.
 
     A network's maps are freed and allocated anew by every pass. By default glibc gives the larger ones back to the
     system, which hands them out again page by page, each page cleared at its first touch: a fifth of the learning step
-    of a small net. It concerns the whole process, so programs call it, not the library. Other allocators, and settings
-    of the environment (MALLOC_TRIM_THRESHOLD_, GLIBC_TUNABLES), stand.
+    of a small net. It concerns the whole process, so programs call it, not the library. Other allocators (LD_PRELOAD),
+    and settings of the environment (GLIBC_TUNABLES, and MALLOC_… of what is set here), stand.
     """
-    if any(name in os.environ for name in ("MALLOC_TRIM_THRESHOLD_", "GLIBC_TUNABLES", "LD_PRELOAD")):
+    if any(name in os.environ for name in _SETTINGS):
         return False
     try:
         library = ctypes.CDLL(None)

@@ -47,5 +47,6 @@ def test_by_default_glibc_gives_large_blocks_back() -> None:
     assert run("leave") == "False False"
 
 
-def test_settings_of_the_environment_stand() -> None:
-    assert run("ask", MALLOC_TRIM_THRESHOLD_="131072") == "False False"
+@pytest.mark.parametrize("name", ["MALLOC_TRIM_THRESHOLD_", "MALLOC_TOP_PAD_", "MALLOC_MMAP_THRESHOLD_"])
+def test_settings_of_the_environment_stand(name: str) -> None:
+    assert run("ask", **{name: "131072"}) == "False False"
