@@ -110,7 +110,7 @@ def listed(root: Path) -> list[Path]:
     return sorted(found, key=step_of)
 
 
-def newest_good(root: Path) -> tuple[tuple[Path, dict[str, Any]] | None, list[tuple[Path, CheckpointError]]]:
+def newest_whole(root: Path) -> tuple[tuple[Path, dict[str, Any]] | None, list[tuple[Path, CheckpointError]]]:
     """The newest undamaged checkpoint of `root` with its state, and each newer one with what is wrong with it."""
     faults: list[tuple[Path, CheckpointError]] = []
     for folder in reversed(listed(root)):

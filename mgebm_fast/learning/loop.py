@@ -80,7 +80,7 @@ class Loop:
         return checkpoint.write(folder, lambda path: self.rule.write(path, self.iteration), state)
 
     def resume(self, path: Path) -> int:
-        """Go on from a checkpoint folder, or from a run folder's newest good checkpoint; the updates made so far."""
+        """Go on from a checkpoint folder, or from a run folder's newest whole checkpoint; the updates made so far."""
         found: resuming.Found | None = None
         with self.ranks.together():  # the first rank tidies up, and chooses for all
             if self.ranks.first:

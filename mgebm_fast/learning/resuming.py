@@ -41,13 +41,13 @@ def _read_named(folder: Path) -> dict[str, Any]:
     try:
         return checkpoint.read(folder)
     except CheckpointError as error:
-        found, _ = checkpoint.newest_good(folder.parent)
+        found, _ = checkpoint.newest_whole(folder.parent)
         hint = f"; the newest whole one beside it is {found[0]}" if found else ""
         raise CheckpointError(f"{error}{hint}") from None
 
 
 def _newest_of_run(path: Path, say: Callable[[str], None]) -> Found | None:
-    found, faults = checkpoint.newest_good(path / CHECKPOINTS)
+    found, faults = checkpoint.newest_whole(path / CHECKPOINTS)
     if faults and found is None:
         raise CheckpointError(f"resume: no checkpoint of {path} is whole: {'; '.join(str(e) for _, e in faults)}")
     for folder, error in faults:

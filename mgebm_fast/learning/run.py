@@ -52,7 +52,7 @@ class Run:
             return self.path / MODEL
         if self._checkpoint:
             return self._checkpoint / MODEL
-        found, faults = checkpoint.newest_good(self.path / CHECKPOINTS)
+        found, faults = checkpoint.newest_whole(self.path / CHECKPOINTS)
         if found is None:
             why = "; ".join(str(error) for _, error in faults) or "it has no checkpoint yet"
             raise CheckpointError(f"run: {self.path} has no model to use: {why}")

@@ -158,7 +158,7 @@ class MultiGridTrainer:
         return self._loop.save(Path(path))
 
     def resume(self, path: str | Path | None = None) -> int:
-        """Go on from a checkpoint folder, or from the newest good checkpoint of a run's folder (default: `out`).
+        """Go on from a checkpoint folder, or from the newest whole checkpoint of a run's folder (default: `out`).
 
         Returns the updates made so far. What follows equals, bit for bit, a run that was never interrupted. Raises
         ConfigError where a key that states depend on has changed, CheckpointError where nothing can be read.

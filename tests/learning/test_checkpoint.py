@@ -71,7 +71,7 @@ def test_damage_is_named(tmp_path, damage):
     with pytest.raises(CheckpointError, match=message):
         checkpoint.read(folder)
     make(tmp_path, 3)
-    found, faults = checkpoint.newest_good(tmp_path)
+    found, faults = checkpoint.newest_whole(tmp_path)
     assert found[0].name == "step_000003" and [f.name for f, _ in faults] == ["step_000005"]
 
 

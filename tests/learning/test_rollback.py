@@ -124,8 +124,8 @@ def test_the_good_state_is_gone_on_from_with_other_noise_and_half_the_rate(run, 
         assert equal(ours.rule.snapshot(), expected)
         assert ours.rule.attempt == 1 and ours.rule.rate == 0.5
     assert drawn[0] and drawn[1] and not drawn[0] & drawn[1]
-    for same in (from_the_good_state(0, 0.5)[1], from_the_good_state(1, 1.0)[1]):
-        assert not equal(same, expected)
+    for other in (from_the_good_state(0, 0.5)[1], from_the_good_state(1, 1.0)[1]):
+        assert not equal(other, expected)
 
 
 def test_what_a_run_says_and_writes(run, tmp_path):
