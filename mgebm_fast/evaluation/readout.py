@@ -132,7 +132,7 @@ def net_predictions(
         copy.requires_grad_(True)
     model = NetClassifier(copies, len(classes), Scale(read_maps(readable(copies, reference), reference)))
     known = torch.from_numpy(targets).to(device)
-    trained = [p for name, p in model.named_parameters() if ".head." not in name or name.startswith("head")]
+    trained = [p for name, p in model.named_parameters() if ".head." not in name]  # all but the heads of the energies
     optimiser = torch.optim.AdamW(trained, lr=learning_rate, weight_decay=weight_decay)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, steps)
     generator = torch.Generator().manual_seed(seed)
