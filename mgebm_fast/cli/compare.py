@@ -11,8 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .options import INTERRUPTED, Device, Threads, find_device, load_run_data, use_threads
-from .train import _lasting
+from .options import INTERRUPTED, Device, Threads, find_device, lasting, load_run_data, use_threads
 
 if TYPE_CHECKING:
     import torch
@@ -145,7 +144,7 @@ def _configured(name: str, data: str | None, settings: Sequence[str] | None) -> 
         raise ConfigError("--set: seed is what --seeds is for, got it as a key")
     config = load_config(name)
     if data is not None:
-        config = dataclasses.replace(config, data=_lasting(data))
+        config = dataclasses.replace(config, data=lasting(data))
     return apply_overrides(config, settings or ())
 
 

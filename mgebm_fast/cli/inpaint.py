@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from .options import Device, RunPath, Threads, check_images, find_device, load_images, open_run, use_threads
-from .sample import _check_out
+from .outputs import check_out
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -75,7 +75,7 @@ def inpaint(
         out = Path("inpainted.png")
     if out is not None and out.suffix.lower() not in (".png", ".npy"):
         raise ValueError(f"--out: must end in .png or .npy, got {out}")
-    kind = None if out is None else _check_out(out, overwrite=False, grids=False)
+    kind = None if out is None else check_out(out, overwrite=False, grids=False)
     asked = _read_length(length)
     use_threads(threads)
     import numpy as np
@@ -155,7 +155,7 @@ def _training_images(run: Path, model: Model, config: TrainConfig | None, seed: 
     if config is None or not config.data:
         return None, f"{run} does not say what it was trained on"
     try:
-        # Only what is needed is read; these are the images that `length_images` takes of all.
+        # Only what is needed is read: where every image can be decoded, those that `length_images` takes of all.
         found = load_images(
             config.data, model.sizes[-1], model.channels, config.classes, split="train", most=LENGTH_IMAGES, seed=seed
         )

@@ -156,3 +156,13 @@ def report_skipped(name: str, skipped: tuple[tuple[str, str], ...], kept: int, m
         typer.echo(f"  {path}: {reason}", err=True)
     if len(skipped) > most:
         typer.echo(f"  … and {len(skipped) - most} more", err=True)
+
+
+def lasting(data: str) -> str:
+    """A path as an absolute one, so that the run finds its data again from any folder; names as they are."""
+    from ..data.builtin import is_builtin
+
+    path = Path(data).expanduser()
+    if is_builtin(data) and path.exists():
+        typer.echo(f"--data: {data} is the built-in set; ./{data} means what lies in this folder", err=True)
+    return data if is_builtin(data) or not path.exists() else str(path.resolve())

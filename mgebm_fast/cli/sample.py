@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -12,6 +11,7 @@ import typer
 
 from . import recordings
 from .options import Device, RunPath, Threads, find_rank_device, one_voice, open_run, use_threads
+from .outputs import IMAGE_FILES, check_out
 
 if TYPE_CHECKING:
     import numpy as np
@@ -20,9 +20,6 @@ if TYPE_CHECKING:
     from ..sampling import Model
 
 MIN_CELL = 40  # pixels of the longer side of an image in a picture: 8 × 8 digits are enlarged, 64 × 64 photos are not
-# Names of files, not of folders: who gives one wants a format that is not written here.
-_OTHER_FILES = set(".jpg .jpeg .gif .webp .bmp .tif .tiff .npz .zip .pt .mp4 .avi .wav".split())
-IMAGE_FILES = (".png", ".npy")
 _OURS = re.compile(r"sample_\d+\.png")
 
 
@@ -101,7 +98,7 @@ def sample(
             recorded = model if isinstance(model, SpatialTemporal) else None
             num = num or (1 if recorded else 64)
             files = recordings.check(recorded, out, num, grids) if recorded else IMAGE_FILES
-            kind = _check_out(out, overwrite, grids, files)
+            kind = check_out(out, overwrite, grids, files)
             _check_group(model, first_sample)
             if generator or interpolate is not None:
                 option = "--generator" if interpolate is None else "--interpolate"
@@ -149,29 +146,6 @@ def _shares(num: int, group: int, ranks: int) -> list[range]:
     groups = -(-num // group)
     bounds = [min(num, group * (rank * groups // ranks)) for rank in range(ranks + 1)]
     return [range(begin, end) for begin, end in zip(bounds, bounds[1:], strict=False)]
-
-
-def _check_out(out: Path, overwrite: bool, grids: bool, files: Sequence[str] = IMAGE_FILES) -> str:
-    """The kind of output that a path means, before any work is done; ValueError where it cannot be written."""
-    kind = out.suffix.lower() if out.suffix.lower() in files else "folder"
-    wanted = f"must end in {', '.join(files[:-1])} or {files[-1]}, or be a folder"
-    above = next(path for path in out.absolute().parents if path.exists())
-    if not above.is_dir() or not os.access(above, os.W_OK):
-        raise ValueError(f"--out: must be where a file can be written, got {out}, and {above} is not such a folder")
-    if kind != "folder" and out.is_dir():
-        raise ValueError(f"--out: must be a file to end in {kind}, got the folder {out}")
-    if kind == ".npy" and grids:
-        raise ValueError(f"--out: must be a .png or a folder to hold every grid (--grids), got {out}")
-    if kind == "folder" and out.suffix.lower() in _OTHER_FILES:
-        raise ValueError(f"--out: {wanted}, got {out}")
-    if kind == "folder" and out.exists():
-        if not out.is_dir():
-            raise ValueError(f"--out: {wanted}, got the file {out}")
-        if any(out.iterdir()) and not overwrite:
-            raise ValueError(
-                f"--out: must be a new or empty folder, got {out}, which is not (--overwrite replaces its samples)"
-            )
-    return kind
 
 
 def _check_group(model: Model, first_sample: int) -> None:

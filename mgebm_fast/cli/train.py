@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ..errors import ConfigError
-from .options import INTERRUPTED, Device, Threads, find_rank_device, load_run_data, one_voice, use_threads
+from .options import INTERRUPTED, Device, Threads, find_rank_device, lasting, load_run_data, one_voice, use_threads
 
 if TYPE_CHECKING:
     import torch
@@ -91,7 +91,7 @@ def train(
         with ranks.together():
             chosen, folder = _configure(config, out, resume)
             if data is not None:
-                chosen = dataclasses.replace(chosen, data=_lasting(data))
+                chosen = dataclasses.replace(chosen, data=lasting(data))
             changes = [*(settings or []), *([] if precision is None else [f"precision={precision}"])]
             chosen = apply_overrides(chosen, changes)
             if threads is None and where.type == "cpu":
@@ -170,16 +170,6 @@ def _configure(config: str | None, out: Path | None, resume: bool) -> tuple[Trai
     if given is None:
         raise ConfigError(f"resume: must be the folder of a run, got {folder}, which has no config.toml")
     return given, folder
-
-
-def _lasting(data: str) -> str:
-    """A path as an absolute one, so that the run finds its data again from any folder; names as they are."""
-    from ..data.builtin import is_builtin
-
-    path = Path(data).expanduser()
-    if is_builtin(data) and path.exists():
-        typer.echo(f"--data: {data} is the built-in set; ./{data} means what lies in this folder", err=True)
-    return data if is_builtin(data) or not path.exists() else str(path.resolve())
 
 
 def _how_to_resume(folder: Path, device: str, threads: int | None, ranks: Ranks) -> str:

@@ -18,13 +18,12 @@ from .config import (
 from .contrastive import ContrastiveRule
 from .cooperative import CooperativeRule
 from .loop import Loop, Outcome
-from .methods import METHODS, Method, build_model
+from .methods import METHODS, Method, build_model, work
 from .multigrid import MultiGridRule
 from .resuming import check_new
 from .rule import UpdateRule
 from .run import Run, load_data
 from .trainer import MultiGridTrainer, train
-from .work import work
 
 __all__ = [
     "METHODS",

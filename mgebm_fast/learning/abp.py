@@ -22,8 +22,8 @@ from .ema import Average
 from .feed import Order
 from .keys import pick
 from .optim import build_optimiser, condition_, norm, rate_factor, step
+from .passes import CHAIN_STEP, LEARNING
 from .stored import ModelRule
-from .work import CHAIN_STEP, LEARNING
 
 # Sample ids of the occlusions of training images, apart from those of `mgebm inpaint`.
 _TRAINING_MASKS = 1 << 31

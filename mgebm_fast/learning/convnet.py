@@ -14,7 +14,7 @@ from ..nets import ConvSpec
 from ..sampling import GenerativeConvNet
 from .baselines import InitialState, SingleGridRule, Zeros, narrow
 from .config import TrainConfig
-from .work import CHAIN_STEP, LEARNING
+from .passes import CHAIN_STEP, LEARNING
 
 __all__ = ["ConvNetRule", "build_model", "layers_of", "narrow", "work"]
 

@@ -19,7 +19,7 @@ from .baselines import narrow
 from .config import TrainConfig
 from .contrastive import ContrastiveRule
 from .optim import build_optimiser, condition_, norm, step
-from .work import CHAIN_STEP, LEARNING, work_of_chains
+from .passes import CHAIN_STEP, LEARNING, work_of_chains
 
 __all__ = ["CooperativeRule", "build_model", "narrow", "work"]
 

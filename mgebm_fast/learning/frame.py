@@ -15,7 +15,7 @@ from ..sampling import Frame, Model, MultiGrid
 from .baselines import narrow
 from .config import TrainConfig
 from .convnet import ConvNetRule
-from .work import CHAIN_STEP
+from .passes import CHAIN_STEP
 
 __all__ = ["FrameRule", "build_model", "narrow", "work"]
 

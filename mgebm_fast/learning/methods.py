@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..data import load
 from .keys import Choice, Flag, Many, Maybe, Real, Text, Whole, key
-from .work import work_of_chains
+from .passes import work_of_chains
 
 if TYPE_CHECKING:
     from .config import TrainConfig
@@ -173,7 +173,7 @@ class Method:
         return getattr(self._module, self.rule.partition(":")[2])(model, config, images=images)
 
     def work(self, config: TrainConfig) -> float:
-        """Multiply-accumulates of one update for one image of the batch, on average over the updates (`work.work`)."""
+        """Multiply-accumulates of one update for one image of the batch, on average over the updates (`work`)."""
         return getattr(self._module, "work", work_of_chains)(self.build_model(config), config)
 
     def options(self) -> Any:
@@ -248,3 +248,17 @@ TABLES: dict[str, type] = {method.name: method.table for method in METHODS.value
 def build_model(config: TrainConfig) -> Any:
     """The untrained model that a configuration describes, of the class that its method trains."""
     return METHODS[config.method].build_model(config)
+
+
+def work(config: TrainConfig) -> int:
+    """Multiply-accumulates of all updates of a run, over the whole batch:
+
+        steps · batch_size · W,   W = what `Method.work` counts of one update and one image of the batch
+
+    and of a method of energy nets W = Σ over nets of (2 K + 2 · 3) macs(net): two forward passes a step of a chain, and
+    three for learning from an observed image and from a synthesised one. A generator counts one forward pass where it
+    proposes an image, three where it learns, and two a step of inference of z. Left out: what is no convolution or
+    matrix product, data, pictures and checkpoints, and that the lowest layer needs no gradient for its input when it
+    learns.
+    """
+    return round(config.steps * config.batch_size * METHODS[config.method].work(config))

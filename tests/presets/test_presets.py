@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 from mgebm_fast.cli import app
 from mgebm_fast.data.builtin import is_builtin
-from mgebm_fast.learning import METHODS, Run, build_model, load_preset, preset_names, work
+from mgebm_fast.learning import METHODS, Run, build_model, load_preset, preset_names
 
 SMALL = ["--set", "steps=2", "--set", "batch_size=4", "--set", "width=0.05", "--set", "langevin.steps=2"]
 BASELINES = [
@@ -68,8 +68,7 @@ def test_a_baseline_is_evaluated(tmp_path):
 
 
 @pytest.mark.parametrize("name", BASELINES)
-def test_a_baseline_has_the_net_and_the_compute_of_its_twin(name):
+def test_a_baseline_has_the_net_of_its_twin(name):
     config, twin = load_preset(name), load_preset(name.partition("-")[0])
-    assert work(config) == pytest.approx(work(twin), rel=0.01)
     assert build_model(config).nets[0].config() == build_model(twin).nets[-1].config()
     assert config.optimiser == twin.optimiser and config.stabilise == twin.stabilise and config.data == twin.data
