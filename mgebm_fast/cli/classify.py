@@ -43,11 +43,11 @@ def classify(
 
     \b
     Every contender gets the same draws of labelled training images and is tested on all held-out ones:
-      RUN: features            its energy nets, frozen, read by a support-vector classifier
-      RUN: fine-tuned          its nets trained on the labelled images, from the learned weights (--fine-tune)
-      nets of RUN: supervised  the same layers trained on the labelled images, from random weights
-      nets of RUN: random      the same layers, random and frozen, read as learned ones are
-      pixels                   no net: the same classifier, and logistic regression
+      RUN: features                  its energy nets, frozen, read by a support-vector classifier
+      RUN: fine-tuned                its nets trained on the labelled images, from the learned weights (--fine-tune)
+      nets of RUN: supervised only   the same layers trained on the labelled images, from random weights
+      nets of RUN: random, frozen    the same layers, random and frozen, read as learned ones are
+      pixels                         no net: the same classifier, and logistic regression
 
     Runs of the same layers share the supervised and the random rows. The classifier's settings are chosen by
     cross-validation on the labelled images. --picture needs matplotlib: pip install "mgebm_fast[plot]".
