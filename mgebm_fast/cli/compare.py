@@ -26,7 +26,7 @@ def compare(
     presets: Annotated[
         list[str],
         typer.Argument(
-            metavar="PRESET [PRESET]...",
+            metavar="PRESET...",
             help="The preset that others are compared with, and the others. Default: those based on it.",
         ),
     ],
@@ -113,6 +113,9 @@ def compare(
         )  # fmt: skip
     except comparison.Interrupted:
         raise typer.Exit(INTERRUPTED) from None
+    except KeyboardInterrupt:  # while figures are measured, which no checkpoint holds
+        typer.echo(f"interrupted; runs and figures that are finished stay, to go on:\n  {again}", err=True)
+        raise typer.Exit(INTERRUPTED) from None
     rows = table.tabulate(records)
     _write(out, rows, records)
     if any("figures" in record for record in records):
@@ -130,8 +133,8 @@ def _seeds(text: str) -> list[int]:
         found = [int(word) for word in text.split(",")]
     except ValueError:
         found = []
-    if not found or min(found) < 0 or len(set(found)) < len(found):
-        raise ValueError(f"--seeds: must be different whole numbers >= 0 with commas between, got {text!r}")
+    if not found or min(found) < 0 or max(found) >= 2**64 or len(set(found)) < len(found):
+        raise ValueError(f"--seeds: must be different whole numbers >= 0 and < 2**64 with commas between, got {text!r}")
     return found
 
 

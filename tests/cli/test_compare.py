@@ -170,7 +170,19 @@ def test_a_run_that_diverges_is_told_and_the_others_stand(tmp_path, mgebm, monke
     assert "digits-pcd: 1 of 1 runs diverged" in (tmp_path / "out" / "table.md").read_text()
 
 
-@pytest.mark.parametrize("seeds", ["", "a", "0,0", "-1", "1,,2"])
+def test_an_interrupt_while_figures_are_measured_says_how_to_go_on(copy, mgebm, monkeypatch):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    (copy / "digits-pcd" / "seed-1.json").write_text('{"conditions": {"version"')
+    before = stamps(copy)
+    monkeypatch.setattr(comparison, "measured", interrupted)
+    result = mgebm(*ARGUMENTS, "--out", copy)
+    assert result.exit_code == 130 and stamps(copy) == before
+    assert "interrupted; " in result.stderr and "mgebm compare digits digits-pcd --out" in result.stderr
+
+
+@pytest.mark.parametrize("seeds", ["", "a", "0,0", "-1", "1,,2", str(2**64)])
 def test_seeds_are_checked(seeds, mgebm, tmp_path):
     result = mgebm("compare", "digits", "--seeds", seeds, "--out", tmp_path / "out")
     assert result.exit_code == 2 and "--seeds: must be different whole numbers" in result.stderr
