@@ -93,6 +93,10 @@ def inpaint(
         raise ValueError(
             f"--length: must be 1 for {run}, a {type(model).__name__} without chains of images, got {asked}"
         )
+    if asked is not None and (steps := max((chain.steps for chain in model.chains(asked)), default=0)) >= 2**32:
+        raise ValueError(
+            f"--length: must leave every chain fewer than 2**32 steps, got {asked:g}, which makes {steps:g}"
+        )
     size = model.sizes[-1]
     given = None if mask in KINDS else read_mask(mask, size)
     source = data or (config.data if config else "")

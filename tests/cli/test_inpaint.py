@@ -138,6 +138,12 @@ def test_a_length_is_auto_or_a_number(mgebm, trained, length):
     assert f"--length: must be auto or a finite number > 0, got '{length}'" in message
 
 
+def test_a_length_past_the_noise_counter_is_refused_by_its_name(mgebm, trained):
+    assert "--length: must leave every chain fewer than 2**32 steps" in one_line(
+        mgebm("inpaint", trained, "--length=1e10", "--json")
+    )
+
+
 def test_help_has_an_example(mgebm):
     result = mgebm("inpaint", "--help")
     assert result.exit_code == 0 and "  mgebm inpaint runs/" in result.stdout
