@@ -17,9 +17,8 @@ def format_few_labels(result: Mapping[str, Any]) -> Any:
     """A rich table: contenders down, labels a class across, accuracy in percent with its deviation over the draws."""
     from rich.table import Table
 
-    title = (
-        f"accuracy on {result['num_test']} held-out images of {result['data']}, %: "
-        f"mean ± standard deviation of {result['draws']} draws"
+    title = f"accuracy on {result['num_test']} held-out images of {result['data']}, %: " + (
+        "one draw" if result["draws"] == 1 else f"mean ± standard deviation of {result['draws']} draws"
     )
     table = Table(title=title, title_justify="left")
     table.add_column("contender")
@@ -66,7 +65,8 @@ def plot_few_labels(result: Mapping[str, Any]) -> bytes:
     axes.set_xticks(labels, [str(k) for k in labels])
     axes.minorticks_off()
     axes.set(xlabel="labelled images a class", ylabel="accuracy on held-out images, %")
-    axes.set_title(f"{result['data']}: {result['draws']} draws, bars are one standard deviation", loc="left")
+    spread = "one draw" if result["draws"] == 1 else f"{result['draws']} draws, bars are one standard deviation"
+    axes.set_title(f"{result['data']}: {spread}", loc="left")
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="y", color="#e4e7eb", linewidth=0.8)
     axes.legend(frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize=9)
