@@ -286,8 +286,10 @@ def measured(
             filled = inpaint(model, images, mask, seed=settings.seed, length=picked.length).figures()
             for key in ("error", "psnr"):
                 figures[f"{kind}_{key}"], real[f"{kind}_{key}"] = filled[key], filled[f"{key}_mean_fill"]
+    metrics = run.metrics()
     return _identity(entry) | {
-        "figures": figures | timing(run.metrics()),
+        "figures": figures | timing(metrics),
+        "rollbacks": int(max((record.get("rollbacks", 0) for record in metrics), default=0)),
         "real": real,
         "inpainting": lengths,
         "num": settings.num,

@@ -178,6 +178,12 @@ def legend(rows: Sequence[dict[str, Any]], records: Sequence[dict[str, Any]]) ->
         f" {measured['num']} samples a run, {measured['num_real']} held-out images. Work is relative to the first row."
     )
     found = [text, f"Feature space: {measured['feature_space']}."]
+    for record in records:
+        if times := record.get("rollbacks"):
+            found.append(
+                f"{record['preset']}, seed {record['seed']}: diverged and went back {times} time"
+                f"{'s' if times > 1 else ''}, to learn on at a lower rate; its work is that of the configuration."
+            )
     for row in rows:
         if row["failed"]:
             found.append(f"{row['preset']}: {row['failed']} of {row['failed'] + row['runs']} runs diverged.")

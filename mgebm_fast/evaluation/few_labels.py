@@ -23,7 +23,7 @@ LEARNED, FINE_TUNED, SUPERVISED, RANDOM, PIXELS = "learned", "fine-tuned", "supe
 _REFERENCE = 2000  # unlabelled images that features are scaled by
 _SVC = (
     f"SVC with the kernel exp(-gamma |x - y|^2), C in {readout.PENALTIES}, gamma in {readout.WIDTHS} "
-    f"by {readout.FOLDS}-fold cross-validation on the labelled images"
+    f"by cross-validation on the labelled images, in at most {readout.FOLDS} folds"
 )
 _END_TO_END = (
     f"cross-entropy, AdamW at {readout.LEARNING_RATE:g} with weight decay {readout.WEIGHT_DECAY:g}, cosine to 0, "

@@ -36,15 +36,14 @@ def format_report(result: dict[str, Any]) -> RenderableType:
     figures.add_column("real", justify="right")
     figures.add_column("reading", style="dim")
     for key, name, form, reading in _ROWS:
-        if key in result:
-            figures.add_row(name, _number(form, result[key]), _number(form, result[f"{key}_real"]), reading)
-        if key == "fid" and result["num_real"] < result["num"]:
-            figures.add_row(
-                "FID, matched",
-                _number(form, result["fid_matched"]),
-                "",
-                f"of {result['num_real']} samples: compare this one",
-            )
+        if key not in result:
+            continue
+        real = _number(form, result[f"{key}_real"])
+        fewer = key == "fid" and result["num_real"] < result["num"]  # real images are then beside as many samples
+        figures.add_row(name, _number(form, result[key]), "" if fewer else real, reading)
+        if fewer:
+            words = f"of {result['num_real']} samples, as many as real ones: compare these"
+            figures.add_row("FID, matched", _number(form, result["fid_matched"]), real, words)
     parts: list[RenderableType] = [figures]
     if "class_shares" in result:
         parts.append(_class_table(result))

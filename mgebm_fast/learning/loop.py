@@ -233,7 +233,7 @@ class Loop:
             self.say(f"stopped after {self.iteration} of {stop} updates{where}")
         elif self.out is not None:
             took = duration(time.monotonic() - began)
-            where = f"the model: {self.out / MODEL}; pictures: {self.out / SAMPLES}"
+            where = f"{self.history.describe_end()}the model: {self.out / MODEL}; pictures: {self.out / SAMPLES}"
             self.say(f"{self.iteration} updates done in {took}; {where}")
 
     def _iterate(self, stop: int, progress: Progress, recorder: Recorder | None) -> None:

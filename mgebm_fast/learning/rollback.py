@@ -132,6 +132,12 @@ class History:
         times = len(self.made)
         return f"the run went back {times} time{'s' if times > 1 else ''} before; " if times else ""
 
+    def describe_end(self) -> str:
+        """What a run that got through owes to it; empty where it never went back."""
+        times = len(self.made)
+        went = f"it diverged and went back {times} time{'s' if times > 1 else ''}"
+        return f"{went}, learning rates ended at {self.rate:g} of those asked for; " if times else ""
+
 
 def choose(steps: Sequence[int], made: Sequence[Rollback]) -> int | None:
     """The place, in the steps of good states given oldest first, of the one to go back to; None where there is none."""
