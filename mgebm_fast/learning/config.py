@@ -131,6 +131,19 @@ class TrainConfig:
         if self.options is None:
             object.__setattr__(self, "options", METHODS[self.method].options())
 
+    def model_arguments(self) -> dict[str, Any]:
+        """What every model of energy nets takes from a configuration."""
+        return {
+            "channels": self.channels,
+            "langevin": self.dynamics(),
+            "norm": self.norm,
+            "activation": self.activation,
+            "spectral_norm": self.spectral_norm,
+            "value_range": self.value_range,
+            "batch_size": self.batch_size,
+            "seed": self.seed,
+        }
+
     def dynamics(self, noise_factor: float = 1.0) -> tuple[Langevin, ...]:
         """The chain of each net, its noise multiplied by `noise_factor`. ConfigError where the numbers do not fit."""
         section, chains = self.langevin, []

@@ -104,12 +104,5 @@ def build_model(config: TrainConfig) -> GenerativeConvNet:
         head=options.head,
         init_std=options.init_std,
         sample_steps=options.sample_steps,
-        channels=one.channels,
-        langevin=one.dynamics(),
-        activation=one.activation,
-        norm=one.norm,
-        spectral_norm=one.spectral_norm,
-        value_range=one.value_range,
-        batch_size=one.batch_size,
-        seed=one.seed,
+        **one.model_arguments(),
     )

@@ -129,14 +129,16 @@ class History:
 
     def describe(self) -> str:
         """How often the run went back, for the error that ends it; empty where it never did."""
-        times = len(self.made)
-        return f"the run went back {times} time{'s' if times > 1 else ''} before; " if times else ""
+        return f"the run went back {self._times} before; " if self.made else ""
 
     def describe_end(self) -> str:
         """What a run that got through owes to it; empty where it never went back."""
-        times = len(self.made)
-        went = f"it diverged and went back {times} time{'s' if times > 1 else ''}"
-        return f"{went}, learning rates ended at {self.rate:g} of those asked for; " if times else ""
+        ended = f"learning rates ended at {self.rate:g} of those asked for"
+        return f"it diverged and went back {self._times}, {ended}; " if self.made else ""
+
+    @property
+    def _times(self) -> str:
+        return f"{len(self.made)} time{'s' if len(self.made) > 1 else ''}"
 
 
 def choose(steps: Sequence[int], made: Sequence[Rollback]) -> int | None:

@@ -126,14 +126,7 @@ def build_model(config: TrainConfig) -> SpatialTemporal:
         head=options.head,
         rate=_rate(one),
         sample_steps=options.sample_steps,
-        channels=one.channels,
-        langevin=one.dynamics(),
-        activation=one.activation,
-        norm=one.norm,
-        spectral_norm=one.spectral_norm,
-        value_range=one.value_range,
-        batch_size=one.batch_size,
-        seed=one.seed,
+        **one.model_arguments(),
     )
 
 
