@@ -166,6 +166,7 @@ def compare(
     """
     for entry in runs:
         state(entry)
+    images = [_checksum(data) for data in (training, held_out)]
     judges: Judges | None = None
     records = []
     for number, entry in enumerate(runs, start=1):
@@ -187,7 +188,7 @@ def compare(
                     raise Interrupted(entry.title)
         threads(None)
         if failed is None:
-            wanted = _conditions(entry, training, held_out, settings, device)
+            wanted = _conditions(entry, training.name, images, settings, device)
             record = _stored(entry, wanted)
             if record is None:
                 if judges is None:
@@ -209,14 +210,14 @@ def compare(
 
 
 def _conditions(
-    entry: Entry, training: ImageData, held_out: ImageData, settings: Settings, device: torch.device | str
+    entry: Entry, data: str, images: Sequence[str], settings: Settings, device: torch.device | str
 ) -> dict[str, Any]:
     """What the figures of a run are a function of; figures measured under others are not used."""
     return {
         "version": _VERSION,
         **dataclasses.asdict(settings),
-        "data": training.name,
-        "images": [_checksum(training), _checksum(held_out)],
+        "data": data,
+        "images": list(images),
         "model": hashlib.sha256(Run(entry.folder).model_file().read_bytes()).hexdigest(),
         "device": torch.device(device).type,
         # they change the last bits of the feature space, and so all that it judges
