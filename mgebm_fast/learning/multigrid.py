@@ -37,16 +37,9 @@ def build_model(config: TrainConfig) -> MultiGrid:
     """The untrained model that a configuration describes."""
     return MultiGrid(
         config.sizes,
-        channels=config.channels,
-        langevin=config.dynamics(),
         width=config.width,
-        norm=config.norm,
         variant=config.variant,
-        activation=config.activation,
-        spectral_norm=config.spectral_norm,
-        value_range=config.value_range,
-        batch_size=config.batch_size,
-        seed=config.seed,
+        **config.model_arguments(),
     )
 
 
