@@ -1,17 +1,14 @@
-"""MALA and HMC: the leapfrog, the acceptance against float64, and the exact laws.
+"""MALA and HMC: the leapfrog, the acceptance against float64, and what a chain is a function of.
 
-Statistical tests compare thousands of independent chains with a law known in closed form: Kolmogorov–Smirnov at
-p > 1e-4 and z-scores at |z| < 5, about 40 figures in all, so correct chains fail the file with probability below 0.5 %.
-Seeds are fixed, so that a pass stays a pass. Chains that start in the law and are wrong leave it: the unadjusted chain
-at the same step is shown to fail the same test.
+That the chains have the laws they are made for: test_mcmc_laws.py.
 """
 
 import dataclasses
 import math
 
-import numpy as np
 import pytest
 import torch
+from mcmc_cases import CHAINS, P_VALUE, agrees, normals
 from scipy import stats
 
 import mgebm_fast as mg
@@ -19,22 +16,6 @@ from mgebm_fast import noise, ops
 from mgebm_fast.nets import ConvSpec, EnergyNet
 from mgebm_fast.sampling import metropolis
 from mgebm_fast.sampling.metropolis import leapfrog
-
-CHAINS = {
-    "mala": mg.MALA(steps=25, step_size=0.9),
-    "hmc": mg.HMC(steps=12, leapfrog_steps=5, step_size=0.7),
-    "hmc-jitter": mg.HMC(steps=12, leapfrog_steps=5, step_size=0.6, jitter=0.5),
-}
-P_VALUE, LIMIT = 1e-4, 5.0
-
-
-def normals(*shape, seed=0):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-
-def agrees(values, law):
-    """Kolmogorov–Smirnov of independent values against a cumulative distribution function."""
-    return stats.kstest(np.asarray(values, dtype=np.float64).ravel(), law).pvalue
 
 
 def quartic(x):
@@ -179,130 +160,6 @@ def test_detailed_balance():
         forward = log_joint(state, p) + there.log_ratio
         backward = log_joint(there.state, there.momentum) + back.log_ratio
         torch.testing.assert_close(forward, backward, rtol=0, atol=1e-4)
-
-
-# the laws
-
-
-@pytest.mark.parametrize("name", CHAINS)
-def test_a_correlated_gaussian_stays_and_is_found(name):
-    covariance = torch.tensor([[1.0, 0.6, 0.0], [0.6, 1.5, -0.4], [0.0, -0.4, 0.7]], dtype=torch.float64)
-    mean, precision = torch.tensor([1.0, -2.0, 0.5], dtype=torch.float64), torch.linalg.inv(covariance)
-    root = torch.linalg.cholesky(covariance)
-
-    def energy(x):
-        away = x.double() - mean
-        return ((away @ precision) * away).sum(1) / 2
-
-    n = 4000
-    exact = (mean + normals(n, 3) @ root.T).float()
-    for start, rounds in ((exact, 1), (torch.full((n, 3), 3.0), 5)):  # stays; is found from far away
-        x = start
-        for i in range(rounds):
-            result = CHAINS[name](energy, x, seed=1, first_step=100 * i)
-            x = result.x
-        assert 0.3 < float(result.acceptance.mean()) < 0.95
-        white = torch.linalg.solve_triangular(root, (x.double() - mean).T, upper=False).T
-        for column in white.T:
-            assert agrees(column, stats.norm.cdf) > P_VALUE
-        z_mean = white.mean(0) * math.sqrt(n)
-        z_square = (white.T @ white / n - torch.eye(3)) * math.sqrt(n) / (1 + torch.eye(3)).sqrt()
-        assert z_mean.abs().max() < LIMIT and z_square.abs().max() < LIMIT
-
-
-def mixture_law(x):
-    return 0.3 * stats.norm.cdf(x, -1.5, 0.6) + 0.7 * stats.norm.cdf(x, 1.5, 0.6)
-
-
-def mixture_energy(x):
-    flat = x.double().flatten(1)
-    modes = torch.stack([math.log(w) - (flat - m).square() / (2 * 0.6**2) for w, m in ((0.3, -1.5), (0.7, 1.5))])
-    return -torch.logsumexp(modes, 0).sum(1)
-
-
-@pytest.mark.parametrize("chain", [mg.MALA(steps=1000, step_size=0.8), mg.HMC(120, 5, 0.5, jitter=0.3)], ids=repr)
-def test_a_mixture_gets_its_weights_from_one_mode(chain):
-    x = chain(mixture_energy, torch.full((1500, 1), -1.5), seed=2).x
-    assert agrees(x, mixture_law) > P_VALUE
-    share = float((x > 0).double().mean())
-    expected = 1.0 - mixture_law(0.0)
-    assert abs(share - expected) < LIMIT * math.sqrt(expected * (1 - expected) / 1500)
-
-
-def test_the_unadjusted_chain_fails_where_the_corrected_one_passes():
-    x = normals(6000, 1).float()
-
-    def energy(x):
-        return x.double().square().sum(1) / 2
-
-    langevin = mg.Langevin(steps=20, step_size=0.9)
-    assert agrees(mg.MALA.correcting(langevin)(energy, x, seed=4).x, stats.norm.cdf) > P_VALUE
-    assert agrees(langevin(energy, x, seed=4), stats.norm.cdf) < P_VALUE
-
-
-@pytest.mark.parametrize("chain", [mg.MALA(60, 0.4, box=(0.0, 1.0)), mg.HMC(20, 4, 0.25, box=(0.0, 1.0))], ids=repr)
-def test_a_box_holds_its_law(chain):
-    """exp(−2x) on [0, 1], from a start on the wall."""
-    x = chain(lambda x: 2.0 * x.double().sum(1), torch.ones(3000, 2), seed=6).x
-    assert x.min() >= 0 and x.max() <= 1
-    for column in x.T:
-        assert agrees(column, lambda v: np.expm1(-2.0 * np.clip(v, 0, 1)) / math.expm1(-2.0)) > P_VALUE
-
-
-def test_held_pixels_keep_their_bits_and_the_others_get_their_conditional_law():
-    rho, n = 0.8, 4000
-
-    def energy(x):
-        a, b = x.double().T
-        return (a**2 - 2 * rho * a * b + b**2) / (2 * (1 - rho**2))
-
-    x = torch.stack([torch.full((n,), 1.3), torch.zeros(n)], 1)
-    mask = torch.tensor([False, True])
-    result = mg.HMC(20, 5, 0.3)(energy, x, mask=mask, seed=8)
-    assert torch.equal(result.x[:, 0], x[:, 0])
-    assert agrees(result.x[:, 1], stats.norm(rho * 1.3, math.sqrt(1 - rho**2)).cdf) > P_VALUE
-
-
-@pytest.mark.parametrize("name", CHAINS)
-def test_geweke_joint_distribution(name):
-    """θ ~ N(0, 1), y|θ ~ N(sin 2θ + θ, 0.5²): alternating y|θ and a chain on θ|y must keep the joint prior law."""
-    n, rounds = 3000, 6
-    chain = dataclasses.replace(CHAINS[name], steps=8, step_size=0.4, reference_std=1.0)  # the prior is the reference
-
-    def centre(theta):
-        return torch.sin(2 * theta) + theta
-
-    theta = normals(n, 1, seed=3).float()
-    for i in range(rounds):
-        y = centre(theta.double()) + 0.5 * normals(n, 1, seed=100 + i)
-
-        def energy(theta, y=y):
-            return ((y - centre(theta.double())).square() / (2 * 0.5**2)).sum(1)
-
-        theta = chain(energy, theta, seed=9, first_step=100 * i).x
-    assert agrees(theta, stats.norm.cdf) > P_VALUE
-
-
-def test_the_law_through_a_convolution():
-    """A net of slope 1 is affine, E = −w·x − c, so with the reference N(m, σ²) the law is N(m + σ²w, σ²)."""
-    net = EnergyNet(
-        4, 2, [ConvSpec(6, 3), ConvSpec(4, 3, 2)], norm="none", activation="leaky_relu", negative_slope=1.0, seed=3
-    )
-    with torch.no_grad():
-        net.head.weight.mul_(5.0)
-    units = torch.eye(32).reshape(32, 2, 4, 4)
-    with torch.no_grad():
-        w = (net.score(units) - net.score(torch.zeros_like(units[:1]))).double()
-    n, std, mean = 3000, 0.7, 0.4
-    law = mean + std**2 * w
-    assert w.abs().max() > 0.5
-    x = (mean + std * normals(n, 32)).float().reshape(n, 2, 4, 4)
-    result = mg.HMC(12, 5, 0.25, reference_std=std, reference_mean=mean)(net, x, seed=1)
-    assert 0.7 < float(result.acceptance.mean()) < 1
-    white = (result.x.double().flatten(1) - law) / std
-    assert white.mean(0).abs().max() * math.sqrt(n) < LIMIT
-    assert (white.square().mean(0) - 1).abs().max() * math.sqrt(n / 2) < LIMIT
-    assert agrees(white[:, 0], stats.norm.cdf) > P_VALUE
 
 
 # what a chain is a function of
