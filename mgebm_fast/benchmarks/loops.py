@@ -194,7 +194,7 @@ class PlainTrainer:
         config, stabilise = self.config, self.config.stabilise
         low, high = config.value_range
         images = images.to(self.device, self.dtype) * ((high - low) / 255) + low
-        passed = min(1.0, self.iteration / max(1, config.steps - 1))
+        passed = min(1.0, self.iteration / max(1.0, stabilise.noise_anneal_share * (config.steps - 1)))
         factor = 1 + (stabilise.noise_anneal - 1) * passed
         x = adaptive_avg_pool2d(images, config.sizes[0])
         for grid, (net, size) in enumerate(zip(self.nets, config.sizes[1:], strict=True)):
