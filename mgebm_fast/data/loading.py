@@ -176,13 +176,17 @@ def _decode(
 ) -> store.Decoded:
     """In memory, on disk, or out of the cache: by the sizes of what goes in and what comes out."""
     count, out_bytes = len(index), len(index) * channels * size * size
-    batches = _with_progress(collection.decode(index), count, collection.name)
     folder = store.cache_folder()
     in_bytes = collection.source_bytes(index) if collection.source_bytes else 0
-    wanted = cache or (cache is None and max(out_bytes, in_bytes) > store.LARGE_BYTES)
-    to_disk = wanted and (collection.fingerprint is not None or out_bytes > store.LARGE_BYTES)
+    large = out_bytes > store.LARGE_BYTES
+    wanted = cache or (cache is None and (large or in_bytes > store.SLOW_BYTES))
+    to_disk = wanted and (collection.fingerprint is not None or large)
+
+    def batches() -> Iterator[Batch]:
+        return _with_progress(collection.decode(index), count, collection.name)
+
     if folder is None or not to_disk:
-        return store.in_memory(batches, count, channels, size, strict)
+        return store.in_memory(batches(), count, channels, size, strict)
     key = None
     if collection.fingerprint is not None:
         key = store.cache_key(collection.fingerprint(index), size, channels)
@@ -190,7 +194,13 @@ def _decode(
         if found is not None:
             store.check_strict(found.skipped, strict)
             return found
-    return store.on_disk(batches, count, channels, size, strict, folder, key)
+    try:
+        return store.on_disk(batches(), count, channels, size, strict, folder, key)
+    except OSError as error:
+        if cache or large:
+            raise
+        warnings.warn(f"{error}; not cached", RuntimeWarning, stacklevel=3)
+        return store.in_memory(batches(), count, channels, size, strict)
 
 
 def _with_progress(batches: Iterable[Batch], total: int, name: str) -> Iterator[Batch]:

@@ -21,7 +21,8 @@ from ..errors import DataError
 from .collection import Batch
 from .policy import POLICY_VERSION
 
-LARGE_BYTES = 256 << 20  # more pixels than this are mapped from a file; more than this to decode is cached
+LARGE_BYTES = 256 << 20  # more pixels than this are mapped from a file
+SLOW_BYTES = 16 << 20  # more than this to decode, seconds of it, is cached
 
 
 class Decoded(NamedTuple):

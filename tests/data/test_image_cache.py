@@ -53,7 +53,7 @@ def test_large_sources_are_cached_unasked(limit, folder, cache_folder, monkeypat
     pixels, files = data.images.nbytes, sum(p.stat().st_size for p in folder.rglob("*.png"))
     size = 1 if limit == "files" else 64
     assert files > 22 * 3 * 1 and files < 22 * 3 * 64 * 64 and pixels
-    monkeypatch.setattr(store, "LARGE_BYTES", files // 2 if limit == "files" else files + 1)
+    monkeypatch.setattr(store, *("SLOW_BYTES", files // 2) if limit == "files" else ("LARGE_BYTES", files))
     for _ in range(2):
         assert isinstance(load(folder, size=size, channels=3).images, np.memmap)
     assert len(decodings) == 2 * len(data) and len(entries(cache_folder)) == 1
@@ -129,8 +129,13 @@ def test_cache_folder_that_cannot_be_made(folder, tmp_path, monkeypatch):
     monkeypatch.setenv("MGEBM_CACHE", str(tmp_path / "file"))
     with pytest.raises(OSError, match="MGEBM_CACHE"):
         load(folder, size=8, channels=3, cache=True)
+    monkeypatch.setattr(store, "SLOW_BYTES", 1)
+    with pytest.warns(RuntimeWarning, match="set MGEBM_CACHE to a folder with room.*not cached"):  # nobody asked for it
+        unasked = load(folder, size=8, channels=3)
     monkeypatch.setenv("MGEBM_CACHE", "off")
-    assert not isinstance(load(folder, size=8, channels=3, cache=True).images, np.memmap)
+    asked = load(folder, size=8, channels=3, cache=True)
+    for data in (unasked, asked):
+        assert not isinstance(data.images, np.memmap) and len(data) == 22
 
 
 def test_large_arrays_are_mapped_and_only_files_are_kept(rng, tmp_path, cache_folder, monkeypatch):
