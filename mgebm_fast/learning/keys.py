@@ -112,20 +112,23 @@ class Choice(Kind):
 
 @dataclasses.dataclass(frozen=True)
 class Many(Kind):
-    """A list of `kind`, kept as a tuple; of `length` entries where it is given. One string is a list of one."""
+    """A list of `kind`, kept as a tuple; of `length` entries, or of `least` and more. One string is a list of one."""
 
     kind: Kind
     length: int | None = None
+    least: int = 0
 
     @property
     def expected(self) -> str:  # type: ignore[override]
-        number = "a list" if self.length is None else f"a list of {self.length}"
+        number = f"a list of {self.length}" if self.length is not None else "a list"
+        if self.least:
+            number += f" of {self.least} or more"
         return f"{number}, each {self.kind.expected}"
 
     def read(self, value: Any) -> tuple:
         if isinstance(self.kind, Text) and not isinstance(value, (list, tuple)):
             value = [value]
-        if not isinstance(value, (list, tuple)) or self.length not in (None, len(value)):
+        if not isinstance(value, (list, tuple)) or self.length not in (None, len(value)) or len(value) < self.least:
             raise ValueError
         return tuple(self.kind.read(entry) for entry in value)
 

@@ -54,7 +54,9 @@ class ConvNetConfig:
     """`[generative-convnet]`: the net, its growth, and its persistent chains."""
 
     layers: tuple = key(
-        ((48, 9, 2), (48, 5, 1), (32, 3, 1)), Many(Many(Whole(1), 3)), "[channels, kernel, stride] of each layer"
+        ((48, 9, 2), (48, 5, 1), (32, 3, 1)),
+        Many(Many(Whole(1), 3), least=1),
+        "[channels, kernel, stride] of each layer",
     )
     head: str = key("sum", Choice(("sum", "linear")), "sum of the top map, for images of any size, or linear over it")
     grow: float = key(
@@ -72,9 +74,11 @@ class FrameConfig:
 
     filters: str = key("gabor", Text(), "gabor: a bank of Gabor and DoG filters; or a run whose lower layers are taken")
     layers: int = key(1, Whole(1), "how many layers of that run's net")
-    scales: tuple = key((2.0, 3.5, 6.0), Many(Real(1)), "wavelengths of the bank, in pixels")
+    scales: tuple = key((2.0, 3.5, 6.0), Many(Real(1), least=1), "wavelengths of the bank, in pixels")
     orientations: int = key(8, Whole(1), "of the Gabor filters at every scale")
-    thresholds: tuple = key((0.0,), Many(Real(0)), "b of relu(F * x - b), in the model's units: each is a moment")
+    thresholds: tuple = key(
+        (0.0,), Many(Real(0), least=1), "b of relu(F * x - b), in the model's units: each is a moment"
+    )
     stride: int = key(1, Whole(1), "pixels between responses")
     leapfrog_steps: Any = key(None, Maybe(Whole(1)), "gradients to a Hamiltonian proposal; none: Langevin steps")
     bank_size: Any = key(None, Maybe(Whole(1)), "chains that batches are drawn from; none: as many as a batch")
@@ -115,14 +119,18 @@ class AbpConfig(GeneratorConfig):
 class SpatialTemporalConfig:
     """`[spatial-temporal]`: the clips that are learnt from, the net, and its persistent chains."""
 
-    size: tuple = key((20, 32, 32), Many(Whole(2)), "of a clip: [frames, height, width], or [samples] of a sound")
+    size: tuple = key(
+        (20, 32, 32), Many(Whole(2), least=1), "of a clip: [frames, height, width], or [samples] of a sound"
+    )
     rate: Any = key(
         None,
         Maybe(Real(0, above=True)),
         "frames or samples a second that data are brought to; none: 25 of videos, 11025 of sounds",
     )
     hop: int = key(1, Whole(1), "frames or samples between the beginnings of clips")
-    layers: tuple = key(((32, 5, 2), (64, 3, 2)), Many(Many(Whole(1), 3)), "[channels, kernel, stride] of each layer")
+    layers: tuple = key(
+        ((32, 5, 2), (64, 3, 2)), Many(Many(Whole(1), 3), least=1), "[channels, kernel, stride] of each layer"
+    )
     head: str = key("linear", Choice(("linear", "sum")), "linear over the top map, or its sum: places are alike")
     bank_size: Any = key(None, Maybe(Whole(1)), "chains that batches are drawn from; none: as many as a batch")
     restart: float = key(0.0, Real(0, 1), "probability that a drawn chain begins anew, from the data's mean")

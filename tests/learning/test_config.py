@@ -138,6 +138,7 @@ def test_new_sizes_take_values_a_net_along(sizes, expected):
         ("seed=-1", "seed must be a whole number >= 0"),
         ("sizes=[1,3,4]", r"each dividing the next.*got \[1, 3, 4\] \(3 does not divide 4\)"),
         ("sizes=[2,4]", "sizes must start at 1"),
+        ("stabilise.noise_anneal_share=0", "noise_anneal_share must be a number > 0 and <= 1"),
         ("sizes=8", "sizes must be a list"),
         ("value_range=[1,0]", r"low < high, got \[1.0, 0.0\]"),
         ("flips=maybe", "flips must be true or false, got 'maybe'"),

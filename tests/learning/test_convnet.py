@@ -135,6 +135,7 @@ def test_a_texture_is_sampled_at_another_size():
     ("changes", "message"),
     [
         ({"optimiser": {"weight_decay": 1e-4}}, "weight_decay must be 0 with adam"),
+        ({"generative-convnet": {"layers": []}}, r"layers must be a list of 1 or more, each a list of 3.*got \[\]"),
         ({"generative-convnet": {"bank_size": 4}}, r"generative-convnet.bank_size must be at least batch_size \(8\)"),
         ({"batch_parts": 2}, "batch_parts must be 1"),
     ],
