@@ -160,7 +160,7 @@ def test_the_command_samples_a_texture_of_the_size_asked_for(tmp_path):
 
 
 def test_layers_are_checked_by_name():
-    with pytest.raises(ConfigError, match="generative-convnet.layers must be a list, each a list of 3"):
+    with pytest.raises(ConfigError, match="generative-convnet.layers must be a list of 1 or more, each a list of 3"):
         merge(small(), {"generative-convnet": {"layers": [[3, 3]]}})
 
 
