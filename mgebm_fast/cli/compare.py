@@ -16,7 +16,7 @@ from .options import INTERRUPTED, Device, Threads, find_device, lasting, load_ru
 if TYPE_CHECKING:
     import torch
 
-    from ..evaluation.comparison import Entry
+    from ..evaluation.comparison_runs import Entry
     from ..learning import TrainConfig
 
 _LOG_WIDTH = 140
@@ -82,7 +82,7 @@ def compare(
     from rich.console import Console
 
     from ..data import ImageData
-    from ..evaluation import comparison
+    from ..evaluation import comparison, comparison_runs
     from ..evaluation import comparison_table as table
     from ..learning import build_model
     from ..learning.heap import keep_freed_memory
@@ -91,10 +91,10 @@ def compare(
     keep_freed_memory()
 
     where = find_device(device)
-    names = presets if len(presets) > 1 else [*presets, *comparison.contenders(presets[0])]
-    runs = comparison.entries([_configured(name, data, settings) for name in names], numbers, out)
+    names = presets if len(presets) > 1 else [*presets, *comparison_runs.contenders(presets[0])]
+    runs = comparison_runs.entries([_configured(name, data, settings) for name in names], numbers, out)
     for run in runs:
-        comparison.state(run)  # before data are read
+        comparison_runs.state(run)  # before data are read
     console = Console(stderr=True)
     training, held_out = (load_run_data(runs[0].config, split=split) for split in ("train", "held_out"))
     assert isinstance(training, ImageData) and isinstance(held_out, ImageData)  # `entries` refuses other methods

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from mgebm_fast.errors import ConfigError
-from mgebm_fast.evaluation import comparison, comparison_table
+from mgebm_fast.evaluation import comparison, comparison_runs, comparison_table
 from mgebm_fast.evaluation.comparison_pictures import kid_plot, samples_picture
 from mgebm_fast.learning import load_preset, merge
 
@@ -110,9 +110,9 @@ def test_time_is_the_median_update_and_the_sum_of_all():
 @pytest.mark.parametrize("base", ["digits", "cifar10"])
 def test_the_contenders_of_a_base(base):
     expected = [f"{base}-{name}" for name in ("single-grid", "cd", "pcd", "short-run", "cooperative")]
-    assert comparison.contenders(base) == expected
+    assert comparison_runs.contenders(base) == expected
     with pytest.raises(ConfigError, match="must be named, since none is based on it"):
-        comparison.contenders("frame")
+        comparison_runs.contenders("frame")
 
 
 def test_what_cannot_be_compared_is_refused(tmp_path):
@@ -124,7 +124,7 @@ def test_what_cannot_be_compared_is_refused(tmp_path):
         (load_preset("fire"), "must be of images, got 'fire'"),
     ):
         with pytest.raises(ConfigError, match=message):
-            comparison.entries([digits, other], [0], tmp_path)
+            comparison_runs.entries([digits, other], [0], tmp_path)
 
 
 def test_pictures_have_a_row_a_method_and_a_png():
