@@ -11,7 +11,7 @@ from typing import Any
 from ..errors import ConfigError
 from ..learning import Run, TrainConfig, load_config, load_preset, preset_names
 from ..learning.checkpoint import listed, step_of
-from ..learning.config import PRESETS
+from ..learning.config_files import PRESETS
 
 if sys.version_info >= (3, 11):
     import tomllib

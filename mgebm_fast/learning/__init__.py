@@ -2,19 +2,8 @@
 
 from .abp import ABPRule
 from .baselines import SingleGridRule
-from .config import (
-    LangevinConfig,
-    OptimiserConfig,
-    RollbackConfig,
-    StabiliseConfig,
-    TrainConfig,
-    apply_overrides,
-    describe_keys,
-    load_config,
-    load_preset,
-    merge,
-    preset_names,
-)
+from .config import TrainConfig, apply_overrides, describe_keys, merge
+from .config_files import load_config, load_preset, preset_names
 from .contrastive import ContrastiveRule
 from .cooperative import CooperativeRule
 from .loop import Loop, Outcome
@@ -23,6 +12,7 @@ from .multigrid import MultiGridRule
 from .resuming import check_new
 from .rule import UpdateRule
 from .run import Run, load_data
+from .sections import LangevinConfig, OptimiserConfig, RollbackConfig, StabiliseConfig
 from .trainer import MultiGridTrainer, train
 
 __all__ = [

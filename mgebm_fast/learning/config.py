@@ -1,92 +1,23 @@
-"""What a training run is: frozen values, read from TOML, changed by `key=value`, and written back whole."""
+"""What a training run is: frozen values, made of a table, changed by `key=value`, and written back whole."""
 
 from __future__ import annotations
 
 import dataclasses
 import sys
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
-from ..errors import ConfigError, suggest
+from ..errors import ConfigError
 from ..gradient import PRECISIONS
-from ..noise import MAX_ATTEMPT
 from ..sampling import Langevin
 from .keys import Auto, Choice, Flag, Kind, Many, Maybe, PerGrid, Real, Text, Whole, key, nearest, pick
 from .methods import METHODS, TABLES
+from .sections import LangevinConfig, OptimiserConfig, RollbackConfig, StabiliseConfig
 
 if sys.version_info >= (3, 11):
     import tomllib
 else:
     import tomli as tomllib
-
-PRESETS = Path(__file__).resolve().parent.parent / "presets"
-_POSITIVE = Real(0, above=True)
-_NOT_NEGATIVE = Real(0)
-
-
-@dataclasses.dataclass(frozen=True)
-class LangevinConfig:
-    """`[langevin]`: the chain of every grid, x ← clamp(x − drift·(clip(∇E, ±c) + (x − m)/σ²) + noise_std·ε)."""
-
-    steps: Any = key(30, PerGrid(Whole(1)), "steps a grid, K")
-    step_size: Any = key(None, Maybe(PerGrid(_POSITIVE)), "δ of the coupled form: drift δ²/2, noise noise_scale·δ")
-    noise_scale: Any = key(1.0, PerGrid(_NOT_NEGATIVE), "τ of the coupled form; 0 is noise-free descent")
-    drift: Any = key(None, Maybe(PerGrid(_POSITIVE)), "of the decoupled form, with noise_std")
-    noise_std: Any = key(None, Maybe(PerGrid(_NOT_NEGATIVE)), "of the decoupled form, with drift")
-    reference_std: Any = key(None, Maybe(PerGrid(_POSITIVE)), "σ of the Gaussian reference; none: no reference")
-    reference_mean: Any = key(0.0, PerGrid(Real()), "m of the Gaussian reference")
-    grad_clamp: Any = key(None, Maybe(PerGrid(_POSITIVE)), "bound c on every entry of ∇E; none: no bound")
-    clamp: bool = key(True, Flag(), "clamp pixels to value_range after every step")
-
-
-@dataclasses.dataclass(frozen=True)
-class OptimiserConfig:
-    """`[optimiser]`: the update of every net, and what is done to its gradients before."""
-
-    name: str = key("adam", Choice(("adam", "adamw", "sgd")), "update rule")
-    lr: Any = key(1e-3, PerGrid(_POSITIVE), "learning rate")
-    betas: tuple = key((0.9, 0.999), Many(Real(0, 1, below=True), 2), "of adam and adamw")
-    momentum: float = key(0.0, Real(0, 1, below=True), "of sgd")
-    weight_decay: float = key(0.0, _NOT_NEGATIVE, "L2 on the weights (decoupled in adamw)")
-    schedule: str = key("constant", Choice(("constant", "cosine", "linear", "step")), "learning rate over the run")
-    warmup: int = key(0, Whole(0), "updates over which the rate climbs to lr")
-    hold: float = key(0.0, Real(0, 1, below=True), "cosine, linear: share of the run at full rate before the decay")
-    final_lr: float = key(0.0, Real(0, 1), "cosine, linear: factor that lr ends at")
-    decay_every: int = key(1, Whole(1), "step: epochs between decays")
-    decay_factor: float = key(1.0, Real(0, 1, above=True), "step: factor of a decay")
-    grad_clip_norm: Any = key(None, Maybe(_POSITIVE), "bound on the gradient norm of each net")
-    grad_clip_value: Any = key(None, Maybe(_POSITIVE), "bound on every gradient entry")
-    grad_rescale_max: Any = key(None, Maybe(_POSITIVE), "each tensor's gradient is scaled so that max |g| <= this")
-    per_layer_divide: bool = key(False, Flag(), "divide each layer's gradient by the area of its output map")
-
-
-@dataclasses.dataclass(frozen=True)
-class StabiliseConfig:
-    """`[stabilise]`: what keeps a young energy from running away. Everything here is off at its default."""
-
-    data_noise: Any = key(0.0, PerGrid(_NOT_NEGATIVE), "std of noise added to observed images, in value_range units")
-    data_noise_clamp: bool = key(False, Flag(), "clamp observed images to value_range after their noise, as chains are")
-    energy_l2: float = key(0.0, _NOT_NEGATIVE, "weight of mean E(observed)² + mean E(synthesised)² in the loss")
-    ema: float = key(0.0, Real(0, 1, below=True), "decay of the averaged weights, used when sampling; 0: off")
-    noise_anneal: float = key(1.0, Real(0, 1), "factor that chain and data noise fall to, linearly")
-    noise_anneal_share: float = key(1.0, Real(0, 1, above=True), "share of the run after which noise is at that factor")
-
-
-@dataclasses.dataclass(frozen=True)
-class RollbackConfig:
-    """`[rollback]`: what a run does that diverges. At its default it stops, and says so."""
-
-    attempts: int = key(
-        0, Whole(0, MAX_ATTEMPT), "times that a run which diverges goes back to its last good state; 0: it stops"
-    )
-    lr_factor: float = key(0.5, Real(0, 1, above=True), "each time, learning rates are multiplied by this, for good")
-    gap_ratio: Any = key(
-        30.0,
-        Maybe(Real(1, above=True)),
-        "bound on |mean E(observed) - mean E(synthesised)| of a grid, in multiples of its running mean; none: no bound",
-    )
-    gap_max: Any = key(None, Maybe(_POSITIVE), "bound on the same difference as it is, in energies; none: no bound")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,7 +35,7 @@ class TrainConfig:
     classes: tuple = key((), Many(Text()), "names of the classes to learn; empty: all")
     channels: int = key(1, Whole(1), "1 grey, 3 colour")
     sizes: tuple = key((1, 2, 4, 8), Many(Whole(1)), "the grids, coarse to fine; the first has no net")
-    width: float = key(1.0, _POSITIVE, "multiplies hidden channels")
+    width: float = key(1.0, Real(0, above=True), "multiplies hidden channels")
     variant: str = key("compact", Choice(("A", "B", "compact")), "family of nets")
     norm: str = key("none", Choice(("batch", "none")), "normalisation of the nets")
     activation: Any = key(
@@ -207,34 +138,6 @@ def from_dict(values: Mapping[str, Any], where: str = "config") -> TrainConfig:
     except ConfigError as error:
         raise ConfigError(f"{where}: {error}") from None
     return config
-
-
-def load_config(name_or_path: str | Path) -> TrainConfig:
-    """A preset by its name, or a TOML file by its path. ConfigError for anything else, with the nearest name."""
-    text = str(name_or_path)
-    if text in preset_names():
-        return load_preset(text)
-    path = Path(name_or_path)
-    if path.is_file():
-        return _load_file(path, str(path))
-    if path.suffix == ".toml" or "/" in text:
-        reason = "a folder" if path.is_dir() else "no such file"
-        raise ConfigError(f"config: must be a preset or a TOML file, got {text!r} ({reason})")
-    names = preset_names()
-    raise ConfigError(f"preset: must be one of {', '.join(names)}, or a TOML file, got {text!r}{suggest(text, names)}")
-
-
-def load_preset(name: str) -> TrainConfig:
-    """A preset that comes with the package."""
-    names = preset_names()
-    if name not in names:
-        raise ConfigError(f"preset: must be one of {', '.join(names)}, got {name!r}{suggest(name, names)}")
-    return _load_file(PRESETS / f"{name}.toml", f"preset {name}")
-
-
-def preset_names() -> list[str]:
-    """The presets that come with the package, the default first."""
-    return sorted((path.stem for path in PRESETS.glob("*.toml")), key=lambda name: (name != "digits", name))
 
 
 def apply_overrides(config: TrainConfig, overrides: Iterable[str]) -> TrainConfig:
@@ -399,22 +302,6 @@ def _check_together(config: TrainConfig) -> None:
                 f"{list(sizes[1:])}, got {len(value)} values"
             )
     config.dynamics()
-
-
-def _load_file(path: Path, where: str) -> TrainConfig:
-    try:
-        values = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{where}: must be a TOML file, got a syntax error: {error}") from None
-    base = values.pop("base", None)
-    if base is None:
-        return from_dict(values, where)
-    if not isinstance(base, str) or base not in preset_names():
-        names = preset_names()
-        raise ConfigError(f"{where}: base must be one of {', '.join(names)}, got {base!r}{suggest(str(base), names)}")
-    # What is said of the base is not true of what is made of it.
-    own = {name: getattr(TrainConfig, name) for name in ("name", "description", "time")}
-    return merge(load_preset(base), {**own, **values}, where)
 
 
 def _plain(values: Any) -> Any:

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import CheckpointError
-from .config import OptimiserConfig
 from .keys import pick
+from .sections import OptimiserConfig
 
 
 def build_optimiser(parameters: Iterable[nn.Parameter], config: OptimiserConfig, net: int = 0) -> torch.optim.Optimizer:

@@ -23,8 +23,8 @@ from typing import Any
 
 from ..errors import CheckpointError, DivergenceError
 from . import checkpoint
-from .config import RollbackConfig
 from .resuming import Found
+from .sections import RollbackConfig
 
 WINDOW = 100  # updates that the running mean of a gap follows, and those before it is looked at
 _GAP = "/gap"

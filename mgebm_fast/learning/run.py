@@ -11,7 +11,8 @@ from ..errors import CheckpointError
 from ..sampling import Model
 from . import checkpoint, records
 from .checkpoint import CHECKPOINTS, CONFIG, MODEL
-from .config import TrainConfig, from_dict, load_config
+from .config import TrainConfig, from_dict
+from .config_files import load_config
 from .methods import METHODS
 
 

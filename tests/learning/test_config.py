@@ -31,7 +31,7 @@ def test_preset_survives_toml_and_says_its_keys(name):
     config = load_preset(name)
     assert config.name == name and config.description
     assert from_dict(tomllib.loads(config.to_toml())) == config
-    from mgebm_fast.learning.config import PRESETS
+    from mgebm_fast.learning.config_files import PRESETS
 
     written = tomllib.loads((PRESETS / f"{name}.toml").read_text())
     assert all(key in written for key in (*COMMON, "data")) and "steps" in written["langevin"]

@@ -15,8 +15,8 @@ from mgebm_fast import noise
 from mgebm_fast.cli import app
 from mgebm_fast.errors import ConfigError, DivergenceError
 from mgebm_fast.learning import MultiGridTrainer, Run, checkpoint, records
-from mgebm_fast.learning.config import RollbackConfig
 from mgebm_fast.learning.rollback import WINDOW, RunAway, Watch
+from mgebm_fast.learning.sections import RollbackConfig
 
 from .conftest import tiny_config
 from .test_records import board
