@@ -194,17 +194,16 @@ class PlainTrainer:
         config, stabilise = self.config, self.config.stabilise
         low, high = config.value_range
         images = images.to(self.device, self.dtype) * ((high - low) / 255) + low
-        passed = min(1.0, self.iteration / max(1.0, stabilise.noise_anneal_share * (config.steps - 1)))
-        factor = 1 + (stabilise.noise_anneal - 1) * passed
+        factors = config.noise_factors(self.iteration)
         x = adaptive_avg_pool2d(images, config.sizes[0])
         for grid, (net, size) in enumerate(zip(self.nets, config.sizes[1:], strict=True)):
             observed = adaptive_avg_pool2d(images, size)
-            if noise := pick(stabilise.data_noise, grid) * factor:
+            if noise := pick(stabilise.data_noise, grid) * factors[grid]:
                 observed = observed + noise * torch.randn_like(observed)
                 if stabilise.data_noise_clamp:
                     observed = observed.clamp(low, high)
             x = interpolate(x, size=(size, size), mode="nearest")
-            x = self.loop(net, x, config.dynamics(factor)[grid]).detach()
+            x = self.loop(net, x, config.dynamics(factors)[grid]).detach()
             real, chain = net(observed), net(x)
             loss = real.mean() - chain.mean()
             if stabilise.energy_l2:

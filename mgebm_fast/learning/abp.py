@@ -78,7 +78,7 @@ class ABPRule(ModelRule):
             raise ValueError(f"training: a batch must hold the {len(ids)} images of its update, got {len(batch)}")
         ids, x = ids.to(self.model.latents.device), self.observed(batch)
         hidden = None if self.hidden is None else self.hidden[ids]
-        factor = self.noise_factor(iteration)
+        (factor,) = config.noise_factors(iteration)
         if factor != 1.0:
             inference = dataclasses.replace(inference, noise_scale=factor)
         z = inference(

@@ -76,15 +76,28 @@ class TrainConfig:
             "seed": self.seed,
         }
 
-    def dynamics(self, noise_factor: float = 1.0) -> tuple[Langevin, ...]:
-        """The chain of each net, its noise multiplied by `noise_factor`. ConfigError where the numbers do not fit."""
+    def noise_factors(self, iteration: int) -> tuple[float, ...]:
+        """What chain and data noise of each net are multiplied by at update `iteration`.
+
+        Linear from 1 to noise_anneal, reached at noise_anneal_share of the run, and constant from there. Where noise
+        falls to the end, as the learning rate does, the weights lag behind it, and samples vary less than the data.
+        """
+        factors = []
+        for index in range(len(self.sizes) - 1):
+            until = pick(self.stabilise.noise_anneal_share, index) * (self.steps - 1)
+            passed = min(1.0, iteration / max(1.0, until))
+            factors.append(1.0 + (pick(self.stabilise.noise_anneal, index) - 1.0) * passed)
+        return tuple(factors)
+
+    def dynamics(self, noise_factors: Sequence[float] | None = None) -> tuple[Langevin, ...]:
+        """The chain of each net, its noise multiplied by its factor. ConfigError where the numbers do not fit."""
         section, chains = self.langevin, []
         for index in range(len(self.sizes) - 1):
             fields = {f.name: pick(getattr(section, f.name), index) for f in dataclasses.fields(section)}
             fields["clamp"] = self.value_range if section.clamp else None
-            if noise_factor != 1.0:
+            if noise_factors is not None:
                 name = "noise_std" if fields["noise_std"] is not None else "noise_scale"
-                fields[name] *= noise_factor
+                fields[name] *= noise_factors[index]
             try:
                 chains.append(Langevin(**fields))
             except (TypeError, ValueError) as error:

@@ -52,6 +52,7 @@ class ContrastiveRule(ModelRule):
             self.divisors = [[a.get(id(q), 1.0) for q in p] for a, p in zip(areas, self.parameters, strict=True)]
         self.average = Average(model, config.stabilise.ema) if config.stabilise.ema else None
         model.langevin = config.dynamics()
+        self.annealed = any(factor != 1.0 for factor in config.noise_factors(config.steps))
         self.precision = config.precision
         # What observed images move: running statistics and power iterations.
         self.buffers = [buffer for net in model.nets for buffer in net.buffers()]
@@ -89,16 +90,16 @@ class ContrastiveRule(ModelRule):
     def _update(self, batch: Tensor, iteration: int, detail: bool, healthy: list[Tensor]) -> dict[str, float] | None:
         """The metrics; None, with nothing changed, where one of the chains that `healthy` is told of was not."""
         config, model = self.config, self.model
-        factor = self.noise_factor(iteration)
-        if config.stabilise.noise_anneal != 1.0:  # also back at 1, where a run went back to its beginning
-            model.langevin = config.dynamics(factor)
+        factors = config.noise_factors(iteration)
+        if self.annealed:  # also back at 1, where a run went back to its beginning
+            model.langevin = config.dynamics(factors)
         before = [buffer.clone() for buffer in self.buffers]
         shown: list[Tensor] = []
 
         def learn(images: Tensor, first_sample: int) -> list[Tensor]:
             if self.averaged:
                 torch._foreach_copy_(self.buffers, before)
-            gradients, energies, synthesised = self._learn(images, first_sample, iteration, factor)
+            gradients, energies, synthesised = self._learn(images, first_sample, iteration, factors)
             if detail and not shown:
                 shown.extend(synthesised)
             whole = torch.stack(healthy).all().float() if healthy else torch.ones_like(energies[0])
@@ -127,18 +128,21 @@ class ContrastiveRule(ModelRule):
             buffer.copy_(mean)
         if self.average is not None:
             self.average.update(iteration)
-        return self._metrics(numbers, schedule, factor, ratios)
+        return self._metrics(numbers, schedule, factors, ratios)
 
     def _put_back(self, before: list[Tensor]) -> None:
         for buffer, value in zip(self.buffers, before, strict=True):
             buffer.copy_(value)
 
     def _learn(
-        self, batch: Tensor, first_sample: int, iteration: int, factor: float
+        self, batch: Tensor, first_sample: int, iteration: int, factors: Sequence[float]
     ) -> tuple[list[list[Tensor]], list[Tensor], list[Tensor]]:
         """Of one part: each net's gradients, two mean energies a net (observed, synthesised), synthesised images."""
         means, *images = self.observed(batch)
-        images = [self._with_noise(x, grid, iteration, factor, first_sample) for grid, x in enumerate(images, start=1)]
+        images = [
+            self._with_noise(x, grid, iteration, factors[grid - 1], first_sample)
+            for grid, x in enumerate(images, start=1)
+        ]
         synthesised = self.synthesise([means, *images], iteration, first_sample)
         gradients, energies = [], []
         for grid, net in enumerate(self.nets, start=1):
@@ -196,7 +200,7 @@ class ContrastiveRule(ModelRule):
                     )
 
     def _metrics(
-        self, numbers: list[float], schedule: float, factor: float, ratios: list[Tensor | None]
+        self, numbers: list[float], schedule: float, factors: Sequence[float], ratios: list[Tensor | None]
     ) -> dict[str, float]:
         found: dict[str, float] = {}
         after = iter(numbers[3 * len(self.model.nets) :])
@@ -208,9 +212,9 @@ class ContrastiveRule(ModelRule):
             found[f"size_{size}/gradient_norm"] = length
             if ratios and ratios[index] is not None:
                 found[f"size_{size}/gradient_to_noise"] = next(after)
+            if self.annealed:
+                found[f"size_{size}/noise_factor"] = factors[index]
         found["lr_factor"] = schedule
-        if self.config.stabilise.noise_anneal != 1.0:
-            found["noise_factor"] = factor
         return found
 
     def _gradient_to_noise(self, index: int, x: Tensor) -> Tensor | None:
@@ -242,4 +246,4 @@ class ContrastiveRule(ModelRule):
 
     def before_stored(self, iteration: int) -> None:
         """What is stored samples with the noise of its last update."""
-        self.model.langevin = self.config.dynamics(self.noise_factor(max(0, iteration - 1)))
+        self.model.langevin = self.config.dynamics(self.config.noise_factors(max(0, iteration - 1)))

@@ -3,6 +3,7 @@ until the mean responses of what chains make are those of the data."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -48,8 +49,8 @@ class FrameRule(ConvNetRule):
         self._ended[first_sample] = ids, result.x
         return [result.x]
 
-    def _learn(self, batch: Tensor, first_sample: int, iteration: int, factor: float) -> Any:
-        gradients, energies, synthesised = super()._learn(batch, first_sample, iteration, factor)
+    def _learn(self, batch: Tensor, first_sample: int, iteration: int, factors: Sequence[float]) -> Any:
+        gradients, energies, synthesised = super()._learn(batch, first_sample, iteration, factors)
         (whole,) = gradients[0]
         tied = whole.view(self.model.energy.specs[-1].channels, -1).mean(1, keepdim=True)
         self._moments = torch.stack([tied[:, 0], self.model.responses(synthesised[0]).mean(0)])

@@ -56,8 +56,10 @@ class StabiliseConfig:
     data_noise_clamp: bool = key(False, Flag(), "clamp observed images to value_range after their noise, as chains are")
     energy_l2: float = key(0.0, _NOT_NEGATIVE, "weight of mean E(observed)² + mean E(synthesised)² in the loss")
     ema: float = key(0.0, Real(0, 1, below=True), "decay of the averaged weights, used when sampling; 0: off")
-    noise_anneal: float = key(1.0, Real(0, 1), "factor that chain and data noise fall to, linearly")
-    noise_anneal_share: float = key(1.0, Real(0, 1, above=True), "share of the run after which noise is at that factor")
+    noise_anneal: Any = key(1.0, PerGrid(Real(0, 1)), "factor that chain and data noise fall to, linearly")
+    noise_anneal_share: Any = key(
+        1.0, PerGrid(Real(0, 1, above=True)), "share of the run after which noise is at that factor"
+    )
 
 
 @dataclasses.dataclass(frozen=True)

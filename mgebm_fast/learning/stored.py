@@ -31,15 +31,6 @@ class ModelRule(UpdateRule):
         """The optimisers by the names that their state has in files."""
         raise NotImplementedError
 
-    def noise_factor(self, iteration: int) -> float:
-        """What noise is multiplied by at update `iteration`: linear from 1 to noise_anneal, and then there.
-
-        The weights lag behind noise that falls while their rate does: chains then vary less than the data.
-        """
-        stabilise = self.config.stabilise
-        passed = min(1.0, iteration / max(1.0, stabilise.noise_anneal_share * (self.config.steps - 1)))
-        return 1.0 + (stabilise.noise_anneal - 1.0) * passed
-
     def before_stored(self, iteration: int) -> None:
         """Make the model what it is to be stored as after `iteration` updates."""
 

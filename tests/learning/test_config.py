@@ -178,8 +178,9 @@ def test_unknown_preset_and_file(tmp_path):
 def test_noise_factor_scales_the_form_that_is_used():
     decoupled, coupled = load_preset("digits"), load_preset("multigrid-paper")
     full = decoupled.dynamics()[0].update().noise_std
-    assert decoupled.dynamics(0.5)[0].update().noise_std == pytest.approx(0.5 * full)
-    assert coupled.dynamics(0.5)[0].update().noise_std == pytest.approx(0.15)
+    assert decoupled.dynamics([0.5, 1, 1])[0].update().noise_std == pytest.approx(0.5 * full)
+    assert coupled.dynamics([1, 0.5, 1])[1].update().noise_std == pytest.approx(0.15)
+    assert coupled.dynamics([1, 0.5, 1])[0].update().noise_std == pytest.approx(0.3)
 
 
 def test_no_activation_is_a_value_and_auto_the_variants_own():

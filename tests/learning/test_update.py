@@ -27,7 +27,12 @@ def test_update_is_its_formula(trainer, norm, iteration):
     changes = {
         "norm": norm,
         "optimiser": {"name": "sgd", "lr": lr},
-        "stabilise": {"data_noise": noises, "energy_l2": l2, "noise_anneal": 0.5, "noise_anneal_share": 0.6},
+        "stabilise": {
+            "data_noise": noises,
+            "energy_l2": l2,
+            "noise_anneal": [0.8, 0.5],
+            "noise_anneal_share": [1.0, 0.6],
+        },  # fmt: skip
         "seed": 11,
         "precision": "fp32",
     }
@@ -37,7 +42,8 @@ def test_update_is_its_formula(trainer, norm, iteration):
     metrics = ours.step(batch)
 
     model = build_model(config)
-    factor = {0: 1.0, 1: 5 / 6, 4: 0.5}[iteration]  # 6 updates: at a half from update 0.6 · 5 = 3 on
+    # of 6 updates: 0.8 at the last one; a half from update 0.6 · 5 = 3 on
+    factors = {0: (1.0, 1.0), 1: (0.96, 5 / 6), 4: (0.84, 0.5)}[iteration]
     x = batch.float() / 127.5 - 1
     observed = [x.mean((2, 3), keepdim=True), torch.nn.functional.avg_pool2d(x, 2), x]
     chain = observed[0]
@@ -48,12 +54,12 @@ def test_update_is_its_formula(trainer, norm, iteration):
             (g,) = torch.autograd.grad(net(chain).sum(), chain)
             chain = chain.detach()
             ops.langevin_step_(
-                chain, g, drift=1.0, noise_std=0.03 * factor, clamp=(-1, 1), seed=11,
+                chain, g, drift=1.0, noise_std=0.03 * factors[grid - 1], clamp=(-1, 1), seed=11,
                 step=3 * iteration + k, stream=noise.stream(noise.Purpose.TRAINING_CHAIN, grid),
             )  # fmt: skip
         draw = ops.noise(x.shape[:2] + chain.shape[2:], seed=11, step=iteration,
                          stream=noise.stream(noise.Purpose.DATA_NOISE, grid))  # fmt: skip
-        real, fake = net(observed[grid] + noises[grid - 1] * factor * draw), net(chain)
+        real, fake = net(observed[grid] + noises[grid - 1] * factors[grid - 1] * draw), net(chain)
         loss = real.mean() - fake.mean() + l2 * (real.square().mean() + fake.square().mean())
         grads = torch.autograd.grad(loss, list(net.parameters()))
         for parameter, gradient, got in zip(
@@ -63,6 +69,7 @@ def test_update_is_its_formula(trainer, norm, iteration):
             torch.testing.assert_close(got.detach(), expected, atol=2e-5, rtol=1e-4)
             assert not torch.equal(got, parameter) or not gradient.any()
         size = config.sizes[grid]
+        assert metrics[f"size_{size}/noise_factor"] == pytest.approx(factors[grid - 1])
         assert metrics[f"size_{size}/energy_observed"] == pytest.approx(real.mean().item(), abs=1e-5)
         assert metrics[f"size_{size}/energy_synthesised"] == pytest.approx(fake.mean().item(), abs=1e-5)
         assert metrics[f"size_{size}/gap"] == pytest.approx((real.mean() - fake.mean()).item(), abs=1e-5)
