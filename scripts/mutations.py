@@ -43,7 +43,7 @@ CASCADE = ("tests/sampling/test_cascade.py",)
 UPDATE = ("tests/learning/test_update.py",)
 SPLITS = ("tests/sampling/test_reproducibility.py",)
 INTERPRETED = ("tests/sampling/test_law_interpreted.py",)
-EXACT = ("tests/sampling/test_mcmc.py",)
+EXACT = ("tests/sampling/test_mcmc.py", "tests/sampling/test_mcmc_laws.py")
 LATENT = ("tests/sampling/test_latent.py",)
 BASELINES = ("tests/learning/test_baselines.py",)
 CONVNET = ("tests/learning/test_convnet.py",)
@@ -51,6 +51,8 @@ FRAME = ("tests/learning/test_frame.py",)
 COOPERATIVE = ("tests/learning/test_cooperative.py",)
 ABP = ("tests/learning/test_abp.py",)
 TEMPORAL = ("tests/learning/test_spatial_temporal.py",)
+ROLLBACK = ("tests/learning/test_rollback.py",)
+COMPARISON = ("tests/evaluation/test_comparison.py",)
 INPAINTING = ("tests/evaluation/test_inpainting.py",)
 
 
@@ -270,6 +272,22 @@ MUTATIONS = (
         "noise-shared-triton", "triton", "mgebm_fast/kernels/langevin_step.py", "counter_words(first_sample, step, n,",
         "counter_words(first_sample, step, n * 0,", INTERPRETED,
     ),
+    Mutation("noise-anneals-to-the-end", "python", "mgebm_fast/learning/config.py",
+             "until = pick(self.stabilise.noise_anneal_share, index) * (self.steps - 1)",
+             "until = 1.0 * (self.steps - 1)", UPDATE),
+    Mutation("rollback-keeps-the-rate", "python", "mgebm_fast/learning/rollback.py",
+             "return math.prod(entry.factor for entry in self.made)", "return 1.0", ROLLBACK),
+    Mutation("rollback-to-the-same-state-again", "python", "mgebm_fast/learning/rollback.py",
+             "return len(steps) - 2 if again and len(steps) > 1 else len(steps) - 1",
+             "return len(steps) - 1", ROLLBACK),
+    Mutation("length-picked-by-the-worst", "python", "mgebm_fast/evaluation/inpainting.py",
+             "best = min(errors, key=lambda length: float(errors[length].mean()))",
+             "best = max(errors, key=lambda length: float(errors[length].mean()))", INPAINTING),
+    Mutation("length-picked-without-doubt", "python", "mgebm_fast/evaluation/inpainting.py",
+             "doubt = 2 * float(gain.std()) / math.sqrt(len(gain)) if len(gain) > 1 else math.inf",
+             "doubt = 0.0", INPAINTING),
+    Mutation("best-by-one-spread", "python", "mgebm_fast/evaluation/comparison_table.py",
+             "math.hypot(spread, own[1])", "own[1]", COMPARISON),
 )  # fmt: skip
 
 
@@ -396,7 +414,8 @@ def main() -> int:
     chosen = [m for m in chosen if options.layer in (None, m.layer)]
     if options.list:
         for m in chosen:
-            print(f"{m.name}  [{m.layer}]  {m.file}\n    {m.old.splitlines()[0]}\n  → {m.new.splitlines()[0]}")
+            new = (m.new.splitlines() or ["nothing"])[0]
+            print(f"{m.name}  [{m.layer}]  {m.file}\n    {m.old.splitlines()[0]}\n  → {new}")
             print(f"    noticed by {' '.join(m.tests)}")
         return 0
     for layer in ("native", "triton"):
