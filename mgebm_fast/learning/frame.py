@@ -95,8 +95,6 @@ def build_model(config: TrainConfig) -> Frame:
 @torch.no_grad()
 def _bank(config: TrainConfig) -> EnergyNet:
     options = config.options
-    if not options.thresholds:
-        raise ConfigError("frame.thresholds must hold at least one number, got none")
     filters = filter_bank(options.scales, options.orientations, channels=config.channels)
     spec = ConvSpec(len(filters) * len(options.thresholds), filters.shape[-1], options.stride)
     net = EnergyNet(config.sizes[-1], config.channels, [spec], norm="none", activation="relu")
