@@ -140,7 +140,9 @@ def _titled(title: str, picture: np.ndarray, indent: int) -> np.ndarray:
     title = title.replace("×", "x")  # the font that comes with Pillow has no multiplication sign
     font = ImageFont.load_default(15)
     measure = ImageDraw.Draw(Image.new("RGB", (1, 1)))
-    left, _, right, bottom = measure.multiline_textbbox((0, 0), title, font=font)
+    left, _, right, _ = measure.multiline_textbbox((0, 0), title, font=font)
+    tall = "\n".join("Ag" for _ in title.splitlines() or [""])  # titles side by side are as high, descenders or not
+    bottom = measure.multiline_textbbox((0, 0), tall, font=font)[3]
     header, width = math.ceil(bottom) + 7, max(picture.shape[1], math.ceil(right - left) + 2 * indent)
     canvas = _canvas(header + picture.shape[0], width)
     text = Image.fromarray(np.ascontiguousarray(canvas[:header]))

@@ -76,6 +76,7 @@ def test_panel_draws_titles_and_makes_room_for_long_ones():
     plain, titled = labelled_panel([("", images)]), labelled_panel([("4×4, data", images)])
     assert (titled < 100).sum() > (plain < 100).sum(), "the title leaves dark ink"
     assert labelled_panel([("a very long title " * 5, images)]).shape[1] > titled.shape[1]
+    assert len({len(labelled_panel([(title, images)])) for title in ("data", "g(z)", "4x4")}) == 1, "as high as another"
 
 
 def test_panel_wraps_after_across_and_takes_shapes_that_do_not_divide():
