@@ -162,10 +162,11 @@ class MultiGrid(Model):
         """A new model whose nets have their running statistics folded in: its chains are independent."""
         nets = [net.freeze_norm() for net in self._energy_nets("frozen")]
         model = self.from_config({**self.config(), "nets": [net.config() for net in nets]})
-        model.nets = nn.ModuleList(nets)
+        # Into the nets that the model was built with: it may hold parts of them elsewhere, and which of them learn.
+        model.nets.load_state_dict(nn.ModuleList(nets).state_dict())
         for name in self._of_any_length:
             setattr(model, name, getattr(self, name).clone())
-        return model
+        return model.to(self.colours.device)
 
     def _energy_nets(self, what: str) -> list[EnergyNet]:
         nets = [net for net in self.nets if isinstance(net, EnergyNet)]
