@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import importlib.util
 import shlex
 from collections.abc import Sequence
@@ -11,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .options import INTERRUPTED, Device, Threads, find_device, lasting, load_run_data, use_threads
+from .options import INTERRUPTED, Device, Threads, configured, find_device, load_run_data, use_threads
 
 if TYPE_CHECKING:
     import torch
@@ -141,14 +140,11 @@ def _seeds(text: str) -> list[int]:
 def _configured(name: str, data: str | None, settings: Sequence[str] | None) -> TrainConfig:
     """What `mgebm train NAME --data DATA --set …` trains."""
     from ..errors import ConfigError
-    from ..learning import apply_overrides, load_config
+    from ..learning import load_config
 
     if any(setting.partition("=")[0].strip() == "seed" for setting in settings or ()):
         raise ConfigError("--set: seed is what --seeds is for, got it as a key")
-    config = load_config(name)
-    if data is not None:
-        config = dataclasses.replace(config, data=lasting(data))
-    return apply_overrides(config, settings or ())
+    return configured(load_config(name), data, settings or ())
 
 
 def _write(out: Path, rows: list[dict[str, Any]], records: list[dict[str, Any]]) -> None:

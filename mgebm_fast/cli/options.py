@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
 import re
 import warnings
@@ -156,6 +157,18 @@ def report_skipped(name: str, skipped: tuple[tuple[str, str], ...], kept: int, m
         typer.echo(f"  {path}: {reason}", err=True)
     if len(skipped) > most:
         typer.echo(f"  … and {len(skipped) - most} more", err=True)
+
+
+def configured(config: TrainConfig, data: str | None, settings: Sequence[str]) -> TrainConfig:
+    """`config` as --data and --set change it; paths are absolute, so that the run goes on from any folder."""
+    from ..learning import apply_overrides, merge
+
+    if data is not None:
+        config = dataclasses.replace(config, data=lasting(data))
+    config = apply_overrides(config, settings)
+    if config.method == "frame" and Path(config.options.filters).expanduser().exists():
+        config = merge(config, {"frame": {"filters": str(Path(config.options.filters).expanduser().resolve())}})
+    return config
 
 
 def lasting(data: str) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Callable
@@ -133,7 +134,8 @@ def _write_folder(model: SpatialTemporal, x: Tensor, out: Path, first_sample: in
             for t, frame in enumerate(model.to_uint8(clip).permute(1, 2, 3, 0).cpu().numpy()):
                 save_png(folder / f"frame_{t:05d}.png", frame)
         temporary.chmod(0o755)
-        if out.is_dir():  # one that holds things was let through by --overwrite: files of the same names are replaced
+        if out.is_dir():  # one that holds things was let through by --overwrite
+            _remove_samples(out)
             shutil.copytree(temporary, out, dirs_exist_ok=True)
         else:
             os.replace(temporary, out)
@@ -141,6 +143,17 @@ def _write_folder(model: SpatialTemporal, x: Tensor, out: Path, first_sample: in
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+def _remove_samples(out: Path) -> None:
+    """What an earlier `_write_folder` wrote, and nothing else."""
+    for old in [*out.glob("*"), *out.glob("sample_*/*")]:
+        if _OURS.fullmatch(old.relative_to(out).as_posix()) and old.is_file():
+            old.unlink()
+    for folder in out.glob("sample_*"):
+        if folder.is_dir() and not any(folder.iterdir()):
+            folder.rmdir()
+
+
+_OURS = re.compile(r"sample_\d{5,}\.wav|(sample_\d{5,}/)?frame_\d{5,}\.png")
 _VIDEO: dict[str, Callable[[SpatialTemporal, np.ndarray, Path], None]] = {
     ".gif": _gif, ".mp4": _mp4, ".png": _strip, ".npy": _video_array,
 }  # fmt: skip

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import shlex
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ..errors import ConfigError
-from .options import INTERRUPTED, Device, Threads, find_rank_device, lasting, load_run_data, one_voice, use_threads
+from .options import INTERRUPTED, Device, Threads, configured, find_rank_device, load_run_data, one_voice, use_threads
 
 if TYPE_CHECKING:
     import torch
@@ -80,7 +79,7 @@ def train(
       checkpoints/                 safetensors and JSON, each whole or not there
       model.safetensors            the trained model
     """
-    from ..learning import apply_overrides, build_model, distributed
+    from ..learning import build_model, distributed
     from ..learning.heap import keep_freed_memory
     from ..learning.threads import threads_for
 
@@ -90,10 +89,8 @@ def train(
     with distributed.joined(where) as ranks, one_voice(ranks):
         with ranks.together():
             chosen, folder = _configure(config, out, resume)
-            if data is not None:
-                chosen = dataclasses.replace(chosen, data=lasting(data))
             changes = [*(settings or []), *([] if precision is None else [f"precision={precision}"])]
-            chosen = apply_overrides(chosen, changes)
+            chosen = configured(chosen, data, changes)
             if threads is None and where.type == "cpu":
                 use_threads(threads_for(build_model(chosen), chosen.batch_size))
         outcome = _fit(chosen, folder, resume, strict, where, _how_to_resume(folder, device, threads, ranks), ranks)
@@ -116,8 +113,9 @@ def _fit(
             check_new(folder)
     with ranks.together():
         data = load_run_data(config, split="train", strict=strict)
-        # The held-out part is not trained on, but its bad images are told of, or refused, now and not after hours.
-        load_run_data(config, split="held_out", strict=strict)
+        if config.method != "spatial-temporal":  # a recording is one whole
+            # The held-out part is not trained on, but its bad images are told of, or refused, now and not after hours.
+            load_run_data(config, split="held_out", strict=strict)
     where = f"{_named(device)}{f', {ranks.size} ranks' if ranks.size > 1 else ''}"
     typer.echo(f"{config.name}: {_described(data, config)}, on {where}", err=True)
     console = Console(stderr=True)

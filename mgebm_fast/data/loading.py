@@ -56,7 +56,7 @@ def load(
             permutation. The split of a class is the same whether or not other classes are asked for.
         strict: raise for the first image that cannot be used, where otherwise all such are listed in `skipped` and
             counted in a warning.
-        cache: None keeps what took more than 256 MiB of files to decode, or makes more than 256 MiB of pixels, in
+        cache: None keeps what took more than 16 MiB of files to decode, or makes more than 256 MiB of pixels, in
             $MGEBM_CACHE (default ~/.cache/mgebm_fast), mapped from there; True keeps any file source; False keeps
             everything in memory.
         root, download: where torchvision's sets lie, and whether they may be fetched.
@@ -66,7 +66,7 @@ def load(
     Raises:
         DataError (a ValueError): a source that does not exist, is empty or damaged as a whole; an unknown class;
             pixels of an unknown range or not finite; `strict` and a bad image.
-        OSError: the cache cannot be written.
+        OSError: the cache cannot be written, and was asked for or is to hold more than 256 MiB of pixels.
     """
     _check_arguments(size, channels, split, most)
     collection = _open(source, size, channels, root, download)
@@ -196,7 +196,7 @@ def _decode(
             return found
     try:
         return store.on_disk(batches(), count, channels, size, strict, folder, key)
-    except OSError as error:
+    except store.CacheError as error:
         if cache or large:
             raise
         warnings.warn(f"{error}; not cached", RuntimeWarning, stacklevel=3)

@@ -11,7 +11,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,6 +23,17 @@ from .policy import POLICY_VERSION
 
 LARGE_BYTES = 256 << 20  # more pixels than this are mapped from a file
 SLOW_BYTES = 16 << 20  # more than this to decode, seconds of it, is cached
+
+
+class CacheError(OSError):
+    """Decoded images cannot be written where they are kept."""
+
+
+class _SourceError(Exception):
+    """Holds an OSError of the source, which is none of the cache."""
+
+    def __init__(self, error: OSError) -> None:
+        self.error = error
 
 
 class Decoded(NamedTuple):
@@ -64,7 +75,7 @@ def on_disk(
 ) -> Decoded:
     """Decode into a file below `folder` and map it. With a key it stays for the next time, else it has no name.
 
-    OSError, which names the folder, where it cannot be written (a full disk); nothing is left behind then.
+    CacheError, which names the folder, where it cannot be written (a full disk); nothing is left behind then.
     """
     work = None
     try:
@@ -73,7 +84,7 @@ def on_disk(
         kept: list[int] = []
         skipped: list[tuple[str, str]] = []
         with (work / "images.bin").open("wb") as file:
-            for batch in batches:
+            for batch in _reading(batches):
                 check_strict(batch.skipped, strict)
                 # written, not stored through a map: a full disk is then an error and not a bus fault
                 file.write(np.ascontiguousarray(batch.images).data)
@@ -95,9 +106,11 @@ def on_disk(
                 shutil.rmtree(target, ignore_errors=True)
                 work.rename(target)
         return Decoded(_map(target / "images.bin", shape), dropped, skipped)
+    except _SourceError as failed:
+        raise failed.error from None
     except OSError as error:
         need = count * channels * size * size / 2**20
-        raise OSError(
+        raise CacheError(
             error.errno,
             f"load: cannot write decoded images ({need:.0f} MiB) below {folder}: {error.strerror or error}; set "
             f"MGEBM_CACHE to a folder with room, or to off to keep them in memory",
@@ -105,6 +118,13 @@ def on_disk(
     finally:
         if work is not None:
             shutil.rmtree(work, ignore_errors=True)
+
+
+def _reading(batches: Iterable[Batch]) -> Iterator[Batch]:
+    try:
+        yield from batches
+    except OSError as error:
+        raise _SourceError(error) from error
 
 
 def from_cache(folder: Path, key: str) -> Decoded | None:

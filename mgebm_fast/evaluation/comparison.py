@@ -29,7 +29,6 @@ from .comparison_runs import Entry, state
 from .evaluate import Judges, evaluate, fit_judges
 from .inpainting import inpaint, length_images, pick_length
 
-INPAINTED = 360
 _VERSION = 3  # of what the figures mean; others are measured again
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,12 +10,7 @@ from typing import Any
 from ..errors import ConfigError
 from ..learning import Run, TrainConfig, load_config, load_preset, preset_names
 from ..learning.checkpoint import listed, step_of
-from ..learning.config_files import PRESETS
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
+from ..learning.config_files import preset_base
 
 COMPARED = ("single-grid-cd", "cd", "pcd", "short-run", "cooperative")  # methods of the default contenders, in order
 # A run stays what it is under these.
@@ -29,16 +23,11 @@ def contenders(first: str) -> list[str]:
     """What a preset is compared with unless others are named: those based on it, of the methods in `COMPARED`."""
     if first not in preset_names():
         raise ConfigError(f"compare: presets must be named where the first is no preset, got {first!r} alone")
-    methods = {name: load_preset(name).method for name in preset_names() if _base(name) == first}
+    methods = {name: load_preset(name).method for name in preset_names() if preset_base(name) == first}
     found = [name for method in COMPARED for name in methods if methods[name] == method]
     if not found:
         raise ConfigError(f"compare: presets to compare {first!r} with must be named, since none is based on it")
     return found
-
-
-def _base(preset: str) -> str | None:
-    """The preset that another's file takes its keys from."""
-    return tomllib.loads((PRESETS / f"{preset}.toml").read_text(encoding="utf-8")).get("base")
 
 
 @dataclasses.dataclass(frozen=True)

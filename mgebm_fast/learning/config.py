@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import sys
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -13,11 +12,7 @@ from ..sampling import Langevin
 from .keys import Auto, Choice, Flag, Kind, Many, Maybe, PerGrid, Real, Text, Whole, key, nearest, pick
 from .methods import METHODS, TABLES
 from .sections import LangevinConfig, OptimiserConfig, RollbackConfig, StabiliseConfig
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
+from .toml import tomllib
 
 
 @dataclasses.dataclass(frozen=True)
@@ -158,7 +153,8 @@ def apply_overrides(config: TrainConfig, overrides: Iterable[str]) -> TrainConfi
 
     Lists may leave out their brackets (`sizes=1,2,4`), and a list of strings may be one word (`classes=automobile`).
     `langevin.step_size` replaces a decoupled form, and `langevin.drift` a coupled one. New `sizes` take lists with a
-    value for each net along: a size keeps its value, a new one takes that of the nearest size.
+    value for each net along: a size keeps its value, a new one takes that of the nearest size; of annealed noise the
+    finest takes the finest's.
     """
     values, given = config.to_dict(), set()
     for override in overrides:
@@ -207,7 +203,11 @@ def _settled(values: dict[str, Any], given: set[str], before: tuple[int, ...]) -
             section, _, leaf = name.partition(".")
             value = values[section].get(leaf)
             if isinstance(value, list):
-                values[section][leaf] = [value[_nearest_size(size, before[1:])] for size in sizes[1:]]
+                fitted = [value[_nearest_size(size, before[1:])] for size in sizes[1:]]
+                if name in _BY_RANK:  # the finest keeps the finest's, a coarse one takes the nearest coarse one's
+                    coarse = [value[_nearest_size(size, before[1:-1])] for size in sizes[1:-1]] if value[1:] else fitted
+                    fitted = [*coarse[: len(sizes) - 2], value[-1]]
+                values[section][leaf] = fitted
     return {
         name: {k: v for k, v in value.items() if v is not None} if isinstance(value, dict) else value
         for name, value in values.items()
@@ -250,6 +250,9 @@ _PER_GRID = [
     for name, (section, field) in _FIELDS.items()
     if section not in TABLES.values() and _per_grid(field.metadata["kind"])
 ]
+
+
+_BY_RANK = ("stabilise.noise_anneal", "stabilise.noise_anneal_share")  # what matters is whether others begin from a net
 
 
 def _first(section: type) -> str:

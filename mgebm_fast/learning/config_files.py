@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 from ..errors import ConfigError, suggest
 from .config import TrainConfig, from_dict, merge
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
+from .toml import tomllib
 
 PRESETS = Path(__file__).resolve().parent.parent / "presets"
 
@@ -37,6 +32,11 @@ def load_preset(name: str) -> TrainConfig:
     if name not in names:
         raise ConfigError(f"preset: must be one of {', '.join(names)}, got {name!r}{suggest(name, names)}")
     return _load_file(PRESETS / f"{name}.toml", f"preset {name}")
+
+
+def preset_base(name: str) -> str | None:
+    """The preset that a preset takes its keys from, where there is one."""
+    return tomllib.loads((PRESETS / f"{name}.toml").read_text(encoding="utf-8")).get("base")
 
 
 def preset_names() -> list[str]:

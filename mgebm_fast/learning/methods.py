@@ -5,6 +5,7 @@ A method is an update rule and an initial state over one loop. Its module has
     build_model(config) -> nn.Module                     the untrained model
     the entry's rule: (model, config, *, images) -> UpdateRule, with `images` how many the data set has
     narrow(config) -> TrainConfig                        only where the method reads less than is configured
+    load_data(config, *, source, split) -> Clips         only where it learns from something other than images
     work(model, config) -> float                         only where the work of an update is not `work_of_chains`
 
 and one entry here makes it known to TOML files, `--set`, `mgebm train` and `mgebm presets`. Modules load when they are
@@ -213,7 +214,6 @@ METHODS: dict[str, Method] = {
             "Frame",
             FrameConfig,
             (
-                "filters",
                 "layers",
                 "scales",
                 "orientations",

@@ -120,6 +120,8 @@ def build_model(config: TrainConfig) -> SpatialTemporal:
     options, size = one.options, _size(one)
     if len(size) == 1 and one.channels != 1:
         raise ConfigError(f"channels must be 1 for sounds, size {list(size)}, got {one.channels}")
+    if len(size) == 1 and one.flips:
+        raise ConfigError(f"flips must be false for sounds, size {list(size)}, whose last dimension is time, got true")
     return SpatialTemporal(
         size,
         [ConvSpec(max(1, round(c * one.width)), kernel, stride) for c, kernel, stride in options.layers],

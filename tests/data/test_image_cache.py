@@ -138,6 +138,20 @@ def test_cache_folder_that_cannot_be_made(folder, tmp_path, monkeypatch):
         assert not isinstance(data.images, np.memmap) and len(data) == 22
 
 
+def test_an_error_of_the_source_is_not_one_of_the_cache(folder, cache_folder, monkeypatch):
+    calls = []
+
+    def broken(*arguments):
+        calls.append(1)
+        raise OSError(errno.EIO, os.strerror(errno.EIO), "disk of the pictures")
+
+    monkeypatch.setattr(store, "SLOW_BYTES", 1)
+    monkeypatch.setattr(store, "_reading", lambda batches, whole=store._reading: whole(broken() for _ in batches))
+    with pytest.raises(OSError, match="disk of the pictures") as caught:
+        load(folder, size=8, channels=3)
+    assert not isinstance(caught.value, store.CacheError) and len(calls) == 1 and not entries(cache_folder)
+
+
 def test_large_arrays_are_mapped_and_only_files_are_kept(rng, tmp_path, cache_folder, monkeypatch):
     images = rng.integers(0, 256, (40, 8, 8, 3), np.uint8)
     monkeypatch.setattr(store, "LARGE_BYTES", 1000)

@@ -110,6 +110,18 @@ def test_new_sizes_take_values_a_net_along(sizes, expected):
 
 
 @pytest.mark.parametrize(
+    ("sizes", "expected"),
+    [([1, 2, 4, 8, 16], (0.6, 0.7, 0.7, 1.0)), ([1, 2, 4], (0.6, 1.0)), ([1, 8], (1.0,)), ([1, 4, 8], (0.7, 1.0))],
+)
+def test_annealed_noise_goes_by_rank(sizes, expected):
+    """A grid that others begin from settles, the finest sharpens, whatever their sizes."""
+    config = apply_overrides(load_preset("digits"), ["stabilise.noise_anneal_share=[0.6,0.7,1.0]"])
+    assert apply_overrides(config, [f"sizes={sizes}"]).stabilise.noise_anneal_share == expected
+    one = apply_overrides(config, ["sizes=1,2", "stabilise.noise_anneal_share=[0.5]"])
+    assert apply_overrides(one, [f"sizes={sizes}"]).stabilise.noise_anneal_share == (0.5,) * (len(sizes) - 1)
+
+
+@pytest.mark.parametrize(
     ("override", "message"),
     [
         ("stepss=3", r"unknown key 'stepss' \(did you mean 'steps'\?\)"),

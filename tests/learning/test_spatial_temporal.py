@@ -212,6 +212,29 @@ def test_a_sound_is_written_in_every_form(runs, tmp_path):
     assert sorted(path.name for path in (tmp_path / "several").iterdir()) == ["sample_00000.wav", "sample_00001.wav"]
 
 
+@pytest.mark.parametrize(("name", "num"), [("fire", 1), ("fire", 2), ("chimes", 1)])
+def test_overwrite_leaves_no_recording_of_before(runs, tmp_path, name, num):
+    out = tmp_path / "x"
+    mgebm("sample", runs / name, "--num", 3, "--out", out)
+    (out / "notes.txt").write_text("mine")
+    (out / "sample_mine.wav").write_text("mine too")
+    mgebm("sample", runs / name, "--num", num, "--seed", 5, "--out", out, "--overwrite")
+    mgebm("sample", runs / name, "--num", num, "--seed", 5, "--out", tmp_path / "fresh")
+    written = {path.relative_to(out).as_posix() for path in out.rglob("*")} - {"notes.txt", "sample_mine.wav"}
+    assert written == {path.relative_to(tmp_path / "fresh").as_posix() for path in (tmp_path / "fresh").rglob("*")}
+    assert (out / "notes.txt").read_text() == "mine" and (out / "sample_mine.wav").read_text() == "mine too"
+
+
+def test_a_recording_is_read_once(runs, tmp_path, monkeypatch):
+    from mgebm_fast.data import video
+
+    read, whole = [], video.load_video
+    monkeypatch.setattr(video, "load_video", lambda *a, **k: read.append(1) or whole(*a, **k))
+    small = [*SMALL, "--set", "spatial-temporal.size=[6,8,8]"]
+    mgebm("train", "fire", "--data", runs / "own.gif", *small, "--out", tmp_path / "run")
+    assert len(read) == 1
+
+
 @pytest.mark.parametrize("name", ["fire", "chimes"])
 def test_chains_of_videos_and_sounds_are_diagnosed(runs, tmp_path, name):
     """The last potential is U = E + ‖x − m‖²/2σ² of the samples, whose chains these are."""
@@ -237,6 +260,7 @@ def test_chains_of_videos_and_sounds_are_diagnosed(runs, tmp_path, name):
         (["train", "chimes", "--data", "{runs}/own.gif"], "data: must be a sound for a net of size"),
         (["train", "fire", "--data", "digits"], "data: must be a video for the method"),
         (["train", "chimes", "--data", "digits"], "data: must be a sound for the method"),
+        (["train", "chimes", "--set", "flips=true"], "flips must be false for sounds, size [16384]"),
         (["sample", "{runs}/fire", "--out", "x.wav"], "--out: must end in .gif"),
         (["sample", "{runs}/chimes", "--out", "x.gif"], "--out: must end in .wav"),
         (["sample", "{runs}/chimes", "--num", "2", "--out", "x.wav"], "--out: must be a folder to hold 2 sounds"),
