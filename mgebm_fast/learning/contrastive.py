@@ -163,7 +163,9 @@ class ContrastiveRule(ModelRule):
         schedule = self.rate * rate_factor(config.optimiser, iteration, config.steps, epoch)
         for index, (optimiser, parameters) in enumerate(zip(self.optimisers, self.parameters, strict=True)):
             condition_(gradients[index], config.optimiser, self.divisors[index])
-            step(optimiser, parameters, gradients[index], pick(config.optimiser.lr, index) * schedule, spoilt)
+            learning = {id(p) for p in self.nets[index].parameters()}  # not layers that an energy leaves out
+            given = [g if id(p) in learning else None for p, g in zip(parameters, gradients[index], strict=True)]
+            step(optimiser, parameters, given, pick(config.optimiser.lr, index) * schedule, spoilt)
         return schedule
 
     def _with_noise(self, images: Tensor, grid: int, iteration: int, factor: float, first_sample: int = 0) -> Tensor:

@@ -9,7 +9,6 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..errors import ConfigError
 from ..nets import ConvSpec
 from ..sampling import GenerativeConvNet
 from .baselines import InitialState, SingleGridRule, Zeros, narrow
@@ -27,14 +26,6 @@ class ConvNetRule(SingleGridRule):
     """
 
     model: GenerativeConvNet
-
-    def __init__(self, model: GenerativeConvNet, config: TrainConfig, *, images: int) -> None:
-        super().__init__(model, config, images=images)
-        if self.grows and config.optimiser.name == "adam" and config.optimiser.weight_decay:
-            raise ConfigError(
-                "optimiser.weight_decay must be 0 with adam, or optimiser.name adamw or sgd, where layers grow: adam "
-                f"would wear down those that do not learn yet, got {config.optimiser.weight_decay:g}"
-            )
 
     @property
     def grows(self) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -62,11 +62,12 @@ def rate_factor(config: OptimiserConfig, iteration: int, steps: int, epoch: int 
 def step(
     optimiser: torch.optim.Optimizer,
     parameters: list[nn.Parameter],
-    gradients: list[Tensor],
+    gradients: Sequence[Tensor | None],
     rate: float,
     spoilt: Tensor,  # () float32, on the parameters' device
 ) -> None:
     """One update by `gradients` at learning rate `rate`; where `spoilt` is 1, none, and no trace of it in the state.
+    A parameter whose gradient is None is left alone, its state and its weight decay with it.
 
     A fused optimiser looks at `spoilt` on the device, and the host waits for nothing; for another one the host looks.
     """
