@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import collections
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 from torch import Tensor, nn
 
@@ -56,9 +55,10 @@ class ConvNetRule(SingleGridRule):
         shown = (("chains", chains), ("data", self.observed(observed[: len(chains)])[-1]))
         return [(f"{title} {size}x{size}", self.model.to_uint8(images)) for title, images in shown], 2
 
-    def read(self, folder: Any) -> None:
-        super().read(folder)
-        self.model.depth = None  # every update says which it is; a run with nothing left to do has all
+    def before_stored(self, iteration: int) -> None:
+        """What is stored has the noise, and the layers, of its last update."""
+        super().before_stored(iteration)
+        self.model.depth = self.depth(max(0, iteration - 1))
 
 
 def depth_at(config: TrainConfig, layers: int, iteration: int) -> int:

@@ -101,6 +101,7 @@ class Loop:
             resuming.check_same_run(self.config, len(self.batches.data), state, folder)
             self.rule.read(folder)
             self.iteration = int(state["iteration"])
+            self.rule.before_stored(self.iteration)
             self.history.restore(state)
             self._tell_rule()
         return True
@@ -176,6 +177,7 @@ class Loop:
             self.history.kept = self.history.kept[: place + 1]
             self.iteration, state, watched = self.history.kept[-1]
             self.rule.restore(state)
+            self.rule.before_stored(self.iteration)
             self.history.watch.restore(watched)
             return True
         found: resuming.Found | None = None

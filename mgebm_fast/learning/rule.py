@@ -47,6 +47,11 @@ class UpdateRule(abc.ABC):
     def read(self, folder: Path) -> None:
         """Restore what `write` stored, bit for bit."""
 
+    def before_stored(self, iteration: int) -> None:
+        """Make of the model what its tensors do not hold as it is after `iteration` updates: the noise of its chains, the
+        layers in use. Called before the model is stored, and after a checkpoint was read."""
+        return
+
     def snapshot(self) -> Any:
         """What `write` would store, as copies in memory: what a run without a folder goes back to."""
         raise NotImplementedError(f"{type(self).__name__} keeps no state in memory: rollback needs a run with a folder")

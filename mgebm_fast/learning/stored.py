@@ -31,9 +31,6 @@ class ModelRule(UpdateRule):
         """The optimisers by the names that their state has in files."""
         raise NotImplementedError
 
-    def before_stored(self, iteration: int) -> None:
-        """Make the model what it is to be stored as after `iteration` updates."""
-
     def averaged_weights(self) -> contextlib.AbstractContextManager[None]:
         """Inside, the model holds the averaged weights, where the run keeps them."""
         return contextlib.nullcontext() if self.average is None else self.average.applied()

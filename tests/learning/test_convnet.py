@@ -125,6 +125,19 @@ def test_a_resumed_run_is_the_run_that_was_never_stopped(tmp_path, optimiser):
         assert tensor.equal(resumed.rule.snapshot()["optimiser"][name]), name
 
 
+def test_a_run_resumed_in_growth_has_the_depth_of_its_last_update(tmp_path):
+    config, run = small(), tmp_path / "run"
+    whole = trained(3, config, run)
+    stored = (run / "checkpoints/step_000003/model.safetensors").read_bytes()
+    final = (run / "model.safetensors").read_bytes()
+    again = MultiGridTrainer(None, tiny_data(), config, out=run, quiet=True)
+    assert again.resume() == 3 and again.model.depth == whole.model.depth == 2
+    assert again.model.sample(3, seed=1).equal(whole.model.sample(3, seed=1))
+    again.fit(3)  # nothing left to do
+    assert (run / "model.safetensors").read_bytes() == final
+    assert (again.save(tmp_path / "more") / "model.safetensors").read_bytes() == stored
+
+
 def test_a_stored_model_samples_alike_and_keeps_its_depth(tmp_path):
     model = trained(4, small()).model
     model.save(tmp_path / "model.safetensors")

@@ -63,6 +63,16 @@ def test_resumed_run_equals_the_uninterrupted(trainer, tmp_path, variant):
     same_run(tmp_path / "a", tmp_path / "b")
 
 
+@pytest.mark.parametrize("updates", [3, 6])
+def test_a_resumed_model_samples_with_the_noise_of_its_last_update(trainer, tmp_path, updates):
+    changes = {"stabilise": {"noise_anneal": [0.5, 0.2]}, "checkpoint_every": 1}
+    whole = trainer(out=tmp_path, **changes)
+    whole.fit(updates)
+    resumed = trainer(out=tmp_path, **changes)
+    assert resumed.resume() == updates and resumed.model.langevin == whole.model.langevin
+    assert torch.equal(resumed.model.sample(4, seed=5), whole.model.sample(4, seed=5))
+
+
 def test_saved_and_resumed_without_a_folder(trainer, tmp_path):
     batches = [tiny_data(8 * 6).batch(slice(8 * i, 8 * i + 8)) for i in range(6)]
     whole, first, second = trainer(), trainer(), trainer()
