@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from .options import Device, Threads, check_images, find_device, load_images, open_run, use_threads
+from .options import Device, Threads, check_images, find_device, load_images, open_run, source_of, use_threads
 
 
 def classify(
@@ -79,11 +79,9 @@ def classify(
         if str(run) in models:
             raise ValueError(f"run: must be given once, got {run} twice")
         shape = (model.sizes[-1], model.channels)
-        sources[str(run)] = (data or (config.data if config else ""), *shape, tuple(config.classes if config else ()))
+        sources[str(run)] = (source_of(run, data, config), *shape, tuple(config.classes if config else ()))
         models[str(run)] = model
     first = next(iter(sources.values()))
-    if not first[0]:
-        raise ValueError(f"--data: must be given, {runs[0]} is no run folder and does not say what it was trained on")
     for name, found in sources.items():
         if found != first:
             raise ValueError(

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from .options import Device, RunPath, Threads, check_images, find_device, load_images, open_run, use_threads
+from .options import Device, RunPath, Threads, check_images, find_device, load_images, open_run, source_of, use_threads
 
 
 def evaluate(
@@ -42,9 +42,7 @@ def evaluate(
     file, config = open_run(run)
     model = Model.load(file, device=find_device(device))
     check_images(model, run, "evaluate")
-    source = data or (config.data if config else "")
-    if not source:
-        raise ValueError(f"--data: must be given, {run} is no run folder and does not say what it was trained on")
+    source = source_of(run, data, config)
     classes = config.classes if config else ()
     size, channels = model.sizes[-1], model.channels
     train, held_out = (load_images(source, size, channels, classes, split=split) for split in ("train", "held_out"))

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from .options import Device, RunPath, Threads, check_images, find_device, load_images, open_run, use_threads
+from .options import Device, RunPath, Threads, check_images, find_device, load_images, open_run, source_of, use_threads
 from .outputs import check_out
 
 if TYPE_CHECKING:
@@ -99,9 +99,7 @@ def inpaint(
         )
     size = model.sizes[-1]
     given = None if mask in KINDS else read_mask(mask, size)
-    source = data or (config.data if config else "")
-    if not source:
-        raise ValueError(f"--data: must be given, {run} is no run folder and does not say what it was trained on")
+    source = source_of(run, data, config)
     images = load_images(source, size, model.channels, config.classes if config else (), split="held_out")
     if not len(images):
         raise ValueError(f"--data: must hold out images to fill, got none held out of {images.name}")

@@ -171,6 +171,14 @@ def configured(config: TrainConfig, data: str | None, settings: Sequence[str]) -
     return config
 
 
+def source_of(run: Path, data: str | None, config: TrainConfig | None) -> str:
+    """Where a run's images come from: --data, else what it was trained on."""
+    source = data or (config.data if config else "")
+    if not source:
+        raise ValueError(f"--data: must be given, {run} is no run folder and does not say what it was trained on")
+    return source
+
+
 def lasting(data: str) -> str:
     """A path as an absolute one, so that the run finds its data again from any folder; names as they are."""
     from ..data.builtin import is_builtin
