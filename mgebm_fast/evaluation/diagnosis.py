@@ -20,7 +20,7 @@ from ..sampling.corrected import Corrected
 from ..sampling.diagnostics import Recorder, Trace
 from ..sampling.metropolis import couples_samples
 
-RECORDS = 250  # of a chain, about as many as a plot can show
+RECORDS = 250  # of a chain at most, about as many as a plot can show
 MIXED = 1.05  # split R-hat above which halves of chains are told apart
 INSTALL = 'pip install "mgebm_fast[diagnostics]"'
 
@@ -82,7 +82,7 @@ def diagnose(
     Args:
         steps: of every chain; None: those that the model samples with.
         warm_up: share of a chain that figures leave out; traces keep it.
-        every: record every so many steps; None: at most about 250 records a chain.
+        every: record every so many steps; None: so that a chain has at most 250 records.
 
     ESS and R-hat need arviz, and are null with a note where it is missing. The chains are those of
     `model.sample(num, seed=seed)`, in float32.
@@ -91,17 +91,17 @@ def diagnose(
         raise ValueError(f"diagnose: warm_up must be in [0, 1), got {warm_up}")
     began = time.monotonic()
     with _lengthened(model, steps):
-        chains = list(model.sampling)
+        chains = model.measured()
         recorders = [
-            Recorder(net, chain, every=every or max(1, chain.steps // RECORDS), seed=seed, grid=grid)
-            for grid, (net, chain) in enumerate(zip(model.nets, chains, strict=True), start=1)
+            Recorder(energy, chain, every=-(-chain.steps // RECORDS) if every is None else every, seed=seed, grid=grid)
+            for grid, (energy, chain) in enumerate(chains, start=1)
         ]
         model.sample(num, seed=seed, callback=lambda grid, step, x: recorders[grid - 1](step, x), precision="fp32")
     reports = []
-    for grid, (chain, recorder) in enumerate(zip(chains, recorders, strict=True), start=1):
+    for grid, ((_, chain), recorder) in enumerate(zip(chains, recorders, strict=True), start=1):
         name = f"grid {grid} size {model.sizes[grid]}"
         reports.append(report(name, chain, recorder.trace(num), warm_up=warm_up))
-    coupled = any(couples_samples(net) for net in model.nets)
+    coupled = any(couples_samples(energy) for energy, _ in chains)
     return Diagnosis(reports, _notes(reports, coupled), time.monotonic() - began)
 
 
@@ -193,7 +193,13 @@ def _notes(reports: list[ChainReport], coupled: bool) -> list[str]:
             f"{', '.join(apart)}: split R-hat above {MIXED}, chains still depend on where they began: their samples "
             "are those of a short run, not of exp(-U/T)"
         )
-    rough = [r.name for r in reports if r.figures["acceptance"] is not None and r.figures["acceptance"] < 0.1]
+    rejected = [r for r in reports if r.figures["acceptance"] is not None and r.figures["acceptance"] < 0.1]
+    exact = [r.name for r in rejected if "step_size" in r.figures]
+    if exact:
+        notes.append(
+            f"{', '.join(exact)}: the chain refuses nearly every proposal and hardly moves: smaller steps help"
+        )
+    rough = [r.name for r in rejected if "step_size" not in r.figures]
     if rough:
         notes.append(
             f"{', '.join(rough)}: a corrected chain would refuse nearly every step: what these chains sample is shaped "

@@ -48,8 +48,10 @@ class UpdateRule(abc.ABC):
         """Restore what `write` stored, bit for bit."""
 
     def before_stored(self, iteration: int) -> None:
-        """Make of the model what its tensors do not hold as it is after `iteration` updates: the noise of its chains, the
-        layers in use. Called before the model is stored, and after a checkpoint was read."""
+        """Make what the model's tensors do not hold, noise and layers in use, as it is after `iteration` updates.
+
+        Called before the model is stored, and after a checkpoint was read.
+        """
         return
 
     def snapshot(self) -> Any:

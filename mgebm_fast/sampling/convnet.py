@@ -10,6 +10,8 @@ from torch import Tensor, nn
 
 from ..gradient.plan import Energy
 from ..nets import ConvSpec, EnergyNet
+from .corrected import Corrected
+from .langevin import Langevin
 from .mcmc import HMC
 from .single import SingleGrid
 
@@ -91,6 +93,9 @@ class GenerativeConvNet(SingleGrid):
     def energy(self) -> EnergyNet:
         """The net of the layers in use."""
         return self._part[0]
+
+    def measured(self) -> list[tuple[Energy, Langevin | Corrected]]:
+        return [(self.energy, self.sampling[0])]
 
     def zeros(self, n: int) -> Tensor:  # (n, C, S, S)
         """Zero images, in the paper's units, where the mean is subtracted: m of the reference everywhere."""
@@ -183,6 +188,10 @@ class Frame(GenerativeConvNet):
             steps, self.leapfrog_steps, numbers.noise_std, chain.reference_std, chain.reference_mean,
             numbers.noise_std**2 / (2 * numbers.drift), chain.clamp, chain.grad_clamp,
         )  # fmt: skip
+
+    def measured(self) -> list[tuple[Energy, Langevin | Corrected]]:
+        exact = self.exact(self.sampling[0].steps)
+        return super().measured() if exact is None else [(self.energy, exact)]
 
     def _run(self, x: Tensor, energy: Energy | None = None, *, length: float = 1.0, **arguments: Any) -> Tensor:
         exact = self.exact(self.chains(length)[0].steps)

@@ -14,6 +14,7 @@ from ..gradient.plan import Energy
 from ..nets import EnergyNet, multigrid_net
 from . import storage
 from .cascade import GridCallback, cascade
+from .corrected import Corrected
 from .langevin import Langevin
 from .model import Model
 
@@ -141,6 +142,10 @@ class MultiGrid(Model):
         """The chains that a sample goes through."""
         return self.langevin
 
+    def measured(self) -> list[tuple[Energy, Langevin | Corrected]]:
+        """What a sample goes through, as it is run: each grid's energy and the chain on it."""
+        return list(zip(self.nets, self.sampling, strict=True))
+
     def _sample_group(
         self, n: int, *, seed: int, first_sample: int, length: float = 1.0, **arguments: Any
     ) -> list[Tensor]:
@@ -176,12 +181,12 @@ class MultiGrid(Model):
         return nets
 
     def explain(self, n: int | None = None) -> str:
-        """One line a grid: what its chain runs, and why."""
+        """One line a grid: what its chain runs in sampling, and why."""
         lines = []
-        for grid, (net, dynamics) in enumerate(zip(self.nets, self.langevin, strict=True), start=1):
+        for grid, (energy, chain) in enumerate(self.measured(), start=1):
             size = self.sizes[grid]
             x = torch.empty(n or self.batch_size, self.channels, size, size, device=self.colours.device)
-            lines.append(f"grid {grid} (size {size}): {dynamics.explain(net, x)}")
+            lines.append(f"grid {grid} (size {size}): {chain.explain(energy, x)}")
         return "\n".join(lines)
 
     def config(self) -> dict[str, Any]:

@@ -94,9 +94,10 @@ class SpatialTemporal(SingleGrid):
         return [x]
 
     def explain(self, n: int | None = None) -> str:
-        """What the chain runs, and why."""
+        """What the chain runs in sampling, and why."""
         x = torch.empty(n or self.batch_size, self.channels, *self.shape, device=self.colours.device)
-        return self.langevin[0].explain(self.nets[0], x)
+        ((energy, chain),) = self.measured()
+        return chain.explain(energy, x)
 
     def config(self) -> dict[str, Any]:
         return {**super().config(), "shape": list(self.shape), "rate": self.rate}
