@@ -122,7 +122,8 @@ class ABPRule(ModelRule):
             Ψ = LLᵀ = mean of zzᵀ over the data;  z ← L⁻¹z,  W ← WL:  every g(z) stays as it is
 
         The step of parameter-expanded EM (Liu, Rubin, Wu, Biometrika 1998): plain steps approach the scale of z, on
-        which samples from the prior depend, very slowly where images determine their z well.
+        which samples from the prior depend, very slowly where images determine their z well. The averaged W goes with
+        the live one; the optimiser's moments stay in the old basis, and follow as they forget.
         """
         latents, layer = self.model.latents, self.model.generator.layers[0]
         assert isinstance(layer, DeconvLayer)
@@ -132,7 +133,11 @@ class ABPRule(ModelRule):
         columns = torch.linalg.solve_triangular(root, columns, upper=False)
         moved = columns.reshape(latents.shape[1], len(latents), *latents.shape[2:]).movedim(0, 1)
         self.model.latents = moved.to(latents.dtype).contiguous()
-        layer.weight.copy_(torch.einsum("dokl,de->eokl", layer.weight.double(), root))
+        weights = [layer.weight]
+        if self.average is not None:
+            weights.append(self.average.state()["generator.layers.0.weight"])
+        for weight in weights:
+            weight.copy_(torch.einsum("dokl,de->eokl", weight.double(), root))
 
     def _rate(self) -> float:
         return float(pick(self.config.optimiser.lr, 0))
@@ -190,8 +195,10 @@ def build_generator(config: TrainConfig) -> Generator:
     width = max(1, round(options.generator_width * config.width))
     try:
         layers = generator_layers(config.sizes[-1], config.channels, width, latent_map)
-    except ValueError as error:
-        raise ConfigError(f"{config.method}: {str(error).removeprefix('generator_layers: ')}") from None
+    except ValueError:  # all else was checked with the configuration
+        raise ConfigError(
+            f"sizes[-1] must be {config.method}.latent_map, {latent_map}, times a power of 2, got {config.sizes[-1]}"
+        ) from None
     return Generator(
         options.latent,
         layers,

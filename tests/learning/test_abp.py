@@ -35,7 +35,7 @@ def linear_model(std=S, seed=3, **inference):
     return GeneratorModel(net, Inference(**{"steps": 10, "step_size": 0.12, "std": std, **inference}))
 
 
-def linear_rule(images, *, batch_size=120, occlude="none", expand=True, **optimiser):
+def linear_rule(images, *, batch_size=120, occlude="none", expand=True, ema=0.0, **optimiser):
     optimiser = {"name": "adam", "lr": 0.05, "betas": [0.9, 0.999], "schedule": "cosine", **optimiser}
     table = {
         "latent": FACTORS,
@@ -46,8 +46,9 @@ def linear_rule(images, *, batch_size=120, occlude="none", expand=True, **optimi
         "expand": expand,
     }
     config = tiny_config(
-        method="abp", batch_size=batch_size, steps=UPDATES, seed=7, sizes=[1, 4], optimiser=optimiser, abp=table
-    )
+        method="abp", batch_size=batch_size, steps=UPDATES, seed=7, sizes=[1, 4], optimiser=optimiser, abp=table,
+        stabilise={"ema": ema},
+    )  # fmt: skip
     return ABPRule(linear_model(), config, images=images)
 
 
@@ -161,14 +162,22 @@ def test_two_updates_are_the_closed_form():
 
 
 def test_expansion_moves_scale_from_latents_to_weights():
-    """Every g(z) of the data stays as it is, and their z get the second moment I."""
-    rule = linear_rule(50)
+    """Every g(z) of the data stays as it is, by the averaged weights too, and their z get the second moment I."""
+    rule = linear_rule(50, ema=0.9)
     net = rule.model.generator
+
+    def images():
+        live = net(rule.model.latents)
+        with rule.averaged_weights():
+            return live, net(rule.model.latents)
+
     with torch.no_grad():
         rule.model.latents.copy_(rule.model.latents @ torch.tensor([[2.0, 0.5], [0.0, 0.3]]))
-        before = net(rule.model.latents)
+        net.layers[0].weight.mul_(1.5)  # so that the average is another
+        before = images()
         rule.expand()
-        after = net(rule.model.latents)
+        after = images()
+    assert not torch.equal(*before)
     torch.testing.assert_close(after, before, atol=1e-5, rtol=0)
     second = rule.model.latents.T @ rule.model.latents / 50
     torch.testing.assert_close(second, torch.eye(2), atol=1e-4, rtol=0)
@@ -221,7 +230,7 @@ def test_an_update_that_diverges_changes_nothing(trainer):
     [
         ({"flips": True}, "flips must be false for the method 'abp', where an image keeps its z"),
         ({"batch_parts": 2}, "batch_parts must be 1, on one rank, for the method 'abp'"),
-        ({"abp": {"latent_map": 3}}, "abp: size must be latent_map, 3, times a power of 2, got 4"),
+        ({"abp": {"latent_map": 3}}, r"sizes\[-1\] must be abp.latent_map, 3, times a power of 2, got 4"),
         ({"abp": {"occlude": "peper"}}, r"abp.occlude must be one of none, square, doodle, pepper.*'peper'"),
     ],
 )
