@@ -16,6 +16,7 @@ from ..sampling import Frame, Model, MultiGrid
 from .baselines import narrow
 from .config import TrainConfig
 from .convnet import ConvNetRule
+from .keys import pick
 from .passes import CHAIN_STEP
 
 __all__ = ["FrameRule", "build_model", "narrow", "work"]
@@ -34,6 +35,14 @@ class FrameRule(ConvNetRule):
     model: Frame
 
     def __init__(self, model: Frame, config: TrainConfig, *, images: int) -> None:
+        if config.stabilise.energy_l2:
+            raise ConfigError(
+                "stabilise.energy_l2 must be 0 for the method 'frame', which matches moments, got "
+                f"{config.stabilise.energy_l2:g}"
+            )
+        least = pick(narrow(config).stabilise.noise_anneal, 0)
+        if model.leapfrog_steps is not None and least == 0:
+            raise ConfigError("stabilise.noise_anneal must be > 0 with frame.leapfrog_steps, got 0")
         super().__init__(model, config, images=images)
         self._moments: Tensor | None = None
 

@@ -167,6 +167,26 @@ def test_hamiltonian_chains_use_no_counter_twice(monkeypatch):
     assert training >= 2 * 2 * 5 * 8 and len(used) > training and len(used) == len(set(used))
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"stabilise": {"energy_l2": 0.01}}, "stabilise.energy_l2 must be 0 for the method 'frame'.*, got 0.01"),
+        (
+            {"stabilise": {"noise_anneal": 0.0}, "frame": {"leapfrog_steps": 2}},
+            "stabilise.noise_anneal must be > 0 with frame.leapfrog_steps, got 0",
+        ),
+    ],
+)
+def test_keys_that_do_not_fit_are_refused_at_the_start(changes, message):
+    with pytest.raises(ConfigError, match=message):
+        MultiGridTrainer(None, tiny_data(), small(**changes), quiet=True)
+
+
+def test_langevin_chains_may_end_without_noise():
+    trainer = MultiGridTrainer(None, tiny_data(), small(stabilise={"noise_anneal": 0.0}), quiet=True)
+    assert trainer.fit().finished and trainer.model.langevin[0].update().noise_std == 0
+
+
 def test_filters_of_a_trained_run(tmp_path):
     """The deep version: two lower layers of a trained net, frozen, under λ."""
     net = EnergyNet.from_config(
