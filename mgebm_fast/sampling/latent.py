@@ -172,6 +172,8 @@ class Generates:
         """z (N, *latent_shape) that explains images x where they are not hidden: `steps` Langevin steps (default:
         `complete_steps`) from a draw of the prior. The second half of the chain is noise-free, and ends at a mode."""
         steps = self.complete_steps if steps is None else steps
+        if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
+            raise ValueError(f"infer: steps must be a positive int or None, got {steps!r}")
         z = draw_latents(self.generator, len(x), seed=seed, first_sample=first_sample)
         stream = noise.stream(noise.Purpose.LATENT, 1)
         noisy = steps // 2

@@ -167,6 +167,9 @@ def test_frozen_statistics_keep_the_generator():
     ("make", "message"),
     [
         (lambda: Inference(0, 0.1, 0.3), "steps must be a positive int"),
+        (lambda: models()[0].infer(torch.zeros(2, 1, 4, 4), steps=-3), "infer: steps must be a positive int.*, got -3"),
+        (lambda: models()[0].infer(torch.zeros(2, 1, 4, 4), steps=0), "infer: steps must be a positive int.*, got 0"),
+        (lambda: models()[1].infer(torch.zeros(2, 1, 4, 4), steps=2.0), "infer: steps must be a positive .*, got 2.0"),
         (lambda: Inference(1, 0.1, 0.0), "std must be a finite number > 0, got 0.0"),
         (lambda: Inference(1, 0.1, 1.0)(linear()[0], torch.zeros(3, 1, 2, 2), torch.zeros(2, 2)), "3 images, got 2"),
         (lambda: Inference(1, 0.1, 1.0)(linear()[0], torch.zeros(3, 2, 2, 2), torch.zeros(3, 2)), "x must be images"),
