@@ -188,8 +188,8 @@ MUTATIONS = (
         BASELINES,
     ),
     Mutation(
-        "step-counter-reused-on-one-net", "python", STARTS, "first_step=iteration * chain.steps",
-        "first_step=iteration", BASELINES,
+        "step-counter-reused-on-one-net", "python", "mgebm_fast/learning/contrastive.py",
+        "first_step=iteration * chain.steps", "first_step=iteration", BASELINES,
     ),
     # generative ConvNet, FRAME, spatial-temporal
     Mutation(

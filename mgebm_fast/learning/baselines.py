@@ -124,6 +124,7 @@ class Zeros(Persistent):
 
 _STATES: dict[str, type[InitialState]] = {
     "cd": Observed, "single-grid-cd": Expanded, "short-run": Noise, "pcd": Persistent,
+    "generative-convnet": Zeros, "frame": Zeros, "spatial-temporal": Zeros,
 }  # fmt: skip
 _STARTS = {"cd": "noise", "single-grid-cd": "colours", "short-run": "noise", "pcd": "bank"}
 
@@ -144,18 +145,8 @@ class SingleGridRule(ContrastiveRule):
         return _STATES[self.config.method](self.model, self.config, images)
 
     def synthesise(self, observed: list[Tensor], iteration: int, first_sample: int = 0) -> list[Tensor]:
-        chain = self.model.langevin[0]
         ids = self.initial.ids(iteration, first_sample, len(observed[0]))
-        x = chain(
-            self.nets[0],
-            self.initial.at(observed, iteration, ids),
-            seed=self.config.seed,
-            first_sample=ids,
-            first_step=iteration * chain.steps,
-            stream=noise.stream(self.purpose(noise.Purpose.TRAINING_CHAIN), 1),
-            precision=self.precision,
-            where=f"training: grid 1 (size {self.model.sizes[-1]})",
-        )
+        x = self.chain_of_one(self.initial.at(observed, iteration, ids), iteration, ids)
         self._ended[first_sample] = ids, x
         return [x]
 

@@ -73,6 +73,15 @@ class ContrastiveRule(ModelRule):
         `first_sample` is the place of its first image in the whole batch of the update.
         """
 
+    def chain_of_one(self, start: Tensor, iteration: int, ids: int | Tensor) -> Tensor:
+        """Where the training chains of a model of one net, numbered `ids`, come to from `start` at this update."""
+        chain = self.model.langevin[0]
+        return chain(
+            self.nets[0], start, seed=self.config.seed, first_sample=ids, first_step=iteration * chain.steps,
+            stream=noise.stream(self.purpose(noise.Purpose.TRAINING_CHAIN), 1), precision=self.precision,
+            where=f"training: grid 1 (size {self.model.sizes[-1]})",
+        )  # fmt: skip
+
     def observed(self, batch: Tensor) -> list[Tensor]:  # (N, C, S, S) -> float32 at every size
         """The batch at every size in the model's units; bytes are 0 … 255, floats are in those units already."""
         device = self.model.colours.device

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..nets import ConvSpec
 from ..sampling import GenerativeConvNet
-from .baselines import InitialState, SingleGridRule, Zeros, narrow
+from .baselines import SingleGridRule, narrow
 from .config import TrainConfig
 from .passes import CHAIN_STEP, LEARNING
 
@@ -37,9 +37,6 @@ class ConvNetRule(SingleGridRule):
     @property
     def nets(self) -> Sequence[nn.Module]:
         return [self.model.energy]
-
-    def begin(self, images: int) -> InitialState:
-        return Zeros(self.model, self.config, images)
 
     def update(self, batch: Tensor, iteration: int, *, detail: bool = False) -> dict[str, float]:
         self.model.depth = self.depth(iteration)

@@ -13,7 +13,7 @@ from torch import Tensor
 from .. import noise
 from ..errors import DivergenceError
 from ..sampling import CoopNets
-from ..sampling.latent import Inference, Residual, draw_latents
+from ..sampling.latent import Residual, draw_latents
 from .abp import build_generator, build_inference
 from .baselines import narrow
 from .config import TrainConfig
@@ -45,7 +45,7 @@ class CooperativeRule(ContrastiveRule):
         self.teaching = dataclasses.replace(config.optimiser, lr=options.lr)
         self.taught = list(model.generator.parameters())
         self.generator_optimiser = build_optimiser(self.taught, self.teaching)
-        self.inference = Inference(max(1, options.infer_steps), options.infer_step_size, options.std)
+        self.inference = build_inference(config)
         self._pair: tuple[Tensor, Tensor] | None = None  # z and ỹ of the update in hand
         self._measured = torch.zeros(2)  # the generator's loss, and the norm of its gradient
 
@@ -53,18 +53,14 @@ class CooperativeRule(ContrastiveRule):
         return {**super().named_optimisers(), "generator": self.generator_optimiser}
 
     def synthesise(self, observed: list[Tensor], iteration: int, first_sample: int = 0) -> list[Tensor]:
-        chain, generator = self.model.langevin[0], self.model.generator
+        generator = self.model.generator
         z = draw_latents(
             generator, len(observed[0]), seed=self.config.seed, step=iteration, first_sample=first_sample,
             purpose=self.purpose(noise.Purpose.INITIAL_STATE),
         )  # fmt: skip
         with torch.no_grad():
             start = generator(z)
-        x = chain(
-            self.model.nets[0], start, seed=self.config.seed, first_sample=first_sample,
-            first_step=iteration * chain.steps, stream=noise.stream(self.purpose(noise.Purpose.TRAINING_CHAIN), 1),
-            precision=self.precision, where=f"training: grid 1 (size {self.model.sizes[-1]})",
-        )  # fmt: skip
+        x = self.chain_of_one(start, iteration, first_sample)
         self._pair = z, x
         return [x]
 
