@@ -15,7 +15,7 @@ from ..data.clips import Clips
 from ..errors import ConfigError, DataError
 from ..nets import ConvSpec
 from ..sampling import SpatialTemporal
-from .baselines import InitialState, SingleGridRule, Zeros
+from .baselines import SingleGridRule
 from .config import TrainConfig, merge
 
 _SHOWN = 16  # frames of a clip in a picture
@@ -29,9 +29,6 @@ class SpatialTemporalRule(SingleGridRule):
     """
 
     model: SpatialTemporal
-
-    def begin(self, images: int) -> InitialState:
-        return Zeros(self.model, self.config, images)
 
     def observed(self, batch: Tensor) -> list[Tensor]:  # -> means (N, C), clips, both float32
         x = batch.to(self.model.colours.device, non_blocking=True)
