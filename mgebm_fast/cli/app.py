@@ -27,14 +27,21 @@ from .sample import sample
 from .train import train
 
 BAD_INPUT, DIVERGED = 2, 1
+_UsageError: Any = typer.BadParameter.__mro__[1]  # of click, or of the copy of it that a newer typer has
 
 
 class Commands(TyperGroup):
     """Turns what a user can act on into one line; anything else is a fault of ours and keeps its traceback."""
 
     def invoke(self, ctx: typer.Context) -> Any:  # type: ignore[override]
+        words = [*getattr(ctx, "_protected_args", ()), *ctx.args]
         try:
             return super().invoke(ctx)
+        except _UsageError as error:
+            if not words:  # `mgebm` alone: its help
+                raise
+            typer.echo(f"error: {_of_usage(error, words)}", err=True)
+            raise typer.Exit(BAD_INPUT) from error
         except BrokenPipeError:  # `mgebm presets | head`: the reader has seen enough
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             raise typer.Exit(0) from None
@@ -52,6 +59,27 @@ class Commands(TyperGroup):
                 raise
             _tell(error)
             raise typer.Exit(BAD_INPUT) from error
+
+
+def _of_usage(error: Any, words: Sequence[str]) -> str:
+    """One line, with what was given, of what typer says in three and without it."""
+    message = error.format_message().strip().rstrip(".")
+    wrong = re.fullmatch(r"Invalid value for '(?:-\w, |-\w / )?(--[\w-]+)'.*?: (.*)", message, re.DOTALL)
+    if wrong:
+        name, reason = wrong.groups()
+        given = _given(name, words)
+        expected = reason.removeprefix("Input should be ").partition(", unable to")[0]
+        message = f"{name}: must be {expected}, got {given}" if expected != reason and given else f"{name}: {reason}"
+    context = getattr(error, "ctx", None)
+    return f"{message}; see {context.command_path} -h" if context is not None else message
+
+
+def _given(name: str, words: Sequence[str]) -> str | None:
+    for word, after in zip(words, [*words[1:], None], strict=True):
+        option, equals, value = word.partition("=")
+        if option == name:
+            return value if equals else after
+    return None
 
 
 def _out_of_memory(error: RuntimeError) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 
@@ -92,6 +93,23 @@ def test_every_help_has_an_example(mgebm, command):
 def test_an_unknown_command_is_told(mgebm):
     result = mgebm("trian")
     assert result.exit_code == 2 and "trian" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["sample", "x", "--num", "0"], "--num: .*0"),
+        (["sample", "x", "--num=0"], "--num: .*0"),
+        (["sample", "x", "--num", "many"], "--num: .*many"),
+        (["evaluate", "x", "--seed", "-1"], "--seed: .*-1"),
+        (["sample", "x", "--numm", "3"], "[Nn]o such option.*--numm"),
+        (["sample"], "[Mm]issing argument.*RUN"),
+    ],
+)
+def test_wrong_options_are_told_in_one_line_with_what_was_given(mgebm, arguments, message):
+    result = mgebm(*arguments)
+    (line,) = result.stderr.splitlines()
+    assert result.exit_code == 2 and re.match(f"error: {message}", line) and f"mgebm {arguments[0]} -h" in line
 
 
 def test_python_m_is_the_doctor_and_with_arguments_the_command_line():
