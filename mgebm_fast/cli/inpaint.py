@@ -116,6 +116,9 @@ def inpaint(
     with Console(stderr=True).status(f"filling {len(chosen)} images") as status:
         picked = PickedLength(1.0 if asked is None else asked)
         if training is not None:
+            typer.echo(
+                f"picking the length of the chains on {len(training)} training images (--length 1 does not)", err=True
+            )
             picked = pick_length(
                 model, training, mask if given is None else given, seed=seed, precision=precision, report=status.update
             )

@@ -112,6 +112,7 @@ def test_the_length_is_picked_on_training_images(mgebm, trained):
         expected = inpaint(model, images, mask, seed=3, length=length).figures()
         assert given["error"] == pytest.approx(expected["error"], rel=1e-6)
     assert figures(mgebm(*call)) == figures(mgebm(*call, "--length", "auto")) == found
+    assert "training images (--length 1 does not)" in mgebm(*call).stderr
 
 
 def test_the_table_says_the_length(mgebm, trained, tmp_path):
