@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import platform
 import sys
@@ -67,7 +68,8 @@ def render(report: dict[str, Any]) -> str:
         name, capability = device["name"], device["capability"]
         lines.append(f"  + cuda:{device['index']} {name}, sm_{capability}, {device['memory_gib']} GiB")
     lines.append(_line(cuda["usable"], "usable on this machine", cuda["why_not"], cuda["how"]))
-    lines += ["", "Triton", _line(triton["usable"], f"triton {triton['version']}", triton["why_not"], triton["how"])]
+    name = f"triton {triton['version']}" if triton["version"] else "triton"
+    lines += ["", "Triton", _line(triton["usable"], name, triton["why_not"], triton["how"])]
     lines += ["", "ops: backends that can be named here (auto takes the first)"]
     for name, devices in report["ops"].items():
         lines.append(f"  {name}: " + "; ".join(f"{device}: {', '.join(found)}" for device, found in devices.items()))
@@ -215,7 +217,9 @@ def _triton() -> dict[str, Any]:
     from .ops.backend import why_no_triton
 
     why_not, found = why_no_triton(), _version("triton")
-    how = "" if not why_not else OPTIONAL["triton"][1] if found is None else "a GPU that torch can use, as above"
+    how = "a GPU that torch can use, as above" if why_not else ""
+    if importlib.util.find_spec("triton") is None:  # not `found is None`: other distributions may hold it too
+        why_not, how = "not installed", OPTIONAL["triton"][1]
     return {"version": found, "usable": not why_not, "why_not": why_not, "how": how}
 
 

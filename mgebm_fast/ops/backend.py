@@ -45,7 +45,7 @@ TABLE = {
 def why_no_triton() -> str:
     """Why Triton kernels cannot be used here; an empty string when they can (on CUDA tensors, or interpreted)."""
     if importlib.util.find_spec("triton") is None:
-        return "triton is not installed: `pip install triton`"
+        return 'triton is not installed: pip install "mgebm_fast[triton]"'
     from triton import knobs
 
     if knobs.runtime.interpret:
