@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ..errors import BackendError, CheckpointError, suggest
+from ..errors import BackendError, CheckpointError, DataError, suggest
 
 if TYPE_CHECKING:
     import torch
@@ -91,18 +91,45 @@ def one_voice(ranks: Ranks) -> Iterator[None]:
 def open_run(path: Path) -> tuple[Path, TrainConfig | None]:
     """What holds the model, and the configuration it was trained with; None for a model file that stands alone.
 
-    CheckpointError with the nearest name where there is nothing at `path`.
+    Tells on stderr of newer checkpoints that are damaged. CheckpointError where there is nothing at `path`, with the
+    nearest name, or no model.
     """
     from ..learning import Run
+    from ..sampling import storage
 
     if not path.exists():
         names = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
         raise CheckpointError(f"run: {path} does not exist{suggest(path.name, names)}")
     folder = path if path.is_dir() else path.parent
     if not any((folder / name).is_file() for name in ("config.toml", "state.json")):
-        return path, None
+        if path.is_file():
+            return path, None
+        try:
+            return storage.find(path), None
+        except CheckpointError:
+            raise CheckpointError(
+                f"run: must be the folder of a run, a checkpoint's or a model file, got {path}, which holds no model"
+            ) from None
     run = Run(folder)
-    return (path if path.is_file() else run.model_file()), run.config
+    if path.is_file():
+        return path, run.config
+    file, passed_over = run.find_model()
+    if passed_over:
+        typer.echo(passed_over, err=True)
+    return file, run.config
+
+
+@contextlib.contextmanager
+def named_options(*names: str) -> Iterator[None]:
+    """Inside, an error that begins with the name of a function or key, as of `data.load`, begins with its option."""
+    try:
+        yield
+    except ValueError as error:
+        words = re.sub(r"^(load|data):", "--data:", str(error)) if isinstance(error, DataError) else str(error)
+        words = re.sub(rf"^\w+: ({'|'.join(names)}) must", r"--\1: must", words) if names else words
+        if words == str(error):
+            raise
+        raise type(error)(words) from error
 
 
 def load_images(
@@ -119,7 +146,7 @@ def load_images(
     """Images of a source, with those that could not be read listed on stderr."""
     from ..data import load
 
-    with warnings.catch_warnings():
+    with named_options(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=r".*: skipped \d+ of \d+ images")  # told in full below
         data = load(
             source, size=size, channels=channels, classes=list(classes) or None, split=split, strict=strict, most=most,
@@ -133,7 +160,7 @@ def load_run_data(config: TrainConfig, *, split: str, strict: bool = False) -> I
     """What a configuration learns from, with images that could not be read listed on stderr."""
     from ..learning import load_data
 
-    with warnings.catch_warnings():
+    with named_options(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=r".*: skipped \d+ of \d+ images")
         data = load_data(config, split=split, strict=strict)
     report_skipped(data.name, data.skipped, len(data))

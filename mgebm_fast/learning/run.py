@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -48,16 +49,31 @@ class Run:
         return (self.path / MODEL).is_file() and self._checkpoint is None
 
     def model_file(self) -> Path:
-        """The final model, else that of the newest undamaged checkpoint; CheckpointError when there is none yet."""
+        """The final model, else that of the newest undamaged checkpoint; CheckpointError when there is none yet.
+
+        Warns where newer checkpoints are damaged.
+        """
+        file, passed_over = self.find_model()
+        if passed_over:
+            warnings.warn(passed_over, stacklevel=2)
+        return file
+
+    def find_model(self) -> tuple[Path, str]:
+        """What `model_file` returns, and a line that names damaged newer checkpoints; "" where there are none."""
         if self.finished:
-            return self.path / MODEL
+            return self.path / MODEL, ""
         if self._checkpoint:
-            return self._checkpoint / MODEL
+            return self._checkpoint / MODEL, ""
         found, faults = checkpoint.newest_whole(self.path / CHECKPOINTS)
         if found is None:
             why = "; ".join(str(error) for _, error in faults) or "it has no checkpoint yet"
             raise CheckpointError(f"run: {self.path} has no model to use: {why}")
-        return found[0] / MODEL
+        damaged = ", ".join(
+            f"{folder.name} is damaged ({str(error).removeprefix(str(folder)).lstrip('/: ')})"
+            for folder, error in faults
+        )
+        words = f"{self.path}: {damaged}; the model is that of {found[0].name}" if damaged else ""
+        return found[0] / MODEL, words
 
     def model(self, device: torch.device | str = "cpu") -> Model:
         """The model to sample from, with averaged weights where the run keeps them."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -82,14 +83,20 @@ def averaged(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def find(path: str | os.PathLike) -> Path:
-    """The model file that `path` means: itself, a folder's model.safetensors, or that of a run's newest checkpoint."""
+    """The model file that `path` means: itself, a folder's model.safetensors, or that of a run's newest checkpoint.
+
+    Warns where a newer checkpoint has lost its model.
+    """
     path = Path(path)
     if not path.is_dir():
         return path
     if (path / MODEL_FILE).is_file():
         return path / MODEL_FILE
     checkpoints = path if path.name == "checkpoints" else path / "checkpoints"
-    found = [p for p in checkpoints.glob("step_*") if p.name[5:].isdigit() and (p / MODEL_FILE).is_file()]
+    every = sorted((p for p in checkpoints.glob("step_*") if p.name[5:].isdigit()), key=lambda p: int(p.name[5:]))
+    found = [p for p in every if (p / MODEL_FILE).is_file()]
     if not found:
         raise CheckpointError(f"{path}: no model here: neither {MODEL_FILE} nor checkpoints/step_*/{MODEL_FILE}")
-    return max(found, key=lambda p: int(p.name[5:])) / MODEL_FILE
+    if found[-1] != every[-1]:
+        warnings.warn(f"{path}: {every[-1].name} holds no model; the model is that of {found[-1].name}", stacklevel=3)
+    return found[-1] / MODEL_FILE

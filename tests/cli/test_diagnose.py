@@ -100,7 +100,7 @@ def test_what_is_no_run_is_one_line(mgebm, tmp_path):
     (tmp_path / "text.safetensors").write_text("no model")
     assert "no safetensors file" in one_line(mgebm("diagnose", tmp_path / "text.safetensors", "--json"))
     (tmp_path / "empty").mkdir()
-    assert "no model here" in one_line(mgebm("diagnose", tmp_path / "empty", "--json"))
+    assert "which holds no model" in one_line(mgebm("diagnose", tmp_path / "empty", "--json"))
     (tmp_path / "file").write_text("")
     assert "must be a folder" in one_line(mgebm("diagnose", tmp_path / "empty", "--out", tmp_path / "file"))
 
