@@ -8,7 +8,18 @@ from typing import Annotated
 
 import typer
 
-from .options import Device, Threads, check_images, find_device, load_images, open_run, source_of, use_threads
+from .options import (
+    Device,
+    Threads,
+    check_images,
+    find_device,
+    load_images,
+    named_options,
+    open_run,
+    source_of,
+    use_threads,
+)
+from .outputs import check_place
 
 
 def classify(
@@ -90,7 +101,7 @@ def classify(
             )
     source, size, channels, classes = first
     train, held_out = (load_images(source, size, channels, classes, split=split) for split in ("train", "held_out"))
-    with Console(stderr=True).status("reading features") as status:
+    with named_options("labels", "data", "draws", "seed"), Console(stderr=True).status("reading features") as status:
         result = few_labels(
             models, train, held_out, labels=wanted, draws=draws, seed=seed, fine_tune=fine_tune,
             progress=lambda name, done, total: status.update(f"{done + 1} of {total}: {name}"),
@@ -126,6 +137,7 @@ def _check_picture(path: Path | None) -> None:
         raise ValueError(f"--picture: must be a file, got the folder {path}")
     if importlib.util.find_spec("matplotlib") is None:
         raise ModuleNotFoundError('--picture: needs matplotlib: pip install "mgebm_fast[plot]"')
+    check_place(path, "--picture")
 
 
 def _words(source: tuple) -> str:

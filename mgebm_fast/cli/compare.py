@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from .options import INTERRUPTED, Device, Threads, configured, find_device, load_run_data, use_threads
+from .outputs import check_place
 
 if TYPE_CHECKING:
     import torch
@@ -71,8 +73,7 @@ def compare(
     import json as json_module
 
     numbers = _seeds(seeds)
-    if out.exists() and not out.is_dir():
-        raise ValueError(f"--out: must be a folder, got the file {out}")
+    _check_out(out)
     drawn = importlib.util.find_spec("matplotlib") is not None
     if picture and not drawn:
         raise ModuleNotFoundError('--picture: must have matplotlib: pip install "mgebm_fast[plot]"')
@@ -135,6 +136,23 @@ def _seeds(text: str) -> list[int]:
     if not found or min(found) < 0 or max(found) >= 2**64 or len(set(found)) < len(found):
         raise ValueError(f"--seeds: must be different whole numbers >= 0 and < 2**64 with commas between, got {text!r}")
     return found
+
+
+def _check_out(out: Path) -> None:
+    """ValueError before anything is trained, where `out` holds something other than a comparison."""
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"--out: must be a folder, got the file {out}")
+    wanted = f"--out: must be new, empty or a comparison's folder, got {out}, which holds"
+    if any((out / name).exists() for name in ("config.toml", "state.json", "checkpoints", "model.safetensors")):
+        raise ValueError(f"{wanted} a run")
+    ours = (out / "figures.csv").is_file() or any(
+        re.fullmatch(r"seed-\d+", path.name) and path.is_dir() for path in out.glob("*/seed-*")
+    )
+    # a comparison that was stopped at its beginning may have left folders, but no file
+    other = None if ours else next((path for path in out.rglob("*") if not path.is_dir()), None)
+    if other is not None:
+        raise ValueError(f"{wanted} {other.relative_to(out)}")
+    check_place(out, folder=True)
 
 
 def _configured(name: str, data: str | None, settings: Sequence[str] | None) -> TrainConfig:

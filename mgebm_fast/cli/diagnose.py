@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from .options import Device, RunPath, Threads, find_device, open_run, use_threads
+from .outputs import check_out
+
+_OURS = r"report\.json|grid_\d+_size_[\dx]+(_states)?\.png"
 
 
 def diagnose(
@@ -21,6 +25,9 @@ def diagnose(
         Path | None,
         typer.Option(metavar="DIR", help="For plots and report.json. Default: diagnostics, and nothing with --json."),
     ] = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace the diagnosis in a folder that holds other files as well.")
+    ] = False,
     json: Annotated[bool, typer.Option("--json", help="Print exactly one JSON object on stdout.")] = False,
     device: Device = "auto",
     threads: Threads = None,
@@ -39,6 +46,8 @@ def diagnose(
       grid_3_size_8_states.png  eight chains, top to bottom as they go; not of videos and sounds
       report.json               what --json prints
 
+    An earlier diagnosis in the folder is replaced; one that holds anything else is refused without --overwrite.
+
     ESS and R-hat need arviz, plots need matplotlib: pip install "mgebm_fast[diagnostics]". Without them the rest is
     told. What the figures mean, and what short chains do to them, is in docs/diagnostics.md.
     """
@@ -46,8 +55,8 @@ def diagnose(
 
     if out is None and not json:
         out = Path("diagnostics")
-    if out is not None and out.exists() and not out.is_dir():
-        raise ValueError(f"--out: must be a folder, got the file {out}")
+    if out is not None:
+        check_out(out, overwrite, grids=False, files=(), what="diagnosis", ours=_OURS)
     use_threads(threads)
     from rich.console import Console
 
@@ -68,6 +77,9 @@ def diagnose(
     if out is not None:
         written = diagnosis.write(out, model.to_uint8)
         write_bytes(out / "report.json", (text + "\n").encode(), durable=False)
+        for old in out.iterdir():  # of a model with more grids
+            if re.fullmatch(_OURS, old.name) and old.is_file() and old not in (*written, out / "report.json"):
+                old.unlink()
         plots = len([path for path in written if not path.stem.endswith("_states")])
         missing = "" if plots else ', no plots: matplotlib is not installed (pip install "mgebm_fast[diagnostics]")'
         typer.echo(f"{out}: {len(written)} pictures and report.json{missing}", err=True)

@@ -11,7 +11,7 @@ import typer
 
 from . import recordings
 from .options import Device, RunPath, Threads, find_rank_device, one_voice, open_run, use_threads
-from .outputs import IMAGE_FILES, check_out
+from .outputs import IMAGE_FILES, check_out, check_place
 
 if TYPE_CHECKING:
     import numpy as np
@@ -98,11 +98,14 @@ def sample(
             recorded = model if isinstance(model, SpatialTemporal) else None
             num = num or (1 if recorded else 64)
             files = recordings.check(recorded, out, num, grids) if recorded else IMAGE_FILES
-            kind = check_out(out, overwrite, grids, files)
+            kind = check_out(out, overwrite, grids, files, attempt=False)
             _check_group(model, first_sample)
             if generator or interpolate is not None:
                 option = "--generator" if interpolate is None else "--interpolate"
                 _check_generator(model, run, option, grids)
+        with ranks.together():  # once all have looked, since it makes folders for a moment
+            if ranks.first:
+                check_place(out, folder=out.is_dir())
         if recorded:
             with ranks.together():
                 if ranks.first:

@@ -11,6 +11,7 @@ import typer
 
 from ..errors import ConfigError
 from .options import INTERRUPTED, Device, Threads, configured, find_rank_device, load_run_data, one_voice, use_threads
+from .outputs import check_place
 
 if TYPE_CHECKING:
     import torch
@@ -111,6 +112,7 @@ def _fit(
     with ranks.together():
         if not resume and ranks.first:
             check_new(folder)
+            check_place(folder, folder=True)
     with ranks.together():
         data = load_run_data(config, split="train", strict=strict)
         if config.method != "spatial-temporal":  # a recording is one whole

@@ -72,7 +72,8 @@ def read_wav(path: str | os.PathLike[str]) -> tuple[np.ndarray, float]:
 
     path = Path(path)
     if not path.is_file():
-        raise DataError(f"load: {str(path)!r} is not a file or the built-in sound ({BUILT_IN})")
+        got = "a folder" if path.is_dir() else "which does not exist"
+        raise DataError(f"load: a sound must be a .wav file, an .npy array or {BUILT_IN}, got {str(path)!r}, {got}")
     if path.suffix.lower() not in ENDINGS:
         raise DataError(f"load: a sound must be a .wav file or an .npy array, got {path.name}")
     try:

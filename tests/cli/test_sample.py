@@ -176,4 +176,4 @@ def test_memory_that_is_not_there_is_told_in_gigabytes(mgebm, trained, tmp_path)
 
 def test_a_place_that_takes_no_file_is_named(mgebm, trained):
     line = one_line(mgebm("sample", trained, "--num", 2, "--out", "/proc/x.png"))
-    assert "cannot read or write /proc/x.png: " in line and "Errno" not in line
+    assert "--out: must be where a file can be written, got /proc/x.png, " in line and "Errno" not in line
