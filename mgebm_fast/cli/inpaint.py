@@ -165,7 +165,7 @@ def _training_images(run: Path, model: Model, config: TrainConfig | None, seed: 
             config.data, model.sizes[-1], model.channels, config.classes, split="train", most=LENGTH_IMAGES, seed=seed
         )
     except (DataError, OSError, ImportError) as error:
-        return None, f"its training images cannot be read: {error}"
+        return None, f"its training images cannot be read: {str(error).removeprefix('--data: ')}"
     return found.batch(slice(None)), ""
 
 

@@ -62,7 +62,7 @@ def test_labels_are_whole_numbers(mgebm, trained, labels):
 
 def test_more_labels_than_images_of_a_class(mgebm, trained):
     line = one_line(mgebm("classify", trained, "--labels", "10,200"))
-    assert "labels must be at most 139" in line and "got 200 in digits" in line
+    assert "--labels: must be at most 139" in line and "got 200 in digits" in line
 
 
 def test_a_run_without_an_energy(mgebm, tmp_path):
