@@ -74,8 +74,10 @@ def test_a_run_folder_gives_its_final_model_else_its_newest_checkpoint(tmp_path)
     (run / "checkpoints" / "step_002000.tmp").mkdir()
     (run / "checkpoints" / "step_003000").mkdir()  # no model in it
     expected = weights_of(model(seed=2))
-    for path in (run, run / "checkpoints", run / "checkpoints" / "step_001000", str(run)):
-        assert same_weights(weights_of(MultiGrid.load(path)), expected)
+    assert same_weights(weights_of(MultiGrid.load(run / "checkpoints" / "step_001000")), expected)
+    for path in (run, run / "checkpoints", str(run)):
+        with pytest.warns(UserWarning, match="step_003000 holds no model; the model is that of step_001000"):
+            assert same_weights(weights_of(MultiGrid.load(path)), expected)
     model(seed=4).save(run / "model.safetensors")
     assert same_weights(weights_of(MultiGrid.load(run)), weights_of(model(seed=4)))
 
