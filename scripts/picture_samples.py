@@ -1,7 +1,7 @@
 """A picture of training images beside samples of a run of images, as docs/results shows them.
 
 python scripts/picture_samples.py runs/texture docs/images/texture.png
-python scripts/picture_samples.py runs/object docs/images/object.png --num 24
+python scripts/picture_samples.py runs/object docs/images/object.png --num 25
 python scripts/picture_samples.py runs/frame docs/images/frame.png --num 6 --large 128
 """
 
