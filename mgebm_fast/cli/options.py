@@ -193,8 +193,8 @@ def configured(config: TrainConfig, data: str | None, settings: Sequence[str]) -
     if data is not None:
         config = dataclasses.replace(config, data=lasting(data))
     config = apply_overrides(config, settings)
-    if config.method == "frame" and Path(config.options.filters).expanduser().exists():
-        config = merge(config, {"frame": {"filters": str(Path(config.options.filters).expanduser().resolve())}})
+    if config.method == "frame" and config.options.filters != "gabor":
+        config = merge(config, {"frame": {"filters": _absolute(config.options.filters)}})
     return config
 
 
@@ -210,7 +210,14 @@ def lasting(data: str) -> str:
     """A path as an absolute one, so that the run finds its data again from any folder; names as they are."""
     from ..data.builtin import is_builtin
 
-    path = Path(data).expanduser()
-    if is_builtin(data) and path.exists():
+    if not is_builtin(data):
+        return _absolute(data)
+    if Path(data).expanduser().exists():
         typer.echo(f"--data: {data} is the built-in set; ./{data} means what lies in this folder", err=True)
-    return data if is_builtin(data) or not path.exists() else str(path.resolve())
+    return data
+
+
+def _absolute(path: str) -> str:
+    """Of what is there; other words as they are."""
+    found = Path(path).expanduser()
+    return str(found.resolve()) if found.exists() else path

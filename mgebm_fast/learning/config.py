@@ -203,10 +203,11 @@ def _settled(values: dict[str, Any], given: set[str], before: tuple[int, ...]) -
             section, _, leaf = name.partition(".")
             value = values[section].get(leaf)
             if isinstance(value, list):
-                fitted = [value[_nearest_size(size, before[1:])] for size in sizes[1:]]
                 if name in _BY_RANK:  # the finest keeps the finest's, a coarse one takes the nearest coarse one's
-                    coarse = [value[_nearest_size(size, before[1:-1])] for size in sizes[1:-1]] if value[1:] else fitted
-                    fitted = [*coarse[: len(sizes) - 2], value[-1]]
+                    coarse = before[1:-1] or before[1:]
+                    fitted = [*(value[_nearest_size(size, coarse)] for size in sizes[1:-1]), value[-1]]
+                else:
+                    fitted = [value[_nearest_size(size, before[1:])] for size in sizes[1:]]
                 values[section][leaf] = fitted
     return {
         name: {k: v for k, v in value.items() if v is not None} if isinstance(value, dict) else value

@@ -80,6 +80,9 @@ def test_filters_are_found_from_any_folder(tmp_path, monkeypatch):
     (tmp_path / "wall").rename(tmp_path / "moved")
     moved = ["--set", f"frame.filters={tmp_path / 'moved'}"]
     mgebm("train", "--out", tmp_path / "run", "--resume", "--set", "steps=4", *moved)
+    (tmp_path / "elsewhere" / "gabor").mkdir()  # the bank's name is no path
+    mgebm("train", "frame", *SMALL, "--out", tmp_path / "bank")
+    assert Run(tmp_path / "bank").config.options.filters == "gabor"
 
 
 @pytest.mark.parametrize("name", BASELINES)
