@@ -9,15 +9,16 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from . import data, evaluation, gradient, learning, nets, noise, ops, pictures, sampling
+    from . import data, evaluation, gradient, learning, models, nets, noise, ops, pictures, sampling
     from .errors import BackendError, CheckpointError, ConfigError, DataError, DivergenceError
     from .learning import MultiGridTrainer
+    from .models import MultiGrid
     from .nets import EnergyNet
-    from .sampling import HMC, MALA, Langevin, MultiGrid, langevin_sample
+    from .sampling import HMC, MALA, Langevin, langevin_sample
 
 __version__ = "0.1.0"
 
-_MODULES = ("data", "evaluation", "gradient", "learning", "nets", "noise", "ops", "pictures", "sampling")
+_MODULES = ("data", "evaluation", "gradient", "learning", "models", "nets", "noise", "ops", "pictures", "sampling")
 _NAMES = {
     "BackendError": "errors",
     "CheckpointError": "errors",
@@ -28,7 +29,7 @@ _NAMES = {
     "HMC": "sampling",
     "Langevin": "sampling",
     "MALA": "sampling",
-    "MultiGrid": "sampling",
+    "MultiGrid": "models",
     "MultiGridTrainer": "learning",
     "langevin_sample": "sampling",
 }
@@ -50,6 +51,7 @@ __all__ = [
     "gradient",
     "langevin_sample",
     "learning",
+    "models",
     "nets",
     "noise",
     "ops",

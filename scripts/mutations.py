@@ -71,9 +71,9 @@ CHAIN = "mgebm_fast/sampling/chain.py"
 COUNTERS = "mgebm_fast/ops/counters.py"
 METROPOLIS = "mgebm_fast/sampling/metropolis.py"
 CORRECTED = "mgebm_fast/sampling/corrected.py"
-POSTERIOR = "mgebm_fast/sampling/latent.py"
-STARTS = "mgebm_fast/learning/baselines.py"
-BANKS = "mgebm_fast/learning/banks.py"
+POSTERIOR = "mgebm_fast/models/latent.py"
+STARTS = "mgebm_fast/learning/methods/baselines.py"
+BANKS = "mgebm_fast/learning/methods/banks.py"
 LAYERS = "mgebm_fast/nets/layers.py"
 CONVOLVE = "self._convolve(x, self.effective_weight(), self.bias, self.stride, self.padding)"
 SHIFTED = (
@@ -98,7 +98,7 @@ MUTATIONS = (
         "noise.stream(purpose, 1)", CASCADE,
     ),
     Mutation(
-        "step-counter-reused-in-training", "python", "mgebm_fast/learning/multigrid.py",
+        "step-counter-reused-in-training", "python", "mgebm_fast/learning/methods/multigrid.py",
         "first_step=[iteration * chain.steps", "first_step=[0 * chain.steps", UPDATE,
     ),
     Mutation("padding-shifted", "python", LAYERS, CONVOLVE, SHIFTED, NETS),
@@ -163,7 +163,7 @@ MUTATIONS = (
     Mutation("hidden-pixels-infer", "python", POSTERIOR, "rest = rest * self.seen", "rest = rest * 1.0", LATENT),
     # where chains of training start
     Mutation(
-        "learning-sign", "python", "mgebm_fast/learning/contrastive.py", "loss = on_real.mean() - on_chain.mean()",
+        "learning-sign", "python", "mgebm_fast/learning/methods/contrastive.py", "loss = on_real.mean() - on_chain.mean()",
         "loss = on_chain.mean() - on_real.mean()", BASELINES,
     ),
     Mutation("bank-not-stored", "python", STARTS, "self.model.bank[ids] = x", "return", BASELINES),
@@ -188,7 +188,7 @@ MUTATIONS = (
         BASELINES,
     ),
     Mutation(
-        "step-counter-reused-on-one-net", "python", "mgebm_fast/learning/contrastive.py",
+        "step-counter-reused-on-one-net", "python", "mgebm_fast/learning/methods/contrastive.py",
         "first_step=iteration * chain.steps", "first_step=iteration", BASELINES,
     ),
     # generative ConvNet, FRAME, spatial-temporal
@@ -197,22 +197,22 @@ MUTATIONS = (
         CONVNET,
     ),
     Mutation(
-        "layers-join-late", "python", "mgebm_fast/learning/convnet.py", "min(layers, 1 + int(",
+        "layers-join-late", "python", "mgebm_fast/learning/methods/convnet.py", "min(layers, 1 + int(",
         "min(layers, int(1 + 0.7 * ", CONVNET,
     ),
     Mutation(
-        "lambda-sign", "python", "mgebm_fast/learning/frame.py", "tied = whole.view(", "tied = -whole.view(", FRAME
+        "lambda-sign", "python", "mgebm_fast/learning/methods/frame.py", "tied = whole.view(", "tied = -whole.view(", FRAME
     ),
     Mutation(
-        "filter-threshold-sign", "python", "mgebm_fast/learning/frame.py", "copy_(-torch.tensor(options.thresholds)",
+        "filter-threshold-sign", "python", "mgebm_fast/learning/methods/frame.py", "copy_(-torch.tensor(options.thresholds)",
         "copy_(torch.tensor(options.thresholds)", FRAME,
     ),
     Mutation(
-        "hamiltonian-steps-repeat", "python", "mgebm_fast/learning/frame.py", "first_step=iteration * exact.steps",
+        "hamiltonian-steps-repeat", "python", "mgebm_fast/learning/methods/frame.py", "first_step=iteration * exact.steps",
         "first_step=0", FRAME,
     ),
     Mutation(
-        "hamiltonian-noise-of-samples", "python", "mgebm_fast/learning/frame.py", "_TRAINING_GRID = 2",
+        "hamiltonian-noise-of-samples", "python", "mgebm_fast/learning/methods/frame.py", "_TRAINING_GRID = 2",
         "_TRAINING_GRID = 1", FRAME,
     ),
     Mutation(
@@ -220,27 +220,27 @@ MUTATIONS = (
     ),
     # with a generator
     Mutation(
-        "taught-what-it-made", "python", "mgebm_fast/learning/cooperative.py", "self._pair = z, x",
+        "taught-what-it-made", "python", "mgebm_fast/learning/methods/cooperative.py", "self._pair = z, x",
         "self._pair = z, start", COOPERATIVE,
     ),
     Mutation(
-        "draws-repeat", "python", "mgebm_fast/learning/cooperative.py", "step=iteration, first_sample",
+        "draws-repeat", "python", "mgebm_fast/learning/methods/cooperative.py", "step=iteration, first_sample",
         "step=0, first_sample", COOPERATIVE,
     ),
     Mutation(
-        "teaching-noise-repeats", "python", "mgebm_fast/learning/cooperative.py",
+        "teaching-noise-repeats", "python", "mgebm_fast/learning/methods/cooperative.py",
         "first_step=iteration * options.infer_steps", "first_step=0", COOPERATIVE,
     ),
     Mutation(
-        "latents-not-kept", "python", "mgebm_fast/learning/abp.py", "self.model.latents[ids] = z", "pass", ABP
+        "latents-not-kept", "python", "mgebm_fast/learning/methods/abp.py", "self.model.latents[ids] = z", "pass", ABP
     ),
     Mutation(
-        "latents-of-before", "python", "mgebm_fast/learning/abp.py", "loss = residual(z).mean()",
+        "latents-of-before", "python", "mgebm_fast/learning/methods/abp.py", "loss = residual(z).mean()",
         "loss = residual(self.model.latents[ids]).mean()", ABP,
     ),
-    Mutation("expansion-transposed", "python", "mgebm_fast/learning/abp.py", "dokl,de->eokl", "dokl,ed->eokl", ABP),
+    Mutation("expansion-transposed", "python", "mgebm_fast/learning/methods/abp.py", "dokl,de->eokl", "dokl,ed->eokl", ABP),
     Mutation(
-        "inference-noise-repeats", "python", "mgebm_fast/learning/abp.py", "first_step=iteration * inference.steps",
+        "inference-noise-repeats", "python", "mgebm_fast/learning/methods/abp.py", "first_step=iteration * inference.steps",
         "first_step=0", ABP,
     ),
     # in-painting
@@ -272,12 +272,12 @@ MUTATIONS = (
         "noise-shared-triton", "triton", "mgebm_fast/kernels/langevin_step.py", "counter_words(first_sample, step, n,",
         "counter_words(first_sample, step, n * 0,", INTERPRETED,
     ),
-    Mutation("noise-anneals-to-the-end", "python", "mgebm_fast/learning/config.py",
+    Mutation("noise-anneals-to-the-end", "python", "mgebm_fast/learning/config/train_config.py",
              "until = pick(self.stabilise.noise_anneal_share, index) * (self.steps - 1)",
              "until = 1.0 * (self.steps - 1)", UPDATE),
-    Mutation("rollback-keeps-the-rate", "python", "mgebm_fast/learning/rollback.py",
+    Mutation("rollback-keeps-the-rate", "python", "mgebm_fast/learning/run/rollback.py",
              "return math.prod(entry.factor for entry in self.made)", "return 1.0", ROLLBACK),
-    Mutation("rollback-to-the-same-state-again", "python", "mgebm_fast/learning/rollback.py",
+    Mutation("rollback-to-the-same-state-again", "python", "mgebm_fast/learning/run/rollback.py",
              "return len(steps) - 2 if again and len(steps) > 1 else len(steps) - 1",
              "return len(steps) - 1", ROLLBACK),
     Mutation("length-picked-by-the-worst", "python", "mgebm_fast/evaluation/inpainting.py",
@@ -286,7 +286,7 @@ MUTATIONS = (
     Mutation("length-picked-without-doubt", "python", "mgebm_fast/evaluation/inpainting.py",
              "doubt = 2 * float(gain.std()) / math.sqrt(len(gain)) if len(gain) > 1 else math.inf",
              "doubt = 0.0", INPAINTING),
-    Mutation("best-by-one-spread", "python", "mgebm_fast/evaluation/comparison_table.py",
+    Mutation("best-by-one-spread", "python", "mgebm_fast/evaluation/comparison/table.py",
              "math.hypot(spread, own[1])", "own[1]", COMPARISON),
 )  # fmt: skip
 

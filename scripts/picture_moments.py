@@ -16,7 +16,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from mgebm_fast.learning import Run
-from mgebm_fast.sampling import Frame
+from mgebm_fast.models import Frame
 
 
 def main() -> None:

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
 
+from ..models import MultiGrid
 from ..nets import EnergyNet, multigrid_net
-from ..sampling import MultiGrid
 from .cases import Case
 from .contenders import SEED, Contender, explain, precision_of
 from .gate import check, gradient64, gradient_of, relative_error

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.functional import adaptive_avg_pool2d, interpolate
 
 from ..learning import TrainConfig, build_model
-from ..learning.keys import pick
+from ..learning.config.keys import pick
 from ..nets import EnergyNet
 from ..ops.update import Update
 from ..sampling import Langevin

@@ -18,11 +18,11 @@ from .bench import bench
 from .classify import classify
 from .compare import compare
 from .diagnose import diagnose
+from .doctor import doctor
 from .evaluate import evaluate
 from .inpaint import inpaint
 from .options import INTERRUPTED
 from .presets import presets
-from .report import doctor
 from .sample import sample
 from .train import train
 

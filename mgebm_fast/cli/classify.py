@@ -70,11 +70,11 @@ def classify(
     use_threads(threads)
     from rich.console import Console
 
-    from ..evaluation.few_labels import few_labels
-    from ..evaluation.few_labels_report import format_few_labels, plot_few_labels
-    from ..evaluation.net_features import energy_nets
+    from ..evaluation.few_labels.few_labels import few_labels
+    from ..evaluation.few_labels.net_features import energy_nets
+    from ..evaluation.few_labels.report import format_few_labels, plot_few_labels
     from ..files import write_bytes
-    from ..sampling import Model
+    from ..models import Model
 
     models, sources = {}, {}
     for run in runs:

@@ -17,7 +17,7 @@ from .outputs import check_place
 if TYPE_CHECKING:
     import torch
 
-    from ..evaluation.comparison_runs import Entry
+    from ..evaluation.comparison.runs import Entry
     from ..learning import TrainConfig
 
 _LOG_WIDTH = 140
@@ -82,11 +82,12 @@ def compare(
     from rich.console import Console
 
     from ..data import ImageData
-    from ..evaluation import comparison, comparison_runs
-    from ..evaluation import comparison_table as table
+    from ..evaluation.comparison import compare as comparison
+    from ..evaluation.comparison import runs as comparison_runs
+    from ..evaluation.comparison import table
     from ..learning import build_model
-    from ..learning.heap import keep_freed_memory
-    from ..learning.threads import threads_for
+    from ..learning.run.heap import keep_freed_memory
+    from ..learning.run.threads import threads_for
 
     keep_freed_memory()
 
@@ -166,7 +167,7 @@ def _configured(name: str, data: str | None, settings: Sequence[str] | None) -> 
 
 
 def _write(out: Path, rows: list[dict[str, Any]], records: list[dict[str, Any]]) -> None:
-    from ..evaluation import comparison_table as table
+    from ..evaluation.comparison import table
     from ..files import write_bytes
 
     texts = {
@@ -183,7 +184,8 @@ def _draw(
     out: Path, runs: list[Entry], records: list[dict[str, Any]], data: Any, device: torch.device, plot: bool
 ) -> None:
     """samples.png of the first run of each preset that has figures, and kid.png."""
-    from ..evaluation import comparison, comparison_pictures
+    from ..evaluation.comparison import compare as comparison
+    from ..evaluation.comparison import pictures as comparison_pictures
     from ..files import write_bytes
     from ..pictures import save_png
 

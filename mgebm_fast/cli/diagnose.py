@@ -63,7 +63,7 @@ def diagnose(
     from ..evaluation.diagnosis import diagnose as measure
     from ..evaluation.diagnosis import format_diagnosis
     from ..files import write_bytes
-    from ..sampling import Model, MultiGrid, SpatialTemporal
+    from ..models import Model, MultiGrid, SpatialTemporal
 
     source, _ = open_run(run)
     model = Model.load(source, device=find_device(device))

@@ -37,7 +37,7 @@ def evaluate(
     use_threads(threads)
     from ..evaluation import evaluate as measure
     from ..evaluation import format_report
-    from ..sampling import Model
+    from ..models import Model
 
     file, config = open_run(run)
     model = Model.load(file, device=find_device(device))

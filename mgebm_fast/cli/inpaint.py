@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from ..learning import TrainConfig
-    from ..sampling import Model
+    from ..models import Model
 
 SHOWN = 16  # images of a picture
 
@@ -83,8 +83,8 @@ def inpaint(
 
     from ..evaluation.inpainting import PickedLength, pick_length
     from ..evaluation.inpainting import inpaint as fill
-    from ..sampling import Model
-    from ..sampling.occlusions import KINDS, occlusion, read_mask
+    from ..models import Model
+    from ..models.occlusions import KINDS, occlusion, read_mask
 
     file, config = open_run(run)
     model = Model.load(file, device=find_device(device))

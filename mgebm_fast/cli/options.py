@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 
     from ..data import Clips, ImageData
     from ..learning import TrainConfig
-    from ..learning.distributed import Ranks
-    from ..sampling import Model
+    from ..learning.run.distributed import Ranks
+    from ..models import Model
 
 INTERRUPTED = 130  # the exit code of a command that Ctrl-C ended
 
@@ -59,7 +59,7 @@ def find_device(name: str) -> torch.device:
 
 def find_rank_device(name: str) -> torch.device:
     """`find_device`, and for a rank that torchrun started the GPU of its place on the host."""
-    from ..learning import distributed
+    from ..learning.run import distributed
 
     if not distributed.launched():
         return find_device(name)
@@ -95,7 +95,7 @@ def open_run(path: Path) -> tuple[Path, TrainConfig | None]:
     nearest name, or no model.
     """
     from ..learning import Run
-    from ..sampling import storage
+    from ..models import storage
 
     if not path.exists():
         names = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
@@ -169,7 +169,7 @@ def load_run_data(config: TrainConfig, *, split: str, strict: bool = False) -> I
 
 def check_images(model: Model, run: Path, command: str) -> None:
     """ValueError where a command that works on images is asked of a model of videos or of sounds."""
-    from ..sampling import SpatialTemporal
+    from ..models import SpatialTemporal
 
     if isinstance(model, SpatialTemporal):
         kind = "videos" if model.is_video else "sounds"

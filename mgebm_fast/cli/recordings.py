@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     import numpy as np
     from torch import Tensor
 
-    from ..sampling import SpatialTemporal
+    from ..models import SpatialTemporal
 
 VIDEO_FILES, SOUND_FILES = (".gif", ".mp4", ".png", ".npy"), (".wav", ".png", ".npy")
 _SCALE_TO = 96  # pixels of a frame's shorter side in a GIF or MP4
@@ -39,7 +39,7 @@ def write(model: SpatialTemporal, x: Tensor, out: Path, kind: str, first_sample:
         frames = model.to_uint8(x).permute(0, 2, 3, 4, 1).cpu().numpy()
         _VIDEO[kind](model, frames, out)
     else:
-        from ..learning.spatial_temporal import as_sound
+        from ..learning.methods.spatial_temporal import as_sound
 
         _SOUND[kind](model, [as_sound(model, clip) for clip in x], out)
 
@@ -120,7 +120,7 @@ def _save_array(out: Path, array: np.ndarray) -> None:
 def _write_folder(model: SpatialTemporal, x: Tensor, out: Path, first_sample: int) -> None:
     """A folder of frames for one video, a folder of such folders for more; a wav file for each sound."""
     from ..data.sound import write_wav
-    from ..learning.spatial_temporal import as_sound
+    from ..learning.methods.spatial_temporal import as_sound
     from ..pictures import save_png
 
     temporary = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}."))

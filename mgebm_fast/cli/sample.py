@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     import numpy as np
     from torch import Tensor
 
-    from ..sampling import Model
+    from ..models import Model
 
 MIN_CELL = 40  # pixels of the longer side of an image in a picture: 8 × 8 digits are enlarged, 64 × 64 photos are not
 _OURS = re.compile(r"sample_\d+\.png")
@@ -85,8 +85,8 @@ def sample(
     with norm = "batch" also on its group, so there --first-sample must be a multiple of the batch size.
     """
     use_threads(threads)
-    from ..learning.distributed import joined
-    from ..sampling import Model, SpatialTemporal
+    from ..learning.run.distributed import joined
+    from ..models import Model, SpatialTemporal
 
     where = find_rank_device(device)
     with joined(where) as ranks, one_voice(ranks):
@@ -137,7 +137,7 @@ def sample(
 
 
 def _resized(model: Model, size: int, run: Path) -> Model:
-    from ..sampling import GenerativeConvNet
+    from ..models import GenerativeConvNet
 
     if not isinstance(model, GenerativeConvNet):
         raise ValueError(f"--size: is for a generative ConvNet or FRAME model, got {run}, a {model.kind} of one size")
@@ -160,7 +160,7 @@ def _check_group(model: Model, first_sample: int) -> None:
 
 
 def _check_generator(model: Model, run: Path, option: str, grids: bool) -> None:
-    from ..sampling.latent import Generates
+    from ..models.latent import Generates
 
     if not isinstance(model, Generates):
         raise ValueError(

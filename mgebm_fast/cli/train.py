@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from ..data import Clips, ImageData
     from ..learning import Outcome, TrainConfig
-    from ..learning.distributed import Ranks
+    from ..learning.run.distributed import Ranks
 
 
 def train(
@@ -80,9 +80,10 @@ def train(
       checkpoints/                 safetensors and JSON, each whole or not there
       model.safetensors            the trained model
     """
-    from ..learning import build_model, distributed
-    from ..learning.heap import keep_freed_memory
-    from ..learning.threads import threads_for
+    from ..learning import build_model
+    from ..learning.run import distributed
+    from ..learning.run.heap import keep_freed_memory
+    from ..learning.run.threads import threads_for
 
     keep_freed_memory()
     use_threads(threads)

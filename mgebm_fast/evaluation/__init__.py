@@ -1,10 +1,9 @@
 """Figures of a model: its samples beside held-out real images, what it fills in, and what its features tell."""
 
-from ..sampling.occlusions import occlusion
+from ..models.occlusions import occlusion
 from .evaluate import Judges, evaluate, fit_judges
-from .few_labels import few_labels
+from .few_labels import energy_features, few_labels
 from .inpainting import Inpainted, PickedLength, inpaint, length_images, pick_length
-from .net_features import energy_features
 from .report import format_report
 
 __all__ = [

@@ -14,8 +14,9 @@ from typing import Any
 import numpy as np
 
 from ..files import write_bytes
+from ..models import MultiGrid, SingleGrid
 from ..pictures import labelled_panel, save_png
-from ..sampling import Langevin, MultiGrid, SingleGrid, diagnostics
+from ..sampling import Langevin, diagnostics
 from ..sampling.corrected import Corrected
 from ..sampling.diagnostics import Recorder, Trace
 from ..sampling.metropolis import couples_samples

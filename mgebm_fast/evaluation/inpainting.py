@@ -13,8 +13,8 @@ from torch import Tensor
 
 from ..data import ImageData
 from ..errors import DivergenceError
-from ..sampling import Model
-from ..sampling.occlusions import occlusion
+from ..models import Model
+from ..models.occlusions import occlusion
 
 HIDDEN = (92, 124, 178)  # the colour of occluded pixels in pictures: one that neither ink nor paper has
 # Of the chains, relative to a sample's. By factors of two, since the error is flat around its least: chains that start

@@ -1,18 +1,24 @@
-"""Learning: what a run is (TrainConfig), by which method (METHODS), how it is trained, and its folder (Run)."""
+"""Learning: what a run is (config), how it runs (run), what it learns (methods), and the trainer over them."""
 
-from .abp import ABPRule
-from .baselines import SingleGridRule
-from .config import TrainConfig, apply_overrides, describe_keys, merge
-from .config_files import load_config, load_preset, preset_names
-from .contrastive import ContrastiveRule
-from .cooperative import CooperativeRule
-from .loop import Loop, Outcome
-from .methods import METHODS, Method, build_model, work
-from .multigrid import MultiGridRule
-from .resuming import check_new
-from .rule import UpdateRule
-from .run import Run, load_data
-from .sections import LangevinConfig, OptimiserConfig, RollbackConfig, StabiliseConfig
+from .config import (
+    METHODS,
+    LangevinConfig,
+    Method,
+    OptimiserConfig,
+    RollbackConfig,
+    StabiliseConfig,
+    TrainConfig,
+    apply_overrides,
+    build_model,
+    describe_keys,
+    load_config,
+    load_data,
+    load_preset,
+    merge,
+    preset_names,
+)
+from .methods import ABPRule, ContrastiveRule, CooperativeRule, MultiGridRule, SingleGridRule, work
+from .run import Loop, Outcome, Run, UpdateRule, check_new
 from .trainer import MultiGridTrainer, train
 
 __all__ = [

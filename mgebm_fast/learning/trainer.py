@@ -13,15 +13,14 @@ from torch import Tensor
 
 from ..data import Clips, ImageData
 from ..errors import ConfigError
-from ..sampling import MultiGrid
-from .config import TrainConfig, merge
-from .distributed import Ranks, joined
-from .feed import Batches
-from .loop import Loop, Outcome
-from .methods import METHODS
-from .multigrid import describe_model
-from .resuming import check_new
-from .run import load_data
+from ..models import MultiGrid
+from .config.method import METHODS, load_data
+from .config.train_config import TrainConfig, merge
+from .methods.multigrid import describe_model
+from .run.distributed import Ranks, joined
+from .run.feed import Batches
+from .run.loop import Loop, Outcome
+from .run.resuming import check_new
 
 # Where a model and a configuration are both given, these must agree.
 _SHARED = ("sizes", "channels", "norm", "value_range")
@@ -80,9 +79,9 @@ class MultiGridTrainer:
             method = METHODS[config.method]
             if model is None:
                 model = method.build_model(config)
-            if model.kind != method.model:
+            if model.kind != method.model.__name__:
                 raise ValueError(
-                    f"MultiGridTrainer: method {method.name!r} trains a {method.model}, got a {model.kind}"
+                    f"MultiGridTrainer: method {method.name!r} trains a {method.model.__name__}, got a {model.kind}"
                 )
             _check_fit(model, method.narrow(config))
             if built and device is None:
@@ -105,7 +104,7 @@ class MultiGridTrainer:
             self.data, config.batch_size, seed=config.seed, flips=config.flips, places=places, ahead=ahead
         )
         with ranks.together():
-            self.rule = method.build_rule(self.model, config, images=len(self.data))
+            self.rule = method.rule(self.model, config, images=len(self.data))
             self._loop = Loop(
                 self.rule, batches, config, out=folder, console=console, resume_command=resume_command, ranks=ranks
             )
@@ -233,7 +232,7 @@ def _images(data: Any, config: TrainConfig, own: TrainConfig) -> ImageData | Cli
         data = load_data(config)
     elif not isinstance(data, (Clips, ImageData)):
         data = load_data(config, source=data, split="all")
-    if isinstance(data, Clips) != (config.method == "spatial-temporal"):
+    if isinstance(data, Clips) != (METHODS[config.method].takes == "clips"):
         kind = "clips of a recording" if isinstance(data, Clips) else "images"
         raise ValueError(f"MultiGridTrainer: data must be what the method {config.method!r} takes, got {kind}")
     if isinstance(data, Clips) and data.shape != tuple(config.options.size):

@@ -5,12 +5,11 @@ from __future__ import annotations
 import json
 
 import pytest
+from helpers.console import one_line
 
 from mgebm_fast.benchmarks import ops, picture, timing
 from mgebm_fast.benchmarks.contenders import CONTENDERS
 from mgebm_fast.benchmarks.report import read_csv
-
-from .test_train import one_line
 
 
 @pytest.fixture(autouse=True, scope="module")

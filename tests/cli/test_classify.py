@@ -6,12 +6,12 @@ import json
 
 import numpy as np
 import pytest
+from helpers.console import one_line
 from PIL import Image
 
-from mgebm_fast.evaluation import readout
+from mgebm_fast.evaluation.few_labels import readout
 
 from .conftest import TINY
-from .test_train import one_line
 
 
 @pytest.fixture(autouse=True)

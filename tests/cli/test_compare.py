@@ -12,7 +12,8 @@ import pytest
 from PIL import Image
 
 from mgebm_fast.errors import DivergenceError
-from mgebm_fast.evaluation import comparison, features
+from mgebm_fast.evaluation import features
+from mgebm_fast.evaluation.comparison import compare as comparison
 from mgebm_fast.learning import Run
 
 SEEDS, INPAINTED = ("0", "1"), 20

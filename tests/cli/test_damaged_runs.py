@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import pytest
+from helpers.console import one_line
 
 from mgebm_fast.evaluation import features
 from mgebm_fast.learning import Run
-from mgebm_fast.sampling import Model, storage
-
-from .test_train import one_line
+from mgebm_fast.models import Model, storage
 
 
 @pytest.fixture

@@ -7,12 +7,11 @@ import json
 
 import numpy as np
 import pytest
+from helpers.console import one_line
 from PIL import Image
 
 import mgebm_fast as mg
 from mgebm_fast.evaluation.diagnosis import diagnose
-
-from .test_train import one_line
 
 GRIDS = ["grid 1 size 2", "grid 2 size 4", "grid 3 size 8"]
 
@@ -54,7 +53,7 @@ def test_the_chains_are_those_that_sample(trained):
     np.testing.assert_allclose(report.chains[-1].trace.potential[-1], expected, rtol=1e-6)
     diagnose(model, num=2, steps=3)
     assert model.langevin == before
-    single = mg.sampling.SingleGrid(
+    single = mg.models.SingleGrid(
         8, channels=1, langevin=mg.Langevin(steps=2, step_size=0.1), norm="none", sample_steps=7, variant="compact",
         value_range=(-1.0, 1.0),
     )  # fmt: skip

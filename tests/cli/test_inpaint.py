@@ -6,14 +6,13 @@ import json
 
 import numpy as np
 import pytest
+from helpers.console import one_line
 from PIL import Image
 
 from mgebm_fast import data
 from mgebm_fast.evaluation.inpainting import inpaint, length_images, pick_length
-from mgebm_fast.sampling import Model
-from mgebm_fast.sampling.occlusions import occlusion
-
-from .test_train import one_line
+from mgebm_fast.models import Model
+from mgebm_fast.models.occlusions import occlusion
 
 
 def figures(result):

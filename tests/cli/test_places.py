@@ -6,13 +6,12 @@ import json
 
 import numpy as np
 import pytest
+from helpers.console import one_line
 from PIL import Image
 
 import mgebm_fast as mg
 from mgebm_fast.cli.outputs import check_place
-from mgebm_fast.evaluation import comparison
-
-from .test_train import one_line
+from mgebm_fast.evaluation.comparison import compare as comparison
 
 
 def contents(folder):
@@ -96,7 +95,7 @@ def test_diagnoses_of_videos_are_known_too(mgebm, tmp_path):
     "command", [["sample", "x.png"], ["sample", "x"], ["inpaint", "x.png"], ["diagnose", "x"], ["classify", "x.png"]]
 )
 def test_a_place_that_cannot_be_made_is_named_before_any_work(mgebm, trained, monkeypatch, command):
-    for cls in (mg.MultiGrid, mg.sampling.Model):
+    for cls in (mg.MultiGrid, mg.models.Model):
         monkeypatch.setattr(cls, "sample", None, raising=False)
     if command[0] == "classify":
         pytest.importorskip("matplotlib")

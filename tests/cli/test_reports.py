@@ -8,11 +8,10 @@ import subprocess
 import sys
 
 import pytest
+from helpers.console import one_line
 
 from mgebm_fast import __version__, doctor, native
 from mgebm_fast.learning import preset_names
-
-from .test_train import one_line
 
 COMMANDS = ("train", "sample", "evaluate", "bench", "presets", "doctor")
 

@@ -7,11 +7,10 @@ import shutil
 
 import numpy as np
 import pytest
+from helpers.console import one_line
 from PIL import Image
 
 import mgebm_fast as mg
-
-from .test_train import one_line
 
 
 def test_an_array_is_the_models_own_samples(mgebm, trained, tmp_path):

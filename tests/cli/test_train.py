@@ -15,6 +15,7 @@ import zipfile
 import numpy as np
 import pytest
 import torch
+from helpers.console import one_line
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -33,14 +34,6 @@ def pictures(tmp_path):
     for i, picture in enumerate(pixels):
         Image.fromarray(picture).save(folder / f"{i}.png")
     return folder
-
-
-def one_line(result, code=2):
-    """The message of a command that failed as it should: one line, no traceback."""
-    assert result.exit_code == code, result.output
-    lines = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
-    assert len(lines) == 1 and "Traceback" not in result.output, result.output
-    return lines[0]
 
 
 def same_tensors(path, expected):

@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from mgebm_fast.evaluation.diagnosis import RECORDS, diagnose
+from mgebm_fast.models import Frame, GenerativeConvNet, SingleGrid
 from mgebm_fast.nets import ConvSpec, EnergyNet
-from mgebm_fast.sampling import Frame, GenerativeConvNet, Langevin, SingleGrid
+from mgebm_fast.sampling import Langevin
 
 RANGE = (-4.0, 4.0)
 STEPS = 8

@@ -16,8 +16,8 @@ import mgebm_fast as mg
 from mgebm_fast.data import ImageData, load
 from mgebm_fast.errors import DataError, DivergenceError
 from mgebm_fast.evaluation.inpainting import HIDDEN, LENGTHS, inpaint, length_images, pick_length
-from mgebm_fast.sampling.latent import Inference
-from mgebm_fast.sampling.occlusions import KINDS, occlusion, read_mask
+from mgebm_fast.models.latent import Inference
+from mgebm_fast.models.occlusions import KINDS, occlusion, read_mask
 
 
 class Pull(torch.nn.Module):
@@ -208,7 +208,7 @@ def test_wrong_arguments_are_told():
 
 @pytest.mark.parametrize("start", ["noise", "colours"])
 def test_a_single_grid_fills_too(start):
-    made = mg.sampling.SingleGrid(
+    made = mg.models.SingleGrid(
         8, start=start, channels=3, langevin=mg.Langevin(steps=2, drift=1.0, noise_std=0.0), value_range=(-1.0, 1.0),
         nets=[Pull(0.5)],
     )  # fmt: skip
@@ -224,7 +224,7 @@ def test_what_no_chain_moves_is_the_mean_of_the_known_pixels_around(sizes):
     """A flat energy without noise leaves the start: the held cells of the coarse grids, replicated."""
     still = mg.Langevin(steps=2, drift=1.0, noise_std=0.0)
     if len(sizes) == 2:
-        made = mg.sampling.SingleGrid(
+        made = mg.models.SingleGrid(
             4, start="colours", channels=1, langevin=still, value_range=(-1.0, 1.0), nets=[Flat()]
         )
     else:
@@ -256,7 +256,7 @@ def climbing(steps=8, drift=1 / 64, grids=1, **arguments):
     """A model whose chains add `drift` a step, K = `steps`; one net makes it a single grid."""
     langevin = mg.Langevin(steps=steps, drift=drift, noise_std=0.0)
     rest = {"channels": 1, "langevin": langevin, "value_range": (-1.0, 1.0), "nets": [Slope()] * grids, **arguments}
-    made = mg.MultiGrid([1, 2, 4, 8], **rest) if grids == 3 else mg.sampling.SingleGrid(8, start="colours", **rest)
+    made = mg.MultiGrid([1, 2, 4, 8], **rest) if grids == 3 else mg.models.SingleGrid(8, start="colours", **rest)
     made.set_colours(torch.zeros(1, 1))
     return made
 
@@ -274,7 +274,7 @@ def halves(n, rise):
 
 def refining():
     generator = mg.nets.Generator(2, [mg.nets.DeconvSpec(1, 8, 8)])
-    return mg.sampling.CoopNets(
+    return mg.models.CoopNets(
         8, generator, Inference(2, 0.1, 0.3), complete_steps=2, channels=1, value_range=(-1.0, 1.0), nets=[Slope()],
         langevin=mg.Langevin(steps=6, drift=0.01, noise_std=0.0),
     )  # fmt: skip
@@ -295,11 +295,11 @@ def test_every_grid_takes_its_share_of_steps(length, expected):
 
 @pytest.mark.parametrize("made", [
     climbing(steps=6),
-    mg.sampling.SingleGrid(8, start="noise", sample_steps=6, channels=1, langevin=mg.Langevin(2, drift=0.01,
+    mg.models.SingleGrid(8, start="noise", sample_steps=6, channels=1, langevin=mg.Langevin(2, drift=0.01,
                            noise_std=0.0), nets=[Slope()]),
-    mg.sampling.GenerativeConvNet(8, [mg.nets.ConvSpec(2, 3, 1)], sample_steps=6, channels=1),
-    mg.sampling.Frame(8, layers=[mg.nets.ConvSpec(2, 3, 1)], leapfrog_steps=2, sample_steps=6, channels=1),
-    mg.sampling.Frame(8, layers=[mg.nets.ConvSpec(2, 3, 1)], sample_steps=6, channels=1),
+    mg.models.GenerativeConvNet(8, [mg.nets.ConvSpec(2, 3, 1)], sample_steps=6, channels=1),
+    mg.models.Frame(8, layers=[mg.nets.ConvSpec(2, 3, 1)], leapfrog_steps=2, sample_steps=6, channels=1),
+    mg.models.Frame(8, layers=[mg.nets.ConvSpec(2, 3, 1)], sample_steps=6, channels=1),
     refining(),
 ], ids=["single", "sample-steps", "convnet", "hamiltonian", "frame", "cooperative"])  # fmt: skip
 @pytest.mark.parametrize(("length", "steps"), [(0.5, 3), (1.0, 6), (2.0, 12)])
@@ -368,7 +368,7 @@ def test_a_length_that_diverges_is_not_picked():
 
 def test_a_generator_alone_has_no_length():
     parts = refining()
-    made = mg.sampling.GeneratorModel(parts.generator, parts.inference, complete_steps=2)
+    made = mg.models.GeneratorModel(parts.generator, parts.inference, complete_steps=2)
     assert pick_length(made, pictures(3, 1), "square").figures() == {
         "length": 1.0, "length_errors": {}, "length_images": 0
     }  # fmt: skip

@@ -47,7 +47,7 @@ def _module(name: str, path: pathlib.Path, **options: object) -> types.ModuleTyp
 
 @functools.cache
 def load(interpret: bool) -> types.SimpleNamespace:
-    """The modules of kernels/, and probe (probe.py of this folder)."""
+    """The modules of kernels/, and probe (tests/helpers/probe.py)."""
     if not _HAVE_TRITON:
         pytest.skip("triton is not installed: `pip install triton`")
     import triton
@@ -61,7 +61,7 @@ def load(interpret: bool) -> types.SimpleNamespace:
         knobs.runtime.interpret = interpret
         _module(package, _KERNELS / "__init__.py", submodule_search_locations=[str(_KERNELS)])
         modules = {name: importlib.import_module(f"{package}.{name}") for name in _NAMES}
-        modules["probe"] = _module(f"{package}.probe", _HERE / "probe.py")
+        modules["probe"] = _module(f"{package}.probe", _HERE.parent / "helpers" / "probe.py")
     return types.SimpleNamespace(**modules)
 
 

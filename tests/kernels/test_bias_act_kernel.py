@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from compiling import accesses, build, check_clean, check_unspilled, record, specialisation
+from helpers.compiling import accesses, build, check_clean, check_unspilled, record, specialisation
 
 ACTIVATIONS = ["none", "relu", "leaky_relu", "silu", "elu"]
 SLOPE = 0.2

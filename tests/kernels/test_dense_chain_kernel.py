@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from compiling import build, check_unspilled, record, specialisation
+from helpers.compiling import build, check_unspilled, record, specialisation
 
 from mgebm_fast import ops
 

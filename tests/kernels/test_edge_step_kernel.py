@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from compiling import accesses, build, check_unspilled, record, specialisation
+from helpers.compiling import accesses, build, check_unspilled, record, specialisation
 from torch.nn.grad import conv2d_input
 
 from mgebm_fast import ops

@@ -6,7 +6,7 @@ import re
 
 import pytest
 import torch
-from compiling import Recorder, accesses, build, check_clean, record, specialisation
+from helpers.compiling import Recorder, accesses, build, check_clean, record, specialisation
 
 ARCHITECTURES = [80, 90]
 

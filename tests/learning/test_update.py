@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import pytest
 import torch
+from helpers.training import tiny_config, tiny_data
 from torch.overrides import TorchFunctionMode
 
 from mgebm_fast import noise, ops
 from mgebm_fast.errors import DivergenceError
 from mgebm_fast.learning import MultiGridTrainer, build_model
-from mgebm_fast.learning.multigrid import MultiGridRule
-from mgebm_fast.learning.optim import state_tensors
-from mgebm_fast.sampling import MultiGrid, graphs
-
-from .conftest import tiny_config, tiny_data
+from mgebm_fast.learning.methods.multigrid import MultiGridRule
+from mgebm_fast.learning.methods.optim import state_tensors
+from mgebm_fast.models import MultiGrid
+from mgebm_fast.sampling import graphs
 
 
 def parameters(model):

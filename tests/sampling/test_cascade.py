@@ -4,7 +4,8 @@ import torch
 
 from mgebm_fast import noise, ops
 from mgebm_fast.errors import DivergenceError
-from mgebm_fast.sampling import Langevin, MultiGrid
+from mgebm_fast.models import MultiGrid
+from mgebm_fast.sampling import Langevin
 from mgebm_fast.sampling.cascade import updated_cells
 
 LADDERS = [((1, 2, 4, 8), 1), ((1, 4, 8, 32), 2), ((1, 3, 6, 12, 24), 3), ((1, 5), 4)]

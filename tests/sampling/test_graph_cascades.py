@@ -2,10 +2,11 @@
 
 import pytest
 import torch
-from graph_cases import DYNAMICS, Own, cascades, change_, colours, images, model, net_of, slots
+from helpers.graph_cases import DYNAMICS, Own, cascades, change_, colours, images, model, net_of, slots
 
 from mgebm_fast.errors import BackendError, DivergenceError
-from mgebm_fast.sampling import MultiGrid, graphs
+from mgebm_fast.models import MultiGrid
+from mgebm_fast.sampling import graphs
 
 
 @pytest.mark.parametrize("norm", ["none", "batch"])

@@ -6,7 +6,7 @@ import pickle
 import weakref
 
 import torch
-from graph_cases import DYNAMICS, Own, change_, images, net_of, same, slots
+from helpers.graph_cases import DYNAMICS, Own, change_, images, net_of, same, slots
 from torch import nn
 
 from mgebm_fast.gradient import plan

@@ -4,7 +4,7 @@ import warnings
 
 import pytest
 import torch
-from graph_cases import images, net_of, same
+from helpers.graph_cases import images, net_of, same
 from torch import nn
 
 from mgebm_fast.errors import DivergenceError

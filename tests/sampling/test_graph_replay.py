@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from graph_cases import DYNAMICS, Own, cascades, change_, colours, images, model, net_of, slots
+from helpers.graph_cases import DYNAMICS, Own, cascades, change_, colours, images, model, net_of, slots
 
 from mgebm_fast.sampling import Langevin
 

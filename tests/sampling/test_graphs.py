@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from graph_cases import DYNAMICS, change_, images, net_of, same, slots
+from helpers.graph_cases import DYNAMICS, change_, images, net_of, same, slots
 
 from mgebm_fast.errors import BackendError
 from mgebm_fast.sampling import Langevin, graphs, langevin_sample

@@ -8,7 +8,7 @@ import math
 
 import pytest
 import torch
-from mcmc_cases import CHAINS, P_VALUE, agrees, normals
+from helpers.mcmc_cases import CHAINS, P_VALUE, agrees, normals
 from scipy import stats
 
 import mgebm_fast as mg

@@ -12,7 +12,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from mcmc_cases import CHAINS, P_VALUE, agrees, normals
+from helpers.mcmc_cases import CHAINS, P_VALUE, agrees, normals
 from scipy import stats
 
 import mgebm_fast as mg

@@ -10,8 +10,9 @@ from torch import nn
 
 from mgebm_fast import ops
 from mgebm_fast.errors import BatchTooLargeError
+from mgebm_fast.models import MultiGrid
 from mgebm_fast.nets import multigrid_net
-from mgebm_fast.sampling import Langevin, MultiGrid, langevin_sample
+from mgebm_fast.sampling import Langevin, langevin_sample
 from mgebm_fast.sampling.memory import is_out_of_memory, why_coupled
 
 CPU = "[enforce fail at alloc_cpu.cpp:127] . DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes."

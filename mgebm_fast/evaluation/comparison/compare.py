@@ -1,0 +1,233 @@
+"""A comparison of methods at equal compute: presets × seeds trained into one folder, and each run measured alike.
+
+    OUT/<preset>/seed-<n>/       the run folder, as `mgebm train` makes it
+    OUT/<preset>/seed-<n>.json   the figures measured of it
+
+What is there is used again, so that a comparison that was killed goes on where it was.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import math
+import statistics
+import zlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from ...data import ImageData
+from ...errors import DivergenceError
+from ...files import write_bytes
+from ...learning import Run, TrainConfig, train, work
+from ...models.occlusions import KINDS, occlusion
+from ..evaluate import Judges, evaluate, fit_judges
+from ..inpainting import inpaint, length_images, pick_length
+from .runs import Entry, state
+
+_VERSION = 3  # of what the figures mean; others are measured again
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """What figures hang on besides the run and the images."""
+
+    num: int = 1000  # samples
+    seed: int = 0  # of samples, occlusions, feature space and recogniser, the same for all runs
+    inpainted: int = 360  # held-out images, or all where there are fewer
+
+
+class Interrupted(Exception):
+    """A signal ended the training of a run, which was saved."""
+
+
+def compare(
+    runs: Sequence[Entry],
+    training: ImageData,
+    held_out: ImageData,
+    settings: Settings,
+    *,
+    device: torch.device | str = "cpu",
+    say: Callable[[str], None] = lambda text: None,
+    console: Any = None,  # where the training of a run is shown; None: nowhere
+    threads: Callable[[TrainConfig | None], None] = lambda config: None,  # called before a run, and before figures
+    resume_command: str = "the same command",
+) -> list[dict[str, Any]]:
+    """Train what is missing, measure what was not measured, and give one record a run (`measured`).
+
+    All runs are checked before the first is trained. A run that diverges has a record with `failed` and no figures.
+    Raises ConfigError: a folder holds another run. Interrupted: a signal ended the training.
+    """
+    for entry in runs:
+        state(entry)
+    images = [_checksum(data) for data in (training, held_out)]
+    judges: Judges | None = None
+    records = []
+    for number, entry in enumerate(runs, start=1):
+        head = f"[{number}/{len(runs)}] {entry.title}"
+        failed = None
+        found = state(entry)
+        if found != "finished":
+            threads(entry.config)
+            say(f"{head}: {'going on with' if found == 'unfinished' else 'training'} {entry.config.steps:,} updates")
+            try:
+                outcome = train(
+                    entry.config, out=entry.folder, data=training, resume=found == "unfinished", device=device,
+                    console=console, quiet=console is None, resume_command=resume_command,
+                )  # fmt: skip
+            except DivergenceError as error:
+                failed = str(error)
+            else:
+                if not outcome.finished:
+                    raise Interrupted(entry.title)
+        threads(None)
+        if failed is None:
+            wanted = _conditions(entry, training.name, images, settings, device)
+            record = _stored(entry, wanted)
+            if record is None:
+                if judges is None:
+                    say("training the judges: feature space and recogniser")
+                    judges = fit_judges(training, held_out, seed=settings.seed, progress=console is not None)
+                say(f"{head}: measuring")
+                try:
+                    record = measured(entry, training, held_out, judges, settings, device) | {"conditions": wanted}
+                    text = json.dumps(record, allow_nan=False, ensure_ascii=False, indent=1)
+                    write_bytes(entry.figures, (text + "\n").encode())
+                except DivergenceError as error:
+                    failed = str(error)
+        if failed is not None:
+            record = _identity(entry) | {"failed": failed}
+        assert record is not None
+        records.append(record)
+        say(f"{head}: {summary(record)}")
+    return records
+
+
+def _conditions(
+    entry: Entry, data: str, images: Sequence[str], settings: Settings, device: torch.device | str
+) -> dict[str, Any]:
+    """What the figures of a run are a function of; figures measured under others are not used."""
+    return {
+        "version": _VERSION,
+        **dataclasses.asdict(settings),
+        "data": data,
+        "images": list(images),
+        "model": hashlib.sha256(Run(entry.folder).model_file().read_bytes()).hexdigest(),
+        "device": torch.device(device).type,
+        # they change the last bits of the feature space, and so all that it judges
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+    }
+
+
+def _checksum(data: ImageData) -> str:
+    """Of all pixels, and how many images they are."""
+    return f"{len(data)}:{zlib.crc32(np.ascontiguousarray(data.images)):08x}"
+
+
+def _stored(entry: Entry, wanted: dict[str, Any]) -> dict[str, Any] | None:
+    """The record measured under these conditions; None where there is none, or a damaged one."""
+    try:
+        record = json.loads(entry.figures.read_text(encoding="utf-8"))
+        return record if record["conditions"] == wanted and record.keys() >= {"figures", "preset"} else None
+    except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError):
+        return None
+
+
+def _identity(entry: Entry) -> dict[str, Any]:
+    config = entry.config
+    return {
+        "preset": entry.preset, "method": config.method, "seed": config.seed, "updates": config.steps,
+        "work": work(config),
+    }  # fmt: skip
+
+
+def measured(
+    entry: Entry,
+    training: ImageData,
+    held_out: ImageData,
+    judges: Judges,
+    settings: Settings,
+    device: torch.device | str = "cpu",
+) -> dict[str, Any]:
+    """The record of a finished run: what it is, its `figures`, their `real` twins, what judged them, and `inpainting`,
+    the length of the chains by kind of occlusion.
+
+    figures, numbers or None where the data do not allow them:
+      kid, fid, fid_matched, confident_share, nearest_distance   as `evaluate` has them
+      smallest_class_share                                       of class_shares
+      <kind>_error, <kind>_psnr                                  as `inpaint` has them, for square, doodle, pepper, at
+                                                                 the lengths that `pick_length` picks
+      seconds_an_update, seconds                                 the median update, and all updates
+    """
+    run = Run(entry.folder)
+    model = run.model(device)
+    found = evaluate(model, training, held_out, num=settings.num, seed=settings.seed, judges=judges, progress=False)
+    figures: dict[str, Any] = {"kid": found["kid"], "fid": found["fid"], "fid_matched": found["fid_matched"]}
+    real: dict[str, Any] = {"kid": found["kid_real"], "fid_matched": found["fid_real"]}
+    for suffix, into in (("", figures), ("_real", real)):
+        shares = found.get(f"class_shares{suffix}")
+        into["confident_share"] = found.get(f"confident_share{suffix}")
+        into["smallest_class_share"] = min(shares.values()) if shares else None
+        into["nearest_distance"] = found[f"nearest_distance{suffix}"]
+    lengths: dict[str, dict[str, Any]] = {}
+    if len(held_out):
+        chosen = np.random.default_rng(settings.seed).permutation(len(held_out))[: settings.inpainted]
+        images, tried = held_out.batch(chosen), length_images(training, settings.seed)
+        for kind in KINDS:
+            mask = occlusion(kind, len(chosen), model.sizes[-1], seed=settings.seed)
+            picked = pick_length(model, tried, kind, seed=settings.seed)
+            lengths[kind] = picked.figures()
+            filled = inpaint(model, images, mask, seed=settings.seed, length=picked.length).figures()
+            for key in ("error", "psnr"):
+                figures[f"{kind}_{key}"], real[f"{kind}_{key}"] = filled[key], filled[f"{key}_mean_fill"]
+    metrics = run.metrics()
+    return _identity(entry) | {
+        "figures": figures | timing(metrics),
+        "rollbacks": int(max((record.get("rollbacks", 0) for record in metrics), default=0)),
+        "real": real,
+        "inpainting": lengths,
+        "num": settings.num,
+        "num_real": found["num_real"],
+        "feature_space": found["feature_space"],
+        "recogniser": found.get("recogniser"),
+        "notes": found["notes"],
+    }
+
+
+def timing(metrics: Sequence[dict[str, float]]) -> dict[str, float | None]:
+    """Median seconds of an update, and seconds of all updates that count, from the records of a run.
+
+    Updates that a run went back behind (`[rollback]`) are in no record.
+    """
+    timed = [record for record in metrics if "seconds_per_update" in record]  # one of going back has no time
+    if not timed:
+        return {"seconds_an_update": None, "seconds": None}
+    steps = [0, *(record["step"] for record in timed)]
+    spent = [record["seconds_per_update"] for record in timed]
+    total = sum(each * (after - before) for each, before, after in zip(spent, steps, steps[1:], strict=False))
+    return {"seconds_an_update": statistics.median(spent), "seconds": total}
+
+
+def summary(record: dict[str, Any]) -> str:
+    """The run in a few words, for progress."""
+    if "failed" in record:
+        return f"no figures: {record['failed']}"
+    figures = record["figures"]
+    words = [f"KID {figures['kid']:.4f}"]
+    if figures["confident_share"] is not None:
+        words.append(f"recognised {figures['confident_share']:.3f}")
+    errors = [figures.get(f"{kind}_error") for kind in KINDS]
+    if all(error is not None and math.isfinite(error) for error in errors):
+        words.append("in-painting error " + " ".join(f"{error:.3f}" for error in errors))
+    return ", ".join(words)
+
+
+def samples_of(entry: Entry, n: int, seed: int, device: torch.device | str = "cpu") -> torch.Tensor:
+    """The first n of the samples that were measured, (n, C, S, S) uint8."""
+    model = Run(entry.folder).model(device)
+    return model.to_uint8(model.sample(n, seed=seed)).cpu()

@@ -1,0 +1,206 @@
+"""What a configuration key may hold: each kind reads a TOML value, or says what it expected."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Collection, Sequence
+from typing import Any
+
+from ...errors import suggest
+
+
+class Kind:
+    """Reads a value as TOML gives it. `read` raises ValueError with the reason where `expected` does not say it all."""
+
+    expected: str
+
+    def read(self, value: Any) -> Any:
+        raise NotImplementedError
+
+    def shown(self, value: Any) -> Any:
+        """A value that was read as a TOML file would give it."""
+        return value
+
+
+@dataclasses.dataclass(frozen=True)
+class Whole(Kind):
+    """An int in [low, high]."""
+
+    low: int
+    high: int | None = None
+
+    @property
+    def expected(self) -> str:  # type: ignore[override]
+        return f"a whole number >= {self.low}" + ("" if self.high is None else f" and <= {self.high}")
+
+    def read(self, value: Any) -> int:
+        if isinstance(value, bool) or not isinstance(value, int) or value < self.low:
+            raise ValueError
+        if self.high is not None and value > self.high:
+            raise ValueError
+        return value
+
+
+@dataclasses.dataclass(frozen=True)
+class Real(Kind):
+    """A finite float: >= low (> low where `above`), <= high (< high where `below`)."""
+
+    low: float | None = None
+    high: float | None = None
+    above: bool = False
+    below: bool = False
+
+    @property
+    def expected(self) -> str:  # type: ignore[override]
+        bounds = []
+        if self.low is not None:
+            bounds.append(f"{'>' if self.above else '>='} {self.low:g}")
+        if self.high is not None:
+            bounds.append(f"{'<' if self.below else '<='} {self.high:g}")
+        return " ".join(["a number", " and ".join(bounds)]).strip()
+
+    def read(self, value: Any) -> float:
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+            raise ValueError
+        if self.low is not None and (value < self.low or (self.above and value == self.low)):
+            raise ValueError
+        if self.high is not None and (value > self.high or (self.below and value == self.high)):
+            raise ValueError
+        return float(value)
+
+
+@dataclasses.dataclass(frozen=True)
+class Flag(Kind):
+    expected: str = "true or false"
+
+    def read(self, value: Any) -> bool:
+        if not isinstance(value, bool):
+            raise ValueError
+        return value
+
+
+@dataclasses.dataclass(frozen=True)
+class Text(Kind):
+    """A string; a number is taken as its digits, so that `--set classes=3` names the class "3"."""
+
+    expected: str = "a string"
+
+    def read(self, value: Any) -> str:
+        if isinstance(value, int) and not isinstance(value, bool):
+            return str(value)
+        if not isinstance(value, str):
+            raise ValueError
+        return value
+
+
+@dataclasses.dataclass(frozen=True)
+class Choice(Kind):
+    """One of a few words: a tuple, or a table that words are still entered into."""
+
+    options: Collection[str]
+
+    @property
+    def expected(self) -> str:  # type: ignore[override]
+        return f"one of {', '.join(self.options)}"
+
+    def read(self, value: Any) -> str:
+        if value not in self.options:
+            raise ValueError(suggest(str(value), list(self.options)))
+        return value
+
+
+@dataclasses.dataclass(frozen=True)
+class Many(Kind):
+    """A list of `kind`, kept as a tuple; of `length` entries, or of `least` and more. One string is a list of one."""
+
+    kind: Kind
+    length: int | None = None
+    least: int = 0
+
+    @property
+    def expected(self) -> str:  # type: ignore[override]
+        number = f"a list of {self.length}" if self.length is not None else "a list"
+        if self.least:
+            number += f" of {self.least} or more"
+        return f"{number}, each {self.kind.expected}"
+
+    def read(self, value: Any) -> tuple:
+        if isinstance(self.kind, Text) and not isinstance(value, (list, tuple)):
+            value = [value]
+        if not isinstance(value, (list, tuple)) or self.length not in (None, len(value)) or len(value) < self.least:
+            raise ValueError
+        return tuple(self.kind.read(entry) for entry in value)
+
+
+@dataclasses.dataclass(frozen=True)
+class PerGrid(Kind):
+    """One value for all nets, or a list with one for each of sizes[1:]; its length is checked beside `sizes`."""
+
+    kind: Kind
+
+    @property
+    def expected(self) -> str:  # type: ignore[override]
+        return f"{self.kind.expected}, or a list with one for each net"
+
+    def read(self, value: Any) -> Any:
+        if isinstance(value, (list, tuple)):
+            return tuple(self.kind.read(entry) for entry in value)
+        return self.kind.read(value)
+
+
+@dataclasses.dataclass(frozen=True)
+class Maybe(Kind):
+    """`kind`, or nothing: the key is left out of the file, and `none` clears it on the command line."""
+
+    kind: Kind
+
+    @property
+    def expected(self) -> str:  # type: ignore[override]
+        return f"{self.kind.expected}, or none"
+
+    def read(self, value: Any) -> Any:
+        return None if value is None or value == "none" else self.kind.read(value)
+
+
+@dataclasses.dataclass(frozen=True)
+class Auto(Kind):
+    """`kind`, or what else the run says it should be: the key is left out of the file, and `auto` clears it. For a kind
+    to which "none" is a value."""
+
+    kind: Kind
+
+    @property
+    def expected(self) -> str:  # type: ignore[override]
+        return f"{self.kind.expected}, or auto"
+
+    def read(self, value: Any) -> Any:
+        return None if value is None or value == "auto" else self.kind.read(value)
+
+    def shown(self, value: Any) -> Any:
+        return "auto" if value is None else value
+
+
+def key(default: Any, kind: Kind, doc: str, *, fixed: bool = False) -> Any:
+    """A dataclass field: its default, what it may hold, one line of help; `fixed`: a resumed run may not change it."""
+    return dataclasses.field(default=default, metadata={"kind": kind, "doc": doc, "fixed": fixed})
+
+
+def pick(value: Any, index: int) -> Any:
+    """The entry of net `index` in a `PerGrid` value."""
+    return value[index] if isinstance(value, tuple) else value
+
+
+def nearest(name: str, options: Sequence[str]) -> str:
+    """`suggest` for dotted keys: `lr` finds `optimiser.lr`, `langevn.stps` finds `langevin.steps`."""
+    leaves: dict[str, list[str]] = {}
+    for option in options:
+        leaves.setdefault(option.rpartition(".")[2], []).append(option)
+    leaf = name.rpartition(".")[2]
+    if leaf in leaves:  # the right word in no section, or in a wrong or misspelt one
+        return suggest(name, leaves[leaf]) or f" (did you mean {leaves[leaf][0]!r}?)"
+    hint = suggest(name, options)
+    if hint:
+        return hint
+    close = suggest(leaf, list(leaves))
+    return f" (did you mean {leaves[close.split(chr(39))[1]][0]!r}?)" if close else ""

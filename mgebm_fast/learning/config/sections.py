@@ -1,0 +1,78 @@
+"""The tables of a configuration that every method has. Those of one method alone stand in its module."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from ...noise import MAX_ATTEMPT
+from .keys import Choice, Flag, Many, Maybe, PerGrid, Real, Whole, key
+
+_POSITIVE = Real(0, above=True)
+_NOT_NEGATIVE = Real(0)
+
+
+@dataclasses.dataclass(frozen=True)
+class LangevinConfig:
+    """`[langevin]`: the chain of every grid, x ← clamp(x − drift·(clip(∇E, ±c) + (x − m)/σ²) + noise_std·ε)."""
+
+    steps: Any = key(30, PerGrid(Whole(1)), "steps a grid, K", fixed=True)
+    step_size: Any = key(None, Maybe(PerGrid(_POSITIVE)), "δ of the coupled form: drift δ²/2, noise noise_scale·δ")
+    noise_scale: Any = key(1.0, PerGrid(_NOT_NEGATIVE), "τ of the coupled form; 0 is noise-free descent")
+    drift: Any = key(None, Maybe(PerGrid(_POSITIVE)), "of the decoupled form, with noise_std")
+    noise_std: Any = key(None, Maybe(PerGrid(_NOT_NEGATIVE)), "of the decoupled form, with drift")
+    reference_std: Any = key(None, Maybe(PerGrid(_POSITIVE)), "σ of the Gaussian reference; none: no reference")
+    reference_mean: Any = key(0.0, PerGrid(Real()), "m of the Gaussian reference")
+    grad_clamp: Any = key(None, Maybe(PerGrid(_POSITIVE)), "bound c on every entry of ∇E; none: no bound")
+    clamp: bool = key(True, Flag(), "clamp pixels to value_range after every step")
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimiserConfig:
+    """`[optimiser]`: the update of every net, and what is done to its gradients before."""
+
+    name: str = key("adam", Choice(("adam", "adamw", "sgd")), "update rule", fixed=True)
+    lr: Any = key(1e-3, PerGrid(_POSITIVE), "learning rate")
+    betas: tuple = key((0.9, 0.999), Many(Real(0, 1, below=True), 2), "of adam and adamw")
+    momentum: float = key(0.0, Real(0, 1, below=True), "of sgd")
+    weight_decay: float = key(0.0, _NOT_NEGATIVE, "L2 on the weights (decoupled in adamw)")
+    schedule: str = key("constant", Choice(("constant", "cosine", "linear", "step")), "learning rate over the run")
+    warmup: int = key(0, Whole(0), "updates over which the rate climbs to lr")
+    hold: float = key(0.0, Real(0, 1, below=True), "cosine, linear: share of the run at full rate before the decay")
+    final_lr: float = key(0.0, Real(0, 1), "cosine, linear: factor that lr ends at")
+    decay_every: int = key(1, Whole(1), "step: epochs between decays")
+    decay_factor: float = key(1.0, Real(0, 1, above=True), "step: factor of a decay")
+    grad_clip_norm: Any = key(None, Maybe(_POSITIVE), "bound on the gradient norm of each net")
+    grad_clip_value: Any = key(None, Maybe(_POSITIVE), "bound on every gradient entry")
+    grad_rescale_max: Any = key(None, Maybe(_POSITIVE), "each tensor's gradient is scaled so that max |g| <= this")
+    per_layer_divide: bool = key(False, Flag(), "divide each layer's gradient by the area of its output map")
+
+
+@dataclasses.dataclass(frozen=True)
+class StabiliseConfig:
+    """`[stabilise]`: what keeps a young energy from running away. Everything here is off at its default."""
+
+    data_noise: Any = key(0.0, PerGrid(_NOT_NEGATIVE), "std of noise added to observed images, in value_range units")
+    data_noise_clamp: bool = key(False, Flag(), "clamp observed images to value_range after their noise, as chains are")
+    energy_l2: float = key(0.0, _NOT_NEGATIVE, "weight of mean E(observed)² + mean E(synthesised)² in the loss")
+    ema: float = key(0.0, Real(0, 1, below=True), "decay of the averaged weights, used when sampling; 0: off")
+    noise_anneal: Any = key(1.0, PerGrid(Real(0, 1)), "factor that chain and data noise fall to, linearly")
+    noise_anneal_share: Any = key(
+        1.0, PerGrid(Real(0, 1, above=True)), "share of the run after which noise is at that factor"
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class RollbackConfig:
+    """`[rollback]`: what a run does that diverges. At its default it stops, and says so."""
+
+    attempts: int = key(
+        0, Whole(0, MAX_ATTEMPT), "times that a run which diverges goes back to its last good state; 0: it stops"
+    )
+    lr_factor: float = key(0.5, Real(0, 1, above=True), "each time, learning rates are multiplied by this, for good")
+    gap_ratio: Any = key(
+        30.0,
+        Maybe(Real(1, above=True)),
+        "bound on |mean E(observed) - mean E(synthesised)| of a grid, in multiples of its running mean; none: no bound",
+    )
+    gap_max: Any = key(None, Maybe(_POSITIVE), "bound on the same difference as it is, in energies; none: no bound")

@@ -1,0 +1,86 @@
+"""The multi-grid method (Gao, Lu, Zhou, Zhu, Wu, CVPR 2018, arXiv 1709.08868): every grid learns from its own chain."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from ... import noise
+from ...models import MultiGrid
+from ..config.method import Method, register
+from ..config.train_config import TrainConfig
+from .contrastive import ContrastiveRule
+from .work import work_of_chains
+
+
+class MultiGridRule(ContrastiveRule):
+    """`ContrastiveRule` with the cascade from the observed 1×1 means, K steps a grid.
+
+    All grids are sampled before any is updated; since a chain of one grid never uses another grid's net, updating
+    each grid right after its chain is the same.
+    """
+
+    divisible = True
+
+    def synthesise(self, observed: list[Tensor], iteration: int, first_sample: int) -> list[Tensor]:
+        results = self.model.cascade(
+            observed[0],
+            seed=self.config.seed,
+            first_sample=first_sample,
+            first_step=[iteration * chain.steps for chain in self.model.langevin],
+            purpose=self.purpose(noise.Purpose.TRAINING_CHAIN),
+            precision=self.precision,
+        )
+        return results[1:]
+
+
+def build_model(config: TrainConfig) -> MultiGrid:
+    """The untrained model that a configuration describes."""
+    return MultiGrid(
+        config.sizes,
+        width=config.width,
+        variant=config.variant,
+        **config.model_arguments(),
+    )
+
+
+def describe_model(model: MultiGrid) -> dict[str, Any]:
+    """The configuration keys that a given model settles. ValueError where its chains cannot be written as keys."""
+    first = model.nets[0]
+    clamps = {chain.clamp for chain in model.langevin}
+    if clamps not in ({None}, {model.value_range}):
+        raise ValueError(
+            "MultiGridTrainer: every chain of the model must clamp to its value_range "
+            f"{model.value_range}, or none of them, got {sorted(map(str, clamps))}"
+        )
+    chains: dict[str, Any] = {"clamp": clamps == {model.value_range}}
+    for name in (
+        "steps", "step_size", "noise_scale", "drift", "noise_std", "reference_std", "reference_mean", "grad_clamp",
+    ):  # fmt: skip
+        values = [getattr(chain, name) for chain in model.langevin]
+        chains[name] = values[0] if len(set(values)) == 1 else values
+    return {
+        "sizes": list(model.sizes),
+        "channels": model.channels,
+        "width": float(model.width),
+        "variant": model.variant,
+        "norm": "batch" if model.norm == "batch" else "none",
+        "activation": getattr(first, "activation", None),
+        "spectral_norm": bool(getattr(first, "spectral_norm", False)),
+        "value_range": list(model.value_range),
+        "batch_size": model.batch_size,
+        "langevin": chains,
+    }
+
+
+register(
+    Method(
+        "multigrid",
+        "every grid learns from its own chain, coarse to fine",
+        MultiGrid,
+        MultiGridRule,
+        build_model,
+        work_of_chains,
+    )
+)

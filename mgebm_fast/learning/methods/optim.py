@@ -1,0 +1,141 @@
+"""Optimisers, learning-rate schedules and what is done to gradients before an update."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ...errors import CheckpointError
+from ..config.keys import pick
+from ..config.sections import OptimiserConfig
+
+
+def build_optimiser(parameters: Iterable[nn.Parameter], config: OptimiserConfig, net: int = 0) -> torch.optim.Optimizer:
+    """The optimiser of one net; `net` counts the nets from 0 and picks from per-grid values.
+
+    One fused call updates all tensors of a net where every one is float32 on a CPU or a CUDA device: small nets are
+    bound by calls, not by arithmetic.
+    """
+    parameters = list(parameters)
+    fused = all(p.dtype == torch.float32 and p.device.type in ("cpu", "cuda") for p in parameters)
+    options = {"lr": pick(config.lr, net), "weight_decay": config.weight_decay, "fused": fused}
+    if config.name == "sgd":
+        sgd = torch.optim.SGD(parameters, momentum=config.momentum, **options)
+        if config.momentum:
+            _begin_momentum(sgd)
+        return sgd
+    kind = torch.optim.AdamW if config.name == "adamw" else torch.optim.Adam
+    return kind(parameters, betas=config.betas, **options)
+
+
+def _begin_momentum(sgd: torch.optim.SGD) -> None:
+    """Momentum from 0, which a first update makes the gradient: torch leaves it without values until an update is made,
+    and so after a first one that was spoilt."""
+    for group in sgd.param_groups:
+        for parameter in group["params"]:
+            sgd.state[parameter].setdefault("momentum_buffer", torch.zeros_like(parameter))
+
+
+def rate_factor(config: OptimiserConfig, iteration: int, steps: int, epoch: int = 0) -> float:
+    """What update `iteration` (from 0) multiplies lr by.
+
+    warmup:  (iteration + 1) / warmup, until it is 1
+    step:    decay_factor ^ floor(epoch / decay_every)
+    cosine:  final + (1 − final)(1 + cos πu)/2        u = share of the time after `hold` that has passed
+    linear:  final + (1 − final)(1 − u)
+    """
+    warm = min(1.0, (iteration + 1) / config.warmup) if config.warmup else 1.0
+    if config.schedule == "constant":
+        return warm
+    if config.schedule == "step":
+        return warm * config.decay_factor ** (epoch // config.decay_every)
+    held = config.hold * steps
+    u = min(1.0, max(0.0, iteration - held) / max(1.0, steps - held))
+    fall = (1 + math.cos(math.pi * u)) / 2 if config.schedule == "cosine" else 1 - u
+    return warm * (config.final_lr + (1 - config.final_lr) * fall)
+
+
+def step(
+    optimiser: torch.optim.Optimizer,
+    parameters: list[nn.Parameter],
+    gradients: Sequence[Tensor | None],
+    rate: float,
+    spoilt: Tensor,  # () float32, on the parameters' device
+) -> None:
+    """One update by `gradients` at learning rate `rate`; where `spoilt` is 1, none, and no trace of it in the state.
+    A parameter whose gradient is None is left alone, its state and its weight decay with it.
+
+    A fused optimiser looks at `spoilt` on the device, and the host waits for nothing; for another one the host looks.
+    """
+    for group in optimiser.param_groups:
+        group["lr"] = rate
+    for parameter, gradient in zip(parameters, gradients, strict=True):
+        parameter.grad = gradient
+    if optimiser.defaults["fused"]:
+        told: Any = optimiser  # as torch's own gradient scaler does it
+        told.found_inf = spoilt
+        optimiser.step()
+        del told.found_inf
+    elif not bool(spoilt):
+        optimiser.step()
+    optimiser.zero_grad(set_to_none=True)
+
+
+def map_areas(net: nn.Module) -> dict[int, float]:
+    """id(parameter) -> pixels of the output map of the layer that owns it, for an `EnergyNet`; a head counts 1."""
+    areas: dict[int, float] = {}
+    size = tuple(getattr(net, "size", ()))
+    for layer in getattr(net, "layers", ()):
+        size = tuple(layer.map_size(length) for length in size)
+        areas.update({id(parameter): float(math.prod(size)) for parameter in layer.parameters()})
+    return areas
+
+
+@torch.no_grad()
+def condition_(gradients: list[Tensor], config: OptimiserConfig, divisors: list[float] | None = None) -> None:
+    """The configured changes of one net's gradients, in place and in this order: division by map areas, rescaling
+    of each tensor to max |g| ≤ c, clipping of entries, clipping of the net's norm. No value is read back."""
+    if divisors is not None:
+        torch._foreach_div_(gradients, divisors)
+    if config.grad_rescale_max is not None:
+        peaks = torch._foreach_norm(gradients, math.inf)
+        torch._foreach_mul_(gradients, [(config.grad_rescale_max / peak).clamp(max=1.0) for peak in peaks])
+    if config.grad_clip_value is not None:
+        torch._foreach_clamp_min_(gradients, -config.grad_clip_value)
+        torch._foreach_clamp_max_(gradients, config.grad_clip_value)
+    if config.grad_clip_norm is not None:
+        torch._foreach_mul_(gradients, (config.grad_clip_norm / norm(gradients)).clamp(max=1.0))
+
+
+def norm(tensors: list[Tensor]) -> Tensor:
+    """‖·‖₂ of all entries of all tensors, a 0-dim tensor."""
+    return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(tensors)))
+
+
+def state_tensors(optimiser: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """The optimiser's state as named tensors: "<index of the parameter>.<name>"."""
+    state = optimiser.state_dict()["state"]
+    return {
+        f"{index}.{name}": value for index, entry in state.items() for name, value in entry.items() if value is not None
+    }
+
+
+def load_state_tensors(optimiser: torch.optim.Optimizer, tensors: dict[str, Tensor], where: str) -> None:
+    """Restore what `state_tensors` gave; CheckpointError where it does not fit the parameters."""
+    parameters = [parameter for group in optimiser.param_groups for parameter in group["params"]]
+    state: dict[int, dict[str, Tensor]] = {}
+    for key, value in tensors.items():
+        index, _, name = key.partition(".")
+        if not index.isdigit() or int(index) >= len(parameters):
+            raise CheckpointError(f"{where}: tensor {key!r} is not of this optimiser")
+        shape = tuple(parameters[int(index)].shape)
+        if tuple(value.shape) not in ((), shape):
+            raise CheckpointError(f"{where}: tensor {key!r} must have shape {shape}, got {tuple(value.shape)}")
+        state.setdefault(int(index), {})[name] = value.clone()
+    optimiser.load_state_dict({"state": state, "param_groups": optimiser.state_dict()["param_groups"]})
+    if isinstance(optimiser, torch.optim.SGD) and optimiser.defaults["momentum"]:
+        _begin_momentum(optimiser)

@@ -1,0 +1,39 @@
+"""What an update costs in forward passes of its nets: the units of `work`, by which methods are compared."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from ..config.method import METHODS
+
+if TYPE_CHECKING:
+    from ..config.train_config import TrainConfig
+
+# In forward passes of the net at hand. A backward pass costs a forward pass for the gradient with respect to the input
+# and one for that with respect to the weights.
+CHAIN_STEP = 2  # forward, and backward to the input
+LEARNING = 3  # forward, and backward to both
+
+
+def work_of_chains(model: Any, config: TrainConfig) -> float:
+    """W of a model whose every net has a chain and learns: Σ (2 K + 6) macs(net)."""
+    return sum(
+        (CHAIN_STEP * chain.steps + 2 * LEARNING) * net.macs()
+        for chain, net in zip(model.langevin, model.nets, strict=True)
+    )
+
+
+def work(config: TrainConfig) -> int:
+    """Multiply-accumulates of all updates of a run, over the whole batch:
+
+        steps · batch_size · W,   W = what `Method.work` counts of one update and one image of the batch
+
+    and of a method of energy nets W = Σ over nets of (2 K + 2 · 3) macs(net): two forward passes a step of a chain, and
+    three for learning from an observed image and from a synthesised one. A generator counts one forward pass where it
+    proposes an image, three where it learns, and two a step of inference of z. Left out: what is no convolution or
+    matrix product, data, pictures and checkpoints, and that the lowest layer needs no gradient for its input when it
+    learns.
+    """
+    method = METHODS[config.method]
+    per_image = method.work(method.build_model(config), config)
+    return round(config.steps * config.batch_size * per_image)

@@ -1,0 +1,8 @@
+"""How a run runs: the loop, its batches, its folder and checkpoints, going on, going back, and several ranks."""
+
+from .loop import Loop, Outcome
+from .resuming import check_new
+from .rule import UpdateRule
+from .stored_run import Run
+
+__all__ = ["Loop", "Outcome", "Run", "UpdateRule", "check_new"]

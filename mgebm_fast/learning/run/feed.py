@@ -1,0 +1,96 @@
+"""The order that images are shown in: a function of (seed, update), so that a resumed run sees what it would have."""
+
+from __future__ import annotations
+
+from concurrent.futures import Future, ThreadPoolExecutor
+
+import torch
+from torch import Tensor
+
+from ... import noise, ops
+from ...data import Clips, ImageData
+
+
+class Order:
+    """Which images the batch of an update holds: places iteration·B … iteration·B + B − 1 of the epochs' shuffles.
+
+    Epoch e is `noise.permutation(n, seed, step=e)`. No image is left out of an epoch, and a set smaller than a batch
+    still fills it.
+    """
+
+    def __init__(self, n: int, batch_size: int, seed: int) -> None:
+        self.n, self.batch_size, self.seed = n, batch_size, seed
+        self._orders: dict[int, Tensor] = {}
+
+    @property
+    def per_epoch(self) -> int:
+        """Updates in which every image is seen."""
+        return -(-self.n // self.batch_size)
+
+    def indices(self, iteration: int) -> Tensor:  # (B,) int64
+        """Which images batch `iteration` holds, over all ranks."""
+        place, parts, left = iteration * self.batch_size, [], self.batch_size
+        while left:
+            epoch, offset = divmod(place, self.n)
+            part = self._order(epoch)[offset : offset + left]
+            parts.append(part)
+            place, left = place + len(part), left - len(part)
+        return torch.cat(parts)
+
+    def _order(self, epoch: int) -> Tensor:
+        if epoch not in self._orders:
+            where = noise.stream(noise.Purpose.DATA_ORDER)
+            self._orders = {epoch: noise.permutation(self.n, seed=self.seed, step=epoch, stream=where)}
+        return self._orders[epoch]
+
+
+class Batches:
+    """Batch `iteration` of a data set, in the order of `Order`.
+
+    With `flips` a bit of the AUGMENTATION stream mirrors each image along its last dimension. All ranks go through one
+    order; `places` of a batch are the share that this one reads, by default the whole.
+
+    With `ahead` a thread makes the next batch, in pinned memory, while the caller works on the one it has: a GPU then
+    does not wait for it. A CPU that trains has no core to spare for that.
+    """
+
+    def __init__(
+        self,
+        data: ImageData | Clips,
+        batch_size: int,
+        *,
+        seed: int,
+        flips: bool = False,
+        places: range | None = None,
+        ahead: bool = False,
+    ) -> None:
+        self.data, self.batch_size, self.seed, self.flips = data, batch_size, seed, flips
+        self.places = range(batch_size) if places is None else places
+        self._order = Order(len(data), batch_size, seed)
+        self._thread = ThreadPoolExecutor(1, "mgebm-batches") if ahead else None
+        self._next: tuple[int, Future[Tensor]] | None = None
+
+    def indices(self, iteration: int) -> Tensor:  # (B,) int64
+        """Which images batch `iteration` holds, over all ranks."""
+        return self._order.indices(iteration)
+
+    def batch(self, iteration: int) -> Tensor:  # (len(places), C, S, S) uint8, on the CPU
+        """The images at `places` of batch `iteration`."""
+        if self._thread is None:
+            return self._read(iteration)
+        expected, coming = self._next or (None, None)
+        # One thread, so that what it makes now is done before it is asked for another batch.
+        images = (coming if coming and expected == iteration else self._thread.submit(self._read, iteration)).result()
+        self._next = iteration + 1, self._thread.submit(self._read, iteration + 1)
+        return images
+
+    def _read(self, iteration: int) -> Tensor:
+        images = self.data.batch(self.indices(iteration)[self.places.start : self.places.stop])
+        if self.flips:
+            where = noise.stream(noise.Purpose.AUGMENTATION)
+            draw = ops.noise(
+                (len(images), 1), seed=self.seed, step=iteration, first_sample=self.places.start, stream=where,
+                distribution="uniform",
+            )  # fmt: skip
+            images = torch.where(draw.reshape(-1, *[1] * (images.dim() - 1)) > 0.5, images.flip(-1), images)
+        return images.pin_memory() if self._thread is not None and torch.cuda.is_available() else images

@@ -1,0 +1,85 @@
+"""Which checkpoint a run goes on from, and whether that is a checkpoint of the same run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from ...errors import CheckpointError, ConfigError
+from ..config.train_config import TrainConfig, fixed_keys
+from . import checkpoint
+from .checkpoint import CHECKPOINTS, CONFIG
+
+Found = tuple[Path, dict[str, Any]]  # the folder of an undamaged checkpoint, and its state
+
+
+def find(path: Path, say: Callable[[str], None]) -> Found | None:
+    """The checkpoint that `path`, itself one or a run's folder, means; None for a run that has none yet.
+
+    Damaged ones of a run are set aside, and `say` tells of it. CheckpointError where `path` is neither, or where no
+    checkpoint is whole.
+    """
+    if (path / checkpoint.STATE).exists():
+        return path, _read_named(path)
+    if (path / CONFIG).is_file():
+        with checkpoint.exclusive(path):
+            checkpoint.clean(path / CHECKPOINTS)
+            return _newest_of_run(path, say)
+    what = "is not a run's folder" if path.is_dir() else "does not exist"
+    raise CheckpointError(f"resume: must be a folder with a {CONFIG} or a checkpoint's, got {path}, which {what}")
+
+
+def _read_named(folder: Path) -> dict[str, Any]:
+    try:
+        return checkpoint.read(folder)
+    except CheckpointError as error:
+        found, _ = checkpoint.newest_whole(folder.parent)
+        hint = f"; the newest whole one beside it is {found[0]}" if found else ""
+        raise CheckpointError(f"{error}{hint}") from None
+
+
+def _newest_of_run(path: Path, say: Callable[[str], None]) -> Found | None:
+    found, faults = checkpoint.newest_whole(path / CHECKPOINTS)
+    if faults and found is None:
+        raise CheckpointError(f"resume: no checkpoint of {path} is whole: {'; '.join(str(e) for _, e in faults)}")
+    for folder, error in faults:
+        assert found is not None
+        aside = checkpoint.set_aside(folder, "damaged")
+        say(f"{error}; it is now {aside.name}, and training goes on from the older {found[0]}")
+    return found
+
+
+def check_same_run(config: TrainConfig, images: int, state: Mapping[str, Any], folder: Path) -> None:
+    """ConfigError unless `state`, of the checkpoint `folder`, is of a run like this one on as many images."""
+    ours, theirs = config.to_dict(), state["config"]
+    for name in fixed_keys(config.method):
+        section, _, leaf = name.rpartition(".")
+        mine = (ours.get(section, {}) if section else ours).get(leaf)
+        stored = (theirs.get(section, {}) if section else theirs).get(leaf)
+        if name == "batch_parts" and stored is None:  # a run from before there were parts
+            stored = 1
+        if mine != stored:
+            raise ConfigError(
+                f"resume: {name} must be {stored!r}, as in {folder}, got {mine!r}; a run with another value is "
+                "another run: train it into a new folder"
+            )
+    if state.get("images") != images:
+        raise ConfigError(
+            f"resume: data must be the {state.get('images')} images that the run began with, got {images}"
+        )
+
+
+def check_new(out: Path) -> None:
+    """Raise FileExistsError unless `out` is a folder that does not exist yet or is empty."""
+    if out.exists() and not out.is_dir():
+        raise FileExistsError(f"out: must be a folder, got {out}, which is a file")
+    if out.is_dir() and any(not _left_behind(path) for path in out.iterdir()):
+        advice = "pass --resume to go on with its run, or choose" if (out / CONFIG).exists() else "choose"
+        raise FileExistsError(
+            f"out: must be a new or empty folder, got {out}, which is not empty; {advice} another one"
+        )
+
+
+def _left_behind(path: Path) -> bool:
+    return path.name.startswith(f".{CONFIG}.")

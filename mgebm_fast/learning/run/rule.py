@@ -1,0 +1,71 @@
+"""What a learning method is to the loop that runs it."""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from ... import noise
+from .distributed import Ranks
+
+
+class UpdateRule(abc.ABC):
+    """A learning method: how the initial state is updated by a batch, what it looks like, and how it is stored."""
+
+    divisible = False  # whether a batch may be learnt from in parts, which is what several ranks do
+    # The loop sets these.
+    ranks = Ranks()
+    attempt = 0  # how often the run went back after it diverged
+    rate = 1.0  # what learning rates are multiplied by since
+
+    @abc.abstractmethod
+    def update(self, batch: Tensor, iteration: int, *, detail: bool = False) -> dict[str, float]:
+        """One parameter update from observed images (N, C, S, S), uint8 or float in the model's units.
+
+        `batch` is the share of this rank. `iteration` counts from 0; all randomness is a function of it and the seed.
+        `detail` asks for measurements that cost something. Raises DivergenceError, with nothing applied, where a
+        number is not finite.
+        """
+
+    @abc.abstractmethod
+    def headline(self, metrics: Mapping[str, float]) -> str:
+        """A few words on how training stands, from what `update` returned."""
+
+    @abc.abstractmethod
+    def panels(self, observed: Tensor) -> tuple[list[tuple[str, Tensor]], int]:
+        """Titled uint8 images of the model, always from the same noise, beside `observed`; and how many to a row."""
+
+    @abc.abstractmethod
+    def write(self, folder: Path, iteration: int) -> None:
+        """The files of a checkpoint after `iteration` updates: all that later updates depend on."""
+
+    @abc.abstractmethod
+    def read(self, folder: Path) -> None:
+        """Restore what `write` stored, bit for bit."""
+
+    def before_stored(self, iteration: int) -> None:
+        """Make what the model's tensors do not hold, noise and layers in use, as it is after `iteration` updates.
+
+        Called before the model is stored, and after a checkpoint was read.
+        """
+        return
+
+    def snapshot(self) -> Any:
+        """What `write` would store, as copies in memory: what a run without a folder goes back to."""
+        raise NotImplementedError(f"{type(self).__name__} keeps no state in memory: rollback needs a run with a folder")
+
+    def restore(self, snapshot: Any) -> None:
+        """Restore what `snapshot` gave, bit for bit; it can be restored again."""
+        raise NotImplementedError
+
+    def purpose(self, of: noise.Purpose) -> int:
+        """What training draws of this kind are for in the present attempt: no other attempt has their counters."""
+        return noise.retried(of, self.attempt)
+
+    @abc.abstractmethod
+    def write_model(self, path: Path, iteration: int) -> None:
+        """The model to sample from, as one file."""

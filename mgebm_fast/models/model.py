@@ -1,0 +1,256 @@
+"""Model: what every trained model of images is to commands and trainers: samples, units of pixels, one file."""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+import math
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from .. import noise
+from ..errors import CheckpointError
+from ..sampling.cascade import GridCallback, check_known, check_sizes
+from ..sampling.langevin import Langevin
+from ..sampling.pipeline import piped
+from . import storage
+
+DEFAULT_GROUP = 100
+
+AnyModel = TypeVar("AnyModel", bound="Model")
+
+
+class Model(nn.Module, abc.ABC):
+    """A model of square images: how samples are grouped, the units of its pixels, and how it is stored.
+
+    A class of models says how one group is drawn (`_sample_group`), what it is rebuilt from (`config`, `from_config`),
+    and its name in model files (`kind`).
+
+    Args:
+        sizes: those that a sample is given at, coarse to fine.
+        channels: of the images.
+        value_range: (lo, hi), the pixel values of the model's black and white.
+        batch_size: samples to a group in `sample`. Default 100.
+
+    State: the buffer `colours` (M, C) float32, the stored distribution of 1×1 images; a class may add to it.
+    """
+
+    kind = "Model"
+    norm: str = "none"  # "batch": the samples of a group are coupled
+    _of_any_length: tuple[str, ...] = ("colours",)
+    colours: Tensor
+
+    def __init__(
+        self, sizes: Sequence[int], channels: int, value_range: tuple[float, float], batch_size: int | None, where: str
+    ) -> None:
+        super().__init__()
+        self.sizes = check_sizes(sizes)
+        if isinstance(channels, bool) or not isinstance(channels, int) or channels < 1:
+            raise ValueError(f"{where}: channels must be a positive int, got {channels!r}")
+        low, high = map(float, value_range)
+        if not -float("inf") < low < high < float("inf"):
+            raise ValueError(f"{where}: value_range must be finite (low, high) with low < high, got ({low}, {high})")
+        batch_size = DEFAULT_GROUP if batch_size is None else batch_size
+        if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
+            raise ValueError(f"{where}: batch_size must be a positive int or None, got {batch_size!r}")
+        self.channels, self.value_range, self.batch_size = channels, (low, high), batch_size
+        self.register_buffer("colours", torch.empty(0, channels))
+
+    @torch.no_grad()
+    def set_colours(self, colours: Tensor) -> None:  # (M, C) or (M, C, 1, 1)
+        """Store the distribution of 1×1 images, in the units of `value_range`, that `sample` draws its starts from."""
+        if colours.dim() == 4 and colours.shape[2:] == (1, 1):
+            colours = colours[:, :, 0, 0]
+        if colours.dim() != 2 or colours.shape[1] != self.channels or len(colours) == 0:
+            raise ValueError(f"set_colours: colours must have shape (M, {self.channels}), got {tuple(colours.shape)}")
+        if not bool(torch.isfinite(colours).all()):
+            raise ValueError("set_colours: colours must be finite, got NaN or infinite values")
+        self.colours = colours.detach().to(self.colours.device, torch.float32, copy=True)
+
+    @property
+    def sampling(self) -> tuple[Langevin, ...]:
+        """The chains that a sample goes through."""
+        return ()
+
+    def chains(self, length: float = 1.0) -> tuple[Langevin, ...]:
+        """The chains that a sample goes through, each of max(1, round(length · K)) steps in place of its K."""
+        if length == 1:
+            return self.sampling
+        return tuple(dataclasses.replace(chain, steps=max(1, round(length * chain.steps))) for chain in self.sampling)
+
+    @abc.abstractmethod
+    def _sample_group(self, n: int, *, seed: int, first_sample: int, **arguments: Any) -> list[Tensor]:
+        """The results at every size of `n` samples that run as one batch; other arguments as in `sample`."""
+
+    @abc.abstractmethod
+    def config(self) -> dict[str, Any]:
+        """What rebuilds this model but for its weights, in plain JSON types."""
+
+    @classmethod
+    @abc.abstractmethod
+    def from_config(cls: type[AnyModel], config: Mapping[str, Any]) -> AnyModel:
+        """The model that `config()` described, with fresh weights."""
+
+    def sample(
+        self,
+        n: int,
+        *,
+        seed: int = 0,
+        first_sample: int = 0,
+        batch_size: int | None = None,
+        return_grids: bool = False,
+        mask: Tensor | None = None,
+        known: Tensor | None = None,
+        length: float = 1.0,
+        callback: GridCallback | None = None,
+        precision: str = "auto",
+        backend: str = "auto",
+        graph: bool | None = None,
+        pipeline: bool = False,
+    ) -> Tensor | list[Tensor]:
+        """n samples (n, C, S, S) float32 in `value_range`, with no data.
+
+        Runs groups of `batch_size` (default: the model's). With norm="batch" the last group is filled with further
+        samples and trimmed, since a chain depends on its group; sample(10) is then the beginning of sample(50), and
+        `first_sample` gives the same pictures where it is a multiple of the group. With other norms chains are
+        independent and groups only bound the memory.
+
+        Args:
+            mask, known: as in `cascade`, for (n, C, S, S); fillers repeat the last sample's.
+            length: of the chains, as `chains` has it. Other than 1 only for a model whose samples go through a chain.
+            return_grids: give the list of results at every size instead.
+            pipeline: on a CUDA device, run a group's coarse grids while the group before it is at the fine ones, each
+                grid on a stream of its own. The samples are the same.
+        """
+        if isinstance(n, bool) or not isinstance(n, int) or n < 1:
+            raise ValueError(f"sample: n must be a positive int, got {n!r}")
+        group = self.batch_size if batch_size is None else batch_size
+        if isinstance(group, bool) or not isinstance(group, int) or group < 1:
+            raise ValueError(f"sample: batch_size must be a positive int or None, got {batch_size!r}")
+        noise.check_seed(seed, "sample")
+        self._check_length(length)
+        finest = (n, self.channels, self.sizes[-1], self.sizes[-1])
+        held = check_known(known, mask, finest, self.colours.device, "sample")
+
+        def draw() -> list[list[Tensor]]:
+            groups = []
+            for begin in range(0, n, group):
+                wanted = min(group, n - begin)
+                size = group if self.norm == "batch" else wanted
+                rows = [min(i, n - 1) for i in range(begin, begin + size)]
+                results = self._sample_group(
+                    size,
+                    seed=seed,
+                    first_sample=first_sample + begin,
+                    mask=None if held is None else held[1][rows],
+                    known=None if held is None else held[0][rows],
+                    length=length,
+                    callback=callback,
+                    precision=precision,
+                    backend=backend,
+                    graph=graph,
+                )
+                groups.append([grid[:wanted] for grid in results])
+            return groups
+
+        groups = piped(draw, self.colours.device, len(self.sampling), callback) if pipeline else draw()
+        grids = [torch.cat(parts) for parts in zip(*groups, strict=True)]
+        return grids if return_grids else grids[-1]
+
+    def _check_length(self, length: float) -> None:
+        fine = isinstance(length, (int, float)) and not isinstance(length, bool) and 0 < length < math.inf
+        if not fine:
+            raise ValueError(f"sample: length must be a finite number > 0, got {length!r}")
+        if length != 1 and not self.sampling:
+            raise ValueError(
+                f"sample: length must be 1 for a {type(self).__name__}, whose images go through no chain, got {length}"
+            )
+
+    def to_uint8(self, x: Tensor) -> Tensor:
+        """round(255 (x − lo) / (hi − lo)) as uint8, values outside the range clamped."""
+        low, high = self.value_range
+        return ((x - low) * (255.0 / (high - low))).round().clamp(0, 255).to(torch.uint8)
+
+    def from_uint8(self, x: Tensor) -> Tensor:
+        """lo + (hi − lo) x / 255 as float32: the model's units of 8-bit pixels."""
+        low, high = self.value_range
+        return x.float() * ((high - low) / 255.0) + low
+
+    def save(self, path: str | os.PathLike, *, ema: Mapping[str, Tensor] | None = None) -> None:
+        """Write one .safetensors file, configuration included, whole or not at all.
+
+        `ema`: averages of some of the state's tensors, by their names in `state_dict()`; `load` prefers them.
+        """
+        tensors = dict(self.state_dict())
+        unknown = [name for name in ema or {} if name not in tensors]
+        if unknown:
+            raise ValueError(f"save: ema must hold names of the model's state, got {unknown[0]!r}")
+        tensors.update({storage.EMA + name: tensor for name, tensor in (ema or {}).items()})
+        storage.write(path, tensors, self.config(), self.kind)
+
+    @classmethod
+    def load(
+        cls: type[AnyModel], path: str | os.PathLike, *, device: torch.device | str = "cpu", ema: bool = True
+    ) -> AnyModel:
+        """The model stored at `path`: a model file, a checkpoint folder, or a run folder (its final model, else its
+        newest checkpoint), with the averaged weights where there are any and `ema` is not False. A file says which
+        class it holds, this one or one derived from it.
+
+        Raises CheckpointError: no such file, truncated, not a model, or tensors that do not fit its configuration.
+        """
+        file = storage.find(path)
+        classes = {found.kind: found for found in _family(cls)}
+        kind, config, tensors = storage.read_one_of(file, list(classes))
+        try:
+            model = classes[kind].from_config(config)
+        except (KeyError, TypeError, ValueError) as error:
+            raise CheckpointError(f"{file}: the model's configuration is wrong: {error}") from error
+        model.set_state(tensors, ema, str(file))
+        return model.to(device)
+
+    def load_weights(self, path: str | os.PathLike, *, ema: bool = True) -> None:
+        """Take the weights and colours stored at `path` into this model; CheckpointError where they do not fit it."""
+        file = storage.find(path)
+        _, config, tensors = storage.read_one_of(file, (self.kind,))
+        own = self.config()
+        for key in ("sizes", "channels", "nets", "generator"):
+            if config.get(key) != own.get(key):
+                nets = key in ("nets", "generator")
+                what = "with other nets" if nets else f"of {key} {config.get(key)}, this one has {own[key]}"
+                raise CheckpointError(f"{file}: stored from a model {what}")
+        self.set_state(tensors, ema, str(file))
+
+    @torch.no_grad()
+    def set_state(self, tensors: Mapping[str, Tensor], ema: bool, where: str) -> None:
+        """Take copies of what `save` stores, by its names; with `ema` averages in place of what they average.
+
+        CheckpointError, which begins with `where`, unless they are the tensors of this model.
+        """
+        if ema:
+            tensors = storage.averaged(tensors)
+        state = {name: tensor for name, tensor in tensors.items() if not name.startswith(storage.EMA)}
+        expected = self.state_dict()
+        for name in sorted(expected.keys() | state.keys()):
+            if name not in state or name not in expected:
+                fault = "missing" if name in expected else "not of this model"
+                raise CheckpointError(f"{where}: tensor {name!r} is {fault}")
+            got, want = tuple(state[name].shape), tuple(expected[name].shape)
+            fits = got[1:] == want[1:] and len(got) == len(want) if name in self._of_any_length else got == want
+            if not fits or state[name].dtype != expected[name].dtype:
+                wanted = f"{want} {expected[name].dtype}"
+                raise CheckpointError(f"{where}: tensor {name!r} must be {wanted}, got {got} {state[name].dtype}")
+        for name in self._of_any_length:
+            setattr(self, name, state[name].to(self.colours.device, copy=True))
+        self.load_state_dict(state)
+
+
+def _family(cls: type[AnyModel]) -> Iterator[type[AnyModel]]:
+    """The class and those derived from it that have a name of their own in model files, itself first."""
+    if not getattr(cls, "__abstractmethods__", None):
+        yield cls
+    for derived in cls.__subclasses__():
+        yield from (found for found in _family(derived) if "kind" in vars(found))

@@ -1,0 +1,215 @@
+"""Configurations: TOML there and back, overrides, and what a wrong key or value is told."""
+
+from __future__ import annotations
+
+import pytest
+import tomllib
+
+from mgebm_fast.errors import ConfigError
+from mgebm_fast.learning import (
+    TrainConfig,
+    apply_overrides,
+    describe_keys,
+    load_config,
+    load_preset,
+    merge,
+    preset_names,
+)
+from mgebm_fast.learning.config.train_config import from_dict
+
+COMMON = ("steps", "seed", "batch_size", "checkpoint_every", "sample_every", "width", "sizes")
+
+
+def test_presets_are_named_and_the_default_comes_first():
+    names = preset_names()
+    assert names[0] == "digits" and names[1:] == sorted(names[1:])
+    assert {"cifar10", "multigrid-paper", "multigrid-released", "digits-cd", "cifar10-single-grid"} <= set(names)
+
+
+@pytest.mark.parametrize("name", ["digits", "cifar10", "multigrid-paper", "multigrid-released"])
+def test_preset_survives_toml_and_says_its_keys(name):
+    config = load_preset(name)
+    assert config.name == name and config.description
+    assert from_dict(tomllib.loads(config.to_toml())) == config
+    from mgebm_fast.learning.config.files import PRESETS
+
+    written = tomllib.loads((PRESETS / f"{name}.toml").read_text())
+    assert all(key in written for key in (*COMMON, "data")) and "steps" in written["langevin"]
+
+
+def test_published_presets_have_the_published_numbers():
+    paper, released = load_preset("multigrid-paper"), load_preset("multigrid-released")
+    chain = paper.dynamics()[0]
+    assert (chain.steps, chain.step_size, chain.noise_scale, chain.reference_std, chain.clamp) == (
+        30,
+        0.3,
+        1.0,
+        50.0,
+        (0, 255),
+    )
+    assert (paper.optimiser.name, paper.optimiser.momentum, paper.optimiser.lr) == ("sgd", 0.9, 0.3)
+    assert (paper.optimiser.decay_every, paper.optimiser.decay_factor) == (12, 0.94337)
+    assert paper.optimiser.per_layer_divide and paper.optimiser.grad_rescale_max == 1.0 and paper.variant == "A"
+    chain = released.dynamics()[-1]
+    assert (chain.steps, chain.update().noise_std, chain.reference_std, chain.clamp) == (90, 0.0, None, (0, 255))
+    assert (released.optimiser.name, released.optimiser.lr, released.optimiser.betas[0]) == ("adam", 0.3, 0.5)
+    for config in (paper, released):
+        assert (config.sizes, config.batch_size, config.norm, config.width) == ((1, 4, 16, 64), 100, "batch", 1.0)
+
+
+@pytest.mark.parametrize(
+    ("override", "key", "value"),
+    [
+        ("steps=12", "steps", 12),
+        ("sizes=[1,2,4]", "sizes", (1, 2, 4)),
+        ("sizes=1,2,4", "sizes", (1, 2, 4)),
+        ("width=2", "width", 2.0),
+        ("classes=automobile", "classes", ("automobile",)),
+        ('classes=["cat", "dog"]', "classes", ("cat", "dog")),
+        ("classes=cat,dog", "classes", ("cat", "dog")),
+        ("classes=3", "classes", ("3",)),
+        ("flips=true", "flips", True),
+        ("data=some where/x=1.zip", "data", "some where/x=1.zip"),
+        ("seed=18446744073709551615", "seed", 2**64 - 1),
+        ("activation=silu", "activation", "silu"),
+        ("activation=none", "activation", "none"),
+        ("activation=auto", "activation", None),
+    ],
+)
+def test_override(override, key, value):
+    changed = apply_overrides(load_preset("digits"), [override])
+    assert getattr(changed, key) == value
+    assert from_dict(tomllib.loads(changed.to_toml())) == changed
+
+
+def test_override_of_a_section_and_its_clearing():
+    config = apply_overrides(load_preset("digits"), ["langevin.steps=10,20,30", "optimiser.grad_clip_norm=2"])
+    assert [chain.steps for chain in config.dynamics()] == [10, 20, 30]
+    assert config.optimiser.grad_clip_norm == 2.0
+    assert apply_overrides(config, ["optimiser.grad_clip_norm=none"]).optimiser.grad_clip_norm is None
+
+
+def test_a_new_form_of_the_chain_replaces_the_old():
+    coupled = apply_overrides(load_preset("digits"), ["langevin.step_size=0.2"])
+    assert coupled.dynamics()[0].step_size == 0.2 and coupled.langevin.drift is None
+    back = merge(coupled, {"langevin": {"drift": 0.5, "noise_std": 0.1}})
+    assert back.dynamics()[0].drift == 0.5 and back.langevin.step_size is None
+
+
+@pytest.mark.parametrize(
+    ("sizes", "expected"),
+    [([1, 4, 8], (2.0, 3.0)), ([1, 2, 4, 8, 16], (1.0, 2.0, 3.0, 3.0)), ([1, 3, 24], (2.0, 3.0)), ([1, 2], (1.0,))],
+)
+def test_new_sizes_take_values_a_net_along(sizes, expected):
+    config = apply_overrides(load_preset("digits"), ["stabilise.data_noise=1,2,3", "langevin.noise_std=[1,2,3]"])
+    changed = apply_overrides(config, [f"sizes={sizes}"])
+    assert changed.stabilise.data_noise == expected
+    assert tuple(chain.noise_std for chain in changed.dynamics()) == expected
+    with pytest.raises(ConfigError, match="stabilise.data_noise must be one value, or a list of 1 .*got 3 values"):
+        apply_overrides(config, ["sizes=1,2", "stabilise.data_noise=1,2,3"])
+
+
+@pytest.mark.parametrize(
+    ("sizes", "expected"),
+    [([1, 2, 4, 8, 16], (0.6, 0.7, 0.7, 1.0)), ([1, 2, 4], (0.6, 1.0)), ([1, 8], (1.0,)), ([1, 4, 8], (0.7, 1.0))],
+)
+def test_annealed_noise_goes_by_rank(sizes, expected):
+    """A grid that others begin from settles, the finest sharpens, whatever their sizes."""
+    config = apply_overrides(load_preset("digits"), ["stabilise.noise_anneal_share=[0.6,0.7,1.0]"])
+    assert apply_overrides(config, [f"sizes={sizes}"]).stabilise.noise_anneal_share == expected
+    one = apply_overrides(config, ["sizes=1,2", "stabilise.noise_anneal_share=[0.5]"])
+    assert apply_overrides(one, [f"sizes={sizes}"]).stabilise.noise_anneal_share == (0.5,) * (len(sizes) - 1)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("stepss=3", r"unknown key 'stepss' \(did you mean 'steps'\?\)"),
+        ("lr=1", r"did you mean 'optimiser.lr'\?"),
+        ("langevn.stps=1", r"did you mean 'langevin.steps'\?"),
+        ("optimizer.lr=1", r"did you mean 'optimiser.lr'\?"),
+        ("langevin=3", "langevin is a table"),
+        ("steps", "must be key=value, got 'steps'"),
+        ("steps=-1", "steps must be a whole number >= 0, got -1"),
+        ("steps=1.5", "steps must be a whole number >= 0, got 1.5"),
+        ("steps=true", "steps must be a whole number >= 0, got True"),
+        ("batch_size=0", "batch_size must be a whole number >= 1, got 0"),
+        ("langevin.steps=0", "langevin.steps must be a whole number >= 1"),
+        ("langevin.steps=ten", "got 'ten'"),
+        ("langevin.steps=[1,2]", r"langevin.steps must be one value, or a list of 3 .*got 2 values"),
+        ("langevin.drift=-1", "langevin.drift must be a number > 0"),
+        ("langevin.drift=none", "neither"),
+        ("langevin.noise_std=nan", "langevin.noise_std must be a number >= 0"),
+        ("optimiser.lr=0", "optimiser.lr must be a number > 0"),
+        ("optimiser.betas=[0.9]", "optimiser.betas must be a list of 2"),
+        ("optimiser.betas=[0.9, 1.0]", "each a number >= 0 and < 1"),
+        ("optimiser.schedule=cosin", r"one of constant, cosine, linear, step, got 'cosin' \(did you mean 'cosine'\?\)"),
+        ("stabilise.ema=1", "stabilise.ema must be a number >= 0 and < 1"),
+        ("norm=batc", r"did you mean 'batch'\?"),
+        ("width=0", "width must be a number > 0"),
+        ("seed=-1", "seed must be a whole number >= 0"),
+        ("sizes=[1,3,4]", r"each dividing the next.*got \[1, 3, 4\] \(3 does not divide 4\)"),
+        ("sizes=[2,4]", "sizes must start at 1"),
+        ("stabilise.noise_anneal_share=0", "noise_anneal_share must be a number > 0 and <= 1"),
+        ("sizes=8", "sizes must be a list"),
+        ("value_range=[1,0]", r"low < high, got \[1.0, 0.0\]"),
+        ("flips=maybe", "flips must be true or false, got 'maybe'"),
+    ],
+)
+def test_wrong_override(override, message):
+    with pytest.raises(ConfigError, match=message):
+        apply_overrides(load_preset("digits"), [override])
+
+
+def test_wrong_changes_in_python():
+    config = load_preset("digits")
+    for changes, message in (
+        ({"sizes": 8}, "sizes must be a list"),
+        ({"langevin": 3}, "langevin is a table"),
+        ({"langevin": {"stepz": 3}}, r"unknown key 'langevin.stepz' \(did you mean 'langevin.steps'"),
+        ({"stepz": 3}, r"did you mean 'steps'"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            merge(config, changes)
+
+
+def test_unknown_preset_and_file(tmp_path):
+    with pytest.raises(ConfigError, match=r"got 'digit' \(did you mean 'digits'\?\)"):
+        load_config("digit")
+    with pytest.raises(ConfigError, match="no such file"):
+        load_config(tmp_path / "nothing.toml")
+    broken = tmp_path / "broken.toml"
+    broken.write_text("steps = = 3")
+    with pytest.raises(ConfigError, match=r"broken.toml: must be a TOML file, got a syntax error"):
+        load_config(broken)
+    broken.write_text("[langevin]\nsteps = 4")
+    with pytest.raises(ConfigError, match="give step_size"):
+        load_config(broken)
+
+
+def test_noise_factor_scales_the_form_that_is_used():
+    decoupled, coupled = load_preset("digits"), load_preset("multigrid-paper")
+    full = decoupled.dynamics()[0].update().noise_std
+    assert decoupled.dynamics([0.5, 1, 1])[0].update().noise_std == pytest.approx(0.5 * full)
+    assert coupled.dynamics([1, 0.5, 1])[1].update().noise_std == pytest.approx(0.15)
+    assert coupled.dynamics([1, 0.5, 1])[0].update().noise_std == pytest.approx(0.3)
+
+
+def test_no_activation_is_a_value_and_auto_the_variants_own():
+    from mgebm_fast.learning import build_model
+
+    config = apply_overrides(load_preset("digits"), ["activation=none"])
+    assert 'activation = "none"' in config.to_toml() and build_model(config).nets[-1].activation == "none"
+    own = apply_overrides(config, ["activation=auto"])
+    assert "activation" not in own.to_toml().split("[")[0] and build_model(own).nets[-1].activation == "leaky_relu"
+    assert {name: default for name, _, default, _ in describe_keys()}["activation"] == "auto"
+    with pytest.raises(ConfigError, match="elu, none, or auto, got 'tanh'"):
+        apply_overrides(config, ["activation=tanh"])
+
+
+def test_every_key_is_described():
+    rows = {name: (expected, default) for name, expected, default, text in describe_keys() if text}
+    assert rows["langevin.steps"] == ("a whole number >= 1, or a list with one for each net", 30)
+    assert len(rows) == len(describe_keys())
+    defaults = TrainConfig()
+    assert rows["batch_size"][1] == defaults.batch_size

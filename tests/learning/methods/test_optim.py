@@ -1,0 +1,108 @@
+"""Schedules, the changes of gradients, optimiser state as tensors, and averaged weights."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from mgebm_fast.errors import CheckpointError
+from mgebm_fast.learning import OptimiserConfig
+from mgebm_fast.learning.methods.ema import Average
+from mgebm_fast.learning.methods.optim import (
+    build_optimiser,
+    condition_,
+    load_state_tensors,
+    map_areas,
+    norm,
+    rate_factor,
+    state_tensors,
+)
+from mgebm_fast.nets import multigrid_net
+
+
+def test_schedules():
+    cosine = OptimiserConfig(schedule="cosine", final_lr=0.1)
+    assert rate_factor(cosine, 0, 100) == 1.0
+    assert rate_factor(cosine, 50, 100) == pytest.approx(0.55)
+    assert rate_factor(cosine, 100, 100) == pytest.approx(0.1)
+    held = OptimiserConfig(schedule="linear", hold=0.5)
+    assert [rate_factor(held, i, 100) for i in (0, 50, 75, 100)] == pytest.approx([1, 1, 0.5, 0])
+    warm = OptimiserConfig(warmup=4)
+    assert [rate_factor(warm, i, 100) for i in (0, 1, 3, 9)] == [0.25, 0.5, 1.0, 1.0]
+    step = OptimiserConfig(schedule="step", decay_every=12, decay_factor=0.94337)
+    assert rate_factor(step, 10**6, 1, epoch=11) == 1.0
+    assert rate_factor(step, 0, 1, epoch=25) == pytest.approx(0.94337**2)
+
+
+def test_gradient_changes_are_made_in_order():
+    gradients = [torch.tensor([4.0, -8.0]), torch.tensor([0.25])]
+    assert float(norm(gradients)) == pytest.approx(math.sqrt(80.0625))
+    condition_(gradients, OptimiserConfig(per_layer_divide=True), [4.0, 1.0])
+    assert gradients[0].tolist() == [1.0, -2.0]
+    condition_(gradients, OptimiserConfig(grad_rescale_max=1.0))
+    assert gradients[0].tolist() == [0.5, -1.0] and gradients[1].tolist() == [0.25]
+    condition_(gradients, OptimiserConfig(grad_clip_value=0.75))
+    assert gradients[0].tolist() == [0.5, -0.75]
+    condition_(gradients, OptimiserConfig(grad_clip_norm=0.1))
+    assert float(norm(gradients)) == pytest.approx(0.1)
+    zero = [torch.zeros(3)]
+    condition_(zero, OptimiserConfig(grad_clip_norm=0.1, grad_rescale_max=1.0))
+    assert zero[0].tolist() == [0, 0, 0]
+
+
+def test_map_areas_of_the_published_net():
+    net = multigrid_net(64, width=0.05, variant="A")
+    areas = map_areas(net)
+    assert [areas[id(layer.weight)] for layer in net.layers] == [32 * 32, 16 * 16, 16 * 16]
+    assert areas[id(net.layers[0].norm.weight)] == 32 * 32
+    assert id(net.head.weight) not in areas
+
+
+@pytest.mark.parametrize(
+    "config", [OptimiserConfig(), OptimiserConfig(name="sgd", momentum=0.9), OptimiserConfig(name="adamw")]
+)
+def test_optimiser_state_comes_back_exactly(config):
+    def parameters():
+        generator = torch.Generator().manual_seed(0)
+        return [nn.Parameter(torch.randn(s, generator=generator)) for s in ((4, 3), (4,))]
+
+    def advance(optimiser, parameters, times):
+        for t in times:
+            for i, parameter in enumerate(parameters):
+                parameter.grad = torch.sin(parameter.detach() + t + i)
+            optimiser.step()
+
+    whole, parts = parameters(), parameters()
+    optimiser = build_optimiser(whole, config)
+    advance(optimiser, whole, range(5))
+    first = build_optimiser(parts, config)
+    advance(first, parts, range(2))
+    second = build_optimiser(parts, config)
+    load_state_tensors(second, state_tensors(first), "here")
+    advance(second, parts, range(2, 5))
+    assert all(torch.equal(a, b) for a, b in zip(whole, parts, strict=True))
+    a, b = state_tensors(optimiser), state_tensors(second)
+    assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+    with pytest.raises(CheckpointError, match="not of this optimiser"):
+        load_state_tensors(second, {"7.exp_avg": torch.zeros(3)}, "here")
+    with pytest.raises(CheckpointError, match=r"must have shape \(4, 3\)"):
+        load_state_tensors(second, {"0.exp_avg": torch.zeros(3)}, "here")
+
+
+def test_average_follows_its_formula_and_leaves_the_weights_alone():
+    model = nn.Linear(2, 1)
+    average = Average(model, 0.5)
+    expected = model.weight.detach().clone()
+    for t in range(6):
+        with torch.no_grad():
+            model.weight += t + 1
+        average.update(t)
+        expected = expected + (1 - min(0.5, (1 + t) / (10 + t))) * (model.weight.detach() - expected)
+    assert torch.allclose(average.state()["weight"], expected)
+    before = model.weight.detach().clone()
+    with average.applied():
+        assert torch.equal(model.weight, average.state()["weight"])
+    assert torch.equal(model.weight, before)

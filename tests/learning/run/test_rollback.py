@@ -1,0 +1,361 @@
+"""Going back after divergence: the good state bit for bit, other noise, lower rates, and how such runs end."""
+
+from __future__ import annotations
+
+import io
+import json
+from contextlib import closing
+
+import numpy as np
+import pytest
+import torch
+from helpers.runs import same_files, same_run
+from helpers.training import tiny_config
+from rich.console import Console
+
+from mgebm_fast import noise
+from mgebm_fast.cli import app
+from mgebm_fast.errors import ConfigError, DivergenceError
+from mgebm_fast.learning import MultiGridTrainer, Run
+from mgebm_fast.learning.config.sections import RollbackConfig
+from mgebm_fast.learning.run import checkpoint, records
+from mgebm_fast.learning.run.rollback import WINDOW, RunAway, Watch
+
+from .test_records import board
+
+BANK = {"scales": [2.0], "orientations": 2}
+COUPLED = {"langevin": {"steps": 3, "step_size": 0.3, "reference_std": 1.0}, "value_range": [-4.0, 4.0]}
+LATENT = {"latent": 2, "generator_width": 2, "infer_steps": 2}
+FAMILIES = {
+    "multigrid": {"stabilise": {"ema": 0.9, "data_noise": 0.03, "noise_anneal": 0.3}, "flips": True,
+                  "spectral_norm": True, "optimiser": {"schedule": "cosine"}},
+    "batch statistics": {"norm": "batch", "optimiser": {"name": "sgd", "momentum": 0.9}, "batch_parts": 2},
+    "cd": {"method": "cd", "stabilise": {"data_noise": 0.1}},
+    "single-grid-cd": {"method": "single-grid-cd"},
+    "short-run": {"method": "short-run"},
+    "pcd": {"method": "pcd"},
+    "shared bank": {"method": "pcd", "pcd": {"bank_size": 16, "restart": 0.3}},
+    "generative-convnet": {"method": "generative-convnet", **COUPLED,
+                           "generative-convnet": {"layers": [[3, 3, 1], [2, 3, 1]], "grow": 0.9}},
+    "frame": {"method": "frame", "frame": BANK, **COUPLED},
+    "frame, Hamiltonian": {"method": "frame", "frame": {**BANK, "leapfrog_steps": 2}, **COUPLED},
+    "cooperative": {"method": "cooperative", "cooperative": LATENT},
+    "abp": {"method": "abp", "abp": {**LATENT, "expand": True, "occlude": "pepper"}},
+    "spatial-temporal": {"method": "spatial-temporal", "batch_size": 2, **COUPLED,
+                         "spatial-temporal": {"size": [4, 6, 8], "layers": [[3, 3, 2]]}},
+}  # fmt: skip
+DATA = (noise.Purpose.DATA_ORDER, noise.Purpose.AUGMENTATION)  # which images are shown, and how, is no matter of chains
+
+
+def data_for(changes):
+    if changes.get("method") != "spatial-temporal":
+        return None
+    return np.random.default_rng(0).integers(0, 256, (6, 6, 8, 1), dtype=np.uint8)
+
+
+@pytest.fixture
+def run(trainer):
+    """A trainer of six updates that may go back twice, with good states after 0, 2, 4 and 6."""
+
+    def make(out=None, console=None, attempts=2, **changes):
+        rollback = {"attempts": attempts, **changes.pop("rollback", {})}
+        return trainer(out=out, data=data_for(changes), console=console, rollback=rollback, **changes)
+
+    return make
+
+
+def diverge(ours, *places, seen=None):
+    """Let update number u (from 1) of attempt a fail where (u, a) is in `places`, as a rule says it; `seen` is called
+    before every update."""
+    update = ours.rule.update
+
+    def failing(batch, iteration, **options):
+        if seen is not None:
+            seen(iteration, ours.rule)
+        if (iteration + 1, ours.rule.attempt) in places:
+            raise DivergenceError("training: it was made to fail")
+        return update(batch, iteration, **options)
+
+    ours.rule.update = failing
+    return ours
+
+
+def equal(a, b):
+    return a.keys() == b.keys() and all(
+        a[part].keys() == b[part].keys() and all(torch.equal(a[part][name], b[part][name]) for name in a[part])
+        for part in a
+    )
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_good_state_is_gone_on_from_with_other_noise_and_half_the_rate(run, tmp_path, monkeypatch, family):
+    changes = FAMILIES[family]
+    run(tmp_path / "plain", attempts=0, **changes).fit(4)
+    good = tmp_path / "plain/checkpoints/step_000004"
+
+    def from_the_good_state(attempt, rate):
+        fresh = run(attempts=0, **changes)
+        fresh.resume(good)
+        at_good = fresh.rule.snapshot()
+        fresh.rule.attempt, fresh.rule.rate = attempt, rate
+        fresh.fit()
+        return at_good, fresh.rule.snapshot()
+
+    at_good, expected = from_the_good_state(1, 0.5)
+    drawn, states, whose, stream = {0: set(), 1: set()}, [], None, noise.stream
+
+    def seen(iteration, rule):
+        nonlocal whose
+        whose = drawn[rule.attempt] if iteration in (4, 5) else None
+        if (iteration, rule.attempt) == (4, 1):
+            states.append(rule.snapshot())
+
+    def spied(purpose, grid=0):
+        word = stream(purpose, grid)
+        if whose is not None and purpose not in DATA:
+            whose.add(word)
+        return word
+
+    monkeypatch.setattr(noise, "stream", spied)
+    for out in (tmp_path / "run", None):  # in a folder, and in memory
+        ours = diverge(run(out, **changes), (6, 0), seen=seen)
+        assert ours.fit().finished and ours.iteration == 6
+        whose = None
+        assert equal(states.pop(), at_good) and not states
+        assert equal(ours.rule.snapshot(), expected)
+        assert ours.rule.attempt == 1 and ours.rule.rate == 0.5
+    assert drawn[0] and drawn[1] and not drawn[0] & drawn[1]
+    for other in (from_the_good_state(0, 0.5)[1], from_the_good_state(1, 1.0)[1]):
+        assert not equal(other, expected)
+
+
+def test_what_a_run_says_and_writes(run, tmp_path):
+    words = io.StringIO()
+    diverge(run(tmp_path, Console(file=words, width=40), log_every=2), (4, 0), (6, 1)).fit()
+    said = [line for line in words.getvalue().splitlines() if "rollback" in line]
+    assert said == [
+        "training: it was made to fail; back to update 2, with other noise and the learning rate times 0.5 from here "
+        "on (rollback 1 of at most 2)",
+        "training: it was made to fail; back to update 4, with other noise and the learning rate times 0.25 from here "
+        "on (rollback 2 of at most 2)",
+    ]
+    lines = Run(tmp_path).metrics()
+    assert [(r["step"], r.get("rollbacks"), r.get("diverged_at"), r.get("lr_factor")) for r in lines] == [
+        (2, None, None, 1.0), (2, 1, 4, None), (4, None, None, 0.5), (4, 2, 6, None), (6, None, None, 0.25),
+    ]  # fmt: skip
+    state = json.loads((tmp_path / "checkpoints/step_000006/state.json").read_text())["rollback"]
+    assert [(e["at"], e["to"], e["factor"]) for e in state["made"]] == [(4, 2, 0.5), (6, 4, 0.5)]
+    assert not [p for p in tmp_path.rglob("*") if p.name.startswith(".")]
+
+
+def test_abandoned_records_are_gone_from_both_places(tmp_path):
+    with closing(records.Recorder(tmp_path, 0)) as recorder:
+        for step in (1, 2, 3):
+            recorder.add(step, {"gap": float(step)})
+        recorder.go_back(1, 1, 4)
+        recorder.add(2, {"gap": 20.0})
+    expected = [(1, 1.0), (2, 20.0)]
+    assert board(tmp_path) == expected
+    lines = records.read(tmp_path / "metrics.jsonl")
+    assert [(r["step"], r["gap"]) for r in lines if "gap" in r] == expected and lines[1]["diverged_at"] == 4
+    records.truncate(tmp_path / "metrics.jsonl", 1)
+    assert len(records.read(tmp_path / "metrics.jsonl")) == 1  # as a checkpoint from before knows it
+
+
+def test_too_often(run, tmp_path):
+    for out in (tmp_path, None):
+        ours = diverge(run(out), (5, 0), (6, 1), (6, 2))
+        last = "the last good checkpoint is .*step_000004" if out else "there is no checkpoint yet"
+        with pytest.raises(DivergenceError, match=f"stopped at update 6, .*went back 2 times before; {last}"):
+            ours.fit()
+    with pytest.raises(DivergenceError, match="update 6, which was not applied; there is no.*rollback.attempts lets"):
+        diverge(run(attempts=0), (6, 0)).fit()
+    more = run(tmp_path, attempts=3)
+    more.resume()
+    assert more.fit().finished and more.rule.attempt == 2  # the third one was not needed
+
+
+def test_before_the_first_checkpoint(run, tmp_path):
+    whole = diverge(run(tmp_path / "a"), (1, 0), (2, 1))
+    assert whole.fit().finished and whole.rule.attempt == 2
+    assert [(r["step"], r.get("diverged_at")) for r in Run(tmp_path / "a").metrics()][:3] == [(0, 1), (0, 2), (1, None)]
+    memory = diverge(run(), (1, 0), (2, 1))
+    memory.fit()
+    assert equal(memory.rule.snapshot(), whole.rule.snapshot())
+
+
+def test_noise_that_anneals_is_back_where_it_was(run):
+    """Back at update 0 chains have their full noise again."""
+    changes = {"stabilise": {"noise_anneal": 0.3}, "checkpoint_every": 0}
+    ours, fresh = diverge(run(**changes), (5, 0)), run(**changes)
+    ours.fit()
+    fresh.rule.attempt, fresh.rule.rate = 1, 0.5
+    for iteration in range(6):
+        fresh.rule.update(fresh._loop.batches.batch(iteration), iteration)
+    assert equal(ours.rule.snapshot(), fresh.rule.snapshot())
+
+
+PLACES = (6, 0), (6, 1)
+
+
+def test_stopped_and_resumed_equals_the_uninterrupted(run, tmp_path):
+    """The stop after update 5 leaves a checkpoint there, to which no run goes back."""
+    diverge(run(tmp_path / "a", keep_checkpoints=1), *PLACES).fit()
+    diverge(run(tmp_path / "b", keep_checkpoints=1), *PLACES).fit(5)
+    assert [p.name for p in checkpoint.listed(tmp_path / "b/checkpoints")] == ["step_000004", "step_000005"]
+    again = diverge(run(tmp_path / "b", keep_checkpoints=1), *PLACES)
+    assert again.resume() == 5
+    again.fit(5)
+    again.fit()
+    same_files(tmp_path / "a", tmp_path / "b", "step_000006")
+    ours, theirs = (
+        [{k: v for k, v in r.items() if k != "seconds_per_update"} for r in Run(tmp_path / name).metrics()]
+        for name in "ab"
+    )
+    assert ours == theirs and [r["step"] for r in ours] == [1, 2, 3, 4, 4, 4, 5, 6]
+    made = [checkpoint.read(tmp_path / name / "checkpoints/step_000006")["rollback"] for name in "ab"]
+    assert made[0] == made[1] and len(made[0]["made"]) == 2
+
+
+class Killed(BaseException):
+    pass
+
+
+@pytest.mark.parametrize("moment", ["at once", "before the checkpoint", "in it", "before the records", "later"])
+def test_killed_while_it_goes_back(run, tmp_path, monkeypatch, moment):
+    diverge(run(tmp_path / "a"), *PLACES).fit()
+    ours = diverge(run(tmp_path / "b"), *PLACES)
+    set_aside, save = ours._loop._set_later_aside, ours._loop._save
+
+    def killed(*args, **options):
+        if ours.rule.attempt:
+            raise Killed
+
+    with monkeypatch.context() as patched:
+        if moment == "at once":
+            ours._loop._set_later_aside = lambda out: (killed(), set_aside(out))
+        elif moment == "before the checkpoint":
+            ours._loop._save = lambda folder, **o: (killed(), save(folder, **o))[1]
+        elif moment == "in it":
+            write = checkpoint.write_tensors
+            patched.setattr(checkpoint, "write_tensors", lambda *a: (killed(), write(*a)))
+        elif moment == "before the records":
+            patched.setattr(records.Recorder, "go_back", killed)
+        else:
+            diverge(ours, seen=lambda iteration, rule: killed() if iteration == 5 else None)
+        with pytest.raises(Killed):
+            ours.fit()
+    again = diverge(run(tmp_path / "b"), *PLACES)
+    assert again.resume() == 4 and again.rule.attempt == (1 if moment in ("before the records", "later") else 0)
+    again.fit()
+    same_files(tmp_path / "a", tmp_path / "b", "step_000006")
+    for name in "ab":
+        lines = [(r["step"], r.get("rollbacks")) for r in Run(tmp_path / name).metrics()]
+        assert lines == [(1, None), (2, None), (2, 2), (3, None), (4, None), (5, None), (6, None)]
+
+
+def test_diverging_again_before_a_newer_good_state_it_goes_further_back(run, tmp_path):
+    """To 4, 2, 0 and 0 again; with one checkpoint kept, always to the same."""
+    places = [(6, 0), (5, 1), (3, 2), (1, 3)]
+    for out in (tmp_path, None):
+        ours = diverge(run(out, attempts=4), *places)
+        ours.fit()
+        assert [e.to for e in ours._loop.history.made] == [4, 2, 0, 0] and ours.rule.rate == 1 / 16
+    assert [(r["step"], r.get("rollbacks")) for r in Run(tmp_path).metrics()[:3]] == [(0, 3), (0, 4), (1, None)]
+    one = diverge(run(keep_checkpoints=1, attempts=3), (6, 0), (5, 1), (6, 2))
+    one.fit()
+    assert [e.to for e in one._loop.history.made] == [4, 4, 4]
+
+
+def test_a_damaged_good_state_gives_way_to_an_older_one(run, tmp_path):
+    def damage(iteration, rule):
+        if iteration == 5 and rule.attempt == 0:
+            (tmp_path / "checkpoints/step_000004/optimiser.safetensors").write_bytes(b"")
+
+    ours = diverge(run(tmp_path), (6, 0), seen=damage)
+    assert ours.fit().finished
+    assert [r["step"] for r in Run(tmp_path).metrics()] == [1, 2, 2, 3, 4, 5, 6]
+    assert checkpoint.read(tmp_path / "checkpoints/step_000004")["rollback"]["made"][0]["to"] == 2
+
+
+@pytest.mark.parametrize("family", ["multigrid", "abp"])
+def test_a_run_that_does_not_diverge_is_the_same_with_and_without(run, tmp_path, family):
+    for name, attempts in (("off", 0), ("on", 3)):
+        run(tmp_path / name, attempts=attempts, **FAMILIES[family]).fit()
+    same_run(tmp_path / "off", tmp_path / "on")
+    assert "rollback" not in checkpoint.read(tmp_path / "off/checkpoints/step_000006")
+
+
+def test_energies_that_run_away_are_brought_back(run, tmp_path):
+    """A learning rate at which energies of ±1e4 come within updates; halved often enough, none above 10."""
+    wild = {"optimiser": {"lr": 20.0}, "steps": 12, "rollback": {"attempts": 20, "gap_max": 10.0}}
+    config = tiny_config(**wild)
+    words = io.StringIO()
+    from helpers.training import tiny_data
+
+    def trainer(settings, out=None):
+        return MultiGridTrainer(
+            None, tiny_data(), settings, out=out, device="cpu", console=Console(file=words, width=40)
+        )
+
+    ours = trainer(config, tmp_path)
+    ours.fit()
+    assert 1 < ours.rule.attempt < 20 and "ran away from each other" in words.getvalue()
+    gaps = [abs(value) for r in Run(tmp_path).metrics() for name, value in r.items() if name.endswith("/gap")]
+    assert len(gaps) == 24 and max(gaps) <= 10
+    once = tiny_config(**{**wild, "rollback": {"attempts": 1, "gap_max": 10.0}})
+    with pytest.raises(DivergenceError, match=r"more than 10 \(rollback.gap_max\); .*was not saved; .*back 1 time "):
+        trainer(once).fit()
+
+
+def test_numbers_that_overflow_are_brought_back(run):
+    """Unclamped chains and a learning rate that makes energies infinite."""
+    ours = run(optimiser={"lr": 1e20}, langevin={"clamp": False}, precision="fp32", attempts=200,
+               rollback={"attempts": 200, "lr_factor": 1e-3, "gap_ratio": None})  # fmt: skip
+    assert ours.fit().finished and ours.rule.attempt > 1
+    assert all(bool(p.isfinite().all()) for p in ours.model.parameters())
+
+
+def gaps(*values):
+    return {f"size_{2**i}/gap": value for i, value in enumerate(values, start=1)} | {"lr_factor": 1e9}
+
+
+def test_run_away_is_seen_against_the_running_mean():
+    numbers = np.random.default_rng(0).normal(size=WINDOW)
+    watch = Watch(RollbackConfig(attempts=1, gap_ratio=20.0))
+    for update, number in enumerate(numbers, start=1):
+        watch.check(gaps(1e6 * (update == 3), number), update)  # a young run may do as it likes
+    mean = np.abs(numbers).mean()
+    stored = json.loads(json.dumps(watch.state()))
+    watch.check(gaps(1.0, -19.99 * mean), 101)
+    watch.restore(stored)
+    with pytest.raises(RunAway, match=r"at update 101: .* apart at size 4, more than .* \(20 times its running mean"):
+        watch.check(gaps(1.0, -20.01 * mean), 101)
+    assert watch.state() == stored
+    for update in range(101, 600):  # growth by a hundredth an update is followed, and no run-away
+        watch.check(gaps(1.0, mean * 1.01 ** (update - 100)), update)
+    Watch(RollbackConfig(attempts=1, gap_ratio=None)).check(gaps(1e30), 1)
+    with pytest.raises(RunAway, match="update 1: 5 apart at size 2, more than 4 "):
+        Watch(RollbackConfig(attempts=1, gap_max=4.0)).check(gaps(5.0), 1)
+
+
+def test_no_attempt_has_the_counters_of_another():
+    words = {
+        noise.stream(noise.retried(purpose, attempt), grid)
+        for purpose in noise.Purpose for attempt in (0, 1, 2, 255) for grid in (0, 1, 65535)
+    }  # fmt: skip
+    assert len(words) == len(noise.Purpose) * 12 and max(words) < 2**32 and max(noise.Purpose) < 256
+    assert noise.stream(noise.retried(noise.Purpose.LATENT, 3), 5) == 3 << 24 | 6 << 16 | 5
+    with pytest.raises(ValueError, match=r"attempt must be in \[0, 255\], got 256"):
+        noise.retried(noise.Purpose.LATENT, 256)
+    with pytest.raises(ConfigError, match="rollback.attempts must be a whole number >= 0 and <= 255"):
+        tiny_config(rollback={"attempts": 256})
+
+
+def test_the_command(tmp_path, capsys):
+    tiny = [f"--set={key}" for key in ("steps=6", "langevin.steps=2", "batch_size=8", "width=0.1", "checkpoint_every=2",
+                                       "optimiser.lr=300", "rollback.attempts=30", "rollback.gap_max=5")]  # fmt: skip
+    app(["train", "digits", *tiny, "--device", "cpu", "--out", str(tmp_path / "r")], standalone_mode=False)
+    words = capsys.readouterr().err
+    assert "(rollback 1 of at most 30)" in words and f"next: mgebm sample {tmp_path / 'r'} --num 64" in words
+    assert Run(tmp_path / "r").finished
