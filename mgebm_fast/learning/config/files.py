@@ -8,7 +8,7 @@ from ...errors import ConfigError, suggest
 from .toml import tomllib
 from .train_config import TrainConfig, from_dict, merge
 
-PRESETS = Path(__file__).resolve().parent.parent / "presets"
+PRESETS = Path(__file__).resolve().parents[2] / "presets"
 
 
 def load_config(name_or_path: str | Path) -> TrainConfig:
