@@ -34,7 +34,7 @@ from torch import Tensor
 
 from .. import native
 from ..ops.conv_chain import prefers_bfloat
-from .stack import Stack, Stage, form, like, read_again
+from .stack import Stack, Stage, example_input, layout_of, reread
 
 aten = torch.ops.aten
 TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -105,7 +105,7 @@ class _Layer:
     """A stage in buffers of its own, which `load` fills again in place."""
 
     def __init__(self, stage: Stage, index: int, dtype: torch.dtype, layout: torch.memory_format) -> None:
-        self.form, self.dtype, self.layout = form(stage), dtype, layout
+        self.fixed, self.dtype, self.layout = layout_of(stage), dtype, layout
         unsafe = dtype != torch.float32 and _library_is_wrong(stage)
         self.exact = dtype != torch.float32 and (index == 0 or unsafe)  # whether the forward runs in float32
         low = torch.float32 if unsafe else dtype
@@ -191,7 +191,7 @@ class ConvPlan:
             self._layers = [_Layer(stage, i, self._dtype, self._layout) for i, stage in enumerate(stack.stages)]
             self._head = torch.empty_like(stack.head, dtype=self._dtype).unsqueeze(0)
             self._unscale = torch.ones((), dtype=torch.float32, device=device)
-            self._like = like(stack)
+            self._example = example_input(stack)
         self._load(stack)
 
     def refresh(self) -> None:
@@ -199,7 +199,7 @@ class ConvPlan:
 
         Raises BackendError where the energy is no longer the stack that the plan was made for.
         """
-        self._load(read_again(self._energy, self._like, [layer.form for layer in self._layers]))
+        self._load(reread(self._energy, self._example, [layer.fixed for layer in self._layers]))
 
     def _load(self, stack: Stack) -> None:
         with torch.no_grad(), torch.inference_mode(False):

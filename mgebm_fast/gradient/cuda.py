@@ -34,7 +34,7 @@ from ..ops.bias_act import launch_backward as bias_act_backward
 from ..ops.edge_step import NO_BAD_STEP
 from ..ops.update import Update
 from .conv import TYPES, exact_cudnn, scaled_head
-from .stack import Stack, Stage, form, like, read_again
+from .stack import Stack, Stage, example_input, layout_of, reread
 
 aten = torch.ops.aten
 OPS = ("bias_act", "batch_norm_act", "edge_step", "dense_chain")
@@ -65,7 +65,7 @@ class _Layer:
     """A stage in buffers of its own, which `load` fills again in place."""
 
     stage: Stage  # without its tensors
-    form: tuple[Any, ...]
+    fixed: tuple[Any, ...]
     weight: Tensor  # 16 bits, channels-last; of the first stage [W, W, 0 …] over the channels
     bias: Tensor | None  # float32
     norm: tuple[Tensor, Tensor] | None  # weight and bias, float32
@@ -78,7 +78,7 @@ class _Layer:
         norm = None if stage.norm is None else (stage.norm.weight.clone(), stage.norm.bias.clone())
         bias = None if stage.bias is None else stage.bias.clone()
         geometry = (list(stage.stride), list(stage.padding), list(stage.dilation), False, [0, 0], 1)
-        return cls(dataclasses.replace(stage, weight=weight, bias=None), form(stage), weight, bias, norm, geometry)
+        return cls(dataclasses.replace(stage, weight=weight, bias=None), layout_of(stage), weight, bias, norm, geometry)
 
     def load(self, stage: Stage) -> None:
         inputs = stage.weight.shape[1]
@@ -126,7 +126,7 @@ class FusedPlan:
             )  # in the order of a channels-last sample
             self._unscale = torch.ones((), dtype=torch.float32, device=device)
             self._workspace = workspace(max(s.weight.shape[0] for s in stack.stages), device)
-            self._like = like(stack)
+            self._example = example_input(stack)
             self._dense = None
             if not dense_chain.why_not_dense(stack):
                 made = dense_chain.dense_net_of(stack, self._dtype)
@@ -137,7 +137,7 @@ class FusedPlan:
 
     def refresh(self) -> None:
         """Take the energy's present weights, in place. BackendError where it is no longer the same stack."""
-        self._load(read_again(self._energy, self._like, [layer.form for layer in self._layers]))
+        self._load(reread(self._energy, self._example, [layer.fixed for layer in self._layers]))
 
     def _load(self, stack: Stack) -> None:
         # Exact, for the convolutions that make the dense matrices.

@@ -10,7 +10,7 @@ from .. import native
 from ..ops.conv_chain import MAX_STAGES, ConvChain, has_bfloat, prefers_bfloat
 from ..ops.counters import Counters
 from ..ops.update import Update
-from .stack import Stack, like, read_again
+from .stack import Stack, example_input, reread
 
 
 def why_not(stack: Stack, x: Tensor, precision: str) -> str:
@@ -48,7 +48,7 @@ class NativePlan:
 
     def refresh(self) -> None:
         """Take the energy's present weights."""
-        self._stack = read_again(self._energy, like(self._stack))
+        self._stack = reread(self._energy, example_input(self._stack))
         self._pack()
 
     def explain(self) -> str:

@@ -84,7 +84,7 @@ def read(energy: Any, x: Tensor) -> Stack | str:  # x: (N, C, *spatial); only it
         return str(reason)
 
 
-def read_again(energy: Any, x: Tensor, forms: Sequence[tuple[Any, ...]] | None = None) -> Stack:
+def reread(energy: Any, x: Tensor, forms: Sequence[tuple[Any, ...]] | None = None) -> Stack:
     """The stack of `energy` as it is now, for a plan that takes layers of these forms alone; None: of any.
 
     Raises BackendError where the energy is no longer such a stack.
@@ -92,12 +92,12 @@ def read_again(energy: Any, x: Tensor, forms: Sequence[tuple[Any, ...]] | None =
     stack = read(energy, x)
     if isinstance(stack, str):
         raise BackendError(f"refresh: the energy must still be a stack of convolutions, but {stack}")
-    if forms is not None and [form(stage) for stage in stack.stages] != list(forms):
+    if forms is not None and [layout_of(stage) for stage in stack.stages] != list(forms):
         raise BackendError("refresh: the energy's layers must be those that the plan was made for; make a new plan")
     return stack
 
 
-def form(stage: Stage) -> tuple[Any, ...]:
+def layout_of(stage: Stage) -> tuple[Any, ...]:
     """What of a stage a plan cannot change."""
     eps = None if stage.norm is None else stage.norm.eps
     return (
@@ -106,7 +106,7 @@ def form(stage: Stage) -> tuple[Any, ...]:
     )  # fmt: skip
 
 
-def like(stack: Stack) -> Tensor:  # (2, C, *size), without memory of its own
+def example_input(stack: Stack) -> Tensor:  # (2, C, *size), without memory of its own
     """What a plan reads its energy again for."""
     return torch.empty((), dtype=torch.float32, device=stack.head.device).expand(2, stack.channels, *stack.size)
 
