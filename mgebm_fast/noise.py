@@ -80,6 +80,31 @@ def check_seed(seed: int, where: str) -> int:
     return seed
 
 
+def resolve_seed(
+    seed: int | Tensor | None, generator: torch.Generator | None, device: torch.device, where: str
+) -> int | Tensor:
+    """`seed` itself, or where it is None a fresh one in [0, 2**63 − 1), so that no two calls share their noise.
+
+    It comes from `generator`, by default torch's global CPU generator, which `torch.manual_seed` seeds. In a call that
+    is captured in a CUDA graph or compiled, a number would be a constant of the graph: there the seed is a tensor drawn
+    on `device` by its own generator (which `torch.manual_seed` seeds too), and every replay draws another.
+    """
+    if generator is not None and not isinstance(generator, torch.Generator):
+        raise TypeError(f"{where}: generator must be a torch.Generator or None, got {type(generator).__name__}")
+    if seed is not None:
+        if generator is not None:
+            raise ValueError(f"{where}: seed and generator exclude each other, got both")
+        return seed
+    captured = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+    source = generator.device if generator is not None else device if captured else torch.device("cpu")
+    if captured and source.type != "cuda":
+        raise ValueError(f"{where}: generator must be on {device} while a CUDA graph is captured, got {source}")
+    drawn = torch.randint(2**63 - 1, (), dtype=torch.int64, device=source, generator=generator)
+    if source.type == "cpu" and not torch.compiler.is_compiling():
+        return int(drawn)
+    return drawn.to(device)
+
+
 def check_counter(value: int, name: str, where: str, *, last: int = 0) -> int:
     """`value` itself when `value … value + last` fit a 32-bit counter word, else an error: counters never wrap."""
     if isinstance(value, bool) or not isinstance(value, int):

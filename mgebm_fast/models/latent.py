@@ -80,7 +80,7 @@ class Inference:
         z: Tensor,  # (N, *latent_shape) float32, the start
         *,
         hidden: Tensor | None = None,
-        seed: int = 0,
+        seed: int | None = None,
         first_sample: int | Tensor = 0,
         first_step: int = 0,
         stream: int = 0,
@@ -90,8 +90,9 @@ class Inference:
     ) -> Tensor:
         """z after K steps, float32. `hidden`: bool, broadcastable to x, True where a pixel takes no part.
 
-        The noise of image i at step k is a function of (seed, first_sample + i, first_step + k, stream) alone;
-        `first_sample` may be N ids. Raises DivergenceError where δ is too large for s.
+        The noise of image i at step k is a function of (seed, first_sample + i, first_step + k, stream) alone; without
+        a seed every call draws one, as in `langevin_sample`. `first_sample` may be N ids. Raises DivergenceError where
+        δ is too large for s.
         """
         energy = Residual(generator, x, self.std, hidden)
         return self.chain()(

@@ -101,7 +101,7 @@ class MultiGrid(Model):
         self,
         start: Tensor,  # (N, C, 1, 1) float32
         *,
-        seed: int | Tensor,
+        seed: int | Tensor | None = None,
         first_sample: int | Tensor = 0,
         first_step: int | Sequence[int] = 0,
         purpose: noise.Purpose | int = noise.Purpose.SAMPLING,
@@ -117,6 +117,7 @@ class MultiGrid(Model):
 
         Args:
             start: 1×1 images, in the units of `value_range`.
+            seed: None: a fresh one for each call, as in `langevin_sample`.
             first_step: the step counter that the chains begin at, one for all grids or one a net.
             purpose: what the noise is for; a grid's stream is (purpose, index in sizes).
             langevin: dynamics in place of the model's own.

@@ -13,8 +13,8 @@ from torch import Tensor
 from .. import noise, ops
 from ..errors import BackendError
 from ..gradient.plan import Energy
-from . import graphs, pipeline
-from .chain import Chain, place_of, prepare
+from . import arguments, graphs, pipeline
+from .chain import Chain, Ids, place_of, prepare
 from .langevin import Langevin
 
 GridCallback = Callable[[int, int, Tensor], Any]
@@ -77,8 +77,9 @@ def cascade(
     dynamics: Sequence[Langevin],
     start: Tensor,  # (N, C, *sizes[0]) float32
     *,
-    seed: int | Tensor,
-    first_sample: int | Tensor = 0,
+    seed: int | Tensor | None = None,
+    generator: torch.Generator | None = None,
+    first_sample: Ids = 0,
     first_step: int | Sequence[int] = 0,
     purpose: noise.Purpose | int = noise.Purpose.SAMPLING,
     mask: Tensor | None = None,
@@ -92,7 +93,8 @@ def cascade(
 
     nets[i] and dynamics[i] serve sizes[i + 1], whose noise stream is (purpose, i + 1). With `known` and `mask` (at the
     finest size, False = known) a cell of a coarser size stands at the mean of its block's known pixels, where it has
-    any. `graph` as in `langevin_sample`: one CUDA graph then holds all chains.
+    any. `graph` as in `langevin_sample`: one CUDA graph then holds all chains. In a training loop leave `seed` out, or
+    let `first_step` count on: every call then has noise of its own (`generator` as in `langevin_sample`).
     """
     where = "cascade"
     if not isinstance(start, Tensor) or start.dtype != torch.float32:
@@ -101,12 +103,15 @@ def cascade(
     rank = start.dim() - 2
     if rank < 1 or start.shape[2:] != (sizes[0],) * rank:
         raise ValueError(f"{where}: start must have shape (N, C, {sizes[0]}, …), got {tuple(start.shape)}")
-    steps = [first_step] * len(nets) if isinstance(first_step, (int, Tensor)) else list(first_step)
+    first = first_step if isinstance(first_step, (list, tuple)) else [first_step] * len(nets)
+    steps = [arguments.counter(step) for step in first]
     if len(steps) != len(nets) or len(dynamics) != len(nets):
         got = f"{len(dynamics)} and {len(steps)}"
         raise ValueError(f"{where}: langevin and first_step must hold one entry a net ({len(nets)}), got {got}")
     held = check_known(known, mask, (*start.shape[:2], *(sizes[-1],) * rank), start.device, where)
     graph = graphs.graph_option(graph, callback, where)
+    counted = arguments.place(seed, generator, first_sample, 0, start.device, where)
+    seed, first_sample = counted["seed"], counted["first_sample"]
     grids = range(1, len(sizes))
     options: dict[str, Any] = {"precision": precision, "backend": backend}
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -20,9 +20,10 @@ from ..ops.edge_step import NO_BAD_STEP
 from ..ops.langevin_step import check_grad, launch
 from ..ops.state import check_mask, dense_copy
 from ..ops.update import Update
-from . import graphs, memory
+from . import arguments, graphs, memory
 
 Callback = Callable[[int, Tensor], Any]
+Ids = int | Tensor | Sequence[int]  # the id of a batch's first sample, or N ids
 
 
 @dataclasses.dataclass(frozen=True)
@@ -161,8 +162,9 @@ def prepare(
     numbers: Update,
     *,
     mask: Tensor | None = None,
-    seed: int | Tensor = 0,
-    first_sample: int | Tensor = 0,
+    seed: int | Tensor | None = None,
+    generator: torch.Generator | None = None,
+    first_sample: Ids = 0,
     first_step: int | Tensor = 0,
     stream: int = 0,
     precision: str = "auto",
@@ -180,7 +182,8 @@ def prepare(
         raise TypeError(f"{where}: x must be float32, got {x.dtype}; x.float() converts it")
     if x.dim() == 0:
         raise ValueError(f"{where}: x must have shape (N, ...), got a 0-dim tensor")
-    place = place_of(x, steps, seed=seed, first_sample=first_sample, first_step=first_step, stream=stream, where=where)
+    counted = arguments.place(seed, generator, first_sample, first_step, x.device, where)
+    place = place_of(x, steps, stream=stream, where=where, **counted)
     mask = None if mask is None else check_mask(mask, x, where)
     backend = ops.choose("langevin_step", backend, x.device)
     slot = graphs.slot_for(energy, x, mask, place, graph, steps, numbers, precision, backend)

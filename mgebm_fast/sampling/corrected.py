@@ -6,6 +6,7 @@ import dataclasses
 import math
 import re
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,7 +17,9 @@ from ..gradient.plan import Energy
 from ..ops import counters
 from ..ops.state import check_mask, dense_copy
 from ..ops.update import Update, update
-from .chain import Callback
+from . import arguments
+from .arguments import as_numbers_, count
+from .chain import Callback, Ids
 from .metropolis import State, Target, couples_samples, decide, propose
 
 
@@ -55,10 +58,9 @@ class Corrected:
 
     def __post_init__(self) -> None:
         where = type(self).__name__
-        _check_count(self.steps, "steps", where)
-        _check_count(self.path, "leapfrog_steps", where)
-        if isinstance(self.box, list):
-            object.__setattr__(self, "box", tuple(self.box))
+        as_numbers_(self, "box")
+        count(self.steps, "steps", where)
+        count(self.path, "leapfrog_steps", where)
         for name in ("temperature", "jitter"):
             value, low, high = getattr(self, name), 0.0, 1.0 if name == "jitter" else math.inf
             number = isinstance(value, (int, float)) and not isinstance(value, bool)
@@ -104,8 +106,9 @@ class Corrected:
         x: Tensor,  # (N, ...) float32
         *,
         mask: Tensor | None = None,
-        seed: int | Tensor = 0,
-        first_sample: int | Tensor = 0,
+        seed: int | Tensor | None = None,
+        generator: torch.Generator | None = None,
+        first_sample: Ids = 0,
         first_step: int = 0,
         grid: int = 0,
         precision: str = "auto",
@@ -120,6 +123,8 @@ class Corrected:
             mask: bool, broadcastable to x, True = updated: the chain samples these given the held ones.
             seed, first_sample, first_step, grid: what the chain's randomness is a function of; 30 steps are 10 and
                 then 20 with first_step=10. `first_sample` may be N ids. `grid` in [0, 65536) keeps chains apart.
+                seed=None: a fresh one for each call, drawn from `generator` or torch's global CPU generator; leave it
+                so in a training loop.
             precision: of the gradient. It costs acceptance, never exactness.
             callback: callback(step, x) after each step, with step = first_step + k; x is not written to afterwards.
 
@@ -128,9 +133,11 @@ class Corrected:
         """
         potential = None
         accepted, ratios = [], []
-        for k, (state, moved, log_ratio) in enumerate(
-            self._run(energy, x, mask, seed, first_sample, first_step, grid, precision)
-        ):
+        steps = self._run(
+            energy, x, mask, grid, precision, seed=seed, generator=generator, first_sample=first_sample,
+            first_step=first_step,
+        )  # fmt: skip
+        for k, (state, moved, log_ratio) in enumerate(steps):
             accepted.append(moved)
             ratios.append(log_ratio)
             potential, last = state.potential, state.x
@@ -146,15 +153,19 @@ class Corrected:
         *,
         every: int = 1,
         mask: Tensor | None = None,
-        seed: int | Tensor = 0,
-        first_sample: int | Tensor = 0,
+        seed: int | Tensor | None = None,
+        generator: torch.Generator | None = None,
+        first_sample: Ids = 0,
         first_step: int = 0,
         grid: int = 0,
         precision: str = "auto",
     ) -> Iterator[tuple[int, Tensor]]:
         """Yields (step, state) after every `every` steps and after the last one; arguments as in the call."""
-        _check_count(every, "every", "trajectory")
-        steps = self._run(energy, x, mask, seed, first_sample, first_step, grid, precision)
+        every = count(every, "every", "trajectory")
+        steps = self._run(
+            energy, x, mask, grid, precision, seed=seed, generator=generator, first_sample=first_sample,
+            first_step=first_step,
+        )  # fmt: skip
         return (
             (first_step + k, state.x)
             for k, (state, _, _) in enumerate(steps)
@@ -177,20 +188,20 @@ class Corrected:
         energy: Energy,
         x: Tensor,
         mask: Tensor | None,
-        seed: int | Tensor,
-        first_sample: int | Tensor,
-        first_step: int,
         grid: int,
         precision: str,
+        **counted: Any,
     ) -> Iterator[tuple[State, Tensor, Tensor]]:
         """(state, accepted, log_ratio) of every step. Not a generator function itself: wrong arguments raise here."""
         where = type(self).__name__
         if not isinstance(x, Tensor) or x.dtype != torch.float32 or x.dim() == 0:
             got = f"{x.dtype} of shape {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
             raise TypeError(f"{where}: x must be a float32 tensor (N, ...), got {got}")
+        place = arguments.place(device=x.device, where=where, **counted)
+        first_step = place.pop("first_step")
         counters.check(
-            where, x.shape[0], x.shape[1:].numel(), x.device, seed=seed, first_sample=first_sample, step=first_step,
-            stream=noise.stream(noise.Purpose.MOMENTUM, grid),
+            where, x.shape[0], x.shape[1:].numel(), x.device, step=first_step,
+            stream=noise.stream(noise.Purpose.MOMENTUM, grid), **place,
         )  # fmt: skip
         noise.check_counter(first_step, "first_step", where, last=self.steps - 1)
         reason = couples_samples(energy)
@@ -203,7 +214,7 @@ class Corrected:
         with frozen_parameters(energy):
             state = target.state(start)
         _check_start(state, target)
-        return self._steps(target, state, {"seed": seed, "first_sample": first_sample}, first_step, grid)
+        return self._steps(target, state, place, first_step, grid)
 
     def _steps(
         self, target: Target, state: State, place: dict, first_step: int, grid: int
@@ -231,11 +242,6 @@ class Corrected:
             return self.step_size
         sizes = self.step_size * (1.0 + self.jitter * (2.0 * uniform[:, 1] - 1.0))
         return sizes.reshape(-1, *[1] * (x.dim() - 1))
-
-
-def _check_count(value: int, name: str, where: str) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f"{where}: {name} must be a positive int, got {value!r}")
 
 
 def _check_start(state: State, target: Target) -> None:

@@ -21,6 +21,8 @@ from .. import noise
 from ..gradient import frozen_parameters, plan
 from ..gradient.plan import Energy
 from ..ops.state import check_mask
+from . import arguments
+from .arguments import count
 from .corrected import Corrected
 from .langevin import Langevin
 from .mcmc import MALA
@@ -147,7 +149,8 @@ class Recorder:
         energy, chain: those of the chain.
         every: record the first of every `every` steps.
         mask: that of the chain.
-        seed, first_sample, grid: of the momenta that acceptance is measured with.
+        seed, first_sample, grid: of the momenta that acceptance is measured with. seed=None: a fresh one, drawn from
+            `generator` or torch's global CPU generator.
         keep, states: how many samples' states are kept, and how often, from the first record to the last.
     """
 
@@ -158,15 +161,15 @@ class Recorder:
         *,
         every: int = 1,
         mask: Tensor | None = None,
-        seed: int = 0,
+        seed: int | None = None,
+        generator: torch.Generator | None = None,
         first_sample: int = 0,
         grid: int = 0,
         keep: int = 8,
         states: int = 9,
     ) -> None:
-        if every < 1:
-            raise ValueError(f"Recorder: every must be a positive int, got {every!r}")
-        self._energy, self._every, self._mask = energy, every, mask
+        self._energy, self._every, self._mask = energy, count(every, "every", "Recorder"), mask
+        seed = noise.resolve_seed(arguments.counter(seed), generator, torch.device("cpu"), "Recorder")
         self._place = {"seed": seed, "stream": noise.stream(noise.Purpose.MOMENTUM, grid)}
         self._first_sample, self._keep = first_sample, keep
         self._exact = chain if isinstance(chain, Corrected) else _exact(chain)

@@ -5,11 +5,13 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator
 
+import torch
 from torch import Tensor
 
 from ..gradient.plan import Energy
 from ..ops.update import Update, update
-from .chain import Callback, prepare
+from .arguments import as_numbers_, count
+from .chain import Callback, Ids, prepare
 from .graphs import graph_option
 from .memory import coupling_of
 
@@ -41,10 +43,8 @@ class Langevin:
     clamp: tuple[float, float] | None = None
 
     def __post_init__(self) -> None:
-        if isinstance(self.steps, bool) or not isinstance(self.steps, int) or self.steps < 1:
-            raise ValueError(f"Langevin: steps must be a positive int, got {self.steps!r}")
-        if isinstance(self.clamp, list):
-            object.__setattr__(self, "clamp", tuple(self.clamp))
+        as_numbers_(self, "clamp")
+        count(self.steps, "steps", "Langevin")
         numbers = self.update()
         if numbers.drift == 0:
             raise ValueError(f"Langevin: drift must be > 0, got {numbers.drift}")
@@ -61,8 +61,9 @@ class Langevin:
         x: Tensor,  # (N, ...) float32
         *,
         mask: Tensor | None = None,
-        seed: int | Tensor = 0,
-        first_sample: int | Tensor = 0,
+        seed: int | Tensor | None = None,
+        generator: torch.Generator | None = None,
+        first_sample: Ids = 0,
         first_step: int | Tensor = 0,
         stream: int = 0,
         precision: str = "auto",
@@ -71,9 +72,12 @@ class Langevin:
         callback: Callback | None = None,
         where: str = "langevin_sample",
     ) -> Tensor:
-        """The state after `steps` steps from x; arguments as in `langevin_sample`; `where` starts error messages."""
+        """The state after `steps` steps from x; arguments as in `langevin_sample`; `where` starts error messages.
+
+        In a training loop leave `seed` out: every call then has noise of its own.
+        """
         chain = prepare(
-            energy, x, self.steps, self.update(), mask=mask, seed=seed, first_sample=first_sample,
+            energy, x, self.steps, self.update(), mask=mask, seed=seed, generator=generator, first_sample=first_sample,
             first_step=first_step, stream=stream, precision=precision, backend=backend,
             graph=graph_option(graph, callback, where), where=where,
         )  # fmt: skip
@@ -86,8 +90,9 @@ class Langevin:
         *,
         every: int = 1,
         mask: Tensor | None = None,
-        seed: int | Tensor = 0,
-        first_sample: int | Tensor = 0,
+        seed: int | Tensor | None = None,
+        generator: torch.Generator | None = None,
+        first_sample: Ids = 0,
         first_step: int | Tensor = 0,
         stream: int = 0,
         precision: str = "auto",
@@ -95,14 +100,14 @@ class Langevin:
     ) -> Iterator[tuple[int, Tensor]]:
         """Yields (step, copy of the state) after every `every` steps, and after the last one.
 
+        Arguments as in `langevin_sample`; in a training loop leave `seed` out.
         `step` is the noise counter of the step just made, first_step + k. It streams: a state is computed when it is
         asked for, and none is kept. Between two states the energy's parameters are as the caller left them.
         """
-        if isinstance(every, bool) or not isinstance(every, int) or every < 1:
-            raise ValueError(f"trajectory: every must be a positive int, got {every!r}")
+        every = count(every, "every", "trajectory")
         # Not a generator function itself, so that wrong arguments raise here and not at the first next().
         chain = prepare(
-            energy, x, self.steps, self.update(), mask=mask, seed=seed, first_sample=first_sample,
+            energy, x, self.steps, self.update(), mask=mask, seed=seed, generator=generator, first_sample=first_sample,
             first_step=first_step, stream=stream, precision=precision, backend=backend, where="trajectory",
         )  # fmt: skip
         return chain.snapshots(x, self.steps, every)
@@ -121,7 +126,7 @@ class Langevin:
         precision with why a faster one does not run, the update's backend, whether a CUDA graph holds the chain, and
         whether the samples of a batch are coupled."""
         chain = prepare(
-            energy, x, self.steps, self.update(), mask=mask, precision=precision, backend=backend, graph=graph,
+            energy, x, self.steps, self.update(), mask=mask, seed=0, precision=precision, backend=backend, graph=graph,
             where="explain",
         )  # fmt: skip
         numbers = chain.numbers
@@ -162,8 +167,9 @@ def langevin_sample(
     grad_clamp: float | None = None,
     clamp: tuple[float, float] | None = None,
     mask: Tensor | None = None,
-    seed: int | Tensor = 0,
-    first_sample: int | Tensor = 0,
+    seed: int | Tensor | None = None,
+    generator: torch.Generator | None = None,
+    first_sample: Ids = 0,
     first_step: int | Tensor = 0,
     stream: int = 0,
     precision: str = "auto",
@@ -184,6 +190,8 @@ def langevin_sample(
         seed, first_sample, first_step, stream: the noise of sample i at step k is a function of (seed,
             first_sample + i, first_step + k, stream, pixel) alone. So 30 steps are 10 and then 20 with first_step=10,
             and a batch of 8 has the noise of 4 and then 4 with first_sample=4. `first_sample` may be N ids.
+        generator: what seed=None, the default, draws the seed of this call from: torch's global CPU generator where
+            none is given, so that `torch.manual_seed` makes a program repeat.
         precision: of the gradient, "auto", "fp32", "bf16" or "fp16" (docs/langevin.md). State and update are float32.
         backend: of the update, "auto", "native", "triton" or "reference".
         graph: None: on CUDA devices the chain of a stack of convolutions is captured in a CUDA graph at its
@@ -191,6 +199,9 @@ def langevin_sample(
             an error that says why not. False: no graph. Results are the same bit for bit.
         callback: callback(step, x) after each step, with step = first_step + k and x the live state; copy it to
             keep it.
+
+    In a training loop leave `seed` out: every call then has noise of its own. With a fixed seed every call has the same
+    noise, unless `first_step` counts on (first_step=iteration·K).
 
     Returns:
         The last state, float32, a new tensor of x's shape without a graph.
@@ -206,6 +217,6 @@ def langevin_sample(
         reference_std=reference_std, reference_mean=reference_mean, grad_clamp=grad_clamp, clamp=clamp,
     )  # fmt: skip
     return dynamics(
-        energy, x, mask=mask, seed=seed, first_sample=first_sample, first_step=first_step, stream=stream,
-        precision=precision, backend=backend, graph=graph, callback=callback,
+        energy, x, mask=mask, seed=seed, generator=generator, first_sample=first_sample, first_step=first_step,
+        stream=stream, precision=precision, backend=backend, graph=graph, callback=callback,
     )  # fmt: skip
