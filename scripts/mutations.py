@@ -15,20 +15,25 @@ of learning: a sign, a bank that is not stored, a generator taught what it made 
 
 Layers: python; native (C++, rebuilt with setup.py for each mutation: needs a compiler); triton (the interpreter, on the
 CPU: needs triton). Exit status: 0 every mutation was noticed, 1 one survived, 2 the check itself could not run.
-To add one, write a Mutation: the text it replaces must stand in the file exactly once.
+To add one, write a Mutation: the code it replaces must stand in the file exactly once. Comments and docstrings are not
+searched, and white space matches any white space, so that rewording or another line break changes nothing.
 """
 
 from __future__ import annotations
 
 import argparse
+import ast
 import dataclasses
 import importlib.util
+import io
 import os
+import re
 import shutil
 import subprocess
 import sys
 import tempfile
 import time
+import tokenize
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -44,15 +49,15 @@ UPDATE = ("tests/learning/test_update.py",)
 SPLITS = ("tests/sampling/test_reproducibility.py",)
 INTERPRETED = ("tests/sampling/test_law_interpreted.py",)
 EXACT = ("tests/sampling/test_mcmc.py", "tests/sampling/test_mcmc_laws.py")
-LATENT = ("tests/sampling/test_latent.py",)
-BASELINES = ("tests/learning/test_baselines.py",)
-CONVNET = ("tests/learning/test_convnet.py",)
-FRAME = ("tests/learning/test_frame.py",)
-COOPERATIVE = ("tests/learning/test_cooperative.py",)
-ABP = ("tests/learning/test_abp.py",)
-TEMPORAL = ("tests/learning/test_spatial_temporal.py",)
-ROLLBACK = ("tests/learning/test_rollback.py",)
-COMPARISON = ("tests/evaluation/test_comparison.py",)
+LATENT = ("tests/models/test_latent.py",)
+BASELINES = ("tests/learning/methods/test_baselines.py",)
+CONVNET = ("tests/learning/methods/test_convnet.py",)
+FRAME = ("tests/learning/methods/test_frame.py",)
+COOPERATIVE = ("tests/learning/methods/test_cooperative.py",)
+ABP = ("tests/learning/methods/test_abp.py",)
+TEMPORAL = ("tests/learning/methods/test_spatial_temporal.py",)
+ROLLBACK = ("tests/learning/run/test_rollback.py",)
+COMPARISON = ("tests/evaluation/comparison/test_comparison.py",)
 INPAINTING = ("tests/evaluation/test_inpainting.py",)
 
 
@@ -61,7 +66,7 @@ class Mutation:
     name: str
     layer: str  # python | native | triton
     file: str
-    old: str  # stands in `file` exactly once
+    old: str  # stands in the code of `file` exactly once
     new: str
     tests: tuple[str, ...]
 
@@ -75,6 +80,14 @@ POSTERIOR = "mgebm_fast/models/latent.py"
 STARTS = "mgebm_fast/learning/methods/baselines.py"
 BANKS = "mgebm_fast/learning/methods/banks.py"
 LAYERS = "mgebm_fast/nets/layers.py"
+CONTRASTIVE = "mgebm_fast/learning/methods/contrastive.py"
+CONVNET_RULE = "mgebm_fast/learning/methods/convnet.py"
+FRAME_RULE = "mgebm_fast/learning/methods/frame.py"
+COOPERATIVE_RULE = "mgebm_fast/learning/methods/cooperative.py"
+ABP_RULE = "mgebm_fast/learning/methods/abp.py"
+FILLING = "mgebm_fast/evaluation/inpainting.py"
+STEP_KERNEL = "mgebm_fast/kernels/langevin_step.py"
+COUNTERS_HEADER = "csrc/include/mgebm/counters.h"
 CONVOLVE = "self._convolve(x, self.effective_weight(), self.bias, self.stride, self.padding)"
 SHIFTED = (
     "self._convolve(torch.constant_pad_nd(x, [self.padding - 1, self.padding + 1] * (x.dim() - 2)), "
@@ -163,7 +176,7 @@ MUTATIONS = (
     Mutation("hidden-pixels-infer", "python", POSTERIOR, "rest = rest * self.seen", "rest = rest * 1.0", LATENT),
     # where chains of training start
     Mutation(
-        "learning-sign", "python", "mgebm_fast/learning/methods/contrastive.py", "loss = on_real.mean() - on_chain.mean()",
+        "learning-sign", "python", CONTRASTIVE, "loss = on_real.mean() - on_chain.mean()",
         "loss = on_chain.mean() - on_real.mean()", BASELINES,
     ),
     Mutation("bank-not-stored", "python", STARTS, "self.model.bank[ids] = x", "return", BASELINES),
@@ -188,7 +201,7 @@ MUTATIONS = (
         BASELINES,
     ),
     Mutation(
-        "step-counter-reused-on-one-net", "python", "mgebm_fast/learning/methods/contrastive.py",
+        "step-counter-reused-on-one-net", "python", CONTRASTIVE,
         "first_step=iteration * chain.steps", "first_step=iteration", BASELINES,
     ),
     # generative ConvNet, FRAME, spatial-temporal
@@ -197,22 +210,22 @@ MUTATIONS = (
         CONVNET,
     ),
     Mutation(
-        "layers-join-late", "python", "mgebm_fast/learning/methods/convnet.py", "min(layers, 1 + int(",
+        "layers-join-late", "python", CONVNET_RULE, "min(layers, 1 + int(",
         "min(layers, int(1 + 0.7 * ", CONVNET,
     ),
     Mutation(
-        "lambda-sign", "python", "mgebm_fast/learning/methods/frame.py", "tied = whole.view(", "tied = -whole.view(", FRAME
+        "lambda-sign", "python", FRAME_RULE, "tied = whole.view(", "tied = -whole.view(", FRAME
     ),
     Mutation(
-        "filter-threshold-sign", "python", "mgebm_fast/learning/methods/frame.py", "copy_(-torch.tensor(options.thresholds)",
+        "filter-threshold-sign", "python", FRAME_RULE, "copy_(-torch.tensor(options.thresholds)",
         "copy_(torch.tensor(options.thresholds)", FRAME,
     ),
     Mutation(
-        "hamiltonian-steps-repeat", "python", "mgebm_fast/learning/methods/frame.py", "first_step=iteration * exact.steps",
+        "hamiltonian-steps-repeat", "python", FRAME_RULE, "first_step=iteration * exact.steps",
         "first_step=0", FRAME,
     ),
     Mutation(
-        "hamiltonian-noise-of-samples", "python", "mgebm_fast/learning/methods/frame.py", "_TRAINING_GRID = 2",
+        "hamiltonian-noise-of-samples", "python", FRAME_RULE, "_TRAINING_GRID = 2",
         "_TRAINING_GRID = 1", FRAME,
     ),
     Mutation(
@@ -220,36 +233,36 @@ MUTATIONS = (
     ),
     # with a generator
     Mutation(
-        "taught-what-it-made", "python", "mgebm_fast/learning/methods/cooperative.py", "self._pair = z, x",
+        "taught-what-it-made", "python", COOPERATIVE_RULE, "self._pair = z, x",
         "self._pair = z, start", COOPERATIVE,
     ),
     Mutation(
-        "draws-repeat", "python", "mgebm_fast/learning/methods/cooperative.py", "step=iteration, first_sample",
+        "draws-repeat", "python", COOPERATIVE_RULE, "step=iteration, first_sample",
         "step=0, first_sample", COOPERATIVE,
     ),
     Mutation(
-        "teaching-noise-repeats", "python", "mgebm_fast/learning/methods/cooperative.py",
+        "teaching-noise-repeats", "python", COOPERATIVE_RULE,
         "first_step=iteration * options.infer_steps", "first_step=0", COOPERATIVE,
     ),
     Mutation(
-        "latents-not-kept", "python", "mgebm_fast/learning/methods/abp.py", "self.model.latents[ids] = z", "pass", ABP
+        "latents-not-kept", "python", ABP_RULE, "self.model.latents[ids] = z", "pass", ABP
     ),
     Mutation(
-        "latents-of-before", "python", "mgebm_fast/learning/methods/abp.py", "loss = residual(z).mean()",
+        "latents-of-before", "python", ABP_RULE, "loss = residual(z).mean()",
         "loss = residual(self.model.latents[ids]).mean()", ABP,
     ),
-    Mutation("expansion-transposed", "python", "mgebm_fast/learning/methods/abp.py", "dokl,de->eokl", "dokl,ed->eokl", ABP),
+    Mutation("expansion-transposed", "python", ABP_RULE, "dokl,de->eokl", "dokl,ed->eokl", ABP),
     Mutation(
-        "inference-noise-repeats", "python", "mgebm_fast/learning/methods/abp.py", "first_step=iteration * inference.steps",
+        "inference-noise-repeats", "python", ABP_RULE, "first_step=iteration * inference.steps",
         "first_step=0", ABP,
     ),
     # in-painting
     Mutation(
-        "known-and-hidden-exchanged", "python", "mgebm_fast/evaluation/inpainting.py", "mask=mask.to(device), known",
+        "known-and-hidden-exchanged", "python", FILLING, "mask=mask.to(device), known",
         "mask=~mask.to(device), known", INPAINTING,
     ),
     Mutation(
-        "error-over-all-pixels", "python", "mgebm_fast/evaluation/inpainting.py", "hidden.sum((1, 2, 3)) * x.shape[1]",
+        "error-over-all-pixels", "python", FILLING, "hidden.sum((1, 2, 3)) * x.shape[1]",
         "hidden[0].numel() * x.shape[1]", INPAINTING,
     ),
     Mutation(
@@ -257,19 +270,19 @@ MUTATIONS = (
         "fused(-2.0f * k.drift, force, x)", LAW,
     ),
     Mutation(
-        "noise-shared-native", "native", "csrc/include/mgebm/counters.h", "sample = counters.first_sample + index;",
+        "noise-shared-native", "native", COUNTERS_HEADER, "sample = counters.first_sample + index;",
         "sample = counters.first_sample;", LAW,
     ),
     Mutation(
-        "step-counter-reused-native", "native", "csrc/include/mgebm/counters.h",
+        "step-counter-reused-native", "native", COUNTERS_HEADER,
         "counters.step_at ? *counters.step_at : counters.step;", "counters.step_at ? *counters.step_at : 0;", LAW,
     ),
     Mutation(
-        "half-dropped-triton", "triton", "mgebm_fast/kernels/langevin_step.py", "tl.fma(-drift, force, old)",
+        "half-dropped-triton", "triton", STEP_KERNEL, "tl.fma(-drift, force, old)",
         "tl.fma(-2.0 * drift, force, old)", INTERPRETED,
     ),
     Mutation(
-        "noise-shared-triton", "triton", "mgebm_fast/kernels/langevin_step.py", "counter_words(first_sample, step, n,",
+        "noise-shared-triton", "triton", STEP_KERNEL, "counter_words(first_sample, step, n,",
         "counter_words(first_sample, step, n * 0,", INTERPRETED,
     ),
     Mutation("noise-anneals-to-the-end", "python", "mgebm_fast/learning/config/train_config.py",
@@ -280,10 +293,10 @@ MUTATIONS = (
     Mutation("rollback-to-the-same-state-again", "python", "mgebm_fast/learning/run/rollback.py",
              "return len(steps) - 2 if again and len(steps) > 1 else len(steps) - 1",
              "return len(steps) - 1", ROLLBACK),
-    Mutation("length-picked-by-the-worst", "python", "mgebm_fast/evaluation/inpainting.py",
+    Mutation("length-picked-by-the-worst", "python", FILLING,
              "best = min(errors, key=lambda length: float(errors[length].mean()))",
              "best = max(errors, key=lambda length: float(errors[length].mean()))", INPAINTING),
-    Mutation("length-picked-without-doubt", "python", "mgebm_fast/evaluation/inpainting.py",
+    Mutation("length-picked-without-doubt", "python", FILLING,
              "doubt = 2 * float(gain.std()) / math.sqrt(len(gain)) if len(gain) > 1 else math.inf",
              "doubt = 0.0", INPAINTING),
     Mutation("best-by-one-spread", "python", "mgebm_fast/evaluation/comparison/table.py",
@@ -343,15 +356,47 @@ def check_copy_is_used(copy: Path) -> None:
         raise CannotRun(f"the tests would import {done.stdout.strip() or done.stderr.strip()}, not the copy in {copy}")
 
 
+def code_alone(text: str, file: str) -> str:
+    """`text` with comments and docstrings blanked, every other character where it was."""
+    if not file.endswith(".py"):
+        spans = [found.span() for found in re.finditer(r"//[^\n]*|/\*.*?\*/", text, re.DOTALL)]
+    else:
+        lines = [0]
+        for line in text.splitlines(keepends=True):
+            lines.append(lines[-1] + len(line))
+        tokens = tokenize.generate_tokens(io.StringIO(text).readline)
+        spans = [
+            (lines[token.start[0] - 1] + token.start[1], lines[token.end[0] - 1] + token.end[1])
+            for token in tokens
+            if token.type == tokenize.COMMENT
+        ]
+        for node in ast.walk(ast.parse(text)):
+            if (
+                isinstance(node, ast.Expr)
+                and isinstance(node.value, ast.Constant)
+                and isinstance(node.value.value, str)
+            ):
+                spans.append((lines[words.lineno - 1], lines[words.end_lineno or words.lineno] - 1))
+    for start, end in spans:
+        text = text[:start] + " " * (end - start) + text[end:]
+    return text
+
+
+def mutated(text: str, mutation: Mutation) -> str:
+    """`text` with the mutation's code exchanged; CannotRun unless it stands there exactly once."""
+    pattern = r"\s+".join(map(re.escape, mutation.old.split()))
+    found = list(re.finditer(pattern, code_alone(text, mutation.file)))
+    if len(found) != 1:
+        raise CannotRun(f"{mutation.name}: {mutation.file} must hold {mutation.old!r} once, has {len(found)}")
+    start, end = found[0].span()
+    return text[:start] + mutation.new.strip("\n") + text[end:]
+
+
 def apply(copy: Path, mutation: Mutation) -> str:
     """Mutate the copy; returns the file's text as it was."""
     path = copy / mutation.file
     text = path.read_text(encoding="utf-8")
-    if text.count(mutation.old) != 1:
-        raise CannotRun(
-            f"{mutation.name}: {mutation.file} must hold {mutation.old!r} once, has {text.count(mutation.old)}"
-        )
-    path.write_text(text.replace(mutation.old, mutation.new), encoding="utf-8")
+    path.write_text(mutated(text, mutation), encoding="utf-8")
     return text
 
 

@@ -9,10 +9,10 @@ import argparse
 
 import numpy as np
 import torch
-from mgebm_fast.learning.methods.spatial_temporal import as_sound
 
 from mgebm_fast.data.sound import spectrogram, waveform
 from mgebm_fast.learning import Run
+from mgebm_fast.learning.methods.spatial_temporal import as_sound
 from mgebm_fast.pictures import labelled_panel, save_png
 
 FRAMES = 10

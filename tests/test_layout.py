@@ -1,9 +1,8 @@
-"""The shape of the house: what is packaged, that imports point downward without circles, and that files stay readable."""
+"""The shape of the house: what is packaged, how imports point, and how large files and functions are."""
 
 from __future__ import annotations
 
 import ast
-import inspect
 import sys
 from pathlib import Path
 
