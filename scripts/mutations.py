@@ -371,11 +371,8 @@ def code_alone(text: str, file: str) -> str:
             if token.type == tokenize.COMMENT
         ]
         for node in ast.walk(ast.parse(text)):
-            if (
-                isinstance(node, ast.Expr)
-                and isinstance(node.value, ast.Constant)
-                and isinstance(node.value.value, str)
-            ):
+            words = node.value if isinstance(node, ast.Expr) else None
+            if isinstance(words, ast.Constant) and isinstance(words.value, str):
                 spans.append((lines[words.lineno - 1], lines[words.end_lineno or words.lineno] - 1))
     for start, end in spans:
         text = text[:start] + " " * (end - start) + text[end:]
