@@ -15,7 +15,6 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from helpers.training import tiny_config, tiny_data
 from rich.console import Console
 
 from mgebm_fast.cli import app
@@ -23,6 +22,8 @@ from mgebm_fast.errors import DivergenceError
 from mgebm_fast.learning import MultiGridTrainer, build_model
 from mgebm_fast.learning.run import checkpoint
 from mgebm_fast.learning.run.distributed import Ranks
+
+from .training import tiny_config, tiny_data
 
 VARIANTS = {
     "adam": {"stabilise": {"ema": 0.9, "data_noise": 0.03, "noise_anneal": 0.3, "energy_l2": 0.01}, "flips": True,
