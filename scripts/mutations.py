@@ -88,9 +88,9 @@ ABP_RULE = "mgebm_fast/learning/methods/abp.py"
 FILLING = "mgebm_fast/evaluation/inpainting.py"
 STEP_KERNEL = "mgebm_fast/kernels/langevin_step.py"
 COUNTERS_HEADER = "csrc/include/mgebm/counters.h"
-CONVOLVE = "self._convolve(x, self.effective_weight(), self.bias, self.stride, self.padding)"
+CONVOLVE = "convolve(x, self.effective_weight(), self.bias, self.stride, self.padding)"
 SHIFTED = (
-    "self._convolve(torch.constant_pad_nd(x, [self.padding - 1, self.padding + 1] * (x.dim() - 2)), "
+    "convolve(torch.constant_pad_nd(x, [self.padding - 1, self.padding + 1] * (x.dim() - 2)), "
     "self.effective_weight(), self.bias, self.stride, 0)"
 )
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -42,6 +44,15 @@ def _check_choice(name: str, value: str, options: Sequence[str]) -> None:
 def _check_positive(name: str, value: int) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise ValueError(f"EnergyNet: {name} must be a positive int, got {value!r}")
+
+
+def _described(layer: nn.Module | None) -> tuple[ConvSpec, str, float] | None:
+    """The numbers of a layer as it runs now; None where it is no layer of this kind."""
+    if type(layer) is not ConvLayer:
+        return None
+    channels, kernel = layer.weight.shape[0], layer.weight.shape[2]
+    spec = ConvSpec(channels, kernel, layer.stride) if layer.padding == kernel // 2 else None
+    return None if spec is None else (spec, layer.activation, layer.negative_slope)
 
 
 class EnergyNet(nn.Module):
@@ -95,7 +106,7 @@ class EnergyNet(nn.Module):
         self.specs = tuple(layers)
         if not self.specs:
             raise ValueError("EnergyNet: layers must hold at least one ConvSpec, got none")
-        self.channels, self.norm, self.activation, self.negative_slope = channels, norm, activation, negative_slope
+        self.channels, self.norm = channels, norm
         self.spectral_norm, self.head_kind, self.ndim = spectral_norm, head, ndim
 
         inputs, top = channels, self.size
@@ -107,6 +118,7 @@ class EnergyNet(nn.Module):
             )  # fmt: skip
             self.layers.append(layer)
             inputs, top = spec.channels, tuple(layer.map_size(s) for s in top)
+        self.activation, self.negative_slope = activation, negative_slope
         features = inputs
         for length in top:
             features *= length
@@ -115,6 +127,31 @@ class EnergyNet(nn.Module):
         for module in self._weighted():
             module.reset(generator)
         self._input_shape = torch.Size((channels, *self.size))
+
+    @property
+    def activation(self) -> str:
+        """The activation of every layer; setting it changes them all."""
+        return self._activation
+
+    @activation.setter
+    def activation(self, activation: str) -> None:
+        _check_choice("activation", activation, ACTIVATIONS)
+        self._activation = activation
+        for layer in self.convolutions:
+            layer.activation = activation
+
+    @property
+    def negative_slope(self) -> float:
+        """The slope of every layer's leaky_relu below zero; setting it changes them all."""
+        return self._negative_slope
+
+    @negative_slope.setter
+    def negative_slope(self, slope: float) -> None:
+        if isinstance(slope, bool) or not isinstance(slope, (int, float)) or not math.isfinite(slope):
+            raise ValueError(f"EnergyNet: negative_slope must be a finite number, got {slope!r}")
+        self._negative_slope = slope
+        for layer in self.convolutions:
+            layer.negative_slope = slope
 
     @property
     def convolutions(self) -> list[ConvLayer]:
@@ -191,7 +228,16 @@ class EnergyNet(nn.Module):
         return total + (self.head.weight.numel() if self.head is not None else 0)
 
     def config(self) -> dict[str, Any]:
-        """What `from_config` rebuilds this architecture from, in plain JSON types."""
+        """What `from_config` rebuilds this architecture from, in plain JSON types.
+
+        ValueError where a layer was changed by hand since, so that no other net is stored in this one's name.
+        """
+        for index, (spec, layer) in enumerate(itertools.zip_longest(self.specs, self.layers)):
+            if spec is None or _described(layer) != (spec, self.activation, self.negative_slope):
+                raise ValueError(
+                    "EnergyNet: layers must be those that it was built with to be described and stored, but "
+                    f" layers.{index} was changed since"
+                )
         return {
             "size": list(self.size),
             "channels": self.channels,

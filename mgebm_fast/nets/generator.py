@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import suggest
-from .layers import ACTIVATIONS, activation_function
+from .layers import ACTIVATIONS, activate
 
 OUTPUTS = ("tanh", "none")
 _BASE, _CAP = 4, 256  # side of the first map below which nothing is halved, and most channels of a built-in generator
@@ -44,7 +44,7 @@ class DeconvLayer(nn.Module):
         self.rest = spec.stride - spec.kernel + 2 * self.padding  # 1 where kernel − stride is odd
         self.weight = nn.Parameter(torch.empty(inputs, spec.channels, spec.kernel, spec.kernel))
         self.bias = nn.Parameter(torch.zeros(spec.channels))
-        self._activate = activation_function(activation, negative_slope)
+        self.activation, self.negative_slope = activation, negative_slope
         self._squares = 2.0 / (1.0 + negative_slope**2) if activation != "none" else 1.0
 
     def reset(self, generator: torch.Generator) -> None:
@@ -56,9 +56,9 @@ class DeconvLayer(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if x.shape[2:] == (1, 1) and self.weight.shape[2] == self.stride:  # one stamp; torch has no fast path for it
             stamps = (x.flatten(1) @ self.weight.flatten(1)).unflatten(1, self.weight.shape[1:])
-            return self._activate(stamps + self.bias[:, None, None])
+            return activate(stamps + self.bias[:, None, None], self.activation, self.negative_slope)
         x = F.conv_transpose2d(x, self.weight, self.bias, self.stride, self.padding, self.rest)
-        return self._activate(x)
+        return activate(x, self.activation, self.negative_slope)
 
 
 class Generator(nn.Module):
@@ -75,7 +75,7 @@ class Generator(nn.Module):
         seed: of the normal weights; biases are zero.
 
     Input z (N, d) for a map of 1×1, or (N, d, m, m); output (N, C, S, S), S = m times all strides. There are no batch
-    statistics: the z that explains an image should not hang on the images beside it.
+    statistics: the z that explains an image should not depend on the other images of its batch.
 
     Source: the top-down nets of Han, Lu, Zhu, Wu (AAAI 2017) and of Xie, Lu, Gao, Zhu, Wu (2016, arXiv 1609.09408),
     whose batch normalisation is left out.

@@ -17,15 +17,15 @@ _POWER_ITERATIONS_AT_START = 20
 _CONVOLUTIONS: dict[int, Callable[..., Tensor]] = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 
 
-def activation_function(name: str, negative_slope: float) -> Callable[[Tensor], Tensor]:
-    """The function of an activation's name, one of `ACTIVATIONS`."""
-    if name == "leaky_relu":
-        return lambda x: F.leaky_relu(x, negative_slope)
-    functions: dict[str, Callable[[Tensor], Tensor]] = {"relu": F.relu, "silu": F.silu, "elu": F.elu}
-    return functions.get(name, lambda x: x)
+_FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {"relu": F.relu, "silu": F.silu, "elu": F.elu}
+ACTIVATIONS = ("leaky_relu", *_FUNCTIONS, "none")
 
 
-ACTIVATIONS = ("leaky_relu", "relu", "silu", "elu", "none")
+def activate(x: Tensor, activation: str, negative_slope: float) -> Tensor:
+    """The activation of that name, one of `ACTIVATIONS`, on x."""
+    if activation == "leaky_relu":
+        return F.leaky_relu(x, negative_slope)
+    return x if activation == "none" else _FUNCTIONS[activation](x)
 
 
 class BatchStatistics(nn.Module):
@@ -136,14 +136,14 @@ class ConvLayer(SpectralWeight):
         super().__init__((outputs, inputs) + (kernel,) * ndim, norm != "batch", spectral_norm)
         self.kernel, self.stride, self.padding = kernel, stride, kernel // 2
         self.norm = BatchStatistics(outputs) if norm == "batch" else None
-        self._convolve = _CONVOLUTIONS[ndim]
-        self._activate = activation_function(activation, negative_slope)
+        self.activation, self.negative_slope = activation, negative_slope
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self._convolve(x, self.effective_weight(), self.bias, self.stride, self.padding)
+        convolve = _CONVOLUTIONS[self.weight.dim() - 2]
+        x = convolve(x, self.effective_weight(), self.bias, self.stride, self.padding)
         if self.norm is not None:
             x = self.norm(x)
-        return self._activate(x)
+        return activate(x, self.activation, self.negative_slope)
 
     def map_size(self, size: int) -> int:
         """Length of the output map along a dimension of length `size`."""

@@ -1,8 +1,12 @@
+import io
+import pickle
+
 import pytest
 import torch
 import torch.nn.functional as F
 
 from mgebm_fast.nets import ConvSpec, EnergyNet, compact_layers, multigrid_net
+from mgebm_fast.nets.layers import ACTIVATIONS
 
 SMALL = [ConvSpec(6, 5, 2), ConvSpec(8, 3), ConvSpec(5, 3, 2)]
 
@@ -273,3 +277,40 @@ def test_wrong_inputs_are_named():
         net(torch.zeros(2, 1, 8, 8))
     with pytest.raises(ValueError, match="more than one value a channel"):
         EnergyNet(1, 3, [ConvSpec(4, 3)])(torch.zeros(1, 3, 1, 1))
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_nets_survive_pickle_and_torch_save(activation):
+    net = EnergyNet(8, 1, [ConvSpec(4, 3, 2)], activation=activation, norm="none")
+    x, stored = torch.randn(2, 1, 8, 8), io.BytesIO()
+    torch.save(net, stored)
+    stored.seek(0)
+    for copy in (pickle.loads(pickle.dumps(net)), torch.load(stored, weights_only=False)):
+        assert torch.equal(copy(x), net(x))
+
+
+@pytest.mark.parametrize(("name", "value"), [("activation", "silu"), ("negative_slope", 0.7)])
+def test_what_is_set_after_construction_is_what_runs_and_is_stored(name, value):
+    layers, x = [ConvSpec(4, 3), ConvSpec(4, 3)], torch.randn(2, 1, 8, 8)
+    net = EnergyNet(8, 1, layers, norm="none")
+    setattr(net, name, value)
+    assert torch.equal(net(x), EnergyNet(8, 1, layers, norm="none", **{name: value})(x))
+    assert torch.equal(EnergyNet.from_config(net.config())(x), net(x))
+    with pytest.raises(ValueError, match=f"{name} must be"):
+        setattr(net, name, "softsign")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda net: setattr(net.layers[1], "activation", "silu"),
+        lambda net: setattr(net.layers[0], "stride", 2),
+        lambda net: net.layers.append(torch.nn.Identity()),
+        lambda net: net.layers.pop(1),
+    ],
+)
+def test_a_net_changed_by_hand_is_not_described_as_another(change):
+    net = EnergyNet(8, 1, [ConvSpec(4, 3), ConvSpec(4, 3)], norm="none", head="sum")
+    change(net)
+    with pytest.raises(ValueError, match=r"layers must be those that it was built with.*layers\.\d was changed"):
+        net.config()
