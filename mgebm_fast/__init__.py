@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from .errors import BackendError, CheckpointError, ConfigError, DataError, DivergenceError
     from .learning import MultiGridTrainer
     from .models import MultiGrid
-    from .nets import EnergyNet
+    from .nets import EnergyNet, negative
     from .sampling import HMC, MALA, Langevin, langevin_sample
 
 __version__ = "0.1.0"
@@ -32,6 +32,7 @@ _NAMES = {
     "MultiGrid": "models",
     "MultiGridTrainer": "learning",
     "langevin_sample": "sampling",
+    "negative": "nets",
 }
 
 __all__ = [
@@ -52,6 +53,7 @@ __all__ = [
     "langevin_sample",
     "learning",
     "models",
+    "negative",
     "nets",
     "noise",
     "ops",

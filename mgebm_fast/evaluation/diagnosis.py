@@ -19,7 +19,6 @@ from ..pictures import labelled_panel, save_png
 from ..sampling import Langevin, diagnostics
 from ..sampling.corrected import Corrected
 from ..sampling.diagnostics import Recorder, Trace
-from ..sampling.metropolis import couples_samples
 
 RECORDS = 250  # of a chain at most, about as many as a plot can show
 MIXED = 1.05  # split R-hat above which halves of chains are told apart
@@ -102,7 +101,7 @@ def diagnose(
     for grid, ((_, chain), recorder) in enumerate(zip(chains, recorders, strict=True), start=1):
         name = f"grid {grid} size {model.sizes[grid]}"
         reports.append(report(name, chain, recorder.trace(num), warm_up=warm_up))
-    coupled = any(couples_samples(energy) for energy, _ in chains)
+    coupled = any(recorder.coupled for recorder in recorders)
     return Diagnosis(reports, _notes(reports, coupled), time.monotonic() - began)
 
 

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Protocol
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..errors import BackendError, suggest
 from . import conv, cuda
 from . import native as engine
 from .autograd import AutogradPlan
+from .holding import frozen_parameters
 from .stack import read
 
 Energy = Callable[[Tensor], Tensor]  # (N, ...) float32 -> (N,), energies
@@ -65,34 +64,6 @@ def plan(energy: Energy, x: Tensor, precision: str = "auto", where: str = "gradi
     if not reason:
         return engine.NativePlan(stack, energy, precision)
     return conv.ConvPlan(stack, energy, precision, f"the native engine cannot run: {reason}")
-
-
-def _module_of(energy: Energy) -> nn.Module | None:
-    owner = energy if isinstance(energy, nn.Module) else getattr(energy, "__self__", None)
-    return owner if isinstance(owner, nn.Module) else None
-
-
-@contextlib.contextmanager
-def frozen_parameters(energy: Energy) -> Iterator[None]:
-    """Inside, the parameters of a module (or of a bound method's module) need no gradient; restored in any case.
-
-    A chain never needs weight gradients: without them a convolution's backward does half the work and keeps less.
-    Buffers that a forward moves (running statistics in train mode) are put back: a sampler leaves no trace in a net.
-    """
-    module = _module_of(energy)
-    held = [] if module is None else [p for p in module.parameters() if p.requires_grad]
-    with torch.no_grad():
-        buffers = [] if module is None else [(buffer, buffer.clone()) for buffer in module.buffers()]
-    try:
-        for parameter in held:
-            parameter.requires_grad_(False)
-        yield
-    finally:
-        for parameter in held:
-            parameter.requires_grad_(True)
-        with torch.no_grad():
-            for buffer, before in buffers:
-                buffer.copy_(before)
 
 
 def energy_gradient(energy: Energy, x: Tensor, *, precision: str = "auto") -> Tensor:

@@ -3,6 +3,7 @@
 from .energy_net import ConvSpec, EnergyNet
 from .generator import DeconvSpec, Generator, generator_layers
 from .multigrid import VARIANTS, compact_layers, multigrid_layers, multigrid_net
+from .negative import Negative, negative
 
 __all__ = [
     "VARIANTS",
@@ -10,8 +11,10 @@ __all__ = [
     "DeconvSpec",
     "EnergyNet",
     "Generator",
+    "Negative",
     "compact_layers",
     "generator_layers",
     "multigrid_layers",
     "multigrid_net",
+    "negative",
 ]

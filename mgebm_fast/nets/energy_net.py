@@ -236,7 +236,7 @@ class EnergyNet(nn.Module):
             if spec is None or _described(layer) != (spec, self.activation, self.negative_slope):
                 raise ValueError(
                     "EnergyNet: layers must be those that it was built with to be described and stored, but "
-                    f" layers.{index} was changed since"
+                    f"layers.{index} was changed since"
                 )
         return {
             "size": list(self.size),

@@ -20,7 +20,8 @@ from ..ops.update import Update, update
 from . import arguments
 from .arguments import as_numbers_, count
 from .chain import Callback, Ids
-from .metropolis import State, Target, couples_samples, decide, propose
+from .coupling import coupling, randomness
+from .metropolis import State, Target, decide, propose
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,7 +31,7 @@ class MetropolisResult:
     x: Tensor  # (N, ...) float32
     potential: Tensor  # (N,) float64, U(x) at the end
     accepted: Tensor  # (steps, N) bool
-    log_ratio: Tensor  # (steps, N) float64, log of a step's acceptance probability; −inf where a path left the numbers
+    log_ratio: Tensor  # (steps, N) float64, log of a step's acceptance probability; −inf where a path became non-finite
 
     @property
     def acceptance(self) -> Tensor:
@@ -204,11 +205,12 @@ class Corrected:
             stream=noise.stream(noise.Purpose.MOMENTUM, grid), **place,
         )  # fmt: skip
         noise.check_counter(first_step, "first_step", where, last=self.steps - 1)
-        reason = couples_samples(energy)
-        if reason:
+        if reason := coupling(energy, x):
             raise ValueError(
                 f"{where}: energy must treat samples apart, but {reason}; freeze_norm() gives a net that does"
             )
+        if reason := randomness(energy):
+            raise ValueError(f"{where}: energy must be a function of x, but {reason}; .eval() turns that off")
         target = self.target(energy, x, mask=mask, precision=precision)
         start = dense_copy(x)
         with frozen_parameters(energy):

@@ -18,15 +18,17 @@ import torch
 from torch import Tensor
 
 from .. import noise
-from ..gradient import frozen_parameters, plan
+from ..gradient import plan
+from ..gradient.holding import untouched
 from ..gradient.plan import Energy
 from ..ops.state import check_mask
 from . import arguments
 from .arguments import count
 from .corrected import Corrected
+from .coupling import coupling
 from .langevin import Langevin
 from .mcmc import MALA
-from .metropolis import State, Target, couples_samples, propose, squares
+from .metropolis import State, Target, propose, squares
 
 PROJECTIONS = 8
 _FEWEST = 4  # draws below which ESS and R-hat say nothing
@@ -168,6 +170,7 @@ class Recorder:
         keep: int = 8,
         states: int = 9,
     ) -> None:
+        self.coupled = ""  # why the samples of a batch are coupled, once the chain made a step
         self._energy, self._every, self._mask = energy, count(every, "every", "Recorder"), mask
         seed = noise.resolve_seed(arguments.counter(seed), generator, torch.device("cpu"), "Recorder")
         self._place = {"seed": seed, "stream": noise.stream(noise.Purpose.MOMENTUM, grid)}
@@ -190,7 +193,7 @@ class Recorder:
             self._count, self._target = 0, None
         self._last = step
         if self._count % self._every == 0:
-            with torch.no_grad(), frozen_parameters(self._energy):
+            with torch.no_grad(), untouched(self._energy):
                 self._record(step, x.detach())
         self._count += 1
 
@@ -216,9 +219,9 @@ class Recorder:
         )
 
     def _make_target(self, x: Tensor) -> Target:
-        coupled = bool(couples_samples(self._energy))
+        self.coupled = coupling(self._energy, x)
         if self._exact is not None:
-            return self._exact.target(self._energy, x, mask=self._mask, precision="fp32", coupled=coupled)
+            return self._exact.target(self._energy, x, mask=self._mask, precision="fp32", coupled=bool(self.coupled))
         assert self._plain is not None
         mask = None if self._mask is None else check_mask(self._mask, x, "Recorder")
         return Target(

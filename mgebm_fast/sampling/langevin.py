@@ -12,8 +12,8 @@ from ..gradient.plan import Energy
 from ..ops.update import Update, update
 from .arguments import as_numbers_, count
 from .chain import Callback, Ids, prepare
+from .coupling import coupling
 from .graphs import graph_option
-from .memory import coupling_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,7 +145,7 @@ class Langevin:
         why = "named" if backend != "auto" else f"the fastest that is usable for {x.device.type} tensors"
         captured = chain.graph if isinstance(chain.graph, str) else ""
         graphed = f"no, because {captured}" if captured else chain.graph.explain()  # type: ignore[union-attr]
-        coupled = coupling_of(energy)
+        coupled = coupling(energy, x)
         samples = f"coupled, {coupled}" if coupled else "independent"
         return (
             f"{', '.join(parts)}; gradient: {gradient}; update: {chain.backend} backend, {why}; "

@@ -18,14 +18,13 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .. import ops
 from ..gradient import GradientPlan
 from ..gradient.plan import Energy
 
 Force = Callable[[Tensor], Tensor]
-_BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -155,7 +154,7 @@ def propose(target: Target, state: State, momentum: Tensor, step_size: float | T
     if target.coupled:
         change = change.sum().expand(change.shape)
     log_ratio = (-change).clamp(max=0.0)
-    # A path that left the numbers is a proposal of probability 0, and must not enter the state.
+    # A trajectory that became non-finite is a proposal of probability 0, and must not enter the state.
     log_ratio = torch.where(torch.isfinite(change), log_ratio, -torch.inf)
     return Proposal(State(x, potential, force), end, log_ratio)
 
@@ -173,15 +172,3 @@ def decide(state: State, proposal: Proposal, uniform: Tensor) -> tuple[State, Te
         ),
         accepted,
     )
-
-
-def couples_samples(energy: Energy) -> str:
-    """Why the energy of one sample depends on the others of its batch, "" where nothing says so."""
-    owner = energy if isinstance(energy, nn.Module) else getattr(energy, "__self__", None)
-    if not isinstance(owner, nn.Module):
-        return ""
-    for path, module in owner.named_modules():
-        statistics = isinstance(module, _BATCH_NORMS) and (module.training or module.running_mean is None)
-        if statistics or getattr(module, "norm", None) == "batch":
-            return f"layer {path} has batch statistics" if path else "it has batch statistics"
-    return ""

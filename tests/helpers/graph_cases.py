@@ -30,6 +30,7 @@ def slots(module):
 
 def same(energy, x, dynamics=DYNAMICS, **arguments):
     """Whether a run is bit for bit that of the chain without a graph."""
+    arguments = {"seed": 0, **arguments}
     expected = dynamics(energy, x, graph=False, **arguments)
     got = dynamics(energy, x, **arguments)
     return torch.equal(got, expected) and got.stride() == expected.stride()

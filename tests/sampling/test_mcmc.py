@@ -220,7 +220,7 @@ def test_the_energy_is_left_as_it_was():
 def test_batch_statistics_are_refused_and_frozen_ones_are_not():
     net = EnergyNet(4, 1, [ConvSpec(4, 3)], norm="batch", seed=0)
     x = normals(6, 1, 4, 4).float()
-    with pytest.raises(ValueError, match="energy must treat samples apart.*batch statistics"):
+    with pytest.raises(ValueError, match="energy must treat samples apart.*statistics of the batch"):
         mg.MALA(2, 0.1)(net, x)
     with net.observing():
         net(x)
