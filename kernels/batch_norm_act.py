@@ -4,8 +4,8 @@
                     arithmetic, statistics and sums in float32
     kernels         statistics, then apply; backward sums (of d and of d n, n = (z - m) r, d = grad a'(w n + b)),
                     then apply
-    thread mapping  rows are the N S places of a channel. A program of the first kernel takes a block of channels and
-                    one of at most 128 runs of rows, keeps running values a thread, and leaves one partial result; the
+    thread mapping  rows are the N S values of a channel. A program of the first kernel takes a block of channels and
+                    one of at most 128 runs of rows, keeps running values a thread, and stores one partial result; the
                     last program of a channel block to finish combines them, always in the same order
     bytes an element (16 bits)  statistics 2 read; apply 2 read + 2 written; sums 4 read (2 with a head); backward apply
                     4 read + 2 written (2 + 2). No mask: the sign is found again in z, which the way back reads anyhow
@@ -34,7 +34,7 @@ _PLAIN = ["rows", "channels", "spatial", "run", "splits"]
 
 
 @triton.jit
-def places(
+def row_offsets(
     first_row,
     block,
     rows,
@@ -80,7 +80,7 @@ def per_channel(values, block, channels, WHOLE: tl.constexpr, COLUMNS: tl.conste
 
 
 @triton.jit
-def leave(partial, first, second, split, block, channels, COLUMNS: tl.constexpr):
+def store_partial(partial, first, second, split, block, channels, COLUMNS: tl.constexpr):
     """Keep this program's two results a channel: partial (splits, 2, C)."""
     channel = block * COLUMNS + tl.arange(0, COLUMNS)
     at = partial + split * (2 * channels) + channel
@@ -89,7 +89,7 @@ def leave(partial, first, second, split, block, channels, COLUMNS: tl.constexpr)
 
 
 @triton.jit
-def is_last(tickets, block, splits):
+def is_last_program(tickets, block, splits):
     """Whether every other program of the channel block has left its results, and this one sees them."""
     tl.debug_barrier()  # every thread's stores before the one thread's ticket
     ticket = tl.atomic_add(tickets + block, 1, sem="acq_rel")
@@ -97,7 +97,7 @@ def is_last(tickets, block, splits):
 
 
 @triton.jit
-def gather(partial, which, block, channels, splits, SPLITS: tl.constexpr, COLUMNS: tl.constexpr):
+def load_partials(partial, which, block, channels, splits, SPLITS: tl.constexpr, COLUMNS: tl.constexpr):
     """(SPLITS, COLUMNS): one of the two results of every run, 0 where there is none."""
     channel = block * COLUMNS + tl.expand_dims(tl.arange(0, COLUMNS), 0)
     split = tl.expand_dims(tl.arange(0, SPLITS), 1)
@@ -133,7 +133,7 @@ def batch_norm_act_kernel(
     square = tl.full((ROWS, COLUMNS), 0.0, tl.float32)
     seen = 1.0
     for first_row in range(start, stop, ROWS):
-        at, _, inside = places(first_row, block, rows, channels, spatial, CHANNELS_INNER, EIGHTS, ROWS, COLUMNS)
+        at, _, inside = row_offsets(first_row, block, rows, channels, spatial, CHANNELS_INNER, EIGHTS, ROWS, COLUMNS)
         value = tl.load(z + at, mask=inside, other=0.0).to(tl.float32)
         away = value - mean
         # A thread's missing rows come last: until then it has seen as many as all.
@@ -144,11 +144,11 @@ def batch_norm_act_kernel(
     count = tl.maximum((stop - start - lane + ROWS - 1) // ROWS, 0).to(tl.float32)
     run_mean = sum_of(mean * count, 0) / (stop - start).to(tl.float32)
     away = mean - tl.expand_dims(run_mean, 0)
-    leave(partial, run_mean, sum_of(square + count * away * away, 0), split, block, channels, COLUMNS)
+    store_partial(partial, run_mean, sum_of(square + count * away * away, 0), split, block, channels, COLUMNS)
 
-    if is_last(tickets, block, splits):
-        means = gather(partial, 0, block, channels, splits, SPLITS, COLUMNS)
-        squares = gather(partial, 1, block, channels, splits, SPLITS, COLUMNS)
+    if is_last_program(tickets, block, splits):
+        means = load_partials(partial, 0, block, channels, splits, SPLITS, COLUMNS)
+        squares = load_partials(partial, 1, block, channels, splits, SPLITS, COLUMNS)
         index = tl.expand_dims(tl.arange(0, SPLITS), 1)
         counts = tl.minimum(tl.maximum(rows - index * run, 0), run).to(tl.float32)
         total = rows.to(tl.float32)
@@ -182,7 +182,7 @@ def batch_norm_act_apply_kernel(
     blocks = (channels + COLUMNS - 1) // COLUMNS
     tile = tl.program_id(0) // blocks
     block = tl.program_id(0) - tile * blocks
-    at, _, inside = places(tile * ROWS, block, rows, channels, spatial, CHANNELS_INNER, EIGHTS, ROWS, COLUMNS)
+    at, _, inside = row_offsets(tile * ROWS, block, rows, channels, spatial, CHANNELS_INNER, EIGHTS, ROWS, COLUMNS)
     normal = normalised(tl.load(z + at, mask=inside, other=0.0), statistics, block, channels, WHOLE, COLUMNS)
     value = affine(normal, weight, bias, block, channels, WHOLE, COLUMNS)
     tl.store(out + at, activate(value, slope, ACTIVATION).to(out.dtype.element_ty), mask=inside)
@@ -245,19 +245,19 @@ def batch_norm_act_sums_kernel(
     sum_d = tl.full((ROWS, COLUMNS), 0.0, tl.float32)
     sum_dn = tl.full((ROWS, COLUMNS), 0.0, tl.float32)
     for first_row in range(start, stop, ROWS):
-        at, here, inside = places(first_row, block, rows, channels, spatial, CHANNELS_INNER, EIGHTS, ROWS, COLUMNS)
+        at, here, inside = row_offsets(first_row, block, rows, channels, spatial, CHANNELS_INNER, EIGHTS, ROWS, COLUMNS)
         normal = normalised(tl.load(z + at, mask=inside, other=0.0), statistics, block, channels, WHOLE, COLUMNS)
         value = affine(normal, weight, bias, block, channels, WHOLE, COLUMNS)
         d = times_slope(upstream(grad, head, at, here, inside, HEAD), value, slope, ACTIVATION)
         sum_d += d  # what does not exist has no upstream
         sum_dn += d * normal
-    leave(partial, sum_of(sum_d, 0), sum_of(sum_dn, 0), split, block, channels, COLUMNS)
+    store_partial(partial, sum_of(sum_d, 0), sum_of(sum_dn, 0), split, block, channels, COLUMNS)
 
-    if is_last(tickets, block, splits):
+    if is_last_program(tickets, block, splits):
         channel = block * COLUMNS + tl.arange(0, COLUMNS)
         total = rows.to(tl.float32)
         for which in tl.static_range(2):
-            part = sum_of(gather(partial, which, block, channels, splits, SPLITS, COLUMNS), 0) / total
+            part = sum_of(load_partials(partial, which, block, channels, splits, SPLITS, COLUMNS), 0) / total
             tl.store(means + which * channels + channel, part, mask=channel < channels)
         tl.store(tickets + block, 0)
 
@@ -287,7 +287,7 @@ def batch_norm_act_backward_kernel(
     blocks = (channels + COLUMNS - 1) // COLUMNS
     tile = tl.program_id(0) // blocks
     block = tl.program_id(0) - tile * blocks
-    at, here, inside = places(tile * ROWS, block, rows, channels, spatial, CHANNELS_INNER, EIGHTS, ROWS, COLUMNS)
+    at, here, inside = row_offsets(tile * ROWS, block, rows, channels, spatial, CHANNELS_INNER, EIGHTS, ROWS, COLUMNS)
     normal = normalised(tl.load(z + at, mask=inside, other=0.0), statistics, block, channels, WHOLE, COLUMNS)
     value = affine(normal, weight, bias, block, channels, WHOLE, COLUMNS)
     d = times_slope(upstream(grad, head, at, here, inside, HEAD), value, slope, ACTIVATION)
@@ -336,7 +336,7 @@ def batch_norm_act(
     blocks = triton.cdiv(z.shape[1], columns)
     reducing = REDUCING_TILE // columns
     run, splits = _runs(sizes["rows"], reducing)
-    partial = torch.empty(splits, 2, z.shape[1], device=z.device)
+    partial = torch.empty(splits, 2, z.shape[1], dtype=torch.float32, device=z.device)
     with torch.cuda.device(z.device) if z.is_cuda else contextlib.nullcontext():
         batch_norm_act_kernel[splits, blocks](
             z, statistics, partial, tickets, **sizes, run=run, splits=splits, eps=float(eps), **layout, ROWS=reducing,
@@ -369,7 +369,7 @@ def batch_norm_act_backward(
     blocks = triton.cdiv(z.shape[1], columns)
     reducing = REDUCING_TILE // 2 // columns  # two tensors are read
     run, splits = _runs(sizes["rows"], reducing)
-    partial = torch.empty(splits, 2, z.shape[1], device=z.device)
+    partial = torch.empty(splits, 2, z.shape[1], dtype=torch.float32, device=z.device)
     means = torch.empty(2, z.shape[1], dtype=torch.float32, device=z.device)
     upstream_of = {"grad": z if grad is None else grad, "head": z if head is None else head}
     shared = {

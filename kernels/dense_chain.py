@@ -49,8 +49,8 @@ _PLAIN = [
 
 
 @triton.jit
-def meet(arrived, target, SPLIT: tl.constexpr):
-    """All programs of the tile have come here: what they stored before is seen after. The next meeting's target."""
+def tile_barrier(arrived, target, SPLIT: tl.constexpr):
+    """Barrier over a tile's programs (release/acquire). Returns the count to wait for at the next one."""
     tl.debug_barrier()
     if SPLIT > 1:
         seen = tl.atomic_add(arrived, 1, sem="acq_rel") + 1
@@ -93,7 +93,7 @@ def product(
 
 
 @triton.jit
-def of_pixels(x, weight, first, IN: tl.constexpr, STRIDE: tl.constexpr, WIDTH: tl.constexpr):
+def first_layer(x, weight, first, IN: tl.constexpr, STRIDE: tl.constexpr, WIDTH: tl.constexpr):
     """x W^T for the first layer, x (ROWS, IN) float32: as high and low part where weights have 16 bits."""
     k = tl.expand_dims(tl.arange(0, IN), 1)
     n = tl.expand_dims(first + tl.arange(0, WIDTH), 0)
@@ -111,9 +111,9 @@ def of_pixels(x, weight, first, IN: tl.constexpr, STRIDE: tl.constexpr, WIDTH: t
 
 
 @triton.jit
-def keep(sums, bias, slope, first, h, v, OUT: tl.constexpr, ACTIVATION: tl.constexpr, ROWS: tl.constexpr,
-         WIDTH: tl.constexpr):  # fmt: skip
-    """A hidden layer's columns: h = a(v), and v itself, or 1 and 0 where its sign is all that is asked."""
+def store_hidden(sums, bias, slope, first, h, v, OUT: tl.constexpr, ACTIVATION: tl.constexpr, ROWS: tl.constexpr,
+                 WIDTH: tl.constexpr):  # fmt: skip
+    """A hidden layer's columns: h = a(v), and v itself, or 1 and 0 where the backward pass needs its sign alone."""
     column = tl.expand_dims(first + tl.arange(0, WIDTH), 0)
     value = sums + tl.load(bias + column)
     at = tl.expand_dims(tl.arange(0, ROWS), 1) * OUT + column
@@ -124,8 +124,8 @@ def keep(sums, bias, slope, first, h, v, OUT: tl.constexpr, ACTIVATION: tl.const
 
 
 @triton.jit
-def turn(sums, bias, head, scale, slope, first, g, OUT: tl.constexpr, ACTIVATION: tl.constexpr, ROWS: tl.constexpr,
-         WIDTH: tl.constexpr):  # fmt: skip
+def top_gradient(sums, bias, head, scale, slope, first, g, OUT: tl.constexpr, ACTIVATION: tl.constexpr,
+                 ROWS: tl.constexpr, WIDTH: tl.constexpr):  # fmt: skip
     """The top layer's columns, whose forward is needed for a' alone: g = scale head a'(v)."""
     column = tl.expand_dims(first + tl.arange(0, WIDTH), 0)
     value = sums + tl.load(bias + column)
@@ -135,8 +135,9 @@ def turn(sums, bias, head, scale, slope, first, g, OUT: tl.constexpr, ACTIVATION
 
 
 @triton.jit
-def come_back(above, weight, v, g, slope, part, depth, ABOVE: tl.constexpr, OUT: tl.constexpr, ACTIVATION: tl.constexpr,
-              SPLIT: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr, CHUNK: tl.constexpr):  # fmt: skip
+def layer_backward(above, weight, v, g, slope, part, depth, ABOVE: tl.constexpr, OUT: tl.constexpr,
+                   ACTIVATION: tl.constexpr, SPLIT: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
+                   CHUNK: tl.constexpr):  # fmt: skip
     """This program's columns of g = (above W) a'(v), W (ABOVE, OUT)."""
     for block in range(part, OUT // WIDTH, SPLIT):
         first = block * WIDTH
@@ -147,17 +148,17 @@ def come_back(above, weight, v, g, slope, part, depth, ABOVE: tl.constexpr, OUT:
 
 
 @triton.jit
-def go_up(h_below, weight, bias, head, scale, slope, h, v, g, part, depth, BELOW: tl.constexpr, OUT: tl.constexpr,
-          TOP: tl.constexpr, ACTIVATION: tl.constexpr, SPLIT: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
-          CHUNK: tl.constexpr):  # fmt: skip
+def layer_forward(h_below, weight, bias, head, scale, slope, h, v, g, part, depth, BELOW: tl.constexpr,
+                  OUT: tl.constexpr, TOP: tl.constexpr, ACTIVATION: tl.constexpr, SPLIT: tl.constexpr,
+                  ROWS: tl.constexpr, WIDTH: tl.constexpr, CHUNK: tl.constexpr):  # fmt: skip
     """This program's columns of a layer above the first."""
     for block in range(part, OUT // WIDTH, SPLIT):
         first = block * WIDTH
         sums = product(h_below, weight, first, depth, BELOW, 1, BELOW, OUT, ROWS, WIDTH, CHUNK)
         if TOP:
-            turn(sums, bias, head, scale, slope, first, g, OUT, ACTIVATION, ROWS, WIDTH)
+            top_gradient(sums, bias, head, scale, slope, first, g, OUT, ACTIVATION, ROWS, WIDTH)
         else:
-            keep(sums, bias, slope, first, h, v, OUT, ACTIVATION, ROWS, WIDTH)
+            store_hidden(sums, bias, slope, first, h, v, OUT, ACTIVATION, ROWS, WIDTH)
 
 
 @triton.jit(do_not_specialize=_PLAIN)
@@ -183,7 +184,6 @@ def dense_chain_kernel(
     depth3,
     depth4,
     scale,
-    inv_scale,
     slope1,
     slope2,
     slope3,
@@ -204,6 +204,7 @@ def dense_chain_kernel(
     FIRST_SAMPLE_FROM: tl.constexpr,
     STEP_ON_DEVICE: tl.constexpr,
     NOISY: tl.constexpr,
+    SCALE_ON_DEVICE: tl.constexpr,
     CLIP: tl.constexpr,
     CLAMP_LO: tl.constexpr,
     CLAMP_HI: tl.constexpr,
@@ -246,6 +247,9 @@ def dense_chain_kernel(
     if MASKED:
         free = tl.load(mask + at, mask=inside, other=0) != 0
     number = step_number(step, STEP_ON_DEVICE)
+    if SCALE_ON_DEVICE:
+        scale = tl.load(scale)
+    inv_scale = tl.div_rn(1.0, scale)
     safe_n = tl.minimum(n, samples - 1)
     if NOISY:
         k0, k1 = seed_words(seed, seed_high, SEED_ON_DEVICE)
@@ -255,35 +259,35 @@ def dense_chain_kernel(
 
     for _ in range(steps):
         for block in range(part, P1 // WIDTH, SPLIT):
-            sums = of_pixels(state, weight1, block * WIDTH, IN, P0, WIDTH)
+            sums = first_layer(state, weight1, block * WIDTH, IN, P0, WIDTH)
             if LAYERS == 1:
-                turn(sums, bias1, head, scale, slope1, block * WIDTH, g1, P1, ACT1, ROWS, WIDTH)
+                top_gradient(sums, bias1, head, scale, slope1, block * WIDTH, g1, P1, ACT1, ROWS, WIDTH)
             else:
-                keep(sums, bias1, slope1, block * WIDTH, h1, v1, P1, ACT1, ROWS, WIDTH)
-        target = meet(arrived, target, SPLIT)
+                store_hidden(sums, bias1, slope1, block * WIDTH, h1, v1, P1, ACT1, ROWS, WIDTH)
+        target = tile_barrier(arrived, target, SPLIT)
         if LAYERS >= 2:
-            go_up(h1, weight2, bias2, head, scale, slope2, h2, v2, g2, part, depth1, P1, P2, LAYERS == 2, ACT2, SPLIT,
-                  ROWS, WIDTH, CHUNK)  # fmt: skip
-            target = meet(arrived, target, SPLIT)
+            layer_forward(h1, weight2, bias2, head, scale, slope2, h2, v2, g2, part, depth1, P1, P2, LAYERS == 2, ACT2,
+                          SPLIT, ROWS, WIDTH, CHUNK)  # fmt: skip
+            target = tile_barrier(arrived, target, SPLIT)
         if LAYERS >= 3:
-            go_up(h2, weight3, bias3, head, scale, slope3, h3, v3, g3, part, depth2, P2, P3, LAYERS == 3, ACT3, SPLIT,
-                  ROWS, WIDTH, CHUNK)  # fmt: skip
-            target = meet(arrived, target, SPLIT)
+            layer_forward(h2, weight3, bias3, head, scale, slope3, h3, v3, g3, part, depth2, P2, P3, LAYERS == 3, ACT3,
+                          SPLIT, ROWS, WIDTH, CHUNK)  # fmt: skip
+            target = tile_barrier(arrived, target, SPLIT)
         if LAYERS >= 4:
-            go_up(h3, weight4, bias4, head, scale, slope4, h4, v4, g4, part, depth3, P3, P4, LAYERS == 4, ACT4, SPLIT,
-                  ROWS, WIDTH, CHUNK)  # fmt: skip
-            target = meet(arrived, target, SPLIT)
-            come_back(g4, weight4, v3, g3, slope3, part, depth4, P4, P3, ACT3, SPLIT, ROWS, WIDTH, CHUNK)
-            target = meet(arrived, target, SPLIT)
+            layer_forward(h3, weight4, bias4, head, scale, slope4, h4, v4, g4, part, depth3, P3, P4, LAYERS == 4, ACT4,
+                          SPLIT, ROWS, WIDTH, CHUNK)  # fmt: skip
+            target = tile_barrier(arrived, target, SPLIT)
+            layer_backward(g4, weight4, v3, g3, slope3, part, depth4, P4, P3, ACT3, SPLIT, ROWS, WIDTH, CHUNK)
+            target = tile_barrier(arrived, target, SPLIT)
         if LAYERS >= 3:
-            come_back(g3, weight3, v2, g2, slope2, part, depth3, P3, P2, ACT2, SPLIT, ROWS, WIDTH, CHUNK)
-            target = meet(arrived, target, SPLIT)
+            layer_backward(g3, weight3, v2, g2, slope2, part, depth3, P3, P2, ACT2, SPLIT, ROWS, WIDTH, CHUNK)
+            target = tile_barrier(arrived, target, SPLIT)
         if LAYERS >= 2:
-            come_back(g2, weight2, v1, g1, slope1, part, depth2, P2, P1, ACT1, SPLIT, ROWS, WIDTH, CHUNK)
-            target = meet(arrived, target, SPLIT)
+            layer_backward(g2, weight2, v1, g1, slope1, part, depth2, P2, P1, ACT1, SPLIT, ROWS, WIDTH, CHUNK)
+            target = tile_barrier(arrived, target, SPLIT)
         gradient = product(g1, weight1, 0, depth1, P1, P0, 1, P0, ROWS, IN, CHUNK) * inv_scale
         if LAYERS == 1:
-            tl.debug_barrier()  # the next step writes g1 with no meeting in between
+            tl.debug_barrier()  # the next step writes g1 with no barrier in between
 
         if NOTING:
             note_bad(bad_step, gradient, inside, number)
@@ -299,7 +303,7 @@ def dense_chain_kernel(
         value = bounded(value, clamp_lo, clamp_hi, CLAMP_LO, CLAMP_HI)
         if MASKED:
             value = tl.where(free, value, state)
-        # What pads a row or the tile stays 0: it is multiplied, if by zeros.
+        # Padding must stay 0: 0 times NaN would be NaN.
         state = tl.where(inside, value, 0.0)
         number += 1
     if part == 0:
@@ -315,7 +319,7 @@ def dense_chain_(
     activations: Sequence[str],
     slopes: Sequence[float],
     steps: int,
-    scale: float = 1.0,
+    scale: float | Tensor = 1.0,  # a tensor: 0-dim float32 on the device
     drift: float,
     noise_std: float,
     inv_variance: float = 0.0,
@@ -337,7 +341,7 @@ def dense_chain_(
     layers, samples = len(weights), x.shape[0]
     elements = x.numel() // samples
     if layers == 1:
-        split = 1  # programs meet once a step, too seldom to take turns at g1
+        split = 1  # with one barrier a step, programs could not take turns at g1
     sizes = [weights[0].shape[1], *(weight.shape[0] for weight in weights)]
     tiles = triton.cdiv(samples, SAMPLES)
     scratch = torch.empty(tiles * 3 * SAMPLES * sum(sizes[1:]), dtype=weights[0].dtype, device=x.device)
@@ -361,8 +365,7 @@ def dense_chain_(
             steps,
             *sizes[1:],
             *[0] * (4 - layers),
-            float(scale),
-            1.0 / float(scale),
+            scale if isinstance(scale, Tensor) else float(scale),
             *(float(slope) for slope in slopes),
             *[0.0] * (4 - layers),
             float(drift),
@@ -374,6 +377,7 @@ def dense_chain_(
             0.0 if clamp_hi is None else float(clamp_hi),
             **counter_arguments(seed, first_sample, first_step, stream),
             NOISY=noise_std != 0,
+            SCALE_ON_DEVICE=isinstance(scale, Tensor),
             CLIP=grad_clamp is not None,
             CLAMP_LO=clamp_lo is not None,
             CLAMP_HI=clamp_hi is not None,

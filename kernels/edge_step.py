@@ -148,7 +148,10 @@ def edge_step_kernel(
         else:
             there = there & (tl.expand_dims(k, 0) < OUT_CHANNELS)
             weight = tl.load(weight_at, mask=tl.expand_dims(k, 1) < OUT_CHANNELS, other=0.0)
-        # Through L1: the taps of one program are mostly the same pixels.
+        # Through L1: the taps of one program are mostly the same pixels. Triton 3.6 sends asynchronous copies of 16
+        # bytes past L1 whatever the modifier says; the hint keeps copies to 8 bytes, which always go through it.
+        if CHANNELS_INNER:
+            at = tl.max_contiguous(at, (1, 64 // upstream.dtype.element_ty.primitive_bitwidth))
         value = tl.load(upstream + at, mask=there, other=0.0, cache_modifier=".ca")
         sums = tl.dot(value, weight, sums, input_precision="ieee")
 

@@ -127,7 +127,13 @@ def philox(
     key: tuple[Tensor | int, Tensor | int],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Philox4x32-10: four words (int64 tensors in [0, 2**32)) from broadcastable counter words and key words."""
-    c0, c1, c2, c3 = torch.broadcast_tensors(*(torch.as_tensor(word, dtype=torch.int64) for word in counter))
+    device = next((word.device for word in counter if isinstance(word, Tensor)), None)
+    c0, c1, c2, c3 = torch.broadcast_tensors(
+        *(
+            word.long() if isinstance(word, Tensor) else torch.full((), word, dtype=torch.int64, device=device)
+            for word in counter
+        )  # torch.full is a kernel; as_tensor of a number on a GPU would be a copy from the host, and wait for it
+    )
     k0, k1 = key
     for _ in range(_ROUNDS):
         high0, low0 = _multiply(_MULTIPLIER_0, c0)
@@ -160,7 +166,7 @@ def words(
     else:
         sample = torch.arange(n, device=device, dtype=torch.int64) + first_sample
     sample = sample[:, None]
-    step = torch.as_tensor(step, dtype=torch.int64, device=device)
+    step = step.to(device) if isinstance(step, Tensor) else torch.full((), step, dtype=torch.int64, device=device)
     valid = (sample >> 32 == 0) & (step >> 32 == 0)
     key = (seed & WORD, (seed >> 32) & WORD)
     block = philox((quad, sample & WORD, step & WORD, stream), key)

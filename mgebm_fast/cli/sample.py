@@ -209,7 +209,8 @@ def _chains(model: Model, num: int, *, seed: int, first_sample: int, precision: 
             first_sample=first_sample,
             return_grids=True,
             precision=precision,
-            callback=lambda grid, step, x: progress.advance(bar),
+            # A callback sees every step, which no CUDA graph can show it: a bar that nobody sees must not cost that.
+            callback=(lambda grid, step, x: progress.advance(bar)) if console.is_terminal else None,
         )
     return list(drawn)
 

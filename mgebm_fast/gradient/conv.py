@@ -22,11 +22,10 @@ where statistics follow. Bits in place of h_l would be 1/16 of it, but torch has
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -34,6 +33,7 @@ from torch import Tensor
 
 from .. import native
 from ..ops.conv_chain import prefers_bfloat
+from .exact import exact_cudnn
 from .stack import Stack, Stage, example_input, layout_of, reread
 
 aten = torch.ops.aten
@@ -64,21 +64,6 @@ def auto_precision(device_type: str, layers: int = 1) -> str:
     if device_type == "cuda":
         return "fp16" if layers <= _FLOAT16_LAYERS else "bf16"
     return "bf16" if bfloat16_is_fast(device_type) else "fp32"
-
-
-@contextlib.contextmanager
-def exact_cudnn(device: torch.device) -> Iterator[None]:
-    """cuDNN's float32 as float32, not TF32, and with algorithms that give the same bits in every call."""
-    if device.type != "cuda":
-        yield
-        return
-    cudnn: Any = torch.backends.cudnn
-    before = cudnn.conv.fp32_precision, cudnn.deterministic
-    try:
-        cudnn.conv.fp32_precision, cudnn.deterministic = "ieee", True
-        yield
-    finally:
-        cudnn.conv.fp32_precision, cudnn.deterministic = before
 
 
 def scaled_head(head: Tensor) -> tuple[Tensor, Tensor]:

@@ -5,13 +5,13 @@
     backward   dE/dz_{l−1} = a′ · (W_lᵀ * dE/dz_l), through the statistics where there are    the same ops
     edge       x ← Langevin step with W_1ᵀ * dE/dz_1, which never goes to memory              edge_step_
 
-Maps are channels-last. Kept for the way back are 1-bit masks, or z where the slope or the statistics need it. x enters
-the first convolution as the sum of two 16-bit numbers, in twice the channels (padded to eights, which tensor cores
-want): pixels of 0–255 then lose nothing. A net of small dense layers (`ops.dense_chain_`) makes all its steps in one
+Feature maps are channels-last. Kept for the backward pass are 1-bit masks, or z where the slope or the statistics need
+it. x enters the first convolution as the sum of two 16-bit numbers, in twice the channels (padded to eights, which
+tensor cores need): pixels of 0–255 then lose nothing. A net of small dense layers (`dense`) makes all its steps in one
 kernel instead.
 
 float16 has few exponents: the head is scaled as in the conv plan, and `bad_step` notes the first step at which
-something overflowed: an entry of ∇E, or the top map, where an overflow on the way up ends.
+something overflowed: an entry of ∇E, or of the top map, where an overflow of the forward pass ends.
 """
 
 from __future__ import annotations
@@ -25,15 +25,17 @@ from torch import Tensor
 
 from ..ops import backend as backends
 from ..ops import counters, dense_chain, edge_step
-from ..ops.batch_norm_act import launch as batch_norm_act
-from ..ops.batch_norm_act import launch_backward as batch_norm_act_backward
+from ..ops.batch_norm_act import launch as launch_norm
+from ..ops.batch_norm_act import launch_backward as launch_norm_backward
 from ..ops.batch_norm_act import workspace
 from ..ops.bias_act import MASKED
-from ..ops.bias_act import launch as bias_act
-from ..ops.bias_act import launch_backward as bias_act_backward
+from ..ops.bias_act import launch as launch_bias
+from ..ops.bias_act import launch_backward as launch_bias_backward
 from ..ops.edge_step import NO_BAD_STEP
 from ..ops.update import Update
-from .conv import TYPES, exact_cudnn, scaled_head
+from .conv import TYPES, scaled_head
+from .dense import DenseSteps
+from .exact import exact_cudnn
 from .stack import Stack, Stage, example_input, layout_of, reread
 
 aten = torch.ops.aten
@@ -112,7 +114,7 @@ class FusedPlan:
         self._dtype = TYPES[precision]
         self._shape = (stack.channels, *stack.size)
         device, last = stack.head.device, stack.stages[-1]
-        with torch.inference_mode(False), torch.no_grad(), exact_cudnn(device):
+        with torch.inference_mode(False), torch.no_grad():
             self.bad_step = torch.full((), NO_BAD_STEP, device=device)
             inputs = -(-2 * stack.channels // 8) * 8
             widths = [inputs, *(stage.weight.shape[1] for stage in stack.stages[1:])]
@@ -127,11 +129,8 @@ class FusedPlan:
             self._unscale = torch.ones((), dtype=torch.float32, device=device)
             self._workspace = workspace(max(s.weight.shape[0] for s in stack.stages), device)
             self._example = example_input(stack)
-            self._dense = None
-            if not dense_chain.why_not_dense(stack):
-                made = dense_chain.dense_net_of(stack, self._dtype)
-                assert not isinstance(made, str)
-                self._dense, self._scale = made, 2.0 ** _head_exponent(stack.head)
+            small = not dense_chain.why_not_dense(stack)
+            self._dense = DenseSteps(stack, self._dtype, backend) if small else None
         self._checks_top = self._dtype == torch.float16 and last.norm is None
         self._load(stack)
 
@@ -140,8 +139,7 @@ class FusedPlan:
         self._load(reread(self._energy, self._example, [layer.fixed for layer in self._layers]))
 
     def _load(self, stack: Stack) -> None:
-        # Exact, for the convolutions that make the dense matrices.
-        with torch.no_grad(), torch.inference_mode(False), exact_cudnn(stack.head.device):
+        with torch.no_grad(), torch.inference_mode(False):
             for layer, stage in zip(self._layers, stack.stages, strict=True):
                 layer.load(stage)
             self._edge.update_(stack.stages[0].weight)
@@ -149,8 +147,7 @@ class FusedPlan:
             self._unscale.copy_(unscale)
             self._head.copy_(head.movedim(0, -1).reshape(-1))
             if self._dense is not None:
-                weights, biases = dense_chain.dense_matrices(stack)
-                self._dense.update_(weights, biases, stack.head)
+                self._dense.load(stack, self._unscale)
 
     def advance_(self, x: Tensor, place: counters.Counters, steps: int, numbers: Update, mask: Tensor | None) -> None:
         """`steps` Langevin steps on x in place; `place` has the counters of the first."""
@@ -159,68 +156,55 @@ class FusedPlan:
             return
         with torch.no_grad(), exact_cudnn(x.device):
             if self._dense is not None:
-                self._advance_dense_(x, place, steps, numbers, mask)
+                self._dense.advance_(x, place, steps, numbers, mask, self.bad_step)
                 return
-            bottom = self._bottom(x)
-            peaks = torch.zeros(steps, device=x.device) if self._checks_top else None
+            first_input = self._first_input(x)
+            peaks = torch.zeros(steps, dtype=torch.float32, device=x.device) if self._checks_top else None
             places = place.steps(0, steps)
             for k, here in enumerate(places):
-                upstream = self._upstream(x, bottom, None if peaks is None else peaks[k])
+                upstream = self._upstream(x, first_input, None if peaks is None else peaks[k])
                 edge_step.launch(
                     x, upstream, self._edge, self._unscale, 1.0, mask, self.bad_step, numbers, here, self._backend
                 )
             if peaks is not None:
                 note_bad_steps_(self.bad_step, peaks, places)
 
-    def _advance_dense_(
-        self, x: Tensor, place: counters.Counters, steps: int, numbers: Update, mask: Tensor | None
-    ) -> None:
-        assert self._dense is not None
-        state = x.contiguous()
-        mask = None if mask is None else mask.expand(x.shape).contiguous()
-        scale = self._scale if self._dtype == torch.float16 else 1.0
-        split = _split(x)
-        dense_chain.launch(state, self._dense, steps, scale, mask, self.bad_step, numbers, place, split, self._backend)
-        if state is not x:
-            x.copy_(state)
-
     def gradient(self, x: Tensor) -> Tensor:  # (N, C, H, W) float32 -> the same, contiguous
-        """∇E(x), float32; what overflowed on the way is inf or NaN."""
+        """∇E(x), float32; what overflowed in 16 bits is inf or NaN."""
         self._check(x)
         with torch.no_grad(), exact_cudnn(x.device):
             peak = torch.zeros((), dtype=torch.float32, device=x.device) if self._checks_top else None
-            upstream = self._upstream(x, self._bottom(x), peak)
-            first = self._layers[0]
-            down = self._down(upstream, self._edge.weight, x.shape, first.geometry)
-            found = down.to(torch.float32, memory_format=torch.contiguous_format).mul_(self._unscale)
-            return found if peak is None else found.add_(peak * 0.0)
+            upstream = self._upstream(x, self._first_input(x), peak)
+            low = self._input_gradient(upstream, self._edge.weight, x.shape, self._layers[0].geometry)
+            gradient = low.to(torch.float32, memory_format=torch.contiguous_format).mul_(self._unscale)
+            return gradient if peak is None else gradient.add_(peak * 0.0)
 
     def _check(self, x: Tensor) -> None:
         if tuple(x.shape[1:]) != self._shape:
             expected = ", ".join(map(str, self._shape))
             raise ValueError(f"gradient: x must have shape (N, {expected}), got {tuple(x.shape)}")
 
-    def _bottom(self, x: Tensor) -> Tensor:
+    def _first_input(self, x: Tensor) -> Tensor:
         """The first convolution's input, for `_upstream` to fill."""
         shape = (x.shape[0], self._layers[0].weight.shape[1], *x.shape[2:])
         return torch.zeros(shape, dtype=self._dtype, device=x.device).to(memory_format=torch.channels_last)
 
-    def _upstream(self, x: Tensor, bottom: Tensor, peak: Tensor | None) -> Tensor:
+    def _upstream(self, x: Tensor, first_input: Tensor, peak: Tensor | None) -> Tensor:
         """dE/dz_1 over `unscale`, 16 bits, channels-last; `peak` takes the top map's largest entry."""
         channels = x.shape[1]
-        high = bottom[:, :channels].copy_(x)
-        bottom[:, channels : 2 * channels].copy_(x - high)
-        h, records = bottom, []
+        high = first_input[:, :channels].copy_(x)
+        first_input[:, channels : 2 * channels].copy_(x - high)
+        h, records = first_input, []
         for layer in self._layers[:-1]:
             h, record = self._forward(layer, h)
             records.append(record)
         top = self._layers[-1]
-        upstream = self._turn(top, h, peak)
+        upstream = self._top_upstream(top, h, peak)
         shape = h.shape
         del h
         for index in range(len(self._layers) - 2, -1, -1):
             above, layer, record = self._layers[index + 1], self._layers[index], records.pop()
-            upstream = self._down(upstream, above.weight, shape, above.geometry)
+            upstream = self._input_gradient(upstream, above.weight, shape, above.geometry)
             self._backward_(layer, upstream, record)
             shape = record.shape
         return upstream
@@ -234,32 +218,28 @@ class FusedPlan:
         if layer.norm is not None and stage.norm is not None:
             out = torch.empty_like(z)
             statistics = torch.empty(2, z.shape[1], dtype=torch.float32, device=z.device)
-            batch_norm_act(
-                z, *layer.norm, out, statistics, self._workspace, stage.activation, stage.slope, stage.norm.eps,
-                self._backend,
-            )  # fmt: skip
+            self._normalise(layer, z, statistics, out, stage.norm.eps)
             return out, _Kept(h.shape, z, statistics)
         if stage.activation in MASKED:
             bits = torch.empty(-(-z.numel() // 8), dtype=torch.uint8, device=z.device)
-            bias_act(z, layer.bias, None, z, bits, stage.activation, stage.slope, self._backend)
+            self._activate(layer, z, out=z, mask=bits)
             return z, _Kept(h.shape, bits)
         out = z if stage.activation == "none" else torch.empty_like(z)
-        bias_act(z, layer.bias, None, out, None, stage.activation, stage.slope, self._backend)
+        self._activate(layer, z, out=out)
         return out, _Kept(h.shape, None if out is z else z)
 
-    def _turn(self, layer: _Layer, h: Tensor, peak: Tensor | None) -> Tensor:
+    def _top_upstream(self, layer: _Layer, h: Tensor, peak: Tensor | None) -> Tensor:
         """dE/dz of the last stage."""
         stage, z = layer.stage, self._convolve(layer, h)
         if layer.norm is not None and stage.norm is not None:
             out = torch.empty_like(z)
             statistics = torch.empty(2, z.shape[1], dtype=torch.float32, device=z.device)
-            norm, kind = layer.norm, (stage.activation, stage.slope)
-            batch_norm_act(z, *norm, None, statistics, self._workspace, *kind, stage.norm.eps, self._backend)
-            batch_norm_act_backward(None, z, statistics, *norm, self._head, out, self._workspace, *kind, self._backend)
+            self._normalise(layer, z, statistics, None, stage.norm.eps)
+            self._normalise_backward(layer, z, statistics, out, head=self._head)
             return out
         if peak is not None:
             torch.linalg.vector_norm(z, math.inf, dtype=torch.float32, out=peak)
-        bias_act(z, layer.bias, self._head, z, None, stage.activation, stage.slope, self._backend)
+        self._activate(layer, z, out=z, head=self._head)
         return z
 
     def _backward_(self, layer: _Layer, grad: Tensor, record: _Kept) -> None:
@@ -267,17 +247,47 @@ class FusedPlan:
         stage = layer.stage
         if layer.norm is not None:
             assert record.kept is not None and record.statistics is not None
-            batch_norm_act_backward(
-                grad, record.kept, record.statistics, *layer.norm, None, grad, self._workspace, stage.activation,
-                stage.slope, self._backend,
-            )  # fmt: skip
+            self._normalise_backward(layer, record.kept, record.statistics, grad, grad=grad)
         elif stage.activation != "none":
             bias = None if stage.activation in MASKED else layer.bias
-            bias_act_backward(grad, record.kept, bias, grad, stage.activation, stage.slope, self._backend)
+            launch_bias_backward(
+                grad, kept=record.kept, bias=bias, out=grad, activation=stage.activation, slope=stage.slope,
+                backend=self._backend,
+            )  # fmt: skip
 
-    def _down(self, upstream: Tensor, weight: Tensor, shape: torch.Size, geometry: tuple[Any, ...]) -> Tensor:
+    def _activate(
+        self, layer: _Layer, z: Tensor, *, out: Tensor, mask: Tensor | None = None, head: Tensor | None = None
+    ) -> None:
+        stage = layer.stage
+        launch_bias(
+            z, bias=layer.bias, head=head, out=out, mask=mask, activation=stage.activation, slope=stage.slope,
+            backend=self._backend,
+        )  # fmt: skip
+
+    def _normalise(self, layer: _Layer, z: Tensor, statistics: Tensor, out: Tensor | None, eps: float) -> None:
+        """The statistics of z, and with `out` the activated map."""
+        assert layer.norm is not None
+        weight, bias = layer.norm
+        launch_norm(
+            z, weight=weight, bias=bias, out=out, statistics=statistics, workspace=self._workspace, eps=eps,
+            activation=layer.stage.activation, slope=layer.stage.slope, backend=self._backend,
+        )  # fmt: skip
+
+    def _normalise_backward(
+        self, layer: _Layer, z: Tensor, statistics: Tensor, out: Tensor, *, grad: Tensor | None = None,
+        head: Tensor | None = None,
+    ) -> None:  # fmt: skip
+        """dE/dz through activation and statistics, of dE/dh as a map (`grad`) or as the head."""
+        assert layer.norm is not None
+        weight, bias = layer.norm
+        launch_norm_backward(
+            grad, z=z, statistics=statistics, weight=weight, bias=bias, head=head, out=out, workspace=self._workspace,
+            activation=layer.stage.activation, slope=layer.stage.slope, backend=self._backend,
+        )  # fmt: skip
+
+    def _input_gradient(self, upstream: Tensor, weight: Tensor, shape: torch.Size, geometry: tuple[Any, ...]) -> Tensor:
         """Wᵀ * upstream, for a convolution whose input had this shape."""
-        source = upstream.new_empty(()).expand(shape)  # its shape alone is looked at
+        source = upstream.new_empty(()).expand(shape)  # only its shape is used
         mask = [True, False, False]
         found = aten.convolution_backward(upstream, source, weight, None, *geometry, mask)[0]
         return found.contiguous(memory_format=torch.channels_last)
@@ -289,20 +299,6 @@ class FusedPlan:
             f"fused, {self.precision} (library convolutions and a kernel between them; x as a sum of two "
             f"{self.precision} numbers; sums, statistics and the step in fp32)"
         )
-
-
-def _head_exponent(head: Tensor) -> int:
-    """Of the power of two that brings the largest entry into [2, 4)."""
-    largest = float(head.abs().amax())
-    return 1 - math.floor(math.log2(largest)) if 0 < largest < math.inf else 0
-
-
-def _split(x: Tensor) -> int:
-    """Programs to a tile of 16 samples, so that all together fill a GPU without queueing: a power of two."""
-    if x.device.type != "cuda":
-        return 1
-    free = torch.cuda.get_device_properties(x.device).multi_processor_count // -(-x.shape[0] // 16)
-    return min(dense_chain.MAX_SPLIT, 1 << max(free, 1).bit_length() - 1)
 
 
 def note_bad_steps_(bad_step: Tensor, peaks: Tensor, places: list[counters.Counters]) -> None:

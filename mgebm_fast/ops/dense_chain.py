@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -95,14 +96,14 @@ def dense_net(
     wide = [padded(size) for size in sizes]
     device = weights[0].device
     flat = torch.zeros(sum(a * b for a, b in zip(wide, wide[1:])), dtype=dtype, device=device)
-    flat_bias = torch.zeros(sum(wide[1:]), device=device)
+    flat_bias = torch.zeros(sum(wide[1:]), dtype=torch.float32, device=device)
     net = DenseNet(
         sizes=sizes,
         weights=tuple(
             part.view(b, a) for part, a, b in zip(flat.split([a * b for a, b in zip(wide, wide[1:])]), wide, wide[1:])
         ),
         biases=tuple(flat_bias.split(wide[1:])),
-        head=torch.zeros(wide[-1], device=device),
+        head=torch.zeros(wide[-1], dtype=torch.float32, device=device),
         activations=tuple(activations),
         slopes=tuple(float(slope) for slope in slopes),
     )
@@ -151,17 +152,32 @@ def dense_matrices(stack: Any) -> tuple[list[Tensor], list[Tensor | None]]:
     biases: list[Tensor | None] = []
     with torch.no_grad():
         for stage in stack.stages:
-            dims = len(stage.in_size)
-            inputs = stage.weight.shape[1] * math.prod(stage.in_size)
-            units = torch.eye(inputs, dtype=stage.weight.dtype, device=stage.weight.device)
-            columns = torch.ops.aten.convolution(
-                units.reshape(inputs, stage.weight.shape[1], *stage.in_size), stage.weight, None, list(stage.stride),
-                list(stage.padding), list(stage.dilation), False, [0] * dims, 1,
-            )  # fmt: skip
-            weights.append(columns.reshape(inputs, -1).T.contiguous())
-            sites = math.prod(stage.out_size)
-            biases.append(None if stage.bias is None else stage.bias.detach().repeat_interleave(sites))
+            values = torch.nn.functional.pad(stage.weight.reshape(-1), (0, 1))
+            weights.append(values[dense_places(stage)])
+            biases.append(None if stage.bias is None else stage.bias.repeat_interleave(math.prod(stage.out_size)))
     return weights, biases
+
+
+def dense_places(stage: Any) -> Tensor:
+    """(outputs, inputs) int64: where a stage's matrix has its entries among its weights, flattened; the number of the
+    weights where the entry is 0."""
+    outputs, inputs, *kernel = stage.weight.shape
+    taps = math.prod(kernel)
+    strides = [math.prod(kernel[axis + 1 :]) for axis in range(len(kernel))]
+    sites = [list(itertools.product(*map(range, size))) for size in (stage.out_size, stage.in_size)]
+    tap_of = torch.full((len(sites[0]), len(sites[1])), -1)
+    for row, out in enumerate(sites[0]):
+        for column, site in enumerate(sites[1]):
+            # An output at o meets an input at i through the tap k with o · stride − padding + dilation · k = i.
+            met = [divmod(i + p - o * s, d) for o, i, s, p, d in
+                   zip(out, site, stage.stride, stage.padding, stage.dilation)]  # fmt: skip
+            if all(rest == 0 and 0 <= k < size for (k, rest), size in zip(met, kernel)):
+                tap_of[row, column] = sum(k * stride for (k, _), stride in zip(met, strides))
+    device = stage.weight.device
+    tap_of = tap_of.to(device)[None, :, None, :]
+    filters = torch.arange(outputs * inputs, device=device).reshape(outputs, 1, inputs, 1)
+    places = torch.where(tap_of < 0, stage.weight.numel(), filters * taps + tap_of)
+    return places.reshape(outputs * len(sites[0]), -1)
 
 
 def dense_chain_(
@@ -260,7 +276,7 @@ def launch(
     x: Tensor,
     net: DenseNet,
     steps: int,
-    scale: float,
+    scale: float | Tensor,  # a tensor: 0-dim float32, read by the kernel
     mask: Tensor | None,  # bool, x's shape, contiguous
     bad_step: Tensor | None,
     numbers: Update,

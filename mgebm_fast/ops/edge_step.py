@@ -40,7 +40,7 @@ class EdgeWeights:
     dilation: tuple[int, int]
     first: tuple[int, int]  # smallest (d, e)
     taps: tuple[int, int]  # (TH, TW): how many d and e there are
-    places: Tensor  # (TH * TW * K, columns) int64 into weight, −1 where there is none
+    places: Tensor  # (TH * TW * K, columns) int64 into weight, its number of entries where there is none
 
     def update_(self, weight: Tensor) -> None:
         """Take new values (K, C, kh, kw), float32 or as `weight`, in place: a captured graph then replays with them."""
@@ -50,8 +50,8 @@ class EdgeWeights:
             )
         with torch.no_grad():
             self.weight.copy_(weight)
-            flat = self.weight.reshape(-1)
-            self.packed.copy_(torch.where(self.places < 0, torch.zeros_like(flat[:1]), flat[self.places.clamp(min=0)]))
+            values = torch.nn.functional.pad(self.weight.reshape(-1), (0, 1))
+            torch.index_select(values, 0, self.places.reshape(-1), out=self.packed.view(-1))
 
 
 def edge_weights(
@@ -124,7 +124,7 @@ def _places(
     first = (offsets[0][0], offsets[1][0])
     taps = (offsets[0][-1] - first[0] + 1, offsets[1][-1] - first[1] + 1)
     padded = 1 << (channels - 1).bit_length()
-    places = torch.full((*taps, out_channels, columns(channels, stride)), -1, dtype=torch.int64)
+    places = torch.full((*taps, out_channels, columns(channels, stride)), math.prod(shape))
     index = torch.arange(math.prod(shape)).reshape(shape)
     for p, rows in enumerate(met[0]):
         for q, across in enumerate(met[1]):
@@ -316,4 +316,4 @@ def edge_step_reference(
 def note_bad_step_(bad_step: Tensor, grad: Tensor, step: int | Tensor) -> None:
     """bad_step ← min(bad_step, step) where an entry of grad is not finite; no synchronisation."""
     finite = torch.isfinite(grad).all()
-    bad_step.copy_(torch.where(finite, bad_step, torch.minimum(bad_step, torch.as_tensor(step, device=grad.device))))
+    bad_step.copy_(torch.where(finite, bad_step, bad_step.clamp(max=step)))

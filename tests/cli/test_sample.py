@@ -34,6 +34,23 @@ def test_seed_and_first_sample_name_the_samples(mgebm, trained, tmp_path):
     assert (a != other).any()
 
 
+def test_no_callback_without_a_terminal(mgebm, trained, tmp_path, monkeypatch):
+    """A callback forbids CUDA graphs, and reads the device at every step: a bar that nobody sees must not."""
+    callbacks, sample = [], mg.MultiGrid.sample
+
+    def spied(self, *arguments, **options):
+        callbacks.append(options.get("callback"))
+        return sample(self, *arguments, **options)
+
+    monkeypatch.setattr(mg.MultiGrid, "sample", spied)
+    for variables in ({}, {"FORCE_COLOR": "1"}):  # with the second, rich takes any stream for a terminal
+        monkeypatch.delenv("FORCE_COLOR", raising=False)
+        for name, value in variables.items():
+            monkeypatch.setenv(name, value)
+        assert mgebm("sample", trained, "--num", 2, "--out", tmp_path / f"{len(callbacks)}.npy").exit_code == 0
+    assert callbacks[0] is None and callable(callbacks[1])
+
+
 def test_a_picture_has_the_samples_between_gaps(mgebm, trained, tmp_path):
     for suffix in ("png", "npy"):
         assert mgebm("sample", trained, "--num", 6, "--out", tmp_path / f"x.{suffix}").exit_code == 0

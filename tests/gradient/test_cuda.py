@@ -1,17 +1,18 @@
 """The fused plan of GPUs over the ops' references, on a CPU; tests/kernels has it over the kernels themselves."""
 
 import copy
+import types
 
 import pytest
 import torch
 from torch import nn
 
 from mgebm_fast.errors import BackendError
-from mgebm_fast.gradient import cuda
 from mgebm_fast.gradient.cuda import FusedPlan, why_not
+from mgebm_fast.gradient.dense import split_of
 from mgebm_fast.gradient.stack import read
 from mgebm_fast.nets import multigrid_net
-from mgebm_fast.ops import counters
+from mgebm_fast.ops import counters, dense_chain
 from mgebm_fast.ops.edge_step import NO_BAD_STEP
 from mgebm_fast.ops.langevin_step import langevin_step_reference
 from mgebm_fast.ops.update import update
@@ -193,7 +194,47 @@ def test_small_nets_without_statistics_are_dense():
     x = images(size=4)
     assert plan_of(net_of("none", size=4), x).explain().startswith("dense, fp16 (")
     assert plan_of(net_of("batch", size=4), x, "bf16").explain().startswith("fused, bf16 (")
-    assert cuda._split(x) == 1
+    assert split_of(x, 4096) == 1
+
+
+@pytest.mark.parametrize(
+    "samples, widest, expected",
+    [(64, 256, 4), (64, 512, 8), (64, 64, 1), (128, 4096, 16), (1056, 4096, 2), (16, 4096, 32), (5000, 4096, 1)],
+)
+def test_no_program_of_a_tile_is_without_columns(monkeypatch, samples, widest, expected):
+    """A program beyond the widest layer's blocks of 64 columns would only wait at the barriers."""
+    cards = types.SimpleNamespace(multi_processor_count=132)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: cards)
+    x = types.SimpleNamespace(device=torch.device("cuda"), shape=(samples, 48))
+    assert split_of(x, widest) == expected
+
+
+def test_a_head_that_grows_is_scaled_by_its_present_size():
+    """The scale lies on the device, where a captured launch reads it: a number would stay as captured."""
+    net, x = net_of("none", size=4), images(size=4)
+    plan, seen = plan_of(net, x), []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dense_chain, "launch", lambda x, net, steps, scale, *rest: seen.append(scale))
+        plan.advance_(x.clone(), place(4, x), 2, NUMBERS, None)
+        (scale,) = seen
+        largest = float(scale) * float(net.head.weight.detach().abs().max())
+        with torch.no_grad():
+            net.head.weight.mul_(2.0**12)
+        plan.refresh()
+    assert 2 <= largest < 4 and 2 <= float(scale) * float(net.head.weight.detach().abs().max()) < 4
+
+
+def test_default_dtype_of_the_process_does_not_matter():
+    net, x = net_of("none"), images()
+    expected = x.clone()
+    plan_of(net, x).advance_(expected, place(4, x), 2, NUMBERS, None)
+    torch.set_default_dtype(torch.float64)
+    try:
+        got = x.clone()
+        plan_of(net, x).advance_(got, place(4, x), 2, NUMBERS, None)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert torch.equal(got, expected)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")

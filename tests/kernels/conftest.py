@@ -56,6 +56,7 @@ def load(interpret: bool) -> types.SimpleNamespace:
     if not interpret and not isinstance(triton.language.cdiv, triton.runtime.JITFunction):
         pytest.skip("triton was imported with TRITON_INTERPRET=1, and cannot compile")
 
+    _index_interpreted_scalars()
     package = f"kernels_{'interpreted' if interpret else 'compiled'}"
     with knobs.runtime.scope():
         knobs.runtime.interpret = interpret
@@ -63,6 +64,21 @@ def load(interpret: bool) -> types.SimpleNamespace:
         modules = {name: importlib.import_module(f"{package}.{name}") for name in _NAMES}
         modules["probe"] = _module(f"{package}.probe", _HERE.parent / "helpers" / "probe.py")
     return types.SimpleNamespace(**modules)
+
+
+def _index_interpreted_scalars() -> None:
+    """Triton 3.6 turns its interpreted scalars, arrays of one entry, into ints in a way that numpy 2.4 refuses."""
+    from triton.runtime import interpreter
+
+    if getattr(interpreter, "_indexes_scalars", False):
+        return
+    patched = interpreter._patch_lang_tensor
+
+    def patch_lang_tensor(tensor, *scope):
+        patched(tensor, *scope)
+        tensor.__index__ = lambda self: int(self.handle.data.item())
+
+    interpreter._patch_lang_tensor, interpreter._indexes_scalars = patch_lang_tensor, True
 
 
 @pytest.fixture(autouse=True)

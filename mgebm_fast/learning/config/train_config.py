@@ -13,7 +13,7 @@ from ...sampling import Langevin
 from .keys import Auto, Choice, Flag, Kind, Many, Maybe, PerGrid, Real, Text, Whole, key, nearest, pick
 from .method import METHODS, tables
 from .sections import LangevinConfig, OptimiserConfig, RollbackConfig, StabiliseConfig
-from .toml import tomllib
+from .toml import tomllib, written
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,9 +113,7 @@ class TrainConfig:
         return _plain(values if options is None else {**values, self.method: options})
 
     def to_toml(self) -> str:
-        import tomli_w
-
-        return tomli_w.dumps(self.to_dict())
+        return written(self.to_dict())
 
 
 @functools.cache
