@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from ..errors import DataError
+from . import fingerprint
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Clips:
     """Clip i is `length` frames, or samples, of the recording, from i·hop on; none is copied before it is asked for.
 
@@ -37,6 +39,11 @@ class Clips:
         if total < self.length:
             unit = "frames" if self.is_video else "samples"
             raise DataError(f"load: {self.name} must have at least {self.length} {unit}, got {total}")
+
+    def __repr__(self) -> str:
+        unit = "frames" if self.is_video else "samples"
+        clip = " × ".join(map(str, (self.channels, *self.shape)))
+        return f"Clips({self.name}: {len(self)} of {self.recording.shape[1]} {unit}, {clip} each)"
 
     @property
     def is_video(self) -> bool:
@@ -73,3 +80,7 @@ class Clips:
         if not self.is_video:
             return torch.full((1, self.channels), 127.5)
         return torch.from_numpy(self.recording.mean(axis=(1, 2, 3), dtype=np.float64)[None]).float()
+
+    def fingerprint(self) -> dict[str, Any]:
+        """What tells this recording from others, for a JSON file: `data.fingerprint` has its keys."""
+        return fingerprint.of_recording(self.recording, self.shape, self.rate)

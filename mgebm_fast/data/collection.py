@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from .. import noise
 from ..errors import DataError, suggest
+from . import fingerprint
 
 SPLITS = ("train", "held_out", "all")
 HELD_OUT_SHARE = 0.1
@@ -34,6 +35,7 @@ class Collection:
     decode: Callable[[np.ndarray], Iterator[Batch]]  # ascending indices -> batches
     labels: np.ndarray | None = None  # (count,) int64
     class_names: tuple[str, ...] = ()
+    names: Sequence[str] | None = None  # (count,) paths; None: an image is named by its place
     held_out: np.ndarray | None = None  # (count,) bool, where the source has its own split
     skipped: tuple[tuple[str, str], ...] = ()  # refused while listing
     why_unlabelled: str = "it has no labels"
@@ -75,31 +77,53 @@ def held_out_mask(count: int, labels: np.ndarray | None) -> np.ndarray:
     return mask
 
 
-def choose(
-    collection: Collection, split: str, classes: Sequence[str | int] | str | None
-) -> tuple[np.ndarray, np.ndarray | None, tuple[str, ...]]:
-    """Indices of a split of some classes, ascending; their labels, renumbered in the order of `classes`; the names.
+class Choice(NamedTuple):
+    """A part of a source, ascending, and what goes with each image of it."""
 
-    The split is made over all classes first, so that choosing one never moves an image between the parts.
+    index: np.ndarray  # (n,) places in the source
+    labels: np.ndarray | None  # (n,), renumbered in the order of the classes asked for
+    class_names: tuple[str, ...]
+    names: tuple[str, ...]  # (n,)
+    held_out: tuple[str, ...]  # names of the held-out part, whichever part was asked for
+
+    def take(self, places: np.ndarray) -> Choice:
+        labels = None if self.labels is None else self.labels[places]
+        names = tuple(self.names[i] for i in places)
+        return self._replace(index=self.index[places], labels=labels, names=names)
+
+
+def choose(
+    collection: Collection,
+    split: str,
+    classes: Sequence[str | int] | str | None,
+    like: dict[str, Any] | None = None,
+) -> Choice:
+    """A split of some classes. The split is made over all classes first: choosing one moves no image between parts.
+
+    `like` is the fingerprint of an earlier training part: images are then divided as they were, and new ones left out.
     """
-    keep = np.ones(collection.count, bool)
-    if split != "all":
+    wanted = _class_list(classes)
+    labels, class_names = _renumber(collection, wanted) if wanted else (collection.labels, collection.class_names)
+    of_classes = labels >= 0 if wanted and labels is not None else np.ones(collection.count, bool)
+    names = [str(i) for i in range(collection.count)] if collection.names is None else collection.names
+    known = None if like is None else fingerprint.parts(like)
+    if known is None:
         mask = collection.held_out
         if mask is None:
             mask = held_out_mask(collection.count, collection.labels)
-        keep = mask if split == "held_out" else ~mask
-    wanted = _class_list(classes)
-    if not wanted:
-        index = np.flatnonzero(keep)
-        labels, names = collection.labels, collection.class_names
+        train = ~mask
     else:
-        labels, names = _renumber(collection, wanted)
-        index = np.flatnonzero(keep & (labels >= 0))
+        train, mask = (np.fromiter((name in part for name in names), bool, len(names)) for part in known)
+    keep = of_classes & {"train": train, "held_out": mask, "all": train | mask}[split]
+    index = np.flatnonzero(keep)
     if not len(index) and split != "held_out":
-        of = f" of {', '.join(names)}" if wanted else ""
+        of = f" of {', '.join(class_names)}" if wanted else ""
         part = "images" if split == "all" else f"images in split {split!r}"
-        raise DataError(f"load: {collection.name} has no {part}{of} ({collection.count} images in all)")
-    return index, None if labels is None else labels[index], names
+        before = "" if known is None else "; none of them is named as one that was trained on"
+        raise DataError(f"load: {collection.name} has no {part}{of} ({collection.count} images in all){before}")
+    held_out = tuple(names[i] for i in np.flatnonzero(of_classes & mask))
+    chosen = tuple(names[i] for i in index)
+    return Choice(index, None if labels is None else labels[index], class_names, chosen, held_out)
 
 
 def _class_list(classes: Sequence[str | int] | str | int | None) -> list[str]:

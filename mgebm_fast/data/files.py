@@ -205,6 +205,7 @@ def _collection(path: Path, listing: Listing, read: Reader, size: int, channels:
         decode=lambda index: _decode([entries[i] for i in index], read, size, channels),
         labels=labels,
         class_names=names,
+        names=[entry.path for entry in entries],
         skipped=skipped,
         why_unlabelled=why,
         source_bytes=lambda index: sum(entries[i].bytes for i in index),

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from . import fingerprint
+from .policy import POLICY_VERSION
+
 CHUNK_BYTES = 32 << 20  # what one step over a large set touches at a time
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class ImageData:
     """Images in memory, or memory-mapped where they are large; `batch` is the way in for training."""
 
@@ -21,6 +25,8 @@ class ImageData:
     class_names: tuple[str, ...] = ()
     name: str = "data"
     skipped: tuple[tuple[str, str], ...] = ()  # (path, reason) of every image left out
+    names: tuple[str, ...] = ()  # (N,) the path of each in its folder or archive, or its place in an array
+    held_out: tuple[str, ...] = ()  # names of what its source holds out, whichever part this is
 
     def __post_init__(self) -> None:
         shape = self.images.shape
@@ -28,6 +34,14 @@ class ImageData:
             raise ValueError(f"ImageData: images must be uint8 (N, C, S, S), got {self.images.dtype} {tuple(shape)}")
         if self.labels is not None and self.labels.shape != shape[:1]:
             raise ValueError(f"ImageData: labels must be ({shape[0]},), one an image, got {self.labels.shape}")
+        if len(self.names) not in (0, shape[0]):
+            raise ValueError(f"ImageData: names must be {shape[0]}, one an image, or none, got {len(self.names)}")
+
+    def __repr__(self) -> str:
+        labelled = f", {len(self.class_names)} classes" if self.labels is not None else ""
+        skipped = f", {len(self.skipped)} skipped" if self.skipped else ""
+        shape = " × ".join(map(str, self.images.shape[1:]))
+        return f"ImageData({self.name}: {len(self)} images {shape}{labelled}{skipped})"
 
     def __len__(self) -> int:
         return self.images.shape[0]
@@ -58,7 +72,12 @@ class ImageData:
         """Some of the images with their labels, in the order given; a slice shares memory, other indices copy."""
         index = _as_index(indices)
         labels = None if self.labels is None else self.labels[index]
-        return replace(self, images=self.images[index], labels=labels)
+        names = tuple(np.array(self.names, object)[index]) if self.names else ()
+        return replace(self, images=self.images[index], labels=labels, names=names)
+
+    def fingerprint(self) -> dict[str, Any]:
+        """What tells these images from others, for a JSON file: `data.fingerprint` has its keys. Reads all pixels."""
+        return fingerprint.of_images(self.images, self.names, self.held_out, POLICY_VERSION)
 
 
 def _as_index(indices: Tensor | np.ndarray | Sequence[int] | slice) -> np.ndarray | slice:

@@ -40,6 +40,7 @@ def load(
     download: bool = False,
     most: int | None = None,
     seed: int = 0,
+    like: dict[str, Any] | None = None,
 ) -> ImageData:
     """Read images as uint8 (N, channels, size, size), by one policy for all sources (`mgebm_fast.data.policy`).
 
@@ -60,6 +61,9 @@ def load(
             $MGEBM_CACHE (default ~/.cache/mgebm_fast), mapped from there; True keeps any file source; False keeps
             everything in memory.
         root, download: where torchvision's sets lie, and whether they may be fetched.
+        like: the `fingerprint()` of a training part that was loaded before. Images are divided as they were then, by
+            their names, and those that have been added since are left out; a set too large for its names to be kept
+            (`data.fingerprint.MOST`) is divided as it would be without.
         most, seed: read only so many images of the split, those that a permutation by the seed puts first, in its
             order.
 
@@ -70,10 +74,10 @@ def load(
     """
     _check_arguments(size, channels, split, most)
     collection = _open(source, size, channels, root, download)
-    index, labels, names = choose(collection, split, classes)
+    chosen = choose(collection, split, classes, like)
     if most is not None:
-        chosen = np.random.default_rng(seed).permutation(len(index))[:most]
-        index, labels = index[chosen], None if labels is None else labels[chosen]
+        chosen = chosen.take(np.random.default_rng(seed).permutation(len(chosen.index))[:most])
+    index = chosen.index
     if strict and collection.skipped:
         path, why = collection.skipped[0]
         raise DataError(f"load: {path} of {collection.name} cannot be used: {why}")
@@ -89,9 +93,11 @@ def load(
         warnings.warn(
             f"{collection.name}: skipped {len(skipped)} of {total} images; the first, {path}: {why}", stacklevel=2
         )
-    if labels is not None and decoded.dropped:
-        labels = np.delete(labels, decoded.dropped)
-    return ImageData(decoded.images, labels, names, collection.name, skipped)
+    if decoded.dropped:
+        chosen = chosen.take(np.delete(np.arange(len(index)), decoded.dropped))
+    return ImageData(
+        decoded.images, chosen.labels, chosen.class_names, collection.name, skipped, chosen.names, chosen.held_out
+    )
 
 
 def _check_arguments(size: int, channels: int, split: str, most: int | None) -> None:
