@@ -6,9 +6,11 @@ Everything else about the package stands in pyproject.toml.
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import platform
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -20,10 +22,12 @@ import ninja
 import pybind11
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).resolve().parent
+CSRC = ROOT / "csrc"
 DEFAULT_ARCHS = "80;90+PTX"
-OPS = sorted(path.name.removesuffix("_cpu.cpp") for path in (ROOT / "csrc/ops").glob("*_cpu.cpp"))
+LOOPS = sorted((CSRC / "ops").rglob("*_cpu.cpp"))
 
 # No contraction and no flush to zero: host and device must round alike. errno and traps would stop vectorisation.
 CXX_FLAGS = "-std=c++17 -O3 -fPIC -fvisibility=hidden -fopenmp -ffp-contract=off -fno-math-errno -fno-trapping-math"
@@ -36,6 +40,24 @@ ISA_FLAGS = {
 }
 # Sets that multiply bfloat16: the convolutions alone have use for them.
 BFLOAT_FLAGS = {"avx512bf16": f"{AVX512} -mavx512bf16", "amx": f"{AVX512} -mavx512bf16 -mamx-tile -mamx-bf16"}
+
+
+def load_stamp():
+    """mgebm_fast/stamp.py alone: the package itself needs torch."""
+    spec = importlib.util.spec_from_file_location("stamp", ROOT / "mgebm_fast/stamp.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def ninja_path(path: str | Path) -> str:
+    """A path in a build line."""
+    return re.sub(r"([$ :])", r"$\1", str(path))
+
+
+def command(*words: str | Path) -> str:
+    """Words in a command or a variable, quoted for the shell."""
+    return shlex.join(map(str, words)).replace("$", "$$")
 
 
 def find_nvcc() -> tuple[str | None, str]:
@@ -53,8 +75,8 @@ def find_nvcc() -> tuple[str | None, str]:
         with tempfile.TemporaryDirectory() as folder:
             probe = Path(folder, "probe.cu")
             probe.write_text("__global__ void probe() {}\nint main() { probe<<<1, 1>>>(); }\n")
-            command = [nvcc, *NVCC_FLAGS.split(), *target_flags(), "-c", str(probe), "-o", f"{folder}/probe.o"]
-            result = subprocess.run(command, capture_output=True, text=True)
+            words = [nvcc, *NVCC_FLAGS.split(), *target_flags(), "-c", str(probe), "-o", f"{folder}/probe.o"]
+            result = subprocess.run(words, capture_output=True, text=True)
         if result.returncode == 0:
             return nvcc, ""
         lines = (result.stderr or result.stdout).strip().splitlines() or ["no message"]
@@ -122,57 +144,72 @@ class NinjaBuild(build_ext):
             defines.append("-DMGEBM_BFLOAT")
         if nvcc:
             defines.append("-DMGEBM_CUDA")
-        include = [ROOT / "csrc/include", ROOT / "csrc"]
-        include_flags = " ".join(f"-I{path}" for path in include)
-        python_flags = f"-I{sysconfig.get_paths()['include']} -I{pybind11.get_include()}"
+        include_flags = command(f"-I{CSRC / 'include'}", f"-I{CSRC}")
+        python_flags = command(f"-I{sysconfig.get_paths()['include']}", f"-I{pybind11.get_include()}")
         facts = {
+            "MGEBM_SOURCES": load_stamp().of_sources(CSRC),
             "MGEBM_COMPILER": compiler_name(cxx),
             "MGEBM_CUDA_ARCHS": archs,
             "MGEBM_CUDA_VERSION": nvcc_version(nvcc) if nvcc else "",
-            "MGEBM_CUDA_NOTE": why_no_cuda,
+            "MGEBM_CUDA_NOTE": why_no_cuda.replace("\\", "/").replace('"', "'"),
         }
-        fact_flags = " ".join(f"'-D{name}=\"{value}\"'" for name, value in facts.items())
+        fact_flags = command(*(f'-D{name}="{value}"' for name, value in facts.items()))
+        compiler = cxx.replace("$", "$$")  # may hold arguments, such as "ccache g++"
 
+        # $in and $out are quoted by ninja.
         lines = [
             "rule cxx",
-            f"  command = {cxx} -MMD -MF $out.d {CXX_FLAGS} {' '.join(defines)} {include_flags} $flags -c $in -o $out",
+            f"  command = {compiler} -MMD -MF $out.d {CXX_FLAGS} {' '.join(defines)} {include_flags} $flags "
+            "-c $in -o $out",
             "  depfile = $out.d",
             "  deps = gcc",
             "rule link",
-            f"  command = {cxx} -shared -fopenmp -o $out $in $libs",
+            f"  command = {compiler} -shared -fopenmp -o $out $in $libs",
         ]
         objects = []
 
-        def compile_cxx(source: str, name: str, flags: str = "") -> None:
-            lines.extend([f"build {name}.o: cxx {ROOT / 'csrc' / source}", f"  flags = {flags}"])
+        def compile_source(rule: str, source: Path, name: str, flags: str = "") -> None:
+            lines.extend([f"build {name}.o: {rule} {ninja_path(source)}", f"  flags = {flags}"])
             objects.append(f"{name}.o")
 
-        compile_cxx("bindings.cpp", "bindings", f"{python_flags} {fact_flags}")
-        compile_cxx("dispatch.cpp", "dispatch")
-        compile_cxx("conv_chain_pack.cpp", "conv_chain_pack")
-        for op in OPS:
+        compile_source("cxx", CSRC / "bindings.cpp", "bindings", f"{python_flags} {fact_flags}")
+        for source in sorted({CSRC / "dispatch.cpp", *(CSRC / "ops").rglob("*.cpp")} - set(LOOPS)):
+            compile_source("cxx", source, source.stem)
+        for source in LOOPS:
             sets = dict(ISA_FLAGS) if x86 else {"portable": ""}
-            if bfloat and op == "conv_chain":
+            if bfloat and "Bf16" in source.read_text():
                 sets.update(BFLOAT_FLAGS)
             for isa, flags in sets.items():
-                compile_cxx(f"ops/{op}_cpu.cpp", f"{op}_{isa}", f"-DMGEBM_ISA={isa} {flags}")
+                name = f"{source.stem.removesuffix('_cpu')}_{isa}"
+                compile_source("cxx", source, name, f"-DMGEBM_ISA={isa} {flags}")
         libs = ""
         if nvcc:
-            flags = f"{NVCC_FLAGS} {' '.join(target_flags())} {include_flags}"
-            lines += ["rule nvcc", f"  command = {nvcc} -MD -MF $out.d {flags} -c $in -o $out", "  depfile = $out.d"]
-            for source in sorted((ROOT / "csrc").glob("**/*.cu")):
-                lines.append(f"build {source.stem}.o: nvcc {source}")
-                objects.append(f"{source.stem}.o")
+            flags = f"{NVCC_FLAGS} {command(*target_flags())} {include_flags}"
+            nvcc_command = f"{command(nvcc)} -MD -MF $out.d {flags} -c $in -o $out"
+            lines += ["rule nvcc", f"  command = {nvcc_command}", "  depfile = $out.d"]
+            for source in sorted(CSRC.rglob("*.cu")):
+                compile_source("nvcc", source, source.stem)
             # Static: the module then loads on machines with no CUDA runtime and no driver.
-            libs = f"-L{cuda_library_folder(nvcc)} -lcudart_static -ldl -lrt -lpthread"
-        lines += [f"build {target}: link {' '.join(objects)}", f"  libs = {libs}", f"default {target}"]
+            libs = f"{command(f'-L{cuda_library_folder(nvcc)}')} -lcudart_static -ldl -lrt -lpthread"
+        output = ninja_path(target)
+        lines += [f"build {output}: link {' '.join(objects)}", f"  libs = {libs}", f"default {output}"]
         return "\n".join(lines) + "\n"
+
+
+class RecordSources(build_py):
+    """Puts the hash of csrc/ beside the Python files of an installed copy; a checkout has csrc/ itself."""
+
+    def run(self) -> None:
+        super().run()
+        if not self.editable_mode:
+            stamp = load_stamp()
+            Path(self.build_lib, "mgebm_fast", stamp.RECORD).write_text(stamp.of_sources(CSRC) + "\n")
 
 
 def compiles(cxx: str, flags: str, source: str) -> bool:
     """Whether the compiler takes these flags."""
-    command = [*cxx.split(), *flags.split(), "-x", "c++", "-fsyntax-only", "-"]
-    return subprocess.run(command, input=source, capture_output=True, text=True).returncode == 0
+    words = [*cxx.split(), *flags.split(), "-x", "c++", "-fsyntax-only", "-"]
+    return subprocess.run(words, input=source, capture_output=True, text=True).returncode == 0
 
 
 def compiler_name(cxx: str) -> str:
@@ -180,4 +217,6 @@ def compiler_name(cxx: str) -> str:
     return re.sub(r"[^\w .()+:-]", "", version[0]) if version else cxx
 
 
-setup(ext_modules=[Extension("mgebm_fast._C", sources=[])], cmdclass={"build_ext": NinjaBuild})
+setup(
+    ext_modules=[Extension("mgebm_fast._C", sources=[])], cmdclass={"build_ext": NinjaBuild, "build_py": RecordSources}
+)

@@ -1,219 +1,132 @@
-// The only file that knows Python. Addresses come as integers: mgebm_fast/ops checks dtype, shape, layout and device.
+// The only file that knows Python. A function takes the fields of its params struct in their order (MGEBM_FIELDS), a
+// struct or a list as a tuple or list, a pointer as an address (0: null), and then where it runs: (threads) or (device,
+// stream). mgebm_fast/ops checks dtype, shape, layout and device.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
-#include <array>
 #include <stdexcept>
 #include <string>
-#include <tuple>
 #include <type_traits>
-#include <utility>
 #include <vector>
 
-#include "mgebm/cpu.h"
-#if defined(MGEBM_CUDA)
-#include "mgebm/cuda.h"
-#endif
+#include "dispatch.h"
+#include "mgebm/interrupt.h"
+#include "op_table.h"
 
 namespace py = pybind11;
 using namespace mgebm;
 
 namespace {
 
-using Address = uintptr_t;
-using Triple = std::array<int64_t, 3>;
-// seed, first sample, step, stream, addresses of seed, step and samples (0: none), one base
-using CounterArguments = std::tuple<uint64_t, int64_t, int64_t, uint32_t, Address, Address, Address, bool>;
-using UpdateArguments = std::array<double, 7>;
-using Level = std::pair<Triple, Address>;
+[[noreturn]] void refuse(const std::string& what) { throw std::invalid_argument("_C: " + what); }
+
+Py_ssize_t size_of(PyObject* from) {
+  if (!PyTuple_Check(from) && !PyList_Check(from)) refuse("a tuple or list was expected");
+  return PySequence_Fast_GET_SIZE(from);
+}
+
+template <typename... Fields>
+void read_all(PyObject* from, Fields&... fields);
 
 template <typename T>
-T* at(Address address) {
-  return reinterpret_cast<T*>(address);
-}
-
-Counters counters(const CounterArguments& a) {
-  const auto [seed, first_sample, step, stream, seed_at, step_at, samples_at, one_base] = a;
-  return {seed,
-          first_sample,
-          step,
-          stream,
-          at<const int64_t>(seed_at),
-          at<const int64_t>(step_at),
-          at<const int64_t>(samples_at),
-          one_base};
-}
-
-Strides strides(const Triple& t) { return {t[0], t[1], t[2]}; }
-Extent extent(const Triple& t) { return {t[0], t[1], t[2]}; }
-
-NoiseParams noise_params(Address out, int64_t samples, int64_t elements, uint32_t first_quad, int distribution,
-                         const CounterArguments& c) {
-  return {at<void>(out), samples, elements, first_quad, static_cast<Distribution>(distribution), counters(c)};
-}
-
-LangevinStepCoefficients coefficients(const UpdateArguments& u) {
-  const auto number = [&](int i) { return static_cast<float>(u[i]); };
-  return {number(0), number(1), number(2), number(3), number(4), number(5), number(6)};
-}
-
-LangevinStepParams langevin_step_params(Address x, Address grad, Address mask, const Triple& size,
-                                        const Triple& x_strides, const Triple& grad_strides, const Triple& mask_strides,
-                                        int grad_type, const UpdateArguments& u, const CounterArguments& c) {
-  LangevinStepParams p{};
-  p.x = at<float>(x);
-  p.grad = at<const void>(grad);
-  p.mask = at<const uint8_t>(mask);
-  p.samples = size[0];
-  p.channels = size[1];
-  p.spatial = size[2];
-  p.x_strides = strides(x_strides);
-  p.grad_strides = strides(grad_strides);
-  p.mask_strides = strides(mask_strides);
-  p.update = coefficients(u);
-  p.grad_type = static_cast<GradType>(grad_type);
-  p.counters = counters(c);
-  return p;
-}
-
-PyramidParams pyramid_params(Address input, bool bytes, int64_t planes, const Triple& size,
-                             const std::vector<Level>& levels) {
-  if (levels.size() > kMaxLevels) {
-    throw std::invalid_argument("pyramid: sizes must be at most " + std::to_string(kMaxLevels) + " a chain, got " +
-                                std::to_string(levels.size()));
-  }
-  PyramidParams p{};
-  p.input = at<const void>(input);
-  p.input_is_bytes = bytes;
-  p.planes = planes;
-  p.extent = extent(size);
-  p.levels = static_cast<int>(levels.size());
-  for (size_t i = 0; i < levels.size(); ++i) {
-    p.level_extent[i] = extent(levels[i].first);
-    p.level_output[i] = at<float>(levels[i].second);
-  }
-  return p;
-}
-
-UpsampleParams upsample_params(Address input, Address output, int64_t planes, const Triple& size,
-                               const Triple& factor) {
-  return {at<const float>(input), at<float>(output), planes, extent(size), extent(factor)};
-}
-
-// classes, outputs; addresses of first_tap, tap_pixel, tap_weight, first_output, base, output
-using WindowArguments = std::tuple<int, int, Address, Address, Address, Address, Address, Address>;
-// forward, backward; weights and rows of each; bias, gamma, beta; eps, slope; activation; pixels and channels, in and
-// out
-using StageArguments = std::tuple<WindowArguments, WindowArguments, Address, int, Address, int, Address, Address,
-                                  Address, float, float, int, std::array<int, 4>>;
-
-// The stages live as long as the call.
-struct ConvChainCall : ConvChainParams {
-  std::vector<ConvStage> stages_held;
-};
-
-Windows windows(const WindowArguments& a) {
-  const auto [classes, outputs, first_tap, tap_pixel, tap_weight, first_output, base, output] = a;
-  const auto table = [](Address address) { return at<const int32_t>(address); };
-  return {classes,     outputs,      table(first_tap), table(tap_pixel), table(tap_weight), table(first_output),
-          table(base), table(output)};
-}
-
-ConvChainCall conv_chain_params(const std::vector<StageArguments>& stages, bool bfloat, Address head, Address x,
-                                Address gradient, Address mask, int64_t samples, int64_t steps,
-                                const std::array<int, 3>& image, const UpdateArguments& u, const CounterArguments& c,
-                                Address workspace) {
-  ConvChainCall p{};
-  for (const auto& [forward, backward, forward_weights, forward_rows, backward_weights, backward_rows, bias, gamma,
-                    beta, eps, slope, activation, sizes] : stages) {
-    p.stages_held.push_back({windows(forward), windows(backward), at<const void>(forward_weights),
-                             at<const void>(backward_weights), forward_rows, backward_rows, at<const float>(bias),
-                             at<const float>(gamma), at<const float>(beta), eps, slope,
-                             static_cast<Activation>(activation), sizes[0], sizes[1], sizes[2], sizes[3]});
-  }
-  p.stage = p.stages_held.data();
-  p.stages = static_cast<int>(stages.size());
-  p.bfloat = bfloat;
-  p.head = at<const float>(head);
-  p.x = at<float>(x);
-  p.gradient = at<float>(gradient);
-  p.mask = at<const uint8_t>(mask);
-  p.samples = samples;
-  p.steps = steps;
-  p.channels = image[0];
-  p.pixels = image[1];
-  p.row = image[2];
-  p.update = coefficients(u);
-  p.counters = counters(c);
-  p.workspace = at<void>(workspace);
-  return p;
-}
-
-void conv_chain_call(const ConvChainCall& call, int threads) {
-  // Weights that were packed for a set that has it must not be read by one that has not.
-  if (call.bfloat && !isa_has_bfloat()) {
-    throw std::runtime_error("conv_chain: the weights are bfloat16, which this instruction set has not: " +
-                             std::string(isa_name()));
-  }
-  conv_chain_cpu(call, threads);
-}
-
-// (Not named bind: the tuple arguments would find std::bind.) Binds op_cpu(arguments..., threads) and, where built,
-// op_cuda(arguments..., device, stream) for one params builder.
-template <typename Params, typename Cuda, typename... Arguments>
-void add_op(py::module_& m, const char* op, Params (*build)(Arguments...), void (*cpu)(const Params&, int),
-            [[maybe_unused]] Cuda cuda) {
-  m.def((std::string(op) + "_cpu").c_str(), [build, cpu](Arguments... arguments, int threads) {
-    const Params params = build(arguments...);
-    py::gil_scoped_release release;
-    cpu(params, threads);
-  });
-#if defined(MGEBM_CUDA)
-  if constexpr (std::is_null_pointer_v<Cuda>) {
-    return;
+void read(PyObject* from, T& to) {
+  if constexpr (std::is_pointer_v<T>) {
+    to = reinterpret_cast<T>(PyLong_AsUnsignedLongLong(from));
+  } else if constexpr (std::is_same_v<T, uint64_t>) {
+    to = PyLong_AsUnsignedLongLong(from);
+  } else if constexpr (std::is_floating_point_v<T>) {
+    to = static_cast<T>(PyFloat_AsDouble(from));
+  } else if constexpr (std::is_integral_v<T> || std::is_enum_v<T>) {
+    const long long value = PyLong_AsLongLong(from);
+    to = static_cast<T>(value);
+    if (static_cast<long long>(to) != value) refuse(std::to_string(value) + " is out of range");
   } else {
-    const std::string name = op;
-    m.def((name + "_cuda").c_str(), [build, cuda, name](Arguments... arguments, int device, Address stream) {
-      const Params params = build(arguments...);
-      const int error = cuda(params, device, at<void>(stream));
-      if (error) throw std::runtime_error(name + ": CUDA kernel launch failed: " + cuda_error_text(error));
-    });
+    to.fields([&](auto&... fields) { read_all(from, fields...); });
   }
+  if (PyErr_Occurred()) throw py::error_already_set();
+}
+
+template <typename T, int kMost>
+void read(PyObject* from, List<T, kMost>& to) {
+  const Py_ssize_t size = size_of(from);
+  if (size > kMost) refuse("at most " + std::to_string(kMost) + " may be given, got " + std::to_string(size));
+  to.count = static_cast<int>(size);
+  for (Py_ssize_t i = 0; i < size; ++i) read(PySequence_Fast_GET_ITEM(from, i), to.at[i]);
+}
+
+template <typename... Fields>
+void read_all(PyObject* from, Fields&... fields) {
+  constexpr Py_ssize_t kWanted = sizeof...(Fields);
+  const Py_ssize_t size = size_of(from);
+  if (size != kWanted) refuse(std::to_string(kWanted) + " values were expected, got " + std::to_string(size));
+  Py_ssize_t i = 0;
+  (read(PySequence_Fast_GET_ITEM(from, i++), fields), ...);
+}
+
+template <typename Params, typename... Place>
+Params unpack(const py::args& arguments, Place&... place) {
+  Params params{};
+  params.fields([&](auto&... fields) { read_all(arguments.ptr(), fields..., place...); });
+  return params;
+}
+
+template <typename Params>
+void add_cpu(py::module_& m, const std::string& name, void (*run)(const Params&, int)) {
+  m.def(name.c_str(), [run](const py::args& arguments) {
+    int threads = 1;
+    const Params params = unpack<Params>(arguments, threads);
+    {
+      py::gil_scoped_release release;
+      run(params, threads);
+    }
+    if (PyErr_Occurred()) throw py::error_already_set();  // a signal handler raised
+  });
+}
+
+#if defined(MGEBM_CUDA)
+template <typename Params>
+void add_cuda(py::module_& m, const std::string& name, int (*launch)(const Params&, int, void*)) {
+  m.def((name + "_cuda").c_str(), [name, launch](const py::args& arguments) {
+    int device = 0;
+    void* stream = nullptr;
+    const Params params = unpack<Params>(arguments, device, stream);
+    const int error = launch(params, device, stream);
+    if (error) throw std::runtime_error(name + ": CUDA kernel launch failed: " + cuda_error_text(error));
+  });
+}
+#define MGEBM_ADD_CPU_AND_CUDA(op) add_cuda(m, #op, op##_cuda);
+#else
+#define MGEBM_ADD_CPU_AND_CUDA(op)
 #endif
+#define MGEBM_ADD_CPU(op)
+#define MGEBM_ADD(op, Params, layers) \
+  add_cpu(m, #op "_cpu", op##_cpu);   \
+  MGEBM_ADD_##layers(op)
+
+bool signal_handler_raised() {
+  const PyGILState_STATE state = PyGILState_Ensure();
+  const bool raised = PyErr_CheckSignals() != 0;
+  PyGILState_Release(state);
+  return raised;
 }
 
 }  // namespace
 
-#if defined(MGEBM_CUDA)
-#define MGEBM_LAUNCHERS(op) mgebm::op##_cpu, mgebm::op##_cuda
-#else
-#define MGEBM_LAUNCHERS(op) mgebm::op##_cpu, nullptr
-#endif
-
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Compiled kernels of mgebm_fast; call them through mgebm_fast.ops.";
-  add_op(m, "noise", noise_params, MGEBM_LAUNCHERS(noise));
-  add_op(m, "langevin_step", langevin_step_params, MGEBM_LAUNCHERS(langevin_step));
-  add_op(m, "pyramid", pyramid_params, MGEBM_LAUNCHERS(pyramid));
-  add_op(m, "upsample", upsample_params, MGEBM_LAUNCHERS(upsample));
-  add_op(m, "conv_chain", conv_chain_params, conv_chain_call, nullptr);
+  interrupted = signal_handler_raised;
+  MGEBM_OPS(MGEBM_ADD)
+  add_cpu(m, "conv_chain_pack", conv_chain_pack);
+  m.def("conv_chain_workspace", [](const py::args& arguments) {
+    int threads = 1;
+    const ConvChainParams params = unpack<ConvChainParams>(arguments, threads);
+    return conv_chain_workspace(params, threads);
+  });
   // The shared header's arithmetic on given words, (quads, 4) uint32 -> (quads, 4) float32: extremes that no seed
   // reaches.
-  m.def("normals_of_words", [](Address words, Address out, int64_t quads) {
-    const Words* const in = at<const Words>(words);
-    for (int64_t i = 0; i < quads; ++i) at<Quad>(out)[i] = normals_of(in[i]);
-  });
-  m.def("conv_chain_workspace", [](const std::vector<StageArguments>& stages, bool bfloat, bool gradient, bool mask,
-                                   int64_t samples, const std::array<int, 3>& image, int threads) {
-    return conv_chain_workspace(conv_chain_params(stages, bfloat, 0, 0, gradient, mask, samples, 0, image, {}, {}, 0),
-                                threads);
-  });
-  m.def("conv_chain_pack", [](Address from, Address to, bool bfloat, const std::vector<int64_t>& rows, int inputs,
-                              int depth, int outputs, int64_t input_stride, int64_t output_stride, int threads) {
-    py::gil_scoped_release release;
-    conv_chain_pack({at<const float>(from), at<void>(to), bfloat, rows.data(), static_cast<int>(rows.size()), inputs,
-                     depth, outputs, input_stride, output_stride},
-                    threads);
+  m.def("normals_of_words", [](uintptr_t words, uintptr_t out, int64_t quads) {
+    const Words* const in = reinterpret_cast<const Words*>(words);
+    for (int64_t i = 0; i < quads; ++i) reinterpret_cast<Quad*>(out)[i] = normals_of(in[i]);
   });
   m.def("isa_has_bfloat", isa_has_bfloat);
   m.def("isa_prefers_bfloat", isa_prefers_bfloat);
@@ -224,6 +137,7 @@ PYBIND11_MODULE(_C, m) {
   });
   m.def("isa", [] { return std::string(isa_name()); });
   m.def("set_isa", [](const std::string& name) { return set_isa(name.c_str()); });
+  m.def("sources", [] { return std::string(MGEBM_SOURCES); });
   m.def("compiler", [] { return std::string(MGEBM_COMPILER); });
   m.def("cuda_archs", [] { return std::string(MGEBM_CUDA_ARCHS); });
   m.def("cuda_version", [] { return std::string(MGEBM_CUDA_VERSION); });

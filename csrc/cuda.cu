@@ -1,4 +1,6 @@
-#include "mgebm/launch.cuh"
+#include <cuda_runtime.h>
+
+#include "dispatch.h"
 
 namespace mgebm {
 

@@ -1,7 +1,10 @@
 // The choice of instruction set, made when the module loads and changeable by name (MGEBM_SIMD, tests).
+#include "dispatch.h"
+
 #include <cstring>
 
-#include "mgebm/cpu.h"
+#include "mgebm/interrupt.h"
+#include "op_table.h"
 
 #if defined(MGEBM_X86)
 #include <cpuid.h>
@@ -10,41 +13,38 @@
 #endif
 
 namespace mgebm {
+
+bool (*interrupted)() = nullptr;
+
 namespace {
 
+#define MGEBM_POINTER(op, Params, layers) void (*op)(const Params&, int);
+#define MGEBM_ADDRESS(op, Params, layers) set::op##_cpu,
 struct Table {
   const char* name;
   bool bfloat;
-  void (*noise)(const NoiseParams&, int);
-  void (*langevin_step)(const LangevinStepParams&, int);
-  void (*pyramid)(const PyramidParams&, int);
-  void (*upsample)(const UpsampleParams&, int);
-  void (*conv_chain)(const ConvChainParams&, int);
+  MGEBM_OPS(MGEBM_POINTER)
   int64_t (*conv_chain_workspace)(const ConvChainParams&, int);
 };
 
-// The convolutions have sets of their own above those of the other ops.
-#define MGEBM_TABLE(isa, conv, bfloat) \
-  {#conv,                              \
-   bfloat,                             \
-   isa::noise_cpu,                     \
-   isa::langevin_step_cpu,             \
-   isa::pyramid_cpu,                   \
-   isa::upsample_cpu,                  \
-   conv::conv_chain_cpu,               \
-   conv::conv_chain_workspace}
 // Fastest first.
+#define MGEBM_TABLE(isa, bfloat)                                                    \
+  [] {                                                                              \
+    namespace set = isa;                                                            \
+    return Table{#isa, bfloat, MGEBM_OPS(MGEBM_ADDRESS) set::conv_chain_workspace}; \
+  }()
 constexpr Table kTables[] = {
 #if defined(MGEBM_BFLOAT)
-    MGEBM_TABLE(avx512, amx, true),         MGEBM_TABLE(avx512, avx512bf16, true),
+    MGEBM_TABLE(amx, true),       MGEBM_TABLE(avx512bf16, true),
 #endif
 #if defined(MGEBM_X86)
-    MGEBM_TABLE(avx512, avx512, false),     MGEBM_TABLE(avx2, avx2, false),
+    MGEBM_TABLE(avx512, false),   MGEBM_TABLE(avx2, false),
 #endif
-    MGEBM_TABLE(portable, portable, false),
+    MGEBM_TABLE(portable, false),
 };
 #undef MGEBM_TABLE
-
+#undef MGEBM_ADDRESS
+#undef MGEBM_POINTER
 #if defined(MGEBM_X86)
 
 struct Leaf {
@@ -117,11 +117,10 @@ bool set_isa(const char* name) {
   return table != nullptr;
 }
 
-void noise_cpu(const NoiseParams& params, int threads) { current->noise(params, threads); }
-void langevin_step_cpu(const LangevinStepParams& params, int threads) { current->langevin_step(params, threads); }
-void pyramid_cpu(const PyramidParams& params, int threads) { current->pyramid(params, threads); }
-void upsample_cpu(const UpsampleParams& params, int threads) { current->upsample(params, threads); }
-void conv_chain_cpu(const ConvChainParams& params, int threads) { current->conv_chain(params, threads); }
+#define MGEBM_CALL(op, Params, layers) \
+  void op##_cpu(const Params& params, int threads) { current->op(params, threads); }
+MGEBM_OPS(MGEBM_CALL)
+#undef MGEBM_CALL
 int64_t conv_chain_workspace(const ConvChainParams& params, int threads) {
   return current->conv_chain_workspace(params, threads);
 }

@@ -123,11 +123,10 @@ def _cpu_name() -> str:
 def _native() -> dict[str, Any]:
     from . import native
 
-    if not native.available():
-        return {
-            "usable": False, "why_not": f"it did not load: {native.load_error}",
-            "how": REBUILD + " (needs g++ or clang++)", "compiler": "", "level": None, "levels": [],
-        }  # fmt: skip
+    why_not = native.why_not()
+    if why_not:
+        how = "" if native.stale else REBUILD + " (needs g++ or clang++)"
+        return {"usable": False, "why_not": why_not, "how": how, "compiler": "", "level": None, "levels": []}
     module = native.module()
     return {
         "usable": True, "why_not": "", "how": "", "compiler": module.compiler(), "level": native.isa(),
@@ -152,7 +151,7 @@ def _cuda() -> dict[str, Any]:
 
     from . import native
 
-    built = native.available() and bool(native.module().cuda_archs())
+    built = not native.why_not() and bool(native.module().cuda_archs())
     devices = []
     for index in range(torch.cuda.device_count()):
         properties = torch.cuda.get_device_properties(index)
@@ -179,7 +178,7 @@ def _cuda() -> dict[str, Any]:
             )
     why_not_built = ""
     if not built:
-        why_not_built = native.module().cuda_note() if native.available() else "the compiled module did not load"
+        why_not_built = native.why_not() or native.module().cuda_note()
     archs = native.module().cuda_archs() if built else ""
     why_not = native.why_no_cuda()
     missing = [device["capability"] for device in devices if built and not covers(archs, device["capability"])]
@@ -227,8 +226,11 @@ def _ops() -> dict[str, dict[str, list[str]]]:
     """Backends of every op that can be named on this machine's devices, the one that `auto` takes first."""
     import torch
 
+    from . import native
     from .ops import backend
 
+    if native.stale:  # `auto` is an error then
+        return {}
     devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
     found: dict[str, dict[str, list[str]]] = {}
     for op in backend.TABLE:

@@ -1,15 +1,21 @@
-"""The compiled module `_C`, loaded once; a failure is kept and told when someone asks for it."""
+"""The compiled module `_C`, loaded once; a failure is kept and reported when someone asks for it."""
 
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import os
+import warnings
+from pathlib import Path
 from types import ModuleType
 
 # torch first: its OpenMP runtime is then the one that `_C` binds to, and both share a single pool of threads.
 import torch
 
+from . import stamp
 from .errors import BackendError
+
+PACKAGE = Path(__file__).resolve().parent
 
 
 def _load() -> ModuleType:
@@ -22,34 +28,61 @@ def _load() -> ModuleType:
     return module
 
 
+def _warn_of_unbuilt_tree() -> None:
+    """A source tree that is imported because Python was started in it hides an installed copy."""
+    root = stamp.source_root(PACKAGE)
+    if root is not None and importlib.util.find_spec("._C", __package__) is None:
+        warnings.warn(
+            f"mgebm_fast is imported from the source tree {root}, which was not built; plain torch takes the place of "
+            f"the native engine, slowly. Install it with `{stamp.install_command(root)}`, or, where an installed copy "
+            "is meant, start Python in another folder",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+
+
 _module: ModuleType | None = None
 load_error: Exception | None = None
+stale = ""  # why the module that was found may not be used: its functions may take other arguments
 try:
     _module = _load()
 except ImportError as error:
     load_error = error
+    _warn_of_unbuilt_tree()
+else:
+    stale = stamp.why_stale(PACKAGE, getattr(_module, "sources", str)())
+
+
+def why_not() -> str:
+    """Why the compiled module cannot be used; an empty string when it can."""
+    if stale:
+        return f"the compiled module is stale: {stale}"
+    return "" if _module is not None else f"the compiled module did not load: {load_error}"
 
 
 def available() -> bool:
-    """Whether the compiled module was loaded."""
+    """Whether the compiled module can be used. A stale one is an error, not a slow run: BackendError."""
+    if stale:
+        raise BackendError(why_not())
     return _module is not None
 
 
 def module() -> ModuleType:
     """The compiled module, or a BackendError that says why there is none."""
-    if _module is None:
+    if not available():
         raise BackendError(
             f"the native backend is not available: {load_error}. Build it with `pip install -e .` "
             "(a C++17 compiler is all it needs); `mgebm doctor` shows what was found"
         )
+    assert _module is not None
     return _module
 
 
 def why_no_cuda() -> str:
     """Why the native CUDA kernels cannot be used here; an empty string when they can."""
-    if _module is None:
-        return f"the compiled module did not load: {load_error}"
-    if not _module.cuda_archs():
+    if why_not():
+        return why_not()
+    if not module().cuda_archs():
         return "it was built without CUDA: no nvcc was found, or MGEBM_CUDA=0 was set, when it was installed"
     if not torch.cuda.is_available():
         return "torch finds no CUDA device here"

@@ -30,7 +30,7 @@ LAYERS = [
     ["kernels"],
     ["data"],
     ["native", "noise", "files", "pictures"],
-    ["errors", "checks"],
+    ["errors", "checks", "stamp"],
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 MODULES = {

@@ -7,16 +7,12 @@ namespace mgebm {
 
 enum class GradType : int { kFloat = 0, kHalf = 1, kBfloat = 2 };
 
-// Element (sample n, channel c, spatial index s) stands at n * sample + c * channel + s * spatial.
-struct Strides {
-  int64_t sample, channel, spatial;
-};
-
 // Apart from the rest, so that a loop keeps them in registers.
 struct LangevinStepCoefficients {
   float drift, noise_std, inverse_variance, reference_mean;
   float grad_clamp;  // infinity where not asked for
   float low, high;   // -infinity, infinity where not asked for
+  MGEBM_FIELDS(drift, noise_std, inverse_variance, reference_mean, grad_clamp, low, high)
 };
 
 struct LangevinStepParams {
@@ -28,6 +24,8 @@ struct LangevinStepParams {
   LangevinStepCoefficients update;
   GradType grad_type;
   Counters counters;
+  MGEBM_FIELDS(x, grad, mask, samples, channels, spatial, x_strides, grad_strides, mask_strides, grad_type, update,
+               counters)
 };
 
 MG_HD float half_to_float(uint16_t half) {
@@ -61,7 +59,5 @@ MG_HD float langevin_step_update(const LangevinStepCoefficients& k, float x, flo
   value = value < k.low ? k.low : value;
   return value > k.high ? k.high : value;
 }
-
-int langevin_step_cuda(const LangevinStepParams& params, int device, void* stream);
 
 }  // namespace mgebm

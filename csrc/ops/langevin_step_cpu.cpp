@@ -2,6 +2,7 @@
 // Blocks run along memory: logical order where x is contiguous, tiles of pixels where channels are innermost.
 #include "mgebm/cpu.h"
 #include "mgebm/noise_block.h"
+#include "ops/langevin_step.h"
 
 namespace mgebm::MGEBM_ISA {
 namespace {
@@ -72,31 +73,35 @@ void langevin_step_typed(const LangevinStepParams& p, int threads) {
   const LangevinStepCoefficients k = p.update;
   const bool noisy = p.update.noise_std != 0.0f;
   threads = threads_for(p.samples * elements, threads);
-#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
-  for (int64_t unit = 0; unit < p.samples * blocks; ++unit) {
-    const int64_t sample = unit / blocks, first = unit % blocks * tile;
-    const int64_t count = elements - first < tile ? elements - first : tile;
-    const Sample<Gradient> s{p, p.x + sample * p.x_strides.sample,
-                             static_cast<const Gradient*>(p.grad) + sample * p.grad_strides.sample,
-                             p.mask ? p.mask + sample * p.mask_strides.sample : nullptr};
-    const SampleKey key = sample_key(p.counters, sample);
-    alignas(64) float normal[kBlockElements + 4];
-    if (!noisy) {
-      for (int64_t i = 0; i < count; ++i) normal[i] = 0.0f;
-    } else if (tiled) {
-      const int64_t pixel = first / p.channels, pixels = count / p.channels;
-      for (int64_t c = 0; c < p.channels; ++c) normals(key, c * p.spatial + pixel, pixels, normal + c, p.channels);
-    } else {
-      // Blocks of a contiguous run start at whole quads.
-      noise_quads<Distribution::kNormal>(key, static_cast<uint32_t>(first / 4), static_cast<int>((count + 3) / 4),
-                                         normal);
-    }
-    if (tiled || (contiguous && same_layout && !p.mask)) {
-      run(k, s.x + first, s.gradient + first, normal, count);
-    } else if (contiguous && same_layout && same_mask) {
-      run_masked(k, s.x + first, s.gradient + first, s.mask + first, normal, count);
-    } else {
-      run_strided(k, s, first, normal, count);
+#pragma omp parallel num_threads(threads) if (threads > 1)
+  {
+    const KeepSubnormals kept;
+#pragma omp for schedule(static)
+    for (int64_t unit = 0; unit < p.samples * blocks; ++unit) {
+      const int64_t sample = unit / blocks, first = unit % blocks * tile;
+      const int64_t count = elements - first < tile ? elements - first : tile;
+      const Sample<Gradient> s{p, p.x + sample * p.x_strides.sample,
+                               static_cast<const Gradient*>(p.grad) + sample * p.grad_strides.sample,
+                               p.mask ? p.mask + sample * p.mask_strides.sample : nullptr};
+      const SampleKey key = sample_key(p.counters, sample);
+      alignas(64) float normal[kBlockElements + 4];
+      if (!noisy) {
+        for (int64_t i = 0; i < count; ++i) normal[i] = 0.0f;
+      } else if (tiled) {
+        const int64_t pixel = first / p.channels, pixels = count / p.channels;
+        for (int64_t c = 0; c < p.channels; ++c) normals(key, c * p.spatial + pixel, pixels, normal + c, p.channels);
+      } else {
+        // Blocks of a contiguous run start at whole quads.
+        noise_quads<Distribution::kNormal>(key, static_cast<uint32_t>(first / 4), static_cast<int>((count + 3) / 4),
+                                           normal);
+      }
+      if (tiled || (contiguous && same_layout && !p.mask)) {
+        run(k, s.x + first, s.gradient + first, normal, count);
+      } else if (contiguous && same_layout && same_mask) {
+        run_masked(k, s.x + first, s.gradient + first, s.mask + first, normal, count);
+      } else {
+        run_strided(k, s, first, normal, count);
+      }
     }
   }
 }

@@ -2,6 +2,7 @@
 // Contiguous x and grad with whole quads: 128-bit loads and stores, 12 bytes a float32 pixel (x twice, grad once).
 // Any other layout or mask: the same arithmetic with an address for each element.
 #include "mgebm/launch.cuh"
+#include "ops/langevin_step.h"
 
 namespace mgebm {
 namespace {

@@ -1,5 +1,6 @@
 // out (samples, elements): a thread makes one quad of one sample. Bytes moved: 4 an element (8 for words), all written.
 #include "mgebm/launch.cuh"
+#include "ops/noise.h"
 
 namespace mgebm {
 namespace {

@@ -1,7 +1,11 @@
 // A unit of work is one plane: it is read once, row by row, and stays in L1 while every level is made from it.
-#include <cstdlib>
+#include <omp.h>
+
+#include <cstddef>
+#include <new>
 
 #include "mgebm/cpu.h"
+#include "ops/pyramid.h"
 
 namespace mgebm::MGEBM_ISA {
 namespace {
@@ -62,35 +66,46 @@ void write_means(const Sum* __restrict__ sums, float* __restrict__ out, int64_t 
   for (int64_t i = 0; i < size; ++i) out[i] = block_mean(sums[i], count);
 }
 
+// Throws std::bad_alloc, before any thread is started, where there is no memory for it.
+template <typename T>
+struct Buffer {
+  explicit Buffer(int64_t count) : at(static_cast<T*>(::operator new(sizeof(T) * static_cast<std::size_t>(count)))) {}
+  ~Buffer() { ::operator delete(at); }
+  Buffer(const Buffer&) = delete;
+  Buffer& operator=(const Buffer&) = delete;
+  T* const at;
+};
+
 template <typename Source, typename Sum>
 void pyramid_typed(const PyramidParams& p, int threads) {
   const int64_t pixels = volume(p.extent);
   threads = threads_for(p.planes * pixels, threads);
+  const int64_t each = 2 * pixels + p.extent.width;  // a thread's two levels of sums, and its sums of rows
+  const Buffer<Sum> buffer(threads * each);
 #pragma omp parallel num_threads(threads) if (threads > 1)
   {
-    // Two levels of sums, and the sums of rows.
-    Sum* scratch = static_cast<Sum*>(std::malloc(sizeof(Sum) * static_cast<size_t>(2 * pixels + p.extent.width)));
+    const KeepSubnormals kept;
+    Sum* const scratch = buffer.at + omp_get_thread_num() * each;
 #pragma omp for schedule(static)
     for (int64_t plane = 0; plane < p.planes; ++plane) {
       const Source* source = static_cast<const Source*>(p.input) + plane * pixels;
       Sum *sums = scratch, *previous = scratch + pixels, *row_sums = scratch + 2 * pixels;
       Extent from = p.extent;
-      for (int level = 0; level < p.levels; ++level) {
-        const Extent to = p.level_extent[level];
+      for (int level = 0; level < p.levels.count; ++level) {
+        const Extent to = p.levels.at[level].extent;
         const int64_t size = volume(to);
         if (level == 0) {
           block_sums(source, from, sums, to, row_sums);
         } else {
           block_sums(previous, from, sums, to, row_sums);
         }
-        write_means(sums, p.level_output[level] + plane * size, size, pixels / size);
+        write_means(sums, p.levels.at[level].output + plane * size, size, pixels / size);
         Sum* const finished = sums;
         sums = previous;
         previous = finished;
         from = to;
       }
     }
-    std::free(scratch);
   }
 }
 

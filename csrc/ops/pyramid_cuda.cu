@@ -4,6 +4,7 @@
 // not fit shared memory take one launch a level, each straight from the input. Bytes moved: the input once, and 4 an
 // output value.
 #include "mgebm/launch.cuh"
+#include "ops/pyramid.h"
 
 namespace mgebm {
 namespace {
@@ -41,7 +42,7 @@ __global__ void __launch_bounds__(kThreads) pyramid_kernel(const PyramidParams p
   const int lane = threadIdx.x % group, member = threadIdx.x / group, members = kThreads / group;
   for (int64_t plane = blockIdx.x; plane < p.planes; plane += gridDim.x) {
     const Source* const source = static_cast<const Source*>(p.input) + plane * pixels;
-    const Extent finest = p.level_extent[first];
+    const Extent finest = p.levels.at[first].extent;
     const int64_t size = volume(finest);
     // Every lane of a warp takes part in the shuffles: the loop bound is the same for all.
     for (int64_t base = 0; base < size; base += members) {
@@ -49,17 +50,17 @@ __global__ void __launch_bounds__(kThreads) pyramid_kernel(const PyramidParams p
       Sum sum = index < size ? block_sum<Sum>(source, p.extent, finest, index, lane, group) : Sum(0);
       sum = group_sum(sum, group);
       if (lane == 0 && index < size) {
-        p.level_output[first][plane * size + index] = block_mean(sum, pixels / size);
+        p.levels.at[first].output[plane * size + index] = block_mean(sum, pixels / size);
         if (levels > 1) shared[0][index] = sum;
       }
     }
     for (int level = 1; level < levels; ++level) {
       __syncthreads();
-      const Extent from = p.level_extent[first + level - 1], to = p.level_extent[first + level];
+      const Extent from = p.levels.at[first + level - 1].extent, to = p.levels.at[first + level].extent;
       const int64_t count = volume(to);
       for (int64_t index = threadIdx.x; index < count; index += kThreads) {
         const Sum sum = block_sum<Sum>(shared[(level - 1) % 2], from, to, index, 0, 1);
-        p.level_output[first + level][plane * count + index] = block_mean(sum, pixels / count);
+        p.levels.at[first + level].output[plane * count + index] = block_mean(sum, pixels / count);
         shared[level % 2][index] = sum;
       }
     }
@@ -70,10 +71,10 @@ __global__ void __launch_bounds__(kThreads) pyramid_kernel(const PyramidParams p
 template <typename Source, typename Sum>
 int launch(const PyramidParams& p, cudaStream_t stream) {
   const int64_t pixels = volume(p.extent);
-  for (int first = 0; first < p.levels;) {
-    const int64_t size = volume(p.level_extent[first]);
+  for (int first = 0; first < p.levels.count;) {
+    const int64_t size = volume(p.levels.at[first].extent);
     const bool shared = size <= kMaxSharedSums;
-    const int levels = shared ? p.levels - first : 1;
+    const int levels = shared ? p.levels.count - first : 1;
     int group = 1;
     while (group < 32 && 2 * group * size <= kThreads && 2 * group <= pixels / size) group *= 2;
     const unsigned blocks = static_cast<unsigned>(p.planes < kMaxBlocks ? p.planes : kMaxBlocks);
@@ -88,7 +89,7 @@ int launch(const PyramidParams& p, cudaStream_t stream) {
 }  // namespace
 
 int pyramid_cuda(const PyramidParams& p, int device, void* stream_handle) {
-  if (p.planes == 0 || p.levels == 0) return cudaSuccess;
+  if (p.planes == 0 || p.levels.count == 0) return cudaSuccess;
   const DeviceGuard guard(device);
   if (guard.status() != cudaSuccess) return guard.status();
   const auto stream = static_cast<cudaStream_t>(stream_handle);

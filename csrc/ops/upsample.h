@@ -1,7 +1,7 @@
 // upsample: replication, out[d, h, w] = in[d / fd, h / fh, w / fw].
 #pragma once
 
-#include "pyramid.h"
+#include "mgebm/layout.h"
 
 namespace mgebm {
 
@@ -11,12 +11,11 @@ struct UpsampleParams {
   int64_t planes;
   Extent extent;
   Extent factor;
+  MGEBM_FIELDS(input, output, planes, extent, factor)
 };
 
 MG_HD int64_t upsample_source(const Extent& extent, const Extent& factor, int64_t d, int64_t h, int64_t w) {
   return (d / factor.depth * extent.height + h / factor.height) * extent.width + w / factor.width;
 }
-
-int upsample_cuda(const UpsampleParams& params, int device, void* stream);
 
 }  // namespace mgebm

@@ -2,6 +2,7 @@
 #include <cstring>
 
 #include "mgebm/cpu.h"
+#include "ops/upsample.h"
 
 namespace mgebm::MGEBM_ISA {
 namespace {

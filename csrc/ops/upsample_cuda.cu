@@ -1,6 +1,7 @@
 // A thread writes four neighbouring output values of one row (one where the width is no multiple of four).
 // Bytes moved: 4 an output value, and the input, which the cache serves after the first of a block's rows.
 #include "mgebm/launch.cuh"
+#include "ops/upsample.h"
 
 namespace mgebm {
 namespace {

@@ -73,7 +73,7 @@ def unavailable(op: str, backend: str, device: torch.device) -> str:
     if not (layers.cuda if device.type == "cuda" else layers.cpu):
         return f"{op} has no native kernel for {device.type} tensors"
     if device.type == "cpu":
-        return "" if native.available() else f"the compiled module did not load: {native.load_error}"
+        return "" if native.available() else native.why_not()
     if device.type == "cuda":
         return native.why_no_cuda()
     return f"there are no native kernels for {device.type} tensors"

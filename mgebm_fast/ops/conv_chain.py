@@ -28,6 +28,7 @@ from .update import Update, check_steps, prepare
 OP = "conv_chain"
 ACTIVATIONS = {"none": 0, "leaky_relu": 1, "relu": 1, "silu": 2, "elu": 3}
 MAX_STAGES = 32
+MAX_PIXELS = 2**31  # of a map: the tables of windows are int32
 _EDGE_CHANNELS = 4
 _IDLE = Update(0.0, 0.0, 0.0, 0.0, math.inf, -math.inf, math.inf)
 
@@ -95,6 +96,11 @@ class ConvChain:
     def __init__(self, stages: Sequence[StageLike], head: Tensor, *, bfloat: bool = False) -> None:
         if not 1 <= len(stages) <= MAX_STAGES:
             raise ValueError(f"conv_chain: stages must be 1 to {MAX_STAGES}, got {len(stages)}")
+        for stage in stages:
+            for size in (stage.in_size, stage.out_size):
+                if math.prod(size) >= MAX_PIXELS:
+                    got = "×".join(map(str, size))
+                    raise ValueError(f"conv_chain: stages must have maps of fewer than 2**31 pixels, got {got}")
         if bfloat and not has_bfloat():
             raise ValueError(f"conv_chain: bfloat needs AVX512_BF16 or AMX, got the {native.isa()} instruction set")
         self.bfloat = bfloat
@@ -130,11 +136,11 @@ class ConvChain:
         gamma, beta = (None, None) if norm is None else (_copy(norm.weight), _copy(norm.bias))
         eps = 0.0 if norm is None else norm.eps
         slope = 0.0 if stage.activation == "relu" else stage.slope
-        sizes = [math.prod(stage.in_size), math.prod(stage.out_size), inputs, outputs]
         arguments = (
             forward.arguments, backward.arguments, ahead.address, len(forward.rows), behind.address,
             len(backward.rows), bias.data_ptr(), 0 if gamma is None else gamma.data_ptr(),
-            0 if beta is None else beta.data_ptr(), eps, slope, ACTIVATIONS[stage.activation], sizes,
+            0 if beta is None else beta.data_ptr(), eps, slope, ACTIVATIONS[stage.activation],
+            math.prod(stage.in_size), math.prod(stage.out_size), inputs, outputs,
         )  # fmt: skip
         held = tuple(part for part in (forward, backward, ahead, behind, bias, gamma, beta) if part is not None)
         return _Stage(arguments, held)
@@ -149,9 +155,10 @@ class ConvChain:
         depth = -(-inputs // unit) * unit if whole else inputs
         strips = -(-outputs // 16)
         packed = Scratch(strips * len(rows) * depth * 16 * (2 if bfloat else 4))
+        offsets = torch.tensor(rows, dtype=torch.int64, device="cpu")
         native.module().conv_chain_pack(
-            source.data_ptr(), packed.address, bfloat, rows, inputs, depth, outputs, input_stride, output_stride,
-            torch.get_num_threads(),
+            source.data_ptr(), packed.address, bfloat, offsets.data_ptr(), len(rows), inputs, depth, outputs,
+            input_stride, output_stride, torch.get_num_threads(),
         )  # fmt: skip
         return packed
 
@@ -175,18 +182,14 @@ class ConvChain:
         self, x: Tensor, gradient: Tensor | None, mask: Tensor | None, steps: int, numbers: Update, place: Counters
     ) -> None:
         module = native.module()
-        stages = [stage.arguments for stage in self._stages]
-        image = [self._channels, math.prod(self._size), self._size[-1]]
-        samples, threads = x.shape[0], torch.get_num_threads()
-        needed = module.conv_chain_workspace(
-            stages, self.bfloat, gradient is not None, mask is not None, samples, image, threads
-        )
-        workspace = Scratch(needed)
-        module.conv_chain_cpu(
-            stages, self.bfloat, self._head.data_ptr(), x.data_ptr(), 0 if gradient is None else gradient.data_ptr(),
-            0 if mask is None else mask.data_ptr(), samples, steps, image, numbers.arguments, place.native_arguments,
-            workspace.address, threads,
-        )  # fmt: skip
+        arguments = [
+            [stage.arguments for stage in self._stages], self.bfloat, self._head.data_ptr(), x.data_ptr(),
+            0 if gradient is None else gradient.data_ptr(), 0 if mask is None else mask.data_ptr(), x.shape[0], steps,
+            self._channels, math.prod(self._size), self._size[-1], numbers.arguments, place.native_arguments,
+        ]  # fmt: skip
+        threads = torch.get_num_threads()
+        workspace = Scratch(module.conv_chain_workspace(*arguments, 0, threads))
+        module.conv_chain_cpu(*arguments, workspace.address, threads)
 
     def _check(self, x: Tensor) -> None:
         """Raw addresses go to native code: nothing but a float32 CPU tensor of the right shape may pass."""

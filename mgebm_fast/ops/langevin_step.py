@@ -135,7 +135,7 @@ def _launch_native(x: Tensor, grad: Tensor, mask: Tensor | None, numbers: Update
         x.data_ptr(),
         grad.data_ptr(),
         0 if mask is None else mask.data_ptr(),
-        dimensions(x),
+        *dimensions(x),
         strides(x),
         strides(grad),
         (0, 0, 0) if mask is None else mask_strides(mask, x),

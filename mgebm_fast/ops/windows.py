@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-EDGE_PIXELS = 4  # kEdgePixels of csrc/ops/conv_chain.h
+EDGE_PIXELS = 4  # kEdgePixels of csrc/ops/conv_chain/conv_chain.h
 
 # Of one dimension: the taps of a class, as (key of the weight, offset from the base), → [(output, base), …].
 _Axis = dict[tuple[tuple[Any, int], ...], list[tuple[int, int]]]
@@ -24,7 +24,7 @@ _Axis = dict[tuple[tuple[Any, int], ...], list[tuple[int, int]]]
 
 @dataclasses.dataclass(frozen=True)
 class Windows:
-    """The tables of csrc/ops/conv_chain.h, int32; `rows` holds the key of each row of packed weights."""
+    """The tables of csrc/ops/conv_chain/conv_chain.h, int32; `rows` holds the key of each row of packed weights."""
 
     first_tap: Tensor
     tap_pixel: Tensor

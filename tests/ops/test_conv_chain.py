@@ -5,6 +5,8 @@ from __future__ import annotations
 import concurrent.futures
 import dataclasses
 import importlib
+import signal
+import time
 
 import pytest
 import torch
@@ -361,3 +363,95 @@ def test_a_last_step_past_thirty_two_bits_is_refused(name, first):
         ops.conv_chain(stages, head, x, steps=2, first_step=first, **run)
     with pytest.raises(ValueError, match="conv_chain: steps must be an int >= 0, got 1.5"):
         ops.conv_chain(stages, head, x, steps=1.5, **run)
+
+
+class Asked(Exception):
+    """Raised by the handler of a signal."""
+
+
+@pytest.fixture
+def alarm():
+    """A function that lets SIGALRM call `handler` after some seconds."""
+
+    def start(handler, seconds=0.05):
+        signal.signal(signal.SIGALRM, handler)
+        signal.setitimer(signal.ITIMER_REAL, seconds)
+
+    before = signal.getsignal(signal.SIGALRM)
+    yield start
+    signal.setitimer(signal.ITIMER_REAL, 0)
+    signal.signal(signal.SIGALRM, before)
+
+
+@pytest.mark.parametrize("norm, samples, count", [(False, 4, 1), (False, 70, 2), (True, 20, 1), (True, 20, 2)])
+def test_a_signal_ends_a_chain_and_x_is_as_it_was(alarm, threads, norm, samples, count):
+    """The chain would take minutes; whole chains, shared passes and threads with blocks of their own."""
+    threads(count)
+    stages, head = net(norm=norm)
+    chain = conv_chain.ConvChain(stages, head)
+    x = images(samples, 3, (8, 8))
+    before, raised = x.clone(), []
+
+    def handler(*_):
+        raised.append(time.perf_counter())
+        raise Asked
+
+    alarm(handler)
+    started = time.perf_counter()
+    with pytest.raises(Asked):
+        chain.advance_(x, 10**6, NUMBERS, place())
+    assert torch.equal(x, before)
+    assert time.perf_counter() - started < 2  # 0.1 s on a quiet machine
+
+
+def test_a_chain_with_batch_statistics_on_many_images_answers_within_a_step(alarm):
+    """One step takes seconds here: the work of its passes is cut."""
+    stages, head = make((64, 64), 3, [(48, 5, 1, 2), (48, 5, 1, 2), (48, 5, 1, 2)], norm=True)
+    chain = conv_chain.ConvChain(stages, head)
+
+    def handler(*_):
+        raise Asked
+
+    x = images(24, 3, (64, 64))
+    alarm(handler)
+    started = time.perf_counter()
+    with pytest.raises(Asked):
+        chain.advance_(x, 3, NUMBERS, place())
+    assert time.perf_counter() - started < 1.5
+
+
+def test_a_handler_that_returns_changes_no_bit(alarm):
+    stages, head = net()
+    chain = conv_chain.ConvChain(stages, head)
+    x, quiet, seen = images(40, 3, (8, 8)), images(40, 3, (8, 8)), []
+    steps = 200
+    chain.advance_(quiet, steps, NUMBERS, place())
+    alarm(lambda *_: seen.append(1), 0.002)
+    while not seen:
+        x = images(40, 3, (8, 8))
+        chain.advance_(x, steps, NUMBERS, place())
+    assert torch.equal(x, quiet)
+
+
+def test_pixels_past_an_int_are_refused_before_a_table_is_made():
+    wide = Stage(torch.zeros(1, 1, 1, 1), None, (1, 1), (0, 0), (1, 1), None, "none", 1.0, (2**16, 2**15), (1, 1))
+    with pytest.raises(ValueError, match=r"maps of fewer than 2\*\*31 pixels, got 65536×32768"):
+        conv_chain.ConvChain([wide], torch.zeros(1, 1, 1))
+
+
+@pytest.mark.parametrize("norm", [False, True])
+def test_flushed_subnormals_change_nothing(threads, norm):
+    stages, head = net(norm=norm)
+    head = head * 1e-38
+    x = images(40, 3, (8, 8))
+    threads(1)
+    expected = conv_chain.ConvChain(stages, head).gradient(x)
+    assert ((expected != 0) & (expected.abs() < 1e-38)).any()
+    assert torch.set_flush_denormal(True)
+    try:
+        for count in (1, 2):
+            threads(count)
+            assert torch.equal(conv_chain.ConvChain(stages, head).gradient(x), expected)
+        assert torch.tensor([1e-39]).mul(0.5).item() == 0  # the caller's setting is back
+    finally:
+        torch.set_flush_denormal(False)

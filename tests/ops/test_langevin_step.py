@@ -280,3 +280,21 @@ def test_fake_tensors_and_modes_go_through_the_dispatcher():
     with FakeTensorMode() as mode:
         fake = mode.from_tensor(torch.zeros(2, 3))
         assert ops.langevin_step_(fake, fake.clone(), backend="reference", **FORM) is fake
+
+
+def test_flushed_subnormals_change_nothing(threads):
+    x = torch.full((2, 3, 128, 128), 3e-39)
+    grad = torch.full_like(x, 1e-39)
+
+    def run():
+        return ops.langevin_step_(x.clone(), grad, drift=0.5, noise_std=1.2e-38, seed=1)
+
+    threads(1)
+    expected = run()
+    assert torch.set_flush_denormal(True)
+    try:
+        for count in (1, 2):
+            threads(count)
+            assert torch.equal(run(), expected)
+    finally:
+        torch.set_flush_denormal(False)

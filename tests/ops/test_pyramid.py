@@ -127,3 +127,9 @@ def test_opcheck():
     x = images((4, 4), torch.float32).requires_grad_()
     torch.library.opcheck(torch.ops.mgebm_fast.pyramid.default, (x, [2, 2, 1, 1], "reference"))
     torch.library.opcheck(torch.ops.mgebm_fast.pyramid.default, (images((4, 4), torch.uint8), [2, 2], "reference"))
+
+
+def test_memory_that_cannot_be_had_is_an_error():
+    extent = (1, 2**25, 2**25)
+    with pytest.raises(MemoryError):
+        native.module().pyramid_cpu(0, False, 1, extent, [((1, 1, 1), 0)], 1)

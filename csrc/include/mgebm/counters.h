@@ -1,6 +1,7 @@
 // Where a draw's counter and key come from: numbers, or device memory that a replayed graph can see change.
 #pragma once
 
+#include "layout.h"
 #include "normal.h"
 
 namespace mgebm {
@@ -14,6 +15,7 @@ struct Counters {
   const int64_t* step_at;     // null: use `step`
   const int64_t* samples_at;  // null: sample id = first_sample + index
   bool one_base;              // samples_at holds one base, not an id for each sample
+  MGEBM_FIELDS(seed, first_sample, step, stream, seed_at, step_at, samples_at, one_base)
 };
 
 struct SampleKey {

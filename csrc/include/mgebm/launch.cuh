@@ -4,10 +4,11 @@
 
 #include <cuda_runtime.h>
 
-#include "cuda.h"
+#include "macros.h"
 
 namespace mgebm {
 
+constexpr int kThreads = 256;
 constexpr int64_t kMaxBlocks = 1 << 22;  // grid-stride loops take what lies above
 
 inline unsigned blocks_for(int64_t work) {

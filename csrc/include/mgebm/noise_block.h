@@ -2,7 +2,6 @@
 // For *_cpu.cpp files only.
 #pragma once
 
-#include "ops/noise.h"
 #include "philox_block.h"
 
 namespace mgebm::MGEBM_ISA {

@@ -72,4 +72,10 @@ MG_HD Quad normals_of(Words w) {
   return {radius_a * a.cosine, radius_a * a.sine, radius_b * b.cosine, radius_b * b.sine};
 }
 
+enum class Distribution : int { kNormal = 0, kUniform = 1, kBits = 2 };
+
+MG_HD Quad noise_quad(Words words, Distribution distribution) {
+  return distribution == Distribution::kNormal ? normals_of(words) : uniforms_of(words);
+}
+
 }  // namespace mgebm

@@ -2,7 +2,7 @@
 #pragma once
 
 #include "mgebm/lanes.h"
-#include "ops/conv_chain.h"
+#include "ops/conv_chain/conv_chain.h"
 
 namespace mgebm::MGEBM_ISA {
 

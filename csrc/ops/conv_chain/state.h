@@ -1,17 +1,18 @@
 // The state of a chain of convolutions: in and out, dE/dx, and the Langevin update. For *_cpu.cpp files only.
 #pragma once
 
-#include "mgebm/conv/sweep.h"
 #include "mgebm/noise_block.h"
+#include "ops/conv_chain/sweep.h"
 
 namespace mgebm::MGEBM_ISA {
 
-// (samples, elements) <-> [block][element][16]. Lanes past the last sample repeat it: they stay as finite as it is.
+// (samples, elements) <-> [block][element][16]. Lanes past the last sample repeat it, so that they are finite where it
+// is.
 template <typename T>
 static void read_state(const Engine<T>& e) {
   const ConvChainParams& p = e.p;
-  const int elements = e.elements();
-  e.share_evenly(static_cast<int64_t>(e.mine()) * elements, [&](int64_t i) {
+  const int64_t elements = e.elements();
+  e.share_evenly(e.mine() * elements, [&](int64_t i) {
     const int64_t unit = static_cast<int64_t>(e.first_block) * elements + i;
     const int64_t block = unit / elements, element = unit % elements;
     for (int lane = 0; lane < 16; ++lane) {
@@ -28,8 +29,7 @@ static void read_state(const Engine<T>& e) {
 
 template <typename T>
 static void write_state(const Engine<T>& e, const float* from, float* to) {
-  const int elements = e.elements();
-  const int64_t first = 16LL * e.first_block;
+  const int64_t elements = e.elements(), first = 16LL * e.first_block;
   e.share_evenly(smaller(16LL * e.last_block, e.p.samples) - first, [&](int64_t i) {
     const int64_t sample = first + i;
     const float* in = from + sample / 16 * elements * 16 + sample % 16;
@@ -56,7 +56,7 @@ static void update_quad(const Engine<T>& e, int block, int64_t quad, int count, 
     }
   }
   for (int j = 0; j < count; ++j) {
-    const int64_t at = (static_cast<int64_t>(block) * e.elements() + 4 * quad + j) * 16;
+    const int64_t at = (block * e.elements() + 4 * quad + j) * 16;
     float* __restrict__ here = e.x + at;
     if (e.p.mask) {
       const uint8_t* held = e.mask + at;
@@ -76,7 +76,7 @@ static void update_quad(const Engine<T>& e, int block, int64_t quad, int count, 
 template <typename T>
 static void edge(const Engine<T>& e, const SampleKey& key) {
   const ConvChainParams& p = e.p;
-  const ConvStage& stage = p.stage[0];
+  const ConvStage& stage = p.stages.at[0];
   const int runs = (p.row + kEdgePixels - 1) / kEdgePixels;  // a row of pixels
   const int strips = (p.channels + kEdgeChannels - 1) / kEdgeChannels;
   const Source<T, false> upstream{e.kept[0].h, stage.out_pixels, e.kept[0].depth};
@@ -93,7 +93,7 @@ static void edge(const Engine<T>& e, const SampleKey& key) {
                  update_quad(e, block, element / 4, 4, slope + kEdgePixels * c, key);
                  continue;
                }
-               float* out = e.dx + (static_cast<int64_t>(block) * e.elements() + element) * 16;
+               float* out = e.dx + (block * e.elements() + element) * 16;
                const int count = p.row - run % runs * kEdgePixels;
                for (int j = 0; j < count && j < kEdgePixels; ++j) {
                  store(out + 16 * j, load(slope[kEdgePixels * c + j]));
@@ -105,7 +105,7 @@ static void edge(const Engine<T>& e, const SampleKey& key) {
   e.share_evenly(e.mine() * quads, [&](int64_t unit) {
     const int block = e.first_block + static_cast<int>(unit / quads);
     const int64_t quad = unit % quads;
-    const float* slope = e.dx + (static_cast<int64_t>(block) * e.elements() + 4 * quad) * 16;
+    const float* slope = e.dx + (block * e.elements() + 4 * quad) * 16;
     update_quad(e, block, quad, static_cast<int>(smaller(4, e.elements() - 4 * quad)),
                 reinterpret_cast<const float (*)[16]>(slope), key);
   });

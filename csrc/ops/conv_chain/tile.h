@@ -23,9 +23,9 @@ struct Rows {
   int depth;               // channels
 };
 
-// Sums start anew after this many channels at least, and the parts are added up: a rounding error then grows with the
-// square root of a part's length and not of 6,400 products. All rows take a part before the next: its weights, from the
-// second cache, then serve them from the first.
+// Sums start again from zero after this many channels at least, and the parts are added up: a rounding error then grows
+// with the square root of a part's length and not of 6,400 products. All rows take a part before the next, so that its
+// weights come from L2 once and then from L1.
 constexpr int kPart = 128;
 
 MG_INLINE int taps_of_part(int depth) { return kPart > depth ? (kPart + depth - 1) / depth : 1; }
@@ -246,7 +246,7 @@ static inline void tiles(const Bf16* const* a, [[maybe_unused]] const int* rows,
 #if defined(__AMX_BF16__)
   if (strips == 2 && blocks == 2) return tile_products_2x2(a[0], a[1], in, taps, w, strip, out[0], out[1]);
   if (strips == 2) return tile_products_1x2(a[0], in, taps, w, strip, out[0]);
-  // One strip: the second block's products on the same input are made again and written to the same place.
+  // One strip: with one block its products are computed twice and written to the same place.
   tile_products_2x1(a[0], a[blocks - 1], in, taps, w, out[0], out[blocks - 1]);
 #else
   for (int i = 0; i < blocks; ++i) {

@@ -1,5 +1,5 @@
 // Weights in the order in which conv_chain reads them; once a chain.
-#include "ops/conv_chain.h"
+#include "ops/conv_chain/conv_chain.h"
 
 namespace mgebm {
 namespace {

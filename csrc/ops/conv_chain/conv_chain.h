@@ -13,6 +13,7 @@
 
 namespace mgebm {
 
+constexpr int kMaxStages = 32;
 constexpr int kEdgePixels = 4;    // neighbouring pixels of the state that are computed together: a quad of noise
 constexpr int kEdgeChannels = 4;  // and how many of its channels
 
@@ -25,6 +26,7 @@ struct Windows {
   const int32_t* first_output;  // (classes + 1)
   const int32_t* base;          // an output's first input pixel
   const int32_t* output;        // and its own index
+  MGEBM_FIELDS(classes, outputs, first_tap, tap_pixel, tap_weight, first_output, base, output)
 };
 
 enum class Activation : int { kNone = 0, kLeaky = 1, kSilu = 2, kElu = 3 };
@@ -39,11 +41,12 @@ struct ConvStage {
   float eps, slope;
   Activation activation;
   int in_pixels, out_pixels, in_channels, out_channels;
+  MGEBM_FIELDS(forward, backward, forward_weights, forward_rows, backward_weights, backward_rows, bias, gamma, beta,
+               eps, slope, activation, in_pixels, out_pixels, in_channels, out_channels)
 };
 
 struct ConvChainParams {
-  const ConvStage* stage;
-  int stages;
+  List<ConvStage, kMaxStages> stages;
   bool bfloat;
   const float* head;    // (top pixels, channels padded to whole strips): dE/dh_L
   float* x;             // (samples, elements), contiguous
@@ -54,6 +57,8 @@ struct ConvChainParams {
   LangevinStepCoefficients update;
   Counters counters;  // of the first step
   void* workspace;
+  MGEBM_FIELDS(stages, bfloat, head, x, gradient, mask, samples, steps, channels, pixels, row, update, counters,
+               workspace)
 };
 
 // Rows of packed weights from any strided source: to[strip][row][channel][lane] <- the weight from input `channel` to
@@ -65,6 +70,7 @@ struct ConvChainPack {
   const int64_t* rows;
   int row_count, inputs, depth, outputs;
   int64_t input_stride, output_stride;
+  MGEBM_FIELDS(from, to, bfloat, rows, row_count, inputs, depth, outputs, input_stride, output_stride)
 };
 void conv_chain_pack(const ConvChainPack& pack, int threads);
 

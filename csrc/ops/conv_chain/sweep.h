@@ -3,12 +3,12 @@
 
 #include <unistd.h>
 
-#include "mgebm/conv/engine.h"
-#include "mgebm/conv/tile.h"
+#include "ops/conv_chain/engine.h"
+#include "ops/conv_chain/tile.h"
 
 namespace mgebm::MGEBM_ISA {
 
-// Half of a core's second cache: the inputs of one task, beside which its weights pass by.
+// Half of a core's L2: a task's inputs stay there while weights stream through the rest.
 static inline int64_t chunk_bytes() {
 #if defined(_SC_LEVEL2_CACHE_SIZE)
   static const long found = sysconf(_SC_LEVEL2_CACHE_SIZE);
@@ -33,7 +33,7 @@ static void sweep(const Engine<T>& e, const Windows& w, int all_strips, int64_t 
     const int64_t items = static_cast<int64_t>(w.first_output[c + 1] - w.first_output[c]) * mine;
     chunks += (items + chunk - 1) / chunk;
   }
-  // Either chunks of inputs stay put and all weights pass by each, or pairs of strips do and all inputs pass by.
+  // Loop order: inputs outside and weights inside, or the reverse; whichever reads less from memory.
   const int64_t inputs = total * item_bytes;
   const bool strips_outside = weight_bytes + inputs * pairs < inputs + weight_bytes * chunks;
   const auto run_task = [&](int64_t task) {

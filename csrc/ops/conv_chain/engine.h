@@ -2,12 +2,12 @@
 // *_cpu.cpp files only.
 #pragma once
 
-#include "mgebm/conv/activation.h"
+#include "mgebm/interrupt.h"
+#include "ops/conv_chain/activation.h"
 
 namespace mgebm::MGEBM_ISA {
 
 constexpr int64_t kAlign = 64;
-constexpr int kMaxStages = 32;
 
 MG_INLINE int strips_of(int channels) { return (channels + 15) / 16; }
 MG_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
@@ -34,7 +34,8 @@ struct Kept {
 template <typename T>
 struct Engine {
   const ConvChainParams& p;
-  int blocks, threads;
+  Interrupt& interrupt;
+  int blocks, threads, thread;  // thread: 0 is the caller's
   // This thread's blocks in every pass, so that they stay in its cache; or all threads share out all blocks.
   bool own;
   int first_block, last_block;
@@ -44,9 +45,9 @@ struct Engine {
   uint64_t* ids;  // [block][16]
   Kept<T> kept[kMaxStages];
 
-  int elements() const { return p.channels * p.pixels; }
+  int64_t elements() const { return static_cast<int64_t>(p.channels) * p.pixels; }
   bool fused() const { return !p.gradient && p.row % kEdgePixels == 0; }
-  bool top(int l) const { return l + 1 == p.stages; }
+  bool top(int l) const { return l + 1 == p.stages.count; }
   int valid(int block) const { return static_cast<int>(smaller(16, p.samples - 16LL * block)); }
   int mine() const { return last_block - first_block; }
 
@@ -57,13 +58,13 @@ struct Engine {
       pointer = reinterpret_cast<decltype(&*pointer)>(base + used);
       used += (count * static_cast<int64_t>(sizeof(*pointer)) + kAlign - 1) / kAlign * kAlign;
     };
-    const int64_t state = static_cast<int64_t>(blocks) * elements() * 16;
+    const int64_t state = blocks * elements() * 16;
     take(x, state);
     take(dx, fused() ? 0 : state);
     take(mask, p.mask ? state : 0);
     take(ids, static_cast<int64_t>(blocks) * 16);
-    for (int l = 0; l < p.stages; ++l) {
-      const ConvStage& stage = p.stage[l];
+    for (int l = 0; l < p.stages.count; ++l) {
+      const ConvStage& stage = p.stages.at[l];
       Kept<T>& k = kept[l];
       k.depth = padded<T>(stage.out_channels);
       k.strips = strips_of(stage.out_channels);
@@ -80,7 +81,7 @@ struct Engine {
   // ---- where the tiles of 16 samples x 16 channels lie; `pixel` counts those of all blocks ----
 
   int64_t pixel_at(int l, int block, int pixel) const {
-    return static_cast<int64_t>(block) * p.stage[l].out_pixels + pixel;
+    return static_cast<int64_t>(block) * p.stages.at[l].out_pixels + pixel;
   }
   T* h_at(int l, int64_t pixel, int strip) const { return kept[l].h + pixel * 16 * kept[l].depth + 16 * strip; }
   T* z_at(int l, int64_t pixel, int strip) const { return kept[l].z + pixel * 16 * kept[l].depth + 16 * strip; }
@@ -93,19 +94,24 @@ struct Engine {
   float* scale_at(int l, int which, int strip) const { return kept[l].scale + (which * kept[l].strips + strip) * 16; }
   // dE/dh_L at a pixel of the top map, the same for every sample.
   const float* head_at(int pixel, int strip) const {
-    return p.head + (static_cast<int64_t>(pixel) * kept[p.stages - 1].strips + strip) * 16;
+    return p.head + (static_cast<int64_t>(pixel) * kept[p.stages.count - 1].strips + strip) * 16;
   }
 
   // ---- the sharing out of a pass ----
 
-  // body(0) ... body(count - 1): all of them by a thread that owns its blocks, else shared out and waited for.
+  // body(0) ... body(count - 1): all of them by a thread that owns its blocks, else shared out and waited for. Once an
+  // interrupt was asked for, the rest is left out and the call's numbers are dropped.
   template <typename Body>
   MG_METHOD void share(int64_t count, const Body& body) const {
+    const auto unless_asked = [&](int64_t i) {
+      if (thread == 0) interrupt.poll();
+      if (!interrupt.asked()) body(i);
+    };
     if (own) {
-      for (int64_t i = 0; i < count; ++i) body(i);
+      for (int64_t i = 0; i < count; ++i) unless_asked(i);
     } else {
 #pragma omp for schedule(dynamic, 1)
-      for (int64_t i = 0; i < count; ++i) body(i);
+      for (int64_t i = 0; i < count; ++i) unless_asked(i);
     }
   }
 
@@ -123,7 +129,7 @@ struct Engine {
   // body(block, pixel, strip) for every tile of a stage's map, shared out.
   template <typename Body>
   MG_METHOD void each_tile(int l, const Body& body) const {
-    const int64_t pixels = p.stage[l].out_pixels, first = first_block * pixels;
+    const int64_t pixels = p.stages.at[l].out_pixels, first = first_block * pixels;
     share_evenly(mine() * pixels, [&](int64_t i) {
       const int64_t at = first + i;
       for (int strip = 0; strip < kept[l].strips; ++strip) {
@@ -136,7 +142,7 @@ struct Engine {
   template <typename Body>
   MG_METHOD void each_pixel(int l, const Body& body) const {
     for (int block = 0; block < blocks; ++block) {
-      for (int pixel = 0; pixel < p.stage[l].out_pixels; ++pixel) body(pixel_at(l, block, pixel), valid(block));
+      for (int pixel = 0; pixel < p.stages.at[l].out_pixels; ++pixel) body(pixel_at(l, block, pixel), valid(block));
     }
   }
 };

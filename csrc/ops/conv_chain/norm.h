@@ -3,8 +3,8 @@
 // For *_cpu.cpp files only.
 #pragma once
 
-#include "mgebm/conv/engine.h"
-#include "mgebm/conv/tile.h"
+#include "ops/conv_chain/engine.h"
+#include "ops/conv_chain/tile.h"
 
 namespace mgebm::MGEBM_ISA {
 
@@ -16,7 +16,7 @@ struct Affine {
 };
 template <typename T>
 MG_INLINE Affine affine(const Engine<T>& e, int l, int strip) {
-  if (!e.p.stage[l].gamma) return {all(0.0f), all(0.0f), all(0.0f), all(0.0f)};
+  if (!e.p.stages.at[l].gamma) return {all(0.0f), all(0.0f), all(0.0f), all(0.0f)};
   return {load(e.scale_at(l, 0, strip)), load(e.scale_at(l, 1, strip)), load(e.scale_at(l, 2, strip)),
           load(e.scale_at(l, 3, strip))};
 }
@@ -37,7 +37,7 @@ static inline void statistics(const float* tile, int count, float* mean_at, floa
 // Means and variances of the batch from the pixels' shares, in double: one order, whatever the threads.
 template <typename T>
 static void reduce_statistics(const Engine<T>& e, int l) {
-  const ConvStage& stage = e.p.stage[l];
+  const ConvStage& stage = e.p.stages.at[l];
   const double total = static_cast<double>(e.p.samples) * stage.out_pixels;
 #pragma omp barrier
 #pragma omp for schedule(static)
@@ -71,7 +71,7 @@ static void reduce_statistics(const Engine<T>& e, int l) {
 // mean(g) and mean(g zh), the same way.
 template <typename T>
 static void reduce_gradient(const Engine<T>& e, int l) {
-  const double total = static_cast<double>(e.p.samples) * e.p.stage[l].out_pixels;
+  const double total = static_cast<double>(e.p.samples) * e.p.stages.at[l].out_pixels;
 #pragma omp barrier
 #pragma omp for schedule(static)
   for (int strip = 0; strip < e.kept[l].strips; ++strip) {

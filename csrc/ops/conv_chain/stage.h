@@ -1,14 +1,14 @@
 // What is done with the tiles of a stage, forward and backward. For *_cpu.cpp files only.
 #pragma once
 
-#include "mgebm/conv/norm.h"
+#include "ops/conv_chain/norm.h"
 
 namespace mgebm::MGEBM_ISA {
 
 // z_l -> h_l; at the top dE/dh_L a'(z_L) at once. With batch statistics: z_l is kept, with a pixel's share of them.
 template <typename T>
 static void finish_forward(const Engine<T>& e, int l, int block, int pixel, int strip, float* tile) {
-  const ConvStage& stage = e.p.stage[l];
+  const ConvStage& stage = e.p.stages.at[l];
   const int depth = e.kept[l].depth;
   const int64_t at = e.pixel_at(l, block, pixel);
   if (stage.gamma) {
@@ -41,7 +41,7 @@ static void finish_forward(const Engine<T>& e, int l, int block, int pixel, int 
 // dE/dh_l a'(z_l), and with batch statistics a pixel's share of sum(g) and sum(g zh).
 template <typename T>
 static void finish_backward(const Engine<T>& e, int l, int block, int pixel, int strip, float* tile) {
-  const ConvStage& stage = e.p.stage[l];
+  const ConvStage& stage = e.p.stages.at[l];
   const int depth = e.kept[l].depth;
   const int64_t at = e.pixel_at(l, block, pixel);
   T* h = e.h_at(l, at, strip);
@@ -70,7 +70,7 @@ static void finish_backward(const Engine<T>& e, int l, int block, int pixel, int
 // h <- a(gamma zh + beta); at the top, dE/dh_L a'(gamma zh + beta) with its share of the sums.
 template <typename T>
 static void normalise(const Engine<T>& e, int l) {
-  const ConvStage& stage = e.p.stage[l];
+  const ConvStage& stage = e.p.stages.at[l];
   const int depth = e.kept[l].depth;
   if (e.top(l)) {
     e.each_tile(l, [&](int block, int pixel, int strip) {

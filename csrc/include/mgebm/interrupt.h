@@ -1,0 +1,50 @@
+// How a long op answers Ctrl-C.
+#pragma once
+
+#include <time.h>
+
+#include "macros.h"
+
+namespace mgebm {
+
+// Whether a Python signal handler raised; to be asked by the thread that called the op. Null outside Python.
+extern bool (*interrupted)();
+
+#if defined(MGEBM_ISA)
+namespace MGEBM_ISA {
+
+// Shared by the threads of a call: the calling one polls, all look at `asked` between pieces of work and then do no
+// more of it.
+class Interrupt {
+ public:
+  bool asked() const { return __atomic_load_n(&asked_, __ATOMIC_RELAXED); }
+
+  void poll() {
+    if (!interrupted || asked()) return;
+    const int64_t time = now();
+    if (time - last_ < kIntervalNanoseconds) return;
+    last_ = time;
+    if (interrupted()) __atomic_store_n(&asked_, true, __ATOMIC_RELAXED);
+  }
+
+ private:
+  static constexpr int64_t kIntervalNanoseconds = 50'000'000;
+  // The coarse clock costs a few nanoseconds.
+  static int64_t now() {
+#if defined(CLOCK_MONOTONIC_COARSE)
+    constexpr clockid_t kClock = CLOCK_MONOTONIC_COARSE;
+#else
+    constexpr clockid_t kClock = CLOCK_MONOTONIC;
+#endif
+    timespec time;
+    clock_gettime(kClock, &time);
+    return time.tv_sec * 1'000'000'000LL + time.tv_nsec;
+  }
+  bool asked_ = false;
+  int64_t last_ = now();
+};
+
+}  // namespace MGEBM_ISA
+#endif
+
+}  // namespace mgebm
