@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import math
 import warnings
 from typing import Any
 from unittest import mock
@@ -53,16 +54,46 @@ class _Identity(nn.Module):
         return features
 
 
+def alike(features: Tensor) -> bool:  # (N, D)
+    """Whether all rows are the same but for rounding: no distance of distributions can be measured in such features."""
+    spread = (features - features.mean(0)).abs().amax()
+    return bool(spread <= 1e-9 * features.abs().amax())
+
+
+def _check(op: str, reference: Tensor, other: Tensor) -> None:
+    for name, features in (("reference", reference), ("other", other)):
+        if features.dim() != 2 or features.shape[0] < 2 or features.shape[1] != reference.shape[-1]:
+            raise ValueError(
+                f"{op}: {name} must be (N, D) features of at least two images, with the D of reference, "
+                f"got {tuple(features.shape)}"
+            )
+        if not bool(torch.isfinite(features).all()):
+            raise ValueError(f"{op}: {name} must be finite, got inf or NaN in its features")
+    if alike(reference):
+        raise ValueError(f"{op}: reference must hold features that differ, got {len(reference)} rows that are the same")
+
+
 def fid(
     reference: Tensor,  # (M, D) float64
     other: Tensor,  # (N, D) float64
 ) -> float:
-    """Fréchet distance of the two Gaussians fitted to the features: |μ−μ'|² + tr(Σ + Σ' − 2(ΣΣ')^½)."""
+    """Fréchet distance of the two Gaussians fitted to the features: |μ−μ'|² + tr(Σ + Σ' − 2(ΣΣ')^½).
+
+    ValueError for fewer than two rows, features of different lengths, inf or NaN, or a reference whose rows are all
+    the same. A collapsed `other`, all of whose rows are the same, has a distance: its Σ' is 0.
+    """
+    _check("fid", reference, other)
     metric = _metrics()[0](feature=_Identity(reference.shape[1]))
     metric.update(reference, real=True)
     metric.update(other, real=False)
     # the product of two covariances has rounding-size negative eigenvalues, which can pull a zero below zero
-    return max(0.0, float(metric.compute()))
+    return max(0.0, _finite("fid", float(metric.compute())))
+
+
+def _finite(op: str, value: float) -> float:
+    if not math.isfinite(value):  # max(0, NaN) is 0, the best value there is
+        raise ValueError(f"{op}: features must be small enough for float64, got a distance of {value}")
+    return value
 
 
 def kid(
@@ -74,8 +105,13 @@ def kid(
 ) -> float:
     """Unbiased squared MMD under k(x, y) = (x·y/D + 1)³, the mean over 100 random subsets of `subset_size`.
 
-    The subsets depend on `seed` alone; torch's global random state is left as it was.
+    The subsets depend on `seed` alone; torch's global random state is left as it was. ValueError as `fid`, and for
+    subsets of fewer than two images or of more than there are.
     """
+    _check("kid", reference, other)
+    fewest = min(len(reference), len(other))
+    if not 2 <= subset_size <= fewest:
+        raise ValueError(f"kid: subset_size must be in [2, {fewest}], the images of the smaller set, got {subset_size}")
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Metric `Kernel Inception Distance` will save")
         metric = _metrics()[1](feature=_Identity(reference.shape[1]), subsets=KID_SUBSETS, subset_size=subset_size)
@@ -83,7 +119,7 @@ def kid(
     metric.update(other, real=False)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return float(metric.compute()[0])
+        return _finite("kid", float(metric.compute()[0]))
 
 
 def nearest_distance(
@@ -96,7 +132,10 @@ def nearest_distance(
 
     |x − y|² = |x|² + |y|² − 2x·y by matrix products in float64, where these whole numbers are exact. Memory is
     bounded by some `chunk_values` float64 values for each of the training block and the table of products.
+    ValueError where `train` is empty.
     """
+    if len(train) == 0:
+        raise ValueError("nearest_distance: train must hold at least one image, got none")
     size = int(np.prod(images.shape[1:]))
     queries = torch.from_numpy(images.reshape(len(images), size).astype(np.float64))
     squares = queries.square().sum(1)

@@ -1,4 +1,4 @@
-"""`evaluate`: the figures of a model's samples, each beside its twin on held-out real images."""
+"""`evaluate`: the figures of a model's samples, each beside its value on held-out real images."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..data import ImageData
-from .distances import KID_SUBSET_SIZE, fid, kid, nearest_distance
+from .distances import KID_SUBSET_SIZE, alike, fid, kid, nearest_distance
 from .features import FeatureSpace, classes_of, feature_space
 from .recogniser import Recogniser, fit_recogniser
 
@@ -39,7 +39,11 @@ class Judges:
 def fit_judges(
     train: ImageData, held_out: ImageData, *, seed: int = 0, features: str = "auto", progress: bool = True
 ) -> Judges:
-    """The feature space of FID and KID and the recogniser, as `evaluate` fits them with the same seed."""
+    """The feature space of FID and KID and the recogniser, as `evaluate` fits them with the same seed.
+
+    ValueError where `train` has fewer than two images, or images that are all the same.
+    """
+    check_varied("fit_judges", train)
     seconds: dict[str, float] = {}
     with _stage("training the feature space", "features", seconds, progress):
         space = feature_space(features, train, held_out, seed=seed)
@@ -79,8 +83,11 @@ def evaluate(
     and kid_real, fid_real, nearest_distance_real, confident_share_real, class_shares_real: the same of the
     held-out images, null where there are none. Keys for labelled data are left out otherwise, `notes` says why.
 
+    Where the feature space does not tell the training images apart, kid and fid are null and a note says so; samples
+    that are all the same image are measured, and noted.
+
     One seed gives the same figures (but for seconds) on one machine. ValueError for num < 2, images of
-    different shapes, or an empty training set.
+    different shapes, and fewer than two training images or ones that are all the same.
     """
     _check(train, held_out, num)
     started = time.perf_counter()
@@ -115,11 +122,19 @@ def evaluate(
     return result | {"notes": notes, "seconds": {key: round(value, 2) for key, value in seconds.items()}}
 
 
+def check_varied(op: str, train: ImageData) -> None:
+    """ValueError unless there are two different training images: of one alone nothing can be learnt or measured."""
+    if len(train) < 2:
+        raise ValueError(f"{op}: train must have at least 2 images, got {len(train)}")
+    first = train.images[0]
+    if all(np.array_equal(image, first) for image in train.images):
+        raise ValueError(f"{op}: train must have images that differ, got {len(train)} equal ones of {train.name}")
+
+
 def _check(train: ImageData, held_out: ImageData, num: int) -> None:
     if num < 2:
         raise ValueError(f"evaluate: num must be at least 2, got {num}")
-    if len(train) < 2:
-        raise ValueError(f"evaluate: train must have at least 2 images, got {len(train)}")
+    check_varied("evaluate", train)
     if held_out.images.shape[1:] != train.images.shape[1:]:
         raise ValueError(
             f"evaluate: held_out must have images of the training images' shape {train.images.shape[1:]}, "
@@ -143,6 +158,12 @@ def _set_distances(
     judges: Judges, samples: np.ndarray, real: np.ndarray, seed: int, notes: list[str]
 ) -> dict[str, float | None]:
     space, reference = judges.space, judges.reference
+    result: dict[str, float | None] = dict.fromkeys(["kid", "kid_real", "fid", "fid_real", "fid_matched"])
+    if (samples == samples[:1]).all():
+        notes.append("all samples are the same image")
+    if alike(reference):
+        notes.append("FID and KID left out: the feature space does not tell the training images apart")
+        return result
     drawn = space.extract(samples)
     sets = {"": drawn}
     if len(real) >= 2:
@@ -151,7 +172,6 @@ def _set_distances(
     if smallest <= reference.shape[1]:
         notes.append(f"a set of {smallest} images in {reference.shape[1]} dimensions: FID is mostly bias, see KID")
     subset_size = min(KID_SUBSET_SIZE, smallest)
-    result: dict[str, float | None] = dict.fromkeys(["kid", "kid_real", "fid", "fid_real", "fid_matched"])
     for suffix, features in sets.items():
         result[f"fid{suffix}"] = fid(reference, features)
         if suffix != "_matched":

@@ -75,6 +75,36 @@ def test_kid_depends_on_its_seed_alone_and_leaves_the_global_state():
     assert kid(a, b, subset_size=30, seed=4) != first
 
 
+@pytest.mark.parametrize("distance", [fid, kid])
+@pytest.mark.parametrize(
+    "reference, other, message",
+    [
+        (torch.ones(20, 3), features(20, 3), "reference must hold features that differ, got 20 rows"),
+        (features(20, 3), features(20, 3).index_fill(0, torch.tensor([4]), torch.nan), "other must be finite"),
+        (features(20, 3) * torch.inf, features(20, 3), "reference must be finite"),
+        (features(20, 3), features(1, 3), "other must be .* at least two images.*got \\(1, 3\\)"),
+        (features(0, 3), features(20, 3), "reference must be .*got \\(0, 3\\)"),
+        (features(20, 3), features(20, 4), "other must be .*got \\(20, 4\\)"),
+        (features(20, 3), features(20, 3) * 1e160, "features must be small enough for float64"),
+    ],
+)
+def test_features_without_a_distance_are_refused(distance, reference, other, message):
+    """NaN came out as FID 0, the best there is, and equal features as 1e22."""
+    with pytest.raises(ValueError, match=message):
+        distance(reference, other, **({"subset_size": 10} if distance is kid else {}))
+
+
+def test_subsets_must_be_those_of_the_smaller_set():
+    with pytest.raises(ValueError, match=r"subset_size must be in \[2, 20\], .*got 21"):
+        kid(features(30), features(20), subset_size=21)
+
+
+def test_a_collapsed_set_has_a_distance():
+    a, b = features(50), torch.ones(30, 12, dtype=torch.float64)
+    expected = float((a.mean(0) - 1).square().sum() + a.var(0).sum())
+    assert fid(a, b) == pytest.approx(expected, rel=1e-6)
+
+
 @pytest.mark.parametrize("chunk_values", [1, 900, 2**25])
 @pytest.mark.parametrize("shape", [(1, 8, 8), (3, 5, 5)])
 def test_nearest_distance_is_exact_whatever_the_chunks(shape, chunk_values):

@@ -9,7 +9,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from mgebm_fast import data
+from mgebm_fast import data, evaluation
 from mgebm_fast.data import ImageData
 from mgebm_fast.evaluation import evaluate as run
 from mgebm_fast.evaluation import features, format_report
@@ -19,9 +19,11 @@ TWINS = ["kid", "fid", "nearest_distance"]
 LABELLED = ["confident_share", "class_shares"]
 
 
-@pytest.fixture(autouse=True)
-def short_training(monkeypatch):
-    monkeypatch.setattr(features.feature_space, "__kwdefaults__", {"seed": 0, "visits": 8_000})
+@pytest.fixture(autouse=True, scope="module")
+def short_training():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(features.feature_space, "__kwdefaults__", {"seed": 0, "visits": 5_000})
+        yield
 
 
 class Drawn:
@@ -50,18 +52,23 @@ def digits() -> tuple[ImageData, ImageData]:
     return tuple(data.load("digits", size=8, channels=1, split=split) for split in ("train", "held_out"))
 
 
-def test_real_images_score_as_their_twins(digits):
+@pytest.fixture(scope="module")
+def judges(digits, short_training) -> evaluation.Judges:
+    return evaluation.fit_judges(*digits, progress=False)
+
+
+def test_real_images_score_as_held_out_ones(digits, judges):
     train, held_out = digits
-    result = run(replay(held_out), train, held_out, num=360, progress=False)
+    result = run(replay(held_out), train, held_out, num=360, judges=judges, progress=False)
     for key in TWINS + LABELLED:
         assert result[key] == result[f"{key}_real"], key
     assert result["num_real"] == 360 and result["fid_matched"] == result["fid"]
     assert 0.78 <= result["confident_share"] <= 0.90
 
 
-def test_noise_is_far_worse_than_held_out_images(digits):
+def test_noise_is_far_worse_than_held_out_images(digits, judges):
     train, held_out = digits
-    result = run(noise_of(train), train, held_out, num=400, progress=False)
+    result = run(noise_of(train), train, held_out, num=400, judges=judges, progress=False)
     assert set(result) == COMMON | {k + s for k in TWINS + LABELLED for s in ("", "_real")} | {
         "confident_share_noise",
         "recogniser",
@@ -83,15 +90,15 @@ def test_noise_is_far_worse_than_held_out_images(digits):
         assert shown in text
 
 
-def test_copies_of_the_training_images_show_as_such(digits):
+def test_copies_of_the_training_images_show_as_such(digits, judges):
     train, held_out = digits
-    result = run(replay(train), train, held_out, num=50, progress=False)
+    result = run(replay(train), train, held_out, num=50, judges=judges, progress=False)
     assert result["nearest_distance"] == 0 < result["nearest_distance_real"]
     assert result["num_real"] == 50
 
 
 def test_one_seed_one_result(digits):
-    train, held_out = digits
+    train, held_out = (part.subset(slice(0, 150)) for part in digits)
     model = Drawn(lambda n, r: train.images[r.integers(0, len(train), n)])
     first, again, other = (
         {**run(model, train, held_out, num=60, seed=seed, progress=False), "seconds": None} for seed in (1, 1, 2)
@@ -119,9 +126,9 @@ def test_a_single_class_is_judged_without_recognition(digits):
     assert any("a single class" in note for note in result["notes"])
 
 
-def test_nothing_held_out_gives_nulls(digits):
+def test_nothing_held_out_gives_nulls(digits, judges):
     train = digits[0]
-    result = run(replay(train), train, train.subset([]), num=20, progress=False)
+    result = run(replay(train), train, train.subset([]), num=20, judges=judges, progress=False)
     for key in [*TWINS, *LABELLED]:
         assert result[f"{key}_real"] is None, key
     assert result["num_real"] == 0 and result["fid_matched"] is None
@@ -152,6 +159,30 @@ def test_wrong_arguments_are_named(digits, change, message):
     arguments = {"model": replay(train), "train": train, "held_out": held_out, "num": 20, "progress": False} | change
     with pytest.raises(ValueError, match=f"evaluate: {message}"):
         run(**arguments)
+
+
+def constant(count: int, value: int = 7) -> ImageData:
+    return ImageData(np.full((count, 1, 8, 8), value, np.uint8), name="grey")
+
+
+def test_equal_training_images_are_refused(digits):
+    """Their features all are the same: FID came out as 7e22."""
+    with pytest.raises(ValueError, match="evaluate: train must have images that differ, got 30 equal ones of grey"):
+        run(replay(digits[1]), constant(30), constant(10), num=20, progress=False)
+
+
+def test_equal_samples_are_measured_and_noted(digits, judges):
+    result = run(replay(constant(1)), *digits, num=40, judges=judges, progress=False)
+    assert "all samples are the same image" in result["notes"]
+    assert result["kid_real"] + 0.3 < result["kid"] < 1e3
+
+
+def test_features_that_see_all_images_alike_give_no_distance(digits, judges):
+    blind = replace(judges, reference=torch.ones_like(judges.reference))
+    result = run(replay(digits[1]), *digits, num=40, judges=blind, progress=False)
+    assert result["kid"] is result["fid"] is result["fid_matched"] is None
+    assert any("does not tell the training images apart" in note for note in result["notes"])
+    format_report(result)
 
 
 def test_class_names_come_from_the_data(digits):
