@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Protocol
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..errors import BackendError, suggest
 from . import conv, cuda
 from . import native as engine
 from .autograd import AutogradPlan
 from .holding import frozen_parameters
-from .stack import read
+from .stack import Stack, read
+from .trust import why_not_plain
+from .verify import why_not_trusted
 
 Energy = Callable[[Tensor], Tensor]  # (N, ...) float32 -> (N,), energies
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
@@ -46,7 +49,13 @@ def plan(energy: Energy, x: Tensor, precision: str = "auto", where: str = "gradi
     if precision not in PRECISIONS:
         near = suggest(str(precision), PRECISIONS)
         raise ValueError(f"{where}: precision must be one of {', '.join(PRECISIONS)}, got {precision!r}{near}")
-    stack = read(energy, x)
+    stack: Stack | str = f"x is {reason}" if (reason := why_not_plain(x)) else read(energy, x)
+    if isinstance(stack, Stack) and isinstance(energy, nn.Module) and (reason := why_not_trusted(energy, stack, x)):
+        warnings.warn(
+            f"{where}: {type(energy).__name__} looks like a stack of convolutions, but {reason}; it runs by autograd",
+            stacklevel=3,
+        )
+        stack = f"its reading is not trusted: {reason}"
     if isinstance(stack, str):
         if precision in ("bf16", "fp16"):
             raise BackendError(

@@ -15,6 +15,7 @@ from ..errors import DivergenceError
 from ..gradient import GradientPlan, frozen_parameters, plan
 from ..gradient.cuda import note_bad_steps_
 from ..gradient.plan import Energy
+from ..gradient.trust import why_not_plain
 from ..ops import counters
 from ..ops.edge_step import NO_BAD_STEP
 from ..ops.langevin_step import check_grad, launch
@@ -178,6 +179,8 @@ def prepare(
     """
     if not isinstance(x, Tensor):
         raise TypeError(f"{where}: x must be a tensor, got {type(x).__name__}")
+    if not torch.compiler.is_compiling() and (reason := why_not_plain(x.resolve_neg())):
+        raise TypeError(f"{where}: x must be a plain tensor, got {reason}")
     if x.dtype != torch.float32:
         raise TypeError(f"{where}: x must be float32, got {x.dtype}; x.float() converts it")
     if x.dim() == 0:

@@ -1,0 +1,59 @@
+"""What is not read as it looks: modules with code of their own put on them, tensors that are not what memory holds."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..nets import EnergyNet, Negative
+from ..nets.layers import BatchStatistics, ConvLayer, LinearHead, SpectralWeight
+
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_GLOBAL_HOOKS = tuple(f"_global{name}" for name in _HOOKS)
+# The code of the classes that are read; a method replaced on the class since is another net.
+_READ = (
+    nn.Module, nn.Sequential, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear, nn.Flatten, nn.BatchNorm1d, nn.BatchNorm2d,
+    nn.BatchNorm3d, nn.ReLU, nn.LeakyReLU, nn.SiLU, nn.ELU, nn.Identity, EnergyNet, Negative, ConvLayer, LinearHead,
+    BatchStatistics, SpectralWeight,
+)  # fmt: skip
+_METHODS = ("__call__", "_call_impl", "forward", "_conv_forward", "score", "effective_weight", "check_input")
+_CODE = [(kind, name, getattr(kind, name)) for kind in _READ for name in _METHODS if hasattr(kind, name)]
+
+
+def why_not_read(energy: nn.Module) -> str:
+    """Why the modules of an energy may run other code than their classes'; an empty string where they do not."""
+    if any(getattr(nn.modules.module, name, None) for name in _GLOBAL_HOOKS):
+        return "hooks are registered for all modules"
+    for kind, name, code in _CODE:
+        if getattr(kind, name) is not code:
+            return f"{kind.__name__}.{name} was replaced"
+    for path, module in energy.named_modules():
+        kind = type(module)
+        where = f"layer {path} ({kind.__name__})" if path else "the net"
+        if any(getattr(module, hook, None) for hook in _HOOKS):
+            return f"{where} has hooks"
+        for name in vars(module):
+            if callable(getattr(kind, name, None)):
+                return f"{where} has a {name} of its own"
+    return ""
+
+
+def why_not_plain(tensor: Any) -> str:
+    """Why a tensor's values are not just the numbers in its memory, so that no native code may take its address; an
+    empty string where they are. Tensors and parameters with dense storage of their size are plain."""
+    if type(tensor) not in (Tensor, nn.Parameter):
+        return f"a {type(tensor).__name__}"
+    if tensor.layout != torch.strided:
+        return f"of layout {str(tensor.layout).removeprefix('torch.')}"
+    if tensor.is_neg() or tensor.is_conj():
+        return "a negative or conjugate view"
+    if torch._C._functorch.is_functorch_wrapped_tensor(tensor) or torch._is_functional_tensor(tensor):
+        return "wrapped by a transform of torch's"
+    if tensor.device.type == "meta":
+        return "on meta"
+    last = tensor.storage_offset() + sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
+    if tensor.numel() and (last + 1) * tensor.element_size() > tensor.untyped_storage().nbytes():
+        return "larger than its storage"
+    return ""
