@@ -84,4 +84,4 @@ def precision_of(contender: Contender, explained: str, device: str) -> str:
 
 
 def explain(contender: Contender, net: nn.Module, x: Tensor, dynamics: Langevin) -> str:
-    return dynamics.explain(net, x, precision=contender.ours) if contender.ours else contender.what
+    return str(dynamics.explain(net, x, precision=contender.ours)) if contender.ours else contender.what

@@ -7,20 +7,47 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from .base import GradientPlan, PlanReport
+from .reach import modules_of
 
-class AutogradPlan:
-    """One forward and one backward to x alone, in float32, as the energy itself computes them."""
+_NAMES = {torch.float64: "fp64", torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+
+
+def ask(energy: Callable[[Tensor], Tensor], x: Tensor, where: str) -> Tensor:
+    """energy(x); TypeError where its weights are of another type than x, which torch's own error names by layers."""
+    try:
+        return energy(x)
+    except RuntimeError as error:
+        types = _weight_types(energy)
+        if isinstance(error, torch.OutOfMemoryError) or not types or x.dtype in types:
+            raise
+        name = str(types[0]).removeprefix("torch.")
+        raise TypeError(
+            f"{where}: energy must take float32 x, got one with {name} weights ({error}); wrap it, as in "
+            f"`lambda x: net(x.to(torch.{name})).float()`, or call net.float() and use torch.autocast"
+        ) from error
+
+
+def _weight_types(energy: Callable[[Tensor], Tensor]) -> list[torch.dtype]:
+    """The floating-point types of the weights that an energy reaches."""
+    weights = {p.dtype for module in modules_of(energy) for p in module._parameters.values() if p is not None}
+    return [dtype for dtype in _NAMES if dtype in weights]
+
+
+class AutogradPlan(GradientPlan):
+    """One forward and one backward to x alone, as the energy itself computes them: in float32, but for an energy that
+    casts, or whose caller has torch.autocast on."""
 
     precision = "fp32"
 
-    def __init__(self, energy: Callable[[Tensor], Tensor], where: str, reason: str) -> None:
-        self._energy, self._where, self._reason = energy, where, reason
+    def __init__(self, energy: Callable[[Tensor], Tensor], where: str, reason: str, device: str = "cpu") -> None:
+        self._energy, self._where, self._reason, self._device = energy, where, reason, device
         self._ones: Tensor | None = None
 
     def gradient(self, x: Tensor) -> Tensor:  # (N, ...) -> (N, ...)
         with torch.inference_mode(False), torch.enable_grad():
             leaf = x.detach().requires_grad_()
-            energies = self._energy(leaf)
+            energies = ask(self._energy, leaf, self._where)
             self._check(energies, leaf)
             ones = self._ones
             if ones is None or ones.shape != energies.shape or ones.dtype != energies.dtype:
@@ -33,8 +60,13 @@ class AutogradPlan:
     def refresh(self) -> None:
         """Nothing to do: every call runs the energy as it is."""
 
-    def explain(self) -> str:
-        return f"autograd, fp32, because {self._reason}"
+    def explain(self) -> PlanReport:
+        return PlanReport("autograd", self._computes_in(), why_not_faster=(self._reason,))
+
+    def _computes_in(self) -> str:
+        if torch.is_autocast_enabled(self._device):
+            return f"{_NAMES.get(torch.get_autocast_dtype(self._device), 'a type')} by autocast"
+        return " and ".join(_NAMES[dtype] for dtype in _weight_types(self._energy)) or "fp32"
 
     def _check(self, energies: Tensor, x: Tensor) -> None:
         if not isinstance(energies, Tensor):

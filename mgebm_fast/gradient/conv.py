@@ -33,6 +33,7 @@ from torch import Tensor
 
 from .. import native
 from ..ops.conv_chain import prefers_bfloat
+from .base import GradientPlan, PlanReport
 from .exact import exact_cudnn
 from .stack import Stack, Stage, example_input, layout_of, reread
 
@@ -156,7 +157,7 @@ class _Layer:
         )[0].to(self.dtype)  # fmt: skip
 
 
-class ConvPlan:
+class ConvPlan(GradientPlan):
     """∇E of a stack, with the weights that it had when the plan was made, or at its last `refresh()`.
 
     Batches of any size. A call synchronises nothing, so that a CUDA graph may hold it, and keeps nothing.
@@ -227,10 +228,10 @@ class ConvPlan:
             return torch.mul(h, 0.0).add_(self._head)
         return self._head.expand(h.shape).clone(memory_format=self._layout)
 
-    def explain(self) -> str:
+    def explain(self) -> PlanReport:
         where = "" if self.precision == "fp32" else "; first convolution, statistics and accumulation in fp32"
-        reason = f", because {self._reason}" if self._reason else ""
-        return f"conv, {self.precision} (the chain rule by hand{where}){reason}"
+        why = (self._reason,) if self._reason else ()
+        return PlanReport("conv", self.precision, f"the chain rule by hand{where}", why_not_faster=why)
 
 
 def _library_is_wrong(stage: Stage) -> bool:

@@ -33,6 +33,7 @@ from ..ops.bias_act import launch as launch_bias
 from ..ops.bias_act import launch_backward as launch_bias_backward
 from ..ops.edge_step import NO_BAD_STEP
 from ..ops.update import Update
+from .base import GradientPlan, PlanReport
 from .conv import TYPES, scaled_head
 from .dense import DenseSteps
 from .exact import exact_cudnn
@@ -101,7 +102,7 @@ class _Kept:
     statistics: Tensor | None = None
 
 
-class FusedPlan:
+class FusedPlan(GradientPlan):
     """∇E and Langevin steps of a 2-D stack with the weights that it had at the last `refresh()`.
 
     Nothing is kept between calls, and nothing synchronises, so that a CUDA graph may hold a call.
@@ -292,13 +293,15 @@ class FusedPlan:
         found = aten.convolution_backward(upstream, source, weight, None, *geometry, mask)[0]
         return found.contiguous(memory_format=torch.channels_last)
 
-    def explain(self) -> str:
+    def explain(self) -> PlanReport:
         if self._dense is not None:
-            return f"dense, {self.precision} (small maps as matrices, all steps in one kernel; sums and x in fp32)"
-        return (
-            f"fused, {self.precision} (library convolutions and a kernel between them; x as a sum of two "
-            f"{self.precision} numbers; sums, statistics and the step in fp32)"
-        )
+            how = "small maps as matrices; sums and x in fp32"
+            return PlanReport("dense", self.precision, how, "all steps in one kernel")
+        return PlanReport(
+            "fused", self.precision,
+            f"library convolutions and a kernel between them; x as a sum of two {self.precision} numbers; sums, "
+            "statistics and the step in fp32",
+        )  # fmt: skip
 
 
 def note_bad_steps_(bad_step: Tensor, peaks: Tensor, places: list[counters.Counters]) -> None:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from .. import native
+from ..errors import DivergenceError
 from ..ops.conv_chain import MAX_STAGES, ConvChain, has_bfloat, prefers_bfloat
 from ..ops.counters import Counters
 from ..ops.update import Update
+from .base import GradientPlan, PlanReport
 from .stack import Stack, example_input, reread
 
 
@@ -28,15 +32,25 @@ def why_not(stack: Stack, x: Tensor, precision: str) -> str:
     return ""
 
 
-class NativePlan:
-    """∇E and Langevin steps of one energy with the weights that it had at the last `refresh`, packed."""
+class NativePlan(GradientPlan):
+    """∇E and Langevin steps of one energy with the weights that it had at the last `refresh`, packed.
 
-    def __init__(self, stack: Stack, energy: Any, precision: str) -> None:
-        self._stack, self._energy, self.precision = stack, energy, precision
-        self._pack()
+    Raises DivergenceError where a weight is not finite: through a ReLU it could leave samples finite, and wrong.
+    """
 
-    def _pack(self) -> None:
-        self._chain = ConvChain(self._stack.stages, self._stack.head, bfloat=self.precision == "bf16")
+    backends = ("native",)
+
+    def __init__(self, stack: Stack, energy: Any, precision: str, where: str = "gradient") -> None:
+        self._energy, self.precision, self._where = energy, precision, where
+        self._example = example_input(stack)
+        self._pack(stack)
+
+    def _pack(self, stack: Stack) -> None:
+        if name := not_finite(stack):
+            raise DivergenceError(
+                f"{self._where}: the energy's weights must be finite, got NaN or infinite values in {name}"
+            )
+        self._chain = ConvChain(stack.stages, stack.head, bfloat=self.precision == "bf16")
 
     def gradient(self, x: Tensor) -> Tensor:  # (N, C, *size) float32 -> the same, contiguous
         """∇E(x), float32."""
@@ -47,12 +61,20 @@ class NativePlan:
         self._chain.advance_(x, steps, numbers, place, mask)
 
     def refresh(self) -> None:
-        """Take the energy's present weights."""
-        self._stack = reread(self._energy, example_input(self._stack))
-        self._pack()
+        self._pack(reread(self._energy, self._example))
 
-    def explain(self) -> str:
-        """The plan's name and precision, in one line."""
-        operands = "fp32" if self.precision == "fp32" else "bf16 (state, first convolution and sums in fp32)"
-        slower = "" if prefers_bfloat() else f", and bf16 is not faster by {native.isa()}"
-        return f"native, {operands}, all steps in one call, {native.isa()}{slower}"
+    def explain(self) -> PlanReport:
+        how = "" if self.precision == "fp32" else "state, first convolution and sums in fp32"
+        steps = f"all steps in one call, {native.isa()}"
+        slower = () if prefers_bfloat() else (f"bf16 is not faster by {native.isa()}",)
+        return PlanReport("native", self.precision, how, steps, slower)
+
+
+def not_finite(stack: Stack) -> str:
+    """The first layer of a stack with a weight that is not finite; an empty string where all are."""
+    for stage in stack.stages:
+        norm = () if stage.norm is None else (stage.norm.weight, stage.norm.bias)
+        for tensor in (stage.weight, stage.bias, *norm):
+            if tensor is not None and not math.isfinite(torch.linalg.vector_norm(tensor, math.inf)):
+                return f"layer {stage.name}"
+    return "" if math.isfinite(torch.linalg.vector_norm(stack.head, math.inf)) else "the last layer"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from typing import Protocol
 
 from torch import Tensor, nn
 
@@ -12,6 +11,7 @@ from ..errors import BackendError, suggest
 from . import conv, cuda
 from . import native as engine
 from .autograd import AutogradPlan
+from .base import GradientPlan
 from .holding import frozen_parameters
 from .stack import Stack, read
 from .trust import why_not_plain
@@ -19,21 +19,6 @@ from .verify import why_not_trusted
 
 Energy = Callable[[Tensor], Tensor]  # (N, ...) float32 -> (N,), energies
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
-
-
-class GradientPlan(Protocol):
-    """∇E for one energy and one shape of x."""
-
-    precision: str  # "fp32", "bf16" or "fp16"
-
-    def gradient(self, x: Tensor) -> Tensor:
-        """∇E(x) of each sample, the shape of x; x is left untouched and needs no `requires_grad`."""
-
-    def refresh(self) -> None:
-        """Take the energy's present weights; until then a plan may use those that it was made with."""
-
-    def explain(self) -> str:
-        """The plan's name, its precision, and why it was chosen, in one line."""
 
 
 def plan(energy: Energy, x: Tensor, precision: str = "auto", where: str = "gradient") -> GradientPlan:
@@ -46,6 +31,9 @@ def plan(energy: Energy, x: Tensor, precision: str = "auto", where: str = "gradi
     """
     if not callable(energy):
         raise TypeError(f"{where}: energy must be a module or a callable x -> (N,), got {type(energy).__name__}")
+    if not isinstance(x, Tensor) or not x.is_floating_point():
+        got = x.dtype if isinstance(x, Tensor) else type(x).__name__
+        raise TypeError(f"{where}: x must be a floating-point tensor, got {got}; x.float() converts it")
     if precision not in PRECISIONS:
         near = suggest(str(precision), PRECISIONS)
         raise ValueError(f"{where}: precision must be one of {', '.join(PRECISIONS)}, got {precision!r}{near}")
@@ -61,7 +49,7 @@ def plan(energy: Energy, x: Tensor, precision: str = "auto", where: str = "gradi
             raise BackendError(
                 f"{where}: precision {precision!r} needs a stack of convolutions, and the energy is none: {stack}"
             )
-        return AutogradPlan(energy, where, stack)
+        return AutogradPlan(energy, where, stack, x.device.type)
     if precision == "auto":
         precision = conv.auto_precision(x.device.type, len(stack.stages))
     if x.device.type == "cuda":
@@ -71,7 +59,7 @@ def plan(energy: Energy, x: Tensor, precision: str = "auto", where: str = "gradi
         return conv.ConvPlan(stack, energy, precision, f"the fused plan cannot run: {reason}")
     reason = engine.why_not(stack, x, precision)
     if not reason:
-        return engine.NativePlan(stack, energy, precision)
+        return engine.NativePlan(stack, energy, precision, where)
     return conv.ConvPlan(stack, energy, precision, f"the native engine cannot run: {reason}")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -182,12 +183,12 @@ class MultiGrid(Model):
         return nets
 
     def explain(self, n: int | None = None) -> str:
-        """One line a grid: what its chain runs in sampling, and why."""
+        """What the chain of every grid runs in sampling, and why: the grid in a line, and below it a line a field."""
         lines = []
         for grid, (energy, chain) in enumerate(self.measured(), start=1):
             size = self.sizes[grid]
             x = torch.empty(n or self.batch_size, self.channels, size, size, device=self.colours.device)
-            lines.append(f"grid {grid} (size {size}): {chain.explain(energy, x)}")
+            lines.append(f"grid {grid} (size {size})\n" + textwrap.indent(str(chain.explain(energy, x)), "  "))
         return "\n".join(lines)
 
     def config(self) -> dict[str, Any]:

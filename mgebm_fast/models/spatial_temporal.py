@@ -97,7 +97,7 @@ class SpatialTemporal(SingleGrid):
         """What the chain runs in sampling, and why."""
         x = torch.empty(n or self.batch_size, self.channels, *self.shape, device=self.colours.device)
         ((energy, chain),) = self.measured()
-        return chain.explain(energy, x)
+        return str(chain.explain(energy, x))
 
     def config(self) -> dict[str, Any]:
         return {**super().config(), "shape": list(self.shape), "rate": self.rate}

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .. import ops
-from ..errors import DivergenceError
+from ..errors import BackendError, DivergenceError
 from ..gradient import GradientPlan, frozen_parameters, plan
 from ..gradient.cuda import note_bad_steps_
 from ..gradient.plan import Energy
@@ -49,11 +49,10 @@ class Chain:
 
     def advance_(self, x: Tensor, start: int, stop: int) -> None:
         """Steps start … stop − 1 of the chain, on x in place."""
-        advance = getattr(self.plan, "advance_", None)  # of a plan that makes the steps itself, on some backends
-        if advance is not None and self.backend in getattr(self.plan, "backends", ("native",)):
-            advance(x, self.place_at(start), stop - start, self.numbers, self.mask)
+        if self.backend in self.plan.backends:
+            self.plan.advance_(x, self.place_at(start), stop - start, self.numbers, self.mask)
             return
-        # inf and NaN come through the largest entry; what a clamp hides of them in x is seen here.
+        # The ∞-norm of each gradient keeps inf and NaN; a clamp on x would hide them.
         peaks = None if self.bad_step is None else x.new_empty(stop - start)
         places = self.place.steps(start, stop)
         with frozen_parameters(self.energy):
@@ -76,12 +75,12 @@ class Chain:
         return fine if self.bad_step is None else fine & (self.bad_step == NO_BAD_STEP)
 
     def settle(self, x: Tensor, origin: Tensor, start: int, stop: int) -> Chain:
-        """See to it that x, reached from `origin` by steps start … stop − 1, is a state of the chain; one look at the
-        device where it is.
+        """The chain to go on with from x, reached from `origin` by steps start … stop − 1; one host sync where x is
+        healthy.
 
-        Where 16 bits overflowed, the steps are made again in float32, with a notice, and the chain to go on with is a
+        Where 16 bits overflowed, the steps are repeated in float32, with a warning, and the chain to go on with is a
         float32 one. A state that is not finite raises DivergenceError; the steps are then replayed to find the first
-        bad one, so that a healthy chain pays for one look at its end.
+        bad one, so that a healthy chain pays for one host sync at its end.
         """
         if bool(self.healthy(x)):
             return self
@@ -118,6 +117,15 @@ class Chain:
         made = plan(self.energy, x, self.precision, self.where)
         return dataclasses.replace(self, plan=made, bad_step=bad_step_cell(made, x.device), graph="")
 
+    def refreshed(self, x: Tensor) -> Chain:
+        """This chain with the energy's present weights, which a callback may have changed; planned again where the net
+        itself is another one."""
+        try:
+            self.plan.refresh()
+        except BackendError:
+            return self.planned(x)
+        return self
+
     def run(self, x: Tensor, steps: int, callback: Callback | None = None) -> Tensor:
         """The state `steps` steps after x, a new tensor."""
         if callback is None and isinstance(self.graph, graphs.Slot):
@@ -136,10 +144,12 @@ class Chain:
             for k in range(steps):
                 before = state.clone()
                 memory.advance_(chain, state, before, k, k + 1)
-                # A callback cannot be told of a step again: an overflow is looked for first.
+                # Check for 16-bit overflow before calling back: a step cannot be un-reported.
                 if chain.bad_step is not None and int(chain.bad_step) != NO_BAD_STEP:
                     chain = chain.settle(state, before, k, k + 1)
                 callback(self.step_number(k), state)
+                if k + 1 < steps:
+                    chain = chain.refreshed(state)
         chain.settle(state, x, 0, steps)
         return state
 
@@ -230,7 +240,6 @@ def place_of(
 
 def bad_step_cell(plan: GradientPlan, device: torch.device) -> Tensor | None:
     """Where a plan's overflow is noted: the plan's own cell, a new one for any float16 plan, None for the others."""
-    cell = getattr(plan, "bad_step", None)
-    if cell is None and getattr(plan, "precision", "fp32") == "fp16":
-        cell = torch.full((), NO_BAD_STEP, device=device)
-    return cell
+    if plan.bad_step is None and plan.precision == "fp16":
+        return torch.full((), NO_BAD_STEP, device=device)
+    return plan.bad_step

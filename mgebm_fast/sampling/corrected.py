@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -14,6 +13,7 @@ from torch import Tensor
 from .. import noise, ops
 from ..gradient import frozen_parameters, plan
 from ..gradient.plan import Energy
+from ..gradient.trust import why_not_plain
 from ..ops import counters
 from ..ops.state import check_mask, dense_copy
 from ..ops.update import Update, update
@@ -21,6 +21,7 @@ from . import arguments
 from .arguments import as_numbers_, count
 from .chain import Callback, Ids
 from .coupling import coupling, randomness
+from .explanation import Explanation, explained
 from .metropolis import State, Target, decide, propose
 
 
@@ -68,19 +69,21 @@ class Corrected:
             if not number or not (low <= value < high) or (name == "temperature" and value == 0):
                 bounds = "in [0, 1)" if name == "jitter" else "finite and > 0"
                 raise ValueError(f"{where}: {name} must be a number {bounds}, got {value!r}")
-        numbers = self._numbers()
-        if self.box is not None and not (math.isfinite(numbers.low) and math.isfinite(numbers.high)):
-            raise ValueError(f"{where}: box must be finite, got {self.box}")
+        self._numbers()
+        if self.box is None:
+            return
+        if not isinstance(self.box, tuple) or len(self.box) != 2:
+            raise ValueError(f"{where}: box must be a pair (low, high) or None, got {self.box!r}")
+        low, high = self.box
+        if not all(isinstance(bound, (int, float)) and math.isfinite(bound) for bound in self.box) or not low < high:
+            raise ValueError(f"{where}: box must be finite (low, high) with low < high, got {self.box}")
 
     def _numbers(self) -> Update:
-        """The step's numbers, checked where those of Langevin chains are; `box` has the rules of a clamp."""
-        try:
-            return update(
-                step_size=self.step_size, reference_std=self.reference_std, reference_mean=self.reference_mean,
-                grad_clamp=self.grad_clamp, clamp=self.box, where=type(self).__name__,
-            )  # fmt: skip
-        except ValueError as error:
-            raise ValueError(re.sub(r"\bclamp must", "box must", str(error))) from None
+        """The step's numbers, checked where those of Langevin chains are."""
+        return update(
+            step_size=self.step_size, reference_std=self.reference_std, reference_mean=self.reference_mean,
+            grad_clamp=self.grad_clamp, where=type(self).__name__,
+        )  # fmt: skip
 
     def target(
         self, energy: Energy, x: Tensor, *, mask: Tensor | None = None, precision: str = "auto", coupled: bool = False
@@ -173,8 +176,9 @@ class Corrected:
             if (k + 1) % every == 0 or k == self.steps - 1
         )
 
-    def explain(self, energy: Energy, x: Tensor, *, precision: str = "auto") -> str:
-        """What a chain on (energy, x) would run, in one line."""
+    def explain(self, energy: Energy, x: Tensor, *, precision: str = "auto") -> Explanation:
+        """What a chain on (energy, x) would run, and why. Raises what a run would raise of the energy."""
+        self._check_energy(energy, x)
         target = self.target(energy, x, precision=precision)
         parts = [f"{self.steps} steps of {self.path} leapfrog of size {self.step_size:g}"]
         parts += [f"jittered by ±{self.jitter:.0%}"] if self.jitter else []
@@ -182,7 +186,21 @@ class Corrected:
         if self.reference_std is not None:
             parts.append(f"reference N({self.reference_mean:g}, {self.reference_std:g}²)")
         parts += [f"mirrors at {self.box[0]:g} and {self.box[1]:g}"] if self.box else []
-        return f"{type(self).__name__}: {', '.join(parts)}; gradient: {target.plan.explain()}"
+        return explained(energy, x, target.plan, f"{type(self).__name__}, {', '.join(parts)}")
+
+    def _check_energy(self, energy: Energy, x: Tensor) -> None:
+        where = type(self).__name__
+        if not isinstance(x, Tensor) or x.dtype != torch.float32 or x.dim() == 0:
+            got = f"{x.dtype} of shape {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
+            raise TypeError(f"{where}: x must be a float32 tensor (N, ...), got {got}")
+        if reason := why_not_plain(x.resolve_neg()):
+            raise TypeError(f"{where}: x must be a plain tensor, got {reason}")
+        if reason := coupling(energy, x):
+            raise ValueError(
+                f"{where}: energy must treat samples apart, but {reason}; freeze_norm() gives a net that does"
+            )
+        if reason := randomness(energy):
+            raise ValueError(f"{where}: energy must be a function of x, but {reason}; .eval() turns that off")
 
     def _run(
         self,
@@ -195,9 +213,7 @@ class Corrected:
     ) -> Iterator[tuple[State, Tensor, Tensor]]:
         """(state, accepted, log_ratio) of every step. Not a generator function itself: wrong arguments raise here."""
         where = type(self).__name__
-        if not isinstance(x, Tensor) or x.dtype != torch.float32 or x.dim() == 0:
-            got = f"{x.dtype} of shape {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
-            raise TypeError(f"{where}: x must be a float32 tensor (N, ...), got {got}")
+        self._check_energy(energy, x)
         place = arguments.place(device=x.device, where=where, **counted)
         first_step = place.pop("first_step")
         counters.check(
@@ -205,12 +221,6 @@ class Corrected:
             stream=noise.stream(noise.Purpose.MOMENTUM, grid), **place,
         )  # fmt: skip
         noise.check_counter(first_step, "first_step", where, last=self.steps - 1)
-        if reason := coupling(energy, x):
-            raise ValueError(
-                f"{where}: energy must treat samples apart, but {reason}; freeze_norm() gives a net that does"
-            )
-        if reason := randomness(energy):
-            raise ValueError(f"{where}: energy must be a function of x, but {reason}; .eval() turns that off")
         target = self.target(energy, x, mask=mask, precision=precision)
         start = dense_copy(x)
         with frozen_parameters(energy):

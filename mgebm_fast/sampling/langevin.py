@@ -12,7 +12,7 @@ from ..gradient.plan import Energy
 from ..ops.update import Update, update
 from .arguments import as_numbers_, count
 from .chain import Callback, Ids, prepare
-from .coupling import coupling
+from .explanation import Explanation, explained
 from .graphs import graph_option
 
 
@@ -121,10 +121,10 @@ class Langevin:
         precision: str = "auto",
         backend: str = "auto",
         graph: bool | None = None,
-    ) -> str:
+    ) -> Explanation:
         """What a chain on (energy, x) would run, and why: the numbers of the update, the gradient's plan and its
         precision with why a faster one does not run, the update's backend, whether a CUDA graph holds the chain, and
-        whether the samples of a batch are coupled."""
+        whether the samples of a batch are coupled. Raises what a run would raise of its arguments; draws no noise."""
         chain = prepare(
             energy, x, self.steps, self.update(), mask=mask, seed=0, precision=precision, backend=backend, graph=graph,
             where="explain",
@@ -139,18 +139,9 @@ class Langevin:
             parts.append(f"pixels clamped to [{self.clamp[0]:g}, {self.clamp[1]:g}]")
         if mask is not None:
             parts.append("pixels held where the mask is False")
-        gradient = chain.plan.explain()
-        if chain.backend != "native":  # the plan then gives the gradient alone
-            gradient = gradient.replace(", all steps in one call", "")
         why = "named" if backend != "auto" else f"the fastest that is usable for {x.device.type} tensors"
-        captured = chain.graph if isinstance(chain.graph, str) else ""
-        graphed = f"no, because {captured}" if captured else chain.graph.explain()  # type: ignore[union-attr]
-        coupled = coupling(energy, x)
-        samples = f"coupled, {coupled}" if coupled else "independent"
-        return (
-            f"{', '.join(parts)}; gradient: {gradient}; update: {chain.backend} backend, {why}; "
-            f"graph: {graphed}; samples: {samples}"
-        )
+        captured = f"no, because {chain.graph}" if isinstance(chain.graph, str) else chain.graph.explain()
+        return explained(energy, x, chain.plan, ", ".join(parts), f"{chain.backend} backend, {why}", captured)
 
 
 def langevin_sample(

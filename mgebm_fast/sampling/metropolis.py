@@ -22,6 +22,7 @@ from torch import Tensor
 
 from .. import ops
 from ..gradient import GradientPlan
+from ..gradient.autograd import ask
 from ..gradient.plan import Energy
 
 Force = Callable[[Tensor], Tensor]
@@ -54,7 +55,7 @@ class Target:
     def energies(self, x: Tensor) -> Tensor:
         """E(x), (N,) float64."""
         with torch.no_grad():
-            energies = self.energy(x)
+            energies = ask(self.energy, x, self.where)
         if not isinstance(energies, Tensor) or energies.shape != x.shape[:1]:
             got = tuple(energies.shape) if isinstance(energies, Tensor) else type(energies).__name__
             raise ValueError(f"{self.where}: energy must return shape ({x.shape[0]},), one energy a sample, got {got}")

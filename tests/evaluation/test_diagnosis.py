@@ -67,8 +67,8 @@ def test_a_hamiltonian_chain_that_stands_still_is_said_to():
 
 
 def test_explain_is_of_the_chain_that_samples():
-    assert frame(3).explain(2).startswith(f"grid 1 (size 4): HMC: {STEPS} steps of 3 leapfrog of size 0.3")
-    assert frame(None).explain(2).startswith(f"grid 1 (size 4): {STEPS} steps")
+    assert frame(3).explain(2).startswith(f"grid 1 (size 4)\n  chain: HMC, {STEPS} steps of 3 leapfrog of size 0.3")
+    assert frame(None).explain(2).startswith(f"grid 1 (size 4)\n  chain: {STEPS} steps")
 
 
 @pytest.mark.parametrize(

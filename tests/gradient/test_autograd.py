@@ -121,7 +121,7 @@ def test_sixteen_bits_are_refused_by_name(precision):
 @pytest.mark.parametrize("precision", ["auto", "fp32"])
 def test_explain_names_plan_precision_and_reason(precision):
     chosen = plan(lambda x: x.flatten(1).sum(1), torch.zeros(1, 3, 4, 4), precision)
-    assert chosen.explain() == "autograd, fp32, because function is not an EnergyNet or nn.Sequential"
+    assert str(chosen.explain()) == "autograd, fp32, because function is not an EnergyNet or nn.Sequential"
 
 
 def test_refresh_has_nothing_to_do():

@@ -140,11 +140,13 @@ def test_any_energies_may_stand_in_for_the_nets():
         m.config()
 
 
-def test_explain_has_a_line_a_grid():
+def test_explain_has_every_grid():
     lines = model().explain().splitlines()
-    parts = ("; gradient: ", "; update: ", "; graph: no, because ", "; samples: independent")
-    assert len(lines) == 3 and all(part in line for line in lines for part in parts)
-    assert lines[2].startswith("grid 3 (size 8): 2 steps")
+    grids = [lines[i : i + 7] for i in range(0, len(lines), 7)]
+    names = ["grid 1", "  chain", "  gradient", "  device", "  update", "  graph", "  samples"]
+    assert [line.partition(" (")[0].partition(":")[0] for line in grids[0]] == names
+    assert len(grids) == 3
+    assert grids[2][0] == "grid 3 (size 8)" and grids[2][1].startswith("  chain: 2 steps")
 
 
 def test_config_rebuilds_the_model():

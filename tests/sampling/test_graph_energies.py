@@ -17,7 +17,7 @@ def test_an_energy_that_became_another_one_is_captured_anew(traced):
     for _ in range(3):
         assert same(net, x)
     handle = net.layers[0].register_forward_hook(lambda *_: None)
-    assert "autograd" in DYNAMICS.explain(net, x) and same(net, x)
+    assert "autograd" in str(DYNAMICS.explain(net, x)) and same(net, x)
     handle.remove()
     for _ in range(3):
         assert same(net, x)
@@ -53,8 +53,8 @@ def test_modules_of_any_kind_only_where_asked_for(traced):
     for seed in range(3):
         assert same(energy, x, seed=seed)
     assert not traced
-    assert "graph=True captures it" in DYNAMICS.explain(energy, x)
-    assert "graph: no, because a function is not a module" in DYNAMICS.explain(lambda x: energy(x), x)
+    assert "graph=True captures it" in str(DYNAMICS.explain(energy, x))
+    assert "graph: no, because a function is not a module" in str(DYNAMICS.explain(lambda x: energy(x), x))
     for seed in range(3):
         expected = DYNAMICS(energy, x, seed=seed, graph=False)
         assert torch.equal(DYNAMICS(energy, x, seed=seed, graph=True), expected)
@@ -72,7 +72,7 @@ def test_an_energy_that_looks_at_its_numbers_runs_without(traced):
         got = DYNAMICS(energy, x, seed=seed, graph=True)
         assert torch.equal(got, DYNAMICS(energy, x, seed=seed, graph=False))
     assert not traced
-    assert "graph: no, because its capture failed" in DYNAMICS.explain(energy, x, graph=True)
+    assert "graph: no, because its capture failed" in str(DYNAMICS.explain(energy, x, graph=True))
 
 
 def test_plans_that_are_captured_can_be_refreshed():

@@ -4,6 +4,7 @@ import weakref
 import pytest
 import torch
 
+import mgebm_fast as mg
 from mgebm_fast import ops
 from mgebm_fast.errors import BackendError, DivergenceError
 from mgebm_fast.nets import multigrid_net
@@ -248,7 +249,7 @@ def test_a_start_that_is_not_finite_is_named_as_such():
 
 def test_explain_says_numbers_plan_and_backend():
     dynamics = Langevin(30, step_size=0.3, reference_std=50.0, grad_clamp=0.1, clamp=(0.0, 255.0))
-    text = dynamics.explain(multigrid_net(4), images(size=4))
+    text = str(dynamics.explain(multigrid_net(4), images(size=4)))
     for part in (
         "30 steps",
         "drift 0.045",
@@ -261,9 +262,32 @@ def test_explain_says_numbers_plan_and_backend():
         "samples: coupled, norm='batch' normalises by the statistics of the batch",
     ):
         assert part in text
-    assert "autograd, fp32, because function is not" in dynamics.explain(quadratic, images(size=4))
-    assert dynamics.explain(multigrid_net(4, norm="none"), images(size=4)).endswith("samples: independent")
-    assert "reference backend, named" in dynamics.explain(multigrid_net(4), images(size=4), backend="reference")
+    assert all(len(line) <= 120 for line in text.splitlines())
+    assert "autograd, fp32, because function is not" in str(dynamics.explain(quadratic, images(size=4)))
+    assert str(dynamics.explain(multigrid_net(4, norm="none"), images(size=4))).endswith("samples: independent")
+    assert "reference backend, named" in dynamics.explain(multigrid_net(4), images(size=4), backend="reference").update
+
+
+def test_what_explain_says_is_true_and_what_a_run_refuses_it_refuses():
+    dynamics, x = Langevin(3, step_size=0.1), torch.rand(4, 3)
+    linear = torch.nn.Sequential(torch.nn.Linear(3, 1), torch.nn.Dropout(0.5), torch.nn.Flatten(0))
+    said = dynamics.explain(linear, x)
+    assert (said.plan, said.precision, said.device, said.coupling) == ("autograd", "fp32", "cpu", "")
+    assert "a Dropout is random in train mode" in said.randomness and "\nenergy: random, a Dropout" in str(said)
+    assert said.why_not_faster == ("x must have 1, 2 or 3 spatial dimensions, got shape (4, 3)",)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert dynamics.explain(linear, x).precision == "bf16 by autocast"
+    low = linear.eval().bfloat16()
+    said = dynamics.explain(lambda x: low(x.bfloat16()), x)
+    assert (said.precision, said.randomness) == ("bf16", "")
+    assert torch.isfinite(dynamics(lambda x: low(x.bfloat16()), x)).all()
+    for wrong, message in ((low, "energy must take float32 x, got one with bfloat16 weights"), (torch.sum, "shape")):
+        for call in (dynamics.explain, dynamics, mg.MALA(2, 0.1), mg.MALA(2, 0.1).explain):
+            with pytest.raises((TypeError, ValueError), match=message):
+                call(wrong, x)
+    for call in (dynamics, dynamics.explain, mg.HMC(2, 2, 0.1), mg.gradient.energy_gradient):
+        with pytest.raises(TypeError, match=r"x must be .*float.*, got (torch\.)?uint8"):
+            call(quadratic, torch.zeros(2, 3, dtype=torch.uint8))
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,59 @@
+"""What every plan for ∇E is to a chain: its gradient, the steps that it makes itself, and what it says of itself."""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+from typing import Any, NoReturn
+
+from torch import Tensor
+
+from ..ops.counters import Counters
+from ..ops.update import Update
+
+
+@dataclasses.dataclass(frozen=True)
+class PlanReport:
+    """Which plan computes ∇E, how, and why no faster one does."""
+
+    plan: str  # native | fused | dense | conv | autograd
+    precision: str  # of the operands: fp32, bf16, fp16; under autograd what the energy itself computes in
+    how: str = ""
+    steps: str = ""  # what the plan does of the steps themselves; empty where it gives the gradient alone
+    why_not_faster: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        detail = f" ({self.how})" if self.how else ""
+        rest = f", {self.steps}" if self.steps else ""
+        return f"{self.plan}, {self.precision}{detail}{rest}" + "".join(
+            f", because {why}" for why in self.why_not_faster
+        )
+
+
+class GradientPlan(abc.ABC):
+    """∇E for one energy and one shape of x, with the weights that it had when the plan was made or last refreshed."""
+
+    precision: str  # "fp32", "bf16" or "fp16"
+    backends: tuple[str, ...] = ()  # of the update, with which `advance_` makes the steps
+    bad_step: Tensor | None = None  # of a plan that notes it: the first step that overflowed; 0-dim int64 on the device
+
+    @abc.abstractmethod
+    def gradient(self, x: Tensor) -> Tensor:
+        """∇E(x) of each sample, the shape of x; x is left untouched and needs no `requires_grad`."""
+
+    def advance_(self, x: Tensor, place: Counters, steps: int, numbers: Update, mask: Tensor | None) -> None:
+        """`steps` Langevin steps on x in place, `place` with the counters of the first; for `backends` alone."""
+        raise NotImplementedError
+
+    @abc.abstractmethod
+    def refresh(self) -> None:
+        """Take the energy's present weights; BackendError where it is no longer the net that the plan was made for."""
+
+    @abc.abstractmethod
+    def explain(self) -> PlanReport:
+        """The plan's name, its precision, and why it was chosen."""
+
+    def __reduce_ex__(self, protocol: Any) -> NoReturn:
+        raise TypeError(
+            f"a {type(self).__name__} points into memory of its own: it cannot be copied or stored"
+        )
