@@ -24,10 +24,9 @@ class PlanReport:
 
     def __str__(self) -> str:
         detail = f" ({self.how})" if self.how else ""
-        rest = f", {self.steps}" if self.steps else ""
-        return f"{self.plan}, {self.precision}{detail}{rest}" + "".join(
-            f", because {why}" for why in self.why_not_faster
-        )
+        steps = f", {self.steps}" if self.steps else ""
+        reasons = "".join(f", because {why}" for why in self.why_not_faster)
+        return f"{self.plan}, {self.precision}{detail}{steps}{reasons}"
 
 
 class GradientPlan(abc.ABC):
@@ -54,6 +53,4 @@ class GradientPlan(abc.ABC):
         """The plan's name, its precision, and why it was chosen."""
 
     def __reduce_ex__(self, protocol: Any) -> NoReturn:
-        raise TypeError(
-            f"a {type(self).__name__} points into memory of its own: it cannot be copied or stored"
-        )
+        raise TypeError(f"a {type(self).__name__} points into memory of its own: it cannot be copied or stored")

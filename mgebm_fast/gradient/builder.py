@@ -99,7 +99,7 @@ class Builder:
             raise Unreadable(f"{where} has parametrisations and is in train mode")
         for name in getattr(module, "parametrizations", ()):
             if not torch.equal(getattr(module, name), getattr(module, name)):
-                raise Unreadable(f"{where} has a {name} that changes at every look")
+                raise Unreadable(f"{where} has a {name} that is random")
         if kind is nn.Identity:
             return
         if isinstance(module, _DROPOUTS) and kind in _DROPOUTS:

@@ -223,7 +223,7 @@ class ConvPlan(GradientPlan):
             return upstream.to(torch.float32, memory_format=torch.contiguous_format).mul_(self._unscale)
 
     def _top(self, h: Tensor) -> Tensor:
-        """dE/dh_L, the head for every sample; in float16 with what overflowed on the way up as NaN."""
+        """dE/dh_L, the head for every sample; in float16 with what overflowed in the forward pass as NaN."""
         if self._dtype == torch.float16:
             return torch.mul(h, 0.0).add_(self._head)
         return self._head.expand(h.shape).clone(memory_format=self._layout)

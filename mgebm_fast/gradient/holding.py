@@ -71,7 +71,7 @@ def frozen_parameters(energy: Callable[..., Any]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def untouched(energy: Callable[..., Any]) -> Iterator[None]:
-    """Inside a hold, what a look at the energy from the side moves is put back at once, so that the chain goes on as
+    """Inside a hold, what measuring the energy in between moves is put back at once, so that the chain goes on as
     without it."""
     with frozen_parameters(energy):
         notes = [(module, _note(module, _Held({}, False, []))) for module in modules_of(energy)]

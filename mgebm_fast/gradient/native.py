@@ -64,10 +64,9 @@ class NativePlan(GradientPlan):
         self._pack(reread(self._energy, self._example))
 
     def explain(self) -> PlanReport:
-        how = "" if self.precision == "fp32" else "state, first convolution and sums in fp32"
-        steps = f"all steps in one call, {native.isa()}"
+        how = native.isa() + ("" if self.precision == "fp32" else "; state, first convolution and sums in fp32")
         slower = () if prefers_bfloat() else (f"bf16 is not faster by {native.isa()}",)
-        return PlanReport("native", self.precision, how, steps, slower)
+        return PlanReport("native", self.precision, how, "all steps in one call", slower)
 
 
 def not_finite(stack: Stack) -> str:

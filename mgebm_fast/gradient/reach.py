@@ -25,7 +25,7 @@ _LEAVES = (
     np.ndarray, np.generic, types.BuiltinFunctionType, types.CodeType,
 )  # fmt: skip
 _LIBRARIES = ("torch", "numpy", "builtins")
-_MOST = 20_000  # objects looked at, against energies that hold a data set
+_MOST = 20_000  # objects searched at most, against energies that hold a data set
 # What nn.Module keeps of its own; its submodules are found by `modules()`.
 _OWN = frozenset(vars(nn.Module()))
 

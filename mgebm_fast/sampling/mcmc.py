@@ -25,7 +25,7 @@ class MALA(Corrected):
         temperature: T > 0.
         box: (low, high): the law is exp(−U/T) inside and nothing outside; paths are mirrored at its walls. None: none.
         grad_clamp: a bound on every entry of ∇E in proposals; the law stays exact.
-        jitter: each sample's step is δ·(1 ± jitter), uniform, drawn anew at every step; in [0, 1).
+        jitter: each sample's step is δ·(1 ± jitter), uniform, drawn again at every step; in [0, 1).
 
     Source: Besag (1994); Roberts and Tweedie (1996).
     """

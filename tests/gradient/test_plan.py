@@ -45,9 +45,7 @@ def test_weights_that_are_not_finite_stop_a_chain(place, value):
     net = net_of()
     with torch.no_grad():
         net.get_parameter(place).flatten()[0] = value
-    with pytest.raises(
-        DivergenceError, match="langevin_sample: the (energy's weights must|chain became)"
-    ):
+    with pytest.raises(DivergenceError, match="langevin_sample: the (energy's weights must|chain became)"):
         mg.langevin_sample(net, images(), steps=2, step_size=0.1, clamp=(-3.0, 3.0))
 
 
