@@ -152,7 +152,7 @@ def _shares(num: int, group: int, ranks: int) -> list[range]:
 
 
 def _check_group(model: Model, first_sample: int) -> None:
-    if model.norm == "batch" and first_sample % model.batch_size:
+    if model.coupled and first_sample % model.batch_size:
         raise ValueError(
             f"--first-sample: must be a multiple of the batch size {model.batch_size} for a model with batch "
             f"normalisation, got {first_sample}"

@@ -76,6 +76,11 @@ class Model(nn.Module, abc.ABC):
         """The chains that a sample goes through."""
         return ()
 
+    @property
+    def coupled(self) -> str:
+        """Why the samples of a group are coupled (`sampling.coupling`); an empty string where they are not."""
+        return ""
+
     def chains(self, length: float = 1.0) -> tuple[Langevin, ...]:
         """The chains that a sample goes through, each of max(1, round(length · K)) steps in place of its K."""
         if length == 1:
@@ -114,9 +119,9 @@ class Model(nn.Module, abc.ABC):
     ) -> Tensor | list[Tensor]:
         """n samples (n, C, S, S) float32 in `value_range`, with no data.
 
-        Runs groups of `batch_size` (default: the model's). With norm="batch" the last group is filled with further
-        samples and trimmed, since a chain depends on its group; sample(10) is then the beginning of sample(50), and
-        `first_sample` gives the same pictures where it is a multiple of the group. With other norms chains are
+        Runs groups of `batch_size` (default: the model's). Where batch statistics couple samples the last group is filled
+        with further samples and trimmed, since a chain depends on its group; sample(10) is then the beginning of
+        sample(50), and `first_sample` gives the same pictures where it is a multiple of the group. Other chains are
         independent and groups only bound the memory.
 
         Args:
@@ -140,7 +145,7 @@ class Model(nn.Module, abc.ABC):
             groups = []
             for begin in range(0, n, group):
                 wanted = min(group, n - begin)
-                size = group if self.norm == "batch" else wanted
+                size = group if self.coupled else wanted
                 rows = [min(i, n - 1) for i in range(begin, begin + size)]
                 results = self._sample_group(
                     size,

@@ -15,6 +15,7 @@ from ..gradient.plan import Energy
 from ..nets import EnergyNet, multigrid_net
 from ..sampling.cascade import GridCallback, cascade
 from ..sampling.corrected import Corrected
+from ..sampling.coupling import coupling
 from ..sampling.langevin import Langevin
 from . import storage
 from .model import Model
@@ -72,7 +73,6 @@ class MultiGrid(Model):
             raise ValueError(
                 f"MultiGrid: nets must be {len(self.sizes) - 1}, one a size after the first, got {len(self.nets)}"
             )
-        # Nets that carry no `norm` are taken to treat samples alone.
         norms = [str(getattr(net, "norm", "none")) for net in self.nets]
         self.norm = next((found for found in norms if found != "none"), "none")
         self.langevin = self._per_net(self._default_dynamics() if langevin is None else langevin)
@@ -147,6 +147,10 @@ class MultiGrid(Model):
     def measured(self) -> list[tuple[Energy, Langevin | Corrected]]:
         """What a sample goes through, as it is run: each grid's energy and the chain on it."""
         return list(zip(self.nets, self.sampling, strict=True))
+
+    @property
+    def coupled(self) -> str:
+        return next((why for energy, _ in self.measured() if (why := coupling(energy))), "")
 
     def _sample_group(
         self, n: int, *, seed: int, first_sample: int, length: float = 1.0, **arguments: Any

@@ -204,3 +204,17 @@ def test_wrong_colours_are_named():
         m.set_colours(torch.tensor([[0.0, float("nan")]]))
     m.set_colours(torch.zeros(4, 2, 1, 1, dtype=torch.float64))
     assert m.colours.shape == (4, 2) and m.colours.dtype == torch.float32
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_nets_of_any_kind_that_couple_samples_run_in_whole_groups(training):
+    torch.manual_seed(0)
+    net = torch.nn.Sequential(
+        torch.nn.Conv2d(1, 4, 3, padding=1), torch.nn.BatchNorm2d(4), torch.nn.Flatten(), torch.nn.Linear(64, 1),
+        torch.nn.Flatten(0),
+    ).train(training)  # fmt: skip
+    dynamics = Langevin(2, step_size=0.3, clamp=(0.0, 255.0))
+    m = MultiGrid((1, 4), channels=1, nets=[net], langevin=dynamics, batch_size=5)
+    m.set_colours(torch.rand(9, 1) * 255)
+    assert bool(m.coupled) == training
+    torch.testing.assert_close(m.sample(7, precision="fp32"), m.sample(10, precision="fp32")[:7], rtol=1e-5, atol=1e-3)
