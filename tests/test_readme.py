@@ -15,16 +15,21 @@ from typer.testing import CliRunner
 import mgebm_fast as mg
 from mgebm_fast.cli import app
 from mgebm_fast.cli.presets import _toml
-from mgebm_fast.learning import describe_keys, preset_names
+from mgebm_fast.learning import apply_overrides, describe_keys, load_preset, preset_names
 from mgebm_fast.ops.backend import TABLE
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-DOCUMENTS = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").rglob("*.md"))]
+DOCUMENTS = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").rglob("*.md"))]
+
+
+def fenced(text: str) -> list[tuple[str, str]]:
+    """(language, code) of every fenced block."""
+    return re.findall(r"^```(\w*)\n(.*?)^```$", text, flags=re.MULTILINE | re.DOTALL)
 
 
 def code_blocks(text: str, language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```", text, flags=re.MULTILINE | re.DOTALL)
+    return [code for found, code in fenced(text) if found == language]
 
 
 def table(text: str, header: str) -> list[list[str]]:
@@ -44,14 +49,18 @@ def table(text: str, header: str) -> list[list[str]]:
     return rows
 
 
-def commands(text: str) -> list[list[str]]:
-    """Every `mgebm …` of the document, as words; places such as RUN are words too."""
-    blocks = "\n".join(code_blocks(text, ""))
-    inline = "\n".join(re.findall(r"`(mgebm [^`\n]*)`", text))
-    found = re.findall(r"(?:^|&& |\n)(mgebm [a-z][^\n|&]*)", blocks) + re.findall(
-        r"^mgebm [a-z][^|\n]*", inline, re.MULTILINE
-    )
-    return [shlex.split(command.rstrip("\\ "))[1:] for command in found]
+def shell_commands(text: str) -> list[list[str]]:
+    """Every `mgebm …` of shell text, as words: continued lines joined, comments and what follows a pipe left out."""
+    lines = [line.strip().removeprefix("$ ") for line in text.replace("\\\n", " ").splitlines()]
+    found = [command for line in lines for command in re.findall(r"(?:^|&& |; do )(mgebm [a-z-][^|&;>]*)", line)]
+    return [shlex.split(command, comments=True)[1:] for command in found]
+
+
+def commands(text: str) -> tuple[list[list[str]], list[list[str]]]:
+    """The commands of a page's blocks, fenced or indented, which are whole, and those named in its sentences."""
+    indented = "\n".join(re.findall(r"^    (mgebm .*)$", text, re.MULTILINE))
+    blocks = "\n".join([*code_blocks(text, ""), indented])
+    return shell_commands(blocks), [shlex.split(words)[1:] for words in re.findall(r"`(mgebm [a-z][^`\n]*)`", text)]
 
 
 def test_the_loop_and_the_call_are_the_same_chain():
@@ -75,19 +84,18 @@ def test_the_training_example_runs():
     assert names["pictures"].shape == (16, 1, 8, 8) and names["pictures"].dtype == torch.uint8
 
 
-@pytest.mark.parametrize(
-    "page", ["langevin.md", "methods.md", "models.md", "ops.md", "configuration.md", "distributed.md"]
-)
-def test_the_code_of_the_pages_runs(page, tmp_path, monkeypatch):
+BLOCKS = [
+    pytest.param(code, id=f"{path.relative_to(ROOT)}-{number}")
+    for path in DOCUMENTS
+    for number, code in enumerate(code_blocks(path.read_text(encoding="utf-8"), "python"))
+    if path.name != "README.md" or path.parent != ROOT  # run above
+]
+
+
+@pytest.mark.parametrize("code", BLOCKS)
+def test_every_block_of_code_runs_as_it_is_pasted(code, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    if page == "models.md":
-        tiny = ["--set", "steps=0", "--set", "langevin.steps=1", "--set", "width=0.1", "--out", "runs/digits"]
-        assert CliRunner().invoke(app, ["train", "digits", *tiny]).exit_code == 0
-    blocks = code_blocks((ROOT / "docs" / page).read_text(encoding="utf-8"), "python")
-    assert blocks
-    names = {"energy": lambda x: x.square().flatten(1).sum(1), "x": torch.rand(2, 3, 4, 4)}
-    for block in blocks:
-        exec(block, names)
+    exec(compile(code, "block", "exec"), {"__name__": "__main__"})
 
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
@@ -97,10 +105,22 @@ def test_links_lead_somewhere(path):
             assert (path.parent / target).exists(), f"{path.name}: {target}"
 
 
-@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
-def test_commands_exist(path):
+def parse(words: list[str]) -> None:
+    """What `mgebm WORDS` means is taken apart as the program does, and not run; --set and presets are looked at too."""
     group = get_command(app)
-    for words in commands(path.read_text(encoding="utf-8")):
+    command = group.commands[words[0]]
+    parsed = command.make_context(words[0], words[1:]).params
+    if words[0] == "train" and "$" not in (parsed["config"] or "$") and not (parsed["config"] or "").endswith(".toml"):
+        apply_overrides(load_preset(parsed["config"]), parsed["settings"] or ())
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
+def test_commands_parse(path):
+    group = get_command(app)
+    whole, named = commands(path.read_text(encoding="utf-8"))
+    for words in whole:
+        parse(words)
+    for words in named:  # parts of commands, with places such as RUN and PRESET
         name = words[0]
         if name == "COMMAND":
             continue
@@ -110,6 +130,15 @@ def test_commands_exist(path):
             assert not word.startswith("--") or word == "--help" or word in options, f"{path.name}: {words}"
         if name == "train" and len(words) > 1 and re.fullmatch(r"[a-z][a-z0-9-]*", words[1]):
             assert words[1] in preset_names(), f"{path.name}: {words}"
+
+
+@pytest.mark.parametrize("name", sorted(get_command(app).commands))
+def test_the_examples_of_the_help_parse(name):
+    text = get_command(app).commands[name].help
+    examples = shell_commands(re.sub(r"(?<=\S)   +\S.*", "", text))
+    assert examples or name in ("doctor", "presets")
+    for words in examples:
+        parse(words)
 
 
 def test_the_readme_has_the_two_commands():
