@@ -34,3 +34,12 @@ def same_run(a: Path, b: Path) -> None:
     assert timeless[0] == timeless[1] and [r["step"] for r in timeless[0]] == [1, 2, 3, 4, 5, 6]
     samples = [Model.load(run).sample(4, seed=5) for run in (a, b)]
     assert torch.equal(*samples)
+
+
+def board(folder):
+    """(step, value) of each point of the curve `gap`."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(folder / "tensorboard"))
+    events.Reload()
+    return [(event.step, event.value) for event in events.Scalars("gap")]

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import numpy as np
 import pytest
 import torch
+from helpers.factors import FACTORS, S, angles, factor_data, likeliest, matrix
 from helpers.runs import same_run
 from helpers.training import tiny_config, tiny_data
 
@@ -17,16 +17,7 @@ from mgebm_fast.models import GeneratorModel
 from mgebm_fast.models.latent import Inference
 from mgebm_fast.nets import DeconvSpec, Generator
 
-S, FACTORS, UPDATES = 0.3, 2, 100
-
-
-def factor_data(n=240, seed=0):
-    """n images of 4×4 from x = b + Wz + sε, float32, with orthogonal columns of W of lengths 2.4 and 1.2."""
-    rng = np.random.default_rng(seed)
-    directions, _ = np.linalg.qr(rng.normal(size=(16, FACTORS)))
-    weight = directions * np.array([2.4, 1.2])
-    x = 0.3 + rng.normal(size=(n, FACTORS)) @ weight.T + S * rng.normal(size=(n, 16))
-    return torch.from_numpy(x.astype(np.float32)).reshape(n, 1, 4, 4)
+UPDATES = 100
 
 
 def linear_model(std=S, seed=3, **inference):
@@ -49,23 +40,6 @@ def linear_rule(images, *, batch_size=120, occlude="none", expand=True, ema=0.0,
         stabilise={"ema": ema},
     )  # fmt: skip
     return ABPRule(linear_model(), config, images=images)
-
-
-def matrix(model):
-    return model.generator.layers[0].weight.detach().double().flatten(1).T  # (16, d)
-
-
-def angles(a, b):
-    """Principal angles between the columns' spans, in degrees."""
-    (qa, _), (qb, _) = torch.linalg.qr(a), torch.linalg.qr(b)
-    return torch.rad2deg(torch.linalg.svdvals(qa.T @ qb).clamp(max=1).arccos())
-
-
-def likeliest(x):
-    """W of the maximum likelihood of x = b + Wz + sε with s known: U(Λ − s²)^½ of the data's covariance (Tipping and
-    Bishop, 1999), float64."""
-    values, vectors = torch.linalg.eigh(torch.cov(x.double().flatten(1).T, correction=0))
-    return vectors[:, -FACTORS:] * (values[-FACTORS:] - S**2).sqrt()
 
 
 def likeliest_of_the_rest(x, hidden):

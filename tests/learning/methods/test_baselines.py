@@ -7,8 +7,8 @@ import copy
 import numpy as np
 import pytest
 import torch
+from helpers.factors import Linear
 from helpers.training import tiny_config, tiny_data
-from torch import nn
 
 from mgebm_fast import noise, ops
 from mgebm_fast.errors import ConfigError
@@ -30,17 +30,6 @@ AFFINE = {
     },
     "optimiser": {"name": "sgd", "lr": LR},
 }  # fmt: skip
-
-
-class Linear(nn.Module):
-    """E(x) = −⟨w, x⟩."""
-
-    def __init__(self):
-        super().__init__()
-        self.weight = nn.Parameter(torch.linspace(-1, 1, 16).reshape(1, 4, 4))
-
-    def forward(self, x):
-        return -(x * self.weight).flatten(1).sum(1)
 
 
 def uniform(ids, step, purpose):

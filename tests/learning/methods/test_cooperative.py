@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from helpers.factors import FACTORS, Linear, angles, factor_data, likeliest, matrix
 from helpers.runs import same_run
 from helpers.training import tiny_config, tiny_data
 from torch import nn
@@ -14,9 +15,6 @@ from mgebm_fast.learning import CooperativeRule, build_model, load_preset
 from mgebm_fast.models import CoopNets
 from mgebm_fast.models.latent import Inference
 from mgebm_fast.nets import DeconvSpec, Generator
-
-from .test_abp import FACTORS, angles, factor_data, likeliest, matrix
-from .test_baselines import Linear
 
 STEPS, DELTA, SEED = 10, 0.1, 7
 

@@ -5,16 +5,9 @@ from __future__ import annotations
 from contextlib import closing
 
 import pytest
+from helpers.runs import board
 
 from mgebm_fast.learning.run import records
-
-
-def board(folder):
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    events = EventAccumulator(str(folder / records.TENSORBOARD))
-    events.Reload()
-    return [(event.step, event.value) for event in events.Scalars("gap")]
 
 
 def test_resumed_records_are_not_doubled(tmp_path):

@@ -9,7 +9,7 @@ from contextlib import closing
 import numpy as np
 import pytest
 import torch
-from helpers.runs import same_files, same_run
+from helpers.runs import board, same_files, same_run
 from helpers.training import tiny_config
 from rich.console import Console
 
@@ -20,8 +20,6 @@ from mgebm_fast.learning import MultiGridTrainer, Run
 from mgebm_fast.learning.config.sections import RollbackConfig
 from mgebm_fast.learning.run import checkpoint, records
 from mgebm_fast.learning.run.rollback import WINDOW, RunAway, Watch
-
-from .test_records import board
 
 BANK = {"scales": [2.0], "orientations": 2}
 COUPLED = {"langevin": {"steps": 3, "step_size": 0.3, "reference_std": 1.0}, "value_range": [-4.0, 4.0]}
