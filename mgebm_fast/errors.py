@@ -30,7 +30,13 @@ class DivergenceError(RuntimeError):
     """A chain or a loss became non-finite; the message names the grid and the step."""
 
 
+def close(name: str, options: Iterable[str]) -> str | None:
+    """The nearest of `options`, or None when none is near."""
+    near = difflib.get_close_matches(name[:200], list(options), n=1, cutoff=0.5)
+    return near[0] if near else None
+
+
 def suggest(name: str, options: Iterable[str]) -> str:
     """`" (did you mean 'x'?)"` for the nearest of `options`, or an empty string when none is near."""
-    near = difflib.get_close_matches(name, list(options), n=1, cutoff=0.5)
-    return f" (did you mean {near[0]!r}?)" if near else ""
+    near = close(name, options)
+    return f" (did you mean {near!r}?)" if near else ""

@@ -80,8 +80,8 @@ def labelled_panel(
     return canvas
 
 
-def save_png(path: str | os.PathLike[str], array: np.ndarray) -> Path:
-    """Write (H, W), (H, W, 1) or (H, W, 3) uint8 as a PNG: the file appears whole or not at all."""
+def save_png(path: str | os.PathLike[str], array: np.ndarray, *, durable: bool = True) -> Path:
+    """Write (H, W), (H, W, 1) or (H, W, 3) uint8 as a PNG, atomically; `durable` as in `files.write_bytes`."""
     from PIL import Image
 
     array = np.asarray(array)
@@ -93,7 +93,7 @@ def save_png(path: str | os.PathLike[str], array: np.ndarray) -> Path:
         )
     encoded = io.BytesIO()
     Image.fromarray(np.ascontiguousarray(array)).save(encoded, format="PNG")
-    return write_bytes(path, encoded.getbuffer(), durable=False)
+    return write_bytes(path, encoded.getbuffer(), durable=durable)
 
 
 def _as_rgb(where: str, images: Any) -> np.ndarray:

@@ -56,7 +56,7 @@ def write_csv(path: Path, rows: Sequence[Row]) -> Path:
     writer.writeheader()
     writer.writerows({name: _short(value) for name, value in dataclasses.asdict(row).items()} for row in rows)
     path.parent.mkdir(parents=True, exist_ok=True)
-    return write_bytes(path, text.getvalue().encode(), durable=False)
+    return write_bytes(path, text.getvalue().encode())
 
 
 def read_csv(path: Path) -> list[Row]:

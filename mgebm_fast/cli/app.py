@@ -49,15 +49,15 @@ class Commands(TyperGroup):
             typer.echo("interrupted", err=True)
             raise typer.Exit(INTERRUPTED) from None
         except DivergenceError as error:
-            _tell(error)
+            _report(error)
             raise typer.Exit(DIVERGED) from error
         except (ValueError, OSError, ModuleNotFoundError, BackendError, MemoryError) as error:
-            _tell(error)
+            _report(error)
             raise typer.Exit(BAD_INPUT) from error
         except RuntimeError as error:
             if not _out_of_memory(error):
                 raise
-            _tell(error)
+            _report(error)
             raise typer.Exit(BAD_INPUT) from error
 
 
@@ -87,7 +87,7 @@ def _out_of_memory(error: RuntimeError) -> bool:
     return type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error)
 
 
-def _tell(error: BaseException) -> None:
+def _report(error: BaseException) -> None:
     if os.environ.get("MGEBM_DEBUG", "0") not in ("", "0"):
         traceback.print_exception(error)
     typer.echo(f"error: {' '.join(_words(error).split()) or type(error).__name__}", err=True)
@@ -145,6 +145,53 @@ for command in (train, sample, inpaint, evaluate, classify, compare, diagnose, b
     app.command()(command)
 
 
+class _LastingStream:
+    """A text stream whose reader may go away: what cannot be written is lost, and nothing else is."""
+
+    def __init__(self, stream: Any) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        try:
+            return int(self._stream.write(text))
+        except OSError:
+            self._give_up()
+            return len(text)
+
+    def flush(self) -> None:
+        try:
+            self._stream.flush()
+        except OSError:
+            self._give_up()
+
+    def _give_up(self) -> None:
+        """What the stream still holds, and all that follows, goes to the null device."""
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, self._stream.fileno())
+        os.close(null)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+def secure_console() -> None:
+    """Open standard streams that were closed on the null device, so that no file of ours takes their numbers, and let
+    no lost reader of stderr end a command: messages are no part of what it is for."""
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(number)
+        except OSError:
+            null = os.open(os.devnull, os.O_RDWR)
+            if null != number:
+                os.dup2(null, number)
+                os.close(null)
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w" if number else "r"))  # noqa: SIM115
+    if not isinstance(sys.stderr, _LastingStream):
+        sys.stderr = _LastingStream(sys.stderr)  # type: ignore[assignment]
+
+
 def main(args: Sequence[str] | None = None) -> None:
     """Entry point of `mgebm` and of `python -m mgebm_fast`."""
+    secure_console()
     app(args=None if args is None else list(args), prog_name="mgebm")

@@ -13,6 +13,7 @@ from .options import (
     Threads,
     check_images,
     find_device,
+    fingerprint_of,
     load_images,
     named_options,
     open_run,
@@ -76,7 +77,7 @@ def classify(
     from ..files import write_bytes
     from ..models import Model
 
-    models, sources = {}, {}
+    models, sources, like = {}, {}, None
     for run in runs:
         file, config = open_run(run)
         model = Model.load(file, device=find_device(device))
@@ -92,6 +93,7 @@ def classify(
         shape = (model.sizes[-1], model.channels)
         sources[str(run)] = (source_of(run, data, config), *shape, tuple(config.classes if config else ()))
         models[str(run)] = model
+        like = like or fingerprint_of(run, sources[str(run)][0], config)
     first = next(iter(sources.values()))
     for name, found in sources.items():
         if found != first:
@@ -100,7 +102,9 @@ def classify(
                 f"{_words(found)} in {name}"
             )
     source, size, channels, classes = first
-    train, held_out = (load_images(source, size, channels, classes, split=split) for split in ("train", "held_out"))
+    train, held_out = (
+        load_images(source, size, channels, classes, split=split, like=like) for split in ("train", "held_out")
+    )
     with named_options("labels", "data", "draws", "seed"), Console(stderr=True).status("reading features") as status:
         result = few_labels(
             models, train, held_out, labels=wanted, draws=draws, seed=seed, fine_tune=fine_tune,

@@ -176,7 +176,7 @@ def _write(out: Path, rows: list[dict[str, Any]], records: list[dict[str, Any]])
         "table.md": table.markdown(rows, records),
     }
     for name, text in texts.items():
-        write_bytes(out / name, text.encode(), durable=False)
+        write_bytes(out / name, text.encode())
     typer.echo(f"{out}: {', '.join(texts)}", err=True)
 
 
@@ -198,7 +198,7 @@ def _draw(
     save_png(out / "samples.png", comparison_pictures.samples_picture(data.batch(spread), list(shown.items())))
     names = ["samples.png"]
     if plot:
-        write_bytes(out / "kid.png", comparison_pictures.kid_plot(records), durable=False)
+        write_bytes(out / "kid.png", comparison_pictures.kid_plot(records))
         names.append("kid.png")
     typer.echo(f"{out}: {', '.join(names)}", err=True)
 

@@ -76,7 +76,7 @@ def diagnose(
     text = json_module.dumps(figures, allow_nan=False, ensure_ascii=False)
     if out is not None:
         written = diagnosis.write(out, model.to_uint8)
-        write_bytes(out / "report.json", (text + "\n").encode(), durable=False)
+        write_bytes(out / "report.json", (text + "\n").encode())
         for old in out.iterdir():  # of a model with more grids
             if re.fullmatch(_OURS, old.name) and old.is_file() and old not in (*written, out / "report.json"):
                 old.unlink()

@@ -6,7 +6,18 @@ from typing import Annotated
 
 import typer
 
-from .options import Device, RunPath, Threads, check_images, find_device, load_images, open_run, source_of, use_threads
+from .options import (
+    Device,
+    RunPath,
+    Threads,
+    check_images,
+    find_device,
+    fingerprint_of,
+    load_images,
+    open_run,
+    source_of,
+    use_threads,
+)
 
 
 def evaluate(
@@ -45,7 +56,10 @@ def evaluate(
     source = source_of(run, data, config)
     classes = config.classes if config else ()
     size, channels = model.sizes[-1], model.channels
-    train, held_out = (load_images(source, size, channels, classes, split=split) for split in ("train", "held_out"))
+    like = fingerprint_of(run, source, config)
+    train, held_out = (
+        load_images(source, size, channels, classes, split=split, like=like) for split in ("train", "held_out")
+    )
     result = measure(model, train, held_out, num=num, seed=seed)
     if json:
         typer.echo(json_module.dumps(result, allow_nan=False, ensure_ascii=False))

@@ -8,7 +8,18 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from .options import Device, RunPath, Threads, check_images, find_device, load_images, open_run, source_of, use_threads
+from .options import (
+    Device,
+    RunPath,
+    Threads,
+    check_images,
+    find_device,
+    fingerprint_of,
+    load_images,
+    open_run,
+    source_of,
+    use_threads,
+)
 from .outputs import check_out
 
 if TYPE_CHECKING:
@@ -100,7 +111,10 @@ def inpaint(
     size = model.sizes[-1]
     given = None if mask in KINDS else read_mask(mask, size)
     source = source_of(run, data, config)
-    images = load_images(source, size, model.channels, config.classes if config else (), split="held_out")
+    like, classes = fingerprint_of(run, source, config), config.classes if config else ()
+    if like:
+        load_images(source, size, model.channels, classes, split="train", like=like)  # to report what differs
+    images = load_images(source, size, model.channels, classes, split="held_out", like=like)
     if not len(images):
         raise ValueError(f"--data: must hold out images to fill, got none held out of {images.name}")
     chosen = np.random.default_rng(seed).permutation(len(images))[:num]

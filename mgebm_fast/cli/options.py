@@ -9,7 +9,7 @@ import re
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -25,11 +25,17 @@ if TYPE_CHECKING:
 
 INTERRUPTED = 130  # the exit code of a command that Ctrl-C ended
 
+MOST_THREADS = max(64, 4 * (os.cpu_count() or 1))  # many more than cores end in a crash of OpenMP
+
 RunPath = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder, a checkpoint folder or a model file.")]
 Device = Annotated[str, typer.Option(help="cpu, cuda or cuda:N; auto takes CUDA where torch finds it.")]
 Threads = Annotated[
     int | None,
-    typer.Option(min=1, help="CPU threads. Default: as many as torch chooses; train takes fewer for small nets."),
+    typer.Option(
+        min=1,
+        max=MOST_THREADS,
+        help="CPU threads. Default: as many as torch chooses; train takes fewer for small nets.",
+    ),
 ]
 
 
@@ -142,16 +148,24 @@ def load_images(
     strict: bool = False,
     most: int | None = None,
     seed: int = 0,
+    like: dict[str, Any] | None = None,
 ) -> ImageData:
-    """Images of a source, with those that could not be read listed on stderr."""
+    """Images of a source, with those that could not be read listed on stderr.
+
+    `like`, the fingerprint of a run's data: images are divided as they were then, so that none that was learnt from is
+    held out; what is not the same any more is reported with the training part.
+    """
     from ..data import load
+    from ..data.fingerprint import difference
 
     with named_options(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=r".*: skipped \d+ of \d+ images")  # told in full below
         data = load(
             source, size=size, channels=channels, classes=list(classes) or None, split=split, strict=strict, most=most,
-            seed=seed,
+            seed=seed, like=like,
         )  # fmt: skip
+    if like and split == "train" and most is None and (differs := difference(like, data.fingerprint())):
+        typer.echo(f"{data.name}: not what the run learnt from: {differs}", err=True)
     report_skipped(data.name, data.skipped, len(data))
     return data
 
@@ -196,6 +210,15 @@ def configured(config: TrainConfig, data: str | None, settings: Sequence[str]) -
     if config.method == "frame" and config.options.filters != "gabor":
         config = merge(config, {"frame": {"filters": _absolute(config.options.filters)}})
     return config
+
+
+def fingerprint_of(run: Path, source: str, config: TrainConfig | None) -> dict[str, Any] | None:
+    """What a run says of the data that it learnt from, where `source` is their place and anything is known of them."""
+    from ..learning import Run
+
+    if config is None or os.path.abspath(source) != os.path.abspath(config.data):
+        return None
+    return Run(run if run.is_dir() else run.parent).fingerprint()
 
 
 def source_of(run: Path, data: str | None, config: TrainConfig | None) -> str:

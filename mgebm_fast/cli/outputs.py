@@ -9,6 +9,8 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
+from ..files import clean
+
 # Names of files, not of folders: who gives one wants a format that is not written here.
 _OTHER_FILES = set(".jpg .jpeg .gif .webp .bmp .tif .tiff .npz .zip .pt .mp4 .avi .wav".split())
 IMAGE_FILES = (".png", ".npy")
@@ -16,11 +18,16 @@ IMAGE_FILES = (".png", ".npy")
 
 def check_place(out: Path, option: str = "--out", *, folder: bool = False) -> None:
     """ValueError unless `out`, a file or with `folder` a folder of files, can be written; nothing is left behind."""
+    if out.exists() and not out.is_file() and not out.is_dir():
+        raise ValueError(f"{option}: must be a regular file or new, got {out}, a pipe, a socket or a device")
+    if out.is_symlink() and not out.exists():
+        out = Path(os.path.realpath(out))
     place = out.absolute() if folder else out.absolute().parent
     missing = [path for path in (place, *place.parents) if not os.path.exists(path)]
     try:
         place.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=place).close()
+        clean(place.parent if folder else place, out.name)
     except OSError as error:
         # os.access is not enough: to root it says of /proc that it can be written
         above = next(path for path in (place, *place.parents) if os.path.exists(path))

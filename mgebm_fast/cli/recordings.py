@@ -6,7 +6,6 @@ import io
 import os
 import re
 import shutil
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -120,11 +119,11 @@ def _save_array(out: Path, array: np.ndarray) -> None:
 def _write_folder(model: SpatialTemporal, x: Tensor, out: Path, first_sample: int) -> None:
     """A folder of frames for one video, a folder of such folders for more; a wav file for each sound."""
     from ..data.sound import write_wav
+    from ..files import folder_beside, synchronise
     from ..learning.methods.spatial_temporal import as_sound
     from ..pictures import save_png
 
-    temporary = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}."))
-    try:
+    with folder_beside(out) as temporary:
         for i, clip in enumerate(x, start=first_sample):
             if not model.is_video:
                 write_wav(temporary / f"sample_{i:05d}.wav", as_sound(model, clip), model.rate)
@@ -132,15 +131,15 @@ def _write_folder(model: SpatialTemporal, x: Tensor, out: Path, first_sample: in
             folder = temporary if len(x) == 1 else temporary / f"sample_{i:05d}"
             folder.mkdir(exist_ok=True)
             for t, frame in enumerate(model.to_uint8(clip).permute(1, 2, 3, 0).cpu().numpy()):
-                save_png(folder / f"frame_{t:05d}.png", frame)
-        temporary.chmod(0o755)
+                save_png(folder / f"frame_{t:05d}.png", frame, durable=False)
+        synchronise(temporary, inside=True)
         if out.is_dir():  # one that holds things was let through by --overwrite
             _remove_samples(out)
             shutil.copytree(temporary, out, dirs_exist_ok=True)
+            synchronise(out, inside=True)
         else:
             os.replace(temporary, out)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        synchronise(out.parent)
 
 
 def _remove_samples(out: Path) -> None:

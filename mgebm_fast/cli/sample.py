@@ -240,27 +240,23 @@ def _write_npy(out: Path, images: dict[int, np.ndarray], first_sample: int, poin
 
 def _write_folder(out: Path, images: dict[int, np.ndarray], first_sample: int, points: int | None) -> None:
     """One PNG a sample, named by its id, made in a folder beside `out` and renamed; in one with content, replaced."""
-    import shutil
-    import tempfile
-
+    from ..files import folder_beside, synchronise
     from ..pictures import save_png
 
-    temporary = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}."))
-    try:
+    with folder_beside(out) as temporary:
         for size, batch in images.items():
             folder = temporary / f"size_{size:03d}" if len(images) > 1 else temporary
             folder.mkdir(exist_ok=True)
             digits = max(5, len(str(first_sample * (points or 1) + len(batch) - 1)))
             for i, picture in enumerate(batch, start=first_sample * (points or 1)):
                 pixels = picture[:3] if len(picture) >= 3 else picture[:1]
-                save_png(folder / f"sample_{i:0{digits}d}.png", pixels.transpose(1, 2, 0))
-        temporary.chmod(0o755)
+                save_png(folder / f"sample_{i:0{digits}d}.png", pixels.transpose(1, 2, 0), durable=False)
+        synchronise(temporary, inside=True)
         if out.is_dir() and any(out.iterdir()):
             _replace_samples(temporary, out)
         else:
             os.replace(temporary, out)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        synchronise(out.parent)
 
 
 def _replace_samples(new: Path, out: Path) -> None:

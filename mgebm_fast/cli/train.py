@@ -63,8 +63,9 @@ def train(
     key. Keys of every preset: steps (parameter updates), langevin.steps, seed, batch_size, checkpoint_every,
     sample_every, width, sizes. docs/configuration.md has them all.
 
-    Ctrl-C saves a checkpoint and says how to go on; --resume then gives, bit for bit, the run that was never stopped.
-    With --resume the configuration is the run's own; only what --set, --data and --precision name is changed.
+    Ctrl-C saves a checkpoint and says how to go on, and so do SIGTERM, SIGHUP, SIGUSR1, SIGUSR2 and SIGXCPU; --resume
+    then gives, bit for bit, the run that was never stopped. With --resume the configuration is the run's own; only what
+    --set, --data and --precision name is changed.
 
     A run that diverges stops, with advice; with rollback.attempts=3 it goes back to its last good checkpoint up to
     three times, and on from there with other noise and half the learning rate. docs/configuration.md says what counts.
@@ -77,8 +78,10 @@ def train(
       config.toml                  the whole configuration
       metrics.jsonl, tensorboard/  one line, one point every log_every updates
       samples/                     pictures of every grid beside the data
-      checkpoints/                 safetensors and JSON, each whole or not there
+      checkpoints/                 safetensors and JSON, each written atomically
       model.safetensors            the trained model
+      model.json                   its length and checksum
+      data.json                    names and checksums of the images that it learnt from
     """
     from ..learning import build_model
     from ..learning.run import distributed
@@ -111,13 +114,14 @@ def _fit(
     from ..learning import train as fit
 
     with ranks.together():
-        if not resume and ranks.first:
-            check_new(folder)
+        if ranks.first:
+            if not resume:
+                check_new(folder)
             check_place(folder, folder=True)
     with ranks.together():
         data = load_run_data(config, split="train", strict=strict)
         if config.method != "spatial-temporal":  # a recording is one whole
-            # The held-out part is not trained on, but its bad images are told of, or refused, now and not after hours.
+            # The held-out part is not trained on, but its bad images are reported, or refused, now and not after hours.
             load_run_data(config, split="held_out", strict=strict)
     where = f"{_named(device)}{f', {ranks.size} ranks' if ranks.size > 1 else ''}"
     typer.echo(f"{config.name}: {_described(data, config)}, on {where}", err=True)
@@ -158,18 +162,23 @@ def _named(device: torch.device) -> str:
 def _configure(config: str | None, out: Path | None, resume: bool) -> tuple[TrainConfig, Path]:
     """The configuration before overrides, and the run folder."""
     from ..learning import load_config
+    from ..learning.run.folder import check_inside
 
     if config is None and (out is None or not resume):
         raise ConfigError("preset: must be given (`mgebm presets` lists them), or --out DIR with --resume")
     given = None if config is None else load_config(config)
     folder = Path("runs") / given.name if given is not None and out is None else Path(out or "")
-    if resume and (folder / "config.toml").is_file():
+    if resume and (folder / "config.toml").exists():
+        check_inside(folder)
         stored = load_config(folder / "config.toml")
         if given is not None and given.name != stored.name:
             raise ConfigError(f"resume: {folder} is a run of {stored.name!r}, got {given.name!r}")
         return stored, folder
     if given is None:
-        raise ConfigError(f"resume: must be the folder of a run, got {folder}, which has no config.toml")
+        raise ConfigError(
+            f"resume: must be the folder of a run, got {folder}, which has no config.toml; with a preset, a run that "
+            "was killed before it had one starts from the beginning"
+        )
     return given, folder
 
 

@@ -97,7 +97,7 @@ def write_wav(path: str | os.PathLike[str], samples: np.ndarray, rate: float = R
         file.setsampwidth(2)
         file.setframerate(round(rate))
         file.writeframes(np.rint(np.clip(samples, -1, 1) * 32767).astype("<i2").tobytes())
-    return write_bytes(path, encoded.getbuffer(), durable=False)
+    return write_bytes(path, encoded.getbuffer())
 
 
 def waveform(samples: np.ndarray, height: int = 96, width: int = 480) -> np.ndarray:

@@ -73,7 +73,7 @@ def write_gif(path: str | os.PathLike[str], frames: np.ndarray, rate: float = RA
     encoded = io.BytesIO()
     duration = max(20, round(100 / rate) * 10)
     pictures[0].save(encoded, "GIF", save_all=True, append_images=pictures[1:], duration=duration, loop=0)
-    return write_bytes(path, encoded.getbuffer(), durable=False)
+    return write_bytes(path, encoded.getbuffer())
 
 
 def write_mp4(path: str | os.PathLike[str], frames: np.ndarray, rate: float = RATE) -> Path:
@@ -92,7 +92,7 @@ def write_mp4(path: str | os.PathLike[str], frames: np.ndarray, rate: float = RA
         for frame in frames:
             container.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")))
         container.mux(stream.encode())
-    return write_bytes(path, encoded.getbuffer(), durable=False)
+    return write_bytes(path, encoded.getbuffer())
 
 
 def _open(path: Path) -> tuple[Iterator[np.ndarray], float]:

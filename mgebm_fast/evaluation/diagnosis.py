@@ -60,7 +60,7 @@ class Diagnosis:
             if importlib.util.find_spec("matplotlib") is not None:
                 from .plots import plot_chain
 
-                written.append(write_bytes(folder / f"{stem}.png", plot_chain(chain), durable=False))
+                written.append(write_bytes(folder / f"{stem}.png", plot_chain(chain)))
             rows = [(f"after step {step + 1}", to_uint8(x)) for step, x in chain.trace.states if x.dim() == 4]
             if rows:
                 picture = labelled_panel(rows, across=1, columns=len(rows[0][1]), margin=4)

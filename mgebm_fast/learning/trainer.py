@@ -19,8 +19,8 @@ from .config.train_config import TrainConfig, merge
 from .methods.multigrid import describe_model
 from .run.distributed import Ranks, joined
 from .run.feed import Batches
+from .run.folder import check_new
 from .run.loop import Loop, Outcome
-from .run.resuming import check_new
 
 # Where a model and a configuration are both given, these must agree.
 _SHARED = ("sizes", "channels", "norm", "value_range")
@@ -116,7 +116,7 @@ class MultiGridTrainer:
 
     @property
     def out(self) -> Path | None:
-        return self._loop.out
+        return self._loop.folder.path
 
     def fit(self, steps: int | None = None) -> Outcome:
         """Train until `steps` updates have been made in the life of the run (default: `config.steps`).
@@ -153,7 +153,7 @@ class MultiGridTrainer:
         return metrics
 
     def save(self, path: str | Path) -> Path:
-        """A checkpoint folder at `path`, whole or not at all: weights, averages, optimiser state, updates made."""
+        """A checkpoint folder at `path`, written atomically: weights, averages, optimiser state, updates made."""
         return self._loop.save(Path(path))
 
     def resume(self, path: str | Path | None = None) -> int:
@@ -162,7 +162,7 @@ class MultiGridTrainer:
         Returns the updates made so far. What follows equals, bit for bit, a run that was never interrupted. Raises
         ConfigError where a key that states depend on has changed, CheckpointError where nothing can be read.
         """
-        source = self._loop.out if path is None else Path(path)
+        source = self.out if path is None else Path(path)
         if source is None:
             raise ValueError("resume: path must be given where the trainer has no out folder, got None")
         return self._loop.resume(source)

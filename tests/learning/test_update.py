@@ -241,7 +241,7 @@ def test_a_run_that_diverges_names_the_last_good_checkpoint(trainer, tmp_path):
     ours = trainer(out=tmp_path / "run")
     ours.fit(2)
     overflow(ours)
-    with pytest.raises(DivergenceError, match=r"stopped at update 3, which was not applied; .*step_000002") as caught:
+    with pytest.raises(DivergenceError, match=r"stopped at update 3, which was not saved; .*step_000002") as caught:
         ours.fit()
     assert "grid 2" in str(caught.value)
     assert [p.name for p in (tmp_path / "run/checkpoints").iterdir()] == ["step_000002"]

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
+from ... import files
 from ...errors import ConfigError, suggest
-from .toml import tomllib
+from .toml import MOST_BYTES, parse
 from .train_config import TrainConfig, from_dict, merge
 
 PRESETS = Path(__file__).resolve().parents[2] / "presets"
@@ -17,7 +19,7 @@ def load_config(name_or_path: str | Path) -> TrainConfig:
     if text in preset_names():
         return load_preset(text)
     path = Path(name_or_path)
-    if path.is_file():
+    if path.exists() and not path.is_dir():
         return _load_file(path, str(path))
     if path.suffix == ".toml" or "/" in text:
         reason = "a folder" if path.is_dir() else "no such file"
@@ -36,7 +38,7 @@ def load_preset(name: str) -> TrainConfig:
 
 def preset_base(name: str) -> str | None:
     """The preset that a preset takes its keys from, where there is one."""
-    return tomllib.loads((PRESETS / f"{name}.toml").read_text(encoding="utf-8")).get("base")
+    return parse((PRESETS / f"{name}.toml").read_text(encoding="utf-8")).get("base")
 
 
 def preset_names() -> list[str]:
@@ -46,8 +48,11 @@ def preset_names() -> list[str]:
 
 def _load_file(path: Path, where: str) -> TrainConfig:
     try:
-        values = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        # Windows editors begin a file with a byte order mark.
+        values = parse(files.read_regular(Path(os.path.realpath(path)), MOST_BYTES).decode("utf-8-sig"))
+    except OSError as error:
+        raise ConfigError(f"{where}: must be a TOML file that can be read: {error.strerror}") from None
+    except ValueError as error:
         raise ConfigError(f"{where}: must be a TOML file, got a syntax error: {error}") from None
     base = values.pop("base", None)
     if base is None:
@@ -55,6 +60,6 @@ def _load_file(path: Path, where: str) -> TrainConfig:
     if not isinstance(base, str) or base not in preset_names():
         names = preset_names()
         raise ConfigError(f"{where}: base must be one of {', '.join(names)}, got {base!r}{suggest(str(base), names)}")
-    # What is said of the base is not true of what is made of it.
+    # A derived configuration does not inherit what describes its base.
     own = {name: getattr(TrainConfig, name) for name in ("name", "description", "time")}
     return merge(load_preset(base), {**own, **values}, where)

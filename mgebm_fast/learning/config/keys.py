@@ -7,7 +7,14 @@ import math
 from collections.abc import Collection, Sequence
 from typing import Any
 
-from ...errors import suggest
+from ...errors import close, suggest
+
+# The largest values of keys that memory or time depends on: far beyond use, and refused before anything is allocated.
+MOST_SIDE, MOST_CHANNELS = 4096, 4096  # pixels; channels of images and of layers, lengths of z
+MOST_SAMPLES = 1 << 16  # images of a batch, chains of a bank
+MOST_STEPS, MOST_UPDATES = 10**6, 10**9  # of one chain; of a run
+MOST_ELEMENTS = 2**31  # numbers in one batch
+MOST_LENGTH, MOST_RATE = 10**7, 192_000  # frames or samples of a clip; of a second
 
 
 class Kind:
@@ -85,12 +92,15 @@ class Text(Kind):
     """A string; a number is taken as its digits, so that `--set classes=3` names the class "3"."""
 
     expected: str = "a string"
+    most: int = 4096
 
     def read(self, value: Any) -> str:
         if isinstance(value, int) and not isinstance(value, bool):
             return str(value)
         if not isinstance(value, str):
             raise ValueError
+        if len(value) > self.most:
+            raise ValueError(f", {len(value)} characters of at most {self.most}")
         return value
 
 
@@ -112,11 +122,12 @@ class Choice(Kind):
 
 @dataclasses.dataclass(frozen=True)
 class Many(Kind):
-    """A list of `kind`, kept as a tuple; of `length` entries, or of `least` and more. One string is a list of one."""
+    """A list of `kind`, kept as a tuple; of `length` entries, or of `least` to `most`. One string is a list of one."""
 
     kind: Kind
     length: int | None = None
     least: int = 0
+    most: int = 10_000
 
     @property
     def expected(self) -> str:  # type: ignore[override]
@@ -130,6 +141,8 @@ class Many(Kind):
             value = [value]
         if not isinstance(value, (list, tuple)) or self.length not in (None, len(value)) or len(value) < self.least:
             raise ValueError
+        if len(value) > self.most:
+            raise ValueError(f", {len(value)} entries of at most {self.most}")
         return tuple(self.kind.read(entry) for entry in value)
 
 
@@ -198,9 +211,17 @@ def nearest(name: str, options: Sequence[str]) -> str:
         leaves.setdefault(option.rpartition(".")[2], []).append(option)
     leaf = name.rpartition(".")[2]
     if leaf in leaves:  # the right word in no section, or in a wrong or misspelt one
-        return suggest(name, leaves[leaf]) or f" (did you mean {leaves[leaf][0]!r}?)"
+        # `size` is a key of one method; whoever writes it alone more likely means `sizes`
+        plain = suggest(name, [option for option in options if option.startswith(name)]) if "." not in name else ""
+        return plain or suggest(name, leaves[leaf]) or f" (did you mean {leaves[leaf][0]!r}?)"
     hint = suggest(name, options)
     if hint:
         return hint
-    close = suggest(leaf, list(leaves))
-    return f" (did you mean {leaves[close.split(chr(39))[1]][0]!r}?)" if close else ""
+    near = close(leaf, list(leaves))
+    return f" (did you mean {leaves[near][0]!r}?)" if near else ""
+
+
+def shortened(value: Any) -> str:
+    """`repr`, of a long value its beginning."""
+    text = repr(value)
+    return text if len(text) <= 200 else f"{text[:200]}… ({len(text)} characters)"

@@ -17,7 +17,9 @@ if TYPE_CHECKING:
     from .train_config import TrainConfig
 
 
-def _load_images(config: TrainConfig, *, source: Any = None, split: str = "train", strict: bool = False) -> Any:
+def _load_images(
+    config: TrainConfig, *, source: Any = None, split: str = "train", strict: bool = False, like: Any = None
+) -> Any:
     return load(
         config.data if source is None else source,
         size=config.sizes[-1],
@@ -25,6 +27,7 @@ def _load_images(config: TrainConfig, *, source: Any = None, split: str = "train
         classes=list(config.classes) or None,
         split=split,
         strict=strict,
+        like=like,
     )
 
 
@@ -45,7 +48,7 @@ class Method:
     narrow: Callable[[TrainConfig], TrainConfig] = lambda config: config  # what the method reads of a configuration
     start: Any = None  # where the chains of a method of one net begin in training (`baselines.InitialState`)
     takes: str = "images"  # or "clips", of a recording
-    load_data: Callable[..., Any] = _load_images  # (config, *, source, split, strict) -> ImageData or Clips
+    load_data: Callable[..., Any] = _load_images  # (config, *, source, split, strict, like) -> ImageData or Clips
 
     def options(self) -> Any:
         """The method's own keys at their defaults; None where it has none."""
@@ -71,10 +74,13 @@ def build_model(config: TrainConfig) -> Any:
     return METHODS[config.method].build_model(config)
 
 
-def load_data(config: TrainConfig, *, source: Any = None, split: str = "train", strict: bool = False) -> Any:
+def load_data(
+    config: TrainConfig, *, source: Any = None, split: str = "train", strict: bool = False, like: Any = None
+) -> Any:
     """The data that a configuration names, as its method takes them: an `ImageData` at the finest size and with the
     configuration's channels and classes, or `Clips` of a recording.
 
-    `source` replaces `config.data`; `strict` refuses a set with an image that cannot be read.
+    `source` replaces `config.data`; `strict` refuses a set with an image that cannot be read; by `like`, the
+    fingerprint of a run's data, images are divided as they were then.
     """
-    return METHODS[config.method].load_data(config, source=source, split=split, strict=strict)
+    return METHODS[config.method].load_data(config, source=source, split=split, strict=strict, like=like)

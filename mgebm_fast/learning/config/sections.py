@@ -6,7 +6,7 @@ import dataclasses
 from typing import Any
 
 from ...noise import MAX_ATTEMPT
-from .keys import Choice, Flag, Many, Maybe, PerGrid, Real, Whole, key
+from .keys import MOST_STEPS, MOST_UPDATES, Choice, Flag, Many, Maybe, PerGrid, Real, Whole, key
 
 _POSITIVE = Real(0, above=True)
 _NOT_NEGATIVE = Real(0)
@@ -16,7 +16,7 @@ _NOT_NEGATIVE = Real(0)
 class LangevinConfig:
     """`[langevin]`: the chain of every grid, x ← clamp(x − drift·(clip(∇E, ±c) + (x − m)/σ²) + noise_std·ε)."""
 
-    steps: Any = key(30, PerGrid(Whole(1)), "steps a grid, K", fixed=True)
+    steps: Any = key(30, PerGrid(Whole(1, MOST_STEPS)), "steps a grid, K", fixed=True)
     step_size: Any = key(None, Maybe(PerGrid(_POSITIVE)), "δ of the coupled form: drift δ²/2, noise noise_scale·δ")
     noise_scale: Any = key(1.0, PerGrid(_NOT_NEGATIVE), "τ of the coupled form; 0 is noise-free descent")
     drift: Any = key(None, Maybe(PerGrid(_POSITIVE)), "of the decoupled form, with noise_std")
@@ -37,15 +37,15 @@ class OptimiserConfig:
     momentum: float = key(0.0, Real(0, 1, below=True), "of sgd")
     weight_decay: float = key(0.0, _NOT_NEGATIVE, "L2 on the weights (decoupled in adamw)")
     schedule: str = key("constant", Choice(("constant", "cosine", "linear", "step")), "learning rate over the run")
-    warmup: int = key(0, Whole(0), "updates over which the rate climbs to lr")
+    warmup: int = key(0, Whole(0, MOST_UPDATES), "updates over which the rate climbs to lr")
     hold: float = key(0.0, Real(0, 1, below=True), "cosine, linear: share of the run at full rate before the decay")
     final_lr: float = key(0.0, Real(0, 1), "cosine, linear: factor that lr ends at")
-    decay_every: int = key(1, Whole(1), "step: epochs between decays")
+    decay_every: int = key(1, Whole(1, MOST_UPDATES), "step: epochs between decays")
     decay_factor: float = key(1.0, Real(0, 1, above=True), "step: factor of a decay")
     grad_clip_norm: Any = key(None, Maybe(_POSITIVE), "bound on the gradient norm of each net")
     grad_clip_value: Any = key(None, Maybe(_POSITIVE), "bound on every gradient entry")
     grad_rescale_max: Any = key(None, Maybe(_POSITIVE), "each tensor's gradient is scaled so that max |g| <= this")
-    per_layer_divide: bool = key(False, Flag(), "divide each layer's gradient by the area of its output map")
+    per_layer_divide: bool = key(False, Flag(), "divide each layer's gradient by the area of its output feature map")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,7 +64,7 @@ class StabiliseConfig:
 
 @dataclasses.dataclass(frozen=True)
 class RollbackConfig:
-    """`[rollback]`: what a run does that diverges. At its default it stops, and says so."""
+    """`[rollback]`: what a diverging run does. At the default it stops with an error."""
 
     attempts: int = key(
         0, Whole(0, MAX_ATTEMPT), "times that a run which diverges goes back to its last good state; 0: it stops"

@@ -13,7 +13,23 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-__all__ = ["tomllib", "written"]
+__all__ = ["MOST_BYTES", "parse", "written"]
+
+MOST_BYTES = 256 << 10  # of a configuration file
+_MOST_PARTS = 100  # of a dotted key: tomllib takes memory that grows with the square of their number
+
+
+def parse(text: str) -> dict[str, Any]:
+    """The table that a TOML text describes. ValueError says what is wrong with it, whatever that is."""
+    if len(text) > MOST_BYTES:
+        raise ValueError(f"more than {MOST_BYTES:,} characters")
+    pieces = re.split(r"[=\[\]{},#\n]", re.sub(r"[ \t]+", "", text))
+    if max(piece.count(".") for piece in pieces) > _MOST_PARTS:
+        raise ValueError(f"a key of more than {_MOST_PARTS} dotted parts")
+    try:
+        return tomllib.loads(text)
+    except RecursionError:
+        raise ValueError("lists or tables in each other too deeply") from None
 
 
 def written(values: Mapping[str, Any]) -> str:

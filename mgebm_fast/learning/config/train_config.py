@@ -10,10 +10,30 @@ from typing import Any
 from ...errors import ConfigError
 from ...gradient import PRECISIONS
 from ...sampling import Langevin
-from .keys import Auto, Choice, Flag, Kind, Many, Maybe, PerGrid, Real, Text, Whole, key, nearest, pick
+from .keys import (
+    MOST_CHANNELS,
+    MOST_ELEMENTS,
+    MOST_SAMPLES,
+    MOST_SIDE,
+    MOST_UPDATES,
+    Auto,
+    Choice,
+    Flag,
+    Kind,
+    Many,
+    Maybe,
+    PerGrid,
+    Real,
+    Text,
+    Whole,
+    key,
+    nearest,
+    pick,
+    shortened,
+)
 from .method import METHODS, tables
 from .sections import LangevinConfig, OptimiserConfig, RollbackConfig, StabiliseConfig
-from .toml import tomllib, written
+from .toml import parse, written
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,9 +49,11 @@ class TrainConfig:
     method: str = key("multigrid", Choice(METHODS), "update rule", fixed=True)
     data: str = key("digits", Text(), "built-in set, path, or torchvision name")
     classes: tuple = key((), Many(Text()), "names of the classes to learn; empty: all", fixed=True)
-    channels: int = key(1, Whole(1), "1 grey, 3 colour", fixed=True)
-    sizes: tuple = key((1, 2, 4, 8), Many(Whole(1)), "the grids, coarse to fine; the first has no net", fixed=True)
-    width: float = key(1.0, Real(0, above=True), "multiplies hidden channels", fixed=True)
+    channels: int = key(1, Whole(1, MOST_CHANNELS), "1 grey, 3 colour", fixed=True)
+    sizes: tuple = key(
+        (1, 2, 4, 8), Many(Whole(1, MOST_SIDE), most=16), "the grids, coarse to fine; the first has no net", fixed=True
+    )
+    width: float = key(1.0, Real(0, 64, above=True), "multiplies hidden channels", fixed=True)
     variant: str = key("compact", Choice(("A", "B", "compact")), "family of nets", fixed=True)
     norm: str = key("none", Choice(("batch", "none")), "normalisation of the nets", fixed=True)
     activation: Any = key(
@@ -41,17 +63,20 @@ class TrainConfig:
         fixed=True,
     )
     spectral_norm: bool = key(False, Flag(), "spectral normalisation of every weight", fixed=True)
-    value_range: tuple = key((-1.0, 1.0), Many(Real(), 2), "what pixel values 0 and 255 become", fixed=True)
-    steps: int = key(1000, Whole(0), "parameter updates")
+    value_range: tuple = key((-1.0, 1.0), Many(Real(-1e6, 1e6), 2), "what pixel values 0 and 255 become", fixed=True)
+    steps: int = key(1000, Whole(0, MOST_UPDATES), "parameter updates")
     seed: int = key(0, Whole(0, 2**64 - 1), "of everything that is drawn", fixed=True)
-    batch_size: int = key(64, Whole(1), "observed images and chains an update", fixed=True)
+    batch_size: int = key(64, Whole(1, MOST_SAMPLES), "observed images and chains an update", fixed=True)
     batch_parts: int = key(
-        1, Whole(1), "equal parts of a batch, run one by one or by ranks; 1 under ranks: one a rank", fixed=True
+        1,
+        Whole(1, MOST_SAMPLES),
+        "equal parts of a batch, run one by one or by ranks; 1 under ranks: one a rank",
+        fixed=True,
     )
-    checkpoint_every: int = key(250, Whole(0), "updates between checkpoints; 0: only the last")
-    sample_every: int = key(250, Whole(0), "updates between sample pictures; 0: only the last")
-    log_every: int = key(10, Whole(1), "updates between lines of metrics")
-    keep_checkpoints: int = key(3, Whole(1), "newest checkpoints kept")
+    checkpoint_every: int = key(250, Whole(0, MOST_UPDATES), "updates between checkpoints; 0: only the last")
+    sample_every: int = key(250, Whole(0, MOST_UPDATES), "updates between sample pictures; 0: only the last")
+    log_every: int = key(10, Whole(1, MOST_UPDATES), "updates between lines of metrics")
+    keep_checkpoints: int = key(3, Whole(1, MOST_UPDATES), "newest checkpoints kept")
     flips: bool = key(False, Flag(), "mirror half of the observed images, left to right", fixed=True)
     precision: str = key("auto", Choice(PRECISIONS), "of the gradient inside chains: auto is 16 bits where that pays")
     langevin: LangevinConfig = dataclasses.field(default_factory=lambda: LangevinConfig(drift=1.0, noise_std=0.03))
@@ -169,7 +194,7 @@ def apply_overrides(config: TrainConfig, overrides: Iterable[str]) -> TrainConfi
         name, equals, text = override.partition("=")
         name = name.strip()
         if not equals or not name:
-            raise ConfigError(f"--set: must be key=value, got {override!r}")
+            raise ConfigError(f"--set: must be key=value, got {shortened(override)}")
         kind = _kind(name, "--set")
         section, _, leaf = name.rpartition(".")
         target = values.setdefault(section, {}) if section else values
@@ -273,7 +298,8 @@ def fixed_keys(method: str) -> list[str]:
     ]
 
 
-_BY_RANK = ("stabilise.noise_anneal", "stabilise.noise_anneal_share")  # what matters is whether others begin from a net
+# Matched by position, not by pixel size: only the finest net starts no other chain.
+_BY_RANK = ("stabilise.noise_anneal", "stabilise.noise_anneal_share")
 
 
 def _first(section: type) -> str:
@@ -286,7 +312,7 @@ def _kind(name: str, where: str) -> Kind:
             f"{where}: {name} is a table of keys, set one of them, such as {name}.{_first(_sections()[name])}"
         )
     if name not in _fields():
-        raise ConfigError(f"{where}: unknown key {name!r}{nearest(name, list(_fields()))}")
+        raise ConfigError(f"{where}: unknown key {shortened(name)}{nearest(name, list(_fields()))}")
     return _fields()[name][1].metadata["kind"]
 
 
@@ -294,7 +320,7 @@ def _read(kind: Kind, name: str, value: Any, where: str) -> Any:
     try:
         return kind.read(value)
     except ValueError as error:
-        raise ConfigError(f"{where}: {name} must be {kind.expected}, got {value!r}{error}") from None
+        raise ConfigError(f"{where}: {name} must be {kind.expected}, got {shortened(value)}{error}") from None
 
 
 def _value(text: str, kind: Kind) -> Any:
@@ -304,8 +330,8 @@ def _value(text: str, kind: Kind) -> Any:
         return text[1:-1] if len(text) > 1 and text[0] == text[-1] and text[0] in "\"'" else text
     for candidate in (text, f"[{text}]") if isinstance(inner, (Many, PerGrid)) else (text,):
         try:
-            parsed = tomllib.loads(f"value = {candidate}")
-        except tomllib.TOMLDecodeError:
+            parsed = parse(f"value = {candidate}")
+        except ValueError:
             continue
         if list(parsed) == ["value"]:
             return parsed["value"]
@@ -338,6 +364,12 @@ def _check_together(config: TrainConfig) -> None:
                 f"{name} must be one value, or a list of {len(sizes) - 1} for the nets of sizes "
                 f"{list(sizes[1:])}, got {len(value)} values"
             )
+    elements = config.batch_size * config.channels * sizes[-1] ** 2
+    if elements >= MOST_ELEMENTS:
+        raise ConfigError(
+            f"batch_size must leave a batch below {MOST_ELEMENTS} pixels, at {config.channels} channels and size "
+            f"{sizes[-1]}, got {config.batch_size}"
+        )
     config.dynamics()
 
 

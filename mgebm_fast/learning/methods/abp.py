@@ -16,7 +16,7 @@ from ...models.latent import Inference, Residual, draw_latents
 from ...models.occlusions import occlusion
 from ...nets import Generator, generator_layers
 from ...nets.generator import DeconvLayer
-from ..config.keys import Choice, Flag, Real, Whole, key, pick
+from ..config.keys import MOST_CHANNELS, MOST_SIDE, MOST_STEPS, Choice, Flag, Real, Whole, key, pick
 from ..config.method import Method, register
 from ..config.train_config import TrainConfig, merge
 from ..run.feed import Order
@@ -34,21 +34,28 @@ _TRAINING_MASKS = 1 << 31
 class GeneratorConfig:
     """What methods that learn a generator x = g(z) + s ε, z ~ N(0, I), have in common."""
 
-    latent: int = key(32, Whole(1), "length of z, at each place of its map", fixed=True)
-    generator_width: int = key(32, Whole(1), "channels of the generator's last hidden layer, times width", fixed=True)
+    latent: int = key(32, Whole(1, MOST_CHANNELS), "length of z, at each place of its map", fixed=True)
+    generator_width: int = key(
+        32, Whole(1, MOST_CHANNELS), "channels of the generator's last hidden layer, times width", fixed=True
+    )
     std: float = key(0.3, Real(0, above=True), "s, of the noise around g(z), in value_range units")
-    infer_steps: int = key(0, Whole(0), "Langevin steps on z given an image, an update", fixed=True)
+    infer_steps: int = key(0, Whole(0, MOST_STEPS), "Langevin steps on z given an image, an update", fixed=True)
     infer_step_size: float = key(0.1, Real(0, above=True), "δ of those steps")
-    complete_steps: int = key(300, Whole(1), "steps on z that explain the known pixels of an image in in-painting")
+    complete_steps: int = key(
+        300, Whole(1, MOST_STEPS), "steps on z that explain the known pixels of an image in in-painting"
+    )
 
 
 @dataclasses.dataclass(frozen=True)
 class AbpConfig(GeneratorConfig):
     """`[abp]`: the generator, the chains on z, and what is hidden of the data."""
 
-    infer_steps: int = key(20, Whole(1), "Langevin steps on z given an image, an update", fixed=True)
+    infer_steps: int = key(20, Whole(1, MOST_STEPS), "Langevin steps on z given an image, an update", fixed=True)
     latent_map: int = key(
-        1, Whole(1), "side of the map of z: more than 1 for textures, sizes[-1] over a power of 2", fixed=True
+        1,
+        Whole(1, MOST_SIDE),
+        "side of the map of z: more than 1 for textures, sizes[-1] over a power of 2",
+        fixed=True,
     )
     expand: bool = key(
         False, Flag(), "keep the second moment of the data's z at the prior's (PX-EM), once an epoch", fixed=True

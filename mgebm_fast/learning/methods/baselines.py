@@ -11,7 +11,7 @@ from torch import Tensor
 from ... import noise, ops
 from ...errors import ConfigError
 from ...models import SingleGrid
-from ..config.keys import Maybe, Real, Whole, key, pick
+from ..config.keys import MOST_SAMPLES, MOST_STEPS, Maybe, Real, Whole, key, pick
 from ..config.method import METHODS, Method, register
 from ..config.train_config import TrainConfig, merge
 from .banks import Slots
@@ -23,7 +23,7 @@ from .work import work_of_chains
 class CdConfig:
     """`[cd]`: contrastive divergence, whose K training steps never leave the data far enough to sample by."""
 
-    sample_steps: int = key(1000, Whole(1), "steps from noise of a chain that samples the trained model")
+    sample_steps: int = key(1000, Whole(1, MOST_STEPS), "steps from noise of a chain that samples the trained model")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,13 +32,13 @@ class PcdConfig:
 
     bank_size: Any = key(
         None,
-        Maybe(Whole(1)),
+        Maybe(Whole(1, MOST_SAMPLES)),
         "chains of one bank that batches are drawn from; none: each batch of an epoch has its own",
         fixed=True,
     )
     restart: float = key(0.0, Real(0, 1), "probability that a drawn chain begins anew, from noise", fixed=True)
     sample_steps: Any = key(
-        None, Maybe(Whole(1)), "further steps of a stored chain that is sampled; none: as in training"
+        None, Maybe(Whole(1, MOST_STEPS)), "further steps of a stored chain that is sampled; none: as in training"
     )
 
 

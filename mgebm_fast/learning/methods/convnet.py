@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ...models import GenerativeConvNet
 from ...nets import ConvSpec
-from ..config.keys import Choice, Many, Maybe, Real, Whole, key
+from ..config.keys import MOST_CHANNELS, MOST_SAMPLES, MOST_STEPS, Choice, Many, Maybe, Real, Whole, key
 from ..config.method import Method, register
 from ..config.train_config import TrainConfig
 from .baselines import SingleGridRule, Zeros, narrow
@@ -25,7 +25,7 @@ class ConvNetConfig:
 
     layers: tuple = key(
         ((48, 9, 2), (48, 5, 1), (32, 3, 1)),
-        Many(Many(Whole(1), 3), least=1),
+        Many(Many(Whole(1, MOST_CHANNELS), 3), least=1, most=64),
         "[channels, kernel, stride] of each layer",
         fixed=True,
     )
@@ -42,10 +42,10 @@ class ConvNetConfig:
         None, Maybe(Real(0, above=True)), "of normal initial weights; none: Xavier-uniform ones", fixed=True
     )
     bank_size: Any = key(
-        None, Maybe(Whole(1)), "chains that batches are drawn from; none: as many as a batch", fixed=True
+        None, Maybe(Whole(1, MOST_SAMPLES)), "chains that batches are drawn from; none: as many as a batch", fixed=True
     )
     restart: float = key(0.0, Real(0, 1), "probability that a drawn chain begins anew, from the zero image", fixed=True)
-    sample_steps: int = key(300, Whole(1), "steps of a sample's chain from the zero image")
+    sample_steps: int = key(300, Whole(1, MOST_STEPS), "steps of a sample's chain from the zero image")
 
 
 class ConvNetRule(SingleGridRule):

@@ -14,7 +14,7 @@ from ...errors import CheckpointError, ConfigError
 from ...models import Frame, Model, MultiGrid
 from ...nets import ConvSpec, EnergyNet
 from ...nets.filters import filter_bank
-from ..config.keys import Many, Maybe, Real, Text, Whole, key, pick
+from ..config.keys import MOST_SAMPLES, MOST_SIDE, MOST_STEPS, Many, Maybe, Real, Text, Whole, key, pick
 from ..config.method import Method, register
 from ..config.train_config import TrainConfig
 from .baselines import Zeros, narrow
@@ -29,21 +29,26 @@ class FrameConfig:
     """`[frame]`: the frozen filters, and how chains of their weights move."""
 
     filters: str = key("gabor", Text(), "gabor: a bank of Gabor and DoG filters; or a run whose lower layers are taken")
-    layers: int = key(1, Whole(1), "how many layers of that run's net", fixed=True)
-    scales: tuple = key((2.0, 3.5, 6.0), Many(Real(1), least=1), "wavelengths of the bank, in pixels", fixed=True)
-    orientations: int = key(8, Whole(1), "of the Gabor filters at every scale", fixed=True)
-    thresholds: tuple = key(
-        (0.0,), Many(Real(0), least=1), "b of relu(F * x - b), in the model's units: each is a moment", fixed=True
+    layers: int = key(1, Whole(1, 64), "how many layers of that run's net", fixed=True)
+    scales: tuple = key(
+        (2.0, 3.5, 6.0), Many(Real(1, MOST_SIDE), least=1, most=64), "wavelengths of the bank, in pixels", fixed=True
     )
-    stride: int = key(1, Whole(1), "pixels between responses", fixed=True)
+    orientations: int = key(8, Whole(1, 256), "of the Gabor filters at every scale", fixed=True)
+    thresholds: tuple = key(
+        (0.0,),
+        Many(Real(0), least=1, most=64),
+        "b of relu(F * x - b), in the model's units: each is a moment",
+        fixed=True,
+    )
+    stride: int = key(1, Whole(1, MOST_SIDE), "pixels between responses", fixed=True)
     leapfrog_steps: Any = key(
-        None, Maybe(Whole(1)), "gradients to a Hamiltonian proposal; none: Langevin steps", fixed=True
+        None, Maybe(Whole(1, 1000)), "gradients to a Hamiltonian proposal; none: Langevin steps", fixed=True
     )
     bank_size: Any = key(
-        None, Maybe(Whole(1)), "chains that batches are drawn from; none: as many as a batch", fixed=True
+        None, Maybe(Whole(1, MOST_SAMPLES)), "chains that batches are drawn from; none: as many as a batch", fixed=True
     )
     restart: float = key(0.0, Real(0, 1), "probability that a drawn chain begins anew, from the zero image", fixed=True)
-    sample_steps: int = key(300, Whole(1), "steps of a sample's chain from the zero image")
+    sample_steps: int = key(300, Whole(1, MOST_STEPS), "steps of a sample's chain from the zero image")
 
 
 class FrameRule(ConvNetRule):

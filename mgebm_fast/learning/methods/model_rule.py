@@ -8,9 +8,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ...errors import CheckpointError
+from ...errors import CheckpointError, DivergenceError
 from ...models import Model
-from ...models.storage import EMA, MODEL_FILE
+from ...models.storage import EMA, MODEL_FILE, fault_of
 from ..config.train_config import TrainConfig
 from ..run import checkpoint
 from ..run.rule import UpdateRule
@@ -34,6 +34,12 @@ class ModelRule(UpdateRule):
     def averaged_weights(self) -> contextlib.AbstractContextManager[None]:
         """Inside, the model holds the averaged weights, where the run keeps them."""
         return contextlib.nullcontext() if self.average is None else self.average.applied()
+
+    def check(self) -> None:
+        averages = {} if self.average is None else self.average.state()
+        moments = fault_of(self._optimiser_tensors(), checkpoint.LARGEST_MOMENT, checkpoint.LARGEST_SQUARE)
+        if fault := fault_of(self.model.state_dict()) or fault_of(averages) or moments:
+            raise DivergenceError(f"training: {fault}")
 
     def write_model(self, path: Path, iteration: int) -> None:
         self.before_stored(iteration)

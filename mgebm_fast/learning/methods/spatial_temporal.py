@@ -16,7 +16,19 @@ from ...data.clips import Clips
 from ...errors import ConfigError, DataError
 from ...models import SpatialTemporal
 from ...nets import ConvSpec
-from ..config.keys import Choice, Many, Maybe, Real, Whole, key
+from ..config.keys import (
+    MOST_CHANNELS,
+    MOST_LENGTH,
+    MOST_RATE,
+    MOST_SAMPLES,
+    MOST_STEPS,
+    Choice,
+    Many,
+    Maybe,
+    Real,
+    Whole,
+    key,
+)
 from ..config.method import Method, register
 from ..config.train_config import TrainConfig, merge
 from .baselines import SingleGridRule, Zeros
@@ -31,18 +43,21 @@ class SpatialTemporalConfig:
     """`[spatial-temporal]`: the clips that are learnt from, the net, and its persistent chains."""
 
     size: tuple = key(
-        (20, 32, 32), Many(Whole(2), least=1), "of a clip: [frames, height, width], or [samples] of a sound", fixed=True
+        (20, 32, 32),
+        Many(Whole(2, MOST_LENGTH), least=1, most=3),
+        "of a clip: [frames, height, width], or [samples] of a sound",
+        fixed=True,
     )
     rate: Any = key(
         None,
-        Maybe(Real(0, above=True)),
+        Maybe(Real(0, MOST_RATE, above=True)),
         "frames or samples a second that data are brought to; none: 25 of videos, 11025 of sounds",
         fixed=True,
     )
-    hop: int = key(1, Whole(1), "frames or samples between the beginnings of clips", fixed=True)
+    hop: int = key(1, Whole(1, MOST_LENGTH), "frames or samples between the beginnings of clips", fixed=True)
     layers: tuple = key(
         ((32, 5, 2), (64, 3, 2)),
-        Many(Many(Whole(1), 3), least=1),
+        Many(Many(Whole(1, MOST_CHANNELS), 3), least=1, most=64),
         "[channels, kernel, stride] of each layer",
         fixed=True,
     )
@@ -50,13 +65,13 @@ class SpatialTemporalConfig:
         "linear", Choice(("linear", "sum")), "linear over the top map, or its sum: places are alike", fixed=True
     )
     bank_size: Any = key(
-        None, Maybe(Whole(1)), "chains that batches are drawn from; none: as many as a batch", fixed=True
+        None, Maybe(Whole(1, MOST_SAMPLES)), "chains that batches are drawn from; none: as many as a batch", fixed=True
     )
     restart: float = key(
         0.0, Real(0, 1), "probability that a drawn chain begins anew, from the data's mean", fixed=True
     )
     sample_steps: Any = key(
-        None, Maybe(Whole(1)), "further steps of a stored chain that is sampled; none: as in training"
+        None, Maybe(Whole(1, MOST_STEPS)), "further steps of a stored chain that is sampled; none: as in training"
     )
 
 
@@ -103,7 +118,9 @@ def as_sound(model: SpatialTemporal, clip: Tensor) -> np.ndarray:  # (1, L) -> (
     return ((clip[0].cpu() - low) * (2 / (high - low)) - 1).clamp(-1, 1).numpy()
 
 
-def load_data(config: TrainConfig, *, source: Any = None, split: str = "train", strict: bool = False) -> Clips:
+def load_data(
+    config: TrainConfig, *, source: Any = None, split: str = "train", strict: bool = False, like: Any = None
+) -> Clips:
     """The clips of the recording that a configuration names; all of it, whatever the split.
 
     Raises DataError: images, a sound for a net of videos, a video for a net of sounds, or what cannot be read.

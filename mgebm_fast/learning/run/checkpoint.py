@@ -1,4 +1,8 @@
-"""Checkpoints: folders that appear whole or not at all, of safetensors and JSON, that know when they are damaged."""
+"""Checkpoints: folders of safetensors and JSON that are written atomically, and that know when they are damaged.
+
+A run's folder is input like any other: what is read here follows no link, opens regular files only, and reads no more
+than the length that was written.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +12,6 @@ import fcntl
 import json
 import os
 import re
-import shutil
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -16,17 +19,17 @@ from typing import Any
 
 from torch import Tensor
 
-from ...errors import CheckpointError
+from ... import files
+from ...errors import CheckpointError, DivergenceError
+from ...models.storage import MOST_JSON, STATE_FILE, check_regular, fault_of
 
-# What a run's folder holds.
-CONFIG, MODEL, CHECKPOINTS, SAMPLES = "config.toml", "model.safetensors", "checkpoints", "samples"
-
-STATE = "state.json"
+STATE = STATE_FILE
 FORMAT = "mgebm_fast.checkpoint"
-VERSION = 1
+VERSION = 2  # 1 had no checksum of state.json itself
+# Bounds on |entry| of what optimisers keep: gradients and their means, and the means of their squares.
+LARGEST_MOMENT, LARGEST_SQUARE = 1e16, 1e32
 _NAME = re.compile(r"step_(\d+)")
-_TEMPORARY = ".tmp"
-_CHUNK = 1 << 20
+_SET_ASIDE = re.compile(r"step_(\d+)(\.\w+)?")
 
 
 def name_of(step: int) -> str:
@@ -41,72 +44,92 @@ def step_of(folder: Path) -> int:
 def write(folder: Path, fill: Callable[[Path], None], state: Mapping[str, Any]) -> Path:
     """Make the checkpoint `folder`: `fill(path)` writes its files beside the target, which is then renamed into place.
 
-    `state` is stored with the length and CRC-32 of every file, so that damage is seen when it is read. Files and
-    folders are synchronised to the disk before the rename. On any failure what was at `folder` is still there.
+    `state` is stored with the length and CRC-32 of every file, and of itself, so that damage is seen when it is read.
+    Files and folders are synchronised to the disk before the rename. On any failure what was at `folder` is still
+    there.
     """
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = folder.with_name(f".{folder.name}.{os.getpid()}{_TEMPORARY}")
-    shutil.rmtree(temporary, ignore_errors=True)
-    try:
-        temporary.mkdir()
+    files.make_folder(folder.parent)
+    with files.folder_beside(folder) as temporary:
         fill(temporary)
-        files = {path.name: _fingerprint(path) for path in sorted(temporary.iterdir())}
-        record = {"format": FORMAT, "version": VERSION, **state, "files": files}
+        written = {path.name: files.fingerprint(path) for path in sorted(temporary.iterdir())}
+        record = {"format": FORMAT, "version": VERSION, **state, "files": written}
+        record["crc32"] = _checksum(record)
         (temporary / STATE).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-        for path in temporary.iterdir():
-            _synchronise(path)
-        _synchronise(temporary)
-        if folder.exists():  # damaged, or written again at the same step: a rename cannot replace a full folder
+        files.synchronise(temporary, inside=True)
+        if os.path.lexists(folder):  # damaged, or written again at the same step: a rename cannot replace a full folder
             old = temporary.with_name(temporary.name + ".old")
-            shutil.rmtree(old, ignore_errors=True)
+            files.remove(old)
             os.rename(folder, old)
             try:
                 os.rename(temporary, folder)
             except BaseException:
                 os.rename(old, folder)
                 raise
-            shutil.rmtree(old, ignore_errors=True)
+            files.remove(old)
         else:
             os.rename(temporary, folder)
-        _synchronise(folder.parent)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
+        files.synchronise(folder.parent)
     return folder
+
+
+def _checksum(record: Mapping[str, Any]) -> str:
+    return f"{zlib.crc32(json.dumps(record, sort_keys=True, separators=(',', ':')).encode()):08x}"
 
 
 def read(folder: Path) -> dict[str, Any]:
     """The state of a checkpoint whose files are all there and undamaged; CheckpointError names the file that is not."""
     path = folder / STATE
-    if not path.is_file():
+    if folder.is_symlink() and _NAME.fullmatch(folder.name):
+        raise CheckpointError(f"{folder}: must be a folder, got a symbolic link")
+    if not os.path.lexists(path):
         raise CheckpointError(f"{folder}: not a checkpoint, it has no {STATE}")
-    try:
-        state = json.loads(path.read_text(encoding="utf-8"))
-        files = state["files"].items()
-        known = state["format"] == FORMAT
-    except (ValueError, KeyError, TypeError, AttributeError):
-        raise CheckpointError(f"{path}: truncated or not a checkpoint's state") from None
-    if not known or state.get("version") != VERSION:
-        raise CheckpointError(
-            f"{path}: written in format {state['format']} {state.get('version')}, need {FORMAT} {VERSION}"
-        )
-    for name, expected in files:
+    with damage_named(path, "not a checkpoint's state"):
+        state = json.loads(files.read_regular(path, MOST_JSON))
+        known, version = state["format"] == FORMAT, state.get("version")
+        if not known or version not in (1, VERSION):
+            raise CheckpointError(f"{path}: written in format {state['format']} {version}, need {FORMAT} {VERSION}")
+        if version != 1 and state.pop("crc32", None) != _checksum(state):
+            raise CheckpointError(f"{path}: damaged or changed, its checksum is not that of what was written")
+        listed_files = dict(state["files"])
+    for name, expected in listed_files.items():
         file = folder / name
-        if not file.is_file():
+        if name != Path(name).name or name in (".", ".."):
+            raise CheckpointError(f"{path}: files must be names of this folder, got {name!r}")
+        if not os.path.lexists(file):
             raise CheckpointError(f"{file}: missing from the checkpoint")
-        found = _fingerprint(file)
+        with damage_named(file, "unreadable"):
+            found = files.fingerprint(check_regular(file), expected["bytes"])
         if found["bytes"] != expected["bytes"]:
             raise CheckpointError(f"{file}: truncated, {found['bytes']} bytes where {expected['bytes']} were written")
         if found != expected:
             raise CheckpointError(f"{file}: damaged, its checksum is not that of what was written")
+    named = _SET_ASIDE.fullmatch(folder.name)
+    step = state.get("iteration")
+    if named and step != int(named[1]):
+        raise CheckpointError(f"{path}: must be of update {int(named[1])}, as its folder's name says, got {step!r}")
     return state
 
 
+@contextlib.contextmanager
+def damage_named(path: Path, what: str, keep: type[Exception] = CheckpointError) -> Iterator[None]:
+    """Inside, whatever a damaged or hostile file makes its reader raise becomes a CheckpointError that names it; errors
+    of the class `keep` stay what they are."""
+    try:
+        yield
+    except (CheckpointError, MemoryError, keep):
+        raise
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read: {error.strerror or error}") from error
+    except Exception as error:
+        raise CheckpointError(f"{path}: truncated or {what} ({type(error).__name__}: {error})") from error
+
+
 def listed(root: Path) -> list[Path]:
-    """The checkpoint folders in `root`, oldest first. Temporary and set-aside folders have other names."""
-    if not root.is_dir():
+    """The checkpoint folders in `root`, oldest first. Temporary and set-aside folders have other names; links are not
+    followed."""
+    if not files.is_folder(root):
         return []
-    found = [path for path in root.iterdir() if _NAME.fullmatch(path.name) and path.is_dir()]
+    found = [path for path in root.iterdir() if _NAME.fullmatch(path.name) and files.is_folder(path)]
     return sorted(found, key=step_of)
 
 
@@ -124,52 +147,54 @@ def newest_whole(root: Path) -> tuple[tuple[Path, dict[str, Any]] | None, list[t
 def prune(root: Path, keep: int) -> None:
     """Remove all but the `keep` newest checkpoints."""
     for folder in listed(root)[:-keep]:
-        shutil.rmtree(folder, ignore_errors=True)
+        files.remove(folder)
 
 
 def clean(root: Path) -> None:
     """Remove what interrupted writes left behind; a replaced folder whose successor never came is put back."""
-    if not root.is_dir():
+    if not files.is_folder(root):
         return
     for path in list(root.iterdir()):
-        if path.name.startswith(".step_") and path.name.endswith(f"{_TEMPORARY}.old"):
+        if path.name.startswith(".step_") and path.name.endswith(".tmp.old"):
             target = root / path.name[1:].partition(".")[0]
             if not target.exists():
                 os.rename(path, target)
                 continue
-        if path.name.startswith(".step_") and _TEMPORARY in path.name:
-            shutil.rmtree(path, ignore_errors=True)
+        if path.name.startswith(".step_") and ".tmp" in path.name:
+            files.remove(path)
 
 
 def set_aside(folder: Path, why: str) -> Path:
     """Rename a checkpoint that is not to count as one any more, and yet not to be lost; `why` ends its new name."""
     target = folder.with_name(f"{folder.name}.{why}")
-    shutil.rmtree(target, ignore_errors=True)
+    files.remove(target)
     os.rename(folder, target)
     return target
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """A plain safetensors file."""
+    """A plain safetensors file. DivergenceError where an entry is not finite, or beyond the bounds above."""
     from safetensors.torch import save
 
+    if fault := fault_of(tensors, LARGEST_MOMENT, LARGEST_SQUARE):
+        raise DivergenceError(f"training: {fault}")
     path.write_bytes(save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}))
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    from safetensors import SafetensorError
     from safetensors.torch import load
 
-    try:
-        return load(path.read_bytes())
-    except SafetensorError as error:
-        raise CheckpointError(f"{path}: truncated, or no safetensors file at all ({error})") from error
+    with damage_named(path, "no safetensors file at all"):
+        tensors = load(check_regular(path).read_bytes())
+    if fault := fault_of(tensors, LARGEST_MOMENT, LARGEST_SQUARE):
+        raise CheckpointError(f"{path}: {fault}")
+    return tensors
 
 
 @contextlib.contextmanager
 def exclusive(folder: Path) -> Iterator[None]:
     """Hold a run's folder, so that no second process trains into it; the lock goes with the process."""
-    handle = os.open(folder, os.O_RDONLY)
+    handle = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
     try:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -195,19 +220,3 @@ def naming_a_full_disk(advice: Callable[[], str]) -> Iterator[None]:
         full = OSError(f"{what}{where}: {advice()}")
         full.errno = error.errno
         raise full from error
-
-
-def _fingerprint(path: Path) -> dict[str, Any]:
-    crc, length = 0, 0
-    with path.open("rb") as file:
-        while chunk := file.read(_CHUNK):
-            crc, length = zlib.crc32(chunk, crc), length + len(chunk)
-    return {"bytes": length, "crc32": f"{crc:08x}"}
-
-
-def _synchronise(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

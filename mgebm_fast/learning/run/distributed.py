@@ -48,7 +48,7 @@ class Ranks:
 
     def __init__(self, rank: int = 0, size: int = 1) -> None:
         self.rank, self.size = rank, size
-        self.failed = False  # whether rank 0 knows of the error that ends this one, and tells of it
+        self.failed = False  # whether rank 0 reports the error that ends this one, so that this rank stays silent
         self._asked: Callable[[], bool] = lambda: False
         self._agreed_to_stop = False
         # Words and flags go between hosts, so that no GPU waits for them.
@@ -110,7 +110,7 @@ class Ranks:
             raise
         except Exception as error:
             failure = error
-        # How a rank fares is the last entry of its rows: one exchange an update, and one look at the device.
+        # How a rank fares is the last entry of its rows: one exchange and one host sync an update.
         status = _FAILED if failure else _STOP if self._asked() else _GOING
         mine = torch.full((len(shares), length + 1), float(status), device=self._meeting_place())
         if failure is None:
@@ -210,7 +210,7 @@ class Ranks:
             raise ValueError(f"torchrun: every rank must have the same {what}, got another on rank {other} than on 0")
 
     def _fail(self, rank: int, own: Exception | None) -> None:
-        """Raise the error of `rank` here; every rank calls this, and rank 0 is left to tell of it."""
+        """Raise the error of `rank` here; every rank calls this, and rank 0 alone reports it."""
         words = self.tell(f"{type(own).__name__}\n{own}", source=rank)
         self.failed = self.rank > 0
         if own is not None:
@@ -224,7 +224,7 @@ class Ranks:
         try:
             yield
         except RuntimeError as error:
-            self.failed = self.rank > 0
+            self.failed = self.rank > 1  # rank 0 may be the one that ended
             raise RankLost(f"torchrun: {whom} cannot be reached any more, a process of this run has ended") from error
 
     @staticmethod

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -68,11 +70,18 @@ class Batches:
         self.places = range(batch_size) if places is None else places
         self._order = Order(len(data), batch_size, seed)
         self._thread = ThreadPoolExecutor(1, "mgebm-batches") if ahead else None
+        self._fingerprint: Mapping[str, Any] | None = None
         self._next: tuple[int, Future[Tensor]] | None = None
 
     def indices(self, iteration: int) -> Tensor:  # (B,) int64
         """Which images batch `iteration` holds, over all ranks."""
         return self._order.indices(iteration)
+
+    def fingerprint(self) -> Mapping[str, Any]:
+        """What tells these data from others (`data.fingerprint`); taken once, since it reads all of them."""
+        if self._fingerprint is None:
+            self._fingerprint = self.data.fingerprint()
+        return self._fingerprint
 
     def batch(self, iteration: int) -> Tensor:  # (len(places), C, S, S) uint8, on the CPU
         """The images at `places` of batch `iteration`."""

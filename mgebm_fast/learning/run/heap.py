@@ -18,10 +18,11 @@ _SETTINGS = (
 def keep_freed_memory() -> bool:
     """Ask glibc to hold on to freed memory up to 2 GB; whether it was asked.
 
-    A network's maps are freed and allocated anew by every pass. By default glibc gives the larger ones back to the
-    system, which hands them out again page by page, each page cleared at its first touch: a fifth of the learning step
-    of a small net. It concerns the whole process, so programs call it, not the library. Other allocators (LD_PRELOAD),
-    and settings of the environment (GLIBC_TUNABLES, and MALLOC_… of what is set here), stand.
+    A network's feature maps are freed and allocated again by every pass. By default glibc gives the larger ones back
+    to the system, which hands them out again page by page, each page cleared at its first touch: a fifth of the
+    learning step of a small net. It concerns the whole process, so programs call it, not the library. Other
+    allocators (LD_PRELOAD), and settings of the environment (GLIBC_TUNABLES, and MALLOC_… of what is set here),
+    stand.
     """
     if any(name in os.environ for name in _SETTINGS):
         return False

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM during training: the first asks for an orderly stop, the second aborts."""
+"""Signals during training: the first asks for an orderly stop with a checkpoint, a second Ctrl-C or SIGTERM aborts."""
 
 from __future__ import annotations
 
@@ -8,23 +8,29 @@ from collections.abc import Callable
 from types import FrameType, TracebackType
 from typing import Any
 
-_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+_ABORTING = (signal.SIGINT, signal.SIGTERM)
+# A closed terminal, batch systems before they end a job, and a limit on CPU time. They come more than once.
+_ASKING = (signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU)
 
 
 class StopRequests:
     """Inside, `requested` is True after the first signal; `announce` is called then, with the signal's name.
 
-    Handlers can be set in the main thread only: in another one signals keep their meaning.
+    Handlers can be set in the main thread only: in another one signals keep their meaning. A SIGHUP that is ignored,
+    as under nohup, stays ignored.
     """
 
     def __init__(self, announce: Callable[[str], None]) -> None:
         self.requested = False
+        self._may_abort = False
         self._announce = announce
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> StopRequests:
         if threading.current_thread() is threading.main_thread():
-            self._before = {number: signal.signal(number, self._handle) for number in _SIGNALS}
+            for number in (*_ABORTING, *_ASKING):
+                if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:
+                    self._before[number] = signal.signal(number, self._handle)
         return self
 
     def __exit__(
@@ -38,8 +44,11 @@ class StopRequests:
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self.requested:
-            self._restore()
-            raise KeyboardInterrupt
-        self.requested = True
-        self._announce(signal.Signals(number).name)
+        if number in _ABORTING:
+            if self._may_abort:
+                self._restore()
+                raise KeyboardInterrupt
+            self._may_abort = True
+        if not self.requested:
+            self.requested = True
+            self._announce(signal.Signals(number).name)

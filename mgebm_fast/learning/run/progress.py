@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import os
+import sys
 import time
 from types import TracebackType
 from typing import Any
@@ -9,26 +13,61 @@ from typing import Any
 from rich.console import Console
 
 
-class Progress:
-    """Shows updates `start` … `total`. `console` None shows nothing at all."""
+def _broken_pipe() -> None:
+    raise BrokenPipeError(errno.EPIPE, os.strerror(errno.EPIPE))
 
-    def __init__(self, console: Console | None, start: int, total: int) -> None:
-        self._console, self._start, self._total = console, start, total
+
+class Voice:
+    """Lines for the user on `console`; None says nothing. A console that cannot be written to any more is given up: a
+    closed terminal or a pipe without a reader does not end a run."""
+
+    def __init__(self, console: Console | None) -> None:
+        self.console = console
+        if console is not None:
+            console.on_broken_pipe = _broken_pipe  # type: ignore[method-assign]  # rich's own ends the process
+
+    def say(self, text: str) -> None:
+        """A line as it is: no markup, no wrapping of paths and commands."""
+        with self.surviving():
+            if self.console is not None:
+                self.console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+    def say_from_a_signal(self, text: str) -> None:
+        """Not through rich: its lock may be held by the code that the signal interrupted."""
+        if self.console is not None:
+            with contextlib.suppress(OSError, ValueError, AttributeError):  # closed, or no file at all
+                os.write(sys.stderr.fileno(), f"\n{text}\n".encode())
+
+    @contextlib.contextmanager
+    def surviving(self) -> Any:
+        try:
+            yield
+        except (OSError, ValueError):  # ValueError: the file was closed
+            self.console = None
+
+
+class Progress:
+    """Shows updates `start` … `total`, through a `Voice`."""
+
+    def __init__(self, voice: Voice, start: int, total: int) -> None:
+        self._voice, self._start, self._total = voice, start, total
         self._bar: Any = None
         self._began = time.monotonic()
 
     def __enter__(self) -> Progress:
-        if self._console is not None and self._console.is_terminal:
+        console = self._voice.console
+        if console is not None and console.is_terminal:
             from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
             from rich.progress import Progress as Bar
 
             self._bar = Bar(
                 TextColumn("training"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[rate]}"),
                 TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(), TextColumn("{task.fields[headline]}"),
-                console=self._console,
+                console=console,
             )  # fmt: skip
-            self._bar.start()
             self._task = self._bar.add_task("", total=self._total, completed=self._start, rate="", headline="")
+            with self._voice.surviving():
+                self._bar.start()
         self._began = time.monotonic()
         return self
 
@@ -36,24 +75,21 @@ class Progress:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if self._bar is not None:
-            self._bar.stop()
+            with self._voice.surviving():
+                self._bar.stop()
 
     def update(self, done: int, headline: str, *, logged: bool) -> None:
         """After update number `done`; `headline` says how training stands, `logged` whether it was recorded."""
         if self._bar is not None:
-            self._bar.update(self._task, completed=done, rate=self._rate(done), headline=headline)
-        elif logged and self._console is not None:
+            with self._voice.surviving():
+                self._bar.update(self._task, completed=done, rate=self._rate(done), headline=headline)
+        elif logged:
             left = (self._total - done) * self._seconds(done)
-            self.say(f"{done}/{self._total}  {self._rate(done)}  {duration(left)} left  {headline}")
+            self._voice.say(f"{done}/{self._total}  {self._rate(done)}  {duration(left)} left  {headline}")
 
     def restart(self, done: int) -> None:
         """The run went back to `done` updates: the rate is that of those from here on."""
         self._start, self._began = done, time.monotonic()
-
-    def say(self, text: str) -> None:
-        """A line beside the bar, as it is: no markup, no wrapping of paths and commands."""
-        if self._console is not None:
-            self._console.print(text, markup=False, highlight=False, soft_wrap=True)
 
     def _seconds(self, done: int) -> float:
         return (time.monotonic() - self._began) / max(1, done - self._start)

@@ -2,52 +2,91 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
-from collections.abc import Mapping
+import warnings
+import zlib
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any, BinaryIO
+
+from ... import files
+from ...errors import CheckpointError
 
 METRICS = "metrics.jsonl"
 TENSORBOARD = "tensorboard"
+_MOST = 1 << 32  # bytes of a metrics file
+_LONGEST = 1 << 20  # bytes of a line
+
+Mark = Mapping[str, Any]  # {"bytes", "crc32"} of a metrics file as it was at a checkpoint
 
 
-class Recorder:
+class NoRecorder:
+    """Keeps no records: what a run without a folder has, and every rank but the first."""
+
+    notice = ""
+
+    def add(self, step: int, values: Mapping[str, float]) -> None:
+        return
+
+    def rewind(self, step: int, rollbacks: int) -> None:
+        return
+
+    def mark(self) -> Mark | None:
+        return None
+
+    def synchronise(self) -> None:
+        return
+
+    def close(self) -> None:
+        return
+
+
+class Recorder(NoRecorder):
     """One line of JSON a record, flushed at once, and one TensorBoard scalar a number.
 
     `step` counts the updates made. Opening at step s drops what earlier runs wrote after s, a torn last line
     included, so that a resumed run doubles nothing; and records of going back beyond the first `rollbacks` ones.
+    `mark` is what the file was like at the checkpoint: where it is not, `notice` says what is done about it.
     """
 
-    def __init__(self, folder: Path, step: int, rollbacks: int = 0) -> None:
+    def __init__(self, folder: Path, step: int, rollbacks: int = 0, mark: Mark | None = None) -> None:
         self._folder = folder
-        self._open(step, rollbacks)
+        self._open(step, rollbacks, mark)
 
-    def _open(self, step: int, rollbacks: int) -> None:
+    def _open(self, step: int, rollbacks: int, mark: Mark | None) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
         path = self._folder / METRICS
-        truncate(path, step, rollbacks)
-        self._file = path.open("a", encoding="utf-8")
+        self.notice = truncate(path, step, rollbacks, mark)
+        found = files.fingerprint(path) if path.exists() else {"bytes": 0, "crc32": "0"}
+        self._bytes, self._crc = found["bytes"], int(found["crc32"], 16)
+        self._file = path.open("ab")
         purge = step + 1 if (self._folder / TENSORBOARD).is_dir() else None
         self._board = SummaryWriter(str(self._folder / TENSORBOARD), purge_step=purge, max_queue=1000)
 
-    def go_back(self, step: int, rollbacks: int, diverged_at: int) -> None:
-        """Drop what was written after `step`, and write, as a record of `step`, that the run went back to it."""
+    def rewind(self, step: int, rollbacks: int) -> None:
+        """Drop what was written after `step`, and records of going back beyond the first `rollbacks` ones."""
         self.close()
-        self._open(step, rollbacks - 1)
-        self.add(step, {"rollbacks": rollbacks, "diverged_at": diverged_at})
-        self.synchronise()
+        self._open(step, rollbacks, None)
 
     def add(self, step: int, values: Mapping[str, float]) -> None:
         """Write the record of update number `step` (from 1)."""
-        self._file.write(json.dumps({"step": step, **values}) + "\n")
+        line = (json.dumps({"step": step, **values}) + "\n").encode()
+        self._file.write(line)
         self._file.flush()
+        self._bytes, self._crc = self._bytes + len(line), zlib.crc32(line, self._crc)
         for name, value in values.items():
             self._board.add_scalar(name, value, step)
 
+    def mark(self) -> Mark:
+        """What the file is like now, for the state of a checkpoint."""
+        return {"bytes": self._bytes, "crc32": f"{self._crc:08x}"}
+
     def synchronise(self) -> None:
         """Have everything on the disk before a checkpoint that counts on it."""
-        os.fsync(self._file.fileno())
+        files.synchronise_file(self._file.fileno())
         self._board.flush()
 
     def close(self) -> None:
@@ -57,34 +96,84 @@ class Recorder:
             self._board.close()
 
 
-def truncate(path: Path, step: int, rollbacks: int = 0) -> None:
-    """Cut a metrics file behind its last whole line with a step up to `step`, and before a record of going back that is
-    not of the first `rollbacks`; lines are in the order of steps."""
-    if not path.exists():
-        return
-    keep = 0
-    with path.open("rb") as file:
-        for line in file:
-            recorded = _step(line)
-            if recorded is None or recorded > step or json.loads(line).get("rollbacks", 0) > rollbacks:
+def truncate(path: Path, step: int, rollbacks: int = 0, mark: Mark | None = None) -> str:
+    """Cut a metrics file behind its last record with a step up to `step`, and before a record of going back that is not
+    of the first `rollbacks`; records are in the order of steps.
+
+    A file that does not begin with what `mark` describes, or has a damaged line among those to keep, is damaged: its
+    readable records are kept, the file as it was is set aside, and the sentence that is returned says so. Otherwise "".
+    """
+    expected = 0 if mark is None else int(mark["bytes"])
+    if not os.path.lexists(path):
+        return f"{path}: missing, with the records up to update {step}" if expected else ""
+    if mark is not None and _begins_with(path, mark):
+        os.truncate(path, expected)
+        return ""
+    kept: list[bytes] = []
+    lost = pending = 0  # `pending`: unreadable lines that may be the torn end
+    with _opened(path) as file:
+        for line in _lines(file):
+            record = _record(line)
+            if record is None:
+                pending += 1
+                continue
+            if record["step"] > step or record.get("rollbacks", 0) > rollbacks:
                 break
-            keep += len(line)
-    os.truncate(path, keep)
+            kept.append(line)
+            lost, pending = lost + pending, 0
+    if mark is None and not lost:
+        os.truncate(path, sum(map(len, kept)))
+        return ""
+    aside = path.with_name(f"{METRICS}.damaged")
+    if not os.path.lexists(aside):
+        os.rename(path, aside)
+    files.remove(path)
+    files.write_bytes(path, b"".join(kept))
+    return f"{path}: damaged; {len(kept)} records up to update {step} could be read, the file as it was is {aside.name}"
 
 
 def read(path: Path) -> list[dict[str, float]]:
-    """All whole records of a metrics file; an empty list where there is none."""
-    if not path.exists():
+    """All readable records of a metrics file, with a warning where others are not; [] where there is no file."""
+    if not os.path.lexists(path):
         return []
-    with path.open("rb") as file:
-        return [json.loads(line) for line in file if _step(line) is not None]
+    with _opened(path) as file:
+        found = [_record(line) for line in _lines(file)]
+    if found and found[-1] is None:  # torn: the process was killed
+        found.pop()
+    records = [record for record in found if record is not None]
+    if len(records) < len(found):
+        warnings.warn(f"{path}: {len(found) - len(records)} of {len(found)} records are damaged", stacklevel=2)
+    return records
 
 
-def _step(line: bytes) -> int | None:
-    """The step of a whole line, None for a torn one."""
-    if not line.endswith(b"\n"):
-        return None
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[BinaryIO]:
     try:
-        return int(json.loads(line)["step"])
-    except (ValueError, KeyError, TypeError):
+        with files.open_regular(path, most=_MOST) as file:
+            yield file
+    except OSError as error:
+        raise CheckpointError(f"{path}: {error.strerror}") from error
+
+
+def _lines(file: BinaryIO) -> Iterator[bytes]:
+    """Lines with their ends; of one that is too long pieces, which are no records."""
+    while line := file.readline(_LONGEST):
+        yield line
+
+
+def _begins_with(path: Path, mark: Mark) -> bool:
+    crc, left = 0, int(mark["bytes"])
+    with _opened(path) as file:
+        while left and (chunk := file.read(min(left, _LONGEST))):
+            crc, left = zlib.crc32(chunk, crc), left - len(chunk)
+    return not left and f"{crc:08x}" == mark["crc32"]
+
+
+def _record(line: bytes) -> dict[str, Any] | None:
+    """The record of a whole line, None for a torn or damaged one."""
+    try:
+        found = json.loads(line) if line.endswith(b"\n") else None
+        whole = isinstance(found, dict) and isinstance(found["step"], int)
+        return found if whole and isinstance(found.get("rollbacks", 0), int) else None
+    except (ValueError, KeyError, RecursionError):
         return None

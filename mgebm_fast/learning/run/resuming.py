@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from ...data.fingerprint import difference
 from ...errors import CheckpointError, ConfigError
 from ..config.train_config import TrainConfig, fixed_keys
 from . import checkpoint
-from .checkpoint import CHECKPOINTS, CONFIG
+from .folder import CHECKPOINTS, CONFIG, check_inside, read_fingerprint
 
 Found = tuple[Path, dict[str, Any]]  # the folder of an undamaged checkpoint, and its state
 
@@ -17,12 +19,13 @@ Found = tuple[Path, dict[str, Any]]  # the folder of an undamaged checkpoint, an
 def find(path: Path, say: Callable[[str], None]) -> Found | None:
     """The checkpoint that `path`, itself one or a run's folder, means; None for a run that has none yet.
 
-    Damaged ones of a run are set aside, and `say` tells of it. CheckpointError where `path` is neither, or where no
+    Damaged ones of a run are set aside, and `say` reports it. CheckpointError where `path` is neither, or where no
     checkpoint is whole.
     """
-    if (path / checkpoint.STATE).exists():
+    if os.path.lexists(path / checkpoint.STATE):
         return path, _read_named(path)
-    if (path / CONFIG).is_file():
+    if os.path.lexists(path / CONFIG):
+        check_inside(path)
         with checkpoint.exclusive(path):
             checkpoint.clean(path / CHECKPOINTS)
             return _newest_of_run(path, say)
@@ -50,8 +53,11 @@ def _newest_of_run(path: Path, say: Callable[[str], None]) -> Found | None:
     return found
 
 
-def check_same_run(config: TrainConfig, images: int, state: Mapping[str, Any], folder: Path) -> None:
-    """ConfigError unless `state`, of the checkpoint `folder`, is of a run like this one on as many images."""
+def check_same_run(
+    config: TrainConfig, data: Mapping[str, Any], images: int, state: Mapping[str, Any], folder: Path
+) -> None:
+    """ConfigError unless `state`, of the checkpoint `folder`, is of a run like this one on these images: as many, and
+    with the fingerprint `data` where the run has one."""
     ours, theirs = config.to_dict(), state["config"]
     for name in fixed_keys(config.method):
         section, _, leaf = name.rpartition(".")
@@ -64,22 +70,10 @@ def check_same_run(config: TrainConfig, images: int, state: Mapping[str, Any], f
                 f"resume: {name} must be {stored!r}, as in {folder}, got {mine!r}; a run with another value is "
                 "another run: train it into a new folder"
             )
+    stored = read_fingerprint(folder.parent.parent)
+    if stored and data and (differs := difference(stored, dict(data))):
+        raise ConfigError(f"resume: data must be the images that the run began with, but {differs}")
     if state.get("images") != images:
         raise ConfigError(
             f"resume: data must be the {state.get('images')} images that the run began with, got {images}"
         )
-
-
-def check_new(out: Path) -> None:
-    """Raise FileExistsError unless `out` is a folder that does not exist yet or is empty."""
-    if out.exists() and not out.is_dir():
-        raise FileExistsError(f"out: must be a folder, got {out}, which is a file")
-    if out.is_dir() and any(not _left_behind(path) for path in out.iterdir()):
-        advice = "pass --resume to go on with its run, or choose" if (out / CONFIG).exists() else "choose"
-        raise FileExistsError(
-            f"out: must be a new or empty folder, got {out}, which is not empty; {advice} another one"
-        )
-
-
-def _left_behind(path: Path) -> bool:
-    return path.name.startswith(f".{CONFIG}.")

@@ -16,17 +16,19 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
-import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ... import files
 from ...errors import CheckpointError, DivergenceError
 from ..config.sections import RollbackConfig
 from . import checkpoint
+from .folder import CHECKPOINTS, NoFolder
 from .resuming import Found
+from .rule import UpdateRule
 
-WINDOW = 100  # updates that the running mean of a gap follows, and those before it is looked at
+WINDOW = 100  # updates in the running mean of a gap; also the warm-up before gap_ratio applies
 _GAP = "/gap"
 
 
@@ -99,7 +101,6 @@ class History:
         self.config = config
         self.made: list[Rollback] = []
         self.watch = Watch(config)
-        self.kept: list[Kept] = []  # of a run without a folder, oldest first
 
     @property
     def on(self) -> bool:
@@ -141,6 +142,69 @@ class History:
         return f"{len(self.made)} time{'s' if len(self.made) > 1 else ''}"
 
 
+class MemoryStates:
+    """The good states of a run without a folder: copies in memory, oldest first, the newest `most` of them."""
+
+    def __init__(self, history: History, most: int) -> None:
+        self.history, self.most = history, most
+        self._kept: list[Kept] = []
+
+    def known(self) -> bool:
+        """Whether there is a state to go back to."""
+        return bool(self._kept)
+
+    def forget(self) -> None:
+        self._kept = []
+
+    def keep(self, iteration: int, rule: UpdateRule) -> None:
+        """Keep the state after `iteration` updates."""
+        self._kept = [*self._kept, (iteration, rule.snapshot(), self.history.watch.state())][-self.most :]
+
+    def from_memory(self) -> Kept | None:
+        """The state to go back to, which becomes the newest; None where there is none here."""
+        place = choose([step for step, _, _ in self._kept], self.history.made)
+        if place is None:
+            return None
+        self._kept = self._kept[: place + 1]
+        return self._kept[-1]
+
+    def from_folder(self) -> Found | None:
+        """The checkpoint to go back to."""
+        return None
+
+    def prune(self) -> None:
+        """Remove the checkpoints that are not kept."""
+
+
+class FolderStates(MemoryStates):
+    """The good states of a run with a folder: those of its checkpoints that the loop stored as good."""
+
+    def __init__(self, folder: NoFolder, history: History, most: int) -> None:
+        super().__init__(history, most)
+        self.folder = folder
+
+    def known(self) -> bool:
+        return not self.folder.writes or bool(good_states(self.folder.checkpoints()))
+
+    def keep(self, iteration: int, rule: UpdateRule) -> None:
+        return
+
+    def from_folder(self) -> Found | None:
+        states = good_states(self.folder.checkpoints())
+        place = choose([int(state["iteration"]) for _, state in states], self.history.made)
+        return None if place is None else states[place]
+
+    def prune(self) -> None:
+        if self.folder.writes and self.folder.path is not None:
+            root = self.folder.path / CHECKPOINTS
+            (prune if self.history.on else checkpoint.prune)(root, self.most)
+
+
+def states_of(folder: NoFolder, history: History, most: int) -> MemoryStates:
+    """Where the good states of a run with `folder` are."""
+    return MemoryStates(history, most) if folder.path is None else FolderStates(folder, history, most)
+
+
 def choose(steps: Sequence[int], made: Sequence[Rollback]) -> int | None:
     """The place, in the steps of good states given oldest first, of the one to go back to; None where there is none."""
     if not steps:
@@ -166,4 +230,4 @@ def prune(root: Path, keep: int) -> None:
     kept = [*[folder for folder, _ in good_states(folders)][-keep:], *folders[-1:]]
     for folder in folders:
         if folder not in kept:
-            shutil.rmtree(folder, ignore_errors=True)
+            files.remove(folder)

@@ -31,6 +31,13 @@ class UpdateRule(abc.ABC):
         number is not finite.
         """
 
+    def check(self) -> None:
+        """DivergenceError unless all that `write` stores is finite and of a sane size (`models.storage`).
+
+        Called before a state is stored or kept, since an update checks what goes into it and not what comes of it.
+        """
+        return
+
     @abc.abstractmethod
     def headline(self, metrics: Mapping[str, float]) -> str:
         """A few words on how training stands, from what `update` returned."""

@@ -14,7 +14,7 @@ from ..config.files import load_config
 from ..config.method import load_data
 from ..config.train_config import TrainConfig, from_dict
 from . import checkpoint, records
-from .checkpoint import CHECKPOINTS, CONFIG, MODEL
+from .folder import CHECKPOINTS, CONFIG, MODEL, check_inside, read_fingerprint
 
 
 class Run:
@@ -26,6 +26,7 @@ class Run:
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self._checkpoint: Path | None = None
+        check_inside(self.path)
         if (self.path / checkpoint.STATE).is_file() and not (self.path / CONFIG).is_file():
             self._checkpoint = self.path
             self.config: TrainConfig = from_dict(checkpoint.read(self.path)["config"], str(self.path))
@@ -83,6 +84,10 @@ class Run:
         """The records of metrics.jsonl."""
         return records.read(self.path / records.METRICS)
 
+    def fingerprint(self) -> dict[str, Any] | None:
+        """What the run says of the data that it learnt from (`data.fingerprint`); None for one from before it did."""
+        return read_fingerprint(self.path.parent.parent if self._checkpoint else self.path)
+
     def data(self, split: str = "train", source: Any = None) -> Any:
         """The images or clips of the run, read as in training; `source` where they lie elsewhere now."""
-        return load_data(self.config, split=split, source=source)
+        return load_data(self.config, split=split, source=source, like=self.fingerprint())

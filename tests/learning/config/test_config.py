@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 
 import pytest
 import tomllib
@@ -133,10 +134,10 @@ def test_annealed_noise_goes_by_rank(sizes, expected):
         ("optimizer.lr=1", r"did you mean 'optimiser.lr'\?"),
         ("langevin=3", "langevin is a table"),
         ("steps", "must be key=value, got 'steps'"),
-        ("steps=-1", "steps must be a whole number >= 0, got -1"),
-        ("steps=1.5", "steps must be a whole number >= 0, got 1.5"),
-        ("steps=true", "steps must be a whole number >= 0, got True"),
-        ("batch_size=0", "batch_size must be a whole number >= 1, got 0"),
+        ("steps=-1", "steps must be a whole number >= 0 and <= 1000000000, got -1"),
+        ("steps=1.5", "steps must be a whole number >= 0 .* got 1.5"),
+        ("steps=true", "steps must be a whole number >= 0 .* got True"),
+        ("batch_size=0", "batch_size must be a whole number >= 1 and <= 65536, got 0"),
         ("langevin.steps=0", "langevin.steps must be a whole number >= 1"),
         ("langevin.steps=ten", "got 'ten'"),
         ("langevin.steps=[1,2]", r"langevin.steps must be one value, or a list of 3 .*got 2 values"),
@@ -156,6 +157,16 @@ def test_annealed_noise_goes_by_rank(sizes, expected):
         ("stabilise.noise_anneal_share=0", "noise_anneal_share must be a number > 0 and <= 1"),
         ("sizes=8", "sizes must be a list"),
         ("value_range=[1,0]", r"low < high, got \[1.0, 0.0\]"),
+        ("batch_size=1000000000000", "batch_size must be a whole number >= 1 and <= 65536, got 1000000000000"),
+        ("frame.orientations=2147483648", "frame.orientations must be .* <= 256"),
+        ("spatial-temporal.rate=1e9", "spatial-temporal.rate must be .* <= 192000"),
+        ("size=3", r"did you mean 'sizes'\?"),
+        (
+            "data=" + "x" * 5000,
+            "data must be a string, got 'x{199}… .5002 characters., 5000 characters of at most 4096",
+        ),
+        (".".join("a" * 50_000) + "=3", "unknown key 'a.a.a"),
+        ("optimiser.betas={" + ".".join("a" * 50_000) + "=3}", "optimiser.betas must be a list"),
         ("flips=maybe", "flips must be true or false, got 'maybe'"),
     ],
 )
@@ -212,7 +223,7 @@ def test_no_activation_is_a_value_and_auto_the_variants_own():
 
 def test_every_key_is_described():
     rows = {name: (expected, default) for name, expected, default, text in describe_keys() if text}
-    assert rows["langevin.steps"] == ("a whole number >= 1, or a list with one for each net", 30)
+    assert rows["langevin.steps"] == ("a whole number >= 1 and <= 1000000, or a list with one for each net", 30)
     assert len(rows) == len(describe_keys())
     defaults = TrainConfig()
     assert rows["batch_size"][1] == defaults.batch_size
@@ -231,3 +242,36 @@ def test_written_toml_is_read_back_as_it_was():
     assert written({"a": 1, "t": {"b": [1, "x"]}}) == 'a = 1\n\n[t]\nb = [\n    1,\n    "x",\n]\n'
     with pytest.raises(TypeError, match="must hold numbers, text and lists of them, got NoneType"):
         written({"a": None})
+
+
+def test_every_number_that_memory_or_time_depends_on_is_bounded():
+    """Whole numbers have an upper bound, whatever lists and options they stand in."""
+    from mgebm_fast.learning.config.keys import Whole
+    from mgebm_fast.learning.config.train_config import _fields
+
+    def leaves(kind):
+        return leaves(kind.kind) if hasattr(kind, "kind") else kind
+
+    kinds = {name: leaves(field.metadata["kind"]) for name, (_, field) in _fields().items()}
+    assert [name for name, kind in kinds.items() if isinstance(kind, Whole) and kind.high is None] == []
+    with pytest.raises(ConfigError, match="batch_size must leave a batch below 2147483648 pixels, at 1 channels"):
+        apply_overrides(load_preset("digits"), ["sizes=[1,4096]", "batch_size=4096"])
+
+
+def test_files_that_are_no_configuration_are_refused_at_once(tmp_path):
+    path = tmp_path / "x.toml"
+    path.write_bytes("steps = 7".encode("utf-8-sig"))
+    assert load_config(path).steps == 7
+    deep = ".".join("a" * 50_000) + " = 1", " . ".join("a" * 5_000) + " = 1", "a = " + "[" * 9000, "#" * 300_000
+    for text in deep:
+        path.write_text(text)
+        with pytest.raises(ConfigError, match="x.toml: must be a TOML file"):
+            load_config(path)
+    path.write_bytes(b"steps = \xff")
+    with pytest.raises(ConfigError, match="x.toml: must be a TOML file"):
+        load_config(path)
+    path.unlink()
+    os.mkfifo(path)
+    for source in (path, "/dev/zero"):
+        with pytest.raises(ConfigError, match="must be a TOML file that can be read: must be a regular file"):
+            load_config(source)

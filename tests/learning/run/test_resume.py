@@ -126,10 +126,18 @@ def test_other_data_is_refused(trainer, tmp_path):
 
 def test_resume_of_what_is_no_run(trainer, tmp_path):
     with pytest.raises(CheckpointError, match="does not exist"):
-        trainer(out=tmp_path / "none").resume()
+        trainer().resume(tmp_path / "none")
     (tmp_path / "empty").mkdir()
     with pytest.raises(CheckpointError, match="not a run's folder"):
-        trainer(out=tmp_path / "empty").resume()
+        trainer().resume(tmp_path / "empty")
+
+
+def test_killed_before_there_was_a_configuration_a_run_begins(trainer, tmp_path):
+    (tmp_path / ".config.toml.1.tmp").write_text("half of it")
+    words = io.StringIO()
+    ours = trainer(out=tmp_path, console=Console(file=words))
+    assert ours.resume() == 0 and "from the beginning" in words.getvalue()
+    assert ours.fit(1).finished and not [p for p in tmp_path.iterdir() if p.name.startswith(".")]
 
 
 def test_going_on_in_a_new_folder(trainer, tmp_path):

@@ -150,7 +150,8 @@ def test_abandoned_records_are_gone_from_both_places(tmp_path):
     with closing(records.Recorder(tmp_path, 0)) as recorder:
         for step in (1, 2, 3):
             recorder.add(step, {"gap": float(step)})
-        recorder.go_back(1, 1, 4)
+        recorder.rewind(1, 0)
+        recorder.add(1, {"rollbacks": 1, "diverged_at": 4})
         recorder.add(2, {"gap": 20.0})
     expected = [(1, 1.0), (2, 20.0)]
     assert board(tmp_path) == expected
@@ -166,7 +167,7 @@ def test_too_often(run, tmp_path):
         last = "the last good checkpoint is .*step_000004" if out else "there is no checkpoint yet"
         with pytest.raises(DivergenceError, match=f"stopped at update 6, .*went back 2 times before; {last}"):
             ours.fit()
-    with pytest.raises(DivergenceError, match="update 6, which was not applied; there is no.*rollback.attempts lets"):
+    with pytest.raises(DivergenceError, match="update 6, which was not saved; there is no.*rollback.attempts lets"):
         diverge(run(attempts=0), (6, 0)).fit()
     more = run(tmp_path, attempts=3)
     more.resume()
@@ -223,7 +224,8 @@ class Killed(BaseException):
 def test_killed_while_it_goes_back(run, tmp_path, monkeypatch, moment):
     diverge(run(tmp_path / "a"), *PLACES).fit()
     ours = diverge(run(tmp_path / "b"), *PLACES)
-    set_aside, save = ours._loop._set_later_aside, ours._loop._save
+    folder = ours._loop.folder
+    set_aside, save = folder.set_later_aside, folder.save
 
     def killed(*args, **options):
         if ours.rule.attempt:
@@ -231,14 +233,14 @@ def test_killed_while_it_goes_back(run, tmp_path, monkeypatch, moment):
 
     with monkeypatch.context() as patched:
         if moment == "at once":
-            ours._loop._set_later_aside = lambda out: (killed(), set_aside(out))
+            folder.set_later_aside = lambda step: (killed(), set_aside(step))
         elif moment == "before the checkpoint":
-            ours._loop._save = lambda folder, **o: (killed(), save(folder, **o))[1]
+            folder.save = lambda *a: (killed(), save(*a))
         elif moment == "in it":
             write = checkpoint.write_tensors
             patched.setattr(checkpoint, "write_tensors", lambda *a: (killed(), write(*a)))
         elif moment == "before the records":
-            patched.setattr(records.Recorder, "go_back", killed)
+            patched.setattr(ours._loop, "_record_going_back", killed)
         else:
             diverge(ours, seen=lambda iteration, rule: killed() if iteration == 5 else None)
         with pytest.raises(Killed):

@@ -26,7 +26,8 @@ def test_contents(trainer, tmp_path):
     outcome = ours.fit()
     assert outcome.finished and outcome.iteration == 6
     assert sorted(p.name for p in out.iterdir()) == [
-        "checkpoints", "config.toml", "metrics.jsonl", "model.safetensors", "samples", "tensorboard",
+        "checkpoints", "config.toml", "data.json", "metrics.jsonl", "model.json", "model.safetensors", "samples",
+        "tensorboard",
     ]  # fmt: skip
     assert load_config(out / "config.toml") == ours.config
     assert [p.name for p in sorted((out / "checkpoints").iterdir())] == ["step_000004", "step_000006"]

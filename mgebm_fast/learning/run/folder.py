@@ -1,0 +1,165 @@
+"""A run's folder, as the loop fills it, and what a run has that leaves nothing behind.
+
+config.toml, data.json                   the configuration, and the fingerprint of the data
+metrics.jsonl, tensorboard/, samples/    records and pictures
+checkpoints/, model.safetensors          states, the trained model, and model.json with its checksum
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from ... import files, pictures
+from ...errors import CheckpointError
+from ...models import storage
+from ...models.storage import MODEL_FILE as MODEL
+from ..config.train_config import TrainConfig
+from . import checkpoint
+from .records import METRICS, TENSORBOARD, Mark, NoRecorder, Recorder
+from .rule import UpdateRule
+
+CONFIG, CHECKPOINTS, SAMPLES, DATA = "config.toml", "checkpoints", "samples", "data.json"
+_FILES, _FOLDERS = (CONFIG, DATA, METRICS, MODEL, storage.CHECKSUM_FILE), (CHECKPOINTS, SAMPLES, TENSORBOARD)
+
+
+class NoFolder:
+    """In place of a run's folder: nothing is written, and there is nothing to go on from."""
+
+    path: Path | None = None
+    writes = False
+    owned = False  # whether what lies in it is this run's
+
+    def claim(self, config: TrainConfig, fingerprint: Mapping[str, Any], iteration: int) -> Any:
+        """A context in which the folder is this run's: new, or the run's own, and no other process's."""
+        return contextlib.nullcontext()
+
+    def recorder(self, step: int, rollbacks: int, mark: Mark | None) -> NoRecorder:
+        return NoRecorder()
+
+    def save(self, rule: UpdateRule, iteration: int, state: Mapping[str, Any]) -> None:
+        """The checkpoint of update `iteration`."""
+
+    def save_model(self, rule: UpdateRule, iteration: int, *, final: bool) -> None:
+        """The model to sample from, at the end, and where there is one already: it does not fall behind."""
+
+    def draw(self, step: int, panels: Sequence[tuple[str, Tensor]], across: int) -> None:
+        """The picture of update `step`."""
+
+    def set_later_aside(self, iteration: int) -> None:
+        """Checkpoints of a past that this run went back behind no longer count."""
+
+    def checkpoints(self) -> list[Path]:
+        """Those of the run, oldest first."""
+        return []
+
+    def holds(self, path: Path) -> bool:
+        """Whether `path` is this folder or one of its checkpoints."""
+        return False
+
+    @property
+    def last_checkpoint(self) -> Path | None:
+        folders = self.checkpoints()
+        return folders[-1] if folders else None
+
+
+class RunFolder(NoFolder):
+    """The folder of a run at `path`. Of several ranks the first alone `writes`: for others, methods that write do
+    nothing."""
+
+    path: Path
+
+    def __init__(self, path: Path, *, writes: bool = True) -> None:
+        self.path, self.writes = path, writes
+
+    @contextlib.contextmanager
+    def _claimed(self, config: TrainConfig, fingerprint: Mapping[str, Any], iteration: int) -> Iterator[None]:
+        if not self.owned:
+            check_new(self.path)
+        files.make_folder(self.path)
+        with checkpoint.exclusive(self.path):
+            check_inside(self.path)
+            files.write_bytes(self.path / CONFIG, config.to_toml().encode())
+            if fingerprint and not (self.path / DATA).exists():
+                files.write_bytes(self.path / DATA, (json.dumps(fingerprint) + "\n").encode())
+            checkpoint.clean(self.path / CHECKPOINTS)
+            for folder in (self.path, self.path / SAMPLES):
+                files.clean(folder)
+            self.set_later_aside(iteration)
+            self.owned = True
+            yield
+
+    def claim(self, config: TrainConfig, fingerprint: Mapping[str, Any], iteration: int) -> Any:
+        return self._claimed(config, fingerprint, iteration) if self.writes else contextlib.nullcontext()
+
+    def recorder(self, step: int, rollbacks: int, mark: Mark | None) -> NoRecorder:
+        return Recorder(self.path, step, rollbacks, mark) if self.writes else NoRecorder()
+
+    def save(self, rule: UpdateRule, iteration: int, state: Mapping[str, Any]) -> None:
+        if self.writes:
+            folder = self.path / CHECKPOINTS / checkpoint.name_of(iteration)
+            checkpoint.write(folder, lambda path: rule.write(path, iteration), state)
+
+    def save_model(self, rule: UpdateRule, iteration: int, *, final: bool) -> None:
+        if self.writes and (final or (self.path / MODEL).exists()):
+            storage.write_checked(self.path / MODEL, lambda path: rule.write_model(path, iteration))
+
+    def draw(self, step: int, panels: Sequence[tuple[str, Tensor]], across: int) -> None:
+        if self.writes:
+            files.make_folder(self.path / SAMPLES)
+            target = self.path / SAMPLES / f"{checkpoint.name_of(step)}.png"
+            if target.is_symlink():  # not ours: written to, it would be followed
+                files.remove(target)
+            pictures.save_png(target, pictures.labelled_panel(panels, across=across))
+
+    def set_later_aside(self, iteration: int) -> None:
+        for folder in self.checkpoints() if self.writes else []:
+            if checkpoint.step_of(folder) > iteration:
+                checkpoint.set_aside(folder, "replaced")
+
+    def checkpoints(self) -> list[Path]:
+        return checkpoint.listed(self.path / CHECKPOINTS)
+
+    def holds(self, path: Path) -> bool:
+        return self.path.resolve() in (path.resolve(), path.resolve().parent.parent)
+
+
+def check_new(out: Path) -> None:
+    """Raise FileExistsError unless `out` is a folder that does not exist yet or is empty."""
+    if out.exists() and not out.is_dir():
+        raise FileExistsError(f"out: must be a folder, got {out}, which is a file")
+    if not is_new(out):
+        advice = "pass --resume to go on with its run, or choose" if (out / CONFIG).exists() else "choose"
+        raise FileExistsError(
+            f"out: must be a new or empty folder, got {out}, which is not empty; {advice} another one"
+        )
+
+
+def is_new(out: Path) -> bool:
+    """Whether there is nothing at `out`, or a folder with nothing but what a killed start of a run left in it."""
+    return not out.exists() or (out.is_dir() and all(path.name.startswith(f".{CONFIG}.") for path in out.iterdir()))
+
+
+def check_inside(run: Path) -> None:
+    """CheckpointError where an entry of a run's folder is a link, or no regular file or folder where it must be one."""
+    for name in _FILES:
+        if os.path.lexists(run / name):
+            storage.check_regular(run / name)
+    for name in _FOLDERS:
+        if os.path.lexists(run / name) and not files.is_folder(run / name):
+            raise CheckpointError(f"{run / name}: must be a folder, got a symbolic link or a file")
+
+
+def read_fingerprint(run: Path) -> dict[str, Any] | None:
+    """What a run says of its data; None for one that says nothing."""
+    path = run / DATA
+    if not os.path.lexists(path):
+        return None
+    with checkpoint.damage_named(path, "no fingerprint of data"):
+        return dict(json.loads(files.read_regular(path, storage.MOST_JSON * 16)))
