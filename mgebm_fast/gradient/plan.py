@@ -8,13 +8,13 @@ from collections.abc import Callable
 from torch import Tensor, nn
 
 from ..errors import BackendError, suggest
+from ..ops.state import why_not_plain
 from . import conv, cuda
 from . import native as engine
 from .autograd import AutogradPlan
 from .base import GradientPlan
 from .holding import frozen_parameters
 from .stack import Stack, read
-from .trust import why_not_plain
 from .verify import why_not_trusted
 
 Energy = Callable[[Tensor], Tensor]  # (N, ...) float32 -> (N,), energies

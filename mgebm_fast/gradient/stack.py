@@ -22,9 +22,10 @@ from torch import Tensor, nn
 from ..errors import BackendError
 from ..nets import EnergyNet, Negative
 from ..nets.layers import BN_EPS, BatchStatistics, ConvLayer, LinearHead
+from ..ops.state import why_not_plain
 from .builder import Builder, label
 from .stages import BatchNorm, Stack, Stage, Unreadable
-from .trust import why_not_plain, why_not_read
+from .trust import why_not_read
 
 __all__ = ["BatchNorm", "Stack", "Stage", "example_input", "layout_of", "read", "reread"]
 

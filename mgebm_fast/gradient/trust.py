@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ..nets import EnergyNet, Negative
 from ..nets.layers import BatchStatistics, ConvLayer, LinearHead, SpectralWeight
+from ..ops.state import why_not_plain
+
+__all__ = ["why_not_plain", "why_not_read"]
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _GLOBAL_HOOKS = tuple(f"_global{name}" for name in _HOOKS)
@@ -37,23 +37,4 @@ def why_not_read(energy: nn.Module) -> str:
         for name in vars(module):
             if callable(getattr(kind, name, None)):
                 return f"{where} has a {name} of its own"
-    return ""
-
-
-def why_not_plain(tensor: Any) -> str:
-    """Why a tensor's values are not just the numbers in its memory, so that no native code may take its address; an
-    empty string where they are. Tensors and parameters with dense storage of their size are plain."""
-    if type(tensor) not in (Tensor, nn.Parameter):
-        return f"a {type(tensor).__name__}"
-    if tensor.layout != torch.strided:
-        return f"of layout {str(tensor.layout).removeprefix('torch.')}"
-    if tensor.is_neg() or tensor.is_conj():
-        return "a negative or conjugate view"
-    if torch._C._functorch.is_functorch_wrapped_tensor(tensor) or torch._is_functional_tensor(tensor):
-        return "wrapped by a transform of torch's"
-    if tensor.device.type == "meta":
-        return "on meta"
-    last = tensor.storage_offset() + sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
-    if tensor.numel() and (last + 1) * tensor.element_size() > tensor.untyped_storage().nbytes():
-        return "larger than its storage"
     return ""

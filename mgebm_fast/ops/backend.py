@@ -99,11 +99,13 @@ def choose(op: str, backend: str, device: torch.device) -> str:
 
 
 def past_dispatcher(*tensors: Tensor) -> bool:
-    """Whether an op may call its kernel directly: plain tensors, nothing traces, no mode is listening.
+    """Whether an op may call its kernel directly: no subclasses, nothing traces or transforms, no mode is listening.
 
     The dispatcher costs a custom in-place op some 80 µs a call, several times a small update itself.
     """
     if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
+        return False
+    if torch._C._functorch.peek_interpreter_stack() is not None:
         return False
     return all(type(tensor) is Tensor for tensor in tensors)
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Sequence
-from typing import Protocol
+from typing import NoReturn
 
 import torch
 import torch.nn.functional as F
@@ -22,7 +22,7 @@ from .backend import choose
 from .counters import Counters, check
 from .langevin_step import langevin_step_reference
 from .scratch import Scratch
-from .state import check_mask
+from .state import addresses, check_mask, why_not_plain
 from .update import Update, check_steps, prepare
 
 OP = "conv_chain"
@@ -31,42 +31,6 @@ MAX_STAGES = 32
 MAX_PIXELS = 2**31  # of a map: the tables of windows are int32
 _EDGE_CHANNELS = 4
 _IDLE = Update(0.0, 0.0, 0.0, 0.0, math.inf, -math.inf, math.inf)
-
-
-class NormLike(Protocol):
-    """Batch statistics: y = weight (z − mean) / √(var + eps) + bias."""
-
-    @property
-    def weight(self) -> Tensor: ...
-    @property
-    def bias(self) -> Tensor: ...
-    @property
-    def eps(self) -> float: ...
-
-
-class StageLike(Protocol):
-    """One convolution and what follows it, as `gradient.stack.Stage` describes it."""
-
-    @property
-    def weight(self) -> Tensor: ...  # (out, in, *kernel) float32
-    @property
-    def bias(self) -> Tensor | None: ...  # (out,)
-    @property
-    def stride(self) -> tuple[int, ...]: ...
-    @property
-    def padding(self) -> tuple[int, ...]: ...
-    @property
-    def dilation(self) -> tuple[int, ...]: ...
-    @property
-    def norm(self) -> NormLike | None: ...
-    @property
-    def activation(self) -> str: ...  # a key of ACTIVATIONS
-    @property
-    def slope(self) -> float: ...  # of leaky_relu
-    @property
-    def in_size(self) -> tuple[int, ...]: ...
-    @property
-    def out_size(self) -> tuple[int, ...]: ...
 
 
 def has_bfloat() -> bool:
@@ -93,7 +57,7 @@ class ConvChain:
     The first convolution, the sums, the statistics and the state are float32 in either case.
     """
 
-    def __init__(self, stages: Sequence[StageLike], head: Tensor, *, bfloat: bool = False) -> None:
+    def __init__(self, stages: Sequence[windows.StageLike], head: Tensor, *, bfloat: bool = False) -> None:
         if not 1 <= len(stages) <= MAX_STAGES:
             raise ValueError(f"conv_chain: stages must be 1 to {MAX_STAGES}, got {len(stages)}")
         for stage in stages:
@@ -104,16 +68,27 @@ class ConvChain:
         if bfloat and not has_bfloat():
             raise ValueError(f"conv_chain: bfloat needs AVX512_BF16 or AMX, got the {native.isa()} instruction set")
         self.bfloat = bfloat
+        tensors = [tensor for stage in stages for tensor in windows.tensors_of(stage, OP)]
+        addresses(OP, head, *tensors)
+        top = (stages[-1].weight.shape[0], *stages[-1].out_size)
+        if tuple(head.shape) != top:
+            raise ValueError(f"{OP}: head must be {top}, as the last map is, got {tuple(head.shape)}")
         with torch.no_grad():
             self._stages = [self._pack(stage, first=index == 0) for index, stage in enumerate(stages)]
             # (C, *top) -> (pixel, channel), padded to whole strips
             self._head = _padded(head.detach().float().flatten(1).T, 1)
+            # An activation may hide a NaN (ReLU makes it 0): every gradient of such weights is NaN, as autograd's are.
+            if not all(bool(torch.linalg.vector_norm(tensor, torch.inf).isfinite()) for tensor in tensors):
+                self._head.fill_(torch.nan)
         self._size = stages[0].in_size
         # Pixels of the smallest map with batch statistics; 2 where there are none.
         self._smallest = min((math.prod(stage.out_size) for stage in stages if stage.norm is not None), default=2)
         self._channels = stages[0].weight.shape[1]
 
-    def _pack(self, stage: StageLike, *, first: bool) -> _Stage:
+    def __reduce__(self) -> NoReturn:
+        raise TypeError(f"{OP}: a chain holds addresses and cannot be copied or pickled; make another")
+
+    def _pack(self, stage: windows.StageLike, *, first: bool) -> _Stage:
         weight = stage.weight.detach().float().contiguous()
         outputs, inputs = weight.shape[:2]
         kernel = tuple(weight.shape[2:])
@@ -182,17 +157,17 @@ class ConvChain:
         self, x: Tensor, gradient: Tensor | None, mask: Tensor | None, steps: int, numbers: Update, place: Counters
     ) -> None:
         module = native.module()
+        stages = [stage.arguments for stage in self._stages]
         arguments = [
-            [stage.arguments for stage in self._stages], self.bfloat, self._head.data_ptr(), x.data_ptr(),
-            0 if gradient is None else gradient.data_ptr(), 0 if mask is None else mask.data_ptr(), x.shape[0], steps,
-            self._channels, math.prod(self._size), self._size[-1], numbers.arguments, place.native_arguments,
+            stages, self.bfloat, *addresses(OP, self._head, x, gradient, mask), x.shape[0], steps, self._channels,
+            math.prod(self._size), self._size[-1], numbers.arguments, place.native_arguments,
         ]  # fmt: skip
         threads = torch.get_num_threads()
         workspace = Scratch(module.conv_chain_workspace(*arguments, 0, threads))
         module.conv_chain_cpu(*arguments, workspace.address, threads)
 
     def _check(self, x: Tensor) -> None:
-        """Raw addresses go to native code: nothing but a float32 CPU tensor of the right shape may pass."""
+        """Raw addresses go to native code: nothing but a plain float32 CPU tensor of the right shape may pass."""
         if not isinstance(x, Tensor) or x.dtype != torch.float32:
             got = x.dtype if isinstance(x, Tensor) else type(x).__name__
             raise TypeError(f"{OP}: x must be a float32 tensor, got {got}")
@@ -201,6 +176,7 @@ class ConvChain:
         if tuple(x.shape[1:]) != (self._channels, *self._size) or x.dim() == 0:
             expected = ", ".join(map(str, (self._channels, *self._size)))
             raise ValueError(f"{OP}: x must have shape (N, {expected}), got {tuple(x.shape)}")
+        addresses(OP, x.resolve_neg())
         if 0 < x.shape[0] * self._smallest <= 1:
             shape = tuple(x.shape)
             raise ValueError(f"{OP}: batch statistics need more than one value a channel, got x of shape {shape}")
@@ -208,7 +184,7 @@ class ConvChain:
     def gradient(self, x: Tensor) -> Tensor:  # (N, C, *size) float32, any layout -> the same, contiguous
         """∇E(x), float32."""
         self._check(x)
-        x = x.detach().contiguous()
+        x = x.detach().resolve_neg().contiguous()
         out = torch.empty_like(x)
         if x.shape[0]:
             self._call(x, out, None, 0, _IDLE, _NOWHERE)
@@ -221,7 +197,7 @@ class ConvChain:
         ids = place.sample_tensor
         if ids is not None and ids.dim() and ids.shape[0] != x.shape[0]:
             raise ValueError(f"{OP}: first_sample must hold one id a sample, {x.shape[0]}, got {ids.shape[0]}")
-        state = x if x.is_contiguous() else x.contiguous()
+        state = x if x.is_contiguous() and not x.is_neg() else x.resolve_neg().contiguous()
         if mask is not None:
             mask = check_mask(mask, x, OP).expand(x.shape).contiguous()
         if x.shape[0] and steps:
@@ -231,7 +207,7 @@ class ConvChain:
 
 
 def conv_chain(
-    stages: Sequence[StageLike],
+    stages: Sequence[windows.StageLike],
     head: Tensor,  # (C_top, *top size): dE/dh_L
     x: Tensor,  # (N, C, *size) float32
     *,
@@ -263,6 +239,8 @@ def conv_chain(
 
     Raises: TypeError, ValueError, BackendError.
     """
+    if backend == "auto" and why_not_plain(x.resolve_neg()):
+        backend = "reference"
     backend = choose(OP, backend, x.device)
     if bfloat and backend == "reference":
         raise ValueError(f"{OP}: bfloat=True needs the native backend, got the reference")
@@ -280,7 +258,7 @@ def conv_chain(
     return out
 
 
-def gradient_reference(stages: Sequence[StageLike], head: Tensor, x: Tensor) -> Tensor:  # -> float64
+def gradient_reference(stages: Sequence[windows.StageLike], head: Tensor, x: Tensor) -> Tensor:  # -> float64
     """∇E by autograd in float64."""
     convolve = (F.conv1d, F.conv2d, F.conv3d)[x.dim() - 3]
     with torch.enable_grad():
@@ -296,7 +274,7 @@ def gradient_reference(stages: Sequence[StageLike], head: Tensor, x: Tensor) -> 
 
 
 def conv_chain_reference(
-    stages: Sequence[StageLike],
+    stages: Sequence[windows.StageLike],
     head: Tensor,
     x: Tensor,
     *,

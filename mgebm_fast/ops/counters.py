@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from .. import noise as philox
+from .state import addresses
 
+_INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 # The tail of every counter-based op's schema, in the order of `Counters.arguments`.
 SCHEMA = (
     "int seed, Tensor? seed_tensor, int first_sample, Tensor? sample_tensor, int step, Tensor? step_tensor, int stream"
@@ -17,7 +21,7 @@ SCHEMA = (
 
 @dataclasses.dataclass(frozen=True)
 class Counters:
-    """Checked counters. A tensor, where given, stands before the number beside it."""
+    """Checked counters. If a tensor is given, it overrides the number beside it."""
 
     seed: int  # two's complement of the 64-bit seed: op arguments are signed
     seed_tensor: Tensor | None
@@ -51,16 +55,11 @@ class Counters:
     def native_arguments(self) -> tuple:
         """The native launchers' arguments: numbers, and addresses (0 where there is no tensor)."""
         samples = self.sample_tensor
-        return (
-            self.seed & 0xFFFFFFFFFFFFFFFF,
-            self.first_sample,
-            self.step,
-            self.stream,
-            0 if self.seed_tensor is None else self.seed_tensor.data_ptr(),
-            0 if self.step_tensor is None else self.step_tensor.data_ptr(),
-            0 if samples is None else samples.data_ptr(),
-            samples is not None and samples.dim() == 0,
-        )
+        numbers = (self.seed & 0xFFFFFFFFFFFFFFFF, self.first_sample, self.step, self.stream)
+        if self.seed_tensor is None and self.step_tensor is None and samples is None:
+            return (*numbers, 0, 0, 0, False)
+        tensors = addresses("counters", self.seed_tensor, self.step_tensor, samples, dispatched=True)
+        return (*numbers, *tensors, samples is not None and samples.dim() == 0)
 
     @property
     def reference_arguments(self) -> dict:
@@ -71,6 +70,19 @@ class Counters:
             "step": self.step if self.step_tensor is None else self.step_tensor,
             "stream": self.stream,
         }
+
+
+def counter(value: Any, device: torch.device | None = None) -> Any:
+    """An id, ids (N,), a step or a seed: an int, or an int64 tensor where a tensor, an array or a list of integers is
+    given (on `device`, but for a tensor). What is of no such kind is returned, for a later check to refuse."""
+    if isinstance(value, np.generic):
+        value = value.item()
+    if isinstance(value, (list, tuple, np.ndarray)):
+        array = np.asarray(value)
+        return torch.from_numpy(array.astype(np.int64)).to(device) if array.dtype.kind in "iu" else value
+    if isinstance(value, Tensor) and value.dtype in _INTEGERS:
+        return value.to(torch.int64)
+    return value
 
 
 def _counter_tensor(
@@ -106,6 +118,8 @@ def check(
 
     `steps`: of a chain whose first one is at `step`, which its callers know as `first_step`; all must fit 32 bits.
     """
+    seed, first_sample, step = (counter(value, device) for value in (seed, first_sample, step))
+    stream = counter(stream)
     name, last_step = ("step", 0) if steps is None else ("first_step", max(steps - 1, 0))
     last_sample = max(samples - 1, 0)
     philox.check_counter(stream, "stream", op)

@@ -13,6 +13,7 @@ from .. import noise as philox
 from ..errors import suggest
 from . import counters
 from .backend import choose, launch_place, past_dispatcher
+from .state import addresses
 
 DISTRIBUTIONS = ("normal", "uniform", "bits")
 
@@ -93,7 +94,8 @@ def make(
         return out
     launch = native.module().noise_cuda if device.type == "cuda" else native.module().noise_cpu
     code = DISTRIBUTIONS.index(distribution)
-    launch(out.data_ptr(), samples, elements, 0, code, placed.native_arguments, *launch_place(out))
+    [address] = addresses("noise", out, dispatched=True)
+    launch(address, samples, elements, 0, code, placed.native_arguments, *launch_place(out))
     return out
 
 

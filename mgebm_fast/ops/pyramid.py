@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .. import native
 from .backend import choose, launch_place
+from .state import addresses
 
 OP = "pyramid"
 # Sums of bytes are int32 in the kernels: above this many pixels a block the input goes through float32.
@@ -108,13 +109,14 @@ def _pyramid(x, sizes, backend):
     outputs = [x.new_empty((*x.shape[:2], *extent), dtype=torch.float32) for extent in extents]
     on_cuda = x.device.type == "cuda"
     launch = native.module().pyramid_cuda if on_cuda else native.module().pyramid_cpu
+    address, *filled = addresses(OP, x, *outputs, dispatched=True)
     for chain in chains(spatial, extents):
         launch(
-            x.data_ptr(),
+            address,
             x.dtype == torch.uint8,
             x.shape[0] * x.shape[1],
             three(spatial),
-            [(three(extents[i]), outputs[i].data_ptr()) for i in chain],
+            [(three(extents[i]), filled[i]) for i in chain],
             *launch_place(x),
         )
     return outputs

@@ -15,7 +15,7 @@ _lock = threading.RLock()
 
 
 class Scratch:
-    """`nbytes` bytes at `address`, aligned to 64; its contents are anyone's. Given back when it is collected."""
+    """`nbytes` bytes at `address`, aligned to 64; uninitialised. Given back when it is collected."""
 
     def __init__(self, nbytes: int) -> None:
         self._buffer = _take(nbytes + _ALIGN)

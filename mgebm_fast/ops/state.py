@@ -1,11 +1,58 @@
-"""What a chain asks of its state x and of the mask on it: dtypes, shapes, layouts; and a copy that may be updated."""
+"""Checks on the state x of a chain and on its mask: what may be handed to native code, dtypes, shapes, layouts."""
 
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
+
+
+def why_not_plain(tensor: Any, *, dispatched: bool = False) -> str:
+    """Why a tensor's values are not just the numbers in its memory, so that no native code may take its address; an
+    empty string where they are: tensors and parameters with dense storage of their size, on a device.
+
+    dispatched: torch's dispatcher handed the tensor to a kernel; a subclass that does not dispatch is plain then.
+    """
+    kind = type(tensor)
+    if kind is not Tensor and kind is not Parameter:
+        if not dispatched or not isinstance(tensor, Tensor) or kind.__torch_dispatch__ is not Tensor.__torch_dispatch__:
+            return f"a {kind.__name__}"
+    if tensor.layout is not torch.strided or tensor.is_nested:
+        return f"of layout {'nested' if tensor.is_nested else str(tensor.layout).removeprefix('torch.')}"
+    if tensor.is_neg() or tensor.is_conj():
+        return "a negative or conjugate view"
+    if torch._C._functorch.is_functorch_wrapped_tensor(tensor) or torch._is_functional_tensor(tensor):
+        return "wrapped by a transform of torch's"
+    if tensor.is_meta:
+        return "on meta"
+    if tensor.is_contiguous():
+        elements = tensor.storage_offset() + tensor.numel()
+    else:
+        elements = tensor.storage_offset() + 1
+        elements += sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
+    if tensor.numel() and elements * tensor.element_size() > tensor.untyped_storage().nbytes():
+        return "larger than its storage"
+    return ""
+
+
+def addresses(where: str, *tensors: Tensor | None, dispatched: bool = False) -> list[int]:
+    """The address of each tensor, 0 for None: the one way from an op to native code. TypeError for one not plain."""
+    found = []
+    for tensor in tensors:
+        if tensor is None:
+            found.append(0)
+            continue
+        reason = why_not_plain(tensor, dispatched=dispatched)
+        if reason:
+            raise TypeError(
+                f"{where}: native code takes plain tensors, got one that is {reason}; give "
+                '`.as_subclass(torch.Tensor)`, the tensor inside, or backend="reference"'
+            )
+        found.append(tensor.data_ptr())
+    return found
 
 
 def dimensions(x: Tensor) -> tuple[int, int, int]:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from typing import Any
 
+import numpy as np
 from torch import Tensor
 
 from . import counters
@@ -49,6 +51,13 @@ class Update:
             "clamp_lo": None if math.isinf(self.low) else self.low,
             "clamp_hi": None if math.isinf(self.high) else self.high,
         }
+
+
+def number(value: Any) -> Any:
+    """A real number as Python's: numpy's scalars and 0-dim tensors too (one on a GPU costs a host sync)."""
+    if isinstance(value, (Tensor, np.ndarray)) and value.ndim == 0:
+        value = value.item()
+    return value.item() if isinstance(value, np.generic) else value
 
 
 def coefficients(
@@ -102,7 +111,30 @@ def update(
     clamp: tuple[float, float] | None = None,
     where: str = "langevin_step_",
 ) -> Update:
-    """The checked numbers of a Langevin step; arguments as in `langevin_step_`."""
+    """The checked numbers of a Langevin step; as in `langevin_step_`; numpy's and 0-dim tensors too."""
+    numbers = (step_size, noise_scale, drift, noise_std, reference_std, reference_mean, grad_clamp, clamp)
+    try:
+        return _update(*numbers, where)
+    except TypeError:  # what cannot be hashed, or is no number of Python's
+        *plain, bounds = numbers
+        if isinstance(bounds, (list, tuple, Tensor, np.ndarray)):
+            bounds = tuple(map(number, bounds))
+        return _update(*map(number, plain), bounds, where)
+
+
+@functools.lru_cache(maxsize=256, typed=True)
+def _update(
+    step_size: float | None,
+    noise_scale: float,
+    drift: float | None,
+    noise_std: float | None,
+    reference_std: float | None,
+    reference_mean: float,
+    grad_clamp: float | None,
+    clamp: tuple[float, float] | None,
+    where: str,
+) -> Update:
+    """Checked once: a loop calls with the same numbers every step."""
     drift, noise_std = coefficients(step_size, noise_scale, drift, noise_std, where)
     _check_number(reference_mean, "reference_mean", where, signed=True)
     if reference_std is not None:
@@ -113,8 +145,10 @@ def update(
         _check_number(grad_clamp, "grad_clamp", where, positive=True)
     low, high = -math.inf, math.inf
     if clamp is not None:
-        if not isinstance(clamp, (tuple, list)) or len(clamp) != 2:
+        if not isinstance(clamp, tuple) or len(clamp) != 2:
             raise ValueError(f"{where}: clamp must be a pair (low, high) or None, got {clamp!r}")
+        if any(isinstance(bound, bool) or not isinstance(bound, (int, float)) for bound in clamp):
+            raise TypeError(f"{where}: clamp must be a pair of numbers (low, high), got {clamp!r}")
         low, high = float(clamp[0]), float(clamp[1])
         if not low < high:
             raise ValueError(f"{where}: clamp must be (low, high) with low < high, got ({low}, {high})")
@@ -130,6 +164,8 @@ def update(
 
 
 def check_steps(steps: int, where: str) -> None:
+    """Raise unless `steps` is a number of steps; numpy's integers are too."""
+    steps = number(steps)
     if isinstance(steps, bool) or not isinstance(steps, int) or steps < 0:
         raise ValueError(f"{where}: steps must be an int >= 0, got {steps!r}")
 

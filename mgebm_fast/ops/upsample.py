@@ -11,6 +11,7 @@ from torch import Tensor
 from .. import native
 from .backend import choose, launch_place
 from .pyramid import MAX_SPATIAL, three
+from .state import addresses
 
 OP = "upsample"
 
@@ -61,8 +62,7 @@ def _upsample(x, factor, backend):
     out = x.new_empty(_output_shape(x, factor))
     on_cuda = x.device.type == "cuda"
     (native.module().upsample_cuda if on_cuda else native.module().upsample_cpu)(
-        x.data_ptr(),
-        out.data_ptr(),
+        *addresses(OP, x, out, dispatched=True),
         x.shape[0] * x.shape[1],
         three(x.shape[2:]),
         three(factor),

@@ -1,16 +1,19 @@
 """Which inputs each output of a convolution reads, for any number of dimensions, stride, padding and dilation.
 
 Outputs that read the same taps at the same offsets form a class; a tap outside the map is left out. A dimension is
-solved alone and the classes of a map are the products of its dimensions' classes.
+solved alone and the classes of a map are the products of its dimensions' classes. `StageLike` is what the
+engine asks of a convolution.
 """
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import functools
 import itertools
-from collections.abc import Sequence
-from typing import Any
+import threading
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -18,7 +21,56 @@ from torch import Tensor
 
 EDGE_PIXELS = 4  # kEdgePixels of csrc/ops/conv_chain/conv_chain.h
 
-# Of one dimension: the taps of a class, as (key of the weight, offset from the base), → [(output, base), …].
+
+class NormLike(Protocol):
+    """Batch statistics: y = weight (z − mean) / √(var + eps) + bias."""
+
+    @property
+    def weight(self) -> Tensor: ...
+    @property
+    def bias(self) -> Tensor: ...
+    @property
+    def eps(self) -> float: ...
+
+
+class StageLike(Protocol):
+    """One convolution and what follows it, as `gradient.stack.Stage` describes it."""
+
+    @property
+    def weight(self) -> Tensor: ...  # (out, in, *kernel) float32
+    @property
+    def bias(self) -> Tensor | None: ...  # (out,)
+    @property
+    def stride(self) -> tuple[int, ...]: ...
+    @property
+    def padding(self) -> tuple[int, ...]: ...
+    @property
+    def dilation(self) -> tuple[int, ...]: ...
+    @property
+    def norm(self) -> NormLike | None: ...
+    @property
+    def activation(self) -> str: ...  # a key of conv_chain.ACTIVATIONS
+    @property
+    def slope(self) -> float: ...  # of leaky_relu
+    @property
+    def in_size(self) -> tuple[int, ...]: ...
+    @property
+    def out_size(self) -> tuple[int, ...]: ...
+
+
+def tensors_of(stage: StageLike, where: str) -> list[Tensor]:
+    """The weight, and what there is of bias and normalisation, which have one number an output channel."""
+    vectors = {} if stage.bias is None else {"bias": stage.bias}
+    if stage.norm is not None:
+        vectors |= {"norm.weight": stage.norm.weight, "norm.bias": stage.norm.bias}
+    wanted = (stage.weight.shape[0],)
+    for name, vector in vectors.items():
+        if tuple(vector.shape) != wanted:
+            raise ValueError(f"{where}: a stage's {name} must be {wanted}, got {tuple(vector.shape)}")
+    return [stage.weight, *vectors.values()]
+
+
+# One dimension: {taps of a class: [(output index, base input index), …]}, a tap being (weight key, offset from base).
 _Axis = dict[tuple[tuple[Any, int], ...], list[tuple[int, int]]]
 
 
@@ -33,6 +85,11 @@ class Windows:
     base: Tensor
     output: Tensor
     rows: tuple[tuple[Any, ...], ...]
+
+    @property
+    def nbytes(self) -> int:
+        tables = (self.first_tap, self.tap_pixel, self.tap_weight, self.first_output, self.base, self.output)
+        return sum(table.nbytes for table in tables) + 100 * len(self.rows)
 
     @property
     def arguments(self) -> tuple[int, ...]:
@@ -119,9 +176,33 @@ def _product(axes: Sequence[_Axis], read_size: Sequence[int], out_size: Sequence
 
 
 Sizes = tuple[int, ...]
+_KEPT_BYTES = 64 << 20
+_kept: collections.OrderedDict[tuple[Any, ...], Windows] = collections.OrderedDict()
+_lock = threading.Lock()
 
 
-@functools.lru_cache(maxsize=256)
+def _remembered(make: Callable[..., Windows]) -> Callable[..., Windows]:
+    """`make`, whose latest results are kept while they take at most _KEPT_BYTES in all: those of many sizes may take
+    gigabytes."""
+
+    @functools.wraps(make)
+    def remembered(*geometry: Sizes) -> Windows:
+        key = (make.__name__, *geometry)
+        with _lock:
+            if key in _kept:
+                _kept.move_to_end(key)
+                return _kept[key]
+        found = make(*geometry)
+        with _lock:
+            _kept[key] = found
+            while len(_kept) > 1 and sum(tables.nbytes for tables in _kept.values()) > _KEPT_BYTES:
+                _kept.popitem(last=False)
+        return found
+
+    return remembered
+
+
+@_remembered
 def forward_windows(
     inputs: Sizes, outputs: Sizes, kernel: Sizes, stride: Sizes, padding: Sizes, dilation: Sizes
 ) -> Windows:
@@ -130,7 +211,7 @@ def forward_windows(
     return _product(axes, inputs, outputs)
 
 
-@functools.lru_cache(maxsize=256)
+@_remembered
 def backward_windows(
     inputs: Sizes, outputs: Sizes, kernel: Sizes, stride: Sizes, padding: Sizes, dilation: Sizes
 ) -> Windows:
@@ -139,7 +220,7 @@ def backward_windows(
     return _product(axes, outputs, inputs)
 
 
-@functools.lru_cache(maxsize=256)
+@_remembered
 def edge_windows(
     inputs: Sizes, outputs: Sizes, kernel: Sizes, stride: Sizes, padding: Sizes, dilation: Sizes
 ) -> Windows:

@@ -15,11 +15,10 @@ from ..errors import BackendError, DivergenceError
 from ..gradient import GradientPlan, frozen_parameters, plan
 from ..gradient.cuda import note_bad_steps_
 from ..gradient.plan import Energy
-from ..gradient.trust import why_not_plain
 from ..ops import counters
 from ..ops.edge_step import NO_BAD_STEP
 from ..ops.langevin_step import check_grad, launch
-from ..ops.state import check_mask, dense_copy
+from ..ops.state import check_mask, dense_copy, why_not_plain
 from ..ops.update import Update
 from . import arguments, graphs, memory
 

@@ -13,9 +13,8 @@ from torch import Tensor
 from .. import noise, ops
 from ..gradient import frozen_parameters, plan
 from ..gradient.plan import Energy
-from ..gradient.trust import why_not_plain
 from ..ops import counters
-from ..ops.state import check_mask, dense_copy
+from ..ops.state import check_mask, dense_copy, why_not_plain
 from ..ops.update import Update, update
 from . import arguments
 from .arguments import as_numbers_, count

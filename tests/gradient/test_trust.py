@@ -14,8 +14,8 @@ import mgebm_fast as mg
 from mgebm_fast.gradient import energy_gradient, frozen_parameters, plan
 from mgebm_fast.gradient.autograd import AutogradPlan
 from mgebm_fast.gradient.stack import Stack, read
-from mgebm_fast.gradient.trust import why_not_plain
 from mgebm_fast.nets import ConvSpec, EnergyNet
+from mgebm_fast.ops.state import why_not_plain
 
 
 def images(n=5):

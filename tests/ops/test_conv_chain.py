@@ -1,9 +1,8 @@
-"""conv_chain: gradients against float64 autograd, steps against the update op, and what its results may not hang on."""
+"""conv_chain: gradients against float64 autograd, steps against the update op, and what results do not depend on."""
 
 from __future__ import annotations
 
 import concurrent.futures
-import dataclasses
 import importlib
 import signal
 import time
@@ -11,10 +10,10 @@ import time
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers.stacks import Stage, images, make, net, place
 
 from mgebm_fast import native, ops
 from mgebm_fast.errors import BackendError
-from mgebm_fast.ops import counters
 from mgebm_fast.ops.update import update
 
 conv_chain = importlib.import_module("mgebm_fast.ops.conv_chain")
@@ -37,47 +36,6 @@ def use(isa: str, bfloat: bool = False) -> None:
         pytest.skip(f"this CPU or build has no {isa}")
     if bfloat and not conv_chain.has_bfloat():
         pytest.skip(f"{isa} does not multiply bfloat16")
-
-
-@dataclasses.dataclass
-class Norm:
-    weight: torch.Tensor
-    bias: torch.Tensor
-    eps: float = 1e-5
-
-
-@dataclasses.dataclass
-class Stage:
-    weight: torch.Tensor
-    bias: torch.Tensor | None
-    stride: tuple[int, ...]
-    padding: tuple[int, ...]
-    dilation: tuple[int, ...]
-    norm: Norm | None
-    activation: str
-    slope: float
-    in_size: tuple[int, ...]
-    out_size: tuple[int, ...]
-
-
-def make(size, channels, layers, *, norm=False, activation="leaky_relu", slope=0.2, dilation=1, seed=0):
-    """(stages, head) for layers of (channels, kernel, stride, padding)."""
-    generator = torch.Generator().manual_seed(seed)
-    stages, inputs, rank = [], channels, len(size)
-    for outputs, kernel, stride, padding in layers:
-        fan = inputs * kernel**rank
-        weight = torch.randn((outputs, inputs) + (kernel,) * rank, generator=generator) / fan**0.5
-        bias = None if norm else 0.1 * torch.randn(outputs, generator=generator)
-        out = tuple((s + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1 for s in size)
-        scale = Norm(0.5 + torch.rand(outputs, generator=generator), 0.1 * torch.randn(outputs, generator=generator))
-        each = (stride,) * rank, (padding,) * rank, (dilation,) * rank
-        stages.append(Stage(weight, bias, *each, scale if norm else None, activation, slope, tuple(size), out))
-        inputs, size = outputs, out
-    return stages, torch.randn((inputs, *size), generator=generator)
-
-
-def images(samples, channels, size, seed=1):
-    return torch.rand((samples, channels, *size), generator=torch.Generator().manual_seed(seed)) * 2 - 1
 
 
 def error(found, expected):
@@ -137,15 +95,6 @@ def test_dilation():
     assert error(found, conv_chain.gradient_reference(stages, head, x)) < 3e-6
 
 
-def net(norm=False, size=(8, 8)):
-    return make(size, 3, [(24, 5, 2, 2), (40, 3, 1, 1), (16, 3, 1, 1)], norm=norm)
-
-
-def place(**base):
-    base = {"seed": 7, "first_sample": 0, "step": 0, "stream": 3} | base
-    return counters.check("test", 20, 192, torch.device("cpu"), **base)
-
-
 @pytest.mark.parametrize("size", [(8, 8), (8, 6), (5, 3)], ids=["quads", "rows of 6", "odd"])
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("isa", ISAS)
@@ -180,7 +129,7 @@ def test_steps_agree_with_the_float64_reference():
 
 @pytest.mark.parametrize("bfloat", [False, True], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("isa", ISAS)
-def test_results_do_not_hang_on_threads_split_or_layout(isa, bfloat):
+def test_results_do_not_depend_on_threads_split_or_layout(isa, bfloat):
     use(isa, bfloat)
     stages, head = net()
     chain = conv_chain.ConvChain(stages, head, bfloat=bfloat)
@@ -206,7 +155,7 @@ def test_results_do_not_hang_on_threads_split_or_layout(isa, bfloat):
 
 
 @pytest.mark.parametrize("bfloat", [False, True], ids=["fp32", "bf16"])
-def test_batch_statistics_do_not_hang_on_threads(bfloat):
+def test_batch_statistics_do_not_depend_on_threads(bfloat):
     if bfloat and not conv_chain.has_bfloat():
         pytest.skip("no bfloat16 here")
     stages, head = net(norm=True)
