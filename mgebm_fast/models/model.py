@@ -119,9 +119,9 @@ class Model(nn.Module, abc.ABC):
     ) -> Tensor | list[Tensor]:
         """n samples (n, C, S, S) float32 in `value_range`, with no data.
 
-        Runs groups of `batch_size` (default: the model's). Where batch statistics couple samples the last group is filled
-        with further samples and trimmed, since a chain depends on its group; sample(10) is then the beginning of
-        sample(50), and `first_sample` gives the same pictures where it is a multiple of the group. Other chains are
+        Runs groups of `batch_size` (default: the model's). Where batch statistics couple samples the last group is
+        filled with further samples and trimmed, since a chain depends on its group; sample(10) is then the beginning
+        of sample(50), and `first_sample` gives the same pictures where it is a multiple of the group. Other chains are
         independent and groups only bound the memory.
 
         Args:

@@ -198,7 +198,7 @@ class Corrected:
             raise ValueError(
                 f"{where}: energy must treat samples apart, but {reason}; freeze_norm() gives a net that does"
             )
-        if reason := randomness(energy):
+        if reason := randomness(energy, x):
             raise ValueError(f"{where}: energy must be a function of x, but {reason}; .eval() turns that off")
 
     def _run(

@@ -27,34 +27,46 @@ _COUPLED = 1e-4
 def coupling(energy: Any, x: Tensor | None = None) -> str:  # x: (N, ...), of which 4 samples at most are used
     """Why the energies of a batch of samples like x depend on each other; an empty string where they do not.
 
-    Modules answer by what they are. Other code is asked for the energies of four samples, in pairs and together, at
-    noisy x so that equal samples cannot hide it; not without x.
+    A module answers by what its layers are. Other code is asked for the energies of four samples, in pairs and
+    together, at noisy x so that equal samples cannot hide it; without x, the modules that it reaches answer.
     """
-    for module in modules_of(energy):
-        if isinstance(module, BatchStatistics):
-            return "norm='batch' normalises by the statistics of the batch"
-        running = getattr(module, "running_mean", None) is not None or getattr(module, "running_var", None) is not None
-        if isinstance(module, _BatchNorm) and (module.training or not running):
-            return f"a {type(module).__name__} normalises by the statistics of the batch"
-    if x is None or randomness(energy) or isinstance(read(energy, x), Stack):
-        return ""
+    reason = next(filter(None, map(_couples, modules_of(energy))), "")
+    if x is None or (reason and (isinstance(energy, nn.Module) or len(x) < 2)) or isinstance(read(energy, x), Stack):
+        return reason
     together, again, apart = _asked(energy, x)
-    if _agree(together, apart) or not _agree(together, again):
-        return ""
-    return "the energy of a sample changes with the samples beside it"
+    if together.numel() == 0 or not _agree(together, again):  # it refuses to be asked, or is random
+        return reason
+    return "" if _agree(together, apart) else reason or "the energy of a sample changes with the samples beside it"
 
 
 def randomness(energy: Any, x: Tensor | None = None) -> str:
-    """Why an energy has another value at every call, as by dropout in train mode; an empty string where it has not."""
-    for module in modules_of(energy):
-        drops = isinstance(module, (_DropoutNd, nn.MultiheadAttention, nn.RNNBase))
-        rate = getattr(module, "dropout", 0.0) or getattr(module, "p", 0.0)
-        if module.training and (isinstance(module, nn.RReLU) or (drops and rate)):
-            return f"a {type(module).__name__} is random in train mode"
-    if x is None or isinstance(read(energy, x), Stack):
-        return ""
+    """Why an energy has another value at every call, as by dropout in train mode; an empty string where it has not.
+
+    A module answers by what its layers are, and other code is asked twice, as in `coupling`.
+    """
+    reason = next(filter(None, map(_draws, modules_of(energy))), "")
+    if x is None or (reason and isinstance(energy, nn.Module)) or isinstance(read(energy, x), Stack):
+        return reason
     together, again, _ = _asked(energy, x)
-    return "" if _agree(together, again) else "the energy of one x changes from call to call"
+    if together.numel() == 0:
+        return reason
+    return "" if _agree(together, again) else reason or "the energy of one x changes from call to call"
+
+
+def _couples(module: nn.Module) -> str:
+    if isinstance(module, BatchStatistics):
+        return "norm='batch' normalises by the statistics of the batch"
+    running = getattr(module, "running_mean", None) is not None or getattr(module, "running_var", None) is not None
+    if isinstance(module, _BatchNorm) and (module.training or not running):
+        return f"a {type(module).__name__} normalises by the statistics of the batch"
+    return ""
+
+
+def _draws(module: nn.Module) -> str:
+    drops = isinstance(module, (_DropoutNd, nn.MultiheadAttention, nn.RNNBase))
+    rate = getattr(module, "dropout", 0.0) or getattr(module, "p", 0.0)
+    random = module.training and (isinstance(module, nn.RReLU) or (drops and rate))
+    return f"a {type(module).__name__} is random in train mode" if random else ""
 
 
 def _asked(energy: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:

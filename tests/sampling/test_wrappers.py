@@ -188,3 +188,17 @@ def test_samples_that_code_couples_or_draws_for():
     assert torch.equal(torch.get_rng_state(), state)
     with pytest.raises(ValueError, match=r"must be a function of x, but a Dropout is random in train mode"):
         mg.MALA(2, 0.1)(lambda x: drop.train()(x).sum((1, 2)), x)
+
+
+def test_modules_that_an_energy_reaches_and_does_not_run_do_not_couple_it():
+    class Adversary:
+        def __init__(self):
+            self.generator, self.score = net_of(), nn.Sequential(nn.Flatten(), nn.Linear(6, 1), nn.Flatten(0))
+            self.drop = nn.Dropout(0.5)
+
+        def energy(self, x):
+            return -self.score(x)
+
+    x, adversary = torch.randn(4, 2, 3), Adversary()
+    assert coupling(adversary.energy, x) == randomness(adversary.energy, x) == ""
+    assert mg.MALA(2, 0.1)(adversary.energy, x, seed=0).accepted.shape == (2, 4)
