@@ -118,6 +118,65 @@ def test_no_circles():
     assert not circles
 
 
-def parameters(node: ast.FunctionDef) -> int:
-    arguments = node.args
-    return len(arguments.posonlyargs) + len(arguments.args) + len(arguments.kwonlyargs)
+MOST_LINES, MOST_FILES, MOST_PARAMETERS = 350, 16, 8
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_files_stay_readable(module):
+    lines = len(MODULES[module].read_text(encoding="utf-8").splitlines())
+    assert lines <= MOST_LINES, f"{module} has {lines} lines: one subject a file"
+
+
+def test_folders_answer_one_question_each():
+    """Tables (TOML) do not count, nor does what makes a folder a package."""
+    folders = [path.parent for path in SOURCES.rglob("__init__.py")] + [
+        path for path in (ROOT / "csrc").rglob("*") if path.is_dir()
+    ]
+    counted = {
+        folder: sum(path.is_file() and path.suffix != ".toml" and path.stem != "__init__" for path in folder.iterdir())
+        for folder in folders
+    }
+    assert {folder: count for folder, count in counted.items() if count > MOST_FILES} == {}
+
+
+def functions(node: ast.AST, owner: ast.ClassDef | None = None):
+    """(function, its class or None) of every function below `node`."""
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, ast.FunctionDef):
+            yield child, owner
+        yield from functions(child, child if isinstance(child, ast.ClassDef) else None)
+
+
+def is_command(function: ast.FunctionDef) -> bool:
+    """Whether a command line's options are its parameters: they are annotated for typer."""
+    return any("typer." in ast.unparse(arg.annotation) for arg in function.args.args if arg.annotation is not None)
+
+
+def spelt_out(function: ast.FunctionDef, owner: ast.ClassDef | None) -> bool:
+    """Public and documented, with its options by keyword alone: a signature that is read, not a bundle passed on."""
+    public = function.name in ("__init__", "__call__") or not function.name.startswith("_")
+    public = public and (owner is None or not owner.name.startswith("_"))
+    documented = ast.get_docstring(function) or (owner is not None and ast.get_docstring(owner))
+    return public and bool(documented) and len(function.args.posonlyargs) + len(function.args.args) <= 5
+
+
+@pytest.mark.parametrize("module", [module for module in MODULES if not module.startswith("ops.")])
+def test_functions_take_few_parameters(module):
+    """Three kinds are exempt: commands, public signatures that spell their options out, and the layers of an op
+    (`ops/`), which repeat its schema argument by argument because torch passes it so."""
+    for function, owner in functions(ast.parse(MODULES[module].read_text(encoding="utf-8"))):
+        names = [arg.arg for arg in (*function.args.posonlyargs, *function.args.args, *function.args.kwonlyargs)]
+        count = len([name for name in names if not (owner is not None and name in ("self", "cls"))])
+        exempt = count <= MOST_PARAMETERS or is_command(function) or spelt_out(function, owner)
+        assert exempt, (
+            f"{module}.{function.name} takes {count} parameters: a value with fields says what belongs together"
+        )
+
+
+def test_no_test_module_imports_another():
+    """What several share lies in tests/helpers or in a conftest."""
+    for path in (ROOT / "tests").rglob("test_*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ImportFrom | ast.Import):
+                names = [getattr(node, "module", None) or "", *(alias.name for alias in node.names)]
+                assert not any(part.startswith("test_") for name in names for part in name.split(".")), path.name

@@ -196,6 +196,18 @@ def test_the_examples_run(tmp_path, monkeypatch, capsys):
     assert (tmp_path / "run" / "samples.png").is_file()
 
 
+def test_a_zip_of_class_folders_is_made_of_labelled_images(tmp_path, monkeypatch):
+    """The script behind README's cifar10.zip: every training image, in the folder of its class."""
+    out = tmp_path / "digits.zip"
+    monkeypatch.setattr("sys.argv", ["cifar10_zip.py", "digits", str(out), "--size", "8"])
+    runpy.run_path(str(ROOT / "scripts" / "cifar10_zip.py"), run_name="__main__")
+    given = mg.data.load("digits", size=8, channels=3)
+    made = [mg.data.load(str(out), size=8, channels=3, split=split) for split in ("train", "held_out")]
+    assert sum(map(len, made)) == len(given) and list(made[0].class_names) == list(given.class_names)
+    assert sum(int(part.images.astype("int64").sum()) for part in made) == int(given.images.astype("int64").sum())
+    assert [path.name for path in tmp_path.iterdir()] == ["digits.zip"]
+
+
 def test_public_names_are_those_of_the_design():
     for name in ("langevin_sample", "Langevin", "EnergyNet", "MultiGrid", "MultiGridTrainer"):
         assert callable(getattr(mg, name))

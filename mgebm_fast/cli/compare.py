@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import re
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -105,7 +105,10 @@ def compare(
         if threads is None and where.type == "cpu":
             torch.set_num_threads(usual if config is None else threads_for(build_model(config), config.batch_size))
 
-    again = _command(presets, out, seeds, data, settings, num, picture, device, threads)
+    again = _again(presets, {
+        "--out": out, "--seeds": seeds, "--num": num, "--data": data, "--set": settings, "--device": device,
+        "--threads": threads,
+    }, picture)  # fmt: skip
     try:
         records = comparison.compare(
             runs, training, held_out, comparison.Settings(num=num), device=where, console=console, threads=adjust,
@@ -203,14 +206,10 @@ def _draw(
     typer.echo(f"{out}: {', '.join(names)}", err=True)
 
 
-def _command(
-    presets: list[str], out: Path, seeds: str, data: str | None, settings: list[str] | None, num: int,
-    picture: bool | None, device: str, threads: int | None,
-) -> str:  # fmt: skip
-    """The command line that goes on with a comparison that was stopped."""
-    command = ["mgebm", "compare", *presets, "--out", str(out), "--seeds", seeds, "--num", str(num)]
-    command += [] if data is None else ["--data", data]
-    command += [word for setting in settings or () for word in ("--set", setting)]
-    command += [] if picture is None else ["--picture" if picture else "--no-picture"]
-    command += [] if device == "auto" else ["--device", device]
-    return shlex.join(command + ([] if threads is None else ["--threads", str(threads)]))
+def _again(presets: Sequence[str], options: Mapping[str, Any], picture: bool | None) -> str:
+    """The command line that goes on with a comparison that was stopped; options that are None or auto are left out."""
+    words = ["mgebm", "compare", *presets]
+    for option, value in options.items():
+        for each in value if isinstance(value, list) else [value]:
+            words += [] if each in (None, "auto") else [option, str(each)]
+    return shlex.join(words + ([] if picture is None else ["--picture" if picture else "--no-picture"]))

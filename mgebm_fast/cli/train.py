@@ -74,6 +74,12 @@ def train(
     torchrun --nproc-per-node 2 -m mgebm_fast train digits --out runs/digits
 
     \b
+    What is printed beside the rate:
+      energy gap +0.001 +0.010   for each size but the first, coarse to fine: mean energy of the data at that size minus
+                                 that of the samples of its chains. Near 0 the net cannot tell them apart, which is
+                                 where learning goes; far from 0, and growing, it diverges.
+
+    \b
     In the run folder:
       config.toml                  the whole configuration
       metrics.jsonl, tensorboard/  one line, one point every log_every updates
