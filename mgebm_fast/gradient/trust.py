@@ -6,9 +6,6 @@ from torch import nn
 
 from ..nets import EnergyNet, Negative
 from ..nets.layers import BatchStatistics, ConvLayer, LinearHead, SpectralWeight
-from ..ops.state import why_not_plain
-
-__all__ = ["why_not_plain", "why_not_read"]
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _GLOBAL_HOOKS = tuple(f"_global{name}" for name in _HOOKS)
