@@ -34,13 +34,13 @@ def batch_norm_act(
 
     Args:
         activation, slope: as in `bias_act`.
-        out: where y goes, of z's shape and layout, any of the dtypes; not z, which the way back reads. None: like z.
+        out: where y goes, of z's shape and layout, any of the dtypes; not z, which backward reads. None: like z.
         statistics: where (m, r) go, (2, C) float32. None: a new tensor.
-        apply: False stops after the statistics: the last layer's, whose way back takes a head.
+        apply: False stops after the statistics: the last layer's, whose backward pass takes a head.
         workspace: `workspace(C, device)` that one chain's calls share, zeros between calls; None: a new one.
 
     Returns:
-        (y, statistics); y is None without `apply`. No mask: the way back reads z anyhow and finds the sign there.
+        (y, statistics); y is None without `apply`. No mask: the backward pass reads z anyhow and finds the sign there.
 
     Raises: TypeError, ValueError, BackendError.
     Source: Ioffe and Szegedy (ICML 2015), with batch statistics always, as the published multi-grid nets have it.
@@ -59,7 +59,7 @@ def batch_norm_act(
     else:
         check_map(out, "out", OP, like=z)
         if out.data_ptr() == z.data_ptr():
-            raise ValueError(f"{OP}: out must not be z, which the way back reads")
+            raise ValueError(f"{OP}: out must not be z, which the backward pass reads")
     if statistics is None:
         statistics = torch.empty(2, z.shape[1], dtype=torch.float32, device=z.device)
     else:

@@ -1,4 +1,4 @@
-"""bias_act: a bias and an activation after a convolution, with the 1-bit mask that the way back needs."""
+"""bias_act: a bias and an activation after a convolution, with the 1-bit mask that the backward pass needs."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .state import strides
 
 OP = "bias_act"
 ACTIVATIONS = ("none", "relu", "leaky_relu", "silu", "elu")
-MASKED = ("relu", "leaky_relu")  # their slope is told by the sign of z + b alone
+MASKED = ("relu", "leaky_relu")  # their slope depends on the sign of z + b alone
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -144,9 +144,9 @@ def bias_act(
 
     Args:
         activation, slope: "none", "relu", "leaky_relu" (slope below 0), "silu" or "elu" (alpha 1).
-        head: dE/dy of the last map, the same for every sample; y is then the first operand of the way back.
+        head: dE/dy of the last map, the same for every sample; y is then the first operand of the backward pass.
         out: where y goes, of z's shape and layout, any of the dtypes. None: a new tensor of z's dtype. z itself may be
-            given, unless the activation is "silu" or "elu" and there is no head: their way back reads z.
+            given, unless the activation is "silu" or "elu" and there is no head: their backward pass reads z.
         mask: where the bits go, (ceil(z.numel() / 8),) uint8. None: a new tensor.
 
     Returns:
@@ -166,7 +166,7 @@ def bias_act(
     else:
         check_map(out, "out", OP, like=z)
         if smooth and out.data_ptr() == z.data_ptr() and z.numel():
-            raise ValueError(f"{OP}: out must not be z for activation {activation!r}, whose way back reads z")
+            raise ValueError(f"{OP}: out must not be z for activation {activation!r}, whose backward pass reads z")
     if not masked:
         if mask is not None:
             raise ValueError(f"{OP}: mask must be None for activation {activation!r}{' with a head' * (not smooth)}")

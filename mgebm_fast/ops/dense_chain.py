@@ -211,7 +211,7 @@ def dense_chain_(
 
     Args:
         steps: K >= 0.
-        scale: the head is multiplied by it and ∇E divided: a power of two that keeps a 16-bit way back in range.
+        scale: the head is multiplied by it and ∇E divided: a power of two that keeps a 16-bit backward pass in range.
         step_size … mask, seed … stream: as in `langevin_step_`; first_step a number or a 0-dim int64 tensor.
         bad_step: as in `edge_step_`.
         split: programs that share a tile of 16 samples (Triton on a GPU), each with its part of every layer's columns;

@@ -1,0 +1,109 @@
+"""The build: sources belong to a hash, names with spaces reach the compiler, a source distribution is whole."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+
+import pytest
+
+from mgebm_fast import doctor, native, stamp
+from mgebm_fast.errors import BackendError
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture
+def checkout(tmp_path):
+    """A checkout in a path with spaces and a dollar, with one source each way."""
+    root = tmp_path / "a checkout: 5 $x"
+    root.mkdir()
+    shutil.copytree(ROOT / "csrc", root / "csrc")
+    (root / "mgebm_fast").mkdir()
+    for name in ("setup.py", "pyproject.toml", "mgebm_fast/stamp.py", "README.md", "LICENSE", "MANIFEST.in"):
+        shutil.copy(ROOT / name, root / name)
+    return root
+
+
+def ninja(root: Path, *arguments: str) -> str:
+    """What ninja would run for the checkout: its commands, none of them run."""
+    program = (
+        "import sys, types, setuptools; setuptools.setup = lambda **k: None\n"
+        "import importlib.util\n"
+        "spec = importlib.util.spec_from_file_location('setup_module', 'setup.py')\n"
+        "module = importlib.util.module_from_spec(spec); spec.loader.exec_module(module)\n"
+        "from pathlib import Path\n"
+        "text = module.NinjaBuild.ninja_file(None, Path('out put/_C.so').resolve())\n"
+        "Path('build.ninja').write_text(text)\n"
+        "import os, ninja, subprocess\n"
+        "command = [os.path.join(ninja.BIN_DIR, 'ninja'), '-n', '-v']\n"
+        "print(subprocess.run(command, capture_output=True, text=True).stdout)"
+    )
+    run = subprocess.run(
+        [sys.executable, "-c", program], cwd=root, capture_output=True, text=True, env={**os.environ, "MGEBM_CUDA": "0"}
+    )
+    assert run.returncode == 0, run.stderr
+    return run.stdout
+
+
+def test_paths_with_spaces_reach_the_compiler(checkout):
+    commands = ninja(checkout)
+    assert f"'-I{checkout}/csrc/include'" in commands
+    assert f"-c '{checkout}/csrc/dispatch.cpp'" in commands
+    assert f"-o '{checkout}/out put/_C.so'" in commands
+    line = next(line for line in commands.splitlines() if "dispatch.cpp" in line)
+    command = line.partition("] ")[2].replace("-c ", "-fsyntax-only ").replace(" -MMD -MF dispatch.o.d", "")
+    assert subprocess.run(command.rpartition(" -o ")[0], shell=True, cwd=checkout).returncode == 0
+
+
+def test_the_module_has_the_hash_of_its_sources(checkout):
+    assert native.module().sources() == stamp.of_sources(ROOT / "csrc") == stamp.of_sources(checkout / "csrc")
+    assert stamp.why_stale(ROOT / "mgebm_fast", native.module().sources()) == ""
+    (checkout / "csrc/dispatch.cpp").write_text("// another\n")
+    reason = stamp.why_stale(checkout / "mgebm_fast", native.module().sources())
+    assert reason.endswith(f"Reinstall: pip install -e '{checkout}'")
+
+
+def test_an_installed_copy_keeps_the_hash_beside_it(tmp_path):
+    package = tmp_path / "mgebm_fast"
+    package.mkdir()
+    assert stamp.why_stale(package, "abc") == ""  # nothing to compare with
+    (package / stamp.RECORD).write_text("abc\n")
+    assert stamp.why_stale(package, "abc") == ""
+    assert "Reinstall: pip install --force-reinstall" in stamp.why_stale(package, "abd")
+
+
+def test_a_stale_module_is_an_error_that_says_what_to_run(monkeypatch):
+    monkeypatch.setattr(native, "stale", "it was compiled from other sources. Reinstall: pip install -e /there")
+    for use in (native.available, native.module):
+        with pytest.raises(BackendError, match="is stale: .* Reinstall: pip install -e /there"):
+            use()
+    report = doctor.examine()
+    assert not report["native"]["usable"] and "Reinstall: pip install -e /there" in doctor.render(report)
+
+
+def test_an_unbuilt_source_tree_warns(checkout, monkeypatch):
+    monkeypatch.setattr(native, "PACKAGE", checkout / "mgebm_fast")
+    monkeypatch.setattr(native.importlib.util, "find_spec", lambda *_: None)
+    with pytest.warns(RuntimeWarning, match="was not built.*pip install -e"):
+        native._warn_of_unbuilt_tree()
+
+
+def test_a_source_distribution_is_whole(checkout):
+    text = (ROOT / "pyproject.toml").read_text()
+    (checkout / "pyproject.toml").write_text(
+        text[: text.index("[tool.setuptools]")] + "[tool.setuptools]\npackages = []\n"
+    )
+    shutil.copytree(ROOT / "kernels", checkout / "kernels")
+    subprocess.run([sys.executable, "setup.py", "-q", "sdist"], cwd=checkout, check=True, capture_output=True)
+    [archive] = (checkout / "dist").glob("*.tar.gz")
+    names = {name.partition("/")[2] for name in tarfile.open(archive).getnames()}
+    wanted = {
+        path.relative_to(ROOT).as_posix() for folder in ("csrc", "kernels") for path in (ROOT / folder).rglob("*.*")
+    }
+    wanted = {name for name in wanted if "__pycache__" not in name}
+    assert wanted <= names and "setup.py" in names
