@@ -3,7 +3,7 @@
 
   python scripts/cifar10_zip.py cifar-10-python.tar.gz cifar10.zip
 
-It holds the 50,000 training images as CLASS/00000.png, ...; mgebm trains on nine tenths of a class (4,500) and holds the
+It holds the 50,000 training images as CLASS/00000.png; mgebm trains on nine tenths of a class (4,500) and holds the
 rest out. The archive is at https://www.cs.toronto.edu/~kriz/cifar.html; `--data` also takes it as it is, and then
 trains on its 5,000 training images of a class and holds out its 1,000 test images.
 """

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import sys
 from pathlib import Path
 
@@ -180,3 +181,29 @@ def test_no_test_module_imports_another():
             if isinstance(node, ast.ImportFrom | ast.Import):
                 names = [getattr(node, "module", None) or "", *(alias.name for alias in node.names)]
                 assert not any(part.startswith("test_") for name in names for part in name.split(".")), path.name
+
+
+def test_the_files_that_contributing_names_exist():
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    named = re.findall(r"`((?:csrc|kernels|mgebm_fast|tests|bench|docs|scripts)/[\w/.]+)`", text)
+    assert len(named) > 10
+    assert [name for name in named if not (ROOT / name).exists()] == []
+
+
+def test_an_activation_needs_its_function_alone(monkeypatch):
+    """What CONTRIBUTING says: entered in nets/layers.py, it runs by autograd until a plan has it."""
+    import torch
+
+    import mgebm_fast as mg
+    from mgebm_fast.nets import energy_net, layers
+
+    monkeypatch.setitem(layers._FUNCTIONS, "softplus", torch.nn.functional.softplus)
+    monkeypatch.setattr(energy_net, "ACTIVATIONS", (*layers.ACTIVATIONS, "softplus"))
+    net = mg.nets.multigrid_net(4, channels=1, norm="none", variant="compact", width=0.1).eval()
+    net = mg.EnergyNet.from_config({**net.config(), "activation": "softplus"}, seed=0)
+    x = torch.rand(2, 1, 4, 4, generator=torch.Generator().manual_seed(0))
+    chain = mg.Langevin(steps=1, drift=1.0, noise_std=0.0)
+    assert "'softplus', which no plan computes by hand" in str(chain.explain(net, x))
+    leaf = x.clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(net(leaf).sum(), leaf)
+    torch.testing.assert_close(chain(net, x, precision="fp32"), x - gradient)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from ..ops.conv_chain import ACTIVATIONS
 from ..ops.state import why_not_plain
 from .stages import BatchNorm, Stack, Stage, Unreadable
 
@@ -86,6 +87,8 @@ class Builder:
     def activate(self, where: str, activation: str, slope: float) -> None:
         if not self.open:
             raise Unreadable(f"{where} comes right after no convolution")
+        if activation not in ACTIVATIONS:
+            raise Unreadable(f"{where} is {activation!r}, which no plan computes by hand")
         if isinstance(slope, bool) or not isinstance(slope, (int, float)) or not math.isfinite(slope):
             raise Unreadable(f"{where} has slope {slope!r}")
         self.stages[-1] = dataclasses.replace(self.stages[-1], activation=activation, slope=float(slope))

@@ -9,6 +9,7 @@ from typing import Any
 
 from ...errors import ConfigError
 from ...gradient import PRECISIONS
+from ...nets.layers import ACTIVATIONS
 from ...sampling import Langevin
 from .keys import (
     MOST_CHANNELS,
@@ -58,7 +59,7 @@ class TrainConfig:
     norm: str = key("none", Choice(("batch", "none")), "normalisation of the nets", fixed=True)
     activation: Any = key(
         None,
-        Auto(Choice(("leaky_relu", "relu", "silu", "elu", "none"))),
+        Auto(Choice(ACTIVATIONS)),
         "of the nets; auto: the variant's own",
         fixed=True,
     )
