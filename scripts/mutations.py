@@ -179,19 +179,19 @@ MUTATIONS = (
         "learning-sign", "python", CONTRASTIVE, "loss = on_real.mean() - on_chain.mean()",
         "loss = on_chain.mean() - on_real.mean()", BASELINES,
     ),
-    Mutation("bank-not-stored", "python", STARTS, "self.model.bank[ids] = x", "return", BASELINES),
+    Mutation("bank-not-stored", "python", STARTS, "self.model.bank[made.ids] = made.images[0]", "return", BASELINES),
     Mutation("restart-ignored", "python", BANKS, "draw[:, 0] <= self.restart", "draw[:, 0] <= 0", BASELINES),
     Mutation("restart-inverted", "python", BANKS, "draw[:, 0] <= self.restart", "draw[:, 0] > self.restart", BASELINES),
-    Mutation("restart-from-the-first-noise", "python", STARTS, "iteration + 1, ids)", "0, ids)", BASELINES),
+    Mutation("restart-from-the-first-noise", "python", STARTS, "iteration + 1, ids, ", "0, ids, ", BASELINES),
     Mutation(
         "slots-of-the-first-batch", "python", BANKS, " + iteration * self.batch_size)", " + 0 * self.batch_size)",
         BASELINES,
     ),
     Mutation(
-        "short-run-starts-alike", "python", STARTS, "self.noise(len(observed[0]), iteration, ids)",
-        "self.noise(len(observed[0]), 0, ids)", BASELINES,
+        "short-run-starts-alike", "python", STARTS, "self.noise(len(observed[0]), iteration, first_sample",
+        "self.noise(len(observed[0]), 0, first_sample", BASELINES,
     ),
-    Mutation("cd-from-the-means", "python", STARTS, "return observed[1]", "return 0 * observed[1]", BASELINES),
+    Mutation("cd-from-the-means", "python", STARTS, "sample, observed[1]", "sample, 0 * observed[1]", BASELINES),
     Mutation(
         "single-grid-from-the-data", "python", STARTS, "ops.upsample(observed[0], self.model.sizes[-1])", "observed[1]",
         BASELINES,
@@ -201,13 +201,13 @@ MUTATIONS = (
         BASELINES,
     ),
     Mutation(
-        "step-counter-reused-on-one-net", "python", CONTRASTIVE,
-        "first_step=iteration * chain.steps", "first_step=iteration", BASELINES,
+        "step-counter-reused-on-one-net", "python", STARTS, "first_step=iteration * chain.steps",
+        "first_step=iteration", BASELINES,
     ),
     # generative ConvNet, FRAME, spatial-temporal
     Mutation(
-        "chains-begin-at-noise", "python", STARTS, "return self.model.zeros(n)", "return super().noise(n, step, ids)",
-        CONVNET,
+        "chains-begin-at-noise", "python", STARTS, "return self.model.zeros(n)",
+        "return torch.rand_like(self.model.zeros(n))", CONVNET,
     ),
     Mutation(
         "layers-join-late", "python", CONVNET_RULE, "min(layers, 1 + int(",
@@ -221,20 +221,19 @@ MUTATIONS = (
         "copy_(torch.tensor(options.thresholds)", FRAME,
     ),
     Mutation(
-        "hamiltonian-steps-repeat", "python", FRAME_RULE, "first_step=iteration * exact.steps",
-        "first_step=0", FRAME,
+        "hamiltonian-steps-repeat", "python", STARTS, "first_step=iteration * chain.steps", "first_step=0", FRAME,
     ),
     Mutation(
-        "hamiltonian-noise-of-samples", "python", FRAME_RULE, "_TRAINING_GRID = 2",
+        "hamiltonian-noise-of-samples", "python", "mgebm_fast/models/single.py", "_TRAINING_GRID = 2",
         "_TRAINING_GRID = 1", FRAME,
     ),
     Mutation(
-        "one-clip-chains-forget", "python", STARTS, "self.model.bank[ids] = x", "return", TEMPORAL
+        "one-clip-chains-forget", "python", STARTS, "self.model.bank[made.ids] = made.images[0]", "return", TEMPORAL
     ),
     # with a generator
     Mutation(
-        "taught-what-it-made", "python", COOPERATIVE_RULE, "self._pair = z, x",
-        "self._pair = z, start", COOPERATIVE,
+        "taught-what-it-made", "python", COOPERATIVE_RULE, "(x,), z = whole.images, whole.latents",
+        "x, z = generator(whole.latents).detach(), whole.latents", COOPERATIVE,
     ),
     Mutation(
         "draws-repeat", "python", COOPERATIVE_RULE, "step=iteration, first_sample",

@@ -63,11 +63,11 @@ def diagnose(
     from ..evaluation.diagnosis import diagnose as measure
     from ..evaluation.diagnosis import format_diagnosis
     from ..files import write_bytes
-    from ..models import Model, MultiGrid, SpatialTemporal
+    from ..models import EnergyModel, Model, SpatialTemporal
 
     source, _ = open_run(run)
     model = Model.load(source, device=find_device(device))
-    if not isinstance(model, MultiGrid):
+    if not isinstance(model, EnergyModel):
         raise ValueError(f"run: must have chains to diagnose, got {run}, whose samples a generator makes alone")
     num = num or (8 if isinstance(model, SpatialTemporal) else 64)
     with Console(stderr=True).status(f"running {num} chains a grid"):

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from ..files import write_bytes
-from ..models import MultiGrid, SingleGrid
+from ..models import EnergyModel, OneNet
 from ..pictures import labelled_panel, save_png
 from ..sampling import Langevin, diagnostics
 from ..sampling.corrected import Corrected
@@ -69,7 +69,7 @@ class Diagnosis:
 
 
 def diagnose(
-    model: MultiGrid,
+    model: EnergyModel,
     *,
     num: int = 64,
     steps: int | None = None,
@@ -106,18 +106,18 @@ def diagnose(
 
 
 @contextlib.contextmanager
-def _lengthened(model: MultiGrid, steps: int | None) -> Iterator[None]:
+def _lengthened(model: EnergyModel, steps: int | None) -> Iterator[None]:
     """Inside, every chain that the model samples with has `steps` steps."""
-    dynamics, sample_steps = model.langevin, getattr(model, "sample_steps", None)
+    dynamics, sample_steps = model.langevin, model.sample_steps if isinstance(model, OneNet) else None
     try:
         if steps is not None:
             model.langevin = tuple(dataclasses.replace(chain, steps=steps) for chain in dynamics)
-            if isinstance(model, SingleGrid):
+            if isinstance(model, OneNet):
                 model.sample_steps = None
         yield
     finally:
         model.langevin = dynamics
-        if isinstance(model, SingleGrid):
+        if isinstance(model, OneNet):
             model.sample_steps = sample_steps
 
 

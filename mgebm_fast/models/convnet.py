@@ -2,36 +2,40 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..gradient.plan import Energy
 from ..nets import ConvSpec, EnergyNet
 from ..sampling.corrected import Corrected
 from ..sampling.langevin import Langevin
 from ..sampling.mcmc import HMC
-from .single import SingleGrid
+from .model import Group
+from .single import OneNet
 
 
-class GenerativeConvNet(SingleGrid):
+class GenerativeConvNet(OneNet):
     """p(x) ∝ exp(f(x)) N(x; m, σ²I) with f a ConvNet of one's own layers (Xie, Lu, Zhu, Wu, ICML 2016).
 
     Args:
         size: of the training images, one side.
         layers: the convolutions, bottom first.
-        head: "sum" of the top map, for textures, which then have any size; "linear" over it, for objects.
+        head: "sum" of the top feature map, for textures, which then have any size; "linear" over it, for objects.
         depth: how many of the layers make the energy; None: all. Fewer are a net with the "sum" head, which shares its
             layers with the whole one: what growth layer by layer trains.
         init_std: of normal initial weights; None: Xavier-uniform ones.
         sample_steps: of a sample's chain, which starts at the zero image, m everywhere.
 
-    State: as `SingleGrid`'s; `bank` holds the persistent chains of training. Other arguments as `MultiGrid`'s.
+    State: as `EnergyModel`'s, and `bank` (M, C, S, S), the persistent chains of training. Other arguments as
+    `EnergyModel`'s.
     """
 
     kind = "GenerativeConvNet"
+    start = "bank"  # in model files
+    _OWN: tuple[str, ...] = ("sample_steps", "depth")
+    _tied = False  # whether a linear head has one weight a channel, and so fits any size
 
     def __init__(
         self,
@@ -58,15 +62,14 @@ class GenerativeConvNet(SingleGrid):
             if init_std is not None:
                 draw_weights_(net, init_std, seed)
             nets = [net]
-        super().__init__(
-            size, start="bank", sample_steps=sample_steps, channels=channels, nets=nets, seed=seed, **arguments
-        )
+        super().__init__(size, sample_steps=sample_steps, channels=channels, nets=nets, seed=seed, **arguments)
+        self._register_rows("bank", *self.sample_shape(size))
         self.depth = depth
 
     @property
     def layers(self) -> int:
         """How many layers the whole net has."""
-        return len(self._energy_nets("grown")[0].specs)
+        return len(self.energy_nets("grown")[0].specs)
 
     @property
     def depth(self) -> int:
@@ -75,18 +78,18 @@ class GenerativeConvNet(SingleGrid):
 
     @depth.setter
     def depth(self, depth: int | None) -> None:
-        net = self._energy_nets("grown")[0]
+        net = self.energy_nets("grown")[0]
         count = len(net.specs)
         depth = count if depth is None else depth
         if isinstance(depth, bool) or not isinstance(depth, int) or not 1 <= depth <= count:
-            raise ValueError(f"GenerativeConvNet: depth must be an int in [1, {count}] or None, got {depth!r}")
+            raise ValueError(f"{self.kind}: depth must be an int in [1, {count}] or None, got {depth!r}")
         if depth == getattr(self, "_depth", None):
             return
         part = net
         if depth < count:
             part = EnergyNet.from_config({**net.config(), "layers": net.config()["layers"][:depth], "head": "sum"})
             part.layers = nn.ModuleList(net.layers[:depth])
-        # In a tuple: a submodule would be stored, and counted, twice.
+        # In a tuple so that nn.Module does not register its layers a second time.
         self._depth, self._part = depth, (part,)
 
     @property
@@ -94,62 +97,56 @@ class GenerativeConvNet(SingleGrid):
         """The net of the layers in use."""
         return self._part[0]
 
-    def measured(self) -> list[tuple[Energy, Langevin | Corrected]]:
-        return [(self.energy, self.sampling[0])]
+    @property
+    def active_nets(self) -> list[nn.Module]:
+        return [self.energy]
 
-    def zeros(self, n: int) -> Tensor:  # (n, C, S, S)
-        """Zero images, in the paper's units, where the mean is subtracted: m of the reference everywhere."""
-        size = self.sizes[-1]
-        zero = self.langevin[0].reference_mean
-        return torch.full((n, self.channels, size, size), zero, device=self.colours.device)
-
-    def _start(self, n: int, seed: int, first_sample: int) -> Tensor:
-        return self.zeros(n)
-
-    def _run(self, x: Tensor, energy: Energy | None = None, **arguments: Any) -> Tensor:
-        return super()._run(x, self.energy if energy is None else energy, **arguments)
+    def _start(self, group: Group) -> Tensor:
+        return self.zeros(group.n)
 
     def at_size(self, size: int) -> GenerativeConvNet:
-        """This model for images of another size, with its weights and no bank. ValueError where the head is linear."""
-        net = self._energy_nets("resized")[0]
-        if net.head is not None and size != self.sizes[-1]:
+        """This model for images of another size, with its weights and no bank. ValueError where a head fits one."""
+        net = self.energy_nets("resized")[0]
+        if net.head is not None and not self._tied and size != self.sizes[-1]:
             raise ValueError(
                 f"size: must be {self.sizes[-1]}, the size that this model was trained at, for a net with a linear "
                 f'head, got {size}; a fully convolutional one (head "sum") takes any'
             )
         config = self.config()
         config.update(sizes=[1, size], nets=[{**net.config(), "size": [size, size]}])
-        other = self.from_config(config)
-        other.nets.load_state_dict(self.nets.state_dict())
+        other = self.from_config(config).to(self.colours.device)
+        other._take_weights(self)
         other.colours = self.colours.clone()
-        return other.to(self.colours.device)
+        return other
+
+    def _take_weights(self, source: GenerativeConvNet) -> None:
+        """Those of a model of the same layers, at whatever size."""
+        self.nets.load_state_dict(source.nets.state_dict())
 
     def config(self) -> dict[str, Any]:
-        return {**super().config(), "depth": self.depth}
-
-    @classmethod
-    def from_config(cls, config: Mapping[str, Any]) -> GenerativeConvNet:
-        rest = {"depth": config["depth"], **cls._arguments(config)}
-        return cls(config["sizes"][-1], sample_steps=config["sample_steps"], **rest)
+        own = {"start": self.start, "sample_steps": self.sample_steps, "depth": self.depth}
+        return {**super().config(), **own}
 
 
 class Frame(GenerativeConvNet):
     """FRAME: fixed filters F_k, and learned weights λ_k on their summed rectified responses (Zhu, Wu, Mumford, 1998;
     its deep version, Lu, Zhu, Wu, AAAI 2016):
 
-        f(x) = Σ_k λ_k Σ_p h_k(x)(p),   h = top map of frozen layers, for a filter bank relu(F_k * x − b_k)
+        f(x) = Σ_k λ_k Σ_p h_k(x)(p),   h = top feature map of frozen layers, for a filter bank relu(F_k * x − b_k)
 
-    λ stands in the linear head of the net, the same at every pixel of a map. `leapfrog_steps`: chains are Hamiltonian
-    Monte Carlo with so many, of the law that `langevin` has without its steps' error; None: Langevin.
+    λ stands in the linear head of the net, the same at every pixel of a feature map. `leapfrog_steps`: chains are
+    Hamiltonian Monte Carlo with so many, of the law that `langevin` has without its steps' error; None: Langevin.
     """
 
     kind = "Frame"
+    _tied = True
+    _OWN = ("sample_steps", "leapfrog_steps")
 
     def __init__(self, size: int, *, leapfrog_steps: int | None = None, **arguments: Any) -> None:
         super().__init__(size, **{"head": "linear", **arguments})
         self.leapfrog_steps = leapfrog_steps
         self.exact(1)  # wrong numbers raise here
-        net = self._energy_nets("frozen")[0]
+        net = self.energy_nets("frozen")[0]
         if net.head is None:
             raise ValueError("Frame: nets must have a linear head, which holds λ, got head='sum'")
         for name, parameter in net.named_parameters():
@@ -189,37 +186,16 @@ class Frame(GenerativeConvNet):
             numbers.noise_std**2 / (2 * numbers.drift), chain.clamp, chain.grad_clamp,
         )  # fmt: skip
 
-    def measured(self) -> list[tuple[Energy, Langevin | Corrected]]:
-        exact = self.exact(self.sampling[0].steps)
-        return super().measured() if exact is None else [(self.energy, exact)]
+    def law(self, chain: Langevin) -> Langevin | Corrected:
+        return self.exact(chain.steps) or chain
 
-    def _run(self, x: Tensor, energy: Energy | None = None, *, length: float = 1.0, **arguments: Any) -> Tensor:
-        exact = self.exact(self.chains(length)[0].steps)
-        if exact is None:
-            return super()._run(x, energy, length=length, **arguments)
-        for name in ("backend", "graph"):
-            arguments.pop(name, None)
-        return exact(self.energy if energy is None else energy, x, grid=1, **arguments).x
-
-    def at_size(self, size: int) -> Frame:
-        """This model for images of another size, with its weights and no bank."""
-        net = self._energy_nets("resized")[0]
-        config = self.config()
-        config.update(sizes=[1, size], nets=[{**net.config(), "size": [size, size]}])
-        other = self.from_config(config).to(self.colours.device)
-        other.energy.layers.load_state_dict(net.layers.state_dict())
-        other.set_weights(self.weights)
-        other.colours = self.colours.clone()
-        return other
+    def _take_weights(self, source: GenerativeConvNet) -> None:
+        assert isinstance(source, Frame)
+        self.energy.layers.load_state_dict(source.energy.layers.state_dict())
+        self.set_weights(source.weights)
 
     def config(self) -> dict[str, Any]:
         return {**super().config(), "leapfrog_steps": self.leapfrog_steps}
-
-    @classmethod
-    def from_config(cls, config: Mapping[str, Any]) -> Frame:
-        rest = cls._arguments(config)
-        steps, leapfrog = config["sample_steps"], config["leapfrog_steps"]
-        return cls(config["sizes"][-1], sample_steps=steps, leapfrog_steps=leapfrog, **rest)
 
 
 @torch.no_grad()

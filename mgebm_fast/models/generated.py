@@ -6,15 +6,13 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from .. import ops
 from ..nets import Generator
-from ..sampling.cascade import GridCallback, of_grid
+from ..sampling.langevin import Langevin
 from .latent import Generates, Inference
-from .model import Model
-from .multigrid import MultiGrid
+from .model import Group, Model
+from .single import OneNet
 
 COMPLETE_STEPS = 300
 
@@ -28,7 +26,7 @@ class GeneratorModel(Generates, Model):
         generator: of square images.
         inference: the chain on z; its `std` is s.
         complete_steps: of the chain that explains known pixels from a draw of the prior.
-        value_range, batch_size: as in `MultiGrid`.
+        value_range, batch_size: as in `EnergyModel`.
 
     State: parameters of the generator, and the buffer `latents` (M, *latent_shape) float32, z of the training images.
     """
@@ -45,24 +43,16 @@ class GeneratorModel(Generates, Model):
         value_range: tuple[float, float] = (-1.0, 1.0),
         batch_size: int | None = None,
     ) -> None:
-        super().__init__((1, generator.size), generator.channels, value_range, batch_size, "GeneratorModel")
+        super().__init__((1, generator.size), generator.channels, value_range, batch_size)
         self.generator, self.inference, self.complete_steps = generator, inference, complete_steps
-        self._of_any_length = ("colours", "latents")
-        self.register_buffer("latents", torch.empty(0, *generator.latent_shape))
+        self._register_rows("latents", *generator.latent_shape)
 
-    def _sample_group(
-        self,
-        n: int,
-        *,
-        seed: int,
-        first_sample: int,
-        mask: Tensor | None = None,
-        known: Tensor | None = None,
-        backend: str = "auto",
-        **arguments: Any,
-    ) -> list[Tensor]:
-        x = self.draw(n, known, mask, seed=seed, first_sample=first_sample, backend=backend)
-        return [ops.pyramid(x, [1])[0], x]
+    @property
+    def sampling(self) -> tuple[Langevin, ...]:
+        return ()
+
+    def _sample_group(self, group: Group) -> list[Tensor]:
+        return self.grids(self.draw(group))
 
     def config(self) -> dict[str, Any]:
         return {
@@ -82,7 +72,7 @@ class GeneratorModel(Generates, Model):
         )  # fmt: skip
 
 
-class CoopNets(Generates, MultiGrid):
+class CoopNets(Generates, OneNet):
     """A descriptor, one energy net, and a generator: a sample is g(z) of a draw z ~ N(0, I), refined by the
     descriptor's chain.
 
@@ -92,7 +82,7 @@ class CoopNets(Generates, MultiGrid):
         size: of the images.
         generator: of images of that size.
         inference, complete_steps: as in `GeneratorModel`.
-        Other arguments as `MultiGrid`'s.
+        Other arguments as `EnergyModel`'s.
 
     Source: Xie, Lu, Gao, Zhu, Wu, "Cooperative training of descriptor and generator networks" (arXiv 1609.09408).
     """
@@ -109,7 +99,7 @@ class CoopNets(Generates, MultiGrid):
         channels: int = 3,
         **arguments: Any,
     ) -> None:
-        super().__init__((1, size), channels=channels, **arguments)
+        super().__init__(size, channels=channels, **arguments)
         if generator.size != size or generator.channels != channels:
             raise ValueError(
                 f"CoopNets: generator must make images of {channels} x {size} x {size}, got {generator.channels} x "
@@ -117,30 +107,8 @@ class CoopNets(Generates, MultiGrid):
             )
         self.generator, self.inference, self.complete_steps = generator, inference, complete_steps
 
-    def _sample_group(
-        self,
-        n: int,
-        *,
-        seed: int,
-        first_sample: int,
-        mask: Tensor | None = None,
-        known: Tensor | None = None,
-        callback: GridCallback | None = None,
-        backend: str = "auto",
-        **arguments: Any,
-    ) -> list[Tensor]:
-        x = self.draw(n, known, mask, seed=seed, first_sample=first_sample, backend=backend)
-        x = self._run(
-            x, mask=mask, seed=seed, first_sample=first_sample, callback=of_grid(callback, 1), backend=backend,
-            **arguments,
-        )  # fmt: skip
-        return [ops.pyramid(x, [1])[0], x]
-
-    def freeze_norm(self) -> CoopNets:
-        model = super().freeze_norm()
-        assert isinstance(model, CoopNets)
-        model.generator.load_state_dict(self.generator.state_dict())
-        return model
+    def _start(self, group: Group) -> Tensor:
+        return self.draw(group)
 
     def config(self) -> dict[str, Any]:
         return {**super().config(), **_described(self)}

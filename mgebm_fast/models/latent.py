@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from .. import noise, ops
 from ..nets import Generator
 from ..sampling.langevin import Langevin
+from .model import Group
 
 
 class Residual(nn.Module):
@@ -195,17 +196,9 @@ class Generates:
         with torch.no_grad():
             return torch.where(mask, self.generator(z), known)
 
-    def draw(
-        self,
-        n: int,
-        known: Tensor | None = None,
-        mask: Tensor | None = None,
-        *,
-        seed: int = 0,
-        first_sample: int = 0,
-        backend: str = "auto",
-    ) -> Tensor:
-        """n images by the generator alone: completed where pixels are known, else of draws of z."""
-        if mask is not None and known is not None:
-            return self.complete(known, mask, seed=seed, first_sample=first_sample, backend=backend)
-        return self.generate(n, seed=seed, first_sample=first_sample)
+    def draw(self, group: Group) -> Tensor:
+        """The images of a group by the generator alone: completed where pixels are known, else of draws of z."""
+        place = {"seed": group.seed, "first_sample": group.first_sample}
+        if group.mask is not None and group.known is not None:
+            return self.complete(group.known, group.mask, backend=group.backend, **place)
+        return self.generate(group.n, **place)

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from .. import noise
+from .. import noise, ops
 from ..errors import CheckpointError
 from ..sampling.cascade import GridCallback, check_known, check_sizes
 from ..sampling.langevin import Langevin
@@ -24,11 +24,32 @@ DEFAULT_GROUP = 100
 AnyModel = TypeVar("AnyModel", bound="Model")
 
 
+@dataclasses.dataclass(frozen=True)
+class Group:
+    """Samples that run as one batch, and how, as `Model.sample` was asked for them."""
+
+    n: int
+    seed: int
+    first_sample: int
+    mask: Tensor | None = None  # (n, C, S, S), and `known` with it; both or neither
+    known: Tensor | None = None
+    length: float = 1.0
+    callback: GridCallback | None = None
+    precision: str = "auto"
+    backend: str = "auto"
+    graph: bool | None = None
+
+    @property
+    def engine(self) -> dict[str, Any]:
+        """How chains compute."""
+        return {"precision": self.precision, "backend": self.backend, "graph": self.graph}
+
+
 class Model(nn.Module, abc.ABC):
     """A model of square images: how samples are grouped, the units of its pixels, and how it is stored.
 
-    A class of models says how one group is drawn (`_sample_group`), what it is rebuilt from (`config`, `from_config`),
-    and its name in model files (`kind`).
+    A class of models says how one group is drawn (`_sample_group`), the chains that it goes through (`sampling`), what
+    it is rebuilt from (`config`, `from_config`), and its name in model files (`kind`).
 
     Args:
         sizes: those that a sample is given at, coarse to fine.
@@ -41,13 +62,14 @@ class Model(nn.Module, abc.ABC):
 
     kind = "Model"
     norm: str = "none"  # "batch": the samples of a group are coupled
-    _of_any_length: tuple[str, ...] = ("colours",)
+    _of_any_length: tuple[str, ...] = ()
     colours: Tensor
 
     def __init__(
-        self, sizes: Sequence[int], channels: int, value_range: tuple[float, float], batch_size: int | None, where: str
+        self, sizes: Sequence[int], channels: int, value_range: tuple[float, float], batch_size: int | None
     ) -> None:
         super().__init__()
+        where = self.kind
         self.sizes = check_sizes(sizes)
         if isinstance(channels, bool) or not isinstance(channels, int) or channels < 1:
             raise ValueError(f"{where}: channels must be a positive int, got {channels!r}")
@@ -58,7 +80,20 @@ class Model(nn.Module, abc.ABC):
         if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
             raise ValueError(f"{where}: batch_size must be a positive int or None, got {batch_size!r}")
         self.channels, self.value_range, self.batch_size = channels, (low, high), batch_size
-        self.register_buffer("colours", torch.empty(0, channels))
+        self._register_rows("colours", channels)
+
+    def _register_rows(self, name: str, *shape: int) -> None:
+        """A buffer of any number of rows of this shape, none at first."""
+        self._of_any_length = (*self._of_any_length, name)
+        self.register_buffer(name, torch.empty(0, *shape, dtype=torch.float32))
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        """As torch has it; buffers of any number of rows take the number that is loaded."""
+        for name in self._of_any_length:
+            own, given = getattr(self, name), state_dict.get(prefix + name)
+            if isinstance(given, Tensor) and given.shape != own.shape and given.shape[1:] == own.shape[1:]:
+                setattr(self, name, own.new_empty(given.shape))
+        super()._load_from_state_dict(state_dict, prefix, *rest)
 
     @torch.no_grad()
     def set_colours(self, colours: Tensor) -> None:  # (M, C) or (M, C, 1, 1)
@@ -71,10 +106,22 @@ class Model(nn.Module, abc.ABC):
             raise ValueError("set_colours: colours must be finite, got NaN or infinite values")
         self.colours = colours.detach().to(self.colours.device, torch.float32, copy=True)
 
+    def draw_colours(self, n: int, *, seed: int, first_sample: int = 0) -> Tensor:
+        """n draws (n, C, 1, 1) from the stored colours; each sample's is a function of (seed, sample id)."""
+        if len(self.colours) == 0:
+            raise ValueError(
+                "sample: the model must hold a colour distribution, got none: train it, or call set_colours"
+            )
+        where = noise.stream(noise.Purpose.COLOUR_DRAW)
+        index = noise.integers(
+            len(self.colours), n, seed=seed, step=0, first_sample=first_sample, stream=where, device=self.colours.device
+        )
+        return self.colours[index][:, :, None, None]
+
     @property
+    @abc.abstractmethod
     def sampling(self) -> tuple[Langevin, ...]:
-        """The chains that a sample goes through."""
-        return ()
+        """The chains that a sample goes through; none where a generator makes it alone."""
 
     @property
     def coupled(self) -> str:
@@ -88,8 +135,12 @@ class Model(nn.Module, abc.ABC):
         return tuple(dataclasses.replace(chain, steps=max(1, round(length * chain.steps))) for chain in self.sampling)
 
     @abc.abstractmethod
-    def _sample_group(self, n: int, *, seed: int, first_sample: int, **arguments: Any) -> list[Tensor]:
-        """The results at every size of `n` samples that run as one batch; other arguments as in `sample`."""
+    def _sample_group(self, group: Group) -> list[Tensor]:
+        """The samples of a group at every size."""
+
+    def grids(self, x: Tensor) -> list[Tensor]:  # (N, C, S, S)
+        """Images at sizes 1 and S: their block means, and themselves."""
+        return [ops.pyramid(x, [1])[0], x]
 
     @abc.abstractmethod
     def config(self) -> dict[str, Any]:
@@ -147,18 +198,13 @@ class Model(nn.Module, abc.ABC):
                 wanted = min(group, n - begin)
                 size = group if self.coupled else wanted
                 rows = [min(i, n - 1) for i in range(begin, begin + size)]
+                known_here, mask_here = (None, None) if held is None else (held[0][rows], held[1][rows])
                 results = self._sample_group(
-                    size,
-                    seed=seed,
-                    first_sample=first_sample + begin,
-                    mask=None if held is None else held[1][rows],
-                    known=None if held is None else held[0][rows],
-                    length=length,
-                    callback=callback,
-                    precision=precision,
-                    backend=backend,
-                    graph=graph,
-                )
+                    Group(
+                        size, seed, first_sample + begin, mask_here, known_here, length, callback, precision, backend,
+                        graph,
+                    )
+                )  # fmt: skip
                 groups.append([grid[:wanted] for grid in results])
             return groups
 
@@ -185,8 +231,24 @@ class Model(nn.Module, abc.ABC):
         low, high = self.value_range
         return x.float() * ((high - low) / 255.0) + low
 
+    def in_units(self, batch: Tensor) -> Tensor:
+        """A batch on the model's device, float32 in its units: bytes are 0 … 255, floats are in those units already."""
+        batch = batch.to(self.colours.device, non_blocking=True)
+        return self.from_uint8(batch) if batch.dtype == torch.uint8 else batch
+
+    def check_storable(self) -> None:
+        """ValueError where the state holds what no model file can: anything but plain, dense, real tensors."""
+        for name, value in self.state_dict().items():
+            plain = type(value) in (Tensor, nn.Parameter) and value.layout == torch.strided
+            if not plain or value.is_complex() or value.is_quantized or value.is_meta:
+                got = f"{value.layout} {value.dtype}" if isinstance(value, Tensor) else type(value).__name__
+                raise ValueError(
+                    f"{self.kind}: the state of nets must hold dense real tensors alone, to be trained and stored, got "
+                    f"{name!r}, {got}"
+                )
+
     def save(self, path: str | os.PathLike, *, ema: Mapping[str, Tensor] | None = None) -> None:
-        """Write one .safetensors file, configuration included, whole or not at all.
+        """Write one .safetensors file, configuration included; no file is left half-written.
 
         `ema`: averages of some of the state's tensors, by their names in `state_dict()`; `load` prefers them.
         """
@@ -195,7 +257,7 @@ class Model(nn.Module, abc.ABC):
         if unknown:
             raise ValueError(f"save: ema must hold names of the model's state, got {unknown[0]!r}")
         tensors.update({storage.EMA + name: tensor for name, tensor in (ema or {}).items()})
-        storage.write(path, tensors, self.config(), self.kind)
+        storage.write(path, _apart(tensors), self.config(), self.kind)
 
     @classmethod
     def load(
@@ -208,14 +270,21 @@ class Model(nn.Module, abc.ABC):
         Raises CheckpointError: no such file, truncated, not a model, or tensors that do not fit its configuration.
         """
         file = storage.find(path)
-        classes = {found.kind: found for found in _family(cls)}
+        classes = {found.kind: found for found in cls._loadable()}
         kind, config, tensors = storage.read_one_of(file, list(classes))
         try:
             model = classes[kind].from_config(config)
+        except CheckpointError as error:
+            raise CheckpointError(f"{file}: {error}") from None
         except (KeyError, TypeError, ValueError) as error:
             raise CheckpointError(f"{file}: the model's configuration is wrong: {error}") from error
         model.set_state(tensors, ema, str(file))
         return model.to(device)
+
+    @classmethod
+    def _loadable(cls: type[AnyModel]) -> list[type[AnyModel]]:
+        """The classes that `load` takes, the one that an error names first."""
+        return list(_family(cls))
 
     def load_weights(self, path: str | os.PathLike, *, ema: bool = True) -> None:
         """Take the weights and colours stored at `path` into this model; CheckpointError where they do not fit it."""
@@ -248,9 +317,17 @@ class Model(nn.Module, abc.ABC):
             if not fits or state[name].dtype != expected[name].dtype:
                 wanted = f"{want} {expected[name].dtype}"
                 raise CheckpointError(f"{where}: tensor {name!r} must be {wanted}, got {got} {state[name].dtype}")
-        for name in self._of_any_length:
-            setattr(self, name, state[name].to(self.colours.device, copy=True))
         self.load_state_dict(state)
+
+
+def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors, with copies of those that share memory with an earlier one (tied weights): files hold each apart."""
+    found, seen = {}, set()
+    for name, tensor in tensors.items():
+        place = tensor.untyped_storage().data_ptr()
+        found[name] = tensor.clone() if place in seen else tensor
+        seen.add(place)
+    return found
 
 
 def _family(cls: type[AnyModel]) -> Iterator[type[AnyModel]]:

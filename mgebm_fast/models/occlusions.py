@@ -31,7 +31,7 @@ def occlusion(kind: str, n: int, size: int, *, seed: int = 0, first_sample: int 
                up to a quarter of the pixels and not a stamp further
     "pepper":  60 % of the pixels, every choice of them equally probable
 
-    Source: the three occlusions of Gao, Lu, Zhou, Zhu, Wu (CVPR 2018), §4.5, drawn anew.
+    Source: the three occlusions of Gao, Lu, Zhou, Zhu, Wu (CVPR 2018), §4.5; the drawing is our own.
     """
     if kind not in KINDS:
         raise ValueError(f"occlusion: kind must be one of {', '.join(KINDS)}, got {kind!r}{suggest(kind, KINDS)}")

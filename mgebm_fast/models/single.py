@@ -1,52 +1,112 @@
-"""SingleGrid: one energy net and its chain, by where the chain starts: the model of the baselines."""
+"""OneNet: one energy net and its chain. SingleGrid: the model of the baselines, by where the chain starts."""
 
 from __future__ import annotations
 
+import abc
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from .. import noise, ops
-from ..sampling.cascade import GridCallback, known_means, of_grid, updated_cells
+from ..sampling.cascade import known_means, of_grid, updated_cells
 from ..sampling.langevin import Langevin
-from .multigrid import MultiGrid
+from .energies import EnergyModel
+from .model import Group
+
+AnyOneNet = TypeVar("AnyOneNet", bound="OneNet")
 
 STARTS = ("colours", "noise", "bank")
+_TRAINING_GRID = 2  # first noise-stream index of training's corrected chains (2 + attempt); those of samples use 1
 
 
-class SingleGrid(MultiGrid):
-    """A model of one net at one size. A sample's chain starts at
+class OneNet(EnergyModel):
+    """A model of one net at one size. A class of them says where the chain of a sample starts (`_start`).
 
-        "colours": the expanded 1×1 image of a draw from the stored colours, as the first grid of a `MultiGrid` does
-        "noise":   uniform noise in `value_range`
-        "bank":    a draw from the stored images `bank`, the persistent chains of training
-
-    and takes `sample_steps` steps (None: those of `langevin`). `sizes` is (1, size). Other arguments as `MultiGrid`'s.
+    Args:
+        size: of the images, one side. `sizes` is (1, size).
+        sample_steps: of a sample's chain; None: those of `langevin`.
+        Other arguments as `EnergyModel`'s.
     """
 
-    kind = "SingleGrid"
+    _OWN: tuple[str, ...] = ()  # arguments besides `EnergyModel`'s that a file holds
     bank: Tensor
 
-    def __init__(
-        self, size: int, *, start: str = "noise", sample_steps: int | None = None, channels: int = 3, **arguments: Any
-    ) -> None:
+    def __init__(self, size: int, *, sample_steps: int | None = None, channels: int = 3, **arguments: Any) -> None:
         super().__init__((1, size), channels=channels, **arguments)
-        if start not in STARTS:
-            raise ValueError(f"SingleGrid: start must be one of {', '.join(STARTS)}, got {start!r}")
         if sample_steps is not None and (not isinstance(sample_steps, int) or sample_steps < 1):
-            raise ValueError(f"SingleGrid: sample_steps must be a positive int or None, got {sample_steps!r}")
-        self.start, self.sample_steps = start, sample_steps
-        if start == "bank":
-            self._of_any_length = ("colours", "bank")
-            self.register_buffer("bank", torch.empty(0, channels, size, size))
+            raise ValueError(f"{self.kind}: sample_steps must be a positive int or None, got {sample_steps!r}")
+        self.sample_steps = sample_steps
 
     @property
     def sampling(self) -> tuple[Langevin, ...]:
         chain = self.langevin[0]
         return (chain if self.sample_steps is None else dataclasses.replace(chain, steps=self.sample_steps),)
+
+    @abc.abstractmethod
+    def _start(self, group: Group) -> Tensor:
+        """Where the chains of a group start; known pixels are put there by the caller."""
+
+    def run(self, x: Tensor, chain: Langevin, *, attempt: int | None = None, **arguments: Any) -> Tensor:
+        """Where `chain` on the model's energy comes to from x.
+
+        Args:
+            attempt: of the training run that the chain is of, `noise.retried`; None: it makes samples.
+            arguments: seed, first_sample, first_step, mask, callback, precision, backend, graph as in
+                `langevin_sample`; the last two do not concern a corrected chain.
+        """
+        (energy,), law = self.active_nets, self.law(chain)
+        if not isinstance(law, Langevin):
+            arguments = {name: value for name, value in arguments.items() if name not in ("backend", "graph")}
+            return law(energy, x, grid=1 if attempt is None else _TRAINING_GRID + attempt, **arguments).x
+        purpose = noise.Purpose.SAMPLING if attempt is None else noise.retried(noise.Purpose.TRAINING_CHAIN, attempt)
+        where = f"{'sample' if attempt is None else 'training'}: grid 1 (size {self.sizes[-1]})"
+        return law(energy, x, stream=noise.stream(purpose, 1), where=where, **arguments)
+
+    def _sample_group(self, group: Group) -> list[Tensor]:
+        x = self._start(group)
+        if group.mask is not None and group.known is not None:
+            x = torch.where(group.mask, x, group.known)
+        return self.grids(
+            self.run(
+                x, self.chains(group.length)[0], seed=group.seed, first_sample=group.first_sample, mask=group.mask,
+                callback=of_grid(group.callback, 1), **group.engine,
+            )
+        )  # fmt: skip
+
+    def zeros(self, n: int) -> Tensor:  # (n, C, S, S)
+        """Images whose every pixel is the mean m of the reference: the zero images of papers, which subtract it."""
+        mean = self.langevin[0].reference_mean
+        return torch.full((n, *self.sample_shape(self.sizes[-1])), mean, device=self.colours.device)
+
+    @classmethod
+    def from_config(cls: type[AnyOneNet], config: Mapping[str, Any]) -> AnyOneNet:
+        own = {name: config[name] for name in cls._OWN}
+        return cls(config["sizes"][-1], **own, **cls._arguments(config))
+
+
+class SingleGrid(OneNet):
+    """One net at one size. A sample's chain starts at
+
+        "colours": the expanded 1×1 image of a draw from the stored colours, as the first grid of a `MultiGrid` does
+        "noise":   uniform noise in `value_range`
+        "bank":    a draw from the stored images `bank`, the persistent chains of training
+
+    Other arguments as `OneNet`'s.
+    """
+
+    kind = "SingleGrid"
+    _OWN = ("start", "sample_steps")
+
+    def __init__(self, size: int, *, start: str = "noise", **arguments: Any) -> None:
+        super().__init__(size, **arguments)
+        if start not in STARTS:
+            raise ValueError(f"SingleGrid: start must be one of {', '.join(STARTS)}, got {start!r}")
+        self.start = start
+        if start == "bank":
+            self._register_rows("bank", *self.sample_shape(size))
 
     def noise_start(
         self,
@@ -58,59 +118,26 @@ class SingleGrid(MultiGrid):
         purpose: noise.Purpose | int = noise.Purpose.SAMPLING_STATE,
     ) -> Tensor:
         """(n, C, S, S) uniform in `value_range`, a function of (seed, step, sample id, purpose) and the pixel."""
-        size, device = self.sizes[-1], self.colours.device
         draw = ops.noise(
-            (n, self.channels, size, size), seed=seed, step=step, first_sample=first_sample,
-            stream=noise.stream(purpose, 1), distribution="uniform", device=device,
+            (n, *self.sample_shape(self.sizes[-1])), seed=seed, step=step, first_sample=first_sample,
+            stream=noise.stream(purpose, 1), distribution="uniform", device=self.colours.device,
         )  # fmt: skip
         low, high = self.value_range
         return draw.mul_(high - low).add_(low)
 
-    def _start(self, n: int, seed: int, first_sample: int) -> Tensor:
-        """Where the chains of n samples start."""
-        if self.start == "colours":
-            return ops.upsample(self.draw_colours(n, seed=seed, first_sample=first_sample), self.sizes[-1])
+    def _start(self, group: Group) -> Tensor:
+        n, place = group.n, {"seed": group.seed, "first_sample": group.first_sample}
         if self.start == "noise":
-            return self.noise_start(n, seed=seed, first_sample=first_sample)
+            return self.noise_start(n, **place)
+        if self.start == "colours":
+            x = ops.upsample(self.draw_colours(n, **place), self.sizes[-1])
+            if group.mask is not None and group.known is not None:  # the start of an image is what is known of its mean
+                x = torch.where(updated_cells(group.mask, 1), x, known_means(group.known, group.mask, [1])[0])
+            return x
         if len(self.bank) == 0:
             raise ValueError("sample: the model must hold a bank of chains, got none: train it first")
         where = noise.stream(noise.Purpose.SAMPLING_BANK, 1)
-        index = noise.integers(
-            len(self.bank), n, seed=seed, step=0, first_sample=first_sample, stream=where, device=self.bank.device
-        )
-        return self.bank[index]
-
-    def _sample_group(
-        self,
-        n: int,
-        *,
-        seed: int,
-        first_sample: int,
-        mask: Tensor | None = None,
-        known: Tensor | None = None,
-        callback: GridCallback | None = None,
-        **arguments: Any,
-    ) -> list[Tensor]:
-        """The samples at every size; where pixels are known, the start holds them, and a 1×1 start is their mean."""
-        x = self._start(n, seed, first_sample)
-        if mask is not None and known is not None:
-            if self.start == "colours":
-                x = torch.where(updated_cells(mask, 1), x, known_means(known, mask, [1])[0])
-            x = torch.where(mask, x, known)
-        callback_here = of_grid(callback, 1)
-        return self._grids(
-            self._run(x, mask=mask, seed=seed, first_sample=first_sample, callback=callback_here, **arguments)
-        )
-
-    def _grids(self, x: Tensor) -> list[Tensor]:
-        """A sample at every size: its block means, and itself."""
-        return [ops.pyramid(x, [1])[0], x]
+        return self.bank[noise.integers(len(self.bank), n, step=0, stream=where, device=self.bank.device, **place)]
 
     def config(self) -> dict[str, Any]:
         return {**super().config(), "start": self.start, "sample_steps": self.sample_steps}
-
-    @classmethod
-    def from_config(cls, config: Mapping[str, Any]) -> SingleGrid:
-        return cls(
-            config["sizes"][-1], start=config["start"], sample_steps=config["sample_steps"], **cls._arguments(config)
-        )

@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..gradient.plan import Energy
 from ..nets import ConvSpec, EnergyNet
-from .single import SingleGrid
+from .model import Group
+from .single import OneNet
 
 
-class SpatialTemporal(SingleGrid):
+class SpatialTemporal(OneNet):
     """A model of videos (C, T, H, W) or of sounds (1, L), whose time is a spatial dimension as any other.
 
     Sample i is the persistent chain i mod M of the M of training, `sample_steps` steps on.
@@ -21,17 +21,18 @@ class SpatialTemporal(SingleGrid):
     Args:
         size: (T, H, W) or (L,).
         layers: the convolutions, bottom first, each the same along every dimension.
-        head: "linear" over the top map, or its "sum", which makes every place alike.
+        head: "linear" over the top feature map, or its "sum", which makes every place alike.
         rate: frames or samples a second.
         sample_steps: None: as many as `langevin` has.
 
-    Other arguments as `MultiGrid`'s. State: the net's; `colours` (1, C), the data's mean, where chains begin; `bank`
+    Other arguments as `EnergyModel`'s. State: the net's; `colours` (1, C), the data's mean, where chains begin; `bank`
     (M, C, *size), the persistent chains.
 
     Source: Xie, Zhu, Wu, Synthesizing dynamic patterns by spatial-temporal generative ConvNet (CVPR 2017).
     """
 
     kind = "SpatialTemporal"
+    start = "bank"  # in model files
 
     def __init__(
         self,
@@ -58,11 +59,9 @@ class SpatialTemporal(SingleGrid):
                 head=head, ndim=len(shape), seed=seed % 2**63,
             )  # fmt: skip
             nets = [net]
-        super().__init__(
-            shape[-1], start="bank", sample_steps=sample_steps, channels=channels, nets=nets, seed=seed, **arguments
-        )
+        super().__init__(shape[-1], sample_steps=sample_steps, channels=channels, nets=nets, seed=seed, **arguments)
         self.shape, self.rate = shape, float(rate)
-        self.bank = torch.empty(0, channels, *shape)
+        self._register_rows("bank", channels, *shape)
 
     @property
     def is_video(self) -> bool:
@@ -77,30 +76,22 @@ class SpatialTemporal(SingleGrid):
         )
         return mean.reshape(1, -1, *[1] * len(self.shape)).repeat(n, 1, *self.shape)
 
-    def _start(self, n: int, seed: int, first_sample: int) -> Tensor:
+    def sample_shape(self, size: int) -> tuple[int, ...]:
+        return self.channels, *self.shape
+
+    def _start(self, group: Group) -> Tensor:
+        if group.mask is not None:
+            raise ValueError("sample: mask must be None for a model of videos or of sounds")
         if len(self.bank) == 0:
             raise ValueError("sample: the model must hold chains of training, got none: train it first")
-        return self.bank[(torch.arange(n, device=self.bank.device) + first_sample) % len(self.bank)]
+        return self.bank[(torch.arange(group.n, device=self.bank.device) + group.first_sample) % len(self.bank)]
 
-    def _sample_group(self, n: int, *, mask: Tensor | None = None, **arguments: Any) -> list[Tensor]:
-        if mask is not None:
-            raise ValueError("sample: mask must be None for a model of videos or of sounds")
-        return super()._sample_group(n, **arguments)
-
-    def _run(self, x: Tensor, energy: Energy | None = None, **arguments: Any) -> Tensor:
-        return super()._run(x, energy, **{"where": "sample", **arguments})
-
-    def _grids(self, x: Tensor) -> list[Tensor]:
+    def grids(self, x: Tensor) -> list[Tensor]:
         return [x]
 
-    def explain(self, n: int | None = None) -> str:
-        """What the chain runs in sampling, and why."""
-        x = torch.empty(n or self.batch_size, self.channels, *self.shape, device=self.colours.device)
-        ((energy, chain),) = self.measured()
-        return str(chain.explain(energy, x))
-
     def config(self) -> dict[str, Any]:
-        return {**super().config(), "shape": list(self.shape), "rate": self.rate}
+        own = {"start": self.start, "sample_steps": self.sample_steps, "shape": list(self.shape), "rate": self.rate}
+        return {**super().config(), **own}
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> SpatialTemporal:

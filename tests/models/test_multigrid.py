@@ -136,8 +136,8 @@ def test_any_energies_may_stand_in_for_the_nets():
     m = MultiGrid((1, 2, 4), channels=1, nets=[Quadratic(), Quadratic()], langevin=SHORT, value_range=(-1.0, 1.0))
     m.set_colours(torch.zeros(1, 1))
     assert m.norm == "none" and m.sample(3).shape == (3, 1, 4, 4)
-    with pytest.raises(ValueError, match="nets must be EnergyNets to be described and stored, got Quadratic"):
-        m.config()
+    with pytest.raises(ValueError, match="nets must be EnergyNets to be frozen, got Quadratic"):
+        m.freeze_norm()
 
 
 def test_explain_has_every_grid():

@@ -21,7 +21,6 @@ from ..config.method import Method, register
 from ..config.train_config import TrainConfig, merge
 from ..run.feed import Order
 from . import baselines
-from .ema import Average
 from .model_rule import ModelRule
 from .optim import build_optimiser, condition_, norm, rate_factor, step
 from .work import CHAIN_STEP, LEARNING
@@ -84,12 +83,12 @@ class ABPRule(ModelRule):
     def __init__(self, model: GeneratorModel, config: TrainConfig, *, images: int) -> None:
         if config.flips:
             raise ConfigError("flips must be false for the method 'abp', where an image keeps its z, got true")
-        self.model, self.config, self.options = model, narrow(config), config.options
+        super().__init__(model, narrow(config))
+        self.options = config.options
         self.inference = build_inference(config)
         self.order = Order(images, config.batch_size, config.seed)
         self.parameters = list(model.generator.parameters())
         self.optimiser = build_optimiser(self.parameters, self.config.optimiser)
-        self.average = Average(model, config.stabilise.ema) if config.stabilise.ema else None
         if len(model.latents) != images:
             model.latents = draw_latents(model.generator, images, seed=config.seed, purpose=noise.Purpose.INITIAL_STATE)
         self.hidden: Tensor | None = None
@@ -102,17 +101,12 @@ class ABPRule(ModelRule):
     def named_optimisers(self) -> dict[str, torch.optim.Optimizer]:
         return {"generator": self.optimiser}
 
-    def observed(self, batch: Tensor) -> Tensor:  # (N, C, S, S) -> float32 on the model's device
-        """The batch in the model's units; bytes are 0 … 255, floats are in those units already."""
-        batch = batch.to(self.model.latents.device, non_blocking=True)
-        return self.model.from_uint8(batch) if batch.dtype == torch.uint8 else batch
-
     def update(self, batch: Tensor, iteration: int, *, detail: bool = False) -> dict[str, float]:
         config, generator, inference = self.config, self.model.generator, self.inference
         ids = self.order.indices(iteration)
         if len(ids) != len(batch):
             raise ValueError(f"training: a batch must hold the {len(ids)} images of its update, got {len(batch)}")
-        ids, x = ids.to(self.model.latents.device), self.observed(batch)
+        ids, x = ids.to(self.model.latents.device), self.model.in_units(batch)
         hidden = None if self.hidden is None else self.hidden[ids]
         (factor,) = config.noise_factors(iteration)
         if factor != 1.0:
@@ -130,7 +124,7 @@ class ABPRule(ModelRule):
         epoch = iteration * config.batch_size // self.order.n
         schedule = self.rate * rate_factor(config.optimiser, iteration, config.steps, epoch)
         condition_(gradients, config.optimiser)
-        step(self.optimiser, self.parameters, gradients, self._rate() * schedule, spoilt)
+        step(self.optimiser, self.parameters, gradients, pick(self.config.optimiser.lr, 0) * schedule, spoilt)
         numbers = measured.tolist()
         for name, number in zip(("loss", "gradient", "latent variables"), numbers, strict=True):
             if not math.isfinite(number):
@@ -169,14 +163,11 @@ class ABPRule(ModelRule):
         columns = torch.linalg.solve_triangular(root, columns, upper=False)
         moved = columns.reshape(latents.shape[1], len(latents), *latents.shape[2:]).movedim(0, 1)
         self.model.latents = moved.to(latents.dtype).contiguous()
-        weights = [layer.weight]
+        weights: list[Tensor] = [layer.weight]
         if self.average is not None:
             weights.append(self.average.state()["generator.layers.0.weight"])
         for weight in weights:
             weight.copy_(torch.einsum("dokl,de->eokl", weight.double(), root))
-
-    def _rate(self) -> float:
-        return float(pick(self.config.optimiser.lr, 0))
 
     def _hidden_error(self, x: Tensor, z: Tensor, hidden: Tensor) -> float:
         """Mean absolute difference on what was hidden, as a share of the range: of what learning never saw."""
@@ -217,7 +208,7 @@ def build_model(config: TrainConfig) -> GeneratorModel:
     """The untrained model that a configuration describes."""
     one = narrow(config)
     return GeneratorModel(
-        build_generator(one),
+        build_generator(one, one.options.latent_map),
         build_inference(one),
         complete_steps=one.options.complete_steps,
         value_range=one.value_range,
@@ -225,9 +216,9 @@ def build_model(config: TrainConfig) -> GeneratorModel:
     )
 
 
-def build_generator(config: TrainConfig) -> Generator:
+def build_generator(config: TrainConfig, latent_map: int = 1) -> Generator:
     """The generator that a configuration's own table describes, of images at its finest size."""
-    options, latent_map = config.options, getattr(config.options, "latent_map", 1)
+    options = config.options
     width = max(1, round(options.generator_width * config.width))
     try:
         layers = generator_layers(config.sizes[-1], config.channels, width, latent_map)

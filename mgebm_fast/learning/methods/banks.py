@@ -1,4 +1,4 @@
-"""Persistent chains: which slots of a bank an update goes on with, and which of them begin anew."""
+"""Persistent chains: which slots of a bank an update goes on with, and which of them start again."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class Slots:
 
     own (`shared` False): place i of update t has slot (t·B + i) mod size. With size a multiple of B, each batch of an
         epoch has B slots of its own, visited once an epoch (Tieleman, ICML 2008, with as many chains as images).
-    shared: B different slots, drawn anew each update (the replay buffer of Du and Mordatch, NeurIPS 2019).
+    shared: B different slots, drawn again each update (the replay buffer of Du and Mordatch, NeurIPS 2019).
     """
 
     size: int
@@ -24,7 +24,6 @@ class Slots:
     shared: bool
     restart: float
     seed: int
-    attempt: int = 0  # of the run, `noise.retried`
 
     @classmethod
     def of(cls, bank_size: int | None, batch_size: int, images: int, restart: float, seed: int) -> Slots:
@@ -32,16 +31,19 @@ class Slots:
         own = -(-images // batch_size) * batch_size
         return cls(own if bank_size is None else bank_size, batch_size, bank_size is not None, restart, seed)
 
-    def at(self, iteration: int, first: int, n: int) -> Tensor:  # (n,) int64
-        """The slots of places first … first + n − 1 of the batch of update `iteration`; all of a batch differ."""
+    def at(self, iteration: int, first: int, n: int, attempt: int = 0) -> Tensor:  # (n,) int64
+        """The slots of places first … first + n − 1 of the batch of update `iteration`; all of a batch differ.
+
+        attempt: of the run, `noise.retried`.
+        """
         if not self.shared:
             return (torch.arange(first, first + n) + iteration * self.batch_size) % self.size
-        where = noise.stream(noise.retried(noise.Purpose.BANK_DRAW, self.attempt), 1)
+        where = noise.stream(noise.retried(noise.Purpose.BANK_DRAW, attempt), 1)
         return noise.permutation(self.size, seed=self.seed, step=iteration, stream=where)[first : first + n]
 
-    def restarted(self, iteration: int, slots: Tensor) -> Tensor:  # (n,) bool
-        """Which of the slots begin anew at update `iteration`, each with probability `restart` of its own."""
-        where = noise.stream(noise.retried(noise.Purpose.BANK_RESTART, self.attempt), 1)
+    def restarted(self, iteration: int, slots: Tensor, attempt: int = 0) -> Tensor:  # (n,) bool
+        """Which of the slots start again at update `iteration`, each with probability `restart` of its own."""
+        where = noise.stream(noise.retried(noise.Purpose.BANK_RESTART, attempt), 1)
         draw = ops.noise(
             (len(slots), 1), seed=self.seed, step=iteration, first_sample=slots, stream=where, distribution="uniform",
             device=slots.device,

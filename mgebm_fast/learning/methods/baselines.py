@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 import dataclasses
 from typing import Any
 
@@ -10,12 +11,13 @@ from torch import Tensor
 
 from ... import noise, ops
 from ...errors import ConfigError
-from ...models import SingleGrid
+from ...models import OneNet, SingleGrid
 from ..config.keys import MOST_SAMPLES, MOST_STEPS, Maybe, Real, Whole, key, pick
 from ..config.method import METHODS, Method, register
 from ..config.train_config import TrainConfig, merge
 from .banks import Slots
 from .contrastive import ContrastiveRule
+from .synthesis import Synthesis
 from .work import work_of_chains
 
 
@@ -42,44 +44,43 @@ class PcdConfig:
     )
 
 
-class InitialState:
+class InitialState(abc.ABC):
     """Where the training chains of a method start, and what becomes of where they end."""
 
     sampled_from = "noise"  # where chains of the trained model start (`SingleGrid`)
+    persistent = False  # whether chains go on where they ended, which keeps a bank in one process
 
-    def __init__(self, model: SingleGrid, config: TrainConfig, images: int) -> None:
-        self.model, self.config = model, config
-        self.attempt = 0
+    def __init__(self, model: OneNet, config: TrainConfig, images: int) -> None:
+        self.model: Any = model  # of the class that the method's entry names
+        self.config = config
 
-    def try_again(self, attempt: int) -> None:
-        """Draw as attempt number `attempt` of the run does, from here on (`noise.retried`)."""
-        self.attempt = attempt
+    @abc.abstractmethod
+    def begin(
+        self, observed: list[Tensor], iteration: int, first_sample: int, attempt: int
+    ) -> tuple[int | Tensor, Tensor]:
+        """The sample ids (the first, or one each) and the starts (N, C, S, S) of the chains of an update.
 
-    def ids(self, iteration: int, first_sample: int, n: int) -> int | Tensor:
-        """The sample ids of n chains, from place `first_sample` of the update's batch on: one for the first, or n."""
-        return first_sample
+        Args:
+            observed: a part of the batch, at sizes 1 and S.
+            first_sample: the place of its first image in the whole batch.
+            attempt: of the run, `noise.retried`.
+        """
 
-    def at(self, observed: list[Tensor], iteration: int, ids: int | Tensor) -> Tensor:
-        """(N, C, S, S) for `observed`, a batch at sizes 1 and S."""
-        raise NotImplementedError
-
-    def keep(self, ids: int | Tensor, x: Tensor) -> None:
+    def keep(self, made: Synthesis) -> None:
         """Take what the chains of an update that was applied have come to."""
         return
 
-    def noise(self, n: int, step: int, ids: int | Tensor) -> Tensor:
+    def noise(self, n: int, step: int, ids: int | Tensor, attempt: int = 0) -> Tensor:
         """(n, C, S, S) uniform in value_range."""
-        return self.model.noise_start(
-            n, seed=self.config.seed, step=step, first_sample=ids,
-            purpose=noise.retried(noise.Purpose.INITIAL_STATE, self.attempt),
-        )  # fmt: skip
+        purpose = noise.retried(noise.Purpose.INITIAL_STATE, attempt)
+        return self.model.noise_start(n, seed=self.config.seed, step=step, first_sample=ids, purpose=purpose)
 
 
 class Observed(InitialState):
     """The observed images, with their noise where the net sees them so: contrastive divergence (Hinton, 2002)."""
 
-    def at(self, observed: list[Tensor], iteration: int, ids: int | Tensor) -> Tensor:
-        return observed[1]
+    def begin(self, observed: list[Tensor], iteration: int, first_sample: int, attempt: int) -> tuple[int, Tensor]:
+        return first_sample, observed[1]
 
 
 class Expanded(InitialState):
@@ -87,103 +88,101 @@ class Expanded(InitialState):
 
     sampled_from = "colours"
 
-    def at(self, observed: list[Tensor], iteration: int, ids: int | Tensor) -> Tensor:
-        return ops.upsample(observed[0], self.model.sizes[-1])
+    def begin(self, observed: list[Tensor], iteration: int, first_sample: int, attempt: int) -> tuple[int, Tensor]:
+        return first_sample, ops.upsample(observed[0], self.model.sizes[-1])
 
 
 class Noise(InitialState):
     """Uniform noise, never stored: short-run MCMC (Nijkamp, Hill, Zhu, Wu, NeurIPS 2019)."""
 
-    def at(self, observed: list[Tensor], iteration: int, ids: int | Tensor) -> Tensor:
-        return self.noise(len(observed[0]), iteration, ids)
+    def begin(self, observed: list[Tensor], iteration: int, first_sample: int, attempt: int) -> tuple[int, Tensor]:
+        return first_sample, self.noise(len(observed[0]), iteration, first_sample, attempt)
 
 
 class Persistent(InitialState):
     """Where the chains of the batch's slots ended last: persistent CD (Tieleman, ICML 2008).
 
-    A bank begins as uniform noise, which is also what a restarted chain begins from. The noise of a chain belongs to
-    its slot, not to its place in a batch.
+    A bank begins as what a restarted chain starts from, `fresh`. The noise of a chain belongs to its slot, not to its
+    place in a batch.
     """
 
     sampled_from = "bank"
+    persistent = True
+    by_batch = True  # without a bank_size: whether each batch of an epoch has chains of its own, or all have the same
 
-    def __init__(self, model: SingleGrid, config: TrainConfig, images: int) -> None:
+    def __init__(self, model: OneNet, config: TrainConfig, images: int) -> None:
         super().__init__(model, config, images)
-        options = config.options
-        if options.bank_size is not None and options.bank_size < config.batch_size:
-            raise ConfigError(
-                f"{config.method}.bank_size must be at least batch_size ({config.batch_size}), got {options.bank_size}"
-            )
-        self.slots = self.chosen(images)
+        size, batch_size = config.options.bank_size, config.batch_size
+        if size is not None and size < batch_size:
+            raise ConfigError(f"{config.method}.bank_size must be at least batch_size ({batch_size}), got {size}")
+        if size is None and not self.by_batch:
+            size = batch_size
+        self.slots = Slots.of(size, batch_size, images, config.options.restart, config.seed)
         if len(model.bank) != self.slots.size:
-            model.bank = self.noise(self.slots.size, 0, 0)
+            model.bank = self.fresh(self.slots.size, 0, 0)
 
-    def try_again(self, attempt: int) -> None:
-        super().try_again(attempt)
-        self.slots = dataclasses.replace(self.slots, attempt=attempt)
+    @abc.abstractmethod
+    def fresh(self, n: int, step: int, ids: int | Tensor, attempt: int = 0) -> Tensor:
+        """What chains `ids` begin from, (n, C, S, S)."""
 
-    def chosen(self, images: int) -> Slots:
-        """The slots that batches take."""
-        config, options = self.config, self.config.options
-        return Slots.of(options.bank_size, config.batch_size, images, options.restart, config.seed)
-
-    def ids(self, iteration: int, first_sample: int, n: int) -> Tensor:
-        return self.slots.at(iteration, first_sample, n).to(self.model.bank.device)
-
-    def at(self, observed: list[Tensor], iteration: int, ids: int | Tensor) -> Tensor:
-        assert isinstance(ids, Tensor)
+    def begin(self, observed: list[Tensor], iteration: int, first_sample: int, attempt: int) -> tuple[Tensor, Tensor]:
+        ids = self.slots.at(iteration, first_sample, len(observed[0]), attempt).to(self.model.bank.device)
         x = self.model.bank[ids]
         if self.slots.restart:
-            anew = self.slots.restarted(iteration, ids).reshape(-1, *[1] * (x.dim() - 1))
-            x = torch.where(anew, self.noise(len(ids), iteration + 1, ids), x)  # step 0 made the bank itself
-        return x
+            again = self.slots.restarted(iteration, ids, attempt).reshape(-1, *[1] * (x.dim() - 1))
+            # Counter 0 was used to fill the bank, so restarts begin at 1.
+            x = torch.where(again, self.fresh(len(ids), iteration + 1, ids, attempt), x)
+        return ids, x
 
-    def keep(self, ids: int | Tensor, x: Tensor) -> None:
-        self.model.bank[ids] = x
+    def keep(self, made: Synthesis) -> None:
+        self.model.bank[made.ids] = made.images[0]
+
+
+class PersistentNoise(Persistent):
+    """Persistent chains that begin as uniform noise."""
+
+    def fresh(self, n: int, step: int, ids: int | Tensor, attempt: int = 0) -> Tensor:
+        return self.noise(n, step, ids, attempt)
 
 
 class Zeros(Persistent):
-    """Persistent chains that begin, and begin anew, as the model's `zeros`; as many as a batch unless `bank_size` says
-    more."""
+    """Persistent chains that begin as the model's `zeros`."""
 
-    def chosen(self, images: int) -> Slots:
-        config, options = self.config, self.config.options
-        return Slots.of(options.bank_size or config.batch_size, config.batch_size, images, options.restart, config.seed)
+    by_batch = False
 
-    def noise(self, n: int, step: int, ids: int | Tensor) -> Tensor:
-        return self.model.zeros(n)  # type: ignore[attr-defined,operator]
+    def fresh(self, n: int, step: int, ids: int | Tensor, attempt: int = 0) -> Tensor:
+        return self.model.zeros(n)
 
 
-class SingleGridRule(ContrastiveRule):
-    """`ContrastiveRule` of one net, whose K-step chains start where the method says (`InitialState`)."""
+class OneNetRule(ContrastiveRule):
+    """`ContrastiveRule` of a model of one net, with one chain."""
 
-    model: SingleGrid
+    model: OneNet
 
-    def __init__(self, model: SingleGrid, config: TrainConfig, *, images: int) -> None:
+    def run(self, start: Tensor, iteration: int, ids: int | Tensor) -> Tensor:
+        """Where the training chains numbered `ids` come to from `start` at this update."""
+        chain = self.model.langevin[0]
+        return self.model.run(
+            start, chain, attempt=self.attempt, seed=self.config.seed, first_sample=ids,
+            first_step=iteration * chain.steps, precision=self.precision,
+        )  # fmt: skip
+
+
+class SingleGridRule(OneNetRule):
+    """`OneNetRule` whose K-step chains start where the method says (`InitialState`)."""
+
+    def __init__(self, model: OneNet, config: TrainConfig, *, images: int) -> None:
         super().__init__(model, narrow(config), images=images)
-        self.initial = self.begin(images)
-        self.divisible = not isinstance(self.initial, Persistent)  # a bank lives in one process
-        self._ended: dict[int, tuple[int | Tensor, Tensor]] = {}  # by first sample: chains may be run again
+        self.initial: InitialState = METHODS[config.method].start(model, self.config, images)
+        self.divisible = not self.initial.persistent
 
-    def begin(self, images: int) -> InitialState:
-        """Where chains start, by the method's name."""
-        return METHODS[self.config.method].start(self.model, self.config, images)
+    def synthesise(self, observed: list[Tensor], iteration: int, first_sample: int = 0) -> Synthesis:
+        ids, start = self.initial.begin(observed, iteration, first_sample, self.attempt)
+        return Synthesis([self.run(start, iteration, ids)], ids)
 
-    def synthesise(self, observed: list[Tensor], iteration: int, first_sample: int = 0) -> list[Tensor]:
-        ids = self.initial.ids(iteration, first_sample, len(observed[0]))
-        x = self.chain_of_one(self.initial.at(observed, iteration, ids), iteration, ids)
-        self._ended[first_sample] = ids, x
-        return [x]
-
-    def update(self, batch: Tensor, iteration: int, *, detail: bool = False) -> dict[str, float]:
-        self._ended.clear()
-        if self.initial.attempt != self.attempt:
-            self.initial.try_again(self.attempt)
-        metrics = super().update(batch, iteration, detail=detail)
-        for ids, x in self._ended.values():
-            self.initial.keep(ids, x)
-        self._ended.clear()
-        return metrics
+    def keep(self, made: list[Synthesis]) -> None:
+        for part in made:
+            self.initial.keep(part)
 
 
 def narrow(config: TrainConfig) -> TrainConfig:
@@ -202,7 +201,7 @@ def build_model(config: TrainConfig) -> SingleGrid:
     return SingleGrid(
         one.sizes[-1],
         start=METHODS[config.method].start.sampled_from,
-        sample_steps=getattr(one.options, "sample_steps", None),
+        sample_steps=None if one.options is None else one.options.sample_steps,
         width=one.width,
         variant=one.variant,
         **one.model_arguments(),
@@ -216,6 +215,6 @@ def _register(name: str, about: str, start: type[InitialState], table: type | No
 
 
 _register("cd", "one net, chains from the observed images", Observed, CdConfig)
-_register("pcd", "one net, chains that persist", Persistent, PcdConfig)
+_register("pcd", "one net, chains that persist", PersistentNoise, PcdConfig)
 _register("single-grid-cd", "the finest net alone, from the 1×1 means, as many steps in all", Expanded)
 _register("short-run", "one net, chains from uniform noise", Noise)

@@ -14,14 +14,23 @@ from torch import Tensor, nn
 from ... import noise, ops
 from ...errors import DivergenceError
 from ...gradient import energy_gradient
-from ...models import MultiGrid
+from ...models import EnergyModel
+from ...models.energies import norm_of
 from ...nets import EnergyNet
 from ...sampling import graphs
 from ..config.keys import pick
 from ..config.train_config import TrainConfig
-from .ema import Average
 from .model_rule import ModelRule
 from .optim import build_optimiser, condition_, map_areas, norm, rate_factor, step
+from .synthesis import GridLearned, Learned, Lesson, Synthesis
+
+# What of a grid must be finite, and what errors call it.
+_OF_GRID = {
+    "energy_observed": "energy of observed images",
+    "energy_synthesised": "energy of synthesised images",
+    "gradient_norm": "gradient",
+}
+_OF_LESSON = {"generator/loss": "loss", "generator/gradient_norm": "gradient"}
 
 
 class ContrastiveRule(ModelRule):
@@ -39,19 +48,25 @@ class ContrastiveRule(ModelRule):
 
     A batch of several parts (`batch_parts`, here or over ranks) is learnt from part by part, from the same weights and
     buffers; gradients, energies and the buffers that follow the data are averaged (`learning.distributed`).
+
+    A method says how it synthesises. It may also set the model up for an update (`arrange`), shape gradients (`tied`),
+    learn from what was made (`teach`), keep it once the update is applied (`keep`), and report more (`details`,
+    `taught`).
     """
 
-    model: MultiGrid
+    model: EnergyModel
 
-    def __init__(self, model: MultiGrid, config: TrainConfig, *, images: int) -> None:
-        self.model, self.config, self.images = model, config, images
+    def __init__(self, model: EnergyModel, config: TrainConfig, *, images: int) -> None:
+        super().__init__(model, config)
+        self.images = images
         self.parameters = [[p for p in net.parameters() if p.requires_grad] for net in model.nets]
+        if not all(self.parameters):
+            raise ValueError(f"{model.kind}: every net must have parameters that learn, to be trained, got one of none")
         self.optimisers = [build_optimiser(p, config.optimiser, i) for i, p in enumerate(self.parameters)]
         self.divisors: list[list[float] | None] = [None] * len(model.nets)
         if config.optimiser.per_layer_divide:
             areas = [map_areas(net) for net in model.nets]
             self.divisors = [[a.get(id(q), 1.0) for q in p] for a, p in zip(areas, self.parameters, strict=True)]
-        self.average = Average(model, config.stabilise.ema) if config.stabilise.ema else None
         model.langevin = config.dynamics()
         self.annealed = any(factor != 1.0 for factor in config.noise_factors(config.steps))
         self.precision = config.precision
@@ -61,27 +76,42 @@ class ContrastiveRule(ModelRule):
         averaged = [*sum(self.parameters, []), *self.averaged]
         self.length = sum(tensor.numel() for tensor in averaged) + 2 * len(model.nets) + 1
 
-    @property
-    def nets(self) -> Sequence[nn.Module]:
-        """The energies at the present update, one a size after the first."""
-        return list(self.model.nets)
+    # what a method says
 
     @abc.abstractmethod
-    def synthesise(self, observed: list[Tensor], iteration: int, first_sample: int) -> list[Tensor]:
-        """One synthesised batch a net, float32, by chains under the present weights and `model.langevin`.
+    def synthesise(self, observed: list[Tensor], iteration: int, first_sample: int) -> Synthesis:
+        """What chains make of one part of a batch, under the present weights and `model.langevin`.
 
-        `observed` holds the batch at every size, without data noise at sizes[0] and with it at the others;
+        `observed` holds the part at every size, without data noise at sizes[0] and with it at the others;
         `first_sample` is the place of its first image in the whole batch of the update.
         """
 
-    def chain_of_one(self, start: Tensor, iteration: int, ids: int | Tensor) -> Tensor:
-        """Where the training chains of a model of one net, numbered `ids`, come to from `start` at this update."""
-        chain = self.model.langevin[0]
-        return chain(
-            self.nets[0], start, seed=self.config.seed, first_sample=ids, first_step=iteration * chain.steps,
-            stream=noise.stream(self.purpose(noise.Purpose.TRAINING_CHAIN), 1), precision=self.precision,
-            where=f"training: grid 1 (size {self.model.sizes[-1]})",
-        )  # fmt: skip
+    def arrange(self, iteration: int) -> None:
+        """Make what the model's tensors do not hold, such as the noise of its chains, as update `iteration` has it."""
+        if self.annealed:  # also back at 1, where a run went back to its beginning
+            self.model.langevin = self.config.dynamics(self.config.noise_factors(iteration))
+
+    def tied(self, gradients: list[Tensor]) -> list[Tensor]:
+        """The gradients of a net whose weights are not free."""
+        return gradients
+
+    def teach(self, made: list[Synthesis], iteration: int, spoilt: Tensor) -> Lesson | None:
+        """What else learns from the chains of an update, by the weights before it; `spoilt` is 1 if none will be."""
+        return None
+
+    def taught(self, loss: float) -> dict[str, float]:
+        """Metrics of a `Lesson`."""
+        return {}
+
+    def keep(self, made: list[Synthesis]) -> None:
+        """Take what the chains of an update that was applied have come to."""
+        return
+
+    def details(self, learned: Learned, made: Synthesis) -> dict[str, float]:
+        """Metrics that cost something, by the weights before the update."""
+        return {}
+
+    # the update
 
     def observed(self, batch: Tensor) -> list[Tensor]:  # (N, C, S, S) -> float32 at every size
         """The batch at every size in the model's units; bytes are 0 … 255, floats are in those units already."""
@@ -90,6 +120,7 @@ class ContrastiveRule(ModelRule):
         return [self.model.from_uint8(grid) for grid in grids] if batch.dtype == torch.uint8 else grids
 
     def update(self, batch: Tensor, iteration: int, *, detail: bool = False) -> dict[str, float]:
+        self.arrange(iteration)
         with graphs.unread() as healthy:
             metrics = self._update(batch, iteration, detail, healthy)
         if metrics is None:  # a chain from a graph overflowed 16 bits, or diverged: without graphs it says so itself
@@ -98,84 +129,90 @@ class ContrastiveRule(ModelRule):
         return metrics
 
     def _update(self, batch: Tensor, iteration: int, detail: bool, healthy: list[Tensor]) -> dict[str, float] | None:
-        """The metrics; None, with nothing changed, where one of the chains that `healthy` is told of was not."""
-        config, model = self.config, self.model
-        factors = config.noise_factors(iteration)
-        if self.annealed:  # also back at 1, where a run went back to its beginning
-            model.langevin = config.dynamics(factors)
+        """The metrics; None (and no state changed) if any chain reported through `healthy` became non-finite."""
         before = [buffer.clone() for buffer in self.buffers]
-        shown: list[Tensor] = []
+        made: list[Synthesis] = []
 
         def learn(images: Tensor, first_sample: int) -> list[Tensor]:
             if self.averaged:
                 torch._foreach_copy_(self.buffers, before)
-            gradients, energies, synthesised = self._learn(images, first_sample, iteration, factors)
-            if detail and not shown:
-                shown.extend(synthesised)
-            whole = torch.stack(healthy).all().float() if healthy else torch.ones_like(energies[0])
-            return [*sum(gradients, []), *energies, whole, *(b.clone() for b in self.averaged)]
+            synthesis, grids = self._learn(images, first_sample, iteration)
+            made.append(synthesis)
+            whole = torch.stack(healthy).all().float() if healthy else torch.ones_like(grids[0].observed)
+            return Learned(grids, [buffer.clone() for buffer in self.averaged], whole).flatten()
 
         try:
-            values = self.ranks.mean(learn, batch, config.batch_parts, self.length)
-            gradients = [[values.pop(0) for _ in parameters] for parameters in self.parameters]
-            measured = [m for parts in gradients for m in (values.pop(0), values.pop(0), norm(parts))]
-            whole = values.pop(0)
-            spoilt = (torch.stack(measured).isfinite().all() & (whole == 1)).logical_not().float()
-            ratios = [self._gradient_to_noise(index, x) for index, x in enumerate(shown)]
-            schedule = self._apply(gradients, iteration, spoilt)
-            # The one look at the device. What is not finite was not applied: `spoilt` kept it out without a look.
-            read = torch.stack([whole, *measured, *(ratio for ratio in ratios if ratio is not None)]).tolist()
-            all_healthy, numbers = read[0] == 1, read[1:]
-            if all_healthy:
-                self._check_finite(numbers, iteration)
+            tensors = self.ranks.mean(learn, batch, self.config.batch_parts, self.length)
+            learned = Learned.unflatten(tensors, [len(parameters) for parameters in self.parameters])
+            measured = self._measured(learned)
+            spoilt = (torch.stack(list(measured.values())).isfinite().all() & (learned.healthy == 1)).logical_not()
+            details = self.details(learned, made[0]) if detail else {}
+            if detail:
+                measured.update(self._gradients_to_noise(made[0].images))
+            lesson = self.teach(made, iteration, spoilt)
+            if lesson is not None:
+                of_lesson = dict(zip(_OF_LESSON, (lesson.loss, norm(lesson.gradients)), strict=True))
+                spoilt = spoilt | torch.stack(list(of_lesson.values())).isfinite().all().logical_not()
+                measured.update(of_lesson)
+            schedule = self._apply(learned, lesson, iteration, spoilt.float())
+            # The one host sync. What is not finite was not applied: `spoilt` kept it out on the device.
+            all_healthy, *numbers = torch.stack([learned.healthy, *measured.values()]).tolist()
+            found = dict(zip(measured, numbers, strict=True))
+            if all_healthy == 1:
+                self._check_finite(found, iteration)
         except Exception:
             self._put_back(before)
             raise
-        if not all_healthy:
+        if all_healthy != 1:
             self._put_back(before)
             return None
-        for buffer, mean in zip(self.averaged, values, strict=True):
+        for buffer, mean in zip(self.averaged, learned.buffers, strict=True):
             buffer.copy_(mean)
         if self.average is not None:
             self.average.update(iteration)
-        return self._metrics(numbers, schedule, factors, ratios)
+        self.keep(made)
+        return {**self._metrics(found, iteration, schedule), **details}
 
     def _put_back(self, before: list[Tensor]) -> None:
         for buffer, value in zip(self.buffers, before, strict=True):
             buffer.copy_(value)
 
-    def _learn(
-        self, batch: Tensor, first_sample: int, iteration: int, factors: Sequence[float]
-    ) -> tuple[list[list[Tensor]], list[Tensor], list[Tensor]]:
-        """Of one part: each net's gradients, two mean energies a net (observed, synthesised), synthesised images."""
+    def _learn(self, batch: Tensor, first_sample: int, iteration: int) -> tuple[Synthesis, list[GridLearned]]:
+        """Of one part of a batch: what the chains made, and what each net learns."""
+        factors = self.config.noise_factors(iteration)
         means, *images = self.observed(batch)
         images = [
             self._with_noise(x, grid, iteration, factors[grid - 1], first_sample)
             for grid, x in enumerate(images, start=1)
         ]
-        synthesised = self.synthesise([means, *images], iteration, first_sample)
-        gradients, energies = [], []
-        for grid, net in enumerate(self.nets, start=1):
-            on_real, on_chain = self._energies(net, images[grid - 1], synthesised[grid - 1])
+        synthesis, found = self.synthesise([means, *images], iteration, first_sample), []
+        for net, parameters, real, chain in zip(
+            self.model.active_nets, self.parameters, images, synthesis.images, strict=True
+        ):
+            on_real, on_chain = self._energies(net, real, chain)
             loss = on_real.mean() - on_chain.mean()
             if weight := self.config.stabilise.energy_l2:
                 loss = loss + weight * (on_real.square().mean() + on_chain.square().mean())
-            parameters = self.parameters[grid - 1]
-            found = torch.autograd.grad(loss, parameters, allow_unused=True)
-            gradients.append([torch.zeros_like(p) if g is None else g for p, g in zip(parameters, found, strict=True)])
-            energies += [on_real.detach().mean(), on_chain.detach().mean()]
-        return gradients, energies, synthesised
+            some = torch.autograd.grad(loss, parameters, allow_unused=True)
+            gradients = [torch.zeros_like(p) if g is None else g for p, g in zip(parameters, some, strict=True)]
+            found.append(GridLearned(self.tied(gradients), on_real.detach().mean(), on_chain.detach().mean()))
+        return synthesis, found
 
-    def _apply(self, gradients: list[list[Tensor]], iteration: int, spoilt: Tensor) -> float:
+    def _apply(self, learned: Learned, lesson: Lesson | None, iteration: int, spoilt: Tensor) -> float:
         """One step of every optimiser, none where `spoilt` is 1; what their rates were multiplied by."""
-        config = self.config
-        epoch = iteration * config.batch_size // self.images
-        schedule = self.rate * rate_factor(config.optimiser, iteration, config.steps, epoch)
-        for index, (optimiser, parameters) in enumerate(zip(self.optimisers, self.parameters, strict=True)):
-            condition_(gradients[index], config.optimiser, self.divisors[index])
-            learning = {id(p) for p in self.nets[index].parameters()}  # not layers that an energy leaves out
-            given = [g if id(p) in learning else None for p, g in zip(parameters, gradients[index], strict=True)]
-            step(optimiser, parameters, given, pick(config.optimiser.lr, index) * schedule, spoilt)
+        config = self.config.optimiser
+        epoch = iteration * self.config.batch_size // self.images
+        schedule = self.rate * rate_factor(config, iteration, self.config.steps, epoch)
+        for index, (net, grid) in enumerate(zip(self.model.active_nets, learned.grids, strict=True)):
+            parameters = self.parameters[index]
+            condition_(grid.gradients, config, self.divisors[index])
+            learning = {id(p) for p in net.parameters()}  # not layers that an energy leaves out
+            given = [g if id(p) in learning else None for p, g in zip(parameters, grid.gradients, strict=True)]
+            step(self.optimisers[index], parameters, given, pick(config.lr, index) * schedule, spoilt)
+        if lesson is not None:
+            condition_(lesson.gradients, lesson.config)
+            rate = pick(lesson.config.lr, 0) * schedule
+            step(lesson.optimiser, lesson.parameters, lesson.gradients, rate, spoilt)
         return schedule
 
     def _with_noise(self, images: Tensor, grid: int, iteration: int, factor: float, first_sample: int = 0) -> Tensor:
@@ -188,12 +225,13 @@ class ContrastiveRule(ModelRule):
             device=images.device,
         )  # fmt: skip
         noisy = torch.add(images, draw, alpha=std, out=draw)
-        # Left outside the range, noise marks observed images as what no clamped chain can reach, and the energies part.
+        # Chains are clamped. Unclamped data noise would let the net tell data from samples by their range alone, and
+        # energies would diverge.
         return noisy.clamp_(*self.config.value_range) if self.config.stabilise.data_noise_clamp else noisy
 
     def _energies(self, net: nn.Module, real: Tensor, chain: Tensor) -> tuple[Tensor, Tensor]:
         observing: Any = net.observing() if isinstance(net, EnergyNet) else contextlib.nullcontext()
-        if getattr(net, "norm", "none") != "batch":
+        if norm_of(net) != "batch":
             with observing:
                 on_real, on_chain = net(torch.cat([real, chain])).split([len(real), len(chain)])
             return on_real, on_chain
@@ -201,42 +239,57 @@ class ContrastiveRule(ModelRule):
             on_real = net(real)
         return on_real, net(chain)
 
-    def _check_finite(self, numbers: list[float], iteration: int) -> None:
-        for index, size in enumerate(self.model.sizes[1:]):
-            names = ("energy of observed images", "energy of synthesised images", "gradient")
-            for name, number in zip(names, numbers[3 * index : 3 * index + 3], strict=True):
-                if not math.isfinite(number):
-                    raise DivergenceError(
-                        f"training: the {name} of grid {index + 1} (size {size}) became non-finite at update "
-                        f"{iteration + 1}"
-                    )
+    # metrics
 
-    def _metrics(
-        self, numbers: list[float], schedule: float, factors: Sequence[float], ratios: list[Tensor | None]
-    ) -> dict[str, float]:
-        found: dict[str, float] = {}
-        after = iter(numbers[3 * len(self.model.nets) :])
-        for index, size in enumerate(self.model.sizes[1:]):
-            on_real, on_chain, length = numbers[3 * index : 3 * index + 3]
-            found[f"size_{size}/energy_observed"] = on_real
-            found[f"size_{size}/energy_synthesised"] = on_chain
-            found[f"size_{size}/gap"] = on_real - on_chain
-            found[f"size_{size}/gradient_norm"] = length
-            if ratios and ratios[index] is not None:
-                found[f"size_{size}/gradient_to_noise"] = next(after)
-            if self.annealed:
-                found[f"size_{size}/noise_factor"] = factors[index]
-        found["lr_factor"] = schedule
+    def _measured(self, learned: Learned) -> dict[str, Tensor]:
+        """What every update reports of a grid, on the device, by the names of `_OF_GRID`."""
+        found = {}
+        for size, grid in zip(self.model.sizes[1:], learned.grids, strict=True):
+            values = (grid.observed, grid.synthesised, norm(grid.gradients))
+            found.update({f"size_{size}/{name}": value for name, value in zip(_OF_GRID, values, strict=True)})
         return found
 
-    def _gradient_to_noise(self, index: int, x: Tensor) -> Tensor | None:
-        """Root mean square of what the gradient moves a pixel by in a step, over that of the noise; None without."""
-        chain = self.model.langevin[index].update()
-        if chain.noise_std == 0:
-            return None
-        force = energy_gradient(self.nets[index], x, precision=self.precision)
-        force = force.clamp(-chain.grad_clamp, chain.grad_clamp) + (x - chain.reference_mean) * chain.inverse_variance
-        return chain.drift * force.square().mean().sqrt() / chain.noise_std
+    def _check_finite(self, found: Mapping[str, float], iteration: int) -> None:
+        names = {key: f"generator's {name}" for key, name in _OF_LESSON.items()}
+        for grid, size in enumerate(self.model.sizes[1:], start=1):
+            names.update(
+                {f"size_{size}/{key}": f"{name} of grid {grid} (size {size})" for key, name in _OF_GRID.items()}
+            )
+        for key, number in found.items():
+            if key in names and not math.isfinite(number):
+                raise DivergenceError(f"training: the {names[key]} became non-finite at update {iteration + 1}")
+
+    def _metrics(self, found: Mapping[str, float], iteration: int, schedule: float) -> dict[str, float]:
+        metrics: dict[str, float] = {}
+        for factor, size in zip(self.config.noise_factors(iteration), self.model.sizes[1:], strict=True):
+            on_real, on_chain, length = (found[f"size_{size}/{name}"] for name in _OF_GRID)
+            metrics[f"size_{size}/energy_observed"] = on_real
+            metrics[f"size_{size}/energy_synthesised"] = on_chain
+            metrics[f"size_{size}/gap"] = on_real - on_chain
+            metrics[f"size_{size}/gradient_norm"] = length
+            if (ratio := f"size_{size}/gradient_to_noise") in found:
+                metrics[ratio] = found[ratio]
+            if self.annealed:
+                metrics[f"size_{size}/noise_factor"] = factor
+        metrics["lr_factor"] = schedule
+        if "generator/loss" in found:
+            metrics.update(self.taught(found["generator/loss"]))
+            metrics["generator/gradient_norm"] = found["generator/gradient_norm"]
+        return metrics
+
+    def _gradients_to_noise(self, images: Sequence[Tensor]) -> dict[str, Tensor]:
+        """Root mean square of what the gradient moves a pixel by in a step, over that of the noise, where there is."""
+        found = {}
+        for size, chain, net, x in zip(
+            self.model.sizes[1:], self.model.langevin, self.model.active_nets, images, strict=True
+        ):
+            numbers = chain.update()
+            if numbers.noise_std == 0:
+                continue
+            force = energy_gradient(net, x, precision=self.precision).clamp(-numbers.grad_clamp, numbers.grad_clamp)
+            force = force + (x - numbers.reference_mean) * numbers.inverse_variance
+            found[f"size_{size}/gradient_to_noise"] = numbers.drift * force.square().mean().sqrt() / numbers.noise_std
+        return found
 
     def headline(self, metrics: Mapping[str, float]) -> str:
         gaps = " ".join(f"{metrics[f'size_{size}/gap']:+.3f}" for size in self.model.sizes[1:])
@@ -257,5 +310,5 @@ class ContrastiveRule(ModelRule):
         return {str(grid): optimiser for grid, optimiser in enumerate(self.optimisers, start=1)}
 
     def before_stored(self, iteration: int) -> None:
-        """What is stored samples with the noise of its last update."""
-        self.model.langevin = self.config.dynamics(self.config.noise_factors(max(0, iteration - 1)))
+        """What is stored samples as its last update did."""
+        self.arrange(max(0, iteration - 1))

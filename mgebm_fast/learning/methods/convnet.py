@@ -5,10 +5,10 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from ...models import GenerativeConvNet
 from ...nets import ConvSpec
@@ -48,45 +48,36 @@ class ConvNetConfig:
     sample_steps: int = key(300, Whole(1, MOST_STEPS), "steps of a sample's chain from the zero image")
 
 
-class ConvNetRule(SingleGridRule):
+class ChainsRule(SingleGridRule):
+    """`SingleGridRule` of persistent chains from zero images, which it shows: samples would cost more than updates."""
+
+    def panels(self, observed: Tensor) -> tuple[list[tuple[str, Tensor]], int]:
+        size, chains = self.model.sizes[-1], self.model.bank[: len(observed)]
+        shown = (("chains", chains), ("data", self.observed(observed[: len(chains)])[-1]))
+        return [(f"{title} {size}x{size}", self.model.to_uint8(images)) for title, images in shown], 2
+
+
+class ConvNetRule(ChainsRule):
     """`ContrastiveRule` of a `GenerativeConvNet`.
 
     With `grow` g > 0, update t trains layers 1 … p of L alone, p = min(L, 1 + ⌊t (L − 1) / (g·steps)⌋): the head is the
-    sum of layer p's map, the layers above are left out of the energy and out of learning. Chains go on where they were.
+    sum of layer p's feature map, the layers above are left out of the energy and out of learning. Chains go on where
+    they were.
     """
 
     model: GenerativeConvNet
 
     @property
     def grows(self) -> bool:
-        return getattr(self.config.options, "grow", 0.0) > 0 and self.model.layers > 1
+        return self.config.options.grow > 0 and self.model.layers > 1
 
-    def depth(self, iteration: int) -> int | None:
-        """Layers in use at update `iteration`; None: all."""
-        return depth_at(self.config, self.model.layers, iteration) if self.grows else None
-
-    @property
-    def nets(self) -> Sequence[nn.Module]:
-        return [self.model.energy]
-
-    def update(self, batch: Tensor, iteration: int, *, detail: bool = False) -> dict[str, float]:
-        self.model.depth = self.depth(iteration)
-        return super().update(batch, iteration, detail=detail)
+    def arrange(self, iteration: int) -> None:
+        super().arrange(iteration)
+        self.model.depth = depth_at(self.config, self.model.layers, iteration)
 
     def headline(self, metrics: Mapping[str, float]) -> str:
         layers = f"{self.model.depth} layers, " if self.grows else ""
         return layers + super().headline(metrics)
-
-    def panels(self, observed: Tensor) -> tuple[list[tuple[str, Tensor]], int]:
-        """The persistent chains beside the data: samples from zero images would cost more than the updates between."""
-        size, chains = self.model.sizes[-1], self.model.bank[: len(observed)]
-        shown = (("chains", chains), ("data", self.observed(observed[: len(chains)])[-1]))
-        return [(f"{title} {size}x{size}", self.model.to_uint8(images)) for title, images in shown], 2
-
-    def before_stored(self, iteration: int) -> None:
-        """What is stored has the noise, and the layers, of its last update."""
-        super().before_stored(iteration)
-        self.model.depth = self.depth(max(0, iteration - 1))
 
 
 def depth_at(config: TrainConfig, layers: int, iteration: int) -> int:

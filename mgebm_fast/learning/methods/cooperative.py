@@ -5,22 +5,20 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from ... import noise
-from ...errors import DivergenceError
 from ...models import CoopNets
 from ...models.latent import Residual, draw_latents
 from ..config.keys import Real, key
 from ..config.method import Method, register
 from ..config.train_config import TrainConfig
 from .abp import GeneratorConfig, build_generator, build_inference
-from .baselines import narrow
-from .contrastive import ContrastiveRule
-from .optim import build_optimiser, condition_, norm, step
+from .baselines import OneNetRule, narrow
+from .optim import build_optimiser
+from .synthesis import Lesson, Synthesis
 from .work import CHAIN_STEP, LEARNING, work_of_chains
 
 
@@ -31,7 +29,7 @@ class CooperativeConfig(GeneratorConfig):
     lr: float = key(1e-3, Real(0, above=True), "learning rate of the generator")
 
 
-class CooperativeRule(ContrastiveRule):
+class CooperativeRule(OneNetRule):
     """One update:
 
         z ~ N(0, I);  y = g(z);  y → ỹ by the descriptor's chain
@@ -48,18 +46,15 @@ class CooperativeRule(ContrastiveRule):
 
     def __init__(self, model: CoopNets, config: TrainConfig, *, images: int) -> None:
         super().__init__(model, narrow(config), images=images)
-        options = config.options
-        self.teaching = dataclasses.replace(config.optimiser, lr=options.lr)
-        self.taught = list(model.generator.parameters())
-        self.generator_optimiser = build_optimiser(self.taught, self.teaching)
+        self.teaching = dataclasses.replace(config.optimiser, lr=config.options.lr)
+        self.generator_parameters = list(model.generator.parameters())
+        self.generator_optimiser = build_optimiser(self.generator_parameters, self.teaching)
         self.inference = build_inference(config)
-        self._pair: tuple[Tensor, Tensor] | None = None  # z and ỹ of the update in hand
-        self._measured = torch.zeros(2)  # the generator's loss, and the norm of its gradient
 
     def named_optimisers(self) -> dict[str, torch.optim.Optimizer]:
         return {**super().named_optimisers(), "generator": self.generator_optimiser}
 
-    def synthesise(self, observed: list[Tensor], iteration: int, first_sample: int = 0) -> list[Tensor]:
+    def synthesise(self, observed: list[Tensor], iteration: int, first_sample: int = 0) -> Synthesis:
         generator = self.model.generator
         z = draw_latents(
             generator, len(observed[0]), seed=self.config.seed, step=iteration, first_sample=first_sample,
@@ -67,38 +62,25 @@ class CooperativeRule(ContrastiveRule):
         )  # fmt: skip
         with torch.no_grad():
             start = generator(z)
-        x = self.chain_of_one(start, iteration, first_sample)
-        self._pair = z, x
-        return [x]
+        x = self.run(start, iteration, first_sample)
+        return Synthesis([x], first_sample, latents=z)
 
-    def _apply(self, gradients: list[list[Tensor]], iteration: int, spoilt: Tensor) -> float:
-        assert self._pair is not None
-        (z, x), options, generator = self._pair, self.config.options, self.model.generator
+    def teach(self, made: list[Synthesis], iteration: int, spoilt: Tensor) -> Lesson:
+        (whole,), options, generator = made, self.config.options, self.model.generator
+        (x,), z = whole.images, whole.latents
+        assert z is not None
         if options.infer_steps and not bool(spoilt):
             z = self.inference(
                 generator, x, z, seed=self.config.seed, first_step=iteration * options.infer_steps,
                 stream=noise.stream(self.purpose(noise.Purpose.LATENT)), where="training: inference of z",
             )  # fmt: skip
         loss = Residual(generator, x, options.std)(z).mean()
-        found = list(torch.autograd.grad(loss, self.taught))
-        self._measured = torch.stack([loss.detach(), norm(found)])
-        spoilt = torch.maximum(spoilt, self._measured.isfinite().all().logical_not().float())
-        schedule = super()._apply(gradients, iteration, spoilt)
-        condition_(found, self.teaching)
-        step(self.generator_optimiser, self.taught, found, options.lr * schedule, spoilt)
-        return schedule
+        gradients = list(torch.autograd.grad(loss, self.generator_parameters))
+        return Lesson(self.generator_optimiser, self.teaching, self.generator_parameters, gradients, loss.detach())
 
-    def _check_finite(self, numbers: list[float], iteration: int) -> None:
-        super()._check_finite(numbers, iteration)
-        for name, number in zip(("loss", "gradient"), self._measured.tolist(), strict=True):
-            if not math.isfinite(number):
-                raise DivergenceError(f"training: the generator's {name} became non-finite at update {iteration + 1}")
-
-    def _metrics(self, *arguments: Any) -> dict[str, float]:
-        loss, length = self._measured.tolist()
+    def taught(self, loss: float) -> dict[str, float]:
         pixels = self.model.channels * self.model.sizes[-1] ** 2
-        taught = math.sqrt(2 * self.config.options.std**2 * loss / pixels)
-        return {**super()._metrics(*arguments), "generator/residual": taught, "generator/gradient_norm": length}
+        return {"generator/residual": math.sqrt(2 * self.config.options.std**2 * loss / pixels)}
 
     def headline(self, metrics: Mapping[str, float]) -> str:
         return f"{super().headline(metrics)}, refined by {metrics['generator/residual']:.3f} a pixel"

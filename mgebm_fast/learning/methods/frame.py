@@ -4,24 +4,22 @@ until the mean responses of what chains make are those of the data."""
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ...errors import CheckpointError, ConfigError
-from ...models import Frame, Model, MultiGrid
+from ...models import EnergyModel, Frame, Model
 from ...nets import ConvSpec, EnergyNet
 from ...nets.filters import filter_bank
 from ..config.keys import MOST_SAMPLES, MOST_SIDE, MOST_STEPS, Many, Maybe, Real, Text, Whole, key, pick
 from ..config.method import Method, register
 from ..config.train_config import TrainConfig
 from .baselines import Zeros, narrow
-from .convnet import ConvNetRule
+from .convnet import ChainsRule
+from .synthesis import Learned, Synthesis
 from .work import CHAIN_STEP
-
-_TRAINING_GRID = 2  # of Hamiltonian chains in training, and on for later attempts: samples' have grid 1, other numbers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,12 +49,12 @@ class FrameConfig:
     sample_steps: int = key(300, Whole(1, MOST_STEPS), "steps of a sample's chain from the zero image")
 
 
-class FrameRule(ConvNetRule):
-    """`ConvNetRule` of a `Frame`: the gradient of λ_k is the difference of the mean responses of filter k,
+class FrameRule(ChainsRule):
+    """`ChainsRule` of a `Frame`: the gradient of λ_k is the difference of the mean responses of filter k,
 
         d/dλ_k loss = mean h_k(synthesised) − mean h_k(observed)
 
-    (mean over pixels too: the gradient divided by the area of a map), and nothing else learns.
+    (mean over pixels too: the gradient divided by the area of a feature map), and nothing else learns.
     """
 
     model: Frame
@@ -71,41 +69,24 @@ class FrameRule(ConvNetRule):
         if model.leapfrog_steps is not None and least == 0:
             raise ConfigError("stabilise.noise_anneal must be > 0 with frame.leapfrog_steps, got 0")
         super().__init__(model, config, images=images)
-        self._moments: Tensor | None = None
 
-    def synthesise(self, observed: list[Tensor], iteration: int, first_sample: int = 0) -> list[Tensor]:
-        exact = self.model.exact(self.model.langevin[0].steps)
-        if exact is None:
-            return super().synthesise(observed, iteration, first_sample)
-        ids = self.initial.ids(iteration, first_sample, len(observed[0]))
-        result = exact(
-            self.model.energy, self.initial.at(observed, iteration, ids), seed=self.config.seed, first_sample=ids,
-            first_step=iteration * exact.steps, grid=_TRAINING_GRID + self.attempt, precision=self.precision,
-        )  # fmt: skip
-        self._ended[first_sample] = ids, result.x
-        return [result.x]
-
-    def _learn(self, batch: Tensor, first_sample: int, iteration: int, factors: Sequence[float]) -> Any:
-        gradients, energies, synthesised = super()._learn(batch, first_sample, iteration, factors)
-        (whole,) = gradients[0]
+    def tied(self, gradients: list[Tensor]) -> list[Tensor]:
+        (whole,) = gradients
         tied = whole.view(self.model.energy.specs[-1].channels, -1).mean(1, keepdim=True)
-        self._moments = torch.stack([tied[:, 0], self.model.responses(synthesised[0]).mean(0)])
-        gradients[0][0] = tied.expand(-1, whole.numel() // len(tied)).reshape(whole.shape)
-        return gradients, energies, synthesised
+        return [tied.expand(-1, whole.numel() // len(tied)).reshape(whole.shape)]
 
-    def update(self, batch: Tensor, iteration: int, *, detail: bool = False) -> dict[str, float]:
-        metrics = super().update(batch, iteration, detail=detail)
-        if detail and self._moments is not None:
-            difference, synthesised = self._moments.double()
-            observed = synthesised - difference
-            metrics["moment_error"] = float(difference.abs().mean() / observed.abs().mean().clamp_min(1e-12))
-        return metrics
+    def details(self, learned: Learned, made: Synthesis) -> dict[str, float]:
+        """`moment_error`: the mean difference of mean responses, of chains and data, over those of the data."""
+        synthesised = self.model.responses(made.images[0]).mean(0).double()
+        difference = learned.grids[0].gradients[0].view(len(synthesised), -1)[:, 0].double()
+        observed = synthesised - difference
+        return {"moment_error": float(difference.abs().mean() / observed.abs().mean().clamp_min(1e-12))}
 
 
 def work(model: Frame, config: TrainConfig) -> float:
     """The chain, and three forward passes for learning: filters are frozen, so that λ needs the responses alone."""
     gradients = model.langevin[0].steps * (model.leapfrog_steps or 1)
-    return (CHAIN_STEP * gradients + 3) * model.nets[0].macs()
+    return (CHAIN_STEP * gradients + 3) * model.energy.macs()
 
 
 def build_model(config: TrainConfig) -> Frame:
@@ -115,17 +96,8 @@ def build_model(config: TrainConfig) -> Frame:
     assert net.head is not None
     for parameter in net.head.parameters():
         torch.nn.init.zeros_(parameter)
-    return Frame(
-        one.sizes[-1],
-        leapfrog_steps=one.options.leapfrog_steps,
-        sample_steps=one.options.sample_steps,
-        channels=one.channels,
-        langevin=one.dynamics(),
-        nets=[net],
-        value_range=one.value_range,
-        batch_size=one.batch_size,
-        seed=one.seed,
-    )
+    own = {"leapfrog_steps": one.options.leapfrog_steps, "sample_steps": one.options.sample_steps}
+    return Frame(one.sizes[-1], nets=[net], **own, **one.model_arguments())
 
 
 @torch.no_grad()
@@ -149,7 +121,7 @@ def _learned(config: TrainConfig) -> EnergyNet:
         model = Model.load(options.filters)
     except CheckpointError as error:
         raise ConfigError(f"frame.filters must be gabor or the folder of a run: {error}") from None
-    trained = model.nets[-1] if isinstance(model, MultiGrid) else None
+    trained = model.nets[-1] if isinstance(model, EnergyModel) else None
     if not isinstance(trained, EnergyNet) or trained.norm == "batch":
         raise ConfigError(
             "frame.filters must be a run of energy nets without batch normalisation, got "

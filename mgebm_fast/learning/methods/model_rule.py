@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 import contextlib
 from pathlib import Path
 
@@ -24,12 +25,15 @@ class ModelRule(UpdateRule):
     """A rule with a model, averaged weights where they are asked for, and optimisers by name."""
 
     model: Model
-    config: TrainConfig
-    average: Average | None
 
+    def __init__(self, model: Model, config: TrainConfig) -> None:
+        model.check_storable()
+        self.model, self.config = model, config
+        self.average = Average(model, config.stabilise.ema) if config.stabilise.ema else None
+
+    @abc.abstractmethod
     def named_optimisers(self) -> dict[str, torch.optim.Optimizer]:
         """The optimisers by the names that their state has in files."""
-        raise NotImplementedError
 
     def averaged_weights(self) -> contextlib.AbstractContextManager[None]:
         """Inside, the model holds the averaged weights, where the run keeps them."""

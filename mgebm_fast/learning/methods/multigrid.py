@@ -8,9 +8,11 @@ from torch import Tensor
 
 from ... import noise
 from ...models import MultiGrid
+from ...nets import EnergyNet
 from ..config.method import Method, register
 from ..config.train_config import TrainConfig
 from .contrastive import ContrastiveRule
+from .synthesis import Synthesis
 from .work import work_of_chains
 
 
@@ -21,9 +23,10 @@ class MultiGridRule(ContrastiveRule):
     each grid right after its chain is the same.
     """
 
+    model: MultiGrid
     divisible = True
 
-    def synthesise(self, observed: list[Tensor], iteration: int, first_sample: int) -> list[Tensor]:
+    def synthesise(self, observed: list[Tensor], iteration: int, first_sample: int) -> Synthesis:
         results = self.model.cascade(
             observed[0],
             seed=self.config.seed,
@@ -32,7 +35,7 @@ class MultiGridRule(ContrastiveRule):
             purpose=self.purpose(noise.Purpose.TRAINING_CHAIN),
             precision=self.precision,
         )
-        return results[1:]
+        return Synthesis(results[1:], first_sample)
 
 
 def build_model(config: TrainConfig) -> MultiGrid:
@@ -48,6 +51,7 @@ def build_model(config: TrainConfig) -> MultiGrid:
 def describe_model(model: MultiGrid) -> dict[str, Any]:
     """The configuration keys that a given model settles. ValueError where its chains cannot be written as keys."""
     first = model.nets[0]
+    built = isinstance(first, EnergyNet)  # a module of one's own says nothing of these keys
     clamps = {chain.clamp for chain in model.langevin}
     if clamps not in ({None}, {model.value_range}):
         raise ValueError(
@@ -66,8 +70,8 @@ def describe_model(model: MultiGrid) -> dict[str, Any]:
         "width": float(model.width),
         "variant": model.variant,
         "norm": "batch" if model.norm == "batch" else "none",
-        "activation": getattr(first, "activation", None),
-        "spectral_norm": bool(getattr(first, "spectral_norm", False)),
+        "activation": first.activation if built else None,
+        "spectral_norm": first.spectral_norm if built else False,
         "value_range": list(model.value_range),
         "batch_size": model.batch_size,
         "langevin": chains,

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ...errors import CheckpointError
+from ...nets import EnergyNet
 from ..config.keys import pick
 from ..config.sections import OptimiserConfig
 
@@ -69,27 +70,29 @@ def step(
     """One update by `gradients` at learning rate `rate`; where `spoilt` is 1, none, and no trace of it in the state.
     A parameter whose gradient is None is left alone, its state and its weight decay with it.
 
-    A fused optimiser looks at `spoilt` on the device, and the host waits for nothing; for another one the host looks.
+    A fused optimiser reads `spoilt` on the device, and the host waits for nothing; another one needs a host sync.
     """
     for group in optimiser.param_groups:
         group["lr"] = rate
     for parameter, gradient in zip(parameters, gradients, strict=True):
         parameter.grad = gradient
     if optimiser.defaults["fused"]:
-        told: Any = optimiser  # as torch's own gradient scaler does it
-        told.found_inf = spoilt
+        scaled: Any = optimiser  # as torch's own gradient scaler does it
+        scaled.found_inf = spoilt
         optimiser.step()
-        del told.found_inf
+        del scaled.found_inf
     elif not bool(spoilt):
         optimiser.step()
     optimiser.zero_grad(set_to_none=True)
 
 
 def map_areas(net: nn.Module) -> dict[int, float]:
-    """id(parameter) -> pixels of the output map of the layer that owns it, for an `EnergyNet`; a head counts 1."""
+    """id(parameter) -> pixels of the feature map of the layer that owns it, for the convolutions of an `EnergyNet`."""
     areas: dict[int, float] = {}
-    size = tuple(getattr(net, "size", ()))
-    for layer in getattr(net, "layers", ()):
+    if not isinstance(net, EnergyNet):
+        return areas
+    size = net.size
+    for layer in net.convolutions:
         size = tuple(layer.map_size(length) for length in size)
         areas.update({id(parameter): float(math.prod(size)) for parameter in layer.parameters()})
     return areas
@@ -97,8 +100,8 @@ def map_areas(net: nn.Module) -> dict[int, float]:
 
 @torch.no_grad()
 def condition_(gradients: list[Tensor], config: OptimiserConfig, divisors: list[float] | None = None) -> None:
-    """The configured changes of one net's gradients, in place and in this order: division by map areas, rescaling
-    of each tensor to max |g| ≤ c, clipping of entries, clipping of the net's norm. No value is read back."""
+    """The configured changes of one net's gradients, in place and in this order: division by areas of feature maps,
+    rescaling of each tensor to max |g| ≤ c, clipping of entries, clipping of the net's norm. No value is read back."""
     if divisors is not None:
         torch._foreach_div_(gradients, divisors)
     if config.grad_rescale_max is not None:

@@ -84,8 +84,7 @@ class SpatialTemporalRule(SingleGridRule):
     model: SpatialTemporal
 
     def observed(self, batch: Tensor) -> list[Tensor]:  # -> means (N, C), clips, both float32
-        x = batch.to(self.model.colours.device, non_blocking=True)
-        x = self.model.from_uint8(x) if x.dtype == torch.uint8 else x
+        x = self.model.in_units(batch)
         return [x.flatten(2).mean(2), x]
 
     def panels(self, observed: Tensor) -> tuple[list[tuple[str, Tensor]], int]:

@@ -133,13 +133,13 @@ def test_short_run_starts_are_uniform_in_the_range():
     model = build_model(config)
     rule = SingleGridRule(model, config, images=20)
     observed = [torch.zeros(4096, 1, 1, 1), torch.zeros(4096, 1, 4, 4)]
-    x = rule.initial.at(observed, 7, 0).double()
+    x = rule.initial.begin(observed, 7, 0, 0)[1].double()
     values = ((x + 0.5) / 2.5).flatten().sort().values
     assert 0 <= values[0] and values[-1] <= 1
     n = values.numel()
     distance = (values - (torch.arange(n) + 0.5) / n).abs().max() + 0.5 / n
     assert distance < 2.23 / n**0.5  # Kolmogorov: false alarms 1 in 10,000
-    assert not torch.equal(x, rule.initial.at(observed, 8, 0).double())
+    assert not torch.equal(x, rule.initial.begin(observed, 8, 0, 0)[1].double())
 
 
 @pytest.mark.parametrize("method", SINGLE)
@@ -147,8 +147,8 @@ def test_chains_do_not_depend_on_how_a_batch_is_split(method):
     config = tiny_config(method=method, seed=9, precision="fp32")
     rule = SingleGridRule(build_model(config), config, images=20)
     observed = rule.observed(tiny_data(8).batch(slice(None)))
-    (whole,) = rule.synthesise(observed, 2, 0)
-    parts = [rule.synthesise([x[i : i + n] for x in observed], 2, i)[0] for i, n in ((0, 3), (3, 5))]
+    (whole,) = rule.synthesise(observed, 2, 0).images
+    parts = [rule.synthesise([x[i : i + n] for x in observed], 2, i).images[0] for i, n in ((0, 3), (3, 5))]
     torch.testing.assert_close(torch.cat(parts), whole, atol=1e-6, rtol=0)
 
 
@@ -224,8 +224,8 @@ def test_restarted_chains_begin_at_new_noise_and_the_others_go_on():
     config = tiny_config(method="pcd", pcd={"bank_size": 64, "restart": 0.5}, batch_size=32, seed=SEED)
     rule = SingleGridRule(build_model(config), config, images=20)
     state, bank = rule.initial, rule.model.bank.double()
-    ids = state.ids(4, 0, 32)
-    x = state.at([torch.zeros(32, 1, 1, 1)], 4, ids).double()
+    ids, x = state.begin([torch.zeros(32, 1, 1, 1)], 4, 0, 0)
+    x = x.double()
     anew = state.slots.restarted(4, ids)
     assert 0 < anew.sum() < 32
     torch.testing.assert_close(x[~anew], bank[ids][~anew])
@@ -237,7 +237,7 @@ def test_restarted_chains_begin_at_new_noise_and_the_others_go_on():
 def test_only_the_slots_of_the_batch_move(trainer):
     ours = trainer(method="pcd", pcd={"bank_size": 40})
     before = ours.model.bank.clone()
-    ids = ours.rule.initial.ids(0, 0, 8)
+    ids = ours.rule.initial.slots.at(0, 0, 8)
     ours.step(tiny_data(8).batch(slice(None)))
     moved = (ours.model.bank != before).flatten(1).any(1)
     assert set(moved.nonzero().flatten().tolist()) == set(ids.tolist())

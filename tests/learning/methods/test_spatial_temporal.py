@@ -19,6 +19,7 @@ from mgebm_fast.data.video import write_gif
 from mgebm_fast.errors import ConfigError
 from mgebm_fast.learning import METHODS, MultiGridTrainer, build_model, load_data, load_preset, merge
 from mgebm_fast.models import Model, SpatialTemporal
+from mgebm_fast.models.model import Group
 
 VIDEO, SOUND = {"size": [4, 6, 8], "layers": [[5, 3, 2], [4, 3, 1]]}, {"size": [40], "layers": [[5, 9, 2], [4, 3, 1]]}
 
@@ -64,13 +65,14 @@ def test_a_linear_energy_has_the_closed_form_of_its_chain(name):
     assert torch.equal(rule.model.bank, rule.model.zeros(3))
     observed = rule.observed(trainer._loop.batches.batch(0))
     for iteration in (0, 1):
-        slots = rule.initial.ids(iteration, 0, 3).tolist()
+        slots = rule.initial.slots.at(iteration, 0, 3).tolist()
         assert sorted(slots) == [0, 1, 2]
-        (found,) = rule.synthesise(observed, iteration)
+        made = rule.synthesise(observed, iteration)
+        (found,) = made.images
         draws = [philox(shape, slots, 5 * iteration + k) for k in range(5)]
         expected = 0.81 * w + a**5 * (x[slots] - 0.81 * w) + sum(a ** (4 - k) * s * e for k, e in enumerate(draws))
         assert (found.double() - expected).abs().max() < 2e-5
-        rule.initial.keep(torch.tensor(slots), found)  # the second update goes on where the first ended
+        rule.keep([made])  # the second update goes on where the first ended
         x[slots] = expected
 
 
@@ -86,7 +88,7 @@ def test_one_update_is_the_contrastive_gradient(name):
     before = [p.detach().double().requires_grad_() for p in net.parameters()]
     batch = trainer._loop.batches.batch(0)
     rule.update(batch, 0)
-    slots = rule.initial.ids(0, 0, 3)
+    slots = rule.initial.slots.at(0, 0, 3)
     convolve = F.conv3d if name == "fire" else F.conv1d
 
     def score(x):
@@ -104,7 +106,7 @@ def test_one_update_is_the_contrastive_gradient(name):
 def test_chains_of_places_in_time_do_not_share_noise():
     """Of a video, pixel (c, t, h, w) has the normal number ((c T + t) H + h) W + w: no two frames are alike."""
     rule, trainer = trained_rule(config("fire", langevin={"steps": 1, "noise_std": 0.1, "clamp": False}))
-    (found,) = rule.synthesise(rule.observed(trainer._loop.batches.batch(0)), 0)
+    (found,) = rule.synthesise(rule.observed(trainer._loop.batches.batch(0)), 0).images
     frames = found.transpose(1, 2).flatten(0, 1).flatten(1)
     assert len(torch.unique(frames, dim=0)) == 3 * 4
 
@@ -132,9 +134,10 @@ def test_a_sample_depends_on_its_number_alone(name):
     whole = model.sample(5, seed=3, precision="fp32")
     assert whole.shape == (5, model.channels, *model.shape)
     assert torch.equal(whole[2:4], model.sample(2, seed=3, first_sample=2, batch_size=1, precision="fp32"))
-    assert torch.equal(model._start(5, 0, 2), model.bank[[2, 0, 1, 2, 0]])
+    assert torch.equal(model._start(Group(5, 0, 2)), model.bank[[2, 0, 1, 2, 0]])
+    image = torch.zeros(1, model.channels, model.sizes[-1], model.sizes[-1])
     with pytest.raises(ValueError, match="mask must be None"):
-        model._sample_group(1, seed=0, first_sample=0, mask=torch.ones(1))
+        model.sample(1, mask=image.bool(), known=image)
     assert model.explain(2)
 
 

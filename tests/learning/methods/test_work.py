@@ -57,7 +57,7 @@ def test_an_update_counts_what_torch_counts(method):
         expected += 5 * passes(generator, z, inputs=True, weights=False)
         expected += passes(generator, z, inputs=True, weights=True)
         expected += counted(lambda: generator(z)) / 4 if method == "cooperative" else 0
-    assert METHODS[method].work(config) == pytest.approx(expected, rel=1e-9)
+    assert METHODS[method].work(model, config) == pytest.approx(expected, rel=1e-9)
     assert work(config) == pytest.approx(config.steps * config.batch_size * expected, rel=1e-9)
 
 

@@ -1,0 +1,185 @@
+"""EnergyModel: what models of energy nets have in common: the nets, the dynamics of each, and their description."""
+
+from __future__ import annotations
+
+import dataclasses
+import textwrap
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+
+from .. import noise
+from ..errors import CheckpointError
+from ..gradient.plan import Energy
+from ..nets import EnergyNet, multigrid_net
+from ..nets.energy_net import NORMS
+from ..sampling.corrected import Corrected
+from ..sampling.coupling import coupling
+from ..sampling.langevin import Langevin
+from .model import Model
+
+AnyEnergyModel = TypeVar("AnyEnergyModel", bound="EnergyModel")
+
+
+class EnergyModel(Model):
+    """One energy net, and Langevin dynamics, for each size but the first.
+
+    Args:
+        sizes: 1 = s₀ < s₁ < …, each dividing the next.
+        channels: of the images.
+        langevin: the dynamics, one for all grids or one a net. Default: the paper's, 30 steps of size 0.3 with the
+            reference N(0, 50²) and pixels clamped to `value_range`.
+        width, norm, variant, activation, spectral_norm: of the nets, as in `nets.multigrid_net`.
+        value_range: (lo, hi), the pixel values of the model's black and white.
+        batch_size: samples to a group in `sample`; with norm="batch", whose samples are coupled, the batch size of
+            training. Default 100.
+        seed: of the initial weights; each net draws from a seed of its own.
+        nets: energies to use in place of the built ones, any modules (N, C, s, s) -> (N,). A file holds the weights of
+            modules that are no `EnergyNet`, and no code: `load_weights` takes them into a model built with such nets.
+
+    State: parameters of the nets, and the buffer `colours` (M, C) float32, the stored distribution of 1×1 images.
+    """
+
+    def __init__(
+        self,
+        sizes: Sequence[int] = (1, 4, 16, 64),
+        *,
+        channels: int = 3,
+        langevin: Langevin | Sequence[Langevin] | None = None,
+        width: float = 1.0,
+        norm: str = "batch",
+        variant: str = "B",
+        activation: str | None = None,
+        spectral_norm: bool = False,
+        value_range: tuple[float, float] = (0.0, 255.0),
+        batch_size: int | None = None,
+        seed: int = 0,
+        nets: Iterable[nn.Module] | None = None,
+    ) -> None:
+        super().__init__(sizes, channels, value_range, batch_size)
+        self.width, self.variant = width, variant
+        noise.check_seed(seed, self.kind)
+        if nets is None:
+            nets = [
+                multigrid_net(
+                    size, channels, width, norm, variant, activation=activation, spectral_norm=spectral_norm,
+                    seed=(seed * len(self.sizes) + grid) % 2**63,
+                )
+                for grid, size in enumerate(self.sizes[1:], start=1)
+            ]  # fmt: skip
+        nets = list(nets)
+        if len(nets) != len(self.sizes) - 1:
+            wanted = f"{len(self.sizes) - 1}, one a size after the first"
+            raise ValueError(f"{self.kind}: nets must be {wanted}, got {len(nets)}")
+        if others := [type(net).__name__ for net in nets if not isinstance(net, nn.Module)]:
+            raise TypeError(f"{self.kind}: nets must be torch modules, got a {others[0]}")
+        self.nets = nn.ModuleList(nets)
+        self.norm = next((found for found in map(norm_of, nets) if found != "none"), "none")
+        paper = Langevin(steps=30, step_size=0.3, noise_scale=1.0, reference_std=50.0, clamp=self.value_range)
+        self.langevin = self._per_net(paper if langevin is None else langevin)
+
+    def _per_net(self, langevin: Langevin | Sequence[Langevin]) -> tuple[Langevin, ...]:
+        dynamics = (langevin,) * len(self.nets) if isinstance(langevin, Langevin) else tuple(langevin)
+        if len(dynamics) != len(self.nets) or not all(isinstance(d, Langevin) for d in dynamics):
+            raise ValueError(f"{self.kind}: langevin must be a Langevin or {len(self.nets)} of them, got {langevin!r}")
+        return dynamics
+
+    @property
+    def sampling(self) -> tuple[Langevin, ...]:
+        return self.langevin
+
+    @property
+    def active_nets(self) -> list[nn.Module]:
+        """The energies in use, one a size after the first: nets, or the layers of them that make the energy."""
+        return list(self.nets)
+
+    def law(self, chain: Langevin) -> Langevin | Corrected:
+        """The chain that runs for a description of one: itself, unless the class corrects it."""
+        return chain
+
+    def measured(self) -> list[tuple[Energy, Langevin | Corrected]]:
+        """What a sample goes through, as it is run: each grid's energy and the chain on it."""
+        return list(zip(self.active_nets, map(self.law, self.sampling), strict=True))
+
+    @property
+    def coupled(self) -> str:
+        return next((why for energy, _ in self.measured() if (why := coupling(energy))), "")
+
+    def sample_shape(self, size: int) -> tuple[int, ...]:
+        """(C, …) of a sample at one of `sizes`."""
+        return self.channels, size, size
+
+    def explain(self, n: int | None = None) -> str:
+        """What the chain of every grid runs in sampling, and why: the grid in a line, and below it a line a field."""
+        lines = []
+        for grid, (energy, chain) in enumerate(self.measured(), start=1):
+            size = self.sizes[grid]
+            x = torch.empty(n or self.batch_size, *self.sample_shape(size), device=self.colours.device)
+            lines.append(f"grid {grid} (size {size})\n" + textwrap.indent(str(chain.explain(energy, x)), "  "))
+        return "\n".join(lines)
+
+    def freeze_norm(self: AnyEnergyModel) -> AnyEnergyModel:
+        """A new model whose nets have their running statistics folded in: its chains are independent."""
+        nets = [net.freeze_norm() for net in self.energy_nets("frozen")]
+        model = self.from_config({**self.config(), "nets": [net.config() for net in nets]})
+        frozen = nn.ModuleList(nets).state_dict()
+        own = {name: tensor for name, tensor in self.state_dict().items() if not name.startswith("nets.")}
+        # Into the nets that the model was built with: it may hold parts of them elsewhere, and which of them learn.
+        model.load_state_dict({**own, **{f"nets.{name}": tensor for name, tensor in frozen.items()}})
+        return model.to(self.colours.device)
+
+    def energy_nets(self, what: str) -> list[EnergyNet]:
+        """The nets, which must be `EnergyNet`s to be `what`, else ValueError."""
+        nets = [net for net in self.nets if isinstance(net, EnergyNet) and type(net) is EnergyNet]
+        if len(nets) < len(self.nets):
+            other = next(type(net).__name__ for net in self.nets if type(net) is not EnergyNet)
+            raise ValueError(f"{self.kind}: nets must be EnergyNets to be {what}, got {other}")
+        return nets
+
+    def config(self) -> dict[str, Any]:
+        """What rebuilds this model but for its weights, in plain JSON types."""
+        return {
+            "sizes": list(self.sizes),
+            "channels": self.channels,
+            "width": self.width,
+            "variant": self.variant,
+            "norm": self.norm,
+            "value_range": list(self.value_range),
+            "batch_size": self.batch_size,
+            "langevin": [dataclasses.asdict(dynamics) for dynamics in self.langevin],
+            "nets": [_described(net) for net in self.nets],
+        }
+
+    @staticmethod
+    def _arguments(config: Mapping[str, Any]) -> dict[str, Any]:
+        """The arguments of `EnergyModel` that a configuration holds, but for the sizes."""
+        foreign = sorted({str(net["module"]) for net in config["nets"] if "module" in net})
+        if foreign:
+            raise CheckpointError(
+                f"holds the weights of nets of one's own, {', '.join(foreign)}, and not their code: build the model "
+                "with nets=[…] as it was trained, and call its load_weights(path)"
+            )
+        return {
+            "channels": config["channels"],
+            "langevin": [Langevin(**dynamics) for dynamics in config["langevin"]],
+            "width": config["width"],
+            "variant": config["variant"],
+            "value_range": tuple(config["value_range"]),
+            "batch_size": config["batch_size"],
+            "nets": [EnergyNet.from_config(net) for net in config["nets"]],
+        }
+
+
+def norm_of(net: nn.Module) -> str:
+    """The normalisation that a net names in its attribute `norm`; "none", samples alone, where it is none of NORMS."""
+    norm = getattr(net, "norm", "none")
+    return norm if isinstance(norm, str) and norm in NORMS else "none"
+
+
+def _described(net: nn.Module) -> dict[str, Any]:
+    """What an `EnergyNet` is rebuilt from; of a module of another class its name, which holds no code."""
+    if type(net) is EnergyNet:
+        return net.config()
+    return {"module": f"{type(net).__module__}.{type(net).__qualname__}"}
