@@ -20,14 +20,13 @@ def check_place(out: Path, option: str = "--out", *, folder: bool = False) -> No
     """ValueError unless `out`, a file or with `folder` a folder of files, can be written; nothing is left behind."""
     if out.exists() and not out.is_file() and not out.is_dir():
         raise ValueError(f"{option}: must be a regular file or new, got {out}, a pipe, a socket or a device")
-    if out.is_symlink() and not out.exists():
-        out = Path(os.path.realpath(out))
-    place = out.absolute() if folder else out.absolute().parent
+    target = Path(os.path.realpath(out)) if out.is_symlink() else out.absolute()  # a link stays one
+    place = target if folder else target.parent
     missing = [path for path in (place, *place.parents) if not os.path.exists(path)]
     try:
         place.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=place).close()
-        clean(place.parent if folder else place, out.name)
+        clean(target.parent, target.name)
     except OSError as error:
         # os.access is not enough: to root it says of /proc that it can be written
         above = next(path for path in (place, *place.parents) if os.path.exists(path))

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -10,6 +13,7 @@ from helpers.console import one_line
 from PIL import Image
 
 import mgebm_fast as mg
+from mgebm_fast.cli.app import _LastingStream
 from mgebm_fast.cli.outputs import check_place
 from mgebm_fast.evaluation.comparison import compare as comparison
 
@@ -146,3 +150,38 @@ def test_classify_names_its_options(mgebm, trained, tmp_path):
     np.save(tmp_path / "x.npy", np.random.default_rng(0).integers(0, 256, (40, 8, 8), dtype=np.uint8))
     line = one_line(mgebm("classify", trained, "--data", tmp_path / "x.npy", "--labels", 2))
     assert line.startswith("error: --data: must be labelled, with at least two classes, got no labels")
+
+
+def test_links_stay_links_pipes_are_refused_and_leftovers_go(mgebm, trained, tmp_path):
+    (tmp_path / "link.png").symlink_to(tmp_path / "target.png")
+    (tmp_path / ".target.png.999999999.tmp").write_text("half")
+    os.mkfifo(tmp_path / "pipe.png")
+    assert mgebm("sample", trained, "--num", 1, "--out", tmp_path / "link.png").exit_code == 0
+    line = one_line(mgebm("sample", trained, "--num", 1, "--out", tmp_path / "pipe.png"))
+    assert line.startswith("error: --out: must be a regular file or new, got ")
+    assert (tmp_path / "link.png").is_symlink() and (tmp_path / "pipe.png").is_fifo()
+    assert sorted(contents(tmp_path)) == ["link.png", "pipe.png", "target.png"]
+
+
+def test_a_folder_of_samples_follows_the_umask(mgebm, trained, tmp_path):
+    before = os.umask(0o077)
+    try:
+        assert mgebm("sample", trained, "--num", 1, "--out", tmp_path / "x").exit_code == 0
+    finally:
+        os.umask(before)
+    assert (tmp_path / "x").stat().st_mode & 0o777 == 0o700
+
+
+def test_a_console_without_a_reader_is_survived():
+    with open("/dev/full", "w") as full:
+        stream = _LastingStream(full)
+        for _ in range(2):
+            stream.write("words\n")
+            stream.flush()
+        assert stream.encoding == full.encoding
+
+
+def test_closed_streams_are_opened_again():
+    program = "import os, sys; from mgebm_fast.cli.app import secure_console; secure_console(); os.fstat(2); print()"
+    command = f"exec {sys.executable} -c '{program}; sys.stderr.write(str(0))' <&- >&- 2>&-"
+    assert subprocess.run(["sh", "-c", command], check=False).returncode == 0

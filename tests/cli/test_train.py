@@ -98,6 +98,12 @@ def test_resume_goes_on_and_needs_no_preset(mgebm, run):
     assert (run / "checkpoints" / "step_000004" / "optimiser.safetensors").is_file()
 
 
+def test_a_run_killed_before_it_had_a_configuration_begins(mgebm, tmp_path):
+    result = mgebm("train", "digits", *TINY, "--set", "steps=1", "--out", tmp_path / "run", "--resume")
+    assert result.exit_code == 0 and "no checkpoint yet, training starts from the beginning" in result.stderr
+    assert (tmp_path / "run" / "model.safetensors").is_file()
+
+
 def test_resume_of_a_finished_run_changes_nothing(mgebm, run):
     before = load_file(run / "model.safetensors"), (run / "metrics.jsonl").read_bytes()
     assert mgebm("train", "digits", "--out", run, "--resume").exit_code == 0
@@ -171,6 +177,7 @@ BAD = {
     "unknown class": (["digits", "--set", "classes=eleven"], "eleven"),
     "device": (["digits", "--device", "gpu"], "--device"),
     "no such GPU": (["digits", "--device", "cuda:99"], "cuda:99"),
+    "threads": (["digits", "--threads", "100000"], "--threads"),
     "precision": (["digits", "--precision", "fp8"], "precision"),
     "nothing to resume": (["--resume"], "no config.toml"),
     "neither preset nor run": ([], "preset"),

@@ -18,7 +18,7 @@ from mgebm_fast.cli import app
 from mgebm_fast.errors import BackendError, ConfigError, DivergenceError
 from mgebm_fast.learning import MultiGridTrainer, Run, build_model
 from mgebm_fast.learning.run import checkpoint
-from mgebm_fast.learning.run.distributed import Ranks, local_device
+from mgebm_fast.learning.run.distributed import RankLost, Ranks, local_device
 from mgebm_fast.learning.run.feed import Batches
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -170,6 +170,14 @@ def test_the_first_rank_alone_speaks(ends):
 def test_a_rank_that_vanishes_ends_the_other(ends):
     kind, message = ends[0]["lost"]
     assert kind == "RankLost" and "lost/checkpoints/step_000002, is whole; go on with" in message
+
+
+def test_of_the_first_two_ranks_the_one_that_is_left_speaks():
+    for rank, silent in ((0, False), (1, False), (2, True)):
+        ranks = Ranks(rank)
+        with pytest.raises(RankLost, match="rank 0 cannot be reached any more"), ranks._reaching("rank 0"):
+            raise RuntimeError("connection closed by peer")
+        assert ranks.failed is silent
 
 
 TINY = ["--set", "steps=3", "--set", "langevin.steps=2", "--set", "batch_size=8", "--set", "width=0.1",
