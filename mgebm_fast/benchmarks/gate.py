@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from ..sampling import Langevin
 from .peers import BoundLoop
 
-# Relative L2 over the batch, pixels 0–255, Xavier weights. fp32 leaves room for an activation whose sign flips.
-LIMITS = {"fp32": 5e-3, "tf32": 0.05, "fp16": 0.05, "bf16": 0.15}
+# Relative L2 over the batch, pixels 0–255, Xavier weights. fp32 leaves room for activations whose sign flips:
+# 4.5e-3 was seen of the 64×64 net without statistics.
+LIMITS = {"fp32": 1e-2, "tf32": 0.05, "fp16": 0.05, "bf16": 0.15}
 # Of a weight gradient, whose learning step is float32 for everybody and whose chains are not.
 LEARNING_LIMITS = {"fp32": 5e-3, "tf32": 0.05, "fp16": 0.05, "bf16": 0.05}
 # One step without noise, reference and bounds moves x by drift·∇E. Of this drift nothing is left of x's own rounding.

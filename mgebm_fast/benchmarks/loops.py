@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -100,7 +100,8 @@ def bf16_cast_loop(energy: nn.Module, x: Tensor, dynamics: Langevin) -> Tensor:
 
 
 class CompiledLoop:
-    """The whole step as one function under `torch.compile`, channels-last, max-autotune with CUDA graphs on a GPU.
+    """The whole step as one function under `torch.compile`, channels-last; on a GPU max-autotune, and all K steps in
+    one CUDA graph, as this package's own chains are: compile's graph a step would copy the state out at every one.
 
     Compiled once an architecture: weights are copied in before each chain, and the numbers of the step are tensors, so
     that neither training nor a chain with other numbers compiles again.
@@ -108,12 +109,16 @@ class CompiledLoop:
 
     compiled: ClassVar[dict[tuple[str, torch.dtype, torch.device], tuple[nn.Module, Callable[..., Tensor]]]] = {}
 
+    # graph, state, numbers and result of a chain: by what was compiled, the shape and the number of steps
+    graphs: ClassVar[dict[Any, tuple[torch.cuda.CUDAGraph, Tensor, Tensor, Tensor]]] = {}
+
     def __init__(self, dtype: torch.dtype) -> None:
         self.dtype = dtype
 
     @classmethod
     def forget(cls) -> None:
         """Let go of what was compiled, and of the memory of its graphs."""
+        cls.graphs.clear()
         if cls.compiled:
             cls.compiled.clear()
             torch._dynamo.reset()
@@ -130,11 +135,34 @@ class CompiledLoop:
                 [n.drift, n.noise_std, n.inverse_variance, n.reference_mean, n.grad_clamp, n.low, n.high]
             ).to(x.device)
             x = x.contiguous(memory_format=torch.channels_last)
+            if x.device.type == "cuda":
+                return self._replayed(key, step, x, numbers, dynamics.steps)
             for _ in range(dynamics.steps):
-                torch.compiler.cudagraph_mark_step_begin()
-                # The graph's output is its own memory, which the next replay overwrites.
-                x = step(x, numbers).clone()
+                x = step(x, numbers)
         return x
+
+    def _replayed(self, key: Any, step: Callable[..., Tensor], x: Tensor, numbers: Tensor, steps: int) -> Tensor:
+        """The chain from its CUDA graph, captured at its first call."""
+        key = *key, tuple(x.shape), steps
+        if key not in self.graphs:
+            state, values = x.clone(), numbers.clone()
+            side = torch.cuda.Stream(x.device)
+            side.wait_stream(torch.cuda.current_stream(x.device))
+            with torch.cuda.stream(side):
+                for _ in range(2):  # compiles, tunes, and warms libraries up: none of it may happen in a capture
+                    step(state, values)
+            torch.cuda.current_stream(x.device).wait_stream(side)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, stream=side):
+                result = state
+                for _ in range(steps):
+                    result = step(result, values)
+            self.graphs[key] = graph, state, values, result
+        graph, state, values, result = self.graphs[key]
+        state.copy_(x)
+        values.copy_(numbers)
+        graph.replay()
+        return result.clone()
 
     def _compile(self, energy: nn.Module, device: torch.device) -> tuple[nn.Module, Callable[..., Tensor]]:
         # Past its limit torch.compile runs eagerly without an error: a figure would then not be what it says.
@@ -153,7 +181,7 @@ class CompiledLoop:
             gradient = torch.func.grad(total)(x).clamp(-clip, clip) + (x - mean) * inverse_variance
             return (x - drift * gradient + noise_std * torch.randn_like(x)).clamp(low, high)
 
-        mode = "max-autotune" if device.type == "cuda" else "default"
+        mode = "max-autotune-no-cudagraphs" if device.type == "cuda" else "default"
         return net, torch.compile(step, mode=mode, dynamic=False)
 
 

@@ -174,7 +174,7 @@ def dense_places(stage: Any) -> Tensor:
             if all(rest == 0 and 0 <= k < size for (k, rest), size in zip(met, kernel)):
                 tap_of[row, column] = sum(k * stride for (k, _), stride in zip(met, strides))
     device = stage.weight.device
-    tap_of = tap_of.to(device)[None, :, None, :]
+    tap_of = (tap_of.pin_memory() if device.type == "cuda" else tap_of).to(device, non_blocking=True)[None, :, None, :]
     filters = torch.arange(outputs * inputs, device=device).reshape(outputs, 1, inputs, 1)
     places = torch.where(tap_of < 0, stage.weight.numel(), filters * taps + tap_of)
     return places.reshape(outputs * len(sites[0]), -1)

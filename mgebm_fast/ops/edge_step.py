@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Sequence
 
@@ -82,7 +83,7 @@ def edge_weights(
     wide = columns(weight.shape[1], s)
     if wide > MAX_COLUMNS:
         raise ValueError(f"{where}: stride² · channels must be at most {MAX_COLUMNS}, got {wide}")
-    first, taps, places = _places(tuple(weight.shape), s, pad, dil)
+    first, taps, places = places_on(tuple(weight.shape), s, pad, dil, weight.device)
     made = EdgeWeights(
         weight=torch.empty(weight.shape, dtype=dtype, device=weight.device),
         packed=torch.empty(places.shape, dtype=dtype, device=weight.device),
@@ -91,7 +92,7 @@ def edge_weights(
         dilation=dil,
         first=first,
         taps=taps,
-        places=places.to(weight.device),
+        places=places,
     )
     made.update_(weight)
     return made
@@ -107,6 +108,17 @@ def _pair(value: int | Sequence[int], name: str, where: str) -> tuple[int, int]:
     if len(pair) != 2 or not all(isinstance(v, int) for v in pair):
         raise ValueError(f"{where}: {name} must be an int or two, got {value!r}")
     return pair
+
+
+@functools.lru_cache(maxsize=64)
+def places_on(
+    shape: tuple[int, ...], stride: tuple[int, int], padding: tuple[int, int], dilation: tuple[int, int],
+    device: torch.device,
+) -> tuple[tuple[int, int], tuple[int, int], Tensor]:  # fmt: skip
+    """`_places` on a device, copied there once: a chain that makes a new plan must not wait for the host."""
+    with torch.inference_mode(False):
+        first, taps, places = _places(shape, stride, padding, dilation)
+        return first, taps, places.to(device)
 
 
 def _places(

@@ -16,6 +16,7 @@ from ..gradient.plan import Energy
 from . import arguments, graphs, pipeline
 from .chain import Chain, Ids, place_of, prepare
 from .langevin import Langevin
+from .static import StaticCascade, StaticChain
 
 GridCallback = Callable[[int, int, Tensor], Any]
 
@@ -140,13 +141,13 @@ def cascade(
             **options,
         )
 
-    def build() -> graphs.StaticCascade:
+    def build() -> StaticCascade:
         chains = [chain_of(grid) for grid in grids]
         for grid, chain in zip(grids, chains, strict=True):
             if reason := graphs.why_not_plan(chain.plan, graph):
                 raise BackendError(f"{name(grid)}: {reason}")
-        statics = [graphs.StaticChain(c, form(g)[0], dynamics[g - 1].steps) for g, c in zip(grids, chains, strict=True)]
-        return graphs.StaticCascade(statics, start, held, functools.partial(walk, sizes))
+        statics = [StaticChain(c, form(g)[0], dynamics[g - 1].steps) for g, c in zip(grids, chains, strict=True)]
+        return StaticCascade(statics, start, held, functools.partial(walk, sizes))
 
     ids = isinstance(first_sample, Tensor) and first_sample.dim() > 0
     piped = pipeline.current()

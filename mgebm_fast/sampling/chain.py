@@ -21,6 +21,7 @@ from ..ops.langevin_step import check_grad, launch
 from ..ops.state import check_mask, dense_copy, why_not_plain
 from ..ops.update import Update
 from . import arguments, graphs, memory
+from .static import StaticChain
 
 Callback = Callable[[int, Tensor], Any]
 Ids = int | Tensor | Sequence[int]  # the id of a batch's first sample, or N ids
@@ -128,7 +129,7 @@ class Chain:
     def run(self, x: Tensor, steps: int, callback: Callback | None = None) -> Tensor:
         """The state `steps` steps after x, a new tensor."""
         if callback is None and isinstance(self.graph, graphs.Slot):
-            found = self.graph.run(lambda: graphs.StaticChain(self, x, steps), x, self.mask, self.place)
+            found = self.graph.run(lambda: StaticChain(self, x, steps), x, self.mask, self.place)
             if found is not None:
                 return found[0]
         state = dense_copy(x)

@@ -13,12 +13,9 @@ from __future__ import annotations
 import collections
 import contextlib
 import contextvars
-import dataclasses
 import os
-import threading
-import weakref
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -27,155 +24,15 @@ from ..errors import BackendError
 from ..gradient import GradientPlan
 from ..gradient.autograd import AutogradPlan
 from ..ops import counters
-from ..ops.edge_step import NO_BAD_STEP
-from ..ops.state import dense_copy, strides
+from ..ops.state import strides
+from .lanes import Lane
 from .memory import is_out_of_memory
-
-if TYPE_CHECKING:
-    from .chain import Chain
+from .static import Static
 
 DEVICES = ("cuda",)
 CAPTURE_AT = 2  # the run of a chain that captures it
 KEPT = 8  # graphs an energy keeps: those used last
 _SHELF = "_mgebm_chains"
-
-
-class Static(Protocol):
-    """What a graph holds: buffers, and the code between them."""
-
-    healthy: Tensor  # 0-dim bool, whether the last run was
-
-    def refresh(self) -> None: ...
-    def load(self, *arguments: Any) -> None: ...
-    def run_once(self) -> None: ...
-    def results(self) -> list[Tensor]: ...
-
-
-class StaticChain:
-    """A chain of `steps` steps on tensors like x, between fixed addresses."""
-
-    def __init__(self, chain: Chain, x: Tensor, steps: int) -> None:
-        self.steps = steps
-        with torch.inference_mode(False), torch.no_grad():
-            self.x = dense_copy(x)  # the start, then the state
-            self._counters = torch.zeros(3, dtype=torch.int64, device=x.device)
-            ids = chain.place.sample_tensor
-            self._ids = self._counters[1] if ids is None or ids.dim() == 0 else ids.clone()
-            self._mask = None if chain.mask is None else chain.mask.clone()
-            self.healthy = torch.ones((), dtype=torch.bool, device=x.device)
-        place = dataclasses.replace(
-            chain.place, seed=0, seed_tensor=self._counters[0], first_sample=0, sample_tensor=self._ids, step=0,
-            step_tensor=self._counters[2],
-        )  # fmt: skip
-        self.chain = dataclasses.replace(chain, mask=self._mask, place=place, graph="")
-
-    def refresh(self) -> None:
-        """The energy's present weights, at the addresses of the old ones."""
-        self.chain.plan.refresh()
-
-    def load(self, x: Tensor | None, mask: Tensor | None, place: counters.Counters) -> None:
-        """The start, the mask and the counters of the next run. None of x and mask: they are written from elsewhere."""
-        if x is not None:
-            self.x.copy_(x)
-        if mask is not None and self._mask is not None:
-            self._mask.copy_(mask)
-        sources = (
-            (self._counters[0], place.seed, place.seed_tensor),
-            (self._ids, place.first_sample, place.sample_tensor),
-            (self._counters[2], place.step, place.step_tensor),
-        )
-        for buffer, number, tensor in sources:
-            buffer.fill_(number) if tensor is None else buffer.copy_(tensor)
-
-    def enter(self, x: Tensor, mask: Tensor | None) -> None:
-        """The start and the mask, as part of what is captured."""
-        self.load(x, mask, self.chain.place)
-
-    def run_once(self) -> None:
-        if self.chain.bad_step is not None:
-            self.chain.bad_step.fill_(NO_BAD_STEP)
-        self.chain.advance_(self.x, 0, self.steps)
-        self.healthy.copy_(self.chain.healthy(self.x))
-
-    def results(self) -> list[Tensor]:
-        return [self.x.clone()]
-
-
-class StaticCascade:
-    """All chains of a cascade, coarse to fine, and what lies between them."""
-
-    def __init__(
-        self,
-        chains: Sequence[StaticChain],
-        start: Tensor,
-        held: tuple[Tensor, Tensor] | None,
-        walk: Callable[..., list[Tensor]],  # walk(start, held, advance): `cascade.walk` of the sizes
-    ) -> None:
-        self.chains, self._walk = chains, walk
-        with torch.inference_mode(False), torch.no_grad():
-            self._start, self._first = start.detach().clone(), start.detach().clone()
-            self._held = None if held is None else (held[0].clone(), held[1].clone())
-            self.healthy = torch.ones((), dtype=torch.bool, device=start.device)
-
-    def refresh(self) -> None:
-        for chain in self.chains:
-            chain.refresh()
-
-    def load(self, start: Tensor, held: tuple[Tensor, Tensor] | None, places: Sequence[counters.Counters]) -> None:
-        self._start.copy_(start)
-        if held is not None and self._held is not None:
-            self._held[0].copy_(held[0])
-            self._held[1].copy_(held[1])
-        for chain, place in zip(self.chains, places, strict=True):
-            chain.load(None, None, place)
-
-    def run_once(self) -> None:
-        def advance(grid: int, x: Tensor, cells: Tensor | None) -> Tensor:
-            chain = self.chains[grid - 1]
-            chain.enter(x, cells)
-            chain.run_once()
-            return chain.x
-
-        self._first.copy_(self._walk(self._start, self._held, advance)[0])
-        self.healthy.copy_(torch.stack([chain.healthy for chain in self.chains]).all())
-
-    def results(self) -> list[Tensor]:
-        return [self._first.clone(), *(chain.x.clone() for chain in self.chains)]
-
-
-class Lane:
-    """What graphs that never run at the same time share: a memory pool, and who uses it now."""
-
-    def __init__(self) -> None:
-        self.lock = threading.RLock()
-        self._pool: Any = None
-        self._graphs: weakref.WeakSet[Any] = weakref.WeakSet()
-        self.last: Any = None  # event after the last replay: the next may come from another stream
-
-    def record(self, body: Callable[[], None], device: torch.device) -> Callable[[], None]:
-        """Run `body` once to warm libraries up, capture it, and return what replays it."""
-        with torch.cuda.device(device):
-            if not self._graphs:  # a pool is gone with its last graph
-                self._pool = torch.cuda.graph_pool_handle()
-            side, current = torch.cuda.Stream(device), torch.cuda.current_stream(device)
-            side.wait_stream(current)
-            with torch.cuda.stream(side):
-                body()
-            current.wait_stream(side)
-            graph = torch.cuda.CUDAGraph()
-            # Other threads (a loader that pins memory) may go on calling CUDA meanwhile.
-            with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
-                body()
-            self._graphs.add(graph)
-        return graph.replay
-
-    def before(self, device: torch.device) -> None:
-        if self.last is not None:
-            torch.cuda.current_stream(device).wait_event(self.last)
-
-    def after(self, device: torch.device) -> None:
-        if device.type == "cuda":
-            self.last = torch.cuda.current_stream(device).record_event()
 
 
 _lanes: dict[Hashable, Lane] = collections.defaultdict(Lane)
@@ -199,8 +56,8 @@ def in_lane(number: int) -> Iterator[None]:
 
 @contextlib.contextmanager
 def unread() -> Iterator[list[Tensor]]:
-    """Inside, what comes from a graph is given without a look at whether it is healthy; the list has a 0-dim bool of
-    each run on its device, for the caller to look at. Chains without a graph look at themselves, as ever."""
+    """Inside, results of graphs are returned without a host sync: the list collects a 0-dim bool of each run on its
+    device, whether it was healthy, and the caller checks them. Chains without a graph check themselves, as ever."""
     healthy: list[Tensor] = []
     token = _unread.set(healthy)
     try:
@@ -252,7 +109,7 @@ class Slot:
         return found
 
     def run(self, build: Callable[[], Static], *arguments: Any) -> list[Tensor] | None:
-        """The results, where they come from a graph and are healthy; one look at the device, or none in `unread()`."""
+        """The results, where they come from a graph and are healthy; one host sync, or none in `unread()`."""
         found = self.launch(build, *arguments)
         if found is None:
             return None
@@ -307,7 +164,7 @@ def graph_option(graph: bool | None, callback: Any, where: str) -> bool | None:
     if graph is not None and not isinstance(graph, bool):
         raise TypeError(f"{where}: graph must be True, False or None, got {graph!r}")
     if graph is True and callback is not None:
-        raise ValueError(f"{where}: graph=True runs a chain whole, and leaves no steps to tell the callback of")
+        raise ValueError(f"{where}: graph=True runs a chain whole, and leaves no steps to report to the callback")
     return graph if callback is None else False
 
 

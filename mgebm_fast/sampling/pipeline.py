@@ -29,7 +29,7 @@ class Pipeline:
     def __init__(self, device: torch.device, grids: int) -> None:
         self._device = device
         self._streams = [torch.cuda.Stream(device) for _ in range(grids)] if device.type == "cuda" else []
-        self._kept: list[Any] = []  # what streams may read yet: memory is reused as soon as nobody holds it
+        self._kept: list[Any] = []  # tensors still in use on a side stream; dropped once it is joined
 
     @contextlib.contextmanager
     def running(self) -> Iterator[None]:
@@ -63,7 +63,7 @@ def piped(draw: Callable[[], Groups], device: torch.device, grids: int, callback
     if device.type not in graphs.DEVICES:
         raise BackendError(f"sample: pipeline=True needs a CUDA device, the model is on {device.type}")
     if callback is not None:
-        raise ValueError("sample: pipeline=True runs chains whole, and leaves no steps to tell the callback of")
+        raise ValueError("sample: pipeline=True runs chains whole, and leaves no steps to report to the callback")
     with graphs.unread() as healthy, Pipeline(device, grids).running():
         groups = draw()
     if healthy and not bool(torch.stack(healthy).all()):

@@ -1,0 +1,120 @@
+"""Chains and cascades at fixed addresses: what a CUDA graph captures, as plain code between buffers of its own."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+from torch import Tensor
+
+from ..ops import counters
+from ..ops.edge_step import NO_BAD_STEP
+from ..ops.state import dense_copy
+
+if TYPE_CHECKING:
+    from .chain import Chain
+
+
+class Static(Protocol):
+    """What a graph holds: buffers, and the code between them."""
+
+    healthy: Tensor  # 0-dim bool, whether the last run was
+
+    def refresh(self) -> None: ...
+    def load(self, *arguments: Any) -> None: ...
+    def run_once(self) -> None: ...
+    def results(self) -> list[Tensor]: ...
+
+
+class StaticChain:
+    """A chain of `steps` steps on tensors like x, between fixed addresses."""
+
+    def __init__(self, chain: Chain, x: Tensor, steps: int) -> None:
+        self.steps = steps
+        with torch.inference_mode(False), torch.no_grad():
+            self.x = dense_copy(x)  # the start, then the state
+            self._counters = torch.zeros(3, dtype=torch.int64, device=x.device)
+            ids = chain.place.sample_tensor
+            self._ids = self._counters[1] if ids is None or ids.dim() == 0 else ids.clone()
+            self._mask = None if chain.mask is None else chain.mask.clone()
+            self.healthy = torch.ones((), dtype=torch.bool, device=x.device)
+        place = dataclasses.replace(
+            chain.place, seed=0, seed_tensor=self._counters[0], first_sample=0, sample_tensor=self._ids, step=0,
+            step_tensor=self._counters[2],
+        )  # fmt: skip
+        self.chain = dataclasses.replace(chain, mask=self._mask, place=place, graph="")
+
+    def refresh(self) -> None:
+        """The energy's present weights, at the addresses of the old ones."""
+        self.chain.plan.refresh()
+
+    def load(self, x: Tensor | None, mask: Tensor | None, place: counters.Counters) -> None:
+        """The start, the mask and the counters of the next run. None of x and mask: they are written from elsewhere."""
+        if x is not None:
+            self.x.copy_(x)
+        if mask is not None and self._mask is not None:
+            self._mask.copy_(mask)
+        sources = (
+            (self._counters[0], place.seed, place.seed_tensor),
+            (self._ids, place.first_sample, place.sample_tensor),
+            (self._counters[2], place.step, place.step_tensor),
+        )
+        for buffer, number, tensor in sources:
+            buffer.fill_(number) if tensor is None else buffer.copy_(tensor)
+
+    def enter(self, x: Tensor, mask: Tensor | None) -> None:
+        """The start and the mask, as part of what is captured."""
+        self.load(x, mask, self.chain.place)
+
+    def run_once(self) -> None:
+        if self.chain.bad_step is not None:
+            self.chain.bad_step.fill_(NO_BAD_STEP)
+        self.chain.advance_(self.x, 0, self.steps)
+        self.healthy.copy_(self.chain.healthy(self.x))
+
+    def results(self) -> list[Tensor]:
+        return [self.x.clone()]
+
+
+class StaticCascade:
+    """All chains of a cascade, coarse to fine, and what lies between them."""
+
+    def __init__(
+        self,
+        chains: Sequence[StaticChain],
+        start: Tensor,
+        held: tuple[Tensor, Tensor] | None,
+        walk: Callable[..., list[Tensor]],  # walk(start, held, advance): `cascade.walk` of the sizes
+    ) -> None:
+        self.chains, self._walk = chains, walk
+        with torch.inference_mode(False), torch.no_grad():
+            self._start, self._first = start.detach().clone(), start.detach().clone()
+            self._held = None if held is None else (held[0].clone(), held[1].clone())
+            self.healthy = torch.ones((), dtype=torch.bool, device=start.device)
+
+    def refresh(self) -> None:
+        for chain in self.chains:
+            chain.refresh()
+
+    def load(self, start: Tensor, held: tuple[Tensor, Tensor] | None, places: Sequence[counters.Counters]) -> None:
+        self._start.copy_(start)
+        if held is not None and self._held is not None:
+            self._held[0].copy_(held[0])
+            self._held[1].copy_(held[1])
+        for chain, place in zip(self.chains, places, strict=True):
+            chain.load(None, None, place)
+
+    def run_once(self) -> None:
+        def advance(grid: int, x: Tensor, cells: Tensor | None) -> Tensor:
+            chain = self.chains[grid - 1]
+            chain.enter(x, cells)
+            chain.run_once()
+            return chain.x
+
+        self._first.copy_(self._walk(self._start, self._held, advance)[0])
+        self.healthy.copy_(torch.stack([chain.healthy for chain in self.chains]).all())
+
+    def results(self) -> list[Tensor]:
+        return [self._first.clone(), *(chain.x.clone() for chain in self.chains)]

@@ -1,0 +1,85 @@
+"""scripts/gpu_check.sh with a Python that only notes what it is asked for, and the tables of what it leaves."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+STUB = r"""#!/usr/bin/env bash
+echo "$*" >>"$CALLS"
+folder=""
+while (($#)); do
+    case $1 in
+        --out) folder=$2 ;;
+        *gpu_tables.py) exec "$REAL" "$@" ;;
+        *gpu_smoke.py) exit "${SMOKE:-0}" ;;
+    esac
+    shift
+done
+if [ -n "$folder" ]; then
+    mkdir -p "$folder/samples"
+    echo '{"iteration": 7}' >"$folder/metrics.jsonl"
+    touch "$folder/samples/7.png"
+fi
+"""
+
+
+def run(folder: Path, what: str, **variables: str) -> tuple[int, list[str], list[dict], str]:
+    """(exit status, calls of Python, lines of results.jsonl, output)"""
+    stub = folder / "python"
+    stub.write_text(STUB)
+    stub.chmod(0o755)
+    (folder / "calls").write_text("")
+    out = folder / "out"
+    given = {"PYTHON": str(stub), "REAL": sys.executable, "CALLS": str(folder / "calls"), "OUT": str(out), **variables}
+    done = subprocess.run(
+        ["bash", "scripts/gpu_check.sh", what], cwd=ROOT, env={**os.environ, **given}, capture_output=True, text=True,
+        timeout=60,
+    )  # fmt: skip
+    lines = [json.loads(line) for line in (out / "results.jsonl").read_text().splitlines()]
+    return done.returncode, (folder / "calls").read_text().splitlines(), lines, done.stdout
+
+
+@pytest.mark.parametrize("what", ["first", "second"])
+def test_results_lie_flat_and_are_few(tmp_path, what):
+    status, calls, lines, said = run(tmp_path, what, DEVICE="cuda")
+    assert status == 0, said
+    left = sorted(path.relative_to(tmp_path / "out").as_posix() for path in (tmp_path / "out").rglob("*"))
+    assert len(left) <= 8 and not [name for name in left if "/" in name], left
+    assert {line["status"] for line in lines if line["part"] == "run"} == {"done"}
+    assert "## Parts" in said and "not measured" in said  # the tables, with what there is no figure of
+
+
+def test_it_builds_without_a_network_and_smoke_comes_before_all_else(tmp_path):
+    _, calls, lines, _ = run(tmp_path, "first", DEVICE="cuda")
+    (build,) = [call for call in calls if "pip install" in call]
+    assert "--no-index" in build and "--no-build-isolation" in build and "--no-deps" in build
+    assert [line["name"] for line in lines][:4] == ["build", "doctor", "smoke", "train digits"]
+
+
+def test_what_fails_is_said_and_the_rest_goes_on(tmp_path):
+    status, _, lines, _ = run(tmp_path, "first", DEVICE="cuda", SMOKE="1")
+    found = {line["name"]: line["status"] for line in lines}
+    assert status == 1 and found["smoke"] == "failed with 1" and found["chains"] == "done"
+
+
+def test_no_part_begins_without_time(tmp_path):
+    status, _, lines, _ = run(tmp_path, "first", DEVICE="cpu", BUDGET="3")
+    assert status == 0 and {line["status"] for line in lines} == {"no time left"}
+
+
+def test_tables_take_what_there_is(tmp_path):
+    (tmp_path / "results.jsonl").write_text(
+        '{"part": "run", "name": "build", "status": "done", "seconds": 40}\n'
+        '{"part": "smoke", "group": "edge", "check": "edge_step", "ok": false, "said": "off by 1 | 2"}\n'
+        '{"part": "smoke", "gro'  # cut short
+    )
+    (tmp_path / "bench.csv").write_text("# chains chains.csv\ncase,ms\n64B,1.5\n# ops ops.csv\nop,us\nnoise,3\n")
+    done = subprocess.run([sys.executable, "scripts/gpu_tables.py", tmp_path], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    for words in ("| build | done | 40 |", "off by 1 \\| 2", "| 64B | 1.5 |", "| noise | 3 |", "not measured"):
+        assert words in done.stdout

@@ -1,0 +1,186 @@
+"""What chains, cascades and training ask of a GPU, on fake tensors: launches, copies, synchronisations, captures."""
+
+import types
+
+import numpy as np
+import pytest
+import torch
+from helpers.fake_cuda import count, illegal, tally, to_cuda
+
+from mgebm_fast import noise, ops
+from mgebm_fast.data import ImageData
+from mgebm_fast.learning import MultiGridTrainer, apply_overrides, build_model, load_preset
+from mgebm_fast.models import MultiGrid
+from mgebm_fast.nets import multigrid_net
+from mgebm_fast.sampling import Langevin, graphs
+
+DYNAMICS = Langevin(3, step_size=0.3, reference_std=50.0, clamp=(0.0, 255.0))
+
+
+def net_of(size, norm, variant="B"):
+    return to_cuda(multigrid_net(size, 3, norm=norm, variant=variant))
+
+
+def images(n, size):
+    return torch.rand(n, 3, size, size, device="cuda")
+
+
+def names(events, kind):
+    return [event.name for event in events if event.kind == kind]
+
+
+def test_reference_noise_stays_on_its_device(world):
+    """Words made of numbers on the host would mix devices at the first operator."""
+    assert noise.integers(100, 8, seed=1, step=0, stream=3, device="cuda:0").device.type == "cuda"
+    ops.noise((4, 3, 8, 8), seed=2**63 + 1, step=2, device="cuda:0", backend="reference")
+    x, grad = images(4, 8), images(4, 8)
+    ops.langevin_step_(x, grad, step_size=0.3, seed=1, backend="reference")
+    step = torch.zeros((), dtype=torch.int64, device="cuda")
+    ops.langevin_step_(x, grad, step_size=0.3, seed=1, step=step, backend="reference")
+    assert not [event for event in world.take() if event.kind in ("sync", "copy")]
+
+
+# size, norm, variant, batch: kernels of three steps in a graph, by name
+CHAINS = [
+    (64, "batch", "B", 128, {"edge_step": 3, "dense_chain": 0, "bias_act": 0}),
+    (16, "none", "B", 128, {"edge_step": 3, "dense_chain": 0, "bias_act": 12, "bias_act_backward": 9}),
+    (4, "none", "B", 128, {"edge_step": 0, "dense_chain": 1, "bias_act": 0}),
+    (8, "none", "compact", 64, {"edge_step": 3, "dense_chain": 0}),
+    (2, "none", "compact", 64, {"edge_step": 0, "dense_chain": 1}),
+]
+
+
+@pytest.mark.parametrize("size, norm, variant, batch, kernels", CHAINS)
+def test_a_chain_is_captured_and_replayed_with_one_host_sync_a_call(world, size, norm, variant, batch, kernels):
+    net, x = net_of(size, norm, variant), images(batch, size)
+    for _ in range(3):
+        world.take()
+        DYNAMICS(net, x, seed=1)
+        events = world.take()
+        assert not illegal(events)
+        if count(events, "capture"):
+            launched = tally([event for event in events if event.captured])
+            assert {name: launched.get(name, 0) for name in kernels} == kernels
+            if norm == "batch":
+                assert sum(n for name, n in launched.items() if "norm" in name or name.endswith("statistics")) > 0
+    assert count(events, "replay") == 1 and count(events, "sync") == 1 and not count(events, "copy")
+    # Before a replay its inputs and weights are written: a few small launches a layer, no more.
+    assert sum(event.launches for event in events) <= 45
+
+
+def test_a_new_plan_of_the_same_shape_copies_no_table_to_the_device(world):
+    """Annealed chains make new plans at every update: the edge kernel's table must not be sent, and waited for."""
+    net, x = net_of(8, "none", "compact"), images(16, 8)
+    for factor in (1.0, 0.9, 0.8):
+        world.take()
+        Langevin(2, step_size=0.3, noise_scale=factor)(net, x, seed=1)
+        events = world.take()
+    assert not count(events, "capture") and not count(events, "copy")
+
+
+def test_masks_ids_and_counters_on_the_device(world):
+    net, x = net_of(8, "none", "compact"), images(6, 8)
+    zero = torch.zeros((), dtype=torch.int64, device="cuda")
+    ids = torch.arange(6, device="cuda")
+    mask = torch.zeros(6, 1, 8, 8, dtype=torch.bool, device="cuda")
+    for _ in range(3):
+        world.take()
+        DYNAMICS(net, x, seed=zero, first_step=zero, first_sample=ids, mask=mask)
+        events = world.take()
+        assert not illegal(events) and not names(events, "copy")[1:]
+    assert count(events, "replay") == 1
+
+
+@pytest.mark.parametrize("norm, variant, sizes", [("batch", "B", (1, 4, 16)), ("none", "compact", (1, 2, 4, 8))])
+def test_a_cascade_is_one_replay_and_a_pipeline_one_sync(world, norm, variant, sizes):
+    model = MultiGrid(sizes, channels=3, norm=norm, variant=variant, batch_size=32, langevin=DYNAMICS)
+    model = to_cuda(model)
+    model.colours = torch.rand(40, 3, device="cuda")
+    start = torch.rand(32, 3, 1, 1, device="cuda")
+    for step in range(3):
+        world.take()
+        model.cascade(start, seed=1, first_step=3 * step)
+        events = world.take()
+        assert not illegal(events)
+    assert (count(events, "replay"), count(events, "sync"), count(events, "copy")) == (1, 1, 0)
+    for _ in range(2):
+        world.take()
+        model.sample(64, seed=1, pipeline=True)
+        events = world.take()
+        assert not illegal(events)
+    assert (count(events, "replay"), count(events, "sync")) == (2 * len(model.nets), 1)
+    known, mask = images(32, sizes[-1]), torch.zeros(32, 3, sizes[-1], sizes[-1], dtype=torch.bool, device="cuda")
+    for _ in range(3):
+        world.take()
+        model.cascade(start, seed=1, known=known, mask=mask)
+        events = world.take()
+        assert not illegal(events)
+    assert count(events, "replay") == 1
+
+
+def test_captures_of_a_lane_share_one_stream_and_a_failed_one_gives_the_callers_back(world):
+    """torch's own stream of captures is of the device captured on first, and stays current where a capture fails."""
+    streams, current = set(), torch.cuda.current_stream()
+    for size in (8, 16):
+        net, x = net_of(size, "none", "compact"), images(4, size)
+        for _ in range(2):
+            DYNAMICS(net, x, seed=1)
+        streams |= {event.detail for event in world.take() if event.kind == "capture"}
+        assert torch.cuda.current_stream() is current
+    assert len(streams) == 1 and "stream" in streams.pop()
+    world.fail_captures = True
+    net, x = net_of(8, "none", "compact"), images(5, 8)
+    for _ in range(3):
+        DYNAMICS(net, x, seed=1)
+        assert torch.cuda.current_stream() is current
+    slots = net.__dict__[graphs._SHELF].values()
+    assert ["capture failed" in slot.refusal for slot in slots] == [True]
+
+
+def trainer_of(preset, *changes):
+    config = apply_overrides(load_preset(preset), ["batch_size=8", "langevin.steps=2", *changes])
+    size = config.sizes[-1]
+    pixels = np.random.default_rng(0).integers(0, 256, (40, config.channels, size, size)).astype(np.uint8)
+    return config, ImageData(pixels, name="random"), build_model(config)
+
+
+@pytest.mark.parametrize("preset", ["digits", "cifar10", "multigrid-released"])
+def test_a_training_update(world, monkeypatch, preset):
+    """Nothing waits inside an update but its one read at the end, plus those of chains that are not captured."""
+    with torch._subclasses.fake_tensor.unset_fake_temporarily():
+        config, data, model = trainer_of(preset)
+        monkeypatch.setattr(MultiGridTrainer, "_colours", lambda self: types.SimpleNamespace(numpy=lambda: np.zeros(3)),
+                            raising=False)  # fmt: skip
+    model = to_cuda(model)
+    monkeypatch.setattr(type(model), "set_colours", lambda self, colours: None)
+    monkeypatch.setattr(torch.autograd, "grad", lambda loss, inputs, *_, **__: (
+        [torch.empty_like(x) for x in inputs] if isinstance(inputs, (list, tuple)) else [torch.empty_like(inputs)]
+    ))  # fmt: skip
+    trainer = MultiGridTrainer(model, data, config, quiet=True)
+    batch = torch.zeros(8, config.channels, *[config.sizes[-1]] * 2, dtype=torch.uint8)
+    for iteration in range(4):
+        world.take()
+        trainer.rule.update(batch, iteration, detail=False)
+        events = world.take()
+        assert not illegal(events)
+    own = {event.place for event in events if event.kind == "sync" and event.place.startswith("learning")}
+    assert len(own) == 1, own
+    if preset == "multigrid-released":  # its noise is not annealed: chains are replayed
+        assert count(events, "replay") >= 1
+
+
+def test_the_compiled_baseline_is_one_graph_a_chain(world, monkeypatch):
+    """A graph a step, with its result copied out, would handicap what this package is compared with."""
+    from mgebm_fast.benchmarks.loops import CompiledLoop
+
+    monkeypatch.setattr(CompiledLoop, "graphs", {})
+    monkeypatch.setattr(CompiledLoop, "compiled", {})
+    monkeypatch.setattr(CompiledLoop, "_compile", lambda self, net, device: (net, lambda x, numbers: x + numbers[0]))
+    net, x = torch.nn.Linear(2, 1).to_empty(device="cuda"), images(4, 8)
+    for _ in range(2):
+        world.take()
+        CompiledLoop(torch.bfloat16)(net, x, DYNAMICS)
+        events = world.take()
+        assert not illegal(events)
+    assert count(events, "replay") == 1 and not tally(events).get("aten.add.Tensor")
+    assert tally(events)["aten.clone.default"] == 1
