@@ -13,6 +13,7 @@ import contextlib
 import ctypes
 import dataclasses
 import functools
+import importlib
 import itertools
 import os
 import shutil
@@ -302,12 +303,17 @@ def world(processors: int = 132) -> Iterator[World]:
             patch.setattr(cuda, name, value)
         patch.setattr(native, "_module", _Native(native._module, pretended))
         for name in KERNELS:
-            module = __import__(f"mgebm_fast.kernels.{name}", fromlist=["kernels"])
+            module = importlib.import_module(f"mgebm_fast.kernels.{name}")
             for attribute in [attribute for attribute in vars(module) if attribute.endswith("_kernel")]:
                 patch.setattr(module, attribute, _Kernel(getattr(module, attribute), pretended))
             operation = sys.modules[f"mgebm_fast.ops.{name}"]
             if hasattr(operation, "past_dispatcher"):  # a mode listens here, and launches are what is watched
                 patch.setattr(operation, "past_dispatcher", lambda *_: True)
+        for name in ("gradient.plan", "gradient.stack", "gradient.builder", "sampling.chain", "sampling.corrected"):
+            # Fake tensors, which the package refuses elsewhere, are the plain ones here.
+            patch.setattr(importlib.import_module(f"mgebm_fast.{name}"), "why_not_plain", lambda tensor: "")
+        # A stack is trusted once its gradient is the energy's own, of which fake tensors know nothing.
+        patch.setattr(importlib.import_module("mgebm_fast.gradient.plan"), "why_not_trusted", lambda *_: "")
         _patch_tensors(patch, pretended)
         _forget()
         try:
