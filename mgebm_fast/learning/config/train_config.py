@@ -14,8 +14,8 @@ from ...sampling import Langevin
 from .keys import (
     MOST_CHANNELS,
     MOST_ELEMENTS,
+    MOST_LENGTH,
     MOST_SAMPLES,
-    MOST_SIDE,
     MOST_UPDATES,
     Auto,
     Choice,
@@ -52,7 +52,10 @@ class TrainConfig:
     classes: tuple = key((), Many(Text()), "names of the classes to learn; empty: all", fixed=True)
     channels: int = key(1, Whole(1, MOST_CHANNELS), "1 grey, 3 colour", fixed=True)
     sizes: tuple = key(
-        (1, 2, 4, 8), Many(Whole(1, MOST_SIDE), most=16), "the grids, coarse to fine; the first has no net", fixed=True
+        (1, 2, 4, 8),
+        Many(Whole(1, MOST_LENGTH), most=16),  # of a clip of sound, its samples
+        "the grids, coarse to fine; the first has no net",
+        fixed=True,
     )
     width: float = key(1.0, Real(0, 64, above=True), "multiplies hidden channels", fixed=True)
     variant: str = key("compact", Choice(("A", "B", "compact")), "family of nets", fixed=True)
