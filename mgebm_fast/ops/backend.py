@@ -1,6 +1,7 @@
 """The op table and the choice of backend.
 
-`TABLE` says in which layers each op exists; a test reads it and finds the op, under its one name, in each of them.
+`TABLE` says in which layers each op exists, as its own file has it (`register`); a test reads it and finds the op,
+under its one name, in each of them.
 """
 
 from __future__ import annotations
@@ -25,20 +26,15 @@ class Layers:
     cpu: bool  # csrc/ops/<op>_cpu.cpp
     cuda: bool  # csrc/ops/<op>_cuda.cu
     triton: bool  # kernels/<op>.py
-    traced: bool = True  # torch.library knows it; not so an object that holds packed weights
+    traced: bool  # torch.library knows it; not so an object that holds packed weights
 
 
-TABLE = {
-    "noise": Layers(cpu=True, cuda=True, triton=True),
-    "langevin_step": Layers(cpu=True, cuda=True, triton=True),
-    "pyramid": Layers(cpu=True, cuda=True, triton=False),
-    "upsample": Layers(cpu=True, cuda=True, triton=False),
-    "conv_chain": Layers(cpu=True, cuda=False, triton=False, traced=False),
-    "bias_act": Layers(cpu=False, cuda=False, triton=True),
-    "batch_norm_act": Layers(cpu=False, cuda=False, triton=True),
-    "edge_step": Layers(cpu=False, cuda=False, triton=True),
-    "dense_chain": Layers(cpu=False, cuda=False, triton=True),
-}
+TABLE: dict[str, Layers] = {}
+
+
+def register(op: str, *, cpu: bool = False, cuda: bool = False, triton: bool = False, traced: bool = True) -> None:
+    """An op's line in the table; every file of an op has one."""
+    TABLE[op] = Layers(cpu, cuda, triton, traced)
 
 
 @functools.cache

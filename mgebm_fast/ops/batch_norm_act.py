@@ -5,10 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .backend import choose, past_dispatcher
+from .backend import choose, past_dispatcher, register
 from .bias_act import activate, by_channel, check_activation, check_channels, check_head, check_map, slope_at
 
 OP = "batch_norm_act"
+register("batch_norm_act", triton=True)
 
 
 def batch_norm_act(

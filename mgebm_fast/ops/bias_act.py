@@ -8,10 +8,11 @@ import torch
 from torch import Tensor
 
 from ..errors import suggest
-from .backend import choose, past_dispatcher
+from .backend import choose, past_dispatcher, register
 from .state import strides
 
 OP = "bias_act"
+register("bias_act", triton=True)
 ACTIVATIONS = ("none", "relu", "leaky_relu", "silu", "elu")
 MASKED = ("relu", "leaky_relu")  # their slope depends on the sign of z + b alone
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)

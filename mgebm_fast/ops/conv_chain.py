@@ -18,7 +18,7 @@ from torch import Tensor
 
 from .. import native
 from . import windows
-from .backend import choose
+from .backend import choose, register
 from .counters import Counters, check
 from .langevin_step import langevin_step_reference
 from .scratch import Scratch
@@ -26,6 +26,7 @@ from .state import addresses, check_mask, why_not_plain
 from .update import Update, check_steps, prepare
 
 OP = "conv_chain"
+register("conv_chain", cpu=True, traced=False)
 ACTIVATIONS = {"none": 0, "leaky_relu": 1, "relu": 1, "silu": 2, "elu": 3}
 MAX_STAGES = 32
 MAX_PIXELS = 2**31  # of a map: the tables of windows are int32

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from . import counters
-from .backend import choose, past_dispatcher
+from .backend import choose, past_dispatcher, register
 from .bias_act import DTYPES, activate, check_activation, slope_at
 from .edge_step import check_bad_step, note_bad_step_
 from .langevin_step import langevin_step_reference
@@ -20,6 +20,7 @@ from .state import check_state
 from .update import Update, check_steps, prepare
 
 OP = "dense_chain_"
+register("dense_chain", triton=True)
 MAX_LAYERS = 4
 MAX_SITES = 16  # pixels of x and of every map
 MAX_ELEMENTS = 256  # of x: a program holds a tile of samples in registers

@@ -12,13 +12,14 @@ from torch import Tensor
 from torch.nn.grad import conv2d_input
 
 from . import counters
-from .backend import choose, past_dispatcher
+from .backend import choose, past_dispatcher, register
 from .bias_act import DTYPES
 from .langevin_step import langevin_step_reference
 from .state import check_state, mask_strides, strides
 from .update import Update, prepare
 
 OP = "edge_step_"
+register("edge_step", triton=True)
 # What a bad-step cell holds while every gradient was finite.
 NO_BAD_STEP = 2**63 - 1
 MAX_COLUMNS = 64  # stride² · channels padded to a power of two: one tile of the kernel

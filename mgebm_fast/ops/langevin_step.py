@@ -10,12 +10,13 @@ from torch import Tensor
 from .. import native
 from ..noise import WORD
 from . import counters
-from .backend import choose, launch_place, past_dispatcher
+from .backend import choose, launch_place, past_dispatcher, register
 from .noise import noise_reference
 from .state import addresses, check_state, dimensions, mask_strides, strides, why_not_plain
 from .update import Update, prepare, update
 
 OP = "langevin_step_"
+register("langevin_step", cpu=True, cuda=True, triton=True)
 GRAD_TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 
 

@@ -12,10 +12,11 @@ from .. import native
 from .. import noise as philox
 from ..errors import suggest
 from . import counters
-from .backend import choose, launch_place, past_dispatcher
+from .backend import choose, launch_place, past_dispatcher, register
 from .state import addresses
 
 DISTRIBUTIONS = ("normal", "uniform", "bits")
+register("noise", cpu=True, cuda=True, triton=True)
 
 
 def noise(

@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 from .. import native
-from .backend import choose, launch_place
+from .backend import choose, launch_place, register
 from .state import addresses
 
 OP = "pyramid"
+register("pyramid", cpu=True, cuda=True)
 # Sums of bytes are int32 in the kernels: above this many pixels a block the input goes through float32.
 MAX_BYTE_BLOCK = 2**23
 MAX_SPATIAL = 3

@@ -9,11 +9,12 @@ import torch
 from torch import Tensor
 
 from .. import native
-from .backend import choose, launch_place
+from .backend import choose, launch_place, register
 from .pyramid import MAX_SPATIAL, three
 from .state import addresses
 
 OP = "upsample"
+register("upsample", cpu=True, cuda=True)
 
 
 def upsample(

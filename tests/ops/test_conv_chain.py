@@ -404,3 +404,11 @@ def test_flushed_subnormals_change_nothing(threads, norm):
         assert torch.tensor([1e-39]).mul(0.5).item() == 0  # the caller's setting is back
     finally:
         torch.set_flush_denormal(False)
+
+
+def test_tables_of_many_sizes_do_not_fill_memory(monkeypatch):
+    monkeypatch.setattr(windows, "_KEPT_BYTES", 200_000)
+    made = [windows.forward_windows((n, n), (n, n), (3, 3), (1, 1), (1, 1), (1, 1)) for n in range(20, 60)]
+    kept = list(windows._kept.values())
+    assert sum(tables.nbytes for tables in kept) <= 200_000 < sum(tables.nbytes for tables in made)
+    assert windows.forward_windows((59, 59), (59, 59), (3, 3), (1, 1), (1, 1), (1, 1)) is made[-1] is kept[-1]
