@@ -155,9 +155,10 @@ def load_images(
     `like`, the fingerprint of a run's data: images are divided as they were then, so that none that was learnt from is
     held out; what is not the same any more is reported with the training part.
     """
-    from ..data import load
+    from ..data import builtin, load
     from ..data.fingerprint import difference
 
+    source = builtin.explicit(source)  # `lasting` has found it to be no path
     with named_options(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=r".*: skipped \d+ of \d+ images")  # told in full below
         data = load(
@@ -206,7 +207,10 @@ def configured(config: TrainConfig, data: str | None, settings: Sequence[str]) -
 
     if data is not None:
         config = dataclasses.replace(config, data=lasting(data))
+    before = config.data
     config = apply_overrides(config, settings)
+    if config.data != before:
+        config = dataclasses.replace(config, data=lasting(config.data))
     if config.method == "frame" and config.options.filters != "gabor":
         config = merge(config, {"frame": {"filters": _absolute(config.options.filters)}})
     return config
@@ -223,24 +227,27 @@ def fingerprint_of(run: Path, source: str, config: TrainConfig | None) -> dict[s
 
 def source_of(run: Path, data: str | None, config: TrainConfig | None) -> str:
     """Where a run's images come from: --data, else what it was trained on."""
-    source = data or (config.data if config else "")
+    source = lasting(data) if data else (config.data if config else "")
     if not source:
         raise ValueError(f"--data: must be given, {run} is no run folder and does not say what it was trained on")
     return source
 
 
 def lasting(data: str) -> str:
-    """A path as an absolute one, so that the run finds its data again from any folder; names as they are."""
-    from ..data.builtin import is_builtin
+    """A path as an absolute one, so that the run finds its data again from any folder; built-in names as they are."""
+    from ..data import builtin
 
-    if not is_builtin(data):
+    if not builtin.is_builtin(data):
         return _absolute(data)
-    if Path(data).expanduser().exists():
-        typer.echo(f"--data: {data} is the built-in set; ./{data} means what lies in this folder", err=True)
-    return data
+    with named_options():
+        builtin.check_not_both(data)
+    return data.removeprefix(builtin.BUILT_IN_PREFIX)
 
 
 def _absolute(path: str) -> str:
     """Of what is there; other words as they are."""
-    found = Path(path).expanduser()
+    from ..data.foreign import expand
+
+    with named_options():
+        found = expand(path)
     return str(found.resolve()) if found.exists() else path

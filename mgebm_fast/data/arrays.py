@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import warnings
 import zipfile
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -12,9 +14,12 @@ import numpy as np
 
 from ..errors import DataError
 from .collection import Batch, Collection, number_labels
+from .foreign import reading
 from .image_data import CHUNK_BYTES
 from .policy import fit, match_channels
 
+MAX_NPZ_BYTES = 8 << 30  # of one array: those of an .npz are read whole
+_DARK = 32  # integers below are taken for another scale: 0 and 1, 0 … 15, 0 … 16, 0 … 31
 _IMAGE_KEYS = ("images", "x", "arr_0")
 _LABEL_KEYS = ("labels", "y")
 _NAME_KEYS = ("class_names", "classes")
@@ -22,28 +27,45 @@ _NAME_KEYS = ("class_names", "classes")
 
 def open_npy(path: Path, size: int, channels: int) -> Collection:
     """An `.npy` file, mapped and not read whole. Pickled objects are refused."""
-    with path.open("rb") as file:
-        if file.read(6) != b"\x93NUMPY":
-            raise DataError(f"load: {path} is not an .npy file: it does not begin as one does")
-    array = _numpy_load(path, mmap_mode="r")
-    return _with_file(array_collection(array, path.name, size, channels), path)
+    return _with_file(array_collection(read_npy(path, mmap_mode="r"), path.name, size, channels), path)
+
+
+def read_npy(path: Path, what: str = "load", **options: Any) -> np.ndarray:
+    """The array of an `.npy` file (options: of `numpy.load`); DataError for anything else, and for pickled objects."""
+    with reading(path, "an array", what=what):
+        with path.open("rb") as file:
+            if file.read(6) != b"\x93NUMPY":
+                raise ValueError("it is not an .npy file: it does not begin as one does")
+        with _no_pickles(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of numpy, about headers of Python 2
+            array = np.load(path, allow_pickle=False, **options)
+        _check_kind(array)
+        return array
 
 
 def open_npz(path: Path, size: int, channels: int) -> Collection:
     """An `.npz` file: images under `images`, `x` or `arr_0` (or its only array), labels under `labels` or `y`."""
-    if not zipfile.is_zipfile(path):
-        raise DataError(f"load: {path} is not an .npz file: it is damaged, or not one at all")
-    with _numpy_load(path) as archive:
-        keys = archive.files
-        image_key = next((key for key in _IMAGE_KEYS if key in keys), keys[0] if len(keys) == 1 else None)
-        if image_key is None:
-            found = ", ".join(keys) or "nothing"
-            raise DataError(f"load: {path} must hold its images under {' or '.join(_IMAGE_KEYS)}, got {found}")
-        images = _member(archive, image_key, path)
-        labels, stated = (
-            next((_member(archive, key, path) for key in choice if key in keys), None)
-            for choice in (_LABEL_KEYS, _NAME_KEYS)
-        )
+    with reading(path, "an .npz file"):
+        if not zipfile.is_zipfile(path):
+            raise DataError(f"load: {path} is not an .npz file: it is damaged, or not one at all")
+        with zipfile.ZipFile(path) as archive:
+            large = next((info for info in archive.infolist() if info.file_size > MAX_NPZ_BYTES), None)
+        if large is not None:
+            raise ValueError(
+                f"{large.filename[:200]} has {large.file_size} bytes, more than the {MAX_NPZ_BYTES} allowed: save it "
+                "as .npy, which is mapped"
+            )
+        with np.load(path, allow_pickle=False) as members:
+            keys = members.files
+            image_key = next((key for key in _IMAGE_KEYS if key in keys), keys[0] if len(keys) == 1 else None)
+            if image_key is None:
+                found = ", ".join(keys)[:500] or "nothing"
+                raise DataError(f"load: {path} must hold its images under {' or '.join(_IMAGE_KEYS)}, got {found}")
+            images = _member(members, image_key, path)
+            labels, stated = (
+                next((_member(members, key, path) for key in choice if key in keys), None)
+                for choice in (_LABEL_KEYS, _NAME_KEYS)
+            )
     names = None if stated is None else [str(name) for name in stated.reshape(-1)]
     return _with_file(array_collection(images, path.name, size, channels, labels=labels, class_names=names), path)
 
@@ -60,7 +82,8 @@ def array_collection(
 ) -> Collection:
     """An array as a source. The range is judged on the whole array, before any split.
 
-    uint8 and other integers: 0 … 255. bool: 0 and 255. float: [0, 1] where its largest value is at most 1, [0, 255]
+    uint8 and other integers: 0 … 255; refused where the largest is 1 … 31, which is another scale. bool: 0 and 255.
+    float: [0, 1] where its largest value is at most 1, [0, 255]
     where it is 64 or more; anything between could be either and is refused. Non-finite pixels are refused, with their
     number and the index of the first.
     """
@@ -116,12 +139,14 @@ def channels_first(shape: tuple[int, ...], channels: int, is_tensor: bool, name:
 
 def pixel_scale(array: np.ndarray, name: str, unit_only: bool = False) -> float:
     """What brings the array to 0 … 255: 255 or 1; DataError where its range is not one of those that are taken."""
-    if array.dtype == np.uint8:
-        return 1.0
     if array.dtype == np.bool_:
         return 255.0
     if array.dtype.kind not in "iuf":
         raise DataError(f"load: pixels of {name} must be integers, floats or bools, got dtype {array.dtype}")
+    if array.dtype == np.uint8:
+        if not unit_only:
+            check_scale(largest(array), name)
+        return 1.0
     low, high, bad, first_bad = _range(array)
     if bad:
         where = f"at index {first_bad}"
@@ -131,6 +156,8 @@ def pixel_scale(array: np.ndarray, name: str, unit_only: bool = False) -> float:
             raise DataError(
                 f"load: integer pixels of {name} must be in 0 … 255, got {low:g} … {high:g}; divide 16-bit ones by 257"
             )
+        if not unit_only:
+            check_scale(int(high), name)
         return 1.0
     if low >= 0 and high <= 1:
         return 255.0
@@ -138,6 +165,25 @@ def pixel_scale(array: np.ndarray, name: str, unit_only: bool = False) -> float:
         return 1.0
     accepted = "[0, 1]" if unit_only else "[0, 1], or in [0, 255] with a maximum of 64 or more"
     raise DataError(f"load: float pixels of {name} must be in {accepted}; got {low:g} … {high:g}")
+
+
+def largest(array: np.ndarray) -> int:
+    """The largest of uint8 pixels, or the first found that settles their scale; a bounded part at a time."""
+    high, step = 0, max(1, CHUNK_BYTES // array[0].nbytes)
+    for i in range(0, len(array), step):
+        high = max(high, int(array[i : i + step].max()))
+        if high >= _DARK:
+            break
+    return high
+
+
+def check_scale(high: int, name: str) -> None:
+    """DataError where the largest of integer pixels says that they are no 0 … 255, but 0 and 1, or 0 … 15."""
+    if 0 < high < _DARK:
+        raise DataError(
+            f"load: integer pixels of {name} must be in 0 … 255 with a maximum of {_DARK} or more, got at most {high}, "
+            f"which looks like another scale: pass bools, or multiply by 255 / {high}"
+        )
 
 
 def to_uint8(pixels: np.ndarray, scale: float) -> np.ndarray:
@@ -166,24 +212,29 @@ def _range(array: np.ndarray) -> tuple[float, float, int, tuple[int, ...]]:
     return low, high, bad, first_bad
 
 
-def _numpy_load(path: Path, **options: Any) -> Any:
+def _member(members: Any, key: str, path: Path) -> np.ndarray:
+    with reading(f"{key} of {path}", "an array"), _no_pickles():
+        array = members[key]
+        _check_kind(array)
+        return array
+
+
+@contextlib.contextmanager
+def _no_pickles() -> Iterator[None]:
+    """Says of pickled objects, which numpy refuses, what to do in their place."""
     try:
-        return np.load(path, allow_pickle=False, **options)
-    except (ValueError, OSError, EOFError, SyntaxError, zipfile.BadZipFile) as error:
-        raise DataError(f"load: {path} cannot be read: {_numpy_reason(error)}") from error
+        yield
+    except ValueError as error:
+        if "pickle" in str(error) or "Python objects" in str(error):
+            raise ValueError(
+                "it holds Python objects (pickle), which are never loaded: save a plain array of numbers"
+            ) from error
+        raise
 
 
-def _member(archive: Any, key: str, path: Path) -> np.ndarray:
-    try:
-        return archive[key]
-    except Exception as error:  # a damaged member raises zlib's, zipfile's or numpy's own
-        raise DataError(f"load: {key} of {path} cannot be read: {_numpy_reason(error)}") from error
-
-
-def _numpy_reason(error: Exception) -> str:
-    if "pickle" in str(error) or "Python objects" in str(error):
-        return "it holds Python objects (pickle), which are never loaded: save a plain array of numbers"
-    return str(error)
+def _check_kind(array: Any) -> None:
+    if not isinstance(array, np.ndarray) or array.dtype.kind not in "biufUS":
+        raise ValueError(f"it must hold numbers, got {getattr(array, 'dtype', type(array).__name__)}")
 
 
 def _with_file(collection: Collection, path: Path) -> Collection:

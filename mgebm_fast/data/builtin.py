@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 
 import numpy as np
@@ -15,12 +16,17 @@ TEXTURES = ("brick", "grass", "gravel")
 REDUCTIONS = (2, 4, 8)
 PHOTOGRAPHS = ("astronaut", "chelsea", "coffee", "rocket")
 RECORDINGS = ("simulated:fire", "simulated:chimes")  # a video and a sound, for the methods that take those
+BUILT_IN_PREFIX = "builtin:"  # says that a set of the package is meant, whatever lies in the working folder
 BUILT_IN = ("digits", "lfw", *(f"texture:{name}" for name in TEXTURES), "photos")
 
 
 def open_builtin(name: str, size: int, channels: int) -> Collection:
     if name in _OPENERS:
         return _OPENERS[name](size, channels)
+    if not name.startswith("texture:"):
+        raise DataError(
+            f"load: a built-in set must be one of {', '.join(BUILT_IN)}, got {name!r}{suggest(name, BUILT_IN)}"
+        )
     texture, _, factor = name.removeprefix("texture:").partition("/")
     if texture not in TEXTURES:
         near = suggest(texture, TEXTURES)
@@ -31,8 +37,24 @@ def open_builtin(name: str, size: int, channels: int) -> Collection:
 
 
 def is_builtin(name: str) -> bool:
-    """Whether a name is that of a set, or of a recording, that the package has."""
+    """Whether a name is that of a set, or of a recording, that the package has; also with `builtin:` before it."""
+    if name.startswith(BUILT_IN_PREFIX):
+        return True
     return name in _OPENERS or name in RECORDINGS or name.startswith("texture:")
+
+
+def explicit(name: str) -> str:
+    """A name as it stands in a configuration, where a built-in one is never a path, for `load`."""
+    return BUILT_IN_PREFIX + name if is_builtin(name) and not name.startswith(BUILT_IN_PREFIX) else name
+
+
+def check_not_both(name: str) -> None:
+    """DataError where a built-in name is also that of something in the working folder."""
+    if not name.startswith(BUILT_IN_PREFIX) and os.path.lexists(name):
+        raise DataError(
+            f"load: {name!r} is a built-in set and also lies in this folder: {BUILT_IN_PREFIX}{name} means the set, "
+            f"./{name} what lies here"
+        )
 
 
 def _digits(size: int, channels: int) -> Collection:

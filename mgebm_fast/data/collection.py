@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -38,6 +39,7 @@ class Collection:
     names: Sequence[str] | None = None  # (count,) paths; None: an image is named by its place
     held_out: np.ndarray | None = None  # (count,) bool, where the source has its own split
     skipped: tuple[tuple[str, str], ...] = ()  # refused while listing
+    passed_over: str = ""  # files that are no images, counted by their endings
     why_unlabelled: str = "it has no labels"
     source_bytes: Callable[[np.ndarray], int] | None = None  # size of the files to decode
     fingerprint: Callable[[np.ndarray], Iterable[str]] | None = None  # what the cache is keyed by; None: no cache
@@ -138,6 +140,7 @@ def _renumber(collection: Collection, wanted: list[str]) -> tuple[np.ndarray, tu
     names = collection.class_names
     if collection.labels is None:
         raise DataError(f"load: classes={wanted} cannot be chosen from {collection.name}: {collection.why_unlabelled}")
+    wanted = [unicodedata.normalize("NFC", name) for name in wanted]  # as the names of folders are
     new = np.full(max(len(names), 1), -1, np.int64)
     for i, name in enumerate(wanted):
         if name not in names:

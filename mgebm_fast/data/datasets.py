@@ -4,18 +4,27 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from ..errors import DataError, suggest
-from .arrays import as_array, channels_first, pixel_scale, to_uint8
+from .arrays import as_array, channels_first, check_scale, largest, pixel_scale, to_uint8
 from .collection import Batch, Collection, number_labels
-from .files import reason
+from .files import open_folder
+from .foreign import reason
 from .policy import convert, fit, match_channels
 
 _CHUNK_IMAGES = 256
+# torchvision's sets that are read without a pickle; others (LSUN, ImageNet, PhotoTour) keep an index or labels in one
+_TORCHVISION = set(
+    "CIFAR10 CIFAR100 Caltech101 Caltech256 CelebA Country211 DTD EMNIST EuroSAT FGVCAircraft FakeData FashionMNIST "
+    "Flowers102 Food101 GTSRB Imagenette KMNIST LFWPeople MNIST Omniglot OxfordIIITPet PCAM Places365 RenderedSST2 "
+    "SEMEION STL10 SUN397 SVHN StanfordCars USPS".split()
+)
+_CIFAR = {"CIFAR10": "cifar-10-batches-py", "CIFAR100": "cifar-100-python"}  # pickles, which `data.cifar` reads
 _IMAGE_KEYS, _LABEL_KEYS = ("image", "img", "x"), ("label", "y")
 
 
@@ -38,6 +47,7 @@ def dataset_collection(
     labels, names = (None, ()) if raw is None else number_labels(raw, _class_names(dataset))
 
     def decode(index: np.ndarray) -> Iterator[Batch]:
+        high: int | None = None  # of items that are integer arrays: one dark image says nothing, a dark set does
         for start in range(0, len(index), _CHUNK_IMAGES):
             images, positions, skipped = [], [], []
             for position, i in enumerate(index[start : start + _CHUNK_IMAGES], start):
@@ -45,6 +55,8 @@ def dataset_collection(
                 try:
                     picture = _split_item(dataset[int(i)])[0]
                     images.append(_item_pixels(picture, size, channels, where))
+                    if not hasattr(picture, "getexif") and (array := as_array(picture)[0]).dtype.kind in "iu":
+                        high = max(high or 0, largest(array[None]))
                     positions.append(position)
                 except DataError:  # the wrong kind of item, not a damaged one: every other is likely the same
                     raise
@@ -52,6 +64,7 @@ def dataset_collection(
                     skipped.append((where, reason(error)))
             stacked = np.stack(images) if images else np.empty((0, channels, size, size), np.uint8)
             yield Batch(stacked, positions, skipped)
+        check_scale(high or 0, f"the items of {name}")
 
     why = "its items have no labels"
     return Collection(name, count, decode, labels=labels, class_names=names, held_out=held_out, why_unlabelled=why)
@@ -78,6 +91,18 @@ def torchvision_collection(
     if name not in known:
         raise DataError(f"load: torchvision has no set {name!r}{suggest(name, known)}")
     make = getattr(datasets, name)
+    if make.__module__.startswith("torchvision."):
+        if name not in _TORCHVISION:
+            raise DataError(
+                f"load: torchvision's {name} must be passed as the Dataset itself: it may unpickle files, which can "
+                f"run code; by name {', '.join(sorted(_TORCHVISION))} are read"
+            )
+        if name in _CIFAR:
+            if download:
+                make(root=str(folder), download=True)
+            if not (folder / _CIFAR[name]).is_dir():
+                raise DataError(_not_there(name, folder, "Dataset not found"))
+            return replace(open_folder(folder / _CIFAR[name], size, channels), name=name)
     parameters = inspect.signature(make).parameters
     options: dict[str, Any] = {"root": str(folder)} if "root" in parameters else {}
     if "download" in parameters:
@@ -116,11 +141,15 @@ def _parts(make: Any, parameters: Any, options: dict[str, Any], name: str, folde
                         f"load: torchvision's {name} has no {part} ({error}): pass the Dataset itself"
                     ) from error
             except (RuntimeError, OSError) as error:
-                raise DataError(
-                    f"load: torchvision's {name} cannot be read below {folder}: {error}. Name its folder as "
-                    f"torchvision:{name}:FOLDER (or root=), or fetch it once with data.load(..., download=True)"
-                ) from error
+                raise DataError(_not_there(name, folder, error)) from error
     return parts
+
+
+def _not_there(name: str, folder: Path, error: object) -> str:
+    return (
+        f"load: torchvision's {name} cannot be read below {folder}: {error}. Name its folder as "
+        f"torchvision:{name}:FOLDER (or root=), or fetch it once with data.load(..., download=True)"
+    )
 
 
 def _split_item(item: Any) -> tuple[Any, Any]:

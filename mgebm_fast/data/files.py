@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import os
-import re
 import stat
-import tarfile
 import zipfile
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -17,10 +15,11 @@ from typing import Any
 import numpy as np
 
 from ..errors import DataError
+from . import cifar, idx, layout, tar
 from .collection import Batch, Collection
+from .foreign import MAX_FILE_BYTES, bounded_bytes, reading, reason
 from .policy import EXTENSIONS, decode
 
-MAX_FILE_BYTES = 256 << 20  # an image file larger than this is refused unread
 _CHUNK_IMAGES, _CHUNK_BYTES = 64, 4 << 20  # one task of a decoding thread
 _MAX_THREADS = 8
 
@@ -37,10 +36,22 @@ class Entry:
 
 @dataclass
 class Listing:
-    """The images of a source in a fixed order, and what was refused while listing."""
+    """The images of a source in a fixed order, what was refused while listing, and what is no image, by its ending."""
 
     entries: list[Entry] = field(default_factory=list)
     skipped: list[tuple[str, str]] = field(default_factory=list)
+    endings: Counter[str] = field(default_factory=Counter)
+
+    def add(self, path: str, size: int, stamp: int, member: Any) -> None:
+        if layout.is_hidden(path):
+            return
+        if layout.is_image(path):
+            self.entries.append(Entry(path, size, stamp, member))
+        else:
+            layout.count_ending(path, self.endings)
+
+    def sort(self) -> None:
+        self.entries.sort(key=lambda entry: layout.natural(entry.path))
 
 
 Reader = Callable[[list[Entry]], "Iterator[bytes | Exception]"]
@@ -50,25 +61,30 @@ def open_folder(path: Path, size: int, channels: int) -> Collection:
     """Images of a folder and all its sub-folders, in natural order of their paths (img2 before img10)."""
     listing = Listing()
     for file in _walk(path, set()):
-        name = file.relative_to(path).as_posix()
-        if not _is_image(name):
-            continue
+        name = layout.plain(file.relative_to(path).as_posix())
         try:
             status = file.stat()
         except OSError as error:
-            listing.skipped.append((name, error.strerror or str(error)))
+            if layout.is_image(name):
+                listing.skipped.append((name, error.strerror or str(error)))
             continue
-        if not stat.S_ISREG(status.st_mode):
+        if stat.S_ISREG(status.st_mode):
+            listing.add(name, status.st_size, status.st_mtime_ns, file)
+        elif layout.is_image(name):
             listing.skipped.append((name, "not a regular file"))
-            continue
-        listing.entries.append(Entry(name, status.st_size, status.st_mtime_ns, file))
-    listing.entries.sort(key=lambda entry: natural(entry.path))
+    listing.sort()
+    others = [] if listing.entries else sorted(path.iterdir())
+    if images := idx.images_of(others):
+        return idx.collection(path, images, size, channels)
+    batches = cifar.batches_of(file.name for file in others)
+    if batches is not None:
+        return cifar.collection(path, batches, lambda name: bounded_bytes(path / name), size, channels)
 
     def read(entries: list[Entry]) -> Iterator[bytes | Exception]:
         for entry in entries:
             try:
-                yield entry.member.read_bytes()
-            except OSError as error:
+                yield bounded_bytes(entry.member)
+            except (OSError, DataError) as error:
                 yield error
 
     return _collection(path, listing, read, size, channels, "folder")
@@ -77,19 +93,14 @@ def open_folder(path: Path, size: int, channels: int) -> Collection:
 def open_zip(path: Path, size: int, channels: int) -> Collection:
     """Images of a zip archive, in natural order of their paths. Members are read in memory, never extracted."""
     listing = Listing()
-    try:
-        with zipfile.ZipFile(path) as archive:
-            members = [info for info in archive.infolist() if not info.is_dir()]
-    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error:
-        raise DataError(f"load: {path} cannot be read as a zip archive: {error}") from error
+    with reading(path, "a zip archive"), _BoundedFile(path) as file, zipfile.ZipFile(file) as archive:
+        members = [info for info in archive.infolist() if not info.is_dir()]
     for info in members:
-        name = _safe_name(info.filename, listing)
-        if name is not None and _is_image(name):
-            listing.entries.append(Entry(name, info.file_size, 0, info))
-    listing.entries.sort(key=lambda entry: natural(entry.path))
+        _list_member(listing, info.filename, info.file_size, info)
+    listing.sort()
 
     def read(entries: list[Entry]) -> Iterator[bytes | Exception]:
-        with zipfile.ZipFile(path) as archive:
+        with _BoundedFile(path) as file, zipfile.ZipFile(file) as archive:
             for entry in entries:
                 try:
                     yield archive.read(entry.member)
@@ -100,44 +111,71 @@ def open_zip(path: Path, size: int, channels: int) -> Collection:
 
 
 def open_tar(path: Path, size: int, channels: int) -> Collection:
-    """Images of a tar archive, plain or compressed, in the order of the archive: one pass forward reads it."""
+    """Images of a tar archive, plain or compressed, in the order of the archive: one pass forward reads it.
+
+    An archive of CIFAR-10 or CIFAR-100 as their authors give it is read as that set.
+    """
     listing = Listing()
-    try:
-        with tarfile.open(path) as archive:
-            members = archive.getmembers()
-    except (tarfile.TarError, OSError, EOFError, ValueError) as error:
-        raise DataError(f"load: {path} cannot be read as a tar archive: {error}") from error
-    except Exception as error:  # lzma and zlib have errors of their own
-        raise DataError(f"load: {path} cannot be decompressed: {error}") from error
-    for info in members:
-        if info.isdir():
-            continue
-        name = _safe_name(info.name, listing)
-        if name is None or not _is_image(name):
-            continue
-        if info.isreg():
-            listing.entries.append(Entry(name, info.size, 0, info))
-        else:
-            listing.skipped.append((name, "a link or a device, not a file"))
+    members, damage = tar.members(path)
+    for info, target in tar.resolve_links(members):
+        if target.isreg():
+            _list_member(listing, info.name, target.size, target)
+        elif layout.is_image(info.name):
+            listing.skipped.append((info.name[:200], "a link or a device, not a file"))
+    files = {info.name: info for info in members if info.isreg() and info.size <= MAX_FILE_BYTES}
+    batches = None if listing.entries else cifar.batches_of(files)
+    if batches is not None:
+        with tar.opened(path) as archive:
+            return cifar.collection(path, batches, lambda name: archive.extractfile(files[name]).read(), size, channels)
+    if damage:
+        listing.skipped.append((path.name, damage))
 
     def read(entries: list[Entry]) -> Iterator[bytes | Exception]:
-        with tarfile.open(path) as archive:
+        place, held = None, b""
+        with tar.opened(path) as archive:
             for entry in entries:
                 try:
-                    file = archive.extractfile(entry.member)
-                    data = file.read() if file is not None else b""
-                    yield data if len(data) == entry.bytes else OSError("the archive ends inside this file")
+                    if entry.member is not place:  # hard links of one file stand side by side
+                        place, file = entry.member, archive.extractfile(entry.member)
+                        held = file.read() if file is not None else b""
+                    yield held if len(held) == entry.bytes else OSError("the archive ends inside this file")
                 except Exception as error:  # as in zip archives: each compressor raises its own
                     yield error
 
     return _collection(path, listing, read, size, channels, "tar archive")
 
 
-def natural(path: str) -> tuple:
-    """Sort key by which img2 comes before img10, folder by folder."""
-    parts = path.split("/")
-    runs = (re.split(r"([0-9]+)", part) for part in parts)
-    return [[(int(run) if i % 2 else run) for i, run in enumerate(part)] for part in runs], path
+class _BoundedFile:
+    """A file that gives at most MAX_FILE_BYTES at once: an archive's directory states sizes of its own."""
+
+    def __init__(self, path: Path) -> None:
+        self._file = path.open("rb")
+        self._bytes = os.fstat(self._file.fileno()).st_size
+
+    def read(self, size: int | None = -1) -> bytes:
+        left = self._bytes - self._file.tell()
+        asked = left if size is None or size < 0 else min(size, left)
+        if asked > MAX_FILE_BYTES:
+            raise ValueError(f"a part of {asked} bytes, more than the {MAX_FILE_BYTES} allowed")
+        return self._file.read(max(asked, 0))
+
+    def seek(self, offset: int, whence: int = 0) -> int:
+        return self._file.seek(offset, whence)
+
+    def tell(self) -> int:
+        return self._file.tell()
+
+    def seekable(self) -> bool:
+        return True
+
+    def close(self) -> None:
+        self._file.close()
+
+    def __enter__(self) -> _BoundedFile:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
 
 
 def _walk(folder: Path, seen: set[tuple[int, int]]) -> Iterator[Path]:
@@ -157,39 +195,22 @@ def _walk(folder: Path, seen: set[tuple[int, int]]) -> Iterator[Path]:
             yield Path(item.path)
 
 
-def _is_image(name: str) -> bool:
-    """By its extension; hidden files and the side files that macOS adds to archives are not images."""
-    parts = name.split("/")
-    hidden = any(part.startswith(".") for part in parts) or parts[0] == "__MACOSX"
-    return not hidden and os.path.splitext(parts[-1])[1].lower() in EXTENSIONS
-
-
-def _safe_name(member: str, listing: Listing) -> str | None:
-    """The member's path inside the archive; None, and a listed skip, where it points outside."""
-    name = member.replace("\\", "/")
-    if name.startswith("/") or re.match(r"[A-Za-z]:", name) or ".." in name.split("/"):
-        listing.skipped.append((member, "a path outside the archive"))
-        return None
-    return "/".join(part for part in name.split("/") if part not in ("", "."))
+def _list_member(listing: Listing, name: str, size: int, member: Any) -> None:
+    why = layout.refused(name)
+    if why is None:
+        listing.add(layout.inside(name), size, 0, member)
+    else:
+        listing.skipped.append((name[:200], why))
 
 
 def _collection(path: Path, listing: Listing, read: Reader, size: int, channels: int, kind: str) -> Collection:
     entries, skipped = listing.entries, tuple(listing.skipped)
+    passed_over = layout.described(listing.endings)
     if not entries:
-        refused = f"; {len(skipped)} refused, the first {skipped[0][0]}: {skipped[0][1]}" if skipped else ""
-        raise DataError(f"load: no images in the {kind} {path} (looked for {' '.join(EXTENSIONS)}){refused}")
-    parents = [entry.path.rsplit("/", 2)[-2] if "/" in entry.path else "" for entry in entries]
-    labels: np.ndarray | None = None
-    names: tuple[str, ...] = ()
-    why = ""
-    if all(parents):
-        order = sorted(set(parents), key=natural)
-        place = {name: i for i, name in enumerate(order)}
-        labels, names = np.array([place[parent] for parent in parents], np.int64), tuple(order)
-    else:
-        loose = entries[parents.index("")].path
-        why = f"classes are sub-folders, but {loose} lies directly in it"
-
+        found = f"; found {passed_over}" if passed_over else ""
+        found += f"; {len(skipped)} refused, the first {skipped[0][0]}: {skipped[0][1]}" if skipped else ""
+        raise DataError(f"load: no images in the {kind} {path} (looked for {' '.join(EXTENSIONS)}){found}")
+    told = layout.read_layout([entry.path for entry in entries], str(path))
     archive = None if path.is_dir() else path.stat()
 
     def fingerprint(index: np.ndarray) -> Iterator[str]:
@@ -203,11 +224,13 @@ def _collection(path: Path, listing: Listing, read: Reader, size: int, channels:
         name=path.name or str(path),
         count=len(entries),
         decode=lambda index: _decode([entries[i] for i in index], read, size, channels),
-        labels=labels,
-        class_names=names,
+        labels=told.labels,
+        class_names=told.class_names,
         names=[entry.path for entry in entries],
+        held_out=told.held_out,
         skipped=skipped,
-        why_unlabelled=why,
+        passed_over=passed_over,
+        why_unlabelled=told.why_unlabelled,
         source_bytes=lambda index: sum(entries[i].bytes for i in index),
         fingerprint=fingerprint,
     )
@@ -217,15 +240,16 @@ def _decode(entries: list[Entry], read: Reader, size: int, channels: int) -> Ite
     """Read in this thread, decode in a few others, yield in order; a bounded number of chunks is in flight."""
     affinity = getattr(os, "sched_getaffinity", None)
     threads = min(_MAX_THREADS, len(affinity(0)) if affinity else os.cpu_count() or 1)
-    pending: deque[Future[Batch]] = deque()
+    pending: deque[tuple[int, Future[Batch]]] = deque()
     pool = ThreadPoolExecutor(threads, thread_name_prefix="mgebm-decode")
     try:
         for chunk in _chunks(entries, read):
-            pending.append(pool.submit(_decode_chunk, chunk, size, channels))
-            if len(pending) > 2 * threads:
-                yield pending.popleft().result()
+            held = sum(len(data) for _, _, data in chunk if isinstance(data, bytes))
+            pending.append((held, pool.submit(_decode_chunk, chunk, size, channels)))
+            while len(pending) > 2 * threads or (len(pending) > 1 and sum(n for n, _ in pending) > MAX_FILE_BYTES):
+                yield pending.popleft()[1].result()
         while pending:
-            yield pending.popleft().result()
+            yield pending.popleft()[1].result()
     finally:
         pool.shutdown(cancel_futures=True)
 
@@ -264,10 +288,3 @@ def _decode_chunk(chunk: _Chunk, size: int, channels: int) -> Batch:
             skipped.append((path, reason(error)))
     stacked = np.stack(images) if images else np.empty((0, channels, size, size), np.uint8)
     return Batch(stacked, positions, skipped)
-
-
-def reason(error: Exception) -> str:
-    """One line for a person."""
-    text = getattr(error, "strerror", None) or " ".join(str(error).split())
-    plain = isinstance(error, (OSError, ValueError)) and text
-    return text if plain else f"{type(error).__name__}: {text}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import os
 import tarfile
 import time
@@ -14,12 +15,13 @@ from typing import Any
 import numpy as np
 
 from ..errors import DataError, suggest
-from . import store
+from . import idx, store
 from .arrays import array_collection, open_npy, open_npz
-from .builtin import BUILT_IN, is_builtin, open_builtin
+from .builtin import BUILT_IN, BUILT_IN_PREFIX, check_not_both, is_builtin, open_builtin
 from .collection import SPLITS, Batch, Collection, choose
 from .datasets import dataset_collection, torchvision_collection
 from .files import open_folder, open_tar, open_zip
+from .foreign import check_regular, expand, reason
 from .image_data import ImageData
 from .sound import is_sound
 from .video import is_video
@@ -45,16 +47,20 @@ def load(
     """Read images as uint8 (N, channels, size, size), by one policy for all sources (`mgebm_fast.data.policy`).
 
     Args:
-        source: a built-in name (`digits`, `lfw`, `texture:brick|grass|gravel`, `photos`); a folder, zip or tar archive
-            of images (labels: the folder an image lies in, where every image lies in one); an `.npy` or `.npz` file;
+        source: a built-in name (`digits`, `lfw`, `texture:brick|grass|gravel`, `photos`, also as `builtin:NAME`; a name
+            that is that of a file or folder here as well is refused); a folder, zip or tar archive of images (labels:
+            the folder an image lies in, where every image lies in one); an `.npy` or `.npz` file; CIFAR as its authors
+            give it (`cifar-10-python.tar.gz`);
             `torchvision:NAME` or `torchvision:NAME:ROOT`; a tensor or array, or (images, labels) of them; a torch
             Dataset or a sequence of images.
         channels: 1 or 3; arrays with another number of channels keep theirs.
         classes: names (or one name) of the classes to keep. They are chosen before anything is decoded, and labels
             are renumbered in this order.
-        split: `train`, `held_out` or `all`. Digits, textures, photos and torchvision have their own parts; any other
-            source holds out 10 % of each class, at least one image, at most 5,000 in all, chosen by a fixed
-            permutation. The split of a class is the same whether or not other classes are asked for.
+        split: `train`, `held_out` or `all`. Digits, textures, photos, CIFAR and torchvision have their own parts; so
+            have folders and archives with folders named as parts: train (training) beside val, valid, validation, test
+            or testing, of which all but the first are held out. Any other source holds out 10 % of each class, at least
+            one image, at most 5,000 in all, chosen by a fixed permutation. The split of a class is the same whether or
+            not other classes are asked for.
         strict: raise for the first image that cannot be used, where otherwise all such are listed in `skipped` and
             counted in a warning.
         cache: None keeps what took more than 16 MiB of files to decode, or makes more than 256 MiB of pixels, in
@@ -72,7 +78,9 @@ def load(
             pixels of an unknown range or not finite; `strict` and a bad image.
         OSError: the cache cannot be written, and was asked for or is to hold more than 256 MiB of pixels.
     """
-    _check_arguments(size, channels, split, most)
+    size, channels = _whole("size", size), _whole("channels", channels)
+    most = None if most is None else _whole("most", most)
+    _check_split(split)
     collection = _open(source, size, channels, root, download)
     chosen = choose(collection, split, classes, like)
     if most is not None:
@@ -83,10 +91,14 @@ def load(
         raise DataError(f"load: {path} of {collection.name} cannot be used: {why}")
     decoded = _decode(collection, index, size, channels, strict, cache)
     skipped = (*collection.skipped, *((path, why) for path, why in decoded.skipped))
-    # A small set may hold out nothing, or nothing readable; what is measured there then has no real twin.
+    # The held-out split may be empty; evaluation then has no real images to compare with.
     if not len(decoded.images) and split != "held_out":
         path, why = skipped[0]
         raise DataError(f"load: no readable image among {len(index)} of {collection.name}; the first, {path}: {why}")
+    if collection.passed_over:
+        warnings.warn(
+            f"{collection.name}: passed over files that are no images: {collection.passed_over}", stacklevel=2
+        )
     if skipped:
         total = len(index) + len(collection.skipped)
         path, why = skipped[0]
@@ -100,14 +112,20 @@ def load(
     )
 
 
-def _check_arguments(size: int, channels: int, split: str, most: int | None) -> None:
-    for name, value in (("size", size), ("channels", channels)):
-        if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
-            raise TypeError(f"load: {name} must be an int, got {type(value).__name__}")
-        if value < 1:
-            raise DataError(f"load: {name} must be at least 1, got {value}")
-    if most is not None and most < 1:
-        raise DataError(f"load: most must be at least 1 or None, got {most}")
+def _whole(name: str, value: Any) -> int:
+    """An int of any kind, numpy's and 0-dimensional arrays and tensors too, of at least 1."""
+    try:
+        if isinstance(value, (bool, np.bool_)) or getattr(value, "ndim", 0):
+            raise TypeError
+        number = operator.index(value)
+    except TypeError:
+        raise TypeError(f"load: {name} must be an int, got {type(value).__name__}") from None
+    if number < 1:
+        raise DataError(f"load: {name} must be at least 1, got {number}")
+    return number
+
+
+def _check_split(split: str) -> None:
     if split not in SPLITS:
         raise DataError(f"load: split must be one of {', '.join(SPLITS)}, got {split!r}{suggest(str(split), SPLITS)}")
 
@@ -117,11 +135,13 @@ def _open(source: Any, size: int, channels: int, root: str | os.PathLike[str], d
         name = os.fspath(source)
         _refuse_recordings(name)
         if isinstance(source, str) and is_builtin(name):
+            check_not_both(name)
+            name = name.removeprefix(BUILT_IN_PREFIX)
             _check_picture_channels(channels, name)
             return open_builtin(name, size, channels)
         if name.startswith("torchvision:"):
             return torchvision_collection(name, size, channels, root=Path(root), download=download)
-        return _open_path(Path(name).expanduser(), name, size, channels)
+        return _open_path(expand(name), name, size, channels)
     pair = isinstance(source, tuple) and len(source) == 2 and _is_array(source[0])
     if pair or _is_array(source):
         images, labels = source if pair else (source, None)
@@ -144,20 +164,24 @@ def _refuse_recordings(name: str) -> None:
 
 
 def _open_path(path: Path, name: str, size: int, channels: int) -> Collection:
-    if path.suffix.lower() in (".npy", ".npz") and path.is_file():
-        return (open_npy if path.suffix.lower() == ".npy" else open_npz)(path, size, channels)
-    if not path.exists():
-        raise DataError(_not_found(path, name))
-    _check_picture_channels(channels, name)
     try:
+        if not path.exists():
+            raise DataError(_not_found(path, name))
+        if not path.is_dir():
+            check_regular(path)
+        if path.suffix.lower() in (".npy", ".npz") and path.is_file():
+            return (open_npy if path.suffix.lower() == ".npy" else open_npz)(path, size, channels)
+        _check_picture_channels(channels, name)
         if path.is_dir():
             return open_folder(path, size, channels)
+        if images := idx.images_of([path]):
+            return idx.collection(path, images, size, channels)
         if zipfile.is_zipfile(path) or path.suffix.lower() == ".zip":
             return open_zip(path, size, channels)
         if path.name.lower().endswith(_TAR_ENDINGS) or tarfile.is_tarfile(path):
             return open_tar(path, size, channels)
-    except PermissionError as error:
-        raise DataError(f"load: {path} cannot be read: {error.strerror}") from error
+    except OSError as error:
+        raise DataError(f"load: {name[:500]!r} cannot be read: {reason(error)}") from error
     raise DataError(f"load: {path} must be a folder, a zip or tar archive of images, or an .npy or .npz file")
 
 

@@ -10,41 +10,28 @@
 
 from __future__ import annotations
 
-import io
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from .encoded import decoded, strips
+
 if TYPE_CHECKING:
     from PIL import Image
 
-POLICY_VERSION = 1  # part of the cache key: raise it whenever the pixels of any image change
+POLICY_VERSION = 2  # part of the cache key: raise it whenever the pixels of any image change
 
-FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "MPO", "PNG", "PPM", "TGA", "TIFF", "WEBP")
 EXTENSIONS = ".avif .bmp .gif .jfif .jp2 .jpeg .jpg .pbm .pgm .png .pnm .ppm .tga .tif .tiff .webp".split()
-
-# A photograph far larger than needed is decoded at 1/2, 1/4 or 1/8 by the JPEG transform itself, down to no less
-# than this many pixels a side and 4 x size: three times faster, and still far above the final size.
-_DRAFT_SIDE = 512
 
 
 def decode(data: bytes, size: int, channels: int) -> np.ndarray:
     """An encoded image -> (channels, size, size) uint8. ValueError or OSError with the reason where it cannot be."""
-    from PIL import Image, UnidentifiedImageError
+    return decoded(data, lambda image: convert(image, size, channels), size)
 
-    if not data:
-        raise ValueError("empty file")
-    Image.init()
-    try:
-        image = Image.open(io.BytesIO(data), formats=[name for name in FORMATS if name in Image.OPEN])
-    except UnidentifiedImageError:
-        raise ValueError("not an image, or of an unknown format") from None
-    limit = Image.MAX_IMAGE_PIXELS
-    if limit is not None and image.width * image.height > limit:
-        raise ValueError(f"{image.width} x {image.height} pixels, more than the {limit} that Pillow allows")
-    side = max(4 * size, _DRAFT_SIDE)
-    image.draft(None, (side, side))  # of JPEGs only: other formats ignore it
-    return convert(image, size, channels)
+
+def read_grey(data: bytes) -> np.ndarray:
+    """An encoded image -> (H, W) uint8, its luma, as it is stored."""
+    return decoded(data, lambda image: np.asarray(image.convert("L")))
 
 
 def convert(image: Image.Image, size: int, channels: int) -> np.ndarray:
@@ -57,7 +44,17 @@ def convert(image: Image.Image, size: int, channels: int) -> np.ndarray:
     if image.width != image.height:
         left, top = (image.width - side) // 2, (image.height - side) // 2
         image = image.crop((left, top, left + side, top + side))
-    pixels = _eight_bit(image, channels)
+    _check_mode(image)
+    factor = side // size if side % size == 0 else 0
+    # In strips, of whole blocks where those are averaged: conversions of a large image would take its memory again.
+    rows = max(1, 256 // factor) * factor if factor else 256
+    pixels = np.empty((side // factor, size, channels) if factor else (side, side, channels), np.uint8)
+    for start, part in strips(image, rows):
+        strip = _eight_bit(part, channels)
+        if factor:
+            pixels[start // factor : (start + len(strip)) // factor] = block_mean(strip[None], factor)[0]
+        else:
+            pixels[start : start + len(strip)] = strip
     return fit(pixels[None], size)[0]
 
 
@@ -140,18 +137,25 @@ def _has_alpha(image: Image.Image) -> bool:
     return palette or image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info
 
 
+def _check_mode(image: Image.Image) -> None:
+    """ValueError for pixels whose range is unknown."""
+    if image.mode == "F":
+        raise ValueError("32-bit float pixels, whose range is unknown: save it as 8- or 16-bit, or as an .npy array")
+    if image.mode == "I":
+        low, high = image.getextrema()
+        if low < 0 or high > 65535:  # type: ignore[operator]
+            raise ValueError(f"32-bit pixels in [{low}, {high}], beyond 16 bits")
+
+
 def _eight_bit(image: Image.Image, channels: int) -> np.ndarray:
-    """A square Pillow image of any mode -> (side, side, channels) uint8."""
+    """A Pillow image of any mode -> (H, W, channels) uint8."""
     from PIL import Image
 
-    mode = image.mode
-    if mode == "F":
-        raise ValueError("32-bit float pixels, whose range is unknown: save it as 8- or 16-bit, or as an .npy array")
-    if mode == "I" or mode.startswith("I;16"):
+    if image.mode == "I" or image.mode.startswith("I;16"):
         wide = np.asarray(image).astype(np.int64)
-        if wide.min() < 0 or wide.max() > 65535:
-            raise ValueError(f"32-bit pixels in [{wide.min()}, {wide.max()}], beyond 16 bits")
-        image = Image.fromarray(((wide + 128) // 257).astype(np.uint8))
+        narrow = ((wide + 128) // 257).astype(np.uint8)
+        narrow[wide == image.info.get("transparency", -1)] = 255
+        image = Image.fromarray(narrow)
     elif _has_alpha(image):
         image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, "white")

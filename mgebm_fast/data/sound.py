@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import math
 import os
+import warnings
 import wave
 from fractions import Fraction
 from pathlib import Path
@@ -13,7 +14,9 @@ import numpy as np
 
 from ..errors import DataError
 from ..files import write_bytes
+from .arrays import read_npy
 from .clips import Clips
+from .foreign import MAX_RECORDING_BYTES, check_regular, expand, reading
 from .simulated import simulated_chimes
 
 ENDINGS = (".wav", ".wave")
@@ -48,19 +51,26 @@ def load_sound(
     elif os.fspath(source) == BUILT_IN:
         name, samples = BUILT_IN, simulated_chimes(max(60000, length), round(own))
     else:
-        path = Path(source).expanduser()
+        path = expand(source)
         name = path.name
-        if path.suffix.lower() == ".npy" and path.is_file():
-            samples = _checked(_numpy(path), name)
+        if path.suffix.lower() == ".npy" and path.exists():
+            check_regular(path, MAX_RECORDING_BYTES)
+            samples = _checked(read_npy(path), name)
         else:
             samples, own = read_wav(path)
     if rate is not None and rate != own:
         from scipy.signal import resample_poly
 
         ratio = Fraction(rate / own).limit_denominator(1000)
+        made = len(samples) * ratio
+        if not 1 <= made <= MAX_RECORDING_BYTES // 8:
+            raise DataError(
+                f"load: {name} must come to 1 … {MAX_RECORDING_BYTES // 8} samples at its rate, got {float(made):g} at "
+                f"{rate:g} a second"
+            )
         samples = resample_poly(samples, ratio.numerator, ratio.denominator)
     peak = float(np.abs(samples).max(initial=0.0))
-    if not 0 < peak < math.inf:
+    if not 1e-30 < peak < math.inf:  # NaN is neither; below, the scale would overflow
         raise DataError(f"load: {name} must be a sound of finite samples that are not all zero")
     scaled = np.ascontiguousarray(samples * (PEAK / peak), np.float32)
     return Clips(scaled[None], length, hop, rate or own, name)
@@ -71,21 +81,23 @@ def read_wav(path: str | os.PathLike[str]) -> tuple[np.ndarray, float]:
     from scipy.io import wavfile
 
     path = Path(path)
-    if not path.is_file():
+    if not path.exists() or path.is_dir():
         got = "a folder" if path.is_dir() else "which does not exist"
         raise DataError(f"load: a sound must be a .wav file, an .npy array or {BUILT_IN}, got {str(path)!r}, {got}")
+    check_regular(path, MAX_RECORDING_BYTES)
     if path.suffix.lower() not in ENDINGS:
         raise DataError(f"load: a sound must be a .wav file or an .npy array, got {path.name}")
-    try:
+    with reading(path, "a wav file"), warnings.catch_warnings():
+        warnings.simplefilter("ignore", wavfile.WavFileWarning)  # of chunks that are no samples
         rate, samples = wavfile.read(path)
-    except (ValueError, OSError, EOFError) as error:
-        raise DataError(f"load: {path} cannot be read as a wav file: {error}") from error
-    kind = samples.dtype
-    samples = samples.astype(np.float64)
-    if kind.kind in "iu":
-        middle = 128.0 if kind == np.uint8 else 0.0
-        samples = (samples - middle) / (128.0 if kind == np.uint8 else -float(np.iinfo(kind).min))
-    samples = samples if samples.ndim == 1 else samples.mean(axis=1)
+        kind = samples.dtype
+        samples = samples.astype(np.float64)
+        if kind.kind in "iu":
+            middle = 128.0 if kind == np.uint8 else 0.0
+            samples = (samples - middle) / (128.0 if kind == np.uint8 else -float(np.iinfo(kind).min))
+        samples = samples if samples.ndim == 1 else samples.mean(axis=1)
+        if not rate > 0:
+            raise ValueError(f"it states {rate} samples a second")
     return samples.astype(np.float32), float(rate)
 
 
@@ -123,13 +135,6 @@ def spectrogram(samples: np.ndarray, height: int = 96, width: int = 480, window:
     reduced = np.stack([row.max(axis=0) if len(row) else np.zeros(width) for row in rows])
     decibels = 20 * np.log10(np.maximum(reduced / (window / 8), 1e-9))  # 0: a sine of amplitude 1/4 and more
     return np.rint(255 * np.clip(-decibels / 70, 0, 1)).astype(np.uint8)
-
-
-def _numpy(path: Path) -> np.ndarray:
-    try:
-        return np.load(path, allow_pickle=False)
-    except (OSError, ValueError) as error:
-        raise DataError(f"load: {path} cannot be read as an array: {error}") from error
 
 
 def _checked(array: np.ndarray, name: str) -> np.ndarray:

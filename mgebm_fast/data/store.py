@@ -19,6 +19,7 @@ import numpy as np
 
 from ..errors import DataError
 from .collection import Batch
+from .foreign import expand
 from .policy import POLICY_VERSION
 
 LARGE_BYTES = 256 << 20  # more pixels than this are mapped from a file
@@ -43,11 +44,19 @@ class Decoded(NamedTuple):
 
 
 def cache_folder() -> Path | None:
-    """$MGEBM_CACHE, or ~/.cache/mgebm_fast; None where MGEBM_CACHE is `off`."""
+    """$MGEBM_CACHE, else mgebm_fast below $XDG_CACHE_HOME or ~/.cache; None where it is `off` or there is no home."""
     value = os.environ.get("MGEBM_CACHE", "")
     if value.lower() == "off":
         return None
-    return Path(value).expanduser() if value else Path.home() / ".cache" / "mgebm_fast"
+    if value:
+        return expand(value)
+    shared = os.environ.get("XDG_CACHE_HOME", "")
+    if os.path.isabs(shared):  # a relative one is to be ignored, by its specification
+        return Path(shared) / "mgebm_fast"
+    try:
+        return Path.home() / ".cache" / "mgebm_fast"
+    except RuntimeError:  # neither $HOME nor an entry in the list of users
+        return None
 
 
 def cache_key(fingerprint: Iterable[str], size: int, channels: int) -> str:

@@ -12,7 +12,10 @@ import numpy as np
 
 from ..errors import DataError
 from ..files import write_bytes
+from .arrays import read_npy
 from .clips import Clips
+from .encoded import decoded
+from .foreign import MAX_RECORDING_BYTES, bounded_bytes, check_regular, expand, reading
 from .policy import match_channels
 from .simulated import simulated_fire
 
@@ -55,7 +58,7 @@ def load_video(
     elif os.fspath(source) == BUILT_IN:
         name, own, frames = BUILT_IN, RATE, simulated_fire(70, height, width)
     else:
-        path = Path(source).expanduser()
+        path = expand(source)
         name, (frames, own) = path.name, _open(path)
     fitted = _fit(_at_rate(frames, own, rate), height, width, channels, name)
     return Clips(np.ascontiguousarray(fitted.transpose(3, 0, 1, 2)), length, hop, rate or own, name)
@@ -104,12 +107,9 @@ def _open(path: Path) -> tuple[Iterator[np.ndarray], float]:
         if not pictures:
             raise DataError(f"load: {path} must hold the frames of a video as pictures, got none")
         return (_picture(p) for p in pictures), RATE
+    check_regular(path)
     if path.suffix.lower() == ".npy":
-        try:
-            array = np.load(path, mmap_mode="r", allow_pickle=False)
-        except (OSError, ValueError) as error:
-            raise DataError(f"load: {path} cannot be read as an array: {error}") from error
-        return iter(_checked(array, path.name)), RATE
+        return iter(_checked(read_npy(path, mmap_mode="r"), path.name)), RATE
     if path.suffix.lower() == ".gif":
         return _gif(path)
     if not is_video(path):
@@ -121,44 +121,35 @@ def _open(path: Path) -> tuple[Iterator[np.ndarray], float]:
 
 
 def _picture(path: Path) -> np.ndarray:
-    from PIL import Image
-
-    try:
-        with Image.open(path) as image:
-            return np.asarray(image.convert("RGB"))
-    except OSError as error:
-        raise DataError(f"load: the frame {path} cannot be read: {error}") from error
+    with reading(path, "a frame"):
+        return decoded(bounded_bytes(path), lambda image: np.asarray(image.convert("RGB")))
 
 
 def _gif(path: Path) -> tuple[Iterator[np.ndarray], float]:
     from PIL import Image, ImageSequence
 
-    try:
-        with Image.open(path) as image:
-            durations = image.info.get("duration", 0)
-            frames = [np.asarray(frame.convert("RGB")) for frame in ImageSequence.Iterator(image)]
-    except OSError as error:
-        raise DataError(f"load: {path} cannot be read as a GIF: {error}") from error
-    return iter(frames), 1000 / durations if durations else RATE
+    with reading(path, "a GIF"), Image.open(path, formats=["GIF"]) as image:
+        durations = float(image.info.get("duration", 0))
+
+    def frames() -> Iterator[np.ndarray]:
+        with reading(path, "a GIF"), Image.open(path, formats=["GIF"]) as image:
+            for frame in ImageSequence.Iterator(image):
+                yield np.asarray(frame.convert("RGB"))
+
+    return frames(), 1000 / durations if durations > 0 else RATE
 
 
 def _file(path: Path) -> tuple[Iterator[np.ndarray], float]:
     av = _av(f"reading {path.name}")
-    try:
-        with av.open(str(path)) as container:
-            if not container.streams.video:
-                raise DataError(f"load: {path} holds no video")
-            average = container.streams.video[0].average_rate
-    except av.FFmpegError as error:
-        raise DataError(f"load: {path} cannot be read as a video: {error}") from error
+    with reading(path, "a video"), av.open(str(path)) as container:
+        if not container.streams.video:
+            raise DataError(f"load: {path} holds no video")
+        average = container.streams.video[0].average_rate
 
     def frames() -> Iterator[np.ndarray]:
-        try:
-            with av.open(str(path)) as container:
-                for frame in container.decode(video=0):
-                    yield frame.to_ndarray(format="rgb24")
-        except av.FFmpegError as error:
-            raise DataError(f"load: {path} is damaged: {error}") from error
+        with reading(path, "a video"), av.open(str(path)) as container:
+            for frame in container.decode(video=0):
+                yield frame.to_ndarray(format="rgb24")
 
     return frames(), float(average) if average else RATE
 
@@ -199,6 +190,11 @@ def _fit(frames: Iterable[np.ndarray], height: int, width: int, channels: int, n
 
     fitted = []
     for frame in frames:
+        if (len(fitted) + 1) * height * width * channels > MAX_RECORDING_BYTES:
+            raise DataError(
+                f"load: {name} must come to at most {MAX_RECORDING_BYTES} bytes of pixels at its size and rate, "
+                f"which {len(fitted)} frames reach"
+            )
         rows, columns = frame.shape[:2]
         scale = min(rows / height, columns / width)
         top, left = (rows - scale * height) / 2, (columns - scale * width) / 2

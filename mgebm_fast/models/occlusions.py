@@ -15,6 +15,9 @@ import torch
 from torch import Tensor
 
 from .. import noise, ops
+from ..data.arrays import read_npy
+from ..data.foreign import MAX_FILE_BYTES, bounded_bytes, check_regular, reading
+from ..data.policy import read_grey
 from ..errors import DataError, suggest
 
 KINDS = ("square", "doodle", "pepper")
@@ -111,18 +114,14 @@ def read_mask(path: str | os.PathLike[str], size: int) -> Tensor:
     or of another size.
     """
     path = Path(path)
-    if not path.is_file():
+    if not path.exists():
         raise DataError(f"mask: must be one of {', '.join(KINDS)} or a file, got {path}{suggest(str(path), KINDS)}")
-    try:
+    check_regular(path, MAX_FILE_BYTES, what="mask")
+    with reading(path, "a picture or an .npy array", what="mask"):
         if path.suffix.lower() == ".npy":
-            values = _hidden(np.load(path, allow_pickle=False))
+            values = _hidden(read_npy(path, "mask"))
         else:
-            from PIL import Image
-
-            with Image.open(path) as picture:
-                values = np.asarray(picture.convert("L")) >= 128
-    except (OSError, ValueError) as error:
-        raise DataError(f"mask: {path} cannot be read as a picture or an .npy array: {error}") from error
+            values = read_grey(bounded_bytes(path, what="mask")) >= 128
     masks = values[None] if values.ndim == 2 else values
     if masks.ndim != 3 or masks.shape[1:] != (size, size) or not len(masks):
         raise DataError(f"mask: {path} must be {size} × {size}, as the model's images are, got {tuple(values.shape)}")

@@ -10,7 +10,7 @@ import dataclasses
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from ...data import load
+from ...data import builtin, load
 
 if TYPE_CHECKING:
     from ...models import Model
@@ -21,7 +21,7 @@ def _load_images(
     config: TrainConfig, *, source: Any = None, split: str = "train", strict: bool = False, like: Any = None
 ) -> Any:
     return load(
-        config.data if source is None else source,
+        builtin.explicit(config.data) if source is None else source,
         size=config.sizes[-1],
         channels=config.channels,
         classes=list(config.classes) or None,
