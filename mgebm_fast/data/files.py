@@ -15,9 +15,9 @@ from typing import Any
 import numpy as np
 
 from ..errors import DataError
-from . import cifar, idx, layout, tar
 from .collection import Batch, Collection
 from .foreign import MAX_FILE_BYTES, bounded_bytes, reading, reason
+from .formats import cifar, idx, layout, tar
 from .policy import EXTENSIONS, decode
 
 _CHUNK_IMAGES, _CHUNK_BYTES = 64, 4 << 20  # one task of a decoding thread

@@ -15,13 +15,14 @@ from typing import Any
 import numpy as np
 
 from ..errors import DataError, suggest
-from . import idx, store
+from . import store
 from .arrays import array_collection, open_npy, open_npz
 from .builtin import BUILT_IN, BUILT_IN_PREFIX, check_not_both, is_builtin, open_builtin
 from .collection import SPLITS, Batch, Collection, choose
 from .datasets import dataset_collection, torchvision_collection
 from .files import open_folder, open_tar, open_zip
 from .foreign import check_regular, expand, reason
+from .formats import idx
 from .image_data import ImageData
 from .sound import is_sound
 from .video import is_video

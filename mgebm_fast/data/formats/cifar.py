@@ -16,9 +16,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from .arrays import array_collection
-from .collection import Collection
-from .foreign import reading
+from ..arrays import array_collection
+from ..collection import Collection
+from ..foreign import reading
 
 _SIDE = 32
 _PIXELS = 3 * _SIDE**2

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from .foreign import reading
+from ..foreign import reading
 from .layout import inside
 
 _EXTENSION_TYPES = (

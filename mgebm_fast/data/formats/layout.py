@@ -11,8 +11,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ..errors import DataError
-from .policy import EXTENSIONS
+from ...errors import DataError
+from ..policy import EXTENSIONS
 
 _MAX_PATH = 4096  # characters: no system opens a longer one
 _PARTS = re.compile(

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import numpy as np
 
-from .arrays import array_collection
-from .collection import Collection
-from .foreign import MAX_FILE_BYTES, check_regular, reading
+from ..arrays import array_collection
+from ..collection import Collection
+from ..foreign import MAX_FILE_BYTES, check_regular, reading
 
 _IMAGES = re.compile(r"(.*)-images[-.]idx3-ubyte(\.gz)?")
 
