@@ -152,7 +152,7 @@ def _cuda() -> dict[str, Any]:
     from . import native
 
     built = not native.why_not() and bool(native.module().cuda_archs())
-    devices = []
+    devices: list[dict[str, Any]] = []
     for index in range(torch.cuda.device_count()):
         properties = torch.cuda.get_device_properties(index)
         devices.append(
@@ -179,7 +179,7 @@ def _cuda() -> dict[str, Any]:
     why_not_built = ""
     if not built:
         why_not_built = native.why_not() or native.module().cuda_note()
-    archs: str = native.module().cuda_archs() if built else ""
+    archs = native.module().cuda_archs() if built else ""
     why_not = native.why_no_cuda()
     missing = [device["capability"] for device in devices if built and not covers(archs, device["capability"])]
     if missing and not why_not:
