@@ -153,6 +153,7 @@ def test_a_training_update(world, monkeypatch, preset):
                             raising=False)  # fmt: skip
     model = to_cuda(model)
     monkeypatch.setattr(type(model), "set_colours", lambda self, colours: None)
+    monkeypatch.setattr(type(model), "check_storable", lambda self: None)  # fake tensors are not
     monkeypatch.setattr(torch.autograd, "grad", lambda loss, inputs, *_, **__: (
         [torch.empty_like(x) for x in inputs] if isinstance(inputs, (list, tuple)) else [torch.empty_like(inputs)]
     ))  # fmt: skip
@@ -176,11 +177,11 @@ def test_the_compiled_baseline_is_one_graph_a_chain(world, monkeypatch):
     monkeypatch.setattr(CompiledLoop, "graphs", {})
     monkeypatch.setattr(CompiledLoop, "compiled", {})
     monkeypatch.setattr(CompiledLoop, "_compile", lambda self, net, device: (net, lambda x, numbers: x + numbers[0]))
-    net, x = torch.nn.Linear(2, 1).to_empty(device="cuda"), images(4, 8)
+    net, x = to_cuda(torch.nn.Linear(2, 1)), images(4, 8)
     for _ in range(2):
         world.take()
         CompiledLoop(torch.bfloat16)(net, x, DYNAMICS)
         events = world.take()
         assert not illegal(events)
     assert count(events, "replay") == 1 and not tally(events).get("aten.add.Tensor")
-    assert tally(events)["aten.clone.default"] == 1
+    assert tally(events)["aten.clone.default"] == 2  # x in channels-last and the result, not the state of every step
