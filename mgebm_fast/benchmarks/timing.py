@@ -82,8 +82,8 @@ def measure(
     """Times every contender in turn (A B C A B C …), so that drift meets all alike.
 
     Rounds end early, after three at least, once `seconds` have passed. Names in `wall` are timed by the host's clock.
-    A contender that raises while it warms up is left out and told to `failed`, where that is given; `before` hears
-    whose turn it is.
+    A contender that raises while it warms up is left out and reported to `failed`, where that is given; `before`
+    gets the name whose turn it is.
     """
     repeats = {}
     for name, run in contenders.items():

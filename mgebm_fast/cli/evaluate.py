@@ -41,7 +41,7 @@ def evaluate(
     KID and FID compare feature statistics (the feature space is named); lower is nearer. nearest_distance is the mean
     pixel distance to the nearest training image: far below that of real held-out images it means copying. For labelled
     data, confident_share is the share of samples that a classifier recognises with probability >= 0.9, and
-    class_shares splits it by class. The *_real twins are the same measures of as many held-out real images.
+    class_shares splits it by class. The *_real values are the same measures of as many held-out real images.
     """
     import json as json_module
 

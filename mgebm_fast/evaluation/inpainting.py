@@ -182,7 +182,7 @@ def pick_length(
         raise failure
     best = min(errors, key=lambda length: float(errors[length].mean()))
     if best != 1 and 1.0 in errors:
-        # On images of training the few that a long run returns to would decide; what they gain must stand out.
+        # A few memorised training images must not decide: the gain must exceed two standard errors.
         gain = errors[1.0] - errors[best]
         doubt = 2 * float(gain.std()) / math.sqrt(len(gain)) if len(gain) > 1 else math.inf
         best = best if float(gain.mean()) > doubt else 1.0

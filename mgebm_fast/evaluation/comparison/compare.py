@@ -34,7 +34,7 @@ _VERSION = 3  # of what the figures mean; others are measured again
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """What figures hang on besides the run and the images."""
+    """Settings that, with the run and the images, determine the figures."""
 
     num: int = 1000  # samples
     seed: int = 0  # of samples, occlusions, feature space and recogniser, the same for all runs

@@ -92,7 +92,7 @@ def state(entry: Entry) -> str:
 
 
 def _flat(config: TrainConfig) -> dict[str, Any]:
-    """The keys that a run hangs on, sections written out with dots."""
+    """The keys that a run depends on, sections written out with dots."""
     found: dict[str, Any] = {}
     for name, value in config.to_dict().items():
         if isinstance(value, dict):
