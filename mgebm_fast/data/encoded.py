@@ -12,7 +12,7 @@ import struct
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -104,7 +104,7 @@ def strips(image: Image.Image, rows: int = 256) -> Iterator[tuple[int, Image.Ima
         yield top, image.crop((0, top, image.width, min(top + rows, image.height)))
 
 
-def _round_sixteen_bits(image: Image.Image, data: bytes) -> None:
+def _round_sixteen_bits(image: Any, data: bytes) -> None:
     """Makes 16-bit RGB, RGBA and grey + alpha of PNG and TIFF round(v / 257), where Pillow keeps the high byte of v.
 
     The low bytes are decoded as the high ones of the other byte order; those of grey + alpha, with the high ones, as
@@ -117,7 +117,7 @@ def _round_sixteen_bits(image: Image.Image, data: bytes) -> None:
     other = _OTHER_BYTES.get(name)
     if other is None:
         return
-    low = _open(data)
+    low: Any = _open(data)
     low.tile = [
         tile._replace(args=other if isinstance(tile.args, str) else (other, *tile.args[1:])) for tile in low.tile
     ]

@@ -28,7 +28,7 @@ _SHOWN = 3
 
 def of_images(images: np.ndarray, names: Sequence[str], held_out: Sequence[str], policy: int) -> dict[str, Any]:
     """Fingerprint of images (N, C, S, S) uint8, their N names, and the names that their source holds out."""
-    contents = np.fromiter((zlib.crc32(np.ascontiguousarray(image)) for image in images), ">u4", len(images))
+    contents = np.fromiter((zlib.crc32(np.ascontiguousarray(image).data) for image in images), ">u4", len(images))
     names = names or [str(i) for i in range(len(images))]
     digest = hashlib.sha256(f"{images.shape[1:]}\0".encode())
     for name in names:
@@ -87,17 +87,18 @@ def difference(stored: dict[str, Any], now: dict[str, Any]) -> str:
         "removed": [name for name in listed_then if name not in listed_here],
         "replaced": [name for name in here if same_policy and name in then and then[name] != here[name]],
     }
-    said = [f"{len(found)} {what} ({_some(found)})" for what, found in changes.items() if found]
-    if said:
-        return f"of {len(listed_then)} images {', '.join(said)}"
+    parts_said = [f"{len(found)} {what} ({_some(found)})" for what, found in changes.items() if found]
+    if parts_said:
+        return f"of {len(listed_then)} images {', '.join(parts_said)}"
     return "" if list(then) == list(here) else "the same images are in another order or in other parts"
 
 
 def _contents(fingerprint: dict[str, Any]) -> dict[str, str] | None:
     """{name: CRC of its pixels} in order; None where they are not kept, or not as this module writes them."""
     names, held_out, content = (fingerprint.get(key) for key in ("names", "held_out", "content"))
-    lists = isinstance(names, list) and isinstance(held_out, list) and isinstance(content, str)
-    if not lists or len(content) != 8 * len(names) or not all(isinstance(name, str) for name in [*names, *held_out]):
+    if not (isinstance(names, list) and isinstance(held_out, list) and isinstance(content, str)):
+        return None
+    if len(content) != 8 * len(names) or not all(isinstance(name, str) for name in [*names, *held_out]):
         return None
     return {name: content[8 * i : 8 * i + 8] for i, name in enumerate(names)}
 
