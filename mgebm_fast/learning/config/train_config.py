@@ -369,7 +369,7 @@ def _check_together(config: TrainConfig) -> None:
                 f"{list(sizes[1:])}, got {len(value)} values"
             )
     elements = config.batch_size * config.channels * sizes[-1] ** 2
-    if elements >= MOST_ELEMENTS:
+    if METHODS[config.method].takes == "images" and elements >= MOST_ELEMENTS:
         raise ConfigError(
             f"batch_size must leave a batch below {MOST_ELEMENTS} pixels, at {config.channels} channels and size "
             f"{sizes[-1]}, got {config.batch_size}"
