@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..data import ImageData
 from ..learning import MultiGridTrainer, TrainConfig
-from ..learning.config.train_config import merge
+from ..learning.config.values import merge
 from ..nets import EnergyNet
 from .cases import Case
 from .contenders import SEED, Contender, explain, precision_of

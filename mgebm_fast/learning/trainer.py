@@ -15,7 +15,8 @@ from ..data import Clips, ImageData
 from ..errors import ConfigError
 from ..models import MultiGrid
 from .config.method import METHODS, load_data
-from .config.train_config import TrainConfig, merge
+from .config.train_config import TrainConfig
+from .config.values import merge
 from .methods.multigrid import describe_model
 from .run.distributed import Ranks, joined
 from .run.feed import Batches

@@ -3,7 +3,8 @@
 from .files import load_config, load_preset, preset_names
 from .method import METHODS, Method, build_model, load_data
 from .sections import LangevinConfig, OptimiserConfig, RollbackConfig, StabiliseConfig
-from .train_config import TrainConfig, apply_overrides, describe_keys, merge
+from .train_config import TrainConfig, describe_keys
+from .values import apply_overrides, merge
 
 __all__ = [
     "METHODS",

@@ -8,7 +8,8 @@ from pathlib import Path
 from ... import files
 from ...errors import ConfigError, suggest
 from .toml import MOST_BYTES, parse
-from .train_config import TrainConfig, from_dict, merge
+from .train_config import TrainConfig
+from .values import from_dict, merge
 
 PRESETS = Path(__file__).resolve().parents[2] / "presets"
 

@@ -1,10 +1,10 @@
-"""What a training run is: frozen values, made of a table, changed by `key=value`, and written back whole."""
+"""What a training run is: a frozen value with every key of it, and the tables of its keys."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from ...errors import ConfigError
@@ -13,7 +13,6 @@ from ...nets.layers import ACTIVATIONS
 from ...sampling import Langevin
 from .keys import (
     MOST_CHANNELS,
-    MOST_ELEMENTS,
     MOST_LENGTH,
     MOST_SAMPLES,
     MOST_UPDATES,
@@ -28,13 +27,11 @@ from .keys import (
     Text,
     Whole,
     key,
-    nearest,
     pick,
-    shortened,
 )
 from .method import METHODS, tables
 from .sections import LangevinConfig, OptimiserConfig, RollbackConfig, StabiliseConfig
-from .toml import parse, written
+from .toml import written
 
 
 @dataclasses.dataclass(frozen=True)
@@ -146,7 +143,7 @@ class TrainConfig:
 
 
 @functools.cache
-def _sections() -> dict[str, type]:
+def sections() -> dict[str, type]:
     """The tables of a configuration, by name: those of every run, and those of the methods."""
     common = {
         "langevin": LangevinConfig, "optimiser": OptimiserConfig, "stabilise": StabiliseConfig,
@@ -155,140 +152,22 @@ def _sections() -> dict[str, type]:
     return {**common, **tables()}
 
 
-def from_dict(values: Mapping[str, Any], where: str = "config") -> TrainConfig:
-    """A checked configuration; every key left out keeps its default. ConfigError names the key and what it must be.
-
-    A `[langevin]` table starts from no form at all, so that it gives exactly one; without the table it is
-    `LangevinConfig(drift=1.0, noise_std=0.03)`.
-    """
-    read: dict[str, Any] = {}
-    for name, value in values.items():
-        section = _sections().get(name)
-        if section is None:
-            read[name] = _read(_kind(name, where), name, value, where)
-            continue
-        if not isinstance(value, Mapping):
-            raise ConfigError(
-                f"{where}: {name} must be a table of keys such as {name}.{_first(section)}, got {value!r}"
-            )
-        entries = {k: _read(_kind(f"{name}.{k}", where), f"{name}.{k}", v, where) for k, v in value.items()}
-        if name in tables() and name != (method := values.get("method", TrainConfig.method)):
-            raise ConfigError(
-                f"{where}: {name} holds keys of the method {name!r}, the method of this run is {method!r}"
-            )
-        read["options" if name in tables() else name] = section(**entries)
-    config = TrainConfig(**read)
-    try:
-        _check_together(config)
-    except ConfigError as error:
-        raise ConfigError(f"{where}: {error}") from None
-    return config
-
-
-def apply_overrides(config: TrainConfig, overrides: Iterable[str]) -> TrainConfig:
-    """`config` with `key=value` assignments: TOML values, bare words as strings, `none` to clear an optional key.
-
-    Lists may leave out their brackets (`sizes=1,2,4`), and a list of strings may be one word (`classes=automobile`).
-    `langevin.step_size` replaces a decoupled form, and `langevin.drift` a coupled one. New `sizes` take lists with a
-    value for each net along: a size keeps its value, a new one takes that of the nearest size; of annealed noise the
-    finest takes the finest's.
-    """
-    values, given = config.to_dict(), set()
-    for override in overrides:
-        name, equals, text = override.partition("=")
-        name = name.strip()
-        if not equals or not name:
-            raise ConfigError(f"--set: must be key=value, got {shortened(override)}")
-        kind = _kind(name, "--set")
-        section, _, leaf = name.rpartition(".")
-        target = values.setdefault(section, {}) if section else values
-        value = _read(kind, name, _value(text.strip(), kind), "--set")
-        target[leaf] = value
-        given |= {name} if value is not None else set()
-    return from_dict(_settled(values, given, config.sizes), "--set")
-
-
-def merge(config: TrainConfig, changes: Mapping[str, Any], where: str = "config") -> TrainConfig:
-    """`config` with the given keys replaced; a section takes a mapping of its own keys. The Python form of --set."""
-    values, given = config.to_dict(), set()
-    for name, value in changes.items():
-        if isinstance(value, Mapping) and name in _sections():
-            values[name] = {**values.get(name, {}), **value}
-            given |= {f"{name}.{leaf}" for leaf, entry in value.items() if entry is not None}
-        else:
-            values[name] = _read(_kind(name, where), name, value, where)
-            given.add(name)
-    return from_dict(_settled(values, given, config.sizes), where)
-
-
-def _settled(values: dict[str, Any], given: set[str], before: tuple[int, ...]) -> dict[str, Any]:
-    """`values` after the keys `given` were set: without the form of the chain that a newly given one replaces,
-    without the table of a method that was left, without keys that hold none, and with lists that had an entry for
-    each net of the sizes `before` fitted to new sizes."""
-    for name in tables().keys() - {values["method"]}:
-        if not any(key.startswith(f"{name}.") for key in given):
-            values.pop(name, None)
-    forms = {"step_size": ("drift", "noise_std"), "drift": ("step_size", "noise_scale")}
-    for name, replaced in forms.items():
-        if f"langevin.{name}" in given:
-            for other in replaced:
-                if f"langevin.{other}" not in given:
-                    values["langevin"].pop(other, None)
-    sizes = values["sizes"]
-    if "sizes" in given:
-        for name in set(_per_grid_keys()) - given:
-            section, _, leaf = name.partition(".")
-            value = values[section].get(leaf)
-            if isinstance(value, list):
-                if name in _BY_RANK:  # the finest keeps the finest's, a coarse one takes the nearest coarse one's
-                    coarse = before[1:-1] or before[1:]
-                    fitted = [*(value[_nearest_size(size, coarse)] for size in sizes[1:-1]), value[-1]]
-                else:
-                    fitted = [value[_nearest_size(size, before[1:])] for size in sizes[1:]]
-                values[section][leaf] = fitted
-    return {
-        name: {k: v for k, v in value.items() if v is not None} if isinstance(value, dict) else value
-        for name, value in values.items()
-        if value is not None
-    }
-
-
-def _nearest_size(size: int, among: Sequence[int]) -> int:
-    """The index of the size with the smallest ratio to `size`, the smaller one of two."""
-    return min(range(len(among)), key=lambda i: max(size / among[i], among[i] / size))
+@functools.cache
+def all_keys() -> dict[str, tuple[type, dataclasses.Field]]:
+    found: dict[str, tuple[type, dataclasses.Field]] = {}
+    for field in dataclasses.fields(TrainConfig):
+        if "kind" in field.metadata:
+            found[field.name] = (TrainConfig, field)
+    for name, section in sections().items():
+        found.update({f"{name}.{leaf.name}": (section, leaf) for leaf in dataclasses.fields(section)})
+    return found
 
 
 def describe_keys() -> list[tuple[str, str, Any, str]]:
     """(key, what it may hold, default, help) of every key, for documentation and `--help`."""
     return [
         (name, field.metadata["kind"].expected, field.metadata["kind"].shown(field.default), field.metadata["doc"])
-        for name, (_, field) in _fields().items()
-    ]
-
-
-@functools.cache
-def _fields() -> dict[str, tuple[type, dataclasses.Field]]:
-    found: dict[str, tuple[type, dataclasses.Field]] = {}
-    for field in dataclasses.fields(TrainConfig):
-        if "kind" in field.metadata:
-            found[field.name] = (TrainConfig, field)
-    for name, section in _sections().items():
-        found.update({f"{name}.{leaf.name}": (section, leaf) for leaf in dataclasses.fields(section)})
-    return found
-
-
-def _per_grid(kind: Kind) -> bool:
-    return isinstance(kind.kind if isinstance(kind, Maybe) else kind, PerGrid)
-
-
-@functools.cache
-def _per_grid_keys() -> list[str]:
-    """The keys, outside the methods' tables, that may have one value for each net."""
-    methods = tables().values()
-    return [
-        name
-        for name, (section, field) in _fields().items()
-        if section not in methods and _per_grid(field.metadata["kind"])
+        for name, (_, field) in all_keys().items()
     ]
 
 
@@ -297,84 +176,24 @@ def fixed_keys(method: str) -> list[str]:
     others = tables().keys() - {method}
     return [
         name
-        for name, (_, field) in _fields().items()
+        for name, (_, field) in all_keys().items()
         if field.metadata["fixed"] and name.partition(".")[0] not in others
     ]
 
 
-# Matched by position, not by pixel size: only the finest net starts no other chain.
-_BY_RANK = ("stabilise.noise_anneal", "stabilise.noise_anneal_share")
+def _per_grid(kind: Kind) -> bool:
+    return isinstance(kind.kind if isinstance(kind, Maybe) else kind, PerGrid)
 
 
-def _first(section: type) -> str:
-    return dataclasses.fields(section)[0].name
-
-
-def _kind(name: str, where: str) -> Kind:
-    if name in _sections():
-        raise ConfigError(
-            f"{where}: {name} is a table of keys, set one of them, such as {name}.{_first(_sections()[name])}"
-        )
-    if name not in _fields():
-        raise ConfigError(f"{where}: unknown key {shortened(name)}{nearest(name, list(_fields()))}")
-    return _fields()[name][1].metadata["kind"]
-
-
-def _read(kind: Kind, name: str, value: Any, where: str) -> Any:
-    try:
-        return kind.read(value)
-    except ValueError as error:
-        raise ConfigError(f"{where}: {name} must be {kind.expected}, got {shortened(value)}{error}") from None
-
-
-def _value(text: str, kind: Kind) -> Any:
-    """The TOML value of a command-line word. A bare word is a string, `1,2,4` a list."""
-    inner = kind.kind if isinstance(kind, (Auto, Maybe)) else kind
-    if isinstance(inner, Text):
-        return text[1:-1] if len(text) > 1 and text[0] == text[-1] and text[0] in "\"'" else text
-    for candidate in (text, f"[{text}]") if isinstance(inner, (Many, PerGrid)) else (text,):
-        try:
-            parsed = parse(f"value = {candidate}")
-        except ValueError:
-            continue
-        if list(parsed) == ["value"]:
-            return parsed["value"]
-    if isinstance(inner, Many) and isinstance(inner.kind, Text):
-        return [word.strip() for word in text.strip("[]").split(",") if word.strip()]
-    return text
-
-
-def _check_together(config: TrainConfig) -> None:
-    """What no key can say alone."""
-    sizes = config.sizes
-    if len(sizes) < 2 or sizes[0] != 1:
-        raise ConfigError(f"sizes must start at 1 and hold at least one more size, got {list(sizes)}")
-    for coarse, fine in zip(sizes, sizes[1:], strict=False):
-        if fine <= coarse or fine % coarse:
-            raise ConfigError(
-                f"sizes must grow, each dividing the next, as in [1, 4, 16, 64], got {list(sizes)} "
-                f"({coarse} does not divide {fine})"
-            )
-    if config.batch_size % config.batch_parts:
-        raise ConfigError(f"batch_parts must divide batch_size, {config.batch_size}, got {config.batch_parts}")
-    low, high = config.value_range
-    if not low < high:
-        raise ConfigError(f"value_range must be [low, high] with low < high, got {list(config.value_range)}")
-    for name in _per_grid_keys():
-        section, _, leaf = name.partition(".")
-        value = getattr(getattr(config, section), leaf)
-        if isinstance(value, tuple) and len(value) != len(sizes) - 1:
-            raise ConfigError(
-                f"{name} must be one value, or a list of {len(sizes) - 1} for the nets of sizes "
-                f"{list(sizes[1:])}, got {len(value)} values"
-            )
-    elements = config.batch_size * config.channels * sizes[-1] ** 2
-    if METHODS[config.method].takes == "images" and elements >= MOST_ELEMENTS:
-        raise ConfigError(
-            f"batch_size must leave a batch below {MOST_ELEMENTS} pixels, at {config.channels} channels and size "
-            f"{sizes[-1]}, got {config.batch_size}"
-        )
-    config.dynamics()
+@functools.cache
+def per_grid_keys() -> list[str]:
+    """The keys, outside the methods' tables, that may have one value for each net."""
+    methods = tables().values()
+    return [
+        name
+        for name, (section, field) in all_keys().items()
+        if section not in methods and _per_grid(field.metadata["kind"])
+    ]
 
 
 def _plain(values: Any) -> Any:

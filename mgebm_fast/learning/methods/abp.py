@@ -18,7 +18,8 @@ from ...nets import Generator, generator_layers
 from ...nets.generator import DeconvLayer
 from ..config.keys import MOST_CHANNELS, MOST_SIDE, MOST_STEPS, Choice, Flag, Real, Whole, key, pick
 from ..config.method import Method, register
-from ..config.train_config import TrainConfig, merge
+from ..config.train_config import TrainConfig
+from ..config.values import merge
 from ..run.feed import Order
 from . import baselines
 from .model_rule import ModelRule

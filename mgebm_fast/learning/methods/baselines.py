@@ -14,7 +14,8 @@ from ...errors import ConfigError
 from ...models import OneNet, SingleGrid
 from ..config.keys import MOST_SAMPLES, MOST_STEPS, Maybe, Real, Whole, key, pick
 from ..config.method import METHODS, Method, register
-from ..config.train_config import TrainConfig, merge
+from ..config.train_config import TrainConfig
+from ..config.values import merge
 from .banks import Slots
 from .contrastive import ContrastiveRule
 from .synthesis import Synthesis

@@ -30,7 +30,8 @@ from ..config.keys import (
     key,
 )
 from ..config.method import Method, register
-from ..config.train_config import TrainConfig, merge
+from ..config.train_config import TrainConfig
+from ..config.values import merge
 from .baselines import SingleGridRule, Zeros
 from .work import work_of_chains
 

@@ -12,7 +12,8 @@ from ...errors import CheckpointError
 from ...models import Model
 from ..config.files import load_config
 from ..config.method import load_data
-from ..config.train_config import TrainConfig, from_dict
+from ..config.train_config import TrainConfig
+from ..config.values import from_dict
 from . import checkpoint, records
 from .folder import CHECKPOINTS, CONFIG, MODEL, check_inside, read_fingerprint
 

@@ -19,7 +19,7 @@ from mgebm_fast.learning import (
     preset_names,
 )
 from mgebm_fast.learning.config.toml import written
-from mgebm_fast.learning.config.train_config import from_dict
+from mgebm_fast.learning.config.values import from_dict
 
 COMMON = ("steps", "seed", "batch_size", "checkpoint_every", "sample_every", "width", "sizes")
 
@@ -247,12 +247,12 @@ def test_written_toml_is_read_back_as_it_was():
 def test_every_number_that_memory_or_time_depends_on_is_bounded():
     """Whole numbers have an upper bound, whatever lists and options they stand in."""
     from mgebm_fast.learning.config.keys import Whole
-    from mgebm_fast.learning.config.train_config import _fields
+    from mgebm_fast.learning.config.train_config import all_keys
 
     def leaves(kind):
         return leaves(kind.kind) if hasattr(kind, "kind") else kind
 
-    kinds = {name: leaves(field.metadata["kind"]) for name, (_, field) in _fields().items()}
+    kinds = {name: leaves(field.metadata["kind"]) for name, (_, field) in all_keys().items()}
     assert [name for name, kind in kinds.items() if isinstance(kind, Whole) and kind.high is None] == []
     with pytest.raises(ConfigError, match="batch_size must leave a batch below 2147483648 pixels, at 1 channels"):
         apply_overrides(load_preset("digits"), ["sizes=[1,4096]", "batch_size=4096"])

@@ -20,7 +20,7 @@ from mgebm_fast.learning import (
     load_preset,
     merge,
 )
-from mgebm_fast.learning.config.train_config import from_dict
+from mgebm_fast.learning.config.values import from_dict
 from mgebm_fast.models import EnergyModel
 
 
