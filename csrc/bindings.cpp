@@ -116,6 +116,8 @@ PYBIND11_MODULE(_C, m) {
   m.doc() = "Compiled kernels of mgebm_fast; call them through mgebm_fast.ops.";
   interrupted = signal_handler_raised;
   MGEBM_OPS(MGEBM_ADD)
+#define MGEBM_ADD_RESIDENT(op, Params, layers) MGEBM_ADD_##layers(op)
+  MGEBM_RESIDENT_OPS(MGEBM_ADD_RESIDENT)
   add_cpu(m, "conv_chain_pack", conv_chain_pack);
   m.def("conv_chain_workspace", [](const py::args& arguments) {
     int threads = 1;

@@ -6,12 +6,13 @@
 #pragma once
 
 #include "ops/conv_chain/conv_chain.h"
+#include "ops/conv_chain/resident_params.h"
 #include "ops/langevin_step.h"
 #include "ops/noise.h"
 #include "ops/pyramid.h"
 #include "ops/upsample.h"
 
-// layers: CPU, or CPU_AND_CUDA.
+// layers: CPU, or CPU_AND_CUDA
 #define MGEBM_FLOAT_OPS(X)                           \
   X(noise, NoiseParams, CPU_AND_CUDA)                \
   X(langevin_step, LangevinStepParams, CPU_AND_CUDA) \
@@ -19,6 +20,8 @@
   X(upsample, UpsampleParams, CPU_AND_CUDA)
 // Those that are compiled for the sets that multiply bfloat16 too.
 #define MGEBM_BFLOAT_OPS(X) X(conv_chain, ConvChainParams, CPU)
+// That take other params on a GPU than on a CPU.
+#define MGEBM_RESIDENT_OPS(X) X(conv_chain, ResidentParams, CPU_AND_CUDA)
 #define MGEBM_OPS(X) MGEBM_FLOAT_OPS(X) MGEBM_BFLOAT_OPS(X)
 
 namespace mgebm {
@@ -62,6 +65,7 @@ int64_t conv_chain_workspace(const ConvChainParams& params, int threads);
 #define MGEBM_CUDA_CPU_AND_CUDA(op, Params) int op##_cuda(const Params& params, int device, void* stream);
 #define MGEBM_DECLARE_CUDA(op, Params, layers) MGEBM_CUDA_##layers(op, Params)
 MGEBM_OPS(MGEBM_DECLARE_CUDA)
+MGEBM_RESIDENT_OPS(MGEBM_DECLARE_CUDA)
 #undef MGEBM_DECLARE_CUDA
 #undef MGEBM_CUDA_CPU_AND_CUDA
 #undef MGEBM_CUDA_CPU

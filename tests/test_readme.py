@@ -72,7 +72,9 @@ def test_the_loop_and_the_call_are_the_same_chain():
     names: dict = {}
     exec(before.replace("torch.randn_like(y)", "mg.ops.noise(y.shape, seed=0, step=step)"), names)
     loop = names["y"]
-    exec(after.replace("seed=0)", 'seed=0, precision="fp32")'), names)
+    seeded = after.replace("clamp=(0, 1))", 'clamp=(0, 1), seed=0, precision="fp32")')
+    assert seeded != after
+    exec(seeded, names)
     assert not torch.equal(loop, names["x"])
     torch.testing.assert_close(names["y"], loop, rtol=0, atol=1e-5)
 
@@ -174,7 +176,7 @@ def test_the_run_folder_table_is_what_training_leaves(tmp_path):
     words = [word for setting in settings.split() for word in ("--set", setting)]
     result = CliRunner().invoke(app, ["train", "digits", *words, "--out", str(tmp_path / "run")])
     assert result.exit_code == 0, result.output
-    named = [cells[0].strip("`").rstrip("/") for cells in table(README, "file")]
+    named = [name.rstrip("/") for cells in table(README, "file") for name in re.findall(r"`([^`]+)`", cells[0])]
     for name in named:
         assert (tmp_path / "run" / name).exists(), name
     assert {name.split("/")[0] for name in named} == {path.name for path in (tmp_path / "run").iterdir()}

@@ -33,6 +33,7 @@ from torch import Tensor
 
 from .. import native
 from ..ops.conv_chain import prefers_bfloat
+from ..ops.conv_chain.resident import scaled_head
 from .base import GradientPlan, PlanReport
 from .exact import exact_cudnn
 from .stack import Stack, Stage, example_input, layout_of, reread
@@ -40,7 +41,6 @@ from .stack import Stack, Stage, example_input, layout_of, reread
 aten = torch.ops.aten
 TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # The head's largest entry in float16: gradients may grow 2¹⁴-fold on their way to x, and shrink by as much.
-_HEAD_LOG2 = 1.0
 # backward(upstream, kept): `kept` is the activation's output, or its input where the output does not tell the slope.
 Backward = Callable[[Tensor, Tensor], Tensor]
 
@@ -65,15 +65,6 @@ def auto_precision(device_type: str, layers: int = 1) -> str:
     if device_type == "cuda":
         return "fp16" if layers <= _FLOAT16_LAYERS else "bf16"
     return "bf16" if bfloat16_is_fast(device_type) else "fp32"
-
-
-def scaled_head(head: Tensor) -> tuple[Tensor, Tensor]:
-    """(head times the power of two that brings its largest entry into [2, 4), one over that power), for float16.
-
-    The largest entry is not read back: `refresh` may follow every update.
-    """
-    exponent = _HEAD_LOG2 - torch.floor(torch.log2(head.abs().amax().clamp_min(2.0**-100)))
-    return head * torch.exp2(exponent), torch.exp2(-exponent)
 
 
 @dataclasses.dataclass(frozen=True)

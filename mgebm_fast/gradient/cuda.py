@@ -110,8 +110,11 @@ class FusedPlan(GradientPlan):
 
     backends = ("native", "triton")  # of the update, with which `advance_` makes the steps
 
-    def __init__(self, stack: Stack, energy: Any, precision: str, backend: str = "triton") -> None:
+    def __init__(
+        self, stack: Stack, energy: Any, precision: str, backend: str = "triton", *, not_resident: str = ""
+    ) -> None:
         self._energy, self.precision, self._backend = energy, precision, backend
+        self._slower = (f"the resident chain cannot run: {not_resident}",) if not_resident else ()
         self._dtype = TYPES[precision]
         self._shape = (stack.channels, *stack.size)
         device, last = stack.head.device, stack.stages[-1]
@@ -296,11 +299,12 @@ class FusedPlan(GradientPlan):
     def explain(self) -> PlanReport:
         if self._dense is not None:
             how = "small maps as matrices; sums and x in fp32"
-            return PlanReport("dense", self.precision, how, "all steps in one kernel")
+            return PlanReport("dense", self.precision, how, "all steps in one kernel", self._slower)
         return PlanReport(
             "fused", self.precision,
             f"library convolutions and a kernel between them; x as a sum of two {self.precision} numbers; sums, "
             "statistics and the step in fp32",
+            why_not_faster=self._slower,
         )  # fmt: skip
 
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ..errors import BackendError, suggest
 from ..ops.state import why_not_plain
-from . import conv, cuda
+from . import conv, cuda, resident
 from . import native as engine
 from .autograd import AutogradPlan
 from .base import GradientPlan
@@ -53,9 +53,12 @@ def plan(energy: Energy, x: Tensor, precision: str = "auto", where: str = "gradi
     if precision == "auto":
         precision = conv.auto_precision(x.device.type, len(stack.stages))
     if x.device.type == "cuda":
+        not_resident = resident.why_not(stack, x, precision)
+        if not not_resident:
+            return resident.ResidentPlan(stack, energy, x)
         reason = cuda.why_not(stack, x, precision)
         if not reason:
-            return cuda.FusedPlan(stack, energy, precision)
+            return cuda.FusedPlan(stack, energy, precision, not_resident=not_resident)
         return conv.ConvPlan(stack, energy, precision, f"the fused plan cannot run: {reason}")
     reason = engine.why_not(stack, x, precision)
     if not reason:

@@ -17,8 +17,8 @@ from mgebm_fast.errors import BackendError
 from mgebm_fast.ops.update import update
 
 conv_chain = importlib.import_module("mgebm_fast.ops.conv_chain")
-windows = importlib.import_module("mgebm_fast.ops.windows")
-scratch = importlib.import_module("mgebm_fast.ops.scratch")
+windows = importlib.import_module("mgebm_fast.ops.conv_chain.windows")
+scratch = importlib.import_module("mgebm_fast.ops.conv_chain.scratch")
 
 ISAS = ("portable", "avx2", "avx512", "avx512bf16", "amx")
 NUMBERS = update(step_size=0.3, reference_std=50.0, grad_clamp=0.8, clamp=(0.0, 255.0))

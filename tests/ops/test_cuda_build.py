@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-SOURCES = sorted((ROOT / "csrc/ops").glob("*_cuda.cu"))
+SOURCES = sorted((ROOT / "csrc/ops").rglob("*_cuda.cu"))
 NVCC = shutil.which("nvcc") or next(
     (p for p in (f"{os.environ.get('CUDA_HOME', '/usr/local/cuda')}/bin/nvcc",) if os.access(p, os.X_OK)), None
 )

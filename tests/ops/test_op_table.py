@@ -30,6 +30,12 @@ def test_files_hold_just_the_ops_of_the_table():
     assert set(ops.TABLE) <= {p.stem.removeprefix("bench_") for p in (ROOT / "bench/ops").iterdir()}
 
 
+def python_of(op: str) -> list[Path]:
+    """The file of an op, or the files of a large one."""
+    folder = ROOT / "mgebm_fast/ops" / op
+    return sorted(folder.glob("*.py")) if folder.is_dir() else [folder.with_suffix(".py")]
+
+
 def source_of(op: str, ending: str) -> str:
     [path] = (ROOT / "csrc/ops").rglob(f"{op}{ending}")
     return path.read_text()
@@ -37,6 +43,7 @@ def source_of(op: str, ending: str) -> str:
 
 def test_the_table_of_compiled_ops_is_that_of_python():
     lines = re.findall(r"X\((\w+), \w+, (CPU\w*)\)", (ROOT / "csrc/op_table.h").read_text())
+    lines = [line for line in lines if line != ("conv_chain", "CPU")]  # its params on a GPU have a line of their own
     expected = {op: "CPU_AND_CUDA" if layers.cuda else "CPU" for op, layers in ops.TABLE.items() if layers.cpu}
     assert dict(lines) == expected and len(lines) == len(expected)
 
@@ -59,7 +66,7 @@ def test_layers_use_the_name(op):
     public = op + "_" if op in IN_PLACE else op
     assert callable(getattr(ops, public))
     assert hasattr(torch.ops.mgebm_fast, public) == layers.traced
-    assert f"def {op}_reference" in (ROOT / f"mgebm_fast/ops/{op}.py").read_text()
+    assert any(f"def {op}_reference" in path.read_text() for path in python_of(op))
     if layers.cpu:
         assert f"void {op}_cpu(" in source_of(op, "_cpu.cpp")
         assert not native.available() or hasattr(native.module(), f"{op}_cpu")
@@ -75,4 +82,5 @@ def test_only_the_ops_call_the_compiled_module():
         for path in (ROOT / "mgebm_fast").rglob("*.py")
         if any(f"{op}_{side}" in path.read_text() for op in ops.TABLE for side in ("cpu", "cuda"))
     }
-    assert callers == {f"mgebm_fast/ops/{op}.py" for op, layers in ops.TABLE.items() if layers.cpu or layers.cuda}
+    compiled = [op for op, layers in ops.TABLE.items() if layers.cpu or layers.cuda]
+    assert callers <= {path.relative_to(ROOT).as_posix() for op in compiled for path in python_of(op)}

@@ -6,7 +6,11 @@
 
 #if defined(__CUDACC__)
 #define MG_HD __host__ __device__ __forceinline__
+#define MG_UNROLL _Pragma("unroll")
+#define MG_NO_UNROLL _Pragma("unroll 1")
 #else
+#define MG_UNROLL
+#define MG_NO_UNROLL
 #define MG_HD static inline __attribute__((always_inline))
 #endif
 

@@ -16,17 +16,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .. import native
-from . import windows
-from .backend import choose, register
-from .counters import Counters, check
-from .langevin_step import langevin_step_reference
+from ... import native
+from ..backend import choose, register
+from ..counters import Counters, check
+from ..langevin_step import langevin_step_reference
+from ..state import addresses, check_mask, why_not_plain
+from ..update import Update, check_steps, prepare
+from . import resident, windows
 from .scratch import Scratch
-from .state import addresses, check_mask, why_not_plain
-from .update import Update, check_steps, prepare
 
 OP = "conv_chain"
-register("conv_chain", cpu=True, traced=False)
+register("conv_chain", cpu=True, cuda=True, traced=False)
 ACTIVATIONS = {"none": 0, "leaky_relu": 1, "relu": 1, "silu": 2, "elu": 3}
 MAX_STAGES = 32
 MAX_PIXELS = 2**31  # of a map: the tables of windows are int32
@@ -236,7 +236,8 @@ def conv_chain(
     Args:
         bfloat: the native backend's convolutions on bfloat16 operands (AVX512_BF16 or AMX).
         step_size … mask, seed … stream: as in `langevin_step_`; first_step a number or a 0-dim int64 tensor.
-        backend: "native" (CPU), or "reference": float64 gradients by autograd, x rounded to float32 at each step.
+        backend: "native", on a GPU the resident kernel in float16 (ValueError where a block cannot hold the net); or
+            "reference": float64 gradients by autograd, x rounded to float32 at each step.
 
     Raises: TypeError, ValueError, BackendError.
     """
@@ -254,6 +255,8 @@ def conv_chain(
     out = x.detach().clone(memory_format=torch.contiguous_format)
     if backend == "reference":
         conv_chain_reference(stages, head, out, steps=steps, numbers=numbers, place=place, mask=mask)
+    elif x.device.type == "cuda":
+        resident.run(stages, head, out, steps=steps, numbers=numbers, place=place, mask=mask)
     else:
         ConvChain(stages, head, bfloat=bfloat).advance_(out, steps, numbers, place, mask)
     return out

@@ -1,0 +1,480 @@
+// conv_chain on a GPU, resident: one launch makes all K steps of a net whose float16 weights fit into shared memory, or
+// the cascade of several such nets, each of which starts from the enlarged result of the one before.
+//
+// A block holds `samples` chains. In shared memory for a whole chain: the weights of all stages, once, in the order of
+// [tap][output][input]; the state x in float32, and as the sum of two float16 numbers; one float16 map a stage. On the
+// way up a map holds h_l; on the way down dE/dz_l takes the place of h_l, number by number, by the thread that reads
+// the slope of its activation from the sign of h_l. Nothing but x ever leaves.
+//
+//   forward l    z = W h_(l-1) + b;  map l <- a(z);  at the top  map <- head a'(z)
+//   backward l   map l-1 <- (W' map l) a'(z_(l-1))                                            l = top ... 1
+//   edge         dx <- W' map 0
+//   update       x <- langevin_step_update(x, dx / scale, normal)
+//
+// A product is an implicit matrix product: 16 rows are (sample, pixel) pairs of one class, whose windows read taps at
+// the same offsets (`Windows` of the CPU's conv_chain, classes merged where a tap outside the map may be read as
+// zeros); 16 columns of the left operand are two chunks of 8 channels, 8 columns of the right one a chunk of the
+// result's channels. The weights serve both directions: on the way down they are transposed as they are loaded.
+// Numbers are summed in one order whatever the samples of a block are.
+#pragma once
+
+#include "mgebm/warp.h"
+#include "ops/conv_chain/resident_params.h"
+
+namespace mgebm {
+
+// Chunks of 16 bytes lie so that eight neighbouring pixels, whatever their depth, are in different banks. A depth is 1,
+// 2, 4 or whole eights of chunks: within such an eight, chunk c is at the address of chunk 0 xor 16 c.
+MG_BODY int32_t swizzled(int32_t chunk) { return chunk ^ ((chunk >> 3 ^ chunk >> 6) & 7); }
+MG_BODY uint32_t chunk_at(int32_t start, int32_t chunk) { return static_cast<uint32_t>(start + 16 * swizzled(chunk)); }
+
+// The same for the weights, in groups of eight rows: `row` of 8 outputs of a tap, each `depth` chunks long.
+MG_BODY uint32_t weight_at(int32_t start, int32_t group, int32_t row, int32_t depth, int32_t chunk) {
+  return static_cast<uint32_t>(start + 16 * (8 * group * depth + swizzled(row * depth + chunk)));
+}
+
+MG_BODY float exponential_of(float x) {
+  x = x < -87.0f ? -87.0f : x > 88.0f ? 88.0f : x;
+  const float n = static_cast<float>(static_cast<int32_t>(x * 1.44269504f + (x < 0.0f ? -0.5f : 0.5f)));
+  const float r = fused(n, 2.12194440e-4f, fused(-n, 0.693359375f, x));
+  float p = 1.98756915e-4f;
+  p = fused(p, r, 1.39819995e-3f);
+  p = fused(p, r, 8.33345192e-3f);
+  p = fused(p, r, 4.16657955e-2f);
+  p = fused(p, r, 1.66666655e-1f);
+  p = fused(p, r, 5.00000012e-1f);
+  p = fused(p * r, r, r + 1.0f);
+  return p * as_float(static_cast<uint32_t>(static_cast<int32_t>(n) + 127) << 23);
+}
+
+MG_BODY bool is_finite(float value) { return (as_bits(value) & 0x7F800000u) != 0x7F800000u; }
+
+// a(z). Of a piecewise linear a (none: slope 1) the sign bit tells z <= 0, of 0 too: on the way down it tells the slope.
+template <bool kCurved>
+MG_BODY float activate(const ResidentStage& stage, float z) {
+  if constexpr (!kCurved) return z > 0.0f ? z : as_float(as_bits(z * stage.slope) | 0x80000000u);
+  if (stage.activation == Activation::kElu) return z > 0.0f ? z : exponential_of(z) - 1.0f;
+  return z / (1.0f + exponential_of(-z));
+}
+
+// a'(z)
+template <bool kCurved>
+MG_BODY float slope_of(const ResidentStage& stage, float z) {
+  if constexpr (!kCurved) return z > 0.0f ? 1.0f : stage.slope;
+  if (stage.activation == Activation::kElu) return z > 0.0f ? 1.0f : exponential_of(z);
+  const float s = 1.0f / (1.0f + exponential_of(-z));
+  return s * fused(z, 1.0f - s, 1.0f);
+}
+
+MG_BODY bool curved(const ResidentStage& stage) {
+  return stage.activation == Activation::kSilu || stage.activation == Activation::kElu;
+}
+
+template <int kValue>
+struct Whole {
+  static constexpr int value = kValue;
+};
+
+template <class Cta>
+class Resident {
+ public:
+  using Warp = typename Cta::Warp;
+
+  MG_BODY Resident(Cta& cta, const ResidentParams& params) : cta_(cta), p_(params) {}
+
+  MG_BODY void run() {
+    for (int i = 0; i < p_.nets.count; ++i) {
+      const ResidentNet& net = p_.nets.at[i];
+      load_image(net);
+      const int64_t groups = (p_.samples + net.samples - 1) / net.samples;
+      for (int64_t group = cta_.index(); group < groups; group += cta_.count()) {
+        const int64_t first = group * net.samples;
+        load_state(net, first);
+        const int64_t steps = net.gradient ? 1 : net.steps;
+        for (int64_t k = 0; k < steps; ++k) {
+          gradient(net);
+          if (!net.gradient) update(net, first, k);
+        }
+        if (net.gradient) {
+          write(net, first, net.dx, *number(net, net.unscale), net.gradient);
+        } else {
+          write(net, first, net.x, 1.0f, net.out);
+        }
+      }
+    }
+  }
+
+ private:
+  MG_BODY static const float* number(const ResidentNet& net, int32_t at) {
+    return reinterpret_cast<const float*>(net.memory + at);
+  }
+  MG_BODY static const int32_t* table(const ResidentNet& net, int32_t at) {
+    return reinterpret_cast<const int32_t*>(net.memory + at);
+  }
+  MG_BODY int64_t real_sample(int64_t sample) const { return sample < p_.samples ? sample : p_.samples - 1; }
+
+  // body(i) for i = 0 ... count - 1, a lane of some warp each.
+  template <typename Body>
+  MG_BODY void spread(int count, const Body& body) {
+    cta_.phase([&](const Warp& warp) {
+      warp.each([&](int lane) {
+        for (int i = warp.index() * kLanes + lane; i < count; i += cta_.warps() * kLanes) body(warp, i);
+      });
+    });
+  }
+
+  struct Chunk {
+    uint32_t w[4];
+  };
+
+  MG_BODY void load_image(const ResidentNet& net) {
+    struct alignas(16) Aligned : Chunk {};
+    const Aligned* from = reinterpret_cast<const Aligned*>(net.memory);
+    spread(net.image_bytes / 16, [&](const Warp& warp, int i) { warp.store(static_cast<uint32_t>(16 * i), from[i]); });
+  }
+
+  // Pixel `pixel` of the map that net.from holds, for that pixel of x: its own, or the one it is a copy of.
+  MG_BODY static int source_pixel(const ResidentNet& net, int pixel) {
+    const Extent& size = net.size;
+    const Extent& by = net.factor;
+    const int64_t column = pixel % size.width / by.width, row = pixel / size.width % size.height / by.height;
+    const int64_t plane = pixel / (size.width * size.height) / by.depth;
+    const int64_t source = (plane * (size.height / by.height) + row) * (size.width / by.width) + column;
+    return static_cast<int>(source);
+  }
+
+  MG_BODY void load_state(const ResidentNet& net, int64_t first) {
+    const int elements = net.channels * net.pixels;
+    const int source_pixels = static_cast<int>(net.pixels / (net.factor.depth * net.factor.height * net.factor.width));
+    const ResidentStage& stage = net.stages.at[0];
+    // Channels that fill up a chunk are multiplied, by zeros: they must be numbers.
+    spread(net.samples * net.pixels * stage.in_chunks, [&](const Warp& warp, int i) {
+      struct alignas(16) Aligned : Chunk {};
+      warp.store(chunk_at(net.x_map, i), Aligned{});
+    });
+    spread(net.samples * elements, [&](const Warp& warp, int i) {
+      const int s = i / elements, element = i % elements, channel = element / net.pixels, pixel = element % net.pixels;
+      const int64_t plane = real_sample(first + s) * net.channels + channel;
+      store_state(warp, net, s, channel, pixel, net.from[plane * source_pixels + source_pixel(net, pixel)]);
+    });
+  }
+
+  // x, and x = high + low to the first convolution: channels `channel` and net.channels + `channel` of its map.
+  MG_BODY static void store_state(const Warp& warp, const ResidentNet& net, int s, int channel, int pixel, float x) {
+    const int chunks = net.stages.at[0].in_chunks;
+    warp.store(static_cast<uint32_t>(net.x + 4 * ((s * net.channels + channel) * net.pixels + pixel)), x);
+    const uint16_t high = static_cast<uint16_t>(pack(x, 0.0f));
+    const uint16_t low = static_cast<uint16_t>(pack(x - unpack(high), 0.0f));
+    const int start = (s * net.pixels + pixel) * chunks, other = channel + net.channels;
+    warp.store(chunk_at(net.x_map, start + channel / 8) + 2u * static_cast<uint32_t>(channel % 8), high);
+    warp.store(chunk_at(net.x_map, start + other / 8) + 2u * static_cast<uint32_t>(other % 8), low);
+  }
+
+  MG_BODY void write(const ResidentNet& net, int64_t first, int32_t at, float factor, float* to) {
+    const int elements = net.channels * net.pixels;
+    spread(net.samples * elements, [&](const Warp& warp, int i) {
+      if (first + i / elements >= p_.samples) return;
+      to[first * elements + i] = factor * warp.template load<float>(static_cast<uint32_t>(at + 4 * i));
+    });
+  }
+
+  MG_BODY void gradient(const ResidentNet& net) {
+    for (int l = 0; l < net.stages.count; ++l) forward(net, l);
+    for (int l = net.stages.count - 1; l > 0; --l) backward(net, l);
+    const int pixels = net.pixels, elements = net.channels * pixels;
+    products<true, 1>(net, 0, (net.channels + 7) / 8, [&](const Warp& warp, const auto& each_pair) {
+      each_pair([&](int s, int pixel, int column, float v0, float v1) {
+        const uint32_t at = static_cast<uint32_t>(net.dx + 4 * (s * elements + column * pixels + pixel));
+        if (column < net.channels) warp.store(at, v0);
+        if (column + 1 < net.channels) warp.store(at + 4u * static_cast<uint32_t>(pixels), v1);
+      });
+    });
+  }
+
+  // Where two neighbouring channels of a stage's map are, or of the z that is kept beside it.
+  MG_BODY static uint32_t pair_at(const ResidentStage& stage, int32_t map, int s, int pixel, int column) {
+    return chunk_at(map, (s * stage.out_pixels + pixel) * stage.out_chunks + column / 8) +
+           2u * static_cast<uint32_t>(column % 8);
+  }
+
+  MG_BODY void forward(const ResidentNet& net, int l) {
+    const ResidentStage& stage = net.stages.at[l];
+    products<false, 2>(net, l, stage.out_chunks, [&](const Warp& warp, const auto& each_pair) {
+      if (curved(stage)) {
+        finish_forward<true>(net, l, warp, each_pair);
+      } else {
+        finish_forward<false>(net, l, warp, each_pair);
+      }
+    });
+  }
+
+  template <bool kCurved, typename EachPair>
+  MG_BODY void finish_forward(const ResidentNet& net, int l, const Warp& warp, const EachPair& each_pair) {
+    const ResidentStage& stage = net.stages.at[l];
+    const auto with_bias = [&](int column, float v) {
+      return v + warp.template load<float>(static_cast<uint32_t>(stage.bias + 4 * column));
+    };
+    if (l + 1 == net.stages.count) {
+      const float* head = number(net, net.head);
+      each_pair([&](int s, int pixel, int column, float v0, float v1) {
+        const float* d = head + pixel * 8 * stage.out_chunks + column;
+        const float z0 = with_bias(column, v0), z1 = with_bias(column + 1, v1);
+        // What overflowed on the way up must not leave by a slope: z - z is NaN for inf and NaN, else 0.
+        const float g0 = fused(d[0], slope_of<kCurved>(stage, z0), z0 - z0);
+        const float g1 = fused(d[1], slope_of<kCurved>(stage, z1), z1 - z1);
+        warp.store(pair_at(stage, stage.map, s, pixel, column), pack(g0, g1));
+      });
+      return;
+    }
+    each_pair([&](int s, int pixel, int column, float v0, float v1) {
+      const float z0 = with_bias(column, v0), z1 = with_bias(column + 1, v1);
+      warp.store(pair_at(stage, stage.map, s, pixel, column),
+                 pack(activate<kCurved>(stage, z0), activate<kCurved>(stage, z1)));
+      if constexpr (kCurved) warp.store(pair_at(stage, stage.z, s, pixel, column), pack(z0, z1));
+    });
+  }
+
+  MG_BODY void backward(const ResidentNet& net, int l) {
+    const ResidentStage& below = net.stages.at[l - 1];
+    products<true, 2>(net, l, below.out_chunks, [&](const Warp& warp, const auto& each_pair) {
+      if (curved(below)) {
+        each_pair([&](int s, int pixel, int column, float v0, float v1) {
+          const uint32_t z = warp.template load<uint32_t>(pair_at(below, below.z, s, pixel, column));
+          const float z0 = unpack(static_cast<uint16_t>(z)), z1 = unpack(static_cast<uint16_t>(z >> 16));
+          warp.store(pair_at(below, below.map, s, pixel, column),
+                     pack(v0 * slope_of<true>(below, z0), v1 * slope_of<true>(below, z1)));
+        });
+      } else {
+        each_pair([&](int s, int pixel, int column, float v0, float v1) {
+          const uint32_t at = pair_at(below, below.map, s, pixel, column);
+          const uint32_t h = warp.template load<uint32_t>(at);
+          warp.store(at, pack(h & 0x8000u ? v0 * below.slope : v0, h & 0x80000000u ? v1 * below.slope : v1));
+        });
+      }
+    });
+  }
+
+  // All products of stage l, `columns` chunks of 8 of them, by warps that make 16 kPairs columns at a time. `finish`
+  // gets, of each unit, a way to visit its (sample, pixel, column, two neighbouring sums).
+  template <bool kBackward, int kPairs, typename Finish>
+  MG_BODY void products(const ResidentNet& net, int l, int columns, const Finish& finish) {
+    const ResidentWindows& windows = kBackward ? net.stages.at[l].backward : net.stages.at[l].forward;
+    const int groups = (columns + 2 * kPairs - 1) / (2 * kPairs);
+    cta_.phase([&](const Warp& warp) {
+      for (int unit = warp.index(); unit < windows.tiles * groups; unit += cta_.warps()) {
+        const Unit found = unit_of<kBackward>(warp, net, l, unit / groups, unit % groups * 2 * kPairs, columns);
+        if (found.first_row + 16 < found.rows && windows.tile_rows > 16) {
+          product<kBackward, 2, kPairs>(warp, net, l, found, finish);
+        } else {
+          product<kBackward, 1, kPairs>(warp, net, l, found, finish);
+        }
+      }
+    });
+  }
+
+  // Some rows of one class by some columns.
+  struct Unit {
+    int first_row, rows;  // of the class: outputs times samples
+    int first_output, outputs, first_tap, last_tap;
+    int first_column, columns;  // in chunks; columns: of all
+  };
+
+  MG_BODY static int entry(const Warp& warp, int32_t at, int i) {
+    return warp.template load<int32_t>(static_cast<uint32_t>(at + 4 * i));
+  }
+
+  template <bool kBackward>
+  MG_BODY static Unit unit_of(const Warp& warp, const ResidentNet& net, int l, int tile, int first_column,
+                              int columns) {
+    const ResidentWindows& windows = kBackward ? net.stages.at[l].backward : net.stages.at[l].forward;
+    int c = 0;
+    while (entry(warp, windows.first_tile, c + 1) <= tile) ++c;
+    const int first_output = entry(warp, windows.first_output, c);
+    const int outputs = entry(warp, windows.first_output, c + 1) - first_output;
+    return {(tile - entry(warp, windows.first_tile, c)) * windows.tile_rows,
+            outputs * net.samples,
+            first_output,
+            outputs,
+            entry(warp, windows.first_tap, c),
+            entry(warp, windows.first_tap, c + 1),
+            first_column,
+            columns};
+  }
+
+  // What a lane's rows read: the first chunk of the pixel at the base of each, and which taps are inside the map.
+  struct Row {
+    int32_t start;
+    uint32_t taps;
+  };
+
+  template <bool kBackward, int kTiles, int kPairs, typename Finish>
+  MG_BODY void product(const Warp& warp, const ResidentNet& net, int l, const Unit& unit, const Finish& finish) {
+    const ResidentStage& stage = net.stages.at[l];
+    const ResidentWindows& windows = kBackward ? stage.backward : stage.forward;
+    const int32_t* const base = table(net, windows.base);
+    const int32_t* const inside = table(net, windows.inside);
+    const int read_pixels = kBackward ? stage.out_pixels : stage.in_pixels;
+    const int depth = kBackward ? stage.out_chunks : stage.in_chunks;  // chunks of a pixel that is read
+    const int32_t map = kBackward ? stage.map : l == 0 ? net.x_map : net.stages.at[l - 1].map;
+
+    PerLane<Row> from[kTiles];
+    PerLane<Accumulator> sum[kTiles][2 * kPairs];
+    warp.each([&](int lane) {
+      MG_UNROLL
+      for (int m = 0; m < kTiles; ++m) {
+        int row = unit.first_row + 16 * m + lane % 16;
+        if (row >= unit.rows) row = unit.rows - 1;
+        const int i = unit.first_output + row % unit.outputs;
+        from[m][lane] = {(row / unit.outputs * read_pixels + base[i]) * depth, static_cast<uint32_t>(inside[i])};
+        MG_UNROLL
+        for (int j = 0; j < 2 * kPairs; ++j) sum[m][j][lane] = {};
+      }
+    });
+    PerLane<uint32_t> left[kTiles], right[kPairs];
+    // A lane's addresses of chunk `chunk` of a tap. It asks for its own half of the 16 channels: the lanes of the left
+    // operand's second half are 16 and on, those of the right one's every other eight.
+    const auto point_left = [&](int lane, int tap, int chunk) {
+      const int pixel = entry(warp, windows.taps, 2 * tap), nth = tap - unit.first_tap;
+      MG_UNROLL
+      for (int m = 0; m < kTiles; ++m) {
+        const bool reads = nth >= 32 || (from[m][lane].taps >> nth & 1u);
+        left[m][lane] = reads ? chunk_at(map, from[m][lane].start + pixel * depth + chunk) : zeros(net, chunk);
+      }
+    };
+    const auto point_right = [&](int lane, int tap, int chunk) {
+      const int row = entry(warp, windows.taps, 2 * tap + 1) * stage.out_chunks;
+      MG_UNROLL
+      for (int j = 0; j < kPairs; ++j) {
+        int column = unit.first_column + 2 * j + lane / 16;
+        if (column >= unit.columns) column = unit.columns - 1;
+        right[j][lane] = kBackward ? weight_at(stage.weights, row + chunk, lane % 8, stage.in_chunks, column)
+                                   : weight_at(stage.weights, row + column, lane % 8, stage.in_chunks, chunk);
+      }
+    };
+    // sum += the products of kSteps times 16 channels, `step` chunks from where the addresses point and on.
+    const auto add = [&](auto steps, int step) {
+      constexpr int kSteps = decltype(steps)::value;
+      PerLane<Operand> a[kSteps][kTiles], b[kSteps][kPairs];
+      MG_UNROLL
+      for (int k = 0; k < kSteps; ++k) {
+        PerLane<uint32_t> at;
+        const uint32_t turn = 16u * static_cast<uint32_t>(step + 2 * k);
+        const uint32_t down = 128u * static_cast<uint32_t>((step + 2 * k) * stage.in_chunks);
+        MG_UNROLL
+        for (int m = 0; m < kTiles; ++m) {
+          warp.each([&](int lane) { at[lane] = left[m][lane] ^ turn; });
+          warp.template load_matrices<false>(a[k][m], at);
+        }
+        MG_UNROLL
+        for (int j = 0; j < kPairs; ++j) {
+          warp.each([&](int lane) { at[lane] = kBackward ? right[j][lane] + down : right[j][lane] ^ turn; });
+          warp.template load_matrices<kBackward>(b[k][j], at);
+        }
+      }
+      MG_UNROLL
+      for (int k = 0; k < kSteps; ++k) {
+        MG_UNROLL
+        for (int j = 0; j < 2 * kPairs; ++j) {
+          MG_UNROLL
+          for (int m = 0; m < kTiles; ++m) warp.multiply(sum[m][j], a[k][m], b[k][j / 2], j % 2);
+        }
+      }
+    };
+    if (depth == 1) {  // two taps at a time; beside the last of an odd number, zeros
+      for (int tap = unit.first_tap; tap < unit.last_tap; tap += 2) {
+        const bool alone = tap + 1 == unit.last_tap;
+        warp.each([&](int lane) {
+          point_left(lane, lane / 16 && !alone ? tap + 1 : tap, 0);
+          point_right(lane, lane / 8 % 2 && !alone ? tap + 1 : tap, 0);
+          if (alone && lane / 16) {
+            MG_UNROLL
+            for (int m = 0; m < kTiles; ++m) left[m][lane] = zeros(net, 0);
+          }
+        });
+        add(Whole<1>(), 0);
+      }
+    } else {
+      MG_NO_UNROLL
+      for (int tap = unit.first_tap; tap < unit.last_tap; ++tap) {
+        MG_NO_UNROLL
+        for (int chunk = 0; chunk < depth; chunk += 8) {
+          warp.each([&](int lane) {
+            point_left(lane, tap, chunk + lane / 16);
+            point_right(lane, tap, chunk + lane / 8 % 2);
+          });
+          if (depth == 2) {
+            add(Whole<1>(), 0);
+          } else {
+            add(Whole<2>(), 0);
+            if (depth > 4) add(Whole<2>(), 4);
+          }
+        }
+      }
+    }
+
+    const int32_t* const output = table(net, windows.output);
+    finish(warp, [&](const auto& body) {
+      warp.each([&](int lane) {
+        MG_UNROLL
+        for (int m = 0; m < kTiles; ++m) {
+          MG_UNROLL
+          for (int half = 0; half < 2; ++half) {
+            const int row = unit.first_row + 16 * m + 8 * half + lane / 4;
+            if (row >= unit.rows) continue;
+            const int s = row / unit.outputs, pixel = output[unit.first_output + row % unit.outputs];
+            MG_UNROLL
+            for (int j = 0; j < 2 * kPairs; ++j) {
+              if (unit.first_column + j >= unit.columns) break;
+              const float* v = sum[m][j][lane].v + 2 * half;
+              body(s, pixel, 8 * (unit.first_column + j) + 2 * (lane % 4), v[0], v[1]);
+            }
+          }
+        }
+      });
+    });
+  }
+
+  // The zeros at the front of the image take any turn of an address.
+  MG_BODY static uint32_t zeros(const ResidentNet& net, int chunk) {
+    return static_cast<uint32_t>(net.zero + 16 * (chunk % 8));
+  }
+
+  MG_BODY void update(const ResidentNet& net, int64_t first, int64_t k) {
+    const int elements = net.channels * net.pixels, quads = (elements + 3) / 4;
+    const LangevinStepCoefficients numbers =
+        net.numbers_at ? reinterpret_cast<const LangevinStepCoefficients*>(net.numbers_at)[net.numbers_vary ? k : 0]
+                       : net.numbers;
+    const float unscale = *number(net, net.unscale);
+    spread(net.samples * quads, [&](const Warp& warp, int i) {
+      const int s = i / quads, quad = i % quads;
+      if (first + s >= p_.samples) return;
+      SampleKey key = sample_key(net.counters, first + s);
+      const int64_t step = (net.counters.step_at ? *net.counters.step_at : net.counters.step) + k;
+      key.step = static_cast<uint32_t>(step);
+      key.valid &= (static_cast<uint64_t>(step) >> 32) == 0;
+      float normal[4] = {};
+      if (numbers.noise_std != 0.0f) {
+        const Quad q = normals_of(words_at(key, static_cast<uint32_t>(quad)));
+        const float nan = as_float(0x7FC00000u);
+        normal[0] = key.valid ? q.v0 : nan, normal[1] = key.valid ? q.v1 : nan;
+        normal[2] = key.valid ? q.v2 : nan, normal[3] = key.valid ? q.v3 : nan;
+      }
+      for (int j = 0; j < 4; ++j) {
+        const int element = 4 * quad + j;
+        if (element >= elements) break;
+        const uint32_t at = static_cast<uint32_t>(4 * (s * elements + element));
+        const float slope = unscale * warp.template load<float>(static_cast<uint32_t>(net.dx) + at);
+        if (!is_finite(slope)) warp.lower(p_.bad_step, step);
+        if (net.mask && !net.mask[(first + s) * elements + element]) continue;
+        const float x = warp.template load<float>(static_cast<uint32_t>(net.x) + at);
+        store_state(warp, net, s, element / net.pixels, element % net.pixels,
+                    langevin_step_update(numbers, x, slope, normal[j]));
+      }
+    });
+  }
+
+  Cta& cta_;
+  const ResidentParams& p_;
+};
+
+}  // namespace mgebm

@@ -1,0 +1,135 @@
+"""conv_chain on a GPU: the kernel's own source, run on the host with its shared memory checked, against float64.
+
+Random nets are compared with float64 in which weights and maps are rounded as the kernel rounds them, since in a net of
+a few units one sign that a rounding turns changes much; nets that are used, with float64 itself.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import pytest
+import torch
+from helpers.resident_host import IDLE, advanced, gradient, launch, loaded, place_of, random_stack, rounded_gradient
+
+from mgebm_fast.gradient.stack import read
+from mgebm_fast.nets import multigrid_net
+from mgebm_fast.ops import upsample
+from mgebm_fast.ops.conv_chain import conv_chain_reference, gradient_reference, resident
+from mgebm_fast.ops.conv_chain.resident_layout import Layout
+from mgebm_fast.ops.edge_step import NO_BAD_STEP
+from mgebm_fast.ops.update import Update
+
+LAW = Update(0.01, 0.05, 0.5, 0.1, 0.8, -1.0, 1.0)
+
+
+def compact(size: int, channels: int = 3):
+    net = multigrid_net(size, channels, norm="none", variant="compact", seed=size)
+    return read(net, torch.zeros(2, channels, size, size))
+
+
+@pytest.mark.parametrize("part", range(5))
+def test_random_stacks(part):
+    """Gradient, and three masked steps; the same bits for other groupings of samples, and step by step."""
+    for seed in range(60 * part, 60 * part + 60):
+        stages, head, shape = random_stack(seed)
+        numbers = torch.Generator().manual_seed(seed)
+        x = torch.rand(1 + seed % 7, *shape, generator=numbers) * 2 - 1
+        samples = 1 + seed % 3
+        expected = rounded_gradient(stages, head, x)
+        error = float((gradient(stages, head, x, samples=samples, seed=seed) - expected).norm())
+        assert error <= 2e-3 * (float(expected.norm()) + math.sqrt(len(x))), (seed, error)
+
+        mask = torch.rand(x.shape, generator=numbers) < 0.7 if seed % 2 else None
+        ended = advanced(stages, head, x, LAW, samples=samples, steps=3, mask=mask, seed=seed)
+        reference = x.clone()
+        conv_chain_reference(stages, head, reference, steps=3, numbers=LAW, place=place_of(x), mask=mask)
+        assert float((ended - reference).abs().max()) < 0.05, seed
+        again = x
+        for step in range(3):
+            again = advanced(
+                stages,
+                head,
+                again,
+                LAW,
+                samples=1 + samples % 3,
+                steps=1,
+                step=step,
+                mask=mask,
+                seed=seed + 1,
+                blocks=2,
+            )
+        assert torch.equal(again, ended), seed
+
+
+@pytest.mark.parametrize("size", [2, 4, 8, 16])
+def test_compact_nets_fit_a_block(size):
+    stack = compact(size)
+    assert resident.why_not(stack.stages) == ""
+    x = torch.rand(5, 3, size, size, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    expected = gradient_reference(stack.stages, stack.head, x)
+    for samples in (1, 2):
+        error = (gradient(stack.stages, stack.head, x, samples=samples) - expected).norm() / expected.norm()
+        assert error < 0.08  # signs of units near 0 flip
+
+
+def test_what_does_not_fit_is_named():
+    assert "KiB of shared memory" in resident.why_not(compact(32).stages)
+    batch = read(multigrid_net(4, 3, norm="batch"), torch.zeros(2, 3, 4, 4))
+    assert "batch statistics" in resident.why_not(batch.stages)
+    stack = compact(4)
+    assert "up to 8 layers" in resident.why_not(stack.stages * 3)
+    negative = [dataclasses.replace(stage, slope=-0.5) for stage in stack.stages]
+    assert "slope -0.5" in resident.why_not(negative)
+
+
+def test_a_cascade_is_one_launch():
+    """2 → 4 → 8: each net from the replicated result of the one before, as three launches make them."""
+    sizes = (2, 4, 8)
+    stacks = [compact(size) for size in sizes]
+    start = torch.rand(5, 3, 1, 1, generator=torch.Generator().manual_seed(0))
+    chains = [loaded(s.stages, s.head, 2) for s in stacks]
+    outs, nets, before = [], [], start
+    for size, chain in zip(sizes, chains, strict=True):
+        out = torch.full((5, 3, size, size), math.nan)
+        nets.append(chain.arguments(before, out, steps=2, numbers=LAW, place=place_of(out, step=size)))
+        outs.append(out)
+        before = out
+    assert launch(chains, nets, 5, blocks=2) == NO_BAD_STEP
+    x = start
+    for size, stack, out in zip(sizes, stacks, outs, strict=True):
+        x = advanced(stack.stages, stack.head, upsample(x, size // x.shape[-1]), LAW, samples=1, steps=2, step=size)
+        assert torch.equal(out, x)
+
+
+def test_numbers_from_memory_vary_by_step():
+    stack = compact(4)
+    x = torch.rand(3, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+    laws = [dataclasses.replace(LAW, noise_std=0.05 / (1 + k), drift=0.01 * k) for k in range(3)]
+    table = torch.tensor([law.arguments for law in laws])
+    chain, out = loaded(stack.stages, stack.head, 2), torch.empty_like(x)
+    net = chain.arguments(x, out, steps=3, numbers=IDLE, place=place_of(x), numbers_at=table)
+    assert launch([chain], [net], 3) == NO_BAD_STEP
+    for step, law in enumerate(laws):
+        x = advanced(stack.stages, stack.head, x, law, samples=2, steps=1, step=step)
+    assert torch.equal(out, x)
+
+
+@pytest.mark.parametrize("layer", [0, 1, 2])
+def test_an_overflow_is_noted_at_its_first_step(layer):
+    """Of any layer, on the way up: slopes alone would not tell."""
+    stack = compact(4)
+    stages = list(stack.stages)
+    stages[layer] = dataclasses.replace(stages[layer], bias=torch.full_like(stages[layer].bias, 1e38))
+    x = torch.rand(3, 3, 4, 4)
+    chain, out = loaded(stages, stack.head, 1), torch.empty_like(x)
+    net = chain.arguments(x, out, steps=4, numbers=LAW, place=place_of(x, step=7))
+    assert launch([chain], [net], 3) == (NO_BAD_STEP if layer == 2 else 7)  # the top is float32
+
+
+def test_samples_a_block_follow_the_batch():
+    stages = compact(8).stages
+    few, many = (resident.best_samples(stages, batch) for batch in (132, 4096))
+    assert few == 1 and many > 2
+    assert Layout(stages, many).shared_bytes <= resident.H100.shared_bytes
