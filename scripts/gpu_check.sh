@@ -78,7 +78,7 @@ print(json.dumps({"part": "evaluate", "name": sys.argv[1], **json.load(open(sys.
 sanitise() { # the memory checker on kernels at small shapes; their Triton code was compiled by the smoke test
     local tool group
     for tool in memcheck racecheck; do
-        for group in norms edge dense; do
+        for group in resident norms edge dense; do
             LIMIT=25 timeout 30 compute-sanitizer --tool "$tool" --error-exitcode 9 "$PYTHON" scripts/gpu_smoke.py "$group" 2>&1 |
                 tail -n 15
         done
@@ -105,8 +105,8 @@ second() {
         part ops 60 "$PYTHON" -m pytest -q bench/ops -k cuda -p no:cacheprovider --csv "$scratch/ops.csv"
         if [ -e "$scratch/ops.csv" ]; then { echo "# ops ops.csv"; cat "$scratch/ops.csv"; } >>"$OUT/bench.csv"; fi
         if command -v ncu >/dev/null; then
-            part profile 60 ncu --csv --launch-count 3 --kernel-name 'regex:edge_step|dense_chain|statistics' \
-                --log-file "$OUT/profile.csv" "$PYTHON" scripts/gpu_smoke.py edge dense norms
+            part profile 60 ncu --csv --launch-count 3 --kernel-name 'regex:conv_chain|edge_step|statistics' \
+                --log-file "$OUT/profile.csv" "$PYTHON" scripts/gpu_smoke.py resident edge norms
         fi
         bench training 45 training
         bench compiled 120 --only cascade --against mgebm_auto --against compile_bf16

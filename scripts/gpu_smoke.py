@@ -209,6 +209,41 @@ for _case in ((64, "batch", "B"), (16, "batch", "B"), (4, "batch", "B"), (16, "n
     check(f"plans{_case[0]}{_case[1]}")(_plans(*_case))
 
 
+@check("resident")
+def resident_chain() -> Iterator[tuple[str, float, float]]:
+    """conv_chain in CUDA C++: each compact size against float64, any grouping of samples alike, K steps as K calls."""
+    from mgebm_fast.gradient.stack import read
+    from mgebm_fast.ops import conv_chain
+    from mgebm_fast.ops.conv_chain import gradient_reference, resident
+
+    rest = {"drift": 20.0, "noise_std": 0.5, "clamp": (0.0, 255.0), "seed": 1}
+    for size in (2, 4, 8, 16):
+        net = multigrid_net(size, norm="none", variant="compact", seed=size).to(DEVICE)
+        x = images(300 if GPU else 5, size, seed=2)
+        stack = read(net, x)
+        backend = "native" if GPU or size < 16 else "reference"
+        got = conv_chain(stack.stages, stack.head, x, steps=3, backend=backend, **rest)
+        want = conv_chain(stack.stages, stack.head, x, steps=3, backend="reference", **rest)
+        yield f"{size}: mean of 3 steps", float((got - want).abs().mean()), 0.05
+        again = x
+        for step in range(3):
+            again = conv_chain(stack.stages, stack.head, again, steps=1, first_step=step, backend=backend, **rest)
+        yield f"{size}: step by step", differs(again, got), 0
+        if not GPU:
+            continue
+        gradients = []
+        for samples in (1, 2, 3):
+            chain = resident.ResidentChain(stack.stages, samples=samples, device=x.device)
+            if chain.layout.shared_bytes > resident.limits_of(x.device).shared_bytes:
+                continue
+            chain.load(stack.stages, stack.head)
+            gradients.append(torch.empty_like(x))
+            resident.launch_gradient(chain, x, gradients[-1], torch.zeros((), dtype=torch.int64, device=x.device))
+        yield f"{size}: gradient", off(gradients[0], gradient_reference(stack.stages, stack.head, x)), 0.05
+        for other in gradients[1:]:
+            yield f"{size}: another grouping", differs(gradients[0], other), 0
+
+
 @check("graphs")
 def replays() -> Iterator[tuple[str, float, float]]:
     """Chains from graphs are those without, bit for bit, while batches, counters and weights change."""
@@ -264,6 +299,7 @@ def updates() -> Iterator[tuple[str, float, float]]:
 
 def write(line: dict) -> None:
     if folder := os.environ.get("OUT"):
+        os.makedirs(folder, exist_ok=True)
         with open(os.path.join(folder, "results.jsonl"), "a") as file:
             file.write(json.dumps({"part": "smoke", **line}) + "\n")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import torch
@@ -19,6 +20,8 @@ from .stack import Stack, example_input, layout_of, reread
 
 def why_not(stack: Stack, x: Tensor, precision: str) -> str:
     """Why the resident chain cannot run `stack` on tensors like x; an empty string when it can."""
+    if os.environ.get("MGEBM_RESIDENT") == "0":
+        return "MGEBM_RESIDENT=0"
     if precision != "fp16":
         return f"its weights and maps are fp16, not {precision}"
     if missing := backends.unavailable("conv_chain", "native", x.device):
