@@ -10,7 +10,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         values = getattr(getattr(item, "callspec", None), "params", {}).values()
         reasons = [mark.kwargs.get("reason", "") for mark in item.iter_markers("skipif")]
-        on_cuda = any(value == "cuda" or (isinstance(value, tuple) and "cuda" in value) for value in values)
+        parts = [part for value in values for part in (value if isinstance(value, tuple) else (value,))]
+        on_cuda = any(isinstance(part, str) and part == "cuda" for part in parts)
         if on_cuda or "no CUDA device" in reasons:
             item.add_marker("gpu")
     if any(item.get_closest_marker("gpu") for item in items):
