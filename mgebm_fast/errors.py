@@ -2,8 +2,56 @@
 
 from __future__ import annotations
 
+import copy
 import difflib
 from collections.abc import Iterable
+from typing import Any, TypeVar
+
+_E = TypeVar("_E", bound="InputError")
+
+
+class InputError(ValueError):
+    """Input that is refused, with `where: words` for its text: whose input, and what is wrong with it.
+
+    A caller to whom the input has another name raises the same error `at` that.
+    """
+
+    where: str = ""
+
+    def __init__(self, words: str, where: Any = "") -> None:
+        super().__init__(words)
+        self.where = str(where)
+
+    @property
+    def words(self) -> str:
+        """What is wrong, without whose input it is."""
+        return str(self.args[0])
+
+    def __str__(self) -> str:
+        return f"{self.where}: {self.words}" if self.where else self.words
+
+    def at(self: _E, where: str) -> _E:
+        """The same error of input that has another name."""
+        found = copy.copy(self)
+        found.where = where
+        return found
+
+
+class Refused(InputError):
+    """An argument that is refused: `where: name must <must>, got <got>`."""
+
+    def __init__(self, name: str, must: str, got: Any, where: str = "") -> None:
+        ValueError.__init__(self, name, must, got)
+        self.where = where
+        self.name, self.must, self.got = name, must, got
+
+    @property
+    def words(self) -> str:
+        return f"{self.name} must {self.must}, got {self.got}".lstrip()
+
+    def named(self, where: str, name: str = "") -> Refused:
+        """The same of an argument that the caller was given under another name."""
+        return Refused(name, self.must, self.got, where)
 
 
 class BackendError(RuntimeError):
@@ -14,16 +62,19 @@ class BatchTooLargeError(MemoryError):
     """A batch does not fit in memory and cannot be split; the message says how many samples fit."""
 
 
-class CheckpointError(ValueError):
+class CheckpointError(InputError):
     """A checkpoint is truncated, of another model, or not a checkpoint at all."""
 
 
-class ConfigError(ValueError):
+class ConfigError(InputError):
     """A preset, a configuration file or a `--set` key is wrong."""
 
 
-class DataError(ValueError):
+class DataError(InputError):
     """A data source cannot be read, is empty, or does not fit the model."""
+
+    def __init__(self, words: str, where: Any = "load") -> None:
+        super().__init__(words, where)
 
 
 class DivergenceError(RuntimeError):

@@ -20,6 +20,8 @@ import math
 import torch
 from torch import Tensor
 
+from .errors import Refused
+
 WORD = 0xFFFFFFFF
 MAX_INTEGER = 2**31
 MAX_ATTEMPT = 255
@@ -76,7 +78,7 @@ def check_seed(seed: int, where: str) -> int:
     if isinstance(seed, bool) or not isinstance(seed, int):
         raise TypeError(f"{where}: seed must be an int or an int64 tensor, got {type(seed).__name__}")
     if not 0 <= seed < 1 << 64:
-        raise ValueError(f"{where}: seed must be in [0, 2**64), got {seed}")
+        raise Refused("seed", "be in [0, 2**64)", seed, where)
     return seed
 
 

@@ -64,9 +64,9 @@ class Commands(TyperGroup):
 def _of_usage(error: Any, words: Sequence[str]) -> str:
     """One line, with what was given, of what typer says in three and without it."""
     message = error.format_message().strip().rstrip(".")
-    wrong = re.fullmatch(r"Invalid value for '(?:-\w, |-\w / )?(--[\w-]+)'.*?: (.*)", message, re.DOTALL)
-    if wrong:
-        name, reason = wrong.groups()
+    options = [name for name in getattr(getattr(error, "param", None), "opts", ()) if name.startswith("--")]
+    if options and error.message:  # without one: an option that was left out
+        name, reason = options[0], error.message.strip().rstrip(".")
         given = _given(name, words)
         expected = reason.removeprefix("Input should be ").partition(", unable to")[0]
         message = f"{name}: must be {expected}, got {given}" if expected != reason and given else f"{name}: {reason}"

@@ -179,7 +179,8 @@ def _training_images(run: Path, model: Model, config: TrainConfig | None, seed: 
             config.data, model.sizes[-1], model.channels, config.classes, split="train", most=LENGTH_IMAGES, seed=seed
         )
     except (DataError, OSError, ImportError) as error:
-        return None, f"its training images cannot be read: {str(error).removeprefix('--data: ')}"
+        why = error.words if isinstance(error, DataError) else error
+        return None, f"its training images cannot be read: {why}"
     return found.batch(slice(None)), ""
 
 

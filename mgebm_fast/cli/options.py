@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ..errors import BackendError, CheckpointError, DataError, suggest
+from ..errors import BackendError, CheckpointError, DataError, Refused, suggest
 
 if TYPE_CHECKING:
     import torch
@@ -127,15 +127,17 @@ def open_run(path: Path) -> tuple[Path, TrainConfig | None]:
 
 @contextlib.contextmanager
 def named_options(*names: str) -> Iterator[None]:
-    """Inside, an error that begins with the name of a function or key, as of `data.load`, begins with its option."""
+    """Inside, an error of the data, or of an argument in `names`, is one of the option that it came from."""
     try:
         yield
-    except ValueError as error:
-        words = re.sub(r"^(load|data):", "--data:", str(error)) if isinstance(error, DataError) else str(error)
-        words = re.sub(rf"^\w+: ({'|'.join(names)}) must", r"--\1: must", words) if names else words
-        if words == str(error):
+    except DataError as error:
+        if error.where not in ("load", "data"):
             raise
-        raise type(error)(words) from error
+        raise error.at("--data") from error
+    except Refused as error:
+        if error.name not in names:
+            raise
+        raise error.named(f"--{error.name}") from error
 
 
 def load_images(

@@ -47,7 +47,7 @@ def open_npz(path: Path, size: int, channels: int) -> Collection:
     """An `.npz` file: images under `images`, `x` or `arr_0` (or its only array), labels under `labels` or `y`."""
     with reading(path, "an .npz file"):
         if not zipfile.is_zipfile(path):
-            raise DataError(f"load: {path} is not an .npz file: it is damaged, or not one at all")
+            raise DataError(f"{path} is not an .npz file: it is damaged, or not one at all")
         with zipfile.ZipFile(path) as archive:
             large = next((info for info in archive.infolist() if info.file_size > MAX_NPZ_BYTES), None)
         if large is not None:
@@ -60,7 +60,7 @@ def open_npz(path: Path, size: int, channels: int) -> Collection:
             image_key = next((key for key in _IMAGE_KEYS if key in keys), keys[0] if len(keys) == 1 else None)
             if image_key is None:
                 found = ", ".join(keys)[:500] or "nothing"
-                raise DataError(f"load: {path} must hold its images under {' or '.join(_IMAGE_KEYS)}, got {found}")
+                raise DataError(f"{path} must hold its images under {' or '.join(_IMAGE_KEYS)}, got {found}")
             images = _member(members, image_key, path)
             labels, stated = (
                 next((_member(members, key, path) for key in choice if key in keys), None)
@@ -90,19 +90,19 @@ def array_collection(
     array, is_tensor = as_array(array)
     if array.ndim not in (3, 4) or 0 in array.shape:
         raise DataError(
-            f"load: {name} must be (N, H, W), (N, H, W, C) or (N, C, H, W) with at least one image, got {array.shape}"
+            f"{name} must be (N, H, W), (N, H, W, C) or (N, C, H, W) with at least one image, got {array.shape}"
         )
     first = array.ndim == 4 and channels_first(array.shape[1:], channels, is_tensor, name)
     have = 1 if array.ndim == 3 else array.shape[1 if first else 3]
     if have != channels and (have, channels) not in ((1, 3), (3, 1)):
-        raise DataError(f"load: {name} has {have} channels, which cannot become channels={channels}")
+        raise DataError(f"{name} has {have} channels, which cannot become channels={channels}")
     scale = pixel_scale(array, name)
     numbered: np.ndarray | None = None
     names: tuple[str, ...] = ()
     if labels is not None:
         raw, _ = as_array(labels)
         if raw.shape != array.shape[:1]:
-            raise DataError(f"load: labels of {name} must be ({array.shape[0]},), one an image, got {raw.shape}")
+            raise DataError(f"labels of {name} must be ({array.shape[0]},), one an image, got {raw.shape}")
         numbered, names = number_labels(raw, class_names)
 
     def decode(index: np.ndarray) -> Iterator[Batch]:
@@ -130,10 +130,10 @@ def channels_first(shape: tuple[int, ...], channels: int, is_tensor: bool, name:
     counts = (1, 3, channels)
     first, last = shape[0] in counts, shape[-1] in counts
     if first and last and not is_tensor:
-        raise DataError(f"load: {name} could be channels-first or -last, each image being {shape}: pass a tensor")
+        raise DataError(f"{name} could be channels-first or -last, each image being {shape}: pass a tensor")
     if not first and not last:
         wanted = ", ".join(str(c) for c in sorted({*counts}))
-        raise DataError(f"load: {name} must have {wanted} channels, first or last, got {shape} for each image")
+        raise DataError(f"{name} must have {wanted} channels, first or last, got {shape} for each image")
     return first
 
 
@@ -142,7 +142,7 @@ def pixel_scale(array: np.ndarray, name: str, unit_only: bool = False) -> float:
     if array.dtype == np.bool_:
         return 255.0
     if array.dtype.kind not in "iuf":
-        raise DataError(f"load: pixels of {name} must be integers, floats or bools, got dtype {array.dtype}")
+        raise DataError(f"pixels of {name} must be integers, floats or bools, got dtype {array.dtype}")
     if array.dtype == np.uint8:
         if not unit_only:
             check_scale(largest(array), name)
@@ -150,11 +150,11 @@ def pixel_scale(array: np.ndarray, name: str, unit_only: bool = False) -> float:
     low, high, bad, first_bad = _range(array)
     if bad:
         where = f"at index {first_bad}"
-        raise DataError(f"load: pixels of {name} must be finite, got {bad} that are not, the first {where}")
+        raise DataError(f"pixels of {name} must be finite, got {bad} that are not, the first {where}")
     if array.dtype.kind in "iu":
         if low < 0 or high > 255:
             raise DataError(
-                f"load: integer pixels of {name} must be in 0 … 255, got {low:g} … {high:g}; divide 16-bit ones by 257"
+                f"integer pixels of {name} must be in 0 … 255, got {low:g} … {high:g}; divide 16-bit ones by 257"
             )
         if not unit_only:
             check_scale(int(high), name)
@@ -164,7 +164,7 @@ def pixel_scale(array: np.ndarray, name: str, unit_only: bool = False) -> float:
     if low >= 0 and 64 <= high <= 255 and not unit_only:
         return 1.0
     accepted = "[0, 1]" if unit_only else "[0, 1], or in [0, 255] with a maximum of 64 or more"
-    raise DataError(f"load: float pixels of {name} must be in {accepted}; got {low:g} … {high:g}")
+    raise DataError(f"float pixels of {name} must be in {accepted}; got {low:g} … {high:g}")
 
 
 def largest(array: np.ndarray) -> int:
@@ -181,7 +181,7 @@ def check_scale(high: int, name: str) -> None:
     """DataError where the largest of integer pixels says that they are no 0 … 255, but 0 and 1, or 0 … 15."""
     if 0 < high < _DARK:
         raise DataError(
-            f"load: integer pixels of {name} must be in 0 … 255 with a maximum of {_DARK} or more, got at most {high}, "
+            f"integer pixels of {name} must be in 0 … 255 with a maximum of {_DARK} or more, got at most {high}, "
             f"which looks like another scale: pass bools, or multiply by 255 / {high}"
         )
 

@@ -24,15 +24,13 @@ def open_builtin(name: str, size: int, channels: int) -> Collection:
     if name in _OPENERS:
         return _OPENERS[name](size, channels)
     if not name.startswith("texture:"):
-        raise DataError(
-            f"load: a built-in set must be one of {', '.join(BUILT_IN)}, got {name!r}{suggest(name, BUILT_IN)}"
-        )
+        raise DataError(f"a built-in set must be one of {', '.join(BUILT_IN)}, got {name!r}{suggest(name, BUILT_IN)}")
     texture, _, factor = name.removeprefix("texture:").partition("/")
     if texture not in TEXTURES:
         near = suggest(texture, TEXTURES)
-        raise DataError(f"load: texture must be one of {', '.join(TEXTURES)}, got {texture!r}{near}")
+        raise DataError(f"texture must be one of {', '.join(TEXTURES)}, got {texture!r}{near}")
     if factor not in ("", *map(str, REDUCTIONS)) or name.endswith("/"):
-        raise DataError(f"load: a texture must be reduced by one of {', '.join(map(str, REDUCTIONS))}, got {name!r}")
+        raise DataError(f"a texture must be reduced by one of {', '.join(map(str, REDUCTIONS))}, got {name!r}")
     return _texture(texture, size, channels, int(factor or 1))
 
 
@@ -52,7 +50,7 @@ def check_not_both(name: str) -> None:
     """DataError where a built-in name is also that of something in the working folder."""
     if not name.startswith(BUILT_IN_PREFIX) and os.path.lexists(name):
         raise DataError(
-            f"load: {name!r} is a built-in set and also lies in this folder: {BUILT_IN_PREFIX}{name} means the set, "
+            f"{name!r} is a built-in set and also lies in this folder: {BUILT_IN_PREFIX}{name} means the set, "
             f"./{name} what lies here"
         )
 
@@ -88,7 +86,7 @@ def _texture(texture: str, size: int, channels: int, factor: int) -> Collection:
     name = f"texture:{texture}" + (f"/{factor}" if factor > 1 else "")
     edge = image.shape[0] - max(image.shape[0] // 4, size)
     if edge < size:
-        raise DataError(f"load: crops of {name} must be of size 1 … {image.shape[0] // 2}, got {size}")
+        raise DataError(f"crops of {name} must be of size 1 … {image.shape[0] // 2}, got {size}")
     stride = max(4, size // 8)
     parts = [_crops(region, size, stride) for region in (image[:edge], image[edge:])]
     return _two_parts(parts, name, size, channels)
@@ -115,7 +113,7 @@ def _photos(size: int, channels: int) -> Collection:
                 reduced = block_mean(region[None, :height, :width], factor)[0]
                 part.append(_crops(reduced, size, max(4, size // 4)))
     if not parts[0]:
-        raise DataError(f"load: crops of photos must fit beside a held-out part of their size, got size {size}")
+        raise DataError(f"crops of photos must fit beside a held-out part of their size, got size {size}")
     return _two_parts([np.concatenate(part) for part in parts], "photos", size, channels)
 
 

@@ -38,7 +38,7 @@ class Clips:
         total = self.recording.shape[1]
         if total < self.length:
             unit = "frames" if self.is_video else "samples"
-            raise DataError(f"load: {self.name} must have at least {self.length} {unit}, got {total}")
+            raise DataError(f"{self.name} must have at least {self.length} {unit}, got {total}")
 
     def __repr__(self) -> str:
         unit = "frames" if self.is_video else "samples"

@@ -122,7 +122,7 @@ def choose(
         of = f" of {', '.join(class_names)}" if wanted else ""
         part = "images" if split == "all" else f"images in split {split!r}"
         before = "" if known is None else "; none of them is named as one that was trained on"
-        raise DataError(f"load: {collection.name} has no {part}{of} ({collection.count} images in all){before}")
+        raise DataError(f"{collection.name} has no {part}{of} ({collection.count} images in all){before}")
     held_out = tuple(names[i] for i in np.flatnonzero(of_classes & mask))
     chosen = tuple(names[i] for i in index)
     return Choice(index, None if labels is None else labels[index], class_names, chosen, held_out)
@@ -139,14 +139,12 @@ def _class_list(classes: Sequence[str | int] | str | int | None) -> list[str]:
 def _renumber(collection: Collection, wanted: list[str]) -> tuple[np.ndarray, tuple[str, ...]]:
     names = collection.class_names
     if collection.labels is None:
-        raise DataError(f"load: classes={wanted} cannot be chosen from {collection.name}: {collection.why_unlabelled}")
+        raise DataError(f"classes={wanted} cannot be chosen from {collection.name}: {collection.why_unlabelled}")
     wanted = [unicodedata.normalize("NFC", name) for name in wanted]  # as the names of folders are
     new = np.full(max(len(names), 1), -1, np.int64)
     for i, name in enumerate(wanted):
         if name not in names:
             shown = ", ".join(names[:20]) + (f", … ({len(names)} classes)" if len(names) > 20 else "")
-            raise DataError(
-                f"load: classes must be among {shown} for {collection.name}, got {name!r}{suggest(name, names)}"
-            )
+            raise DataError(f"classes must be among {shown} for {collection.name}, got {name!r}{suggest(name, names)}")
         new[names.index(name)] = i
     return new[collection.labels], tuple(wanted)

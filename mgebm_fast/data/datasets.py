@@ -40,7 +40,7 @@ def dataset_collection(
     name = name or type(dataset).__name__
     count = len(dataset)
     if not count:
-        raise DataError(f"load: {name} is empty")
+        raise DataError(f"{name} is empty")
     raw = _known_labels(dataset)
     if raw is None:
         raw = _labels_of_items(dataset)
@@ -82,19 +82,19 @@ def torchvision_collection(
     try:
         from torchvision import datasets
     except ImportError as error:
-        raise DataError(f"load: {source} needs torchvision (pip install torchvision): {error}") from error
+        raise DataError(f"{source} needs torchvision (pip install torchvision): {error}") from error
     except (RuntimeError, OSError, AttributeError) as error:  # what one built for another torch raises on import
-        raise DataError(f"load: {source} needs a torchvision that fits this torch: {error}") from error
+        raise DataError(f"{source} needs a torchvision that fits this torch: {error}") from error
     _, name, *rest = source.split(":", 2)
     folder = Path(rest[0] if rest else root).expanduser()
     known = [key for key in datasets.__all__ if inspect.isclass(getattr(datasets, key))]
     if name not in known:
-        raise DataError(f"load: torchvision has no set {name!r}{suggest(name, known)}")
+        raise DataError(f"torchvision has no set {name!r}{suggest(name, known)}")
     make = getattr(datasets, name)
     if make.__module__.startswith("torchvision."):
         if name not in _TORCHVISION:
             raise DataError(
-                f"load: torchvision's {name} must be passed as the Dataset itself: it may unpickle files, which can "
+                f"torchvision's {name} must be passed as the Dataset itself: it may unpickle files, which can "
                 f"run code; by name {', '.join(sorted(_TORCHVISION))} are read"
             )
         if name in _CIFAR:
@@ -133,13 +133,11 @@ def _parts(make: Any, parameters: Any, options: dict[str, Any], name: str, folde
                 break
             except TypeError as error:
                 raise DataError(
-                    f"load: torchvision's {name} takes more than a root ({error}): pass the Dataset itself"
+                    f"torchvision's {name} takes more than a root ({error}): pass the Dataset itself"
                 ) from error
             except ValueError as error:
                 if i == len(choice) - 1:
-                    raise DataError(
-                        f"load: torchvision's {name} has no {part} ({error}): pass the Dataset itself"
-                    ) from error
+                    raise DataError(f"torchvision's {name} has no {part} ({error}): pass the Dataset itself") from error
             except (RuntimeError, OSError) as error:
                 raise DataError(_not_there(name, folder, error)) from error
     return parts
@@ -147,7 +145,7 @@ def _parts(make: Any, parameters: Any, options: dict[str, Any], name: str, folde
 
 def _not_there(name: str, folder: Path, error: object) -> str:
     return (
-        f"load: torchvision's {name} cannot be read below {folder}: {error}. Name its folder as "
+        f"torchvision's {name} cannot be read below {folder}: {error}. Name its folder as "
         f"torchvision:{name}:FOLDER (or root=), or fetch it once with data.load(..., download=True)"
     )
 
@@ -158,11 +156,11 @@ def _split_item(item: Any) -> tuple[Any, Any]:
         image = next((item[key] for key in _IMAGE_KEYS if key in item), None)
         label = next((item[key] for key in _LABEL_KEYS if key in item), None)
         if image is None:
-            raise DataError(f"load: an item must have an image under one of {_IMAGE_KEYS}, got keys {tuple(item)}")
+            raise DataError(f"an item must have an image under one of {_IMAGE_KEYS}, got keys {tuple(item)}")
         return image, label
     if isinstance(item, (tuple, list)):
         if not item:
-            raise DataError("load: an item must be an image or (image, label), got an empty tuple")
+            raise DataError("an item must be an image or (image, label), got an empty tuple")
         return item[0], item[1] if len(item) > 1 else None
     return item, None
 
@@ -171,12 +169,12 @@ def _item_pixels(picture: Any, size: int, channels: int, where: str) -> np.ndarr
     """One item's image -> (channels, size, size) uint8."""
     if hasattr(picture, "getexif"):
         if channels not in (1, 3):
-            raise DataError(f"load: channels must be 1 or 3 for pictures, got {channels}")
+            raise DataError(f"channels must be 1 or 3 for pictures, got {channels}")
         return convert(picture, size, channels)
     array, is_tensor = as_array(picture)
     if array.ndim not in (2, 3) or 0 in array.shape:
         got = _describe(picture, array)
-        raise DataError(f"load: {where} must be a picture, (H, W), (H, W, C) or (C, H, W), got {got}")
+        raise DataError(f"{where} must be a picture, (H, W), (H, W, C) or (C, H, W), got {got}")
     if array.ndim == 2:
         array = array[..., None]
     elif channels_first(array.shape, channels, is_tensor, where):
@@ -185,7 +183,7 @@ def _item_pixels(picture: Any, size: int, channels: int, where: str) -> np.ndarr
     try:
         return fit(match_channels(pixels, channels), size)[0]
     except ValueError as error:
-        raise DataError(f"load: {where} has {error}") from error
+        raise DataError(f"{where} has {error}") from error
 
 
 def _describe(picture: Any, array: np.ndarray) -> str:

@@ -209,7 +209,7 @@ def _collection(path: Path, listing: Listing, read: Reader, size: int, channels:
     if not entries:
         found = f"; found {passed_over}" if passed_over else ""
         found += f"; {len(skipped)} refused, the first {skipped[0][0]}: {skipped[0][1]}" if skipped else ""
-        raise DataError(f"load: no images in the {kind} {path} (looked for {' '.join(EXTENSIONS)}){found}")
+        raise DataError(f"no images in the {kind} {path} (looked for {' '.join(EXTENSIONS)}){found}")
     told = layout.read_layout([entry.path for entry in entries], str(path))
     archive = None if path.is_dir() else path.stat()
 

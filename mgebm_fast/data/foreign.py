@@ -19,7 +19,7 @@ def expand(path: str | os.PathLike[str]) -> Path:
     try:
         return Path(path).expanduser()
     except RuntimeError as error:
-        raise DataError(f"load: {os.fspath(path)!r} has no meaning here: {error}") from error
+        raise DataError(f"{os.fspath(path)!r} has no meaning here: {error}") from error
 
 
 def check_regular(path: Path, most: int | None = None, *, what: str = "load") -> None:
@@ -28,9 +28,9 @@ def check_regular(path: Path, most: int | None = None, *, what: str = "load") ->
     if not stat.S_ISREG(status.st_mode):
         kinds = {stat.S_IFIFO: "a pipe", stat.S_IFCHR: "a device", stat.S_IFBLK: "a device", stat.S_IFSOCK: "a socket"}
         found = kinds.get(stat.S_IFMT(status.st_mode), "a folder")
-        raise DataError(f"{what}: {path} must be a regular file, got {found}")
+        raise DataError(f"{path} must be a regular file, got {found}", what)
     if most is not None and status.st_size > most:
-        raise DataError(f"{what}: {path} must have at most {most} bytes, got {status.st_size}")
+        raise DataError(f"{path} must have at most {most} bytes, got {status.st_size}", what)
 
 
 def bounded_bytes(path: Path, most: int = MAX_FILE_BYTES, *, what: str = "load") -> bytes:
@@ -52,7 +52,7 @@ def reading(path: str | os.PathLike[str], expected: str, *, what: str = "load") 
     except DataError:
         raise
     except Exception as error:
-        raise DataError(f"{what}: {os.fspath(path)} cannot be read as {expected}: {reason(error)}") from error
+        raise DataError(f"{os.fspath(path)} cannot be read as {expected}: {reason(error)}", what) from error
 
 
 def reason(error: Exception) -> str:

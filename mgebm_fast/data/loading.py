@@ -89,13 +89,13 @@ def load(
     index = chosen.index
     if strict and collection.skipped:
         path, why = collection.skipped[0]
-        raise DataError(f"load: {path} of {collection.name} cannot be used: {why}")
+        raise DataError(f"{path} of {collection.name} cannot be used: {why}")
     decoded = _decode(collection, index, size, channels, strict, cache)
     skipped = (*collection.skipped, *((path, why) for path, why in decoded.skipped))
     # The held-out split may be empty; evaluation then has no real images to compare with.
     if not len(decoded.images) and split != "held_out":
         path, why = skipped[0]
-        raise DataError(f"load: no readable image among {len(index)} of {collection.name}; the first, {path}: {why}")
+        raise DataError(f"no readable image among {len(index)} of {collection.name}; the first, {path}: {why}")
     if collection.passed_over:
         warnings.warn(
             f"{collection.name}: passed over files that are no images: {collection.passed_over}", stacklevel=2
@@ -122,13 +122,13 @@ def _whole(name: str, value: Any) -> int:
     except TypeError:
         raise TypeError(f"load: {name} must be an int, got {type(value).__name__}") from None
     if number < 1:
-        raise DataError(f"load: {name} must be at least 1, got {number}")
+        raise DataError(f"{name} must be at least 1, got {number}")
     return number
 
 
 def _check_split(split: str) -> None:
     if split not in SPLITS:
-        raise DataError(f"load: split must be one of {', '.join(SPLITS)}, got {split!r}{suggest(str(split), SPLITS)}")
+        raise DataError(f"split must be one of {', '.join(SPLITS)}, got {split!r}{suggest(str(split), SPLITS)}")
 
 
 def _open(source: Any, size: int, channels: int, root: str | os.PathLike[str], download: bool) -> Collection:
@@ -159,7 +159,7 @@ def _refuse_recordings(name: str) -> None:
     for kind, takes, found in (("video", "fire", is_video(name)), ("sound", "chimes", is_sound(name))):
         if found and not Path(name).is_dir():
             raise DataError(
-                f"load: data must be images here, got the {kind} {name}; the method spatial-temporal, of the preset "
+                f"data must be images here, got the {kind} {name}; the method spatial-temporal, of the preset "
                 f"{takes}, learns from a {kind}"
             )
 
@@ -182,20 +182,20 @@ def _open_path(path: Path, name: str, size: int, channels: int) -> Collection:
         if path.name.lower().endswith(_TAR_ENDINGS) or tarfile.is_tarfile(path):
             return open_tar(path, size, channels)
     except OSError as error:
-        raise DataError(f"load: {name[:500]!r} cannot be read: {reason(error)}") from error
-    raise DataError(f"load: {path} must be a folder, a zip or tar archive of images, or an .npy or .npz file")
+        raise DataError(f"{name[:500]!r} cannot be read: {reason(error)}") from error
+    raise DataError(f"{path} must be a folder, a zip or tar archive of images, or an .npy or .npz file")
 
 
 def _not_found(path: Path, name: str) -> str:
     near = suggest(name, BUILT_IN)
     if not near and path.parent.is_dir():
         near = suggest(path.name, os.listdir(path.parent))
-    return f"load: {name!r} is not a file, a folder or a built-in set ({', '.join(BUILT_IN)}, torchvision:NAME){near}"
+    return f"{name!r} is not a file, a folder or a built-in set ({', '.join(BUILT_IN)}, torchvision:NAME){near}"
 
 
 def _check_picture_channels(channels: int, name: str) -> None:
     if channels not in (1, 3):
-        raise DataError(f"load: channels must be 1 (grey) or 3 (colour) for {name}, got {channels}")
+        raise DataError(f"channels must be 1 (grey) or 3 (colour) for {name}, got {channels}")
 
 
 def _is_array(source: Any) -> bool:

@@ -75,7 +75,7 @@ def simulated_chimes(samples: int = 60000, rate: int = 11025, *, seed: int = 0) 
 
 def _check(name: str, value: int) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise DataError(f"simulated: {name} must be a positive int, got {value!r}")
+        raise DataError(f"{name} must be a positive int, got {value!r}", "simulated")
 
 
 def _uniform(count: int, seed: int, step: int) -> np.ndarray:

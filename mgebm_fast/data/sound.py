@@ -65,13 +65,13 @@ def load_sound(
         made = len(samples) * ratio
         if not 1 <= made <= MAX_RECORDING_BYTES // 8:
             raise DataError(
-                f"load: {name} must come to 1 … {MAX_RECORDING_BYTES // 8} samples at its rate, got {float(made):g} at "
+                f"{name} must come to 1 … {MAX_RECORDING_BYTES // 8} samples at its rate, got {float(made):g} at "
                 f"{rate:g} a second"
             )
         samples = resample_poly(samples, ratio.numerator, ratio.denominator)
     peak = float(np.abs(samples).max(initial=0.0))
     if not 1e-30 < peak < math.inf:  # NaN is neither; below, the scale would overflow
-        raise DataError(f"load: {name} must be a sound of finite samples that are not all zero")
+        raise DataError(f"{name} must be a sound of finite samples that are not all zero")
     scaled = np.ascontiguousarray(samples * (PEAK / peak), np.float32)
     return Clips(scaled[None], length, hop, rate or own, name)
 
@@ -83,10 +83,10 @@ def read_wav(path: str | os.PathLike[str]) -> tuple[np.ndarray, float]:
     path = Path(path)
     if not path.exists() or path.is_dir():
         got = "a folder" if path.is_dir() else "which does not exist"
-        raise DataError(f"load: a sound must be a .wav file, an .npy array or {BUILT_IN}, got {str(path)!r}, {got}")
+        raise DataError(f"a sound must be a .wav file, an .npy array or {BUILT_IN}, got {str(path)!r}, {got}")
     check_regular(path, MAX_RECORDING_BYTES)
     if path.suffix.lower() not in ENDINGS:
-        raise DataError(f"load: a sound must be a .wav file or an .npy array, got {path.name}")
+        raise DataError(f"a sound must be a .wav file or an .npy array, got {path.name}")
     with reading(path, "a wav file"), warnings.catch_warnings():
         warnings.simplefilter("ignore", wavfile.WavFileWarning)  # of chunks that are no samples
         rate, samples = wavfile.read(path)
@@ -139,5 +139,5 @@ def spectrogram(samples: np.ndarray, height: int = 96, width: int = 480, window:
 
 def _checked(array: np.ndarray, name: str) -> np.ndarray:
     if array.ndim != 1 or array.dtype.kind not in "fiu" or not len(array):
-        raise DataError(f"load: {name} must be a sound, numbers of shape (samples,), got {array.dtype} {array.shape}")
+        raise DataError(f"{name} must be a sound, numbers of shape (samples,), got {array.dtype} {array.shape}")
     return array.astype(np.float64)

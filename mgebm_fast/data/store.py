@@ -165,4 +165,4 @@ def check_strict(skipped: list[tuple[str, str]], strict: bool) -> None:
     """DataError that names the first image left out, where none may be."""
     if strict and skipped:
         path, why = skipped[0]
-        raise DataError(f"load: {path} cannot be used: {why}")
+        raise DataError(f"{path} cannot be used: {why}")

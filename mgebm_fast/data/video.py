@@ -101,11 +101,11 @@ def write_mp4(path: str | os.PathLike[str], frames: np.ndarray, rate: float = RA
 def _open(path: Path) -> tuple[Iterator[np.ndarray], float]:
     """Frames (H, W, C) uint8 one by one, and how many there are a second."""
     if not path.exists():
-        raise DataError(f"load: {str(path)!r} is not a file, a folder of frames or the built-in video ({BUILT_IN})")
+        raise DataError(f"{str(path)!r} is not a file, a folder of frames or the built-in video ({BUILT_IN})")
     if path.is_dir():
         pictures = sorted(p for p in path.iterdir() if p.suffix.lower() in PICTURES)
         if not pictures:
-            raise DataError(f"load: {path} must hold the frames of a video as pictures, got none")
+            raise DataError(f"{path} must hold the frames of a video as pictures, got none")
         return (_picture(p) for p in pictures), RATE
     check_regular(path)
     if path.suffix.lower() == ".npy":
@@ -114,7 +114,7 @@ def _open(path: Path) -> tuple[Iterator[np.ndarray], float]:
         return _gif(path)
     if not is_video(path):
         raise DataError(
-            f"load: a video must be a folder of frames, an .npy array, or a file to end in {', '.join(ENDINGS)}, "
+            f"a video must be a folder of frames, an .npy array, or a file to end in {', '.join(ENDINGS)}, "
             f"got {path.name}"
         )
     return _file(path)
@@ -143,7 +143,7 @@ def _file(path: Path) -> tuple[Iterator[np.ndarray], float]:
     av = _av(f"reading {path.name}")
     with reading(path, "a video"), av.open(str(path)) as container:
         if not container.streams.video:
-            raise DataError(f"load: {path} holds no video")
+            raise DataError(f"{path} holds no video")
         average = container.streams.video[0].average_rate
 
     def frames() -> Iterator[np.ndarray]:
@@ -158,7 +158,7 @@ def _av(what: str) -> Any:
     try:
         import av
     except ImportError as error:
-        raise DataError(f"load: {what} needs the package av: pip install 'mgebm_fast[video]'") from error
+        raise DataError(f"{what} needs the package av: pip install 'mgebm_fast[video]'") from error
     return av
 
 
@@ -167,7 +167,7 @@ def _checked(array: np.ndarray, name: str) -> np.ndarray:
     array = array[..., None] if array.ndim == 3 else array
     if array.dtype != np.uint8 or array.ndim != 4 or array.shape[-1] not in (1, 3) or 0 in array.shape:
         raise DataError(
-            f"load: {name} must be a video, uint8 (frames, H, W) or (frames, H, W, 3), got {array.dtype} {array.shape}"
+            f"{name} must be a video, uint8 (frames, H, W) or (frames, H, W, 3), got {array.dtype} {array.shape}"
         )
     return array
 
@@ -192,7 +192,7 @@ def _fit(frames: Iterable[np.ndarray], height: int, width: int, channels: int, n
     for frame in frames:
         if (len(fitted) + 1) * height * width * channels > MAX_RECORDING_BYTES:
             raise DataError(
-                f"load: {name} must come to at most {MAX_RECORDING_BYTES} bytes of pixels at its size and rate, "
+                f"{name} must come to at most {MAX_RECORDING_BYTES} bytes of pixels at its size and rate, "
                 f"which {len(fitted)} frames reach"
             )
         rows, columns = frame.shape[:2]
@@ -205,5 +205,5 @@ def _fit(frames: Iterable[np.ndarray], height: int, width: int, channels: int, n
             image = image.resize((width, height), Image.Resampling.BOX, box=box)
         fitted.append(np.asarray(image).reshape(height, width, channels))
     if not fitted:
-        raise DataError(f"load: {name} holds no frames")
+        raise DataError(f"{name} holds no frames")
     return np.stack(fitted)

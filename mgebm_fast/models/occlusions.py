@@ -115,7 +115,7 @@ def read_mask(path: str | os.PathLike[str], size: int) -> Tensor:
     """
     path = Path(path)
     if not path.exists():
-        raise DataError(f"mask: must be one of {', '.join(KINDS)} or a file, got {path}{suggest(str(path), KINDS)}")
+        raise DataError(f"must be one of {', '.join(KINDS)} or a file, got {path}{suggest(str(path), KINDS)}", "mask")
     check_regular(path, MAX_FILE_BYTES, what="mask")
     with reading(path, "a picture or an .npy array", what="mask"):
         if path.suffix.lower() == ".npy":
@@ -124,5 +124,5 @@ def read_mask(path: str | os.PathLike[str], size: int) -> Tensor:
             values = read_grey(bounded_bytes(path, what="mask")) >= 128
     masks = values[None] if values.ndim == 2 else values
     if masks.ndim != 3 or masks.shape[1:] != (size, size) or not len(masks):
-        raise DataError(f"mask: {path} must be {size} × {size}, as the model's images are, got {tuple(values.shape)}")
+        raise DataError(f"{path} must be {size} × {size}, as the model's images are, got {tuple(values.shape)}", "mask")
     return torch.from_numpy(masks)[:, None]

@@ -94,16 +94,16 @@ def read_one_of(path: str | os.PathLike, kinds: Sequence[str]) -> tuple[str, dic
     """(kind, config, tensors) of a model of one of `kinds`, named by the first where it is of none of them."""
     path = Path(path)
     if not path.exists():
-        raise CheckpointError(f"{path}: there is no such model file")
+        raise CheckpointError("there is no such model file", path)
     if not path.is_file():
-        raise CheckpointError(f"{path}: must be a model file, got a folder, a pipe or a device")
+        raise CheckpointError("must be a model file, got a folder, a pipe or a device", path)
     _check_written(path)
     described, tensors = _parts(path, kinds)
     config = described.get("config")
     if not isinstance(config, dict):
-        raise CheckpointError(f"{path}: the model's configuration is missing or unreadable")
+        raise CheckpointError("the model's configuration is missing or unreadable", path)
     if fault := fault_of(tensors):
-        raise CheckpointError(f"{path}: {fault}")
+        raise CheckpointError(fault, path)
     return described["format"], config, tensors
 
 
@@ -117,7 +117,7 @@ def _parts(path: Path, kinds: Sequence[str]) -> tuple[dict[str, Any], dict[str, 
             kind = described.get("format", "")
             if not isinstance(kind, str) or kind not in kinds:
                 other = f" but a {kind}" if kind else ""
-                raise CheckpointError(f"{path}: this safetensors file holds no {kinds[0]} model{other}")
+                raise CheckpointError(f"this safetensors file holds no {kinds[0]} model{other}", path)
             if described.get("version") != VERSION:
                 raise CheckpointError(
                     f"{path}: written as version {described.get('version')} of the format, this program reads {VERSION}"
@@ -126,7 +126,7 @@ def _parts(path: Path, kinds: Sequence[str]) -> tuple[dict[str, Any], dict[str, 
     except CheckpointError:
         raise
     except Exception as error:  # whatever a damaged file makes its reader raise
-        raise CheckpointError(f"{path}: truncated, or no safetensors file at all ({error})") from error
+        raise CheckpointError(f"truncated, or no safetensors file at all ({error})", path) from error
 
 
 def _check_written(path: Path) -> None:
@@ -147,12 +147,12 @@ def _check_written(path: Path) -> None:
         sizes = [int(one["bytes"]) for one in known]
         found = files.fingerprint(path.resolve(), max(sizes))
     except (OSError, TypeError, KeyError, ValueError, OverflowError) as error:
-        raise CheckpointError(f"{path}: cannot be compared with its checksum: {error}") from None
+        raise CheckpointError(f"cannot be compared with its checksum: {error}", path) from None
     if found in known:
         return
     if found["bytes"] not in sizes:
-        raise CheckpointError(f"{path}: truncated, {found['bytes']} bytes where {sizes[0]} were written")
-    raise CheckpointError(f"{path}: damaged, its checksum is not that of what was written")
+        raise CheckpointError(f"truncated, {found['bytes']} bytes where {sizes[0]} were written", path)
+    raise CheckpointError("damaged, its checksum is not that of what was written", path)
 
 
 def _description(text: str) -> dict[str, Any]:
@@ -185,7 +185,7 @@ def find(path: str | os.PathLike) -> Path:
     every = sorted((p for p in checkpoints.glob("step_*") if p.name[5:].isdigit()), key=lambda p: int(p.name[5:]))
     found = [p for p in every if files.is_folder(p) and files.is_regular(p / MODEL_FILE)]
     if not found:
-        raise CheckpointError(f"{path}: no model here: neither {MODEL_FILE} nor checkpoints/step_*/{MODEL_FILE}")
+        raise CheckpointError(f"no model here: neither {MODEL_FILE} nor checkpoints/step_*/{MODEL_FILE}", path)
     if found[-1] != every[-1]:
         warnings.warn(f"{path}: {every[-1].name} holds no model; the model is that of {found[-1].name}", stacklevel=3)
     return found[-1] / MODEL_FILE
@@ -195,5 +195,5 @@ def check_regular(path: Path) -> Path:
     """`path` itself; CheckpointError where it is a link, or no regular file."""
     if not files.is_regular(path):
         what = "a symbolic link" if path.is_symlink() else "a folder, a pipe or a device"
-        raise CheckpointError(f"{path}: must be a regular file, got {what}")
+        raise CheckpointError(f"must be a regular file, got {what}", path)
     return path

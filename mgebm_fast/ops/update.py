@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from ..errors import InputError, Refused
 from . import counters
 from .state import check_mask
 
@@ -73,17 +74,17 @@ def coefficients(
     """
     if (step_size is None) == (drift is None):
         got = "both" if step_size is not None else "neither"
-        raise ValueError(f"{where}: give step_size (coupled form) or drift and noise_std (decoupled form), got {got}")
+        raise InputError(f"give step_size (coupled form) or drift and noise_std (decoupled form), got {got}", where)
     if step_size is not None:
         if noise_std is not None:
-            raise ValueError(f"{where}: noise_std goes with drift; beside step_size give noise_scale, got {noise_std}")
+            raise InputError(f"noise_std goes with drift; beside step_size give noise_scale, got {noise_std}", where)
         _check_number(step_size, "step_size", where, positive=True)
         _check_number(noise_scale, "noise_scale", where)
         return step_size**2 / 2, noise_scale * step_size
     if noise_std is None:
-        raise ValueError(f"{where}: drift and noise_std go together, got drift={drift} and no noise_std")
+        raise InputError(f"drift and noise_std go together, got drift={drift} and no noise_std", where)
     if noise_scale != 1.0:
-        raise ValueError(f"{where}: noise_scale goes with step_size; beside drift give noise_std, got {noise_scale}")
+        raise InputError(f"noise_scale goes with step_size; beside drift give noise_std, got {noise_scale}", where)
     assert drift is not None
     _check_number(drift, "drift", where)
     _check_number(noise_std, "noise_std", where)
@@ -96,7 +97,7 @@ def _check_number(value: float, name: str, where: str, *, positive: bool = False
     low_enough = signed or (value > 0 if positive else value >= 0)
     if not math.isfinite(value) or not low_enough:
         bound = "finite" if signed else "finite and > 0" if positive else "finite and >= 0"
-        raise ValueError(f"{where}: {name} must be {bound}, got {value}")
+        raise Refused(name, f"be {bound}", value, where)
 
 
 def update(
@@ -140,18 +141,18 @@ def _update(
     if reference_std is not None:
         _check_number(reference_std, "reference_std", where, positive=True)
         if reference_std < 1e-18:  # 1/σ² would not be a float32
-            raise ValueError(f"{where}: reference_std must be at least 1e-18, got {reference_std}")
+            raise Refused("reference_std", "be at least 1e-18", reference_std, where)
     if grad_clamp is not None:
         _check_number(grad_clamp, "grad_clamp", where, positive=True)
     low, high = -math.inf, math.inf
     if clamp is not None:
         if not isinstance(clamp, tuple) or len(clamp) != 2:
-            raise ValueError(f"{where}: clamp must be a pair (low, high) or None, got {clamp!r}")
+            raise Refused("clamp", "be a pair (low, high) or None", repr(clamp), where)
         if any(isinstance(bound, bool) or not isinstance(bound, (int, float)) for bound in clamp):
             raise TypeError(f"{where}: clamp must be a pair of numbers (low, high), got {clamp!r}")
         low, high = float(clamp[0]), float(clamp[1])
         if not low < high:
-            raise ValueError(f"{where}: clamp must be (low, high) with low < high, got ({low}, {high})")
+            raise Refused("clamp", "be (low, high) with low < high", f"({low}, {high})", where)
     return Update(
         drift=drift,
         noise_std=noise_std,
@@ -167,7 +168,7 @@ def check_steps(steps: int, where: str) -> None:
     """Raise unless `steps` is a number of steps; numpy's integers are too."""
     steps = number(steps)
     if isinstance(steps, bool) or not isinstance(steps, int) or steps < 0:
-        raise ValueError(f"{where}: steps must be an int >= 0, got {steps!r}")
+        raise Refused("steps", "be an int >= 0", repr(steps), where)
 
 
 def prepare(

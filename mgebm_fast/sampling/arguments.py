@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from .. import noise
+from ..errors import Refused
 from ..ops.counters import counter
 from ..ops.update import number
 
@@ -35,7 +36,7 @@ def count(value: Any, name: str, where: str) -> int:
     """A positive int, or an error that names the argument."""
     found = number(value)
     if isinstance(found, bool) or not isinstance(found, int) or found < 1:
-        raise ValueError(f"{where}: {name} must be a positive int, got {value!r}")
+        raise Refused(name, "be a positive int", repr(value), where)
     return found
 
 

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from ..errors import Refused
 from ..gradient.plan import Energy
 from ..ops.update import Update, update
 from .arguments import as_numbers_, count
@@ -47,7 +48,7 @@ class Langevin:
         count(self.steps, "steps", "Langevin")
         numbers = self.update()
         if numbers.drift == 0:
-            raise ValueError(f"Langevin: drift must be > 0, got {numbers.drift}")
+            raise Refused("drift", "be > 0", numbers.drift, "Langevin")
 
     def update(self) -> Update:
         """The checked numbers of one step, in the decoupled form."""

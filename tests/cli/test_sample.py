@@ -107,7 +107,7 @@ def test_a_failure_while_writing_leaves_nothing(mgebm, trained, tmp_path, monkey
 
     made = []
 
-    def full_disk(path, array):
+    def full_disk(path, array, **options):
         if len(made) == 2:
             raise OSError(28, "No space left on device", str(path))
         made.append(path)

@@ -127,7 +127,7 @@ def _take_parts(folders: list[list[str]], paths: Sequence[str], source: str) -> 
             if len(parts) <= level or kinds[parts[level]] is None:
                 named = " and ".join(sorted(name for name, kind in kinds.items() if kind))
                 raise DataError(
-                    f"load: {source} must have nothing beside its parts {named}, got {path}: move it, or name the "
+                    f"{source} must have nothing beside its parts {named}, got {path}: move it, or name the "
                     "folder of one part"
                 )
         return np.array([kinds[parts.pop(level)] == "other" for parts in folders])

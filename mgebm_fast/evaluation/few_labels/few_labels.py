@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ... import noise
 from ...data import ImageData
+from ...errors import Refused
 from ...models import Model
 from ...nets import EnergyNet
 from . import readout
@@ -139,37 +140,33 @@ def _check(
     models: Mapping[str, Model], train: ImageData, held_out: ImageData, labels: Sequence[int], draws: int, seed: int
 ) -> None:
     if not models:
-        raise ValueError("few_labels: models must hold at least one model, got none")
+        raise Refused("models", "hold at least one model", "none", "few_labels")
     noise.check_seed(seed, "few_labels")
     if draws < 1:
-        raise ValueError(f"few_labels: draws must be at least 1, got {draws}")
+        raise Refused("draws", "be at least 1", draws, "few_labels")
     if not labels or min(labels) < 2 or len(set(labels)) < len(labels):
-        raise ValueError(
-            f"few_labels: labels must be different numbers of images a class, at least 2, got {list(labels)}"
-        )
+        must = "be different numbers of images a class, at least 2"
+        raise Refused("labels", must, list(labels), "few_labels")
     for name, model in models.items():
         try:
             energy_nets(model)
         except ValueError as error:
             raise ValueError(f"few_labels: {name}: {error}") from None
         if (model.channels, model.sizes[-1]) != (train.channels, train.size):
-            raise ValueError(
-                f"few_labels: models must be of {train.channels} x {train.size} x {train.size} images like the data, "
-                f"got {name}, of {model.channels} x {model.sizes[-1]} x {model.sizes[-1]}"
-            )
+            must = f"be of {train.channels} x {train.size} x {train.size} images like the data"
+            got = f"{name}, of {model.channels} x {model.sizes[-1]} x {model.sizes[-1]}"
+            raise Refused("models", must, got, "few_labels")
     classes, counts = np.unique(() if train.labels is None else train.labels, return_counts=True)
     if len(classes) < 2:
         got = "no labels" if train.labels is None else f"{len(classes)}"
-        raise ValueError(f"few_labels: data must be labelled, with at least two classes, got {got} in {train.name}")
+        raise Refused("data", "be labelled, with at least two classes", f"{got} in {train.name}", "few_labels")
     if len(held_out) == 0 or held_out.labels is None:
-        raise ValueError(f"few_labels: data must hold out labelled images to test on, got none of {train.name}")
+        raise Refused("data", "hold out labelled images to test on", f"none of {train.name}", "few_labels")
     if max(labels) > counts.min():
         fewest = int(classes[counts.argmin()])
         name = train.class_names[fewest] if fewest < len(train.class_names) else str(fewest)
-        raise ValueError(
-            f"few_labels: labels must be at most {counts.min()}, the training images of class {name!r}, "
-            f"got {max(labels)} in {train.name}"
-        )
+        must = f"be at most {counts.min()}, the training images of class {name!r}"
+        raise Refused("labels", must, f"{max(labels)} in {train.name}", "few_labels")
 
 
 def _contenders(

@@ -7,7 +7,7 @@ import functools
 from collections.abc import Sequence
 from typing import Any
 
-from ...errors import ConfigError
+from ...errors import ConfigError, InputError
 from ...gradient import PRECISIONS
 from ...nets.layers import ACTIVATIONS
 from ...sampling import Langevin
@@ -127,9 +127,8 @@ class TrainConfig:
                 fields[name] *= noise_factors[index]
             try:
                 chains.append(Langevin(**fields))
-            except (TypeError, ValueError) as error:
-                reason = str(error).removeprefix("Langevin: ")
-                raise ConfigError(f"langevin: {reason} (a key is cleared by --set langevin.KEY=none)") from None
+            except InputError as error:
+                raise ConfigError(f"{error.words} (a key is cleared by --set langevin.KEY=none)", "langevin") from None
         return tuple(chains)
 
     def to_dict(self) -> dict[str, Any]:

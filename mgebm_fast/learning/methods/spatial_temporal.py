@@ -134,8 +134,9 @@ def load_data(
         _check_kind(str(source), config, is_video)
     elif not isinstance(source, np.ndarray):
         raise DataError(
-            f"data: must be the path of a recording or an array for the method {config.method!r}, got "
-            f"{type(source).__name__}"
+            f"must be the path of a recording or an array for the method {config.method!r}, got "
+            f"{type(source).__name__}",
+            "data",
         )
     if is_video:
         return video.load_video(source, size, config.channels, rate=_rate(config), hop=options.hop)  # type: ignore[arg-type]
@@ -149,16 +150,18 @@ def _check_kind(source: str, config: TrainConfig, is_video: bool) -> None:
     shape = list(_size(config))
     if is_video and sound.is_sound(source):
         raise DataError(
-            f"data: must be a video for a net of size {shape}, got the sound {source} (the preset chimes takes sounds)"
+            f"must be a video for a net of size {shape}, got the sound {source} (the preset chimes takes sounds)",
+            "data",
         )
     if not is_video and video.is_video(source):
         raise DataError(
-            f"data: must be a sound for a net of size {shape}, got the video {source} (the preset fire takes videos)"
+            f"must be a sound for a net of size {shape}, got the video {source} (the preset fire takes videos)",
+            "data",
         )
     kind = "video" if is_video else "sound"
     images = builtin.is_builtin(source) and not (video.is_video(source) or sound.is_sound(source))
     if images or source.startswith("torchvision:"):
-        raise DataError(f"data: must be a {kind} for the method {config.method!r}, got the images {source}")
+        raise DataError(f"must be a {kind} for the method {config.method!r}, got the images {source}", "data")
 
 
 def narrow(config: TrainConfig) -> TrainConfig:

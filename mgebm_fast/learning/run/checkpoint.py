@@ -80,33 +80,33 @@ def read(folder: Path) -> dict[str, Any]:
     """The state of a checkpoint whose files are all there and undamaged; CheckpointError names the file that is not."""
     path = folder / STATE
     if folder.is_symlink() and _NAME.fullmatch(folder.name):
-        raise CheckpointError(f"{folder}: must be a folder, got a symbolic link")
+        raise CheckpointError("must be a folder, got a symbolic link", folder)
     if not os.path.lexists(path):
-        raise CheckpointError(f"{folder}: not a checkpoint, it has no {STATE}")
+        raise CheckpointError(f"not a checkpoint, it has no {STATE}", folder)
     with damage_named(path, "not a checkpoint's state"):
         state = json.loads(files.read_regular(path, MOST_JSON))
         known, version = state["format"] == FORMAT, state.get("version")
         if not known or version not in (1, VERSION):
-            raise CheckpointError(f"{path}: written in format {state['format']} {version}, need {FORMAT} {VERSION}")
+            raise CheckpointError(f"written in format {state['format']} {version}, need {FORMAT} {VERSION}", path)
         if version != 1 and state.pop("crc32", None) != _checksum(state):
-            raise CheckpointError(f"{path}: damaged or changed, its checksum is not that of what was written")
+            raise CheckpointError("damaged or changed, its checksum is not that of what was written", path)
         listed_files = dict(state["files"])
     for name, expected in listed_files.items():
         file = folder / name
         if name != Path(name).name or name in (".", ".."):
-            raise CheckpointError(f"{path}: files must be names of this folder, got {name!r}")
+            raise CheckpointError(f"files must be names of this folder, got {name!r}", path)
         if not os.path.lexists(file):
-            raise CheckpointError(f"{file}: missing from the checkpoint")
+            raise CheckpointError("missing from the checkpoint", file)
         with damage_named(file, "unreadable"):
             found = files.fingerprint(check_regular(file), expected["bytes"])
         if found["bytes"] != expected["bytes"]:
-            raise CheckpointError(f"{file}: truncated, {found['bytes']} bytes where {expected['bytes']} were written")
+            raise CheckpointError(f"truncated, {found['bytes']} bytes where {expected['bytes']} were written", file)
         if found != expected:
-            raise CheckpointError(f"{file}: damaged, its checksum is not that of what was written")
+            raise CheckpointError("damaged, its checksum is not that of what was written", file)
     named = _SET_ASIDE.fullmatch(folder.name)
     step = state.get("iteration")
     if named and step != int(named[1]):
-        raise CheckpointError(f"{path}: must be of update {int(named[1])}, as its folder's name says, got {step!r}")
+        raise CheckpointError(f"must be of update {int(named[1])}, as its folder's name says, got {step!r}", path)
     return state
 
 
@@ -119,9 +119,9 @@ def damage_named(path: Path, what: str, keep: type[Exception] = CheckpointError)
     except (CheckpointError, MemoryError, keep):
         raise
     except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read: {error.strerror or error}") from error
+        raise CheckpointError(f"cannot be read: {error.strerror or error}", path) from error
     except Exception as error:
-        raise CheckpointError(f"{path}: truncated or {what} ({type(error).__name__}: {error})") from error
+        raise CheckpointError(f"truncated or {what} ({type(error).__name__}: {error})", path) from error
 
 
 def listed(root: Path) -> list[Path]:
@@ -187,7 +187,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     with damage_named(path, "no safetensors file at all"):
         tensors = load(check_regular(path).read_bytes())
     if fault := fault_of(tensors, LARGEST_MOMENT, LARGEST_SQUARE):
-        raise CheckpointError(f"{path}: {fault}")
+        raise CheckpointError(fault, path)
     return tensors
 
 

@@ -70,10 +70,7 @@ class Run:
         if found is None:
             why = "; ".join(str(error) for _, error in faults) or "it has no checkpoint yet"
             raise CheckpointError(f"run: {self.path} has no model to use: {why}")
-        damaged = ", ".join(
-            f"{folder.name} is damaged ({str(error).removeprefix(str(folder)).lstrip('/: ')})"
-            for folder, error in faults
-        )
+        damaged = ", ".join(f"{folder.name} is damaged ({_inside(folder, error)})" for folder, error in faults)
         words = f"{self.path}: {damaged}; the model is that of {found[0].name}" if damaged else ""
         return found[0] / MODEL, words
 
@@ -92,3 +89,8 @@ class Run:
     def data(self, split: str = "train", source: Any = None) -> Any:
         """The images or clips of the run, read as in training; `source` where they lie elsewhere now."""
         return load_data(self.config, split=split, source=source, like=self.fingerprint())
+
+
+def _inside(folder: Path, error: CheckpointError) -> str:
+    """What is wrong with a checkpoint, its file named without the folder."""
+    return error.words if error.where == str(folder) else str(error.at(Path(error.where).name))
