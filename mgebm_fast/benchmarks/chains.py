@@ -55,7 +55,7 @@ class ChainBench:
         ]
         error = max(errors)
         check(error, precision)
-        return self._whole(contender, loops), precision, error, explained
+        return self._whole(contender, loops), precision, error, str(explained or contender.what)
 
     def _whole(self, contender: Contender, loops: list[BoundLoop]) -> Run:
         if len(self.case.sizes) == 1:

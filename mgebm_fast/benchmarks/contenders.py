@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import re
 from collections.abc import Callable
 
 import torch
@@ -12,6 +11,7 @@ from torch import Tensor, nn
 
 from ..nets import EnergyNet
 from ..sampling import Langevin
+from ..sampling.explanation import Explanation
 from . import peers
 from .loops import CompiledLoop, Loop, bf16_cast_loop, plain_loop, seed_loop
 from .peers import BoundLoop
@@ -67,21 +67,18 @@ OURS, BASELINE = "mgebm_auto", "plain_loop"
 QUICK = tuple(name for name, contender in CONTENDERS.items() if not contender.slow)
 
 
-def precision_of(contender: Contender, explained: str, device: str) -> str:
-    """What the gradient is computed in: of this package's chains, what `explain()` says.
+def precision_of(contender: Contender, explained: Explanation | None, device: str) -> str:
+    """What the gradient is computed in: of this package's chains, what `explain` says.
 
     On a GPU torch's float32 convolutions, and XLA's, are TF32 unless they are told otherwise.
     """
-    precision = contender.precision
-    if contender.ours:
-        found = re.search(r"\b(fp32|tf32|bf16|fp16)\b", explained.partition("gradient: ")[2])
-        precision = found[1] if found else precision
-    # This package's own plans keep float32 float32.
-    theirs = not contender.ours or "gradient: autograd" in explained
+    precision = contender.precision if explained is None else explained.precision
+    theirs = explained is None or explained.plan == "autograd"  # this package's own plans keep float32 float32
     if theirs and precision == "fp32" and device.startswith("cuda") and torch.backends.cudnn.allow_tf32:
         return "tf32"
     return precision
 
 
-def explain(contender: Contender, net: nn.Module, x: Tensor, dynamics: Langevin) -> str:
-    return str(dynamics.explain(net, x, precision=contender.ours)) if contender.ours else contender.what
+def explain(contender: Contender, net: nn.Module, x: Tensor, dynamics: Langevin) -> Explanation | None:
+    """What this package's chain runs; None for another contender."""
+    return dynamics.explain(net, x, precision=contender.ours) if contender.ours else None

@@ -72,7 +72,7 @@ class TrainingBench:
         check(max(errors), precision)
         learning = relative_error(self._learn(contender), self.learning)
         check(learning, precision, "weight gradient", LEARNING_LIMITS)
-        return self._whole(contender), precision, max(*errors, learning), explained
+        return self._whole(contender), precision, max(*errors, learning), str(explained or contender.what)
 
     def _whole(self, contender: Contender) -> Run:
         if contender.ours:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -79,7 +79,8 @@ def held_out_mask(count: int, labels: np.ndarray | None) -> np.ndarray:
     return mask
 
 
-class Choice(NamedTuple):
+@dataclass(frozen=True)
+class Choice:
     """A part of a source, ascending, and what goes with each image of it."""
 
     index: np.ndarray  # (n,) places in the source
@@ -91,7 +92,7 @@ class Choice(NamedTuple):
     def take(self, places: np.ndarray) -> Choice:
         labels = None if self.labels is None else self.labels[places]
         names = tuple(self.names[i] for i in places)
-        return self._replace(index=self.index[places], labels=labels, names=names)
+        return replace(self, index=self.index[places], labels=labels, names=names)
 
 
 def choose(
@@ -123,8 +124,8 @@ def choose(
         part = "images" if split == "all" else f"images in split {split!r}"
         before = "" if known is None else "; none of them is named as one that was trained on"
         raise DataError(f"{collection.name} has no {part}{of} ({collection.count} images in all){before}")
-    held_out = tuple(names[i] for i in np.flatnonzero(of_classes & mask))
-    chosen = tuple(names[i] for i in index)
+    held_out = tuple(names[i] for i in np.flatnonzero(of_classes & mask).tolist())
+    chosen = tuple(names[i] for i in index.tolist())
     return Choice(index, None if labels is None else labels[index], class_names, chosen, held_out)
 
 

@@ -126,7 +126,7 @@ def open_tar(path: Path, size: int, channels: int) -> Collection:
     batches = None if listing.entries else cifar.batches_of(files)
     if batches is not None:
         with tar.opened(path) as archive:
-            return cifar.collection(path, batches, lambda name: archive.extractfile(files[name]).read(), size, channels)
+            return cifar.collection(path, batches, lambda name: tar.contents(archive, files[name]), size, channels)
     if damage:
         listing.skipped.append((path.name, damage))
 
@@ -136,8 +136,7 @@ def open_tar(path: Path, size: int, channels: int) -> Collection:
             for entry in entries:
                 try:
                     if entry.member is not place:  # hard links of one file stand side by side
-                        place, file = entry.member, archive.extractfile(entry.member)
-                        held = file.read() if file is not None else b""
+                        place, held = entry.member, tar.contents(archive, entry.member)
                     yield held if len(held) == entry.bytes else OSError("the archive ends inside this file")
                 except Exception as error:  # as in zip archives: each compressor raises its own
                     yield error

@@ -116,7 +116,8 @@ def load(
 def _whole(name: str, value: Any) -> int:
     """An int of any kind, numpy's and 0-dimensional arrays and tensors too, of at least 1."""
     try:
-        if isinstance(value, (bool, np.bool_)) or getattr(value, "ndim", 0):
+        dimensions: Any = getattr(value, "ndim", 0)
+        if isinstance(value, (bool, np.bool_)) or dimensions:
             raise TypeError
         number = operator.index(value)
     except TypeError:

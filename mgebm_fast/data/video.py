@@ -188,7 +188,7 @@ def _fit(frames: Iterable[np.ndarray], height: int, width: int, channels: int, n
     """Centre crop to height:width, means of areas: (T, height, width, channels) uint8."""
     from PIL import Image
 
-    fitted = []
+    fitted: list[np.ndarray] = []
     for frame in frames:
         if (len(fitted) + 1) * height * width * channels > MAX_RECORDING_BYTES:
             raise DataError(

@@ -109,6 +109,7 @@ class FusedPlan(GradientPlan):
     """
 
     backends = ("native", "triton")  # of the update, with which `advance_` makes the steps
+    bad_step: Tensor
 
     def __init__(
         self, stack: Stack, energy: Any, precision: str, backend: str = "triton", *, not_resident: str = ""

@@ -12,7 +12,7 @@ import contextlib
 import functools
 import itertools
 import types
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Hashable, Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -33,7 +33,7 @@ _OWN = frozenset(vars(nn.Module()))
 def modules_of(energy: Any) -> Iterator[nn.Module]:
     """Every module that `energy` is or holds, each once."""
     seen: set[int] = set()
-    keep = []  # ids stay taken while their objects live
+    keep: list[Any] = []  # ids stay taken while their objects live
     queue = collections.deque([energy])
     while queue and len(keep) < _MOST:
         value = queue.popleft()
@@ -47,9 +47,10 @@ def modules_of(energy: Any) -> Iterator[nn.Module]:
 
 
 def _held_by(value: Any) -> Iterable[Any]:
+    kind: Any = type(value)
     if isinstance(value, nn.Module):
         children = [child for child in value._modules.values() if child is not None]
-        if _of_a_library(type(value)):
+        if _of_a_library(kind):
             return children
         return children + [held for name, held in vars(value).items() if name not in _OWN]
     if isinstance(value, types.FunctionType):
@@ -62,18 +63,18 @@ def _held_by(value: Any) -> Iterable[Any]:
         return itertools.islice(value.values(), _MOST)
     if isinstance(value, (list, tuple, set, frozenset, collections.deque)):
         return itertools.islice(value, _MOST)
-    if isinstance(value, types.ModuleType) or _of_a_library(type(value)):
+    if isinstance(value, types.ModuleType) or _of_a_library(kind):
         return ()
-    call = getattr(type(value), "__call__", None)  # noqa: B004
+    call = getattr(kind, "__call__", None)  # noqa: B004
     attributes = list(getattr(value, "__dict__", {}).values())
-    for kind in type(value).__mro__:
-        slots = kind.__dict__.get("__slots__", ())
+    for base in kind.__mro__:
+        slots = base.__dict__.get("__slots__", ())
         attributes += [getattr(value, name, None) for name in ((slots,) if isinstance(slots, str) else slots)]
     return [*attributes, *([call] if isinstance(call, types.FunctionType) else [])]
 
 
 @functools.lru_cache(maxsize=1024)
-def _of_a_library(kind: type) -> bool:
+def _of_a_library(kind: Hashable) -> bool:  # a class
     return _is_of_a_library(kind)
 
 

@@ -37,6 +37,7 @@ class ResidentPlan(GradientPlan):
 
     backends = ("native",)
     precision = "fp16"
+    bad_step: Tensor
 
     def __init__(self, stack: Stack, energy: Any, x: Tensor) -> None:
         self._energy = energy

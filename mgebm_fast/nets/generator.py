@@ -142,7 +142,7 @@ class Generator(nn.Module):
         """Multiply-accumulates of one image's forward pass."""
         total, side = 0, self.latent_map
         for spec, layer in zip(self.specs, self.layers, strict=True):
-            total += layer.weight.numel() * side**2  # every place of the map is stamped once
+            total += layer.get_parameter("weight").numel() * side**2  # every place of the map is stamped once
             side *= spec.stride
         return total
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 import dataclasses
 import math
 from collections.abc import Iterator
@@ -39,7 +40,7 @@ class MetropolisResult:
         return self.accepted.double().mean(0)
 
 
-class Corrected:
+class Corrected(abc.ABC):
     """What MALA and HMC share. A step draws p from (seed, sample id, step, MOMENTUM, `grid`) and the uniform number of
     its decision from (…, ACCEPTANCE, `grid`), so that a sample's chain does not depend on the batch it runs in."""
 
@@ -53,9 +54,9 @@ class Corrected:
     jitter: float
 
     @property
+    @abc.abstractmethod
     def path(self) -> int:
         """Leapfrog steps of one proposal."""
-        raise NotImplementedError
 
     def __post_init__(self) -> None:
         where = type(self).__name__

@@ -172,8 +172,8 @@ class Recorder:
     ) -> None:
         self.coupled = ""  # why the samples of a batch are coupled, once the chain made a step
         self._energy, self._every, self._mask = energy, count(every, "every", "Recorder"), mask
-        seed = noise.resolve_seed(arguments.counter(seed), generator, torch.device("cpu"), "Recorder")
-        self._place = {"seed": seed, "stream": noise.stream(noise.Purpose.MOMENTUM, grid)}
+        drawn = noise.resolve_seed(arguments.counter(seed), generator, torch.device("cpu"), "Recorder")
+        self._place = {"seed": drawn, "stream": noise.stream(noise.Purpose.MOMENTUM, grid)}
         self._first_sample, self._keep = first_sample, keep
         self._exact = chain if isinstance(chain, Corrected) else _exact(chain)
         self._plain = chain.update() if isinstance(chain, Langevin) else None

@@ -16,6 +16,8 @@ from mgebm_fast.benchmarks.gate import WrongGradientError, check, gradient64, gr
 from mgebm_fast.benchmarks.loops import plain_loop, plain_net, seed_loop
 from mgebm_fast.benchmarks.training import TrainingBench
 from mgebm_fast.benchmarks.work import macs_inside
+from mgebm_fast.gradient import PlanReport
+from mgebm_fast.sampling.explanation import Explanation
 
 
 def energy_net(norm="batch", size=4):
@@ -133,6 +135,7 @@ def test_a_wrong_gradient_is_refused():
 
 def test_precision_is_what_explain_says():
     auto = CONTENDERS["mgebm_auto"]
-    assert precision_of(auto, "3 steps; gradient: conv, bf16, first convolution in fp32; update: …", "cpu") == "bf16"
-    assert precision_of(auto, "3 steps; gradient: autograd, fp32, because …", "cpu") == "fp32"
-    assert precision_of(CONTENDERS["bf16_cast_loop"], "", "cpu") == "bf16"
+    for report in (PlanReport("conv", "bf16", "first convolution in fp32"), PlanReport("autograd", "fp32")):
+        explained = Explanation("3 steps", report, "cpu", update="", graph="", coupling="", randomness="")
+        assert precision_of(auto, explained, "cpu") == report.precision
+    assert precision_of(CONTENDERS["bf16_cast_loop"], None, "cpu") == "bf16"

@@ -16,15 +16,18 @@ _EXTENSION_TYPES = (
 )  # fmt: skip
 _MAX_EXTENSION_BYTES = 1 << 20  # extended headers (long names, pax records) are read whole
 
+# The one that `TarFile.next` passes on at any place of an archive; public, and yet in no stub.
+_HeaderError = tarfile.SubsequentHeaderError  # type: ignore[attr-defined]
+
 
 class _Member(tarfile.TarInfo):
     @classmethod
     def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> _Member:
         info = super().frombuf(buf, encoding, errors)
         if info.size < 0:
-            raise tarfile.SubsequentHeaderError(f"a member of {info.size} bytes")
+            raise _HeaderError(f"a member of {info.size} bytes")
         if info.type in _EXTENSION_TYPES and info.size > _MAX_EXTENSION_BYTES:
-            raise tarfile.SubsequentHeaderError(f"an extended header of {info.size} bytes")
+            raise _HeaderError(f"an extended header of {info.size} bytes")
         return info
 
 
@@ -32,6 +35,12 @@ class _Member(tarfile.TarInfo):
 def opened(path: Path) -> Iterator[tarfile.TarFile]:
     with tarfile.open(path, tarinfo=_Member) as archive:
         yield archive
+
+
+def contents(archive: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
+    """All bytes of a file of the archive; none of what is no file."""
+    file = archive.extractfile(member)
+    return b"" if file is None else file.read()
 
 
 def members(path: Path) -> tuple[list[tarfile.TarInfo], str]:
@@ -47,7 +56,7 @@ def members(path: Path) -> tuple[list[tarfile.TarInfo], str]:
                 raise tarfile.ReadError(f"the size of {info.name[:200]} leads back in the archive")
             before = archive.offset
             found.append(info)
-            archive.members.clear()  # it keeps a list of its own
+            archive.members.clear()  # type: ignore[attr-defined]  # it keeps a list of its own
         file: Any = archive.fileobj
         file.seek(archive.offset)
         end = file.read(tarfile.BLOCKSIZE)

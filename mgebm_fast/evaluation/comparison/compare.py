@@ -126,7 +126,7 @@ def _conditions(
 
 def _checksum(data: ImageData) -> str:
     """Of all pixels, and how many images they are."""
-    return f"{len(data)}:{zlib.crc32(np.ascontiguousarray(data.images)):08x}"
+    return f"{len(data)}:{zlib.crc32(np.ascontiguousarray(data.images).data):08x}"
 
 
 def _stored(entry: Entry, wanted: dict[str, Any]) -> dict[str, Any] | None:
@@ -230,4 +230,6 @@ def summary(record: dict[str, Any]) -> str:
 def samples_of(entry: Entry, n: int, seed: int, device: torch.device | str = "cpu") -> torch.Tensor:
     """The first n of the samples that were measured, (n, C, S, S) uint8."""
     model = Run(entry.folder).model(device)
-    return model.to_uint8(model.sample(n, seed=seed)).cpu()
+    made = model.sample(n, seed=seed)
+    assert isinstance(made, torch.Tensor)
+    return model.to_uint8(made).cpu()

@@ -82,5 +82,5 @@ def top_map(net: Any, x: Tensor) -> Tensor:  # (N, C, s, s) -> (N, D)
     for layer in net.layers:
         x = layer(x)
     if max(x.shape[2:]) > MAP:
-        x = F.adaptive_avg_pool2d(x, [min(MAP, length) for length in x.shape[2:]])
+        x = F.adaptive_avg_pool2d(x, (min(MAP, x.shape[2]), min(MAP, x.shape[3])))
     return x.flatten(1)

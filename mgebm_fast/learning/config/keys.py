@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 import dataclasses
 import math
 from collections.abc import Collection, Sequence
@@ -17,13 +18,13 @@ MOST_ELEMENTS = 2**31  # numbers in one batch
 MOST_LENGTH, MOST_RATE = 10**7, 192_000  # frames or samples of a clip; of a second
 
 
-class Kind:
+class Kind(abc.ABC):
     """Reads a value as TOML gives it. `read` raises ValueError with the reason where `expected` does not say it all."""
 
     expected: str
 
-    def read(self, value: Any) -> Any:
-        raise NotImplementedError
+    @abc.abstractmethod
+    def read(self, value: Any) -> Any: ...
 
     def shown(self, value: Any) -> Any:
         """A value that was read as a TOML file would give it."""

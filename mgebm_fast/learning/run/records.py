@@ -60,7 +60,7 @@ class Recorder(NoRecorder):
 
         path = self._folder / METRICS
         self.notice = truncate(path, step, rollbacks, mark)
-        found = files.fingerprint(path) if path.exists() else {"bytes": 0, "crc32": "0"}
+        found: dict[str, Any] = files.fingerprint(path) if path.exists() else {"bytes": 0, "crc32": "0"}
         self._bytes, self._crc = found["bytes"], int(found["crc32"], 16)
         self._file = path.open("ab")
         purge = step + 1 if (self._folder / TENSORBOARD).is_dir() else None
@@ -173,7 +173,8 @@ def _record(line: bytes) -> dict[str, Any] | None:
     """The record of a whole line, None for a torn or damaged one."""
     try:
         found = json.loads(line) if line.endswith(b"\n") else None
-        whole = isinstance(found, dict) and isinstance(found["step"], int)
-        return found if whole and isinstance(found.get("rollbacks", 0), int) else None
+        if not isinstance(found, dict) or not isinstance(found["step"], int):
+            return None
+        return found if isinstance(found.get("rollbacks", 0), int) else None
     except (ValueError, KeyError, RecursionError):
         return None

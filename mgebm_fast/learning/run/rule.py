@@ -61,13 +61,13 @@ class UpdateRule(abc.ABC):
         """
         return
 
+    @abc.abstractmethod
     def snapshot(self) -> Any:
         """What `write` would store, as copies in memory: what a run without a folder goes back to."""
-        raise NotImplementedError(f"{type(self).__name__} keeps no state in memory: rollback needs a run with a folder")
 
+    @abc.abstractmethod
     def restore(self, snapshot: Any) -> None:
         """Restore what `snapshot` gave, bit for bit; it can be restored again."""
-        raise NotImplementedError
 
     def purpose(self, of: noise.Purpose) -> int:
         """What training draws of this kind are for in the present attempt: no other attempt has their counters."""

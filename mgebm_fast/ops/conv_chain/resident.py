@@ -60,7 +60,7 @@ def _nowhere(device: torch.device) -> Counters:
 @functools.cache
 def limits_of(device: torch.device) -> Limits:
     """The limits of a CUDA device."""
-    found = torch.cuda.get_device_properties(device)
+    found: Any = torch.cuda.get_device_properties(device)  # its stub lacks a field
     return Limits(found.shared_memory_per_block_optin, found.multi_processor_count)
 
 
