@@ -183,9 +183,14 @@ def test_a_format_that_is_not_written_is_refused(mgebm, trained, tmp_path):
     assert not (tmp_path / "samples.jpg").exists()
 
 
-def test_memory_that_is_not_there_is_told_in_gigabytes(mgebm, trained, tmp_path):
-    call = ["train", "digits", "--set", "steps=1", "--set", "width=1e9", "--out", tmp_path / "wide"]
-    line = one_line(mgebm(*call))
+def test_memory_that_is_not_there_is_told_in_gigabytes(mgebm, tmp_path, monkeypatch):
+    def too_wide(*sizes, **options):
+        raise RuntimeError(
+            "[enforce fail at alloc_cpu.cpp:1] can't allocate memory: you tried to allocate 4000000000000 bytes"
+        )
+
+    monkeypatch.setattr("mgebm_fast.learning.methods.multigrid.MultiGrid", too_wide)
+    line = one_line(mgebm("train", "digits", "--set", "steps=1", "--out", tmp_path / "wide"))
     assert "GB were asked for in one piece" in line and "width" in line and "alloc_cpu" not in line
     assert list(tmp_path.iterdir()) == []
 

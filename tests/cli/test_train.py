@@ -86,8 +86,8 @@ def test_a_folder_with_the_name_of_a_built_in_set_is_pointed_out(mgebm, tmp_path
     monkeypatch.chdir(tmp_path)
     (tmp_path / "digits").mkdir()
     result = mgebm("train", "digits", "--data", "digits", *TINY, "--set", "steps=0", "--out", tmp_path / "run")
-    assert result.exit_code == 0 and "./digits" in result.stderr
-    assert load_config(tmp_path / "run" / "config.toml").data == "digits"
+    assert result.exit_code == 2 and "./digits" in result.stderr and "builtin:digits" in result.stderr
+    assert not (tmp_path / "run").exists()
 
 
 def test_resume_goes_on_and_needs_no_preset(mgebm, run):

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import builtins
 import math
-import re
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -223,12 +221,3 @@ def test_nothing_recorded_is_told():
     with pytest.raises(ValueError, match="every must be a positive int"):
         Recorder(quartic, mg.Langevin(steps=3, step_size=0.5), every=0)
     assert diagnostics.PROJECTIONS == 8
-
-
-def test_the_code_of_the_page_runs():
-    pytest.importorskip("arviz")
-    page = Path(__file__).resolve().parents[2] / "docs" / "diagnostics.md"
-    names = {"energy": lambda x: x.square().flatten(1).sum(1), "x": torch.rand(4, 2)}
-    for block in re.findall(r"^```python\n(.*?)^```", page.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL):
-        exec(block, names)
-    assert names["result"].acceptance.shape == (4,) and len(names["trace"].steps) == 20

@@ -215,7 +215,6 @@ def planted_model():
     pattern = torch.where((torch.arange(8)[:, None] + torch.arange(8)) % 2 == 1, 1.0, -1.0)
     other = torch.where(torch.arange(8) % 4 < 2, 1.0, -1.0)[:, None] * torch.ones(8)
     layer = net.layers[0]
-    layer.padding = 0
     with torch.no_grad():
         layer.weight.copy_(torch.stack([pattern, -pattern, other, -other])[:, None])
         net.layers[1].weight.copy_(torch.tensor([[1.0, 1, 0, 0], [0, 0, 1, 1]])[:, :, None, None])

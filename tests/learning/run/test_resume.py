@@ -120,7 +120,7 @@ def test_another_run_is_refused(trainer, tmp_path, changes, message):
 
 def test_other_data_is_refused(trainer, tmp_path):
     trainer(out=tmp_path / "run").fit(2)
-    with pytest.raises(ConfigError, match="the 20 images that the run began with, got 21"):
+    with pytest.raises(ConfigError, match="the images that the run began with, but of 20 images 1 added"):
         trainer(out=tmp_path / "run", data=tiny_data(21)).resume()
 
 

@@ -14,6 +14,7 @@ from helpers.training import tiny_config, tiny_data
 from PIL import Image
 from rich.console import Console
 
+from mgebm_fast.data import load
 from mgebm_fast.errors import CheckpointError
 from mgebm_fast.learning import MultiGridTrainer, Run, load_config, train
 from mgebm_fast.learning.run import checkpoint
@@ -192,6 +193,6 @@ def test_open_a_run(trainer, tmp_path):
 
 
 def test_data_of_a_run(trainer, tmp_path):
-    trainer(out=tmp_path, channels=1, sizes=[1, 2, 4, 8], data=tiny_data(size=8)).fit(1)
+    trainer(out=tmp_path, channels=1, sizes=[1, 2, 4, 8], data=load("digits", size=8, channels=1)).fit(1)
     run = Run(tmp_path)
     assert len(run.data()) == 1437 and len(run.data("held_out")) == 360
