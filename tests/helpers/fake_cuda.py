@@ -285,7 +285,7 @@ def world(processors: int = 132) -> Iterator[World]:
             "device_count": lambda: 1,
             "current_device": lambda: 0,
             "get_device_properties": lambda *_: types.SimpleNamespace(
-                multi_processor_count=processors, total_memory=1 << 37
+                multi_processor_count=processors, total_memory=1 << 37, shared_memory_per_block_optin=232448
             ),
             "Stream": lambda device=None, **_: Stream(pretended, device),
             "Event": lambda **_: object(),
@@ -301,6 +301,8 @@ def world(processors: int = 132) -> Iterator[World]:
             "empty_cache": lambda: None,
         }.items():
             patch.setattr(cuda, name, value)
+        # Chains of a kernel a layer, whether or not the CUDA kernels were built.
+        patch.setenv("MGEBM_RESIDENT", "0")
         patch.setattr(native, "_module", _Native(native._module, pretended))
         for name in KERNELS:
             module = importlib.import_module(f"mgebm_fast.kernels.{name}")
