@@ -102,7 +102,7 @@ def resolve_seed(
     if captured and source.type != "cuda":
         raise ValueError(f"{where}: generator must be on {device} while a CUDA graph is captured, got {source}")
     drawn = torch.randint(2**63 - 1, (), dtype=torch.int64, device=source, generator=generator)
-    if source.type == "cpu" and not torch.compiler.is_compiling():
+    if source.type == "cpu" and not torch.compiler.is_compiling() and type(drawn) is Tensor:  # no fake tensor
         return int(drawn)
     return drawn.to(device)
 

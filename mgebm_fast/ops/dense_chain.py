@@ -31,10 +31,8 @@ PAD = 64  # widths are padded to multiples of this, with zeros
 
 @dataclasses.dataclass(frozen=True)
 class DenseNet:
-    """An energy's layers as matrices, v_l = W_l h_{l−1} + b_l, h_l = a_l(v_l), and dE/dh at the top.
-
-    Made by `dense_net` or `dense_net_of`. Padded rows, columns and entries are zero.
-    """
+    """An energy's layers as matrices, v_l = W_l h_{l−1} + b_l, h_l = a_l(v_l), and dE/dh at the top (`dense_net`,
+    `dense_net_of`). Padded rows, columns and entries are zero."""
 
     sizes: tuple[int, ...]  # D_0 … D_L, as they are
     weights: tuple[Tensor, ...]  # (padded D_l, padded D_{l−1}), 16 or 32 bits: views of one flat tensor
@@ -197,7 +195,7 @@ def dense_chain_(
     clamp: tuple[float, float] | None = None,
     mask: Tensor | None = None,
     bad_step: Tensor | None = None,
-    seed: int | Tensor = 0,
+    seed: int | Tensor | None = None,
     first_sample: int | Tensor = 0,
     first_step: int | Tensor = 0,
     stream: int = 0,
@@ -221,6 +219,7 @@ def dense_chain_(
     Returns: x itself.
     Raises: TypeError, ValueError, BackendError.
     """
+    seed = counters.seed_or_fresh(seed, x, OP)
     check_state(x, OP)
     if not x.is_contiguous() or x[:1].numel() not in (net.sizes[0], 0):
         raise ValueError(

@@ -164,7 +164,7 @@ def edge_step_(
     clamp: tuple[float, float] | None = None,
     mask: Tensor | None = None,
     bad_step: Tensor | None = None,
-    seed: int | Tensor = 0,
+    seed: int | Tensor | None = None,
     first_sample: int | Tensor = 0,
     step: int | Tensor = 0,
     stream: int = 0,
@@ -186,6 +186,7 @@ def edge_step_(
     Returns: x itself.
     Raises: TypeError, ValueError, BackendError.
     """
+    seed = counters.seed_or_fresh(seed, x, OP)
     check_state(x, OP)
     check_upstream(x, upstream, weights)
     scale_tensor = unscale if isinstance(unscale, Tensor) else None

@@ -46,7 +46,7 @@ def langevin_step_(
     grad_clamp: float | None = None,
     clamp: tuple[float, float] | None = None,
     mask: Tensor | None = None,
-    seed: int | Tensor = 0,
+    seed: int | Tensor | None = None,
     first_sample: int | Tensor = 0,
     step: int | Tensor = 0,
     stream: int = 0,
@@ -65,7 +65,8 @@ def langevin_step_(
         reference_std, reference_mean: σ and m of the Gaussian reference N(m, σ²I); None: no reference.
         grad_clamp, clamp: bounds on the gradient's entries and on the result; None: none.
         mask: bool, broadcastable to x, True = updated; held pixels keep their bits and are not clamped.
-        seed, first_sample, step, stream: the noise's place, as in `noise`; tensors must be on x's device.
+        seed, first_sample, step, stream: the noise's place, as in `noise`; tensors must be on x's device. Without a
+            seed each call draws one from torch's generator: steps in a loop never share their noise.
 
     Returns:
         x itself.
@@ -75,6 +76,7 @@ def langevin_step_(
 
     Source: the chain of Xie, Lu, Zhu and Wu (ICML 2016, §3) with the clips of later users.
     """
+    seed = counters.seed_or_fresh(seed, x, OP)
     if (
         backend == "auto"
         and mask is None

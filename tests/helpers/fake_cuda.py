@@ -200,6 +200,8 @@ class _Native:
         self._module, self._world = module, world
 
     def __getattr__(self, name: str) -> Any:
+        if name == "cuda_archs":  # as in a build without CUDA: the launchers would ask for addresses
+            return lambda: ""
         if name.endswith("_cuda"):
             return lambda *arguments: self._world.note("native", name.removesuffix("_cuda"))
         return getattr(self._module, name)

@@ -78,7 +78,7 @@ def test_new_values_in_place():
     pointer = net.weights[0].data_ptr()
     net.update_([w[:b, :a] for w, a, b in zip(other.weights, (12, 20), (20, 9))], [other.biases[0][:20], None],
                 other.head[:9])  # fmt: skip
-    got, want = (ops.dense_chain_(x.clone(), n, steps=2, **FORM) for n in (net, other))
+    got, want = (ops.dense_chain_(x.clone(), n, steps=2, seed=1, **FORM) for n in (net, other))
     assert torch.equal(got, want) and net.weights[0].data_ptr() == pointer
 
 

@@ -298,3 +298,13 @@ def test_flushed_subnormals_change_nothing(threads):
             assert torch.equal(run(), expected)
     finally:
         torch.set_flush_denormal(False)
+
+
+def test_steps_without_a_seed_never_share_their_noise():
+    """They draw from torch's generator, which torch.manual_seed governs."""
+    x, grad = inputs((2, 3))
+    torch.manual_seed(0)
+    first, second = (ops.langevin_step_(x.clone(), grad, step_size=0.5) for _ in range(2))
+    torch.manual_seed(0)
+    assert not torch.equal(first, second)
+    assert torch.equal(first, ops.langevin_step_(x.clone(), grad, step_size=0.5))

@@ -212,7 +212,7 @@ def test_torchs_default_dtype_changes_nothing(name):
 
     def run():
         stepped = ops.langevin_step_(x.clone(), grad, step_size=0.1, reference_std=1.0, seed=1, backend=name)
-        chained = ops.conv_chain(stages, head, x, steps=2, step_size=0.1, backend=name)
+        chained = ops.conv_chain(stages, head, x, steps=2, step_size=0.1, seed=1, backend=name)
         draws = ops.noise((2, 5), seed=1, step=2, backend=name)
         return [stepped, chained, draws, *ops.pyramid(x, [1, 4], backend=name), ops.upsample(x, 2, backend=name)]
 

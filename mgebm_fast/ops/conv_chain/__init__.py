@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ... import native
 from ..backend import choose, register
-from ..counters import Counters, check
+from ..counters import Counters, check, seed_or_fresh
 from ..langevin_step import langevin_step_reference
 from ..state import addresses, check_mask, why_not_plain
 from ..update import Update, check_steps, prepare
@@ -223,7 +223,7 @@ def conv_chain(
     grad_clamp: float | None = None,
     clamp: tuple[float, float] | None = None,
     mask: Tensor | None = None,
-    seed: int | Tensor = 0,
+    seed: int | Tensor | None = None,
     first_sample: int | Tensor = 0,
     first_step: int | Tensor = 0,
     stream: int = 0,
@@ -241,6 +241,7 @@ def conv_chain(
 
     Raises: TypeError, ValueError, BackendError.
     """
+    seed = seed_or_fresh(seed, x, OP)
     if backend == "auto" and why_not_plain(x.resolve_neg()):
         backend = "reference"
     backend = choose(OP, backend, x.device)
