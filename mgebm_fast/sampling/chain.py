@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -24,7 +24,7 @@ from . import arguments, graphs, memory
 from .static import StaticChain
 
 Callback = Callable[[int, Tensor], Any]
-Ids = int | Tensor | Sequence[int]  # the id of a batch's first sample, or N ids
+Ids: TypeAlias = "int | Tensor | Sequence[int]"  # the id of a batch's first sample, or N ids
 
 
 @dataclasses.dataclass(frozen=True)

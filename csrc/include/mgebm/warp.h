@@ -6,7 +6,8 @@
 //   warp.load_matrices, warp.multiply                   ldmatrix and mma.sync m16n8k16, for all lanes together
 //   warp.load<V>(at), warp.store(at, value)              shared memory, by byte offset
 //
-// Between two barriers a word of shared memory may be written by one warp only, and then read by no other. (A word is 16 bits.)
+// Between two barriers a word of shared memory may be written by one warp only, and then read by no other. (A word is
+// 16 bits.)
 #pragma once
 
 #include "macros.h"
@@ -154,7 +155,8 @@ class CheckedShared {
     check(at, size);
     for (uint32_t w = at / 2; w <= (at + size - 1) / 2; ++w) {
       Word& word = words_[w];
-      if (!word.written) throw std::logic_error("shared memory at " + std::to_string(2 * w) + " is read, never written");
+      if (!word.written)
+        throw std::logic_error("shared memory at " + std::to_string(2 * w) + " is read, never written");
       if (word.write_phase == phase_ && word.writer != warp) race(w, "read", word.writer, warp);
       if (word.read_phase != phase_) word.reader = warp;
       if (word.reader != warp) word.reader = kSeveral;
@@ -184,7 +186,8 @@ class CheckedShared {
 
   void check(uint32_t at, uint32_t size) const {
     if (at % size != 0) throw std::logic_error("shared memory at " + std::to_string(at) + " is not aligned");
-    if (static_cast<int64_t>(at) + size > bytes_) throw std::logic_error("shared memory ends before " + std::to_string(at));
+    if (static_cast<int64_t>(at) + size > bytes_)
+      throw std::logic_error("shared memory ends before " + std::to_string(at));
   }
   static void race(uint32_t word, const char* what, int before, int now) {
     throw std::logic_error("race: shared memory at " + std::to_string(2 * word) + " is " + what + " by warp " +

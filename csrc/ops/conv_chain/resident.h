@@ -49,7 +49,8 @@ MG_BODY float exponential_of(float x) {
 
 MG_BODY bool is_finite(float value) { return (as_bits(value) & 0x7F800000u) != 0x7F800000u; }
 
-// a(z). Of a piecewise linear a (none: slope 1) the sign bit tells z <= 0, of 0 too: on the way down it tells the slope.
+// a(z). Of a piecewise linear a (none: slope 1) the sign bit tells z <= 0, of 0 too: on the way down it tells the
+// slope.
 template <bool kCurved>
 MG_BODY float activate(const ResidentStage& stage, float z) {
   if constexpr (!kCurved) return z > 0.0f ? z : as_float(as_bits(z * stage.slope) | 0x80000000u);

@@ -10,10 +10,10 @@ constexpr int kResidentNets = 4, kResidentStages = 8;
 
 // Offsets "in the image" are those in shared memory too, "in memory" those from ResidentNet::memory.
 struct ResidentWindows {
-  int32_t tiles, tile_rows;          // units of rows of one class, 16 or 32 each
+  int32_t tiles, tile_rows;                     // units of rows of one class, 16 or 32 each
   int32_t first_tap, first_tile, first_output;  // in the image: int32 (classes + 1)
-  int32_t taps;                      // in the image: int32 pairs (pixel from the base, row of weights)
-  int32_t base, inside, output;      // in memory: int32 (outputs); inside: bit t, whether tap t is in the map
+  int32_t taps;                                 // in the image: int32 pairs (pixel from the base, row of weights)
+  int32_t base, inside, output;  // in memory: int32 (outputs); inside: bit t, whether tap t is in the map
   MGEBM_FIELDS(tiles, tile_rows, first_tap, first_tile, first_output, taps, base, inside, output)
 };
 
@@ -27,28 +27,29 @@ struct ResidentStage {
   int32_t in_chunks, out_chunks;  // 1, 2, 4, or a multiple of 8
   float slope;
   Activation activation;
-  MGEBM_FIELDS(forward, backward, weights, bias, map, z, in_pixels, out_pixels, in_chunks, out_chunks, slope, activation)
+  MGEBM_FIELDS(forward, backward, weights, bias, map, z, in_pixels, out_pixels, in_chunks, out_chunks, slope,
+               activation)
 };
 
 struct ResidentNet {
-  const char* memory;          // the image, and behind it what is read from memory
+  const char* memory;  // the image, and behind it what is read from memory
   int32_t image_bytes;
   int32_t head, unscale;       // in memory: float (top pixels, 8 out_chunks), times a scale; one over that scale
   int32_t x, x_map, dx, zero;  // in shared memory; zero: 128 bytes of zeros, in the image
   int32_t channels, pixels;    // of x
   Extent size;
-  int32_t samples;             // chains of a block
+  int32_t samples;  // chains of a block
   List<ResidentStage, kResidentStages> stages;
-  const float* from;           // x at the start, or the smaller x that it is replicated from
+  const float* from;  // x at the start, or the smaller x that it is replicated from
   Extent factor;
-  float* out;                  // x at the end
-  float* gradient;             // or null: dE/dx at the start alone
-  const uint8_t* mask;         // (samples, elements), 0 holds; or null
+  float* out;           // x at the end
+  float* gradient;      // or null: dE/dx at the start alone
+  const uint8_t* mask;  // (samples, elements), 0 holds; or null
   int64_t steps;
   LangevinStepCoefficients numbers;
-  const float* numbers_at;     // or null: the seven numbers in memory, of all steps or (numbers_vary) of each
+  const float* numbers_at;  // or null: the seven numbers in memory, of all steps or (numbers_vary) of each
   bool numbers_vary;
-  Counters counters;           // of the first step
+  Counters counters;  // of the first step
   MGEBM_FIELDS(memory, image_bytes, head, unscale, x, x_map, dx, zero, channels, pixels, size, samples, stages, from,
                factor, out, gradient, mask, steps, numbers, numbers_at, numbers_vary, counters)
 };
