@@ -1,9 +1,16 @@
 """What needs a GPU is marked `gpu`, and comes in an order in which the first failure says most."""
 
 import pytest
+import torch
 
 # Kernels by themselves before plans, plans before chains, chains before models.
 ORDER = ("tests/ops", "tests/kernels", "tests/gradient", "tests/sampling")
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    """Samplers without a seed draw one from torch's generator: in a test always the same."""
+    torch.manual_seed(0)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
