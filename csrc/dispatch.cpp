@@ -27,7 +27,7 @@ struct Table {
   int64_t (*conv_chain_workspace)(const ConvChainParams&, int);
 };
 
-// Fastest first.
+// Instruction sets, fastest first.
 #define MGEBM_TABLE(isa, bfloat)                                                    \
   [] {                                                                              \
     namespace set = isa;                                                            \
@@ -58,7 +58,7 @@ Leaf features(unsigned part) {
 
 bool has_bfloat() { return features(1).eax >> 5 & 1; }
 
-// The tile registers are the kernel's to grant, once a process.
+// Linux grants the use of AMX tile registers on request, once a process.
 bool has_tiles() {
   const unsigned flags = features(0).edx;
   constexpr long kRequestPermission = 0x1023, kTileData = 18;

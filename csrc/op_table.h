@@ -18,9 +18,9 @@
   X(langevin_step, LangevinStepParams, CPU_AND_CUDA) \
   X(pyramid, PyramidParams, CPU_AND_CUDA)            \
   X(upsample, UpsampleParams, CPU_AND_CUDA)
-// Those that are compiled for the sets that multiply bfloat16 too.
+// Ops compiled also for the instruction sets that multiply bfloat16.
 #define MGEBM_BFLOAT_OPS(X) X(conv_chain, ConvChainParams, CPU)
-// That take other params on a GPU than on a CPU.
+// Ops whose params on a GPU are other than those on a CPU.
 #define MGEBM_RESIDENT_OPS(X) X(conv_chain, ResidentParams, CPU_AND_CUDA)
 #define MGEBM_OPS(X) MGEBM_FLOAT_OPS(X) MGEBM_BFLOAT_OPS(X)
 
@@ -32,7 +32,7 @@ namespace mgebm {
   MGEBM_OPS(MGEBM_DECLARE)                                                  \
   int64_t conv_chain_workspace(const ConvChainParams& params, int threads); \
   }
-// A set that only the convolutions have takes the other ops from AVX-512.
+// The bfloat16 sets have their own conv_chain; their other ops are those of AVX-512.
 #define MGEBM_USE(op, Params, layers) using avx512::op##_cpu;
 #define MGEBM_DECLARE_BFLOAT_SET(isa)                                       \
   namespace isa {                                                           \
@@ -51,9 +51,9 @@ MGEBM_DECLARE_BFLOAT_SET(avx512bf16)
 MGEBM_DECLARE_BFLOAT_SET(amx)
 #endif
 
-// Of the set in use.
+// The functions that run the instruction set in use.
 MGEBM_OPS(MGEBM_DECLARE)
-// Bytes that conv_chain_cpu needs.
+// Bytes of scratch memory that conv_chain_cpu needs.
 int64_t conv_chain_workspace(const ConvChainParams& params, int threads);
 #undef MGEBM_DECLARE_BFLOAT_SET
 #undef MGEBM_USE

@@ -8,7 +8,7 @@
                     one of at most 128 runs of rows, keeps running values a thread, and stores one partial result; the
                     last program of a channel block to finish combines them, always in the same order
     bytes an element (16 bits)  statistics 2 read; apply 2 read + 2 written; sums 4 read (2 with a head); backward apply
-                    4 read + 2 written (2 + 2). No mask: the sign is found again in z, which the way back reads anyhow
+                    4 read + 2 written (2 + 2). No mask: its sign is that of w n + b, from the z that is read anyway
     paths           128-bit loads and stores where 8 divides C (channels-last) or S (contiguous), else by the element
 
 Means and squares are Welford's within a thread and Chan's between them: no difference of large sums. There are no

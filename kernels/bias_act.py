@@ -184,7 +184,7 @@ def bias_act_backward_kernel(
     if MASKED:
         byte = tl.arange(0, EIGHTS)
         bits = tl.load(kept + first // 8 + byte, mask=byte < (count - first + 7) // 8, other=0).to(tl.int32)
-        # 1 where the bit is set, else 0: only the sign is looked at.
+        # 1 where the bit is set, else 0: only the sign is used.
         v = ((tl.expand_dims(bits, 1) >> tl.expand_dims(tl.arange(0, 8), 0)) & 1).to(tl.float32)
     else:
         v = tl.load(kept + first + lane, mask=inside, other=0.0).to(tl.float32)

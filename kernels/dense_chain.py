@@ -341,7 +341,7 @@ def dense_chain_(
     layers, samples = len(weights), x.shape[0]
     elements = x.numel() // samples
     if layers == 1:
-        split = 1  # with one barrier a step, programs could not take turns at g1
+        split = 1  # with only one barrier a step, one program could overwrite g1 while another still reads it
     sizes = [weights[0].shape[1], *(weight.shape[0] for weight in weights)]
     tiles = triton.cdiv(samples, SAMPLES)
     scratch = torch.empty(tiles * 3 * SAMPLES * sum(sizes[1:]), dtype=weights[0].dtype, device=x.device)

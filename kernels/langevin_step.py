@@ -37,7 +37,7 @@ from .philox import (
     seed_words,
 )
 
-# What changes from launch to launch, or from shape to shape, and would compile the kernel anew.
+# Arguments that change from launch to launch or from shape to shape: specialising on them would recompile the kernel.
 _PLAIN = ["samples", "elements", "channels", "spatial", "seed", "seed_high", "first_sample", "step", "stream"]
 _PLAIN += [f"{name}_{axis}" for name in ("x", "grad", "mask") for axis in ("sample", "channel", "spatial")]
 

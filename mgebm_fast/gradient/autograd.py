@@ -14,7 +14,7 @@ _NAMES = {torch.float64: "fp64", torch.float32: "fp32", torch.bfloat16: "bf16", 
 
 
 def ask(energy: Callable[[Tensor], Tensor], x: Tensor, where: str) -> Tensor:
-    """energy(x); TypeError where its weights are of another type than x, which torch's own error names by layers."""
+    """energy(x); TypeError where its weights have another dtype than x (torch's own error names only a layer)."""
     try:
         return energy(x)
     except RuntimeError as error:
@@ -35,8 +35,8 @@ def _weight_types(energy: Callable[[Tensor], Tensor]) -> list[torch.dtype]:
 
 
 class AutogradPlan(GradientPlan):
-    """One forward and one backward to x alone, as the energy itself computes them: in float32, but for an energy that
-    casts, or whose caller has torch.autocast on."""
+    """One forward and one backward pass, to x alone, as the energy itself computes them: in float32, unless the energy
+    casts or its caller has torch.autocast on."""
 
     precision = "fp32"
 

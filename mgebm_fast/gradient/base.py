@@ -1,4 +1,4 @@
-"""What every plan for ∇E is to a chain: its gradient, the steps that it makes itself, and what it says of itself."""
+"""The interface of a gradient plan: ∇E, the Langevin steps that some plans make themselves, and `explain()`."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class PlanReport:
     plan: str  # native | fused | dense | conv | autograd
     precision: str  # of the operands: fp32, bf16, fp16; under autograd what the energy itself computes in
     how: str = ""
-    steps: str = ""  # what the plan does of the steps themselves; empty where it gives the gradient alone
+    steps: str = ""  # how the plan makes Langevin steps itself; empty where it gives the gradient alone
     why_not_faster: tuple[str, ...] = ()
 
     def __str__(self) -> str:
@@ -33,8 +33,8 @@ class GradientPlan(abc.ABC):
     """∇E for one energy and one shape of x, with the weights that it had when the plan was made or last refreshed."""
 
     precision: str  # "fp32", "bf16" or "fp16"
-    backends: tuple[str, ...] = ()  # of the update, with which `advance_` makes the steps
-    bad_step: Tensor | None = None  # of a plan that notes it: the first step that overflowed; 0-dim int64 on the device
+    backends: tuple[str, ...] = ()  # backends of the update that `advance_` can make steps with
+    bad_step: Tensor | None = None  # for plans that record it: the first step that overflowed; 0-dim int64, on device
 
     @abc.abstractmethod
     def gradient(self, x: Tensor) -> Tensor:

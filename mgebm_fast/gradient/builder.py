@@ -1,4 +1,4 @@
-"""The layers of a net, one after the other, as the stages of a stack; or the reason why one of them is none."""
+"""Turns the layers of a net, one after the other, into the stages of a stack, or gives the reason why one cannot be."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def _of_length(tensor: Tensor | None, length: int, what: str) -> Tensor | None:
 
 
 class Builder:
-    """The stages so far, and the map that the last of them gives."""
+    """The stages so far, and the shape of the feature map that the last of them returns."""
 
     def __init__(self, x: Tensor) -> None:
         self.samples, self.ndim = x.shape[0], x.dim() - 2
@@ -55,7 +55,7 @@ class Builder:
         if weight.dim() != self.ndim + 2:
             raise Unreadable(f"{where} has a weight of shape {tuple(weight.shape)}")
         if weight.shape[1] != self.channels:
-            raise Unreadable(f"{where} takes {weight.shape[1]} channels, got a map of {self.channels}")
+            raise Unreadable(f"{where} takes {weight.shape[1]} channels, got a feature map of {self.channels}")
         kernel = tuple(weight.shape[2:])
         bias = _of_length(bias, weight.shape[0], f"{where} has a bias")
         stride, padding, dilation = (
@@ -67,7 +67,7 @@ class Builder:
             for n, k, s, p, d in zip(self.size, kernel, stride, padding, dilation, strict=True)
         )
         if min(out_size) < 1:
-            raise Unreadable(f"{where} has a kernel larger than its map of {self.size}")
+            raise Unreadable(f"{where} has a kernel larger than its feature map of {self.size}")
         self.stages.append(
             Stage(name, weight.detach(), None if bias is None else bias.detach(), stride, padding, dilation, None,
                   "none", 1.0, self.size, out_size)
@@ -163,11 +163,11 @@ class Builder:
         if not self.open:
             raise Unreadable(f"{where} comes right after no convolution or Linear")
         if self.flat and math.prod(self.size) != 1:
-            raise Unreadable(f"{where} normalises every pixel of a flattened map by itself")
+            raise Unreadable(f"{where} normalises every pixel of a flattened feature map by itself")
         held = (module.weight, module.bias, module.running_mean, module.running_var)
         fits = all(tensor is None or tuple(tensor.shape) == (self.channels,) for tensor in held)
         if (0 if self.flat else self.ndim) not in dims or not fits:
-            raise Unreadable(f"{where} does not fit a map of shape {(self.channels, *self.size)}")
+            raise Unreadable(f"{where} does not fit a feature map of shape {(self.channels, *self.size)}")
         stage = self.stages[-1]
         if stage.norm is not None:
             raise Unreadable(f"{where} follows another batch norm")
@@ -197,8 +197,8 @@ class Builder:
         """The stack of a Sequential; a last Linear without an activation becomes its head."""
         if not self.done:
             raise Unreadable(
-                f"it returns maps of shape {(self.channels, *self.size)}; Linear(…, 1) and Flatten(0) at its end "
-                "give one energy a sample"
+                f"it returns feature maps of shape {(self.channels, *self.size)}; Linear(…, 1) and Flatten(0) at its "
+                "end give one energy a sample"
             )
         if not self.stages:
             raise Unreadable("it has no convolution")

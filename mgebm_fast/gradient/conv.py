@@ -14,9 +14,9 @@ autograd's bit for bit; what goes is the graph, the head's forward, and the spec
 In 16 bits every convolution but the first forward one runs on 16-bit operands with float32 accumulation (pixels of
 0–255 would lose up to half a unit there); statistics are float32, the first stage's of the float32 map. float16 has few
 exponents: the head is scaled so that its largest entry is in [2, 4), which the linear backward carries down to x, where
-float32 takes it out again. What overflows nonetheless, forward or backward, leaves inf or NaN in the gradient.
+float32 takes it out again. An overflow in either pass nevertheless shows as inf or NaN in the gradient.
 
-Kept between forward and backward, in the plan's type: h_l where its sign tells the slope, y_l where not; and z_l or x̂_l
+Kept from forward to backward, in the plan's dtype: h_l where its sign gives the slope, y_l where not; and z_l or x̂_l
 where statistics follow. Bits in place of h_l would be 1/16 of it, but torch has no operator that packs them.
 """
 
@@ -41,7 +41,7 @@ from .stack import Stack, Stage, example_input, layout_of, reread
 aten = torch.ops.aten
 TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # The head's largest entry in float16: gradients may grow 2¹⁴-fold on their way to x, and shrink by as much.
-# backward(upstream, kept): `kept` is the activation's output, or its input where the output does not tell the slope.
+# backward(upstream, kept): `kept` is the activation's output, or its input where the output does not give the slope.
 Backward = Callable[[Tensor, Tensor], Tensor]
 
 
@@ -55,7 +55,7 @@ def bfloat16_is_fast(device_type: str) -> bool:
     return any(bool(getattr(torch.cpu, name, lambda: False)()) for name in checks)
 
 
-# float16 loses gradients that shrink from layer to layer, and more layers leave them more room to.
+# Gradients that shrink from layer to layer underflow in float16, the sooner the more layers there are.
 _FLOAT16_LAYERS = 8
 
 
@@ -69,9 +69,9 @@ def auto_precision(device_type: str, layers: int = 1) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class _Kept:
-    """What the backward of one stage needs."""
+    """What the backward pass of one stage needs."""
 
-    slope: Tensor  # h where its sign tells the activation's slope, else y
+    slope: Tensor  # h where its sign gives the activation's slope, else y
     z: Tensor | None = None  # what batch statistics normalised, and how: mean, 1/std, weight
     mean: Tensor | None = None
     rstd: Tensor | None = None
@@ -151,14 +151,14 @@ class _Layer:
 class ConvPlan(GradientPlan):
     """∇E of a stack, with the weights that it had when the plan was made, or at its last `refresh()`.
 
-    Batches of any size. A call synchronises nothing, so that a CUDA graph may hold it, and keeps nothing.
+    Batches of any size. A call makes no host sync, so that a CUDA graph can capture it, and keeps nothing.
     """
 
     def __init__(self, stack: Stack, energy: Any, precision: str, reason: str = "") -> None:
         self._energy, self.precision, self._reason = energy, precision, reason
         self._dtype = TYPES[precision]
         self._shape = (stack.channels, *stack.size)
-        # Pixels of the smallest map with batch statistics: they need two values a channel.
+        # Pixels of the smallest feature map with batch statistics, which need two values a channel.
         self._statistics = min((math.prod(s.out_size) for s in stack.stages if s.norm is not None), default=None)
         device = stack.head.device
         layouts = {2: torch.channels_last, 3: torch.channels_last_3d}
@@ -194,7 +194,7 @@ class ConvPlan(GradientPlan):
             raise ValueError(f"gradient: x must have shape (N, {expected}), got {tuple(x.shape)}")
         if self._statistics is not None and len(x) * self._statistics < 2:
             raise ValueError(
-                f"gradient: batch statistics need two values a channel, got {len(x)} samples on a map of "
+                f"gradient: batch statistics need two values a channel, got {len(x)} samples on a feature map of "
                 f"{self._statistics} pixels"
             )
         with torch.no_grad(), exact_cudnn(x.device):
@@ -226,8 +226,8 @@ class ConvPlan(GradientPlan):
 
 
 def _library_is_wrong(stage: Stage) -> bool:
-    """Where oneDNN's 16-bit convolutions on CPUs (torch 2.13, AMX) give wrong maps, one pixel wide at a stride, or
-    crash, dilated over small maps. These stages run in float32."""
+    """Where oneDNN's 16-bit convolutions on CPUs (torch 2.13, AMX) give wrong feature maps (one pixel wide at a stride)
+    or crash (dilated over small maps). These stages run in float32."""
     column = stage.out_size[-1] == 1 and math.prod(stage.out_size) > 1 and stage.stride[-1] > 1
     return stage.weight.device.type == "cpu" and (column or max(stage.dilation) > 1)
 
@@ -235,7 +235,7 @@ def _library_is_wrong(stage: Stage) -> bool:
 def _activation(name: str, slope: float) -> tuple[Callable[[Tensor], Tensor], Backward, bool]:
     """(forward, backward, whether the backward reads the output).
 
-    The backward writes over its upstream; the forward over its input, wherever that is not needed again.
+    The backward function overwrites its upstream; the forward function its input, unless that is needed again.
     """
     if name == "none":
         return lambda z: z, lambda g, _: g, True

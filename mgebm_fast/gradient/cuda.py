@@ -105,10 +105,10 @@ class _Kept:
 class FusedPlan(GradientPlan):
     """∇E and Langevin steps of a 2-D stack with the weights that it had at the last `refresh()`.
 
-    Nothing is kept between calls, and nothing synchronises, so that a CUDA graph may hold a call.
+    Nothing is kept between calls and there is no host sync, so that a CUDA graph can capture a call.
     """
 
-    backends = ("native", "triton")  # of the update, with which `advance_` makes the steps
+    backends = ("native", "triton")  # backends of the update that `advance_` can make steps with
     bad_step: Tensor
 
     def __init__(

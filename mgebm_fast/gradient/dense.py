@@ -19,7 +19,7 @@ class DenseSteps:
         assert not isinstance(made, str), made
         self._net = made
         device = stack.head.device
-        # What the kernel multiplies the head by. On the device, so that a captured graph reads its present value.
+        # The factor that the kernel applies to the head; on the device, so that a captured graph reads its value then.
         self._scale = torch.ones((), dtype=torch.float32, device=device)
         self._values, self._places = [], []
         for stage, weight in zip(stack.stages, made.weights, strict=True):

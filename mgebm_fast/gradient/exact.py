@@ -26,7 +26,7 @@ class _ExactCudnn:
                 return
             self._before = cudnn.conv.fp32_precision, cudnn.rnn.fp32_precision, cudnn.deterministic, _old_switch()
             if self._before[-1] is not None:
-                # All of one mind, or whoever reads `cudnn.allow_tf32` meanwhile gets torch's error.
+                # All switches must agree, or a read of `cudnn.allow_tf32` meanwhile raises torch's error.
                 cudnn.allow_tf32, cudnn.rnn.fp32_precision = False, "ieee"
             cudnn.conv.fp32_precision, cudnn.deterministic = "ieee", True
 
@@ -57,7 +57,7 @@ _exact = _ExactCudnn()
 def exact_cudnn(device: torch.device) -> Iterator[None]:
     """cuDNN's float32 as float32, not TF32, and with algorithms that give the same bits in every call.
 
-    For the whole process while any thread is inside: torch has no such switch a thread.
+    For the whole process while any thread is inside: torch has no such switch per thread.
     """
     if device.type != "cuda":
         yield

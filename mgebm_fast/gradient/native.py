@@ -35,7 +35,7 @@ def why_not(stack: Stack, x: Tensor, precision: str) -> str:
 class NativePlan(GradientPlan):
     """∇E and Langevin steps of one energy with the weights that it had at the last `refresh`, packed.
 
-    Raises DivergenceError where a weight is not finite: through a ReLU it could leave samples finite, and wrong.
+    Raises DivergenceError where a weight is not finite: behind a ReLU, samples could stay finite and be wrong.
     """
 
     backends = ("native",)

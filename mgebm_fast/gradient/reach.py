@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import nn
 
-# Never searched: values, and what has no modules of the user's.
+# Never searched: plain values, and objects that hold no modules of the user's.
 _LEAVES = (
     str, bytes, int, float, complex, bool, type(None), type, torch.Tensor, torch.dtype, torch.device, torch.Generator,
     np.ndarray, np.generic, types.BuiltinFunctionType, types.CodeType,

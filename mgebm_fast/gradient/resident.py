@@ -1,4 +1,4 @@
-"""∇E and whole chains of a small stack on a GPU, by the resident chain: one launch, nothing but x leaves the chip."""
+"""∇E and whole chains of a small stack on a GPU, by the resident chain: one launch, which reads and writes only x."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def why_not(stack: Stack, x: Tensor, precision: str) -> str:
 class ResidentPlan(GradientPlan):
     """∇E and Langevin steps of one energy with the weights that it had at the last `refresh`, in float16.
 
-    Nothing synchronises, so that a CUDA graph may hold a call. `bad_step` notes the first step that overflowed.
+    There is no host sync, so that a CUDA graph can capture a call. `bad_step` records the first step that overflowed.
     """
 
     backends = ("native",)

@@ -58,7 +58,7 @@ def reread(energy: Any, x: Tensor, forms: Sequence[tuple[Any, ...]] | None = Non
 
 
 def layout_of(stage: Stage) -> tuple[Any, ...]:
-    """What of a stage a plan cannot change."""
+    """The properties of a stage that are fixed when a plan is made."""
     eps = None if stage.norm is None else stage.norm.eps
     return (
         stage.weight.shape, stage.bias is None, stage.stride, stage.padding, stage.dilation, eps, stage.activation,
@@ -66,8 +66,8 @@ def layout_of(stage: Stage) -> tuple[Any, ...]:
     )  # fmt: skip
 
 
-def example_input(stack: Stack) -> Tensor:  # (2, C, *size), without memory of its own
-    """What a plan reads its energy again for."""
+def example_input(stack: Stack) -> Tensor:  # (2, C, *size), expanded from one element
+    """An x of the shape that a plan was made for, to read its energy again with."""
     return torch.empty((), dtype=torch.float32, device=stack.head.device).expand(2, stack.channels, *stack.size)
 
 
@@ -112,7 +112,7 @@ def _read_energy_net(net: EnergyNet, x: Tensor, builder: Builder) -> Stack:
     for index, layer in enumerate(net.layers):
         where = f"layer layers.{index} (ConvLayer)"
         if not isinstance(layer, ConvLayer) or not isinstance(layer.norm, (BatchStatistics, NoneType)):
-            raise Unreadable(f"layer layers.{index} is no layer of an EnergyNet's")
+            raise Unreadable(f"layer layers.{index} is not a layer that an EnergyNet makes")
         builder.convolve(f"layers.{index}", where, layer.effective_weight(), layer.bias, layer.stride, layer.padding, 1)
         if layer.norm is not None:
             builder.batch_norm(where, layer.norm.weight, layer.norm.bias, BN_EPS)
@@ -122,7 +122,7 @@ def _read_energy_net(net: EnergyNet, x: Tensor, builder: Builder) -> Stack:
     if net.head is None:
         return builder.stack(-x.new_ones(shape))
     if not isinstance(net.head, LinearHead) or tuple(net.head.weight.shape) != (1, math.prod(shape)):
-        raise Unreadable(f"the head does not fit a map of shape {shape}")
+        raise Unreadable(f"the head does not fit a feature map of shape {shape}")
     return builder.stack(-net.head.effective_weight().reshape(shape))
 
 

@@ -1,4 +1,4 @@
-"""What is not read as it looks: modules with code of their own put on them, tensors that are not what memory holds."""
+"""Checks before an energy is read: modules whose code was replaced, tensors whose values are not those in memory."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from ..nets.layers import BatchStatistics, ConvLayer, LinearHead, SpectralWeight
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _GLOBAL_HOOKS = tuple(f"_global{name}" for name in _HOOKS)
-# The code of the classes that are read; a method replaced on the class since is another net.
+# The code of the classes that are read, as imported: a method replaced on a class later makes another net.
 _READ = (
     nn.Module, nn.Sequential, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear, nn.Flatten, nn.BatchNorm1d, nn.BatchNorm2d,
     nn.BatchNorm3d, nn.ReLU, nn.LeakyReLU, nn.SiLU, nn.ELU, nn.Identity, EnergyNet, Negative, ConvLayer, LinearHead,

@@ -203,8 +203,8 @@ REFUSED = {
     "layer 1 (Conv2d) has groups=2": lambda: ended(nn.Conv2d(6, 6, 3, padding=1, groups=2)),
     "layer 1 (Conv2d) has padding_mode='reflect'": lambda: ended(nn.Conv2d(6, 6, 3, padding=1, padding_mode="reflect")),
     "layer 1 (Conv2d) has padding='same' and an even kernel": lambda: ended(nn.Conv2d(6, 6, 2, padding="same")),
-    "layer 1 (Conv2d) takes 7 channels, got a map of 6": lambda: ended(nn.Conv2d(7, 6, 1)),
-    "layer 1 (Conv2d) has a kernel larger than its map": lambda: ended(nn.Conv2d(6, 6, 5)),
+    "layer 1 (Conv2d) takes 7 channels, got a feature map of 6": lambda: ended(nn.Conv2d(7, 6, 1)),
+    "layer 1 (Conv2d) has a kernel larger than its feature map": lambda: ended(nn.Conv2d(6, 6, 5)),
     "layer 1 (Conv1d) takes 1 spatial dimensions, got 2": lambda: ended(nn.Conv1d(6, 6, 1)),
     "layer 1 (Scaled) is of no kind": lambda: ended(Scaled(6, 6, 1)),
     "layer 1 (AvgPool2d) is of no kind": lambda: ended(nn.AvgPool2d(1)),
@@ -214,7 +214,7 @@ REFUSED = {
     "layer 0 (ReLU) comes right after no convolution": lambda: chain(nn.ReLU(), ended()),
     "layer 2 (BatchNorm2d) comes right after no convolution": lambda: ended(nn.ReLU(), nn.BatchNorm2d(6)),
     "layer 2 (BatchNorm2d) follows another batch norm": lambda: ended(nn.BatchNorm2d(6), nn.BatchNorm2d(6)),
-    "layer 1 (BatchNorm2d) does not fit a map of shape (6, 4, 4)": lambda: ended(nn.BatchNorm2d(5)),
+    "layer 1 (BatchNorm2d) does not fit a feature map of shape (6, 4, 4)": lambda: ended(nn.BatchNorm2d(5)),
     "layer 2 (BatchNorm1d) normalises every pixel": lambda: ended(nn.Flatten(), nn.BatchNorm1d(96)),
     "layer 1 (Dropout2d) is random in train mode": lambda: ended(nn.Dropout2d(0.1)),
     "layer 1 (Conv2d) has parametrisations and is in train mode": lambda: ended(spectral_norm(nn.Conv2d(6, 6, 1))),
@@ -222,7 +222,7 @@ REFUSED = {
     "layer 1 (Linear) comes without a Flatten before it": lambda: ended(nn.Linear(4, 4)),
     "layer 2 (Linear) takes 95 features, got 96": lambda: ended(nn.Flatten(), nn.Linear(95, 4)),
     "layer 1 (Flatten) gives neither (N, features) nor one energy": lambda: chain(nn.Conv2d(3, 1, 3), nn.Flatten(0)),
-    "it returns maps of shape (1, 1, 1)": lambda: chain(nn.Conv2d(3, 1, 4), nn.Flatten()),
+    "it returns feature maps of shape (1, 1, 1)": lambda: chain(nn.Conv2d(3, 1, 4), nn.Flatten()),
     "layer 2 (ReLU) comes after the Flatten that gives": lambda: chain(nn.Conv2d(3, 1, 4), nn.Flatten(0), nn.ReLU()),
 }
 

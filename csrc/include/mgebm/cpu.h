@@ -6,7 +6,7 @@
 
 namespace mgebm::MGEBM_ISA {
 
-// Starting threads costs more than this many elements of work do.
+// Below this many elements, starting threads costs more than the work itself.
 constexpr int64_t kGrainElements = 16384;
 
 static inline int threads_for(int64_t elements, int threads) {

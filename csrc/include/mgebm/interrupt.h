@@ -13,8 +13,8 @@ extern bool (*interrupted)();
 #if defined(MGEBM_ISA)
 namespace MGEBM_ISA {
 
-// Shared by the threads of a call: the calling one polls, all look at `asked` between pieces of work and then do no
-// more of it.
+// Shared by the threads of a call: the calling one polls, all check `asked` between pieces of work and stop when it is
+// set.
 class Interrupt {
  public:
   bool asked() const { return __atomic_load_n(&asked_, __ATOMIC_RELAXED); }

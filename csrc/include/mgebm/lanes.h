@@ -10,7 +10,7 @@
 namespace mgebm::MGEBM_ISA {
 
 #define MG_INLINE static inline __attribute__((always_inline))
-// Of a class, whose members cannot be static for this.
+// For members of a class, which cannot be `static` functions of the file.
 #define MG_METHOD inline __attribute__((always_inline))
 
 struct Bf16 {
@@ -76,7 +76,7 @@ MG_INLINE F16 all(float a) { MG_EACH(a); }
 MG_INLINE F16 operator+(F16 a, F16 b) { MG_EACH(a.v[i] + b.v[i]); }
 MG_INLINE F16 operator-(F16 a, F16 b) { MG_EACH(a.v[i] - b.v[i]); }
 MG_INLINE F16 operator*(F16 a, F16 b) { MG_EACH(a.v[i] * b.v[i]); }
-// Without a fused instruction a call of libm's would cost more than the rounding is worth.
+// Where the CPU has no fused multiply-add, libm's fmaf would be far too slow: product and sum are rounded separately.
 MG_INLINE F16 multiply_add(F16 a, F16 b, F16 c) { MG_EACH(a.v[i] * b.v[i] + c.v[i]); }
 MG_INLINE uint16_t positive(F16 a) {
   uint16_t mask = 0;

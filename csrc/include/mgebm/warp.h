@@ -265,7 +265,7 @@ class HostWarp {
   int index_;
 };
 
-// Runs the warps of each phase one after the other, in an order drawn anew each time.
+// Runs the warps of each phase one after the other, in a new random order each time.
 class HostCta {
  public:
   using Warp = HostWarp;

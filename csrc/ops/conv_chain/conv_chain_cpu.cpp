@@ -1,12 +1,12 @@
-// One parallel region runs all steps. `Sharing` says who does what in it: without batch statistics each thread runs the
-// whole chain of some samples and waits for nobody.
+// One parallel region runs all steps. `Sharing` says how its threads divide the work: without batch statistics each
+// thread runs the whole chain of some samples and waits for no other.
 //
 //   forward   z_l -> [statistics -> normalise] -> h_l      last stage: dE/dh_L a'(z_L) at once, h_L is never made
 //   backward  [centre] -> dE/dh_(l-1) a'(z_(l-1))           the same products with the other weights
 //   edge      dE/dx -> Langevin update                      where a row is whole quads; else by way of memory
 //
-// Beside it: engine.h the buffers and the sharing out, sweep.h and tile.h the products, stage.h and norm.h what is done
-// with them, state.h the edge.
+// The parts: engine.h holds the buffers and divides the work, sweep.h and tile.h compute the products, stage.h and
+// norm.h apply activations and norms to them, state.h is the edge.
 #include <omp.h>
 #include <sched.h>
 
@@ -54,7 +54,7 @@ void gradient(const Engine<T>& e, const SampleKey& key) {
   edge(e, key);
 }
 
-// Channels that only fill up a strip or a tile are read as inputs and must be zero.
+// Channels that pad a strip or a tile are read as inputs and must be zero.
 template <typename T>
 void clear_padding(const Engine<T>& e) {
   for (int l = 0; l < e.p.stages.count; ++l) {
@@ -104,7 +104,7 @@ void run_chain(const Engine<T>& e, bool* stop) {
   end_tiles();
 }
 
-// An engine that shares out all passes, with its buffers not laid out yet.
+// An engine whose threads share every pass; its buffers are not laid out yet.
 template <typename T>
 Engine<T> engine(const ConvChainParams& p, Interrupt& interrupt, int threads, int thread) {
   const int blocks = static_cast<int>((p.samples + 15) / 16);
@@ -114,7 +114,7 @@ Engine<T> engine(const ConvChainParams& p, Interrupt& interrupt, int threads, in
 enum class Sharing {
   kPasses,  // all threads share every pass
   kBlocks,  // each has blocks of its own; they wait for each other at the batch's statistics alone
-  kChains,  // nobody waits: each runs the whole chain of a few blocks, and then of the next
+  kChains,  // no thread waits: each runs the whole chain of a few blocks, and then of the next
 };
 constexpr int64_t kChainBlocks = 2;
 
@@ -124,7 +124,7 @@ struct Plan {
   int64_t blocks;  // of a chain, where those are shared out
 };
 
-// Below this many products a thread and step, waiting for each other costs more than a further thread saves.
+// Below this many products per thread and step, waiting for each other costs more than another thread saves.
 constexpr double kGrainProducts = 2e6;
 
 Plan plan_of(const ConvChainParams& p, int threads) {

@@ -97,10 +97,10 @@ struct Engine {
     return p.head + (static_cast<int64_t>(pixel) * kept[p.stages.count - 1].strips + strip) * 16;
   }
 
-  // ---- the sharing out of a pass ----
+  // ---- how threads divide a pass ----
 
-  // body(0) ... body(count - 1): all of them by a thread that owns its blocks, else shared out and waited for. Once an
-  // interrupt was asked for, the rest is left out and the call's numbers are dropped.
+  // body(0) ... body(count - 1): all by this thread where it owns its blocks; else divided among the threads, with a
+  // barrier at the end. After an interrupt the rest is skipped and the call's results are dropped.
   template <typename Body>
   MG_METHOD void share(int64_t count, const Body& body) const {
     const auto unless_asked = [&](int64_t i) {
@@ -115,7 +115,7 @@ struct Engine {
     }
   }
 
-  // The same for small pieces of equal work.
+  // The same for small pieces of equal work, divided statically.
   template <typename Body>
   MG_METHOD void share_evenly(int64_t count, const Body& body) const {
     if (own) {
@@ -126,7 +126,7 @@ struct Engine {
     }
   }
 
-  // body(block, pixel, strip) for every tile of a stage's map, shared out.
+  // body(block, pixel, strip) for every tile of a stage's map, divided among the threads.
   template <typename Body>
   MG_METHOD void each_tile(int l, const Body& body) const {
     const int64_t pixels = p.stages.at[l].out_pixels, first = first_block * pixels;

@@ -21,7 +21,7 @@ MG_INLINE Affine affine(const Engine<T>& e, int l, int strip) {
           load(e.scale_at(l, 3, strip))};
 }
 
-// A pixel's share: the mean, and the squared distances from it, of rows 0 ... count - 1.
+// A pixel's share of the statistics: the mean, and the squared distances from it, of rows 0 ... count - 1.
 static inline void statistics(const float* tile, int count, float* mean_at, float* square_at) {
   F16 sum = all(0.0f), square = all(0.0f);
   for (int n = 0; n < count; ++n) sum = sum + load(tile + n * kTileWidth);

@@ -2,9 +2,9 @@
 // the cascade of several such nets, each of which starts from the enlarged result of the one before.
 //
 // A block holds `samples` chains. In shared memory for a whole chain: the weights of all stages, once, in the order of
-// [tap][output][input]; the state x in float32, and as the sum of two float16 numbers; one float16 map a stage. On the
-// way up a map holds h_l; on the way down dE/dz_l takes the place of h_l, number by number, by the thread that reads
-// the slope of its activation from the sign of h_l. Nothing but x ever leaves.
+// [tap][output][input]; the state x in float32, and as the sum of two float16 numbers; one float16 map a stage. In the
+// forward pass a map holds h_l; in the backward pass dE/dz_l overwrites h_l, number by number, by the thread that reads
+// the slope of its activation from the sign of h_l. Only x is written back to memory.
 //
 //   forward l    z = W h_(l-1) + b;  map l <- a(z);  at the top  map <- head a'(z)
 //   backward l   map l-1 <- (W' map l) a'(z_(l-1))                                            l = top ... 1
@@ -14,7 +14,7 @@
 // A product is an implicit matrix product: 16 rows are (sample, pixel) pairs of one class, whose windows read taps at
 // the same offsets (`Windows` of the CPU's conv_chain, classes merged where a tap outside the map may be read as
 // zeros); 16 columns of the left operand are two chunks of 8 channels, 8 columns of the right one a chunk of the
-// result's channels. The weights serve both directions: on the way down they are transposed as they are loaded.
+// result's channels. The weights serve both passes: the backward pass transposes them as it loads them.
 // Numbers are summed in one order whatever the samples of a block are.
 #pragma once
 
@@ -49,8 +49,8 @@ MG_BODY float exponential_of(float x) {
 
 MG_BODY bool is_finite(float value) { return (as_bits(value) & 0x7F800000u) != 0x7F800000u; }
 
-// a(z). Of a piecewise linear a (none: slope 1) the sign bit tells z <= 0, of 0 too: on the way down it tells the
-// slope.
+// a(z). For a piecewise linear a (none: slope 1) the sign bit of the result marks z <= 0, also of a zero: the backward
+// pass reads the slope from it.
 template <bool kCurved>
 MG_BODY float activate(const ResidentStage& stage, float z) {
   if constexpr (!kCurved) return z > 0.0f ? z : as_float(as_bits(z * stage.slope) | 0x80000000u);
@@ -114,7 +114,7 @@ class Resident {
   }
   MG_BODY int64_t real_sample(int64_t sample) const { return sample < p_.samples ? sample : p_.samples - 1; }
 
-  // body(i) for i = 0 ... count - 1, a lane of some warp each.
+  // body(i) for i = 0 ... count - 1, each by one lane of some warp.
   template <typename Body>
   MG_BODY void spread(int count, const Body& body) {
     cta_.phase([&](const Warp& warp) {
@@ -134,7 +134,7 @@ class Resident {
     spread(net.image_bytes / 16, [&](const Warp& warp, int i) { warp.store(static_cast<uint32_t>(16 * i), from[i]); });
   }
 
-  // Pixel `pixel` of the map that net.from holds, for that pixel of x: its own, or the one it is a copy of.
+  // The pixel of net.from that pixel `pixel` of x starts as: the same one, or the coarser one it is replicated from.
   MG_BODY static int source_pixel(const ResidentNet& net, int pixel) {
     const Extent& size = net.size;
     const Extent& by = net.factor;
@@ -148,7 +148,7 @@ class Resident {
     const int elements = net.channels * net.pixels;
     const int source_pixels = static_cast<int>(net.pixels / (net.factor.depth * net.factor.height * net.factor.width));
     const ResidentStage& stage = net.stages.at[0];
-    // Channels that fill up a chunk are multiplied, by zeros: they must be numbers.
+    // Channels that pad a chunk are multiplied by zero weights: they must be finite, as 0 times NaN is NaN.
     spread(net.samples * net.pixels * stage.in_chunks, [&](const Warp& warp, int i) {
       struct alignas(16) Aligned : Chunk {};
       warp.store(chunk_at(net.x_map, i), Aligned{});
@@ -192,7 +192,7 @@ class Resident {
     });
   }
 
-  // Where two neighbouring channels of a stage's map are, or of the z that is kept beside it.
+  // The address of two neighbouring channels in a stage's map, or in the z that is kept beside it.
   MG_BODY static uint32_t pair_at(const ResidentStage& stage, int32_t map, int s, int pixel, int column) {
     return chunk_at(map, (s * stage.out_pixels + pixel) * stage.out_chunks + column / 8) +
            2u * static_cast<uint32_t>(column % 8);
@@ -220,7 +220,7 @@ class Resident {
       each_pair([&](int s, int pixel, int column, float v0, float v1) {
         const float* d = head + pixel * 8 * stage.out_chunks + column;
         const float z0 = with_bias(column, v0), z1 = with_bias(column + 1, v1);
-        // What overflowed on the way up must not leave by a slope: z - z is NaN for inf and NaN, else 0.
+        // An overflow of the forward pass must reach dE/dx whatever the slope: z - z is NaN for inf and NaN, else 0.
         const float g0 = fused(d[0], slope_of<kCurved>(stage, z0), z0 - z0);
         const float g1 = fused(d[1], slope_of<kCurved>(stage, z1), z1 - z1);
         warp.store(pair_at(stage, stage.map, s, pixel, column), pack(g0, g1));
@@ -256,7 +256,7 @@ class Resident {
   }
 
   // All products of stage l, `columns` chunks of 8 of them, by warps that make 16 kPairs columns at a time. `finish`
-  // gets, of each unit, a way to visit its (sample, pixel, column, two neighbouring sums).
+  // is called for each unit with a function that visits its (sample, pixel, column, two neighbouring sums).
   template <bool kBackward, int kPairs, typename Finish>
   MG_BODY void products(const ResidentNet& net, int l, int columns, const Finish& finish) {
     const ResidentWindows& windows = kBackward ? net.stages.at[l].backward : net.stages.at[l].forward;
@@ -273,7 +273,7 @@ class Resident {
     });
   }
 
-  // Some rows of one class by some columns.
+  // A warp's share of a product: some rows of one class by some columns.
   struct Unit {
     int first_row, rows;  // of the class: outputs times samples
     int first_output, outputs, first_tap, last_tap;
@@ -302,7 +302,7 @@ class Resident {
             columns};
   }
 
-  // What a lane's rows read: the first chunk of the pixel at the base of each, and which taps are inside the map.
+  // For each row of a lane: the first chunk of its base pixel, and which taps lie inside the map.
   struct Row {
     int32_t start;
     uint32_t taps;
@@ -332,7 +332,7 @@ class Resident {
       }
     });
     PerLane<uint32_t> left[kTiles], right[kPairs];
-    // A lane's addresses of chunk `chunk` of a tap. It asks for its own half of the 16 channels: the lanes of the left
+    // A lane's addresses of chunk `chunk` of a tap. Each lane loads one half of the 16 channels: the lanes of the left
     // operand's second half are 16 and on, those of the right one's every other eight.
     const auto point_left = [&](int lane, int tap, int chunk) {
       const int pixel = entry(warp, windows.taps, 2 * tap), nth = tap - unit.first_tap;
@@ -381,7 +381,7 @@ class Resident {
         }
       }
     };
-    if (depth == 1) {  // two taps at a time; beside the last of an odd number, zeros
+    if (depth == 1) {  // two taps at a time; the last of an odd number is paired with zeros
       for (int tap = unit.first_tap; tap < unit.last_tap; tap += 2) {
         const bool alone = tap + 1 == unit.last_tap;
         warp.each([&](int lane) {
@@ -435,7 +435,7 @@ class Resident {
     });
   }
 
-  // The zeros at the front of the image take any turn of an address.
+  // An address of the zeros at the front of the image; 128 bytes of them stand for a chunk at any swizzle.
   MG_BODY static uint32_t zeros(const ResidentNet& net, int chunk) {
     return static_cast<uint32_t>(net.zero + 16 * (chunk % 8));
   }

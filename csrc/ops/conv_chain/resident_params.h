@@ -1,5 +1,5 @@
-// What a resident chain is told: where everything lies, by byte offsets. `mgebm_fast/ops/resident_chain.py` lays it
-// out; resident.h has the chain itself.
+// Parameters of a resident chain: where everything lies, by byte offsets. mgebm_fast/ops/conv_chain/resident_layout.py
+// computes the layout; resident.h has the chain itself.
 #pragma once
 
 #include "ops/conv_chain/conv_chain.h"

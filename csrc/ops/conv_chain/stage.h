@@ -1,11 +1,11 @@
-// What is done with the tiles of a stage, forward and backward. For *_cpu.cpp files only.
+// Activation and norm of a stage's tiles, forward and backward. For *_cpu.cpp files only.
 #pragma once
 
 #include "ops/conv_chain/norm.h"
 
 namespace mgebm::MGEBM_ISA {
 
-// z_l -> h_l; at the top dE/dh_L a'(z_L) at once. With batch statistics: z_l is kept, with a pixel's share of them.
+// z_l -> h_l; at the top dE/dh_L a'(z_L) at once. With batch statistics: keeps z_l and the pixel's share of them.
 template <typename T>
 static void finish_forward(const Engine<T>& e, int l, int block, int pixel, int strip, float* tile) {
   const ConvStage& stage = e.p.stages.at[l];
@@ -15,7 +15,7 @@ static void finish_forward(const Engine<T>& e, int l, int block, int pixel, int 
     T* z = e.z_at(l, at, strip);
     for (int n = 0; n < 16; ++n) {
       store(z + n * depth, load(tile + n * kTileWidth));
-      // Statistics of what is kept: normalised values then have mean 0, whatever it was rounded to.
+      // Statistics of z as it is stored: normalised values then have mean 0, whatever the rounding of the store.
       store(tile + n * kTileWidth, load(z + n * depth));
     }
     statistics(tile, e.valid(block), e.sums_at(l, at, 0, strip), e.sums_at(l, at, 1, strip));
