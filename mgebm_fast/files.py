@@ -18,7 +18,7 @@ from typing import Any, BinaryIO
 _CHUNK = 1 << 20
 _OLD = 3600  # seconds after which a temporary file is left behind, whatever process has its number now
 _TEMPORARY = re.compile(r"\.(?P<name>.+)\.(?P<process>\d+)\.tmp(\.old)?")
-# What a file system answers that has no fsync. Anything else, such as EIO, says that data may be lost.
+# Errors of file systems without fsync. Any other, such as EIO, means that data may be lost.
 _NO_FSYNC = {errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS}
 _said: set[str] = set()
 
@@ -46,7 +46,9 @@ def write_bytes(path: str | os.PathLike[str], data: bytes | memoryview, *, durab
             synchronise(target.parent)
     except BaseException as error:
         temporary.unlink(missing_ok=True)
-        if isinstance(error, OSError):  # a full disk names no file, and nobody asked for the temporary one
+        if isinstance(
+            error, OSError
+        ):  # an error for a full disk names no file; name the target, not the temporary file
             error.filename, error.filename2 = str(path), None
         raise
     return path
@@ -99,7 +101,7 @@ def make_folder(path: Path) -> None:
 
 
 def synchronise(path: Path, *, inside: bool = False) -> None:
-    """Have a file, or the names in a folder, on the disk; `inside`: with all files and folders in it first."""
+    """fsync a file, or a folder's list of names; `inside`: all files and folders in it first."""
     if inside and path.is_dir():
         for entry in sorted(path.iterdir()):
             synchronise(entry, inside=True)
@@ -183,7 +185,7 @@ def _open(path: Path, flags: int, mode: str) -> Any:
 
 def _lives(process: int) -> bool:
     if process == os.getpid():
-        return False  # it writes one file at a time: what has its number is left of an earlier process
+        return False  # this process writes one file at a time: a file with its number was left by an earlier process
     try:
         os.kill(process, 0)
     except (ProcessLookupError, OverflowError):

@@ -1,4 +1,4 @@
-"""The compiled module `_C`, loaded once; a failure is kept and reported when someone asks for it."""
+"""The compiled module `_C`, loaded once; a failure is kept, and raised when the module is needed."""
 
 from __future__ import annotations
 

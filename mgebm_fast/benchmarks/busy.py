@@ -21,8 +21,8 @@ def covered(intervals: Iterable[tuple[float, float]]) -> float:
 def gpu_busy_percent(run: Run, seconds: float) -> float:
     """Percent of `seconds`, the time of one call measured without the profiler, that the GPU works in a call.
 
-    The profiler sees every kernel, those inside CUDA graphs too, but slows the host: so the kernels' own time is its,
-    and the whole is not. At most 100.
+    The profiler sees every kernel, also those inside CUDA graphs, but slows the host: so kernel times come from it and
+    the time of the whole call does not. At most 100.
     """
     activities = [torch.profiler.ProfilerActivity.CUDA]
     torch.cuda.synchronize()

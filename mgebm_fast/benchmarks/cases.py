@@ -46,7 +46,7 @@ def _chain(name: str, size: int, batch: int, steps: int, **more) -> Case:
     return Case("chains", name, batch, steps, (size,), **more)
 
 
-# The released chain with the noise and the reference of the paper, so that every part of the update is at work.
+# The released chain with the noise and the reference of the paper, so that no part of the update is left out.
 _NOISY = ("langevin.noise_scale=1.0", "langevin.reference_std=50.0")
 
 
@@ -93,7 +93,7 @@ def cases(
 ) -> list[Case]:
     """The cases of some tables for "cpu" or "cuda": those named in `only`, else the ones that `full` asks for.
 
-    Raises ValueError for a name that there is none of.
+    Raises ValueError for an unknown name.
     """
     found = [case for case in (_cuda if device.startswith("cuda") else _cpu)(full) if case.table in tables]
     names = [case.name for case in found]

@@ -27,10 +27,10 @@ class Contender:
     what: str
     precision: str
     loop: Callable[[EnergyNet, nn.Module], BoundLoop]
-    plain: Callable[[], Loop] | None = None  # the loop as a part of plain training, where it has one
+    plain: Callable[[], Loop] | None = None  # the loop to use inside PlainTrainer; None where there is none
     ours: str = ""  # the precision to ask this package for; empty: not this package
     slow: bool = False  # compiles or needs another package: measured on demand
-    wall: bool = False  # works where torch's streams do not see it
+    wall: bool = False  # runs outside torch's streams: timed by the host's clock
 
 
 def _ours(precision: str) -> Contender:

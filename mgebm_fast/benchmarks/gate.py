@@ -14,9 +14,9 @@ from .peers import BoundLoop
 # Relative L2 over the batch, pixels 0–255, Xavier weights. fp32 leaves room for activations whose sign flips:
 # 4.5e-3 was seen of the 64×64 net without statistics.
 LIMITS = {"fp32": 1e-2, "tf32": 0.05, "fp16": 0.05, "bf16": 0.15}
-# Of a weight gradient, whose learning step is float32 for everybody and whose chains are not.
+# The same for weight gradients: every contender's learning step is float32, but the chains before it may not be.
 LEARNING_LIMITS = {"fp32": 5e-3, "tf32": 0.05, "fp16": 0.05, "bf16": 0.05}
-# One step without noise, reference and bounds moves x by drift·∇E. Of this drift nothing is left of x's own rounding.
+# One step without noise, reference and bounds moves x by drift·∇E; this drift is so large that x's rounding vanishes.
 _DRIFT = 2.0**24
 _PROBE = Langevin(steps=1, drift=_DRIFT, noise_std=0.0)
 

@@ -65,7 +65,7 @@ def langevin_update(x: Tensor, gradient: Tensor, numbers: Update) -> Tensor:
 
 
 def seed_loop(energy: nn.Module, x: Tensor, dynamics: Langevin) -> Tensor:
-    """`backward()` with live weights and `retain_graph=True`: every step computes weight gradients for nothing."""
+    """`backward()` with live weights and `retain_graph=True`: every step computes unused weight gradients."""
     numbers = dynamics.update()
     for _ in range(dynamics.steps):
         x = x.detach().requires_grad_()
@@ -117,7 +117,7 @@ class CompiledLoop:
 
     @classmethod
     def forget(cls) -> None:
-        """Let go of what was compiled, and of the memory of its graphs."""
+        """Drop what was compiled, and free the memory of its graphs."""
         cls.graphs.clear()
         if cls.compiled:
             cls.compiled.clear()
@@ -149,7 +149,7 @@ class CompiledLoop:
             side = torch.cuda.Stream(x.device)
             side.wait_stream(torch.cuda.current_stream(x.device))
             with torch.cuda.stream(side):
-                for _ in range(2):  # compiles, tunes, and warms libraries up: none of it may happen in a capture
+                for _ in range(2):  # compiles, tunes and warms libraries up, which is not allowed during a capture
                     step(state, values)
             torch.cuda.current_stream(x.device).wait_stream(side)
             graph = torch.cuda.CUDAGraph()

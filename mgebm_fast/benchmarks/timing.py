@@ -79,7 +79,7 @@ def measure(
     failed: Callable[[str, Exception], object] | None = None,
     before: Callable[[str], object] = lambda name: None,
 ) -> dict[str, Timing]:
-    """Times every contender in turn (A B C A B C …), so that drift meets all alike.
+    """Times every contender in turn (A B C A B C …), so that a drift of the machine's speed affects all alike.
 
     Rounds end early, after three at least, once `seconds` have passed. Names in `wall` are timed by the host's clock.
     A contender that raises while it warms up is left out and reported to `failed`, where that is given; `before`
@@ -134,7 +134,7 @@ def matrix_rate(device: str, precision: str, size: int | None = None) -> float:
     """FLOP a second of a large square matrix product: precision "fp32", "tf32" (CUDA), "bf16" or "fp16".
 
     The faster of `torch.mm` and the same product as a 1×1 convolution: on some CPUs the library behind `mm` is the
-    slower one, and a ceiling that convolutions exceed would be none.
+    slower one, and convolutions must not exceed the ceiling.
     """
     kind = device.partition(":")[0]
     size = MATRIX_SIZE[kind] if size is None else size
@@ -151,7 +151,7 @@ def matrix_rate(device: str, precision: str, size: int | None = None) -> float:
             "conv": lambda: torch.nn.functional.conv2d(pixels, weight),
         }
         with torch.no_grad():
-            # A 16-bit type that the CPU only emulates takes seconds a product: one look is enough then.
+            # A 16-bit type that the CPU only emulates takes seconds a product: time it once.
             slow = seconds_of(contenders["mm"], 1, device) > 1.0
             found = measure(contenders, device, rounds=1 if slow else 7, failed=lambda name, error: None)
             best = min(timing.median for timing in found.values())

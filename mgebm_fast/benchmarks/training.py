@@ -114,7 +114,7 @@ class TrainingBench:
 
 
 def _images(config: TrainConfig) -> ImageData:
-    """Blotches of colour with noise on them: what is in the pictures does not change how long an update takes."""
+    """Blotches of colour with noise on them: the content of pictures does not change how long an update takes."""
     random = np.random.default_rng(SEED)
     size = config.sizes[-1]
     coarse = random.integers(0, 256, (_IMAGES, config.channels, config.sizes[1], config.sizes[1]))

@@ -27,7 +27,7 @@ from .sample import sample
 from .train import train
 
 BAD_INPUT, DIVERGED = 2, 1
-_UsageError: Any = typer.BadParameter.__mro__[1]  # of click, or of the copy of it that a newer typer has
+_UsageError: Any = typer.BadParameter.__mro__[1]  # UsageError of click, or of the copy of click that newer typer has
 
 
 class Commands(TyperGroup):
@@ -42,7 +42,7 @@ class Commands(TyperGroup):
                 raise
             typer.echo(f"error: {_of_usage(error, words)}", err=True)
             raise typer.Exit(BAD_INPUT) from error
-        except BrokenPipeError:  # `mgebm presets | head`: the reader has seen enough
+        except BrokenPipeError:  # `mgebm presets | head`: the reader closed the pipe
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             raise typer.Exit(0) from None
         except KeyboardInterrupt:
@@ -62,7 +62,7 @@ class Commands(TyperGroup):
 
 
 def _of_usage(error: Any, words: Sequence[str]) -> str:
-    """One line, with what was given, of what typer says in three and without it."""
+    """typer's three-line usage error as one line, with the value that was given."""
     message = error.format_message().strip().rstrip(".")
     options = [name for name in getattr(getattr(error, "param", None), "opts", ()) if name.startswith("--")]
     if options and error.message:  # without one: an option that was left out
@@ -165,7 +165,7 @@ class _LastingStream:
             self._give_up()
 
     def _give_up(self) -> None:
-        """What the stream still holds, and all that follows, goes to the null device."""
+        """Send what the stream still holds, and all that follows, to the null device."""
         null = os.open(os.devnull, os.O_WRONLY)
         os.dup2(null, self._stream.fileno())
         os.close(null)
@@ -175,8 +175,8 @@ class _LastingStream:
 
 
 def secure_console() -> None:
-    """Open standard streams that were closed on the null device, so that no file of ours takes their numbers, and let
-    no lost reader of stderr end a command: messages are no part of what it is for."""
+    """Open closed standard streams on the null device, so that no file takes their descriptors, and keep a command
+    running when the reader of its messages on stderr is gone."""
     for number, name in enumerate(("stdin", "stdout", "stderr")):
         try:
             os.fstat(number)

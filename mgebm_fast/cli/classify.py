@@ -31,7 +31,7 @@ def classify(
         str, typer.Option(metavar="K,K,...", help="Labelled images a class; a column of the table each.")
     ] = "10,20,50",
     draws: Annotated[int, typer.Option(min=1, help="Choices of the labelled images, the same for everyone.")] = 5,
-    seed: Annotated[int, typer.Option(min=0, help="Of the draws and of random weights.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the draws and of random weights.")] = 0,
     fine_tune: Annotated[
         bool, typer.Option("--fine-tune", help="Also train each run's nets on, from the learned weights.")
     ] = False,

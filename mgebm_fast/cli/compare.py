@@ -125,7 +125,7 @@ def compare(
     if any("figures" in record for record in records):
         _draw(out, runs, records, held_out if len(held_out) else training, where, picture is not False and drawn)
     if json:
-        found = {"presets": names, "seeds": numbers, "runs": records, "table": rows, "real": table.twins(records)}
+        found = {"presets": names, "seeds": numbers, "runs": records, "table": rows, "real": table.baselines(records)}
         typer.echo(json_module.dumps(found, allow_nan=False, ensure_ascii=False))
         return
     shown = Console()

@@ -18,9 +18,9 @@ def diagnose(
     run: RunPath,
     num: Annotated[int | None, typer.Option(min=2, help="How many chains. Default: 64, of videos or sounds 8.")] = None,
     steps: Annotated[
-        int | None, typer.Option(min=1, help="Of every chain. Default: as many as the run samples with.")
+        int | None, typer.Option(min=1, help="Steps of every chain. Default: as many as the run samples with.")
     ] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Of the chains.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the chains.")] = 0,
     out: Annotated[
         Path | None,
         typer.Option(metavar="DIR", help="For plots and report.json. Default: diagnostics, and nothing with --json."),
@@ -48,8 +48,8 @@ def diagnose(
 
     An earlier diagnosis in the folder is replaced; one that holds anything else is refused without --overwrite.
 
-    ESS and R-hat need arviz, plots need matplotlib: pip install "mgebm_fast[diagnostics]". Without them the rest is
-    told. What the figures mean, and what short chains do to them, is in docs/diagnostics.md.
+    ESS and R-hat need arviz, plots need matplotlib: pip install "mgebm_fast[diagnostics]". Without them the
+    rest is printed. What the figures mean, and what short chains do to them, is in docs/diagnostics.md.
     """
     import json as json_module
 

@@ -23,7 +23,7 @@ from .options import (
 def evaluate(
     run: RunPath,
     num: Annotated[int, typer.Option(min=2, help="How many samples to draw.")] = 1000,
-    seed: Annotated[int, typer.Option(min=0, help="Of the samples.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the samples.")] = 0,
     data: Annotated[
         str | None, typer.Option(metavar="NAME|PATH", help="Images to compare with. Default: those it was trained on.")
     ] = None,

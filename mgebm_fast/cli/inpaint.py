@@ -37,7 +37,7 @@ def inpaint(
         str, typer.Option(metavar="square|doodle|pepper|FILE", help="What is hidden, by kind or by a mask of your own.")
     ] = "square",
     num: Annotated[int, typer.Option(min=1, help="How many images.")] = 64,
-    seed: Annotated[int, typer.Option(min=0, help="Of the choice of images, the occlusions and the chains.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the choice of images, the occlusions and the chains.")] = 0,
     out: Annotated[
         Path | None,
         typer.Option(metavar="FILE", help="X.png or X.npy. Default: inpainted.png, and nothing with --json."),
@@ -46,7 +46,7 @@ def inpaint(
         str | None,
         typer.Option(
             metavar="auto|FLOAT",
-            help="Of the chains, relative to a sample's. Default: auto where the training images can be read, else 1.",
+            help="Chain length relative to a sample's. Default: auto where the training images can be read, else 1.",
         ),
     ] = None,
     data: Annotated[
@@ -55,7 +55,7 @@ def inpaint(
     json: Annotated[bool, typer.Option("--json", help="Print exactly one JSON object on stdout.")] = False,
     device: Device = "auto",
     threads: Threads = None,
-    precision: Annotated[str, typer.Option(help="Of the gradient: auto, fp32, bf16 or fp16.")] = "auto",
+    precision: Annotated[str, typer.Option(help="Precision of the gradient: auto, fp32, bf16 or fp16.")] = "auto",
 ) -> None:
     """Complete held-out images of which a part is hidden: known pixels are held, the chains fill the rest.
 

@@ -71,7 +71,7 @@ def find_rank_device(name: str) -> torch.device:
         return find_device(name)
     try:
         return distributed.local_device(name)
-    except ValueError:  # of the name, and so the same on every rank: the first one tells
+    except ValueError:  # a wrong name, the same on every rank: rank 0 reports it
         if os.environ["RANK"] == "0":
             raise
         raise typer.Exit(2) from None
@@ -79,7 +79,7 @@ def find_rank_device(name: str) -> torch.device:
 
 @contextlib.contextmanager
 def one_voice(ranks: Ranks) -> Iterator[None]:
-    """Rank 0 speaks. Another says nothing, unless of an error that rank 0 does not know."""
+    """Inside, rank 0 alone prints; another rank prints only an error that rank 0 does not report."""
     if ranks.first:
         yield
         return
@@ -97,7 +97,7 @@ def one_voice(ranks: Ranks) -> Iterator[None]:
 def open_run(path: Path) -> tuple[Path, TrainConfig | None]:
     """What holds the model, and the configuration it was trained with; None for a model file that stands alone.
 
-    Tells on stderr of newer checkpoints that are damaged. CheckpointError where there is nothing at `path`, with the
+    Damaged newer checkpoints are reported on stderr. CheckpointError where there is nothing at `path`, with the
     nearest name, or no model.
     """
     from ..learning import Run
@@ -127,7 +127,7 @@ def open_run(path: Path) -> tuple[Path, TrainConfig | None]:
 
 @contextlib.contextmanager
 def named_options(*names: str) -> Iterator[None]:
-    """Inside, an error of the data, or of an argument in `names`, is one of the option that it came from."""
+    """Inside, an error of the data, or of an argument in `names`, is raised as one of the command's option."""
     try:
         yield
     except DataError as error:
@@ -160,9 +160,9 @@ def load_images(
     from ..data import builtin, load
     from ..data.fingerprint import difference
 
-    source = builtin.explicit(source)  # `lasting` has found it to be no path
+    source = builtin.explicit(source)  # `lasting` has checked that no path has this name
     with named_options(), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=r".*: skipped \d+ of \d+ images")  # told in full below
+        warnings.filterwarnings("ignore", message=r".*: skipped \d+ of \d+ images")  # listed below
         data = load(
             source, size=size, channels=channels, classes=list(classes) or None, split=split, strict=strict, most=most,
             seed=seed, like=like,
@@ -247,7 +247,7 @@ def lasting(data: str) -> str:
 
 
 def _absolute(path: str) -> str:
-    """Of what is there; other words as they are."""
+    """The absolute path of what exists; other words unchanged."""
     from ..data.foreign import expand
 
     with named_options():

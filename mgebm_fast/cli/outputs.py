@@ -11,7 +11,7 @@ from pathlib import Path
 
 from ..files import clean
 
-# Names of files, not of folders: who gives one wants a format that is not written here.
+# Endings of file formats that are not written here: a path with one is an error, not the name of a folder.
 _OTHER_FILES = set(".jpg .jpeg .gif .webp .bmp .tif .tiff .npz .zip .pt .mp4 .avi .wav".split())
 IMAGE_FILES = (".png", ".npy")
 
@@ -28,7 +28,7 @@ def check_place(out: Path, option: str = "--out", *, folder: bool = False) -> No
         tempfile.TemporaryFile(dir=place).close()
         clean(target.parent, target.name)
     except OSError as error:
-        # os.access is not enough: to root it says of /proc that it can be written
+        # os.access is not enough: for root it reports /proc as writable
         above = next(path for path in (place, *place.parents) if os.path.exists(path))
         raise ValueError(
             f"{option}: must be where a file can be written, got {out}, but in {above} none can: {error.strerror}"

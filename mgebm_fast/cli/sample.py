@@ -41,7 +41,7 @@ def sample(
     ] = 0,
     grids: Annotated[bool, typer.Option("--grids", help="Show the samples at every size, coarse to fine.")] = False,
     generator: Annotated[
-        bool, typer.Option("--generator", help="By the generator alone, where a run has one; no chain refines it.")
+        bool, typer.Option("--generator", help="Draw by the generator alone, where a run has one; no chain refines it.")
     ] = False,
     interpolate: Annotated[
         int | None,
@@ -55,7 +55,7 @@ def sample(
     ] = False,
     device: Device = "auto",
     threads: Threads = None,
-    precision: Annotated[str, typer.Option(help="Of the gradient: auto, fp32, bf16 or fp16.")] = "auto",
+    precision: Annotated[str, typer.Option(help="Precision of the gradient: auto, fp32, bf16 or fp16.")] = "auto",
 ) -> None:
     """Draw samples from a trained model. No data is needed: the run keeps the colours that chains start from.
 
@@ -103,7 +103,7 @@ def sample(
             if generator or interpolate is not None:
                 option = "--generator" if interpolate is None else "--interpolate"
                 _check_generator(model, run, option, grids)
-        with ranks.together():  # once all have looked, since it makes folders for a moment
+        with ranks.together():  # once all ranks have checked, since the check makes folders for a moment
             if ranks.first:
                 check_place(out, folder=out.is_dir())
         if recorded:
@@ -209,7 +209,7 @@ def _chains(model: Model, num: int, *, seed: int, first_sample: int, precision: 
             first_sample=first_sample,
             return_grids=True,
             precision=precision,
-            # A callback sees every step, which no CUDA graph can show it: a bar that nobody sees must not cost that.
+            # A callback per step rules out CUDA graphs: only a bar that is shown may cost that.
             callback=(lambda grid, step, x: progress.advance(bar)) if console.is_terminal else None,
         )
     return list(drawn)
@@ -260,7 +260,7 @@ def _write_folder(out: Path, images: dict[int, np.ndarray], first_sample: int, p
 
 
 def _replace_samples(new: Path, out: Path) -> None:
-    """Only files with our names go: what else lies in the folder is not ours to delete."""
+    """Replace files with the names that this command gives; other files in the folder are kept."""
     for old in [*out.glob("sample_*.png"), *out.glob("size_*/sample_*.png")]:
         if _OURS.fullmatch(old.name):
             old.unlink()

@@ -46,7 +46,9 @@ def train(
     strict: Annotated[bool, typer.Option("--strict", help="Refuse data with unreadable images.")] = False,
     device: Device = "auto",
     threads: Threads = None,
-    precision: Annotated[str | None, typer.Option(help="Of the gradient in chains: auto, fp32, bf16 or fp16.")] = None,
+    precision: Annotated[
+        str | None, typer.Option(help="Precision of the gradient in chains: auto, fp32, bf16 or fp16.")
+    ] = None,
 ) -> None:
     """Train a model, and leave a run folder that can be sampled, evaluated and resumed.
 
@@ -126,7 +128,7 @@ def _fit(
             check_place(folder, folder=True)
     with ranks.together():
         data = load_run_data(config, split="train", strict=strict)
-        if config.method != "spatial-temporal":  # a recording is one whole
+        if config.method != "spatial-temporal":  # a recording has no held-out part
             # The held-out part is not trained on, but its bad images are reported, or refused, now and not after hours.
             load_run_data(config, split="held_out", strict=strict)
     where = f"{_named(device)}{f', {ranks.size} ranks' if ranks.size > 1 else ''}"

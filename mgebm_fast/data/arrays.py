@@ -19,7 +19,7 @@ from .image_data import CHUNK_BYTES
 from .policy import fit, match_channels
 
 MAX_NPZ_BYTES = 8 << 30  # of one array: those of an .npz are read whole
-_DARK = 32  # integers below are taken for another scale: 0 and 1, 0 … 15, 0 … 16, 0 … 31
+_DARK = 32  # images whose largest integer is below this have another scale: 0 and 1, 0 … 15, 0 … 16, 0 … 31
 _IMAGE_KEYS = ("images", "x", "arr_0")
 _LABEL_KEYS = ("labels", "y")
 _NAME_KEYS = ("class_names", "classes")
@@ -221,7 +221,7 @@ def _member(members: Any, key: str, path: Path) -> np.ndarray:
 
 @contextlib.contextmanager
 def _no_pickles() -> Iterator[None]:
-    """Says of pickled objects, which numpy refuses, what to do in their place."""
+    """Inside, numpy's refusal of pickled objects becomes an error that says what to store in their place."""
     try:
         yield
     except ValueError as error:

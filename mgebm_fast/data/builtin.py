@@ -16,7 +16,7 @@ TEXTURES = ("brick", "grass", "gravel")
 REDUCTIONS = (2, 4, 8)
 PHOTOGRAPHS = ("astronaut", "chelsea", "coffee", "rocket")
 RECORDINGS = ("simulated:fire", "simulated:chimes")  # a video and a sound, for the methods that take those
-BUILT_IN_PREFIX = "builtin:"  # says that a set of the package is meant, whatever lies in the working folder
+BUILT_IN_PREFIX = "builtin:"  # marks a built-in set, whatever lies in the working folder
 BUILT_IN = ("digits", "lfw", *(f"texture:{name}" for name in TEXTURES), "photos")
 
 

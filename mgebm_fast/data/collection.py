@@ -16,7 +16,7 @@ from . import fingerprint
 SPLITS = ("train", "held_out", "all")
 HELD_OUT_SHARE = 0.1
 HELD_OUT_MOST = 5000
-_SPLIT_STREAM = noise.stream(noise.Purpose.DATA_ORDER, 0xFFFF)  # no grid has this index: no draw is shared
+_SPLIT_STREAM = noise.stream(noise.Purpose.DATA_ORDER, 0xFFFF)  # no grid has this index, so no counter is used twice
 
 
 class Batch(NamedTuple):
@@ -38,7 +38,7 @@ class Collection:
     class_names: tuple[str, ...] = ()
     names: Sequence[str] | None = None  # (count,) paths; None: an image is named by its place
     held_out: np.ndarray | None = None  # (count,) bool, where the source has its own split
-    skipped: tuple[tuple[str, str], ...] = ()  # refused while listing
+    skipped: tuple[tuple[str, str], ...] = ()  # files refused while listing
     passed_over: str = ""  # files that are no images, counted by their endings
     why_unlabelled: str = "it has no labels"
     source_bytes: Callable[[np.ndarray], int] | None = None  # size of the files to decode

@@ -47,7 +47,9 @@ def dataset_collection(
     labels, names = (None, ()) if raw is None else number_labels(raw, _class_names(dataset))
 
     def decode(index: np.ndarray) -> Iterator[Batch]:
-        high: int | None = None  # of items that are integer arrays: one dark image says nothing, a dark set does
+        high: int | None = (
+            None  # largest value of integer items: one dark image is normal, a whole dark set has another scale
+        )
         for start in range(0, len(index), _CHUNK_IMAGES):
             images, positions, skipped = [], [], []
             for position, i in enumerate(index[start : start + _CHUNK_IMAGES], start):
@@ -58,7 +60,7 @@ def dataset_collection(
                     if not hasattr(picture, "getexif") and (array := as_array(picture)[0]).dtype.kind in "iu":
                         high = max(high or 0, largest(array[None]))
                     positions.append(position)
-                except DataError:  # the wrong kind of item, not a damaged one: every other is likely the same
+                except DataError:  # the wrong kind of item, not a damaged one: others are likely wrong too
                     raise
                 except (OSError, ValueError) as error:
                     skipped.append((where, reason(error)))
@@ -83,7 +85,11 @@ def torchvision_collection(
         from torchvision import datasets
     except ImportError as error:
         raise DataError(f"{source} needs torchvision (pip install torchvision): {error}") from error
-    except (RuntimeError, OSError, AttributeError) as error:  # what one built for another torch raises on import
+    except (
+        RuntimeError,
+        OSError,
+        AttributeError,
+    ) as error:  # raised on import by a torchvision built for another torch
         raise DataError(f"{source} needs a torchvision that fits this torch: {error}") from error
     _, name, *rest = source.split(":", 2)
     folder = Path(rest[0] if rest else root).expanduser()
@@ -224,7 +230,7 @@ def _labels_of_items(dataset: Any) -> np.ndarray | None:
             return None
         labels.append(value.item())
     known = next((label for label in labels if label is not None), None)
-    # a broken item is skipped when its turn comes: any class that exists will do for it until then
+    # a broken item is skipped later, when it is decoded: until then it gets any class that exists
     return None if known is None else np.asarray([known if label is None else label for label in labels])
 
 

@@ -35,7 +35,7 @@ for _mode in ("RGB", "RGBA", "RGBX"):
 
 
 class _Budget:
-    """Lets threads in while the pixels they hold are within a limit; one alone may pass it."""
+    """Admits threads while the pixels they hold stay within a limit; a single thread may exceed it."""
 
     def __init__(self, most: int) -> None:
         self._most, self._held, self._changed = most, 0, threading.Condition()

@@ -30,8 +30,8 @@ class Entry:
 
     path: str  # relative to the folder or the archive, with "/"
     bytes: int
-    stamp: int  # modification time in ns; 0 inside an archive, whose own time stands for all
-    member: Any  # what the reader takes
+    stamp: int  # modification time in ns; 0 inside an archive, whose own time is used
+    member: Any  # what the reader opens: a path, or a member of an archive
 
 
 @dataclass

@@ -49,7 +49,7 @@ def load(
 
     Args:
         source: a built-in name (`digits`, `lfw`, `texture:brick|grass|gravel`, `photos`, also as `builtin:NAME`; a name
-            that is that of a file or folder here as well is refused); a folder, zip or tar archive of images (labels:
+            that is also a file or folder here is refused); a folder, zip or tar archive of images (labels:
             the folder an image lies in, where every image lies in one); an `.npy` or `.npz` file; CIFAR as its authors
             give it (`cifar-10-python.tar.gz`);
             `torchvision:NAME` or `torchvision:NAME:ROOT`; a tensor or array, or (images, labels) of them; a torch

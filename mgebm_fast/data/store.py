@@ -31,7 +31,7 @@ class CacheError(OSError):
 
 
 class _SourceError(Exception):
-    """Holds an OSError of the source, which is none of the cache."""
+    """Carries an OSError raised while reading the source, not while writing the cache."""
 
     def __init__(self, error: OSError) -> None:
         self.error = error
@@ -51,7 +51,7 @@ def cache_folder() -> Path | None:
     if value:
         return expand(value)
     shared = os.environ.get("XDG_CACHE_HOME", "")
-    if os.path.isabs(shared):  # a relative one is to be ignored, by its specification
+    if os.path.isabs(shared):  # the XDG specification says to ignore a relative one
         return Path(shared) / "mgebm_fast"
     try:
         return Path.home() / ".cache" / "mgebm_fast"
@@ -95,7 +95,7 @@ def on_disk(
         with (work / "images.bin").open("wb") as file:
             for batch in _reading(batches):
                 check_strict(batch.skipped, strict)
-                # written, not stored through a map: a full disk is then an error and not a bus fault
+                # written with write(), not through a map: a full disk is then an error and not a bus fault
                 file.write(np.ascontiguousarray(batch.images).data)
                 kept += batch.positions
                 skipped += batch.skipped

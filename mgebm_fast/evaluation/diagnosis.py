@@ -20,8 +20,8 @@ from ..sampling import Langevin, diagnostics
 from ..sampling.corrected import Corrected
 from ..sampling.diagnostics import Recorder, Trace
 
-RECORDS = 250  # of a chain at most, about as many as a plot can show
-MIXED = 1.05  # split R-hat above which halves of chains are told apart
+RECORDS = 250  # records of a chain at most: about as many as a plot can show
+MIXED = 1.05  # split R-hat above which halves of chains count as different
 INSTALL = 'pip install "mgebm_fast[diagnostics]"'
 
 

@@ -44,7 +44,7 @@ def _metrics() -> tuple[Any, Any]:
 
 
 class _Identity(nn.Module):
-    """Features in, features out: they are computed once, outside of the metrics."""
+    """A feature extractor for torchmetrics that passes features through: they are computed once, outside."""
 
     def __init__(self, num_features: int) -> None:
         super().__init__()

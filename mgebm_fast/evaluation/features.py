@@ -24,7 +24,7 @@ _LEARNING_RATE = 4e-3
 
 @dataclass(frozen=True)
 class FeatureSpace:
-    """A stated map from images to feature vectors."""
+    """A named function from images to feature vectors."""
 
     name: str
     extract: Callable[[np.ndarray], Tensor]  # (N, C, S, S) uint8 -> (N, D) float64 on the CPU
@@ -123,7 +123,7 @@ def classifier_space(train: ImageData, held_out: ImageData, *, seed: int = 0, vi
 
 
 def _turned(images: Tensor) -> tuple[Tensor, Tensor]:
-    """Each image after a random number of quarter turns, and these numbers: what the net has to tell."""
+    """Each image after a random number of quarter turns, and these numbers, which the net has to predict."""
     turns = torch.randint(4, (len(images),))
     return torch.stack([torch.rot90(x, int(k), (1, 2)) for x, k in zip(images, turns, strict=True)]), turns
 
@@ -175,7 +175,7 @@ def _torch_fidelity_missing() -> str:
 
 
 def _weights_missing() -> str:
-    # the file's name alone: a report is no place for somebody's home folder
+    # only the file's name: a report should not show somebody's home folder
     here = (Path(torch.hub.get_dir()) / "checkpoints" / _INCEPTION_FILE).is_file()
     return "" if here else f"its weights ({_INCEPTION_FILE}) are not in torch's hub folder"
 

@@ -17,11 +17,13 @@ from ..models import Model
 from ..models.occlusions import occlusion
 
 HIDDEN = (92, 124, 178)  # the colour of occluded pixels in pictures: one that neither ink nor paper has
-# Of the chains, relative to a sample's. By factors of two, since the error is flat around its least: chains that start
-# beside known pixels mostly need fewer steps than a sample, and below a quarter they hardly leave the mean.
+# Lengths of the chains, relative to a sample's. Factors of two suffice, as the error is flat around its minimum: with
+# known pixels beside them chains mostly need fewer steps than a sample, and below a quarter they hardly leave the mean.
 LENGTHS = (0.25, 0.5, 1.0, 2.0)
 LENGTH_IMAGES = 64  # training images that the length is picked on, at most
-_TRAINING = 3 << 30  # sample ids of what is filled to pick the length, apart from those of what is measured
+_TRAINING = (
+    3 << 30
+)  # first sample id of images filled to pick the length: no noise is shared with those that are measured
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,8 +117,8 @@ def inpaint(
     rest = (~mask).double()
     count = rest.sum((2, 3), keepdim=True)
     grey = torch.where(count > 0, (x * rest).sum((2, 3), keepdim=True) / count.clamp(min=1), 0.5)
-    twin = torch.where(mask, grey, x)
-    figures = (*_measure(x, fill, mask), *_measure(x, twin, mask))
+    grey_fill = torch.where(mask, grey, x)
+    figures = (*_measure(x, fill, mask), *_measure(x, grey_fill, mask))
     return Inpainted(images.cpu(), mask, completed, *figures, length=float(length))
 
 
@@ -153,7 +155,7 @@ def pick_length(
 
     A chain that starts beside known pixels begins nearer to the data than a sample's, and a short-run chain goes past
     the data where it runs on, so a sample's length is seldom the best. Never pass held-out images: the figures
-    measured on them would be of a choice made by them.
+    measured on them would then be chosen by them.
 
     All lengths fill the same masks from the same noise, that of sample ids of their own; the result is a function of
     the arguments. A model whose images go through no chain has length 1.
@@ -167,7 +169,7 @@ def pick_length(
     else:
         hidden = mask.reshape(*(1,) * (4 - mask.dim()), *mask.shape)
         hidden = hidden[torch.arange(len(images)) % len(hidden)]
-    errors: dict[float, Tensor] = {}  # of each image, of the lengths that do not diverge
+    errors: dict[float, Tensor] = {}  # length -> error of each image, for lengths that do not diverge
     failure = None
     for number, length in enumerate(LENGTHS, start=1):
         report(f"picking the length of the chains: {length:g} of a sample's ({number} of {len(LENGTHS)})")

@@ -145,7 +145,7 @@ class Frame(GenerativeConvNet):
     def __init__(self, size: int, *, leapfrog_steps: int | None = None, **arguments: Any) -> None:
         super().__init__(size, **{"head": "linear", **arguments})
         self.leapfrog_steps = leapfrog_steps
-        self.exact(1)  # wrong numbers raise here
+        self.exact(1)  # raises for wrong numbers
         net = self.energy_nets("frozen")[0]
         if net.head is None:
             raise ValueError("Frame: nets must have a linear head, which holds λ, got head='sum'")

@@ -1,4 +1,4 @@
-"""EnergyModel: what models of energy nets have in common: the nets, the dynamics of each, and their description."""
+"""EnergyModel, the base of models of energy nets: the nets, the dynamics of each, and their description."""
 
 from __future__ import annotations
 
@@ -126,7 +126,7 @@ class EnergyModel(Model):
         model = self.from_config({**self.config(), "nets": [net.config() for net in nets]})
         frozen = nn.ModuleList(nets).state_dict()
         own = {name: tensor for name, tensor in self.state_dict().items() if not name.startswith("nets.")}
-        # Into the nets that the model was built with: it may hold parts of them elsewhere, and which of them learn.
+        # Fold into the nets that the model was built with: it may refer to parts of them elsewhere.
         model.load_state_dict({**own, **{f"nets.{name}": tensor for name, tensor in frozen.items()}})
         return model.to(self.colours.device)
 

@@ -1,4 +1,4 @@
-"""Model: what every trained model of images is to commands and trainers: samples, units of pixels, one file."""
+"""Model, the base of every trained model: what commands and trainers use: samples, units of pixels, one file."""
 
 from __future__ import annotations
 
@@ -321,7 +321,7 @@ class Model(nn.Module, abc.ABC):
 
 
 def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors, with copies of those that share memory with an earlier one (tied weights): files hold each apart."""
+    """The tensors, with copies of those that share memory with an earlier one (tied weights)."""
     found, seen = {}, set()
     for name, tensor in tensors.items():
         place = tensor.untyped_storage().data_ptr()

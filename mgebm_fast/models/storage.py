@@ -125,7 +125,7 @@ def _parts(path: Path, kinds: Sequence[str]) -> tuple[dict[str, Any], dict[str, 
             return described, {name: file.get_tensor(name) for name in file.keys()}
     except CheckpointError:
         raise
-    except Exception as error:  # whatever a damaged file makes its reader raise
+    except Exception as error:  # a reader may raise anything for a damaged file
         raise CheckpointError(f"truncated, or no safetensors file at all ({error})", path) from error
 
 
@@ -137,7 +137,7 @@ def _check_written(path: Path) -> None:
             continue
         try:
             record = json.loads(files.read_regular(beside, MOST_JSON))
-            if str(record["format"]).startswith(KEY):  # or a file of somebody else's
+            if str(record["format"]).startswith(KEY):  # else it is a file of another program
                 known += record["files"] if name == CHECKSUM_FILE else [record["files"][MODEL_FILE]]
         except Exception as error:
             raise CheckpointError(f"{beside}: damaged, cannot tell whether {MODEL_FILE} is whole ({error})") from None

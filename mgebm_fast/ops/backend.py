@@ -26,7 +26,7 @@ class Layers:
     cpu: bool  # csrc/ops/<op>_cpu.cpp
     cuda: bool  # csrc/ops/<op>_cuda.cu
     triton: bool  # kernels/<op>.py
-    traced: bool  # torch.library knows it; not so an object that holds packed weights
+    traced: bool  # registered with torch.library; an op on an object that holds packed weights is not
 
 
 TABLE: dict[str, Layers] = {}

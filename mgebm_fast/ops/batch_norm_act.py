@@ -41,7 +41,7 @@ def batch_norm_act(
         workspace: `workspace(C, device)` that one chain's calls share, zeros between calls; None: a new one.
 
     Returns:
-        (y, statistics); y is None without `apply`. No mask: the backward pass reads z anyhow and finds the sign there.
+        (y, statistics); y is None without `apply`. No mask: the backward pass reads z and so has the sign.
 
     Raises: TypeError, ValueError, BackendError.
     Source: Ioffe and Szegedy (ICML 2015), with batch statistics always, as the published multi-grid nets have it.

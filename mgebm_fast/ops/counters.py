@@ -103,8 +103,8 @@ def _counter_tensor(
 
 
 def seed_or_fresh(seed: int | Tensor | None, x: Any, op: str) -> int | Tensor:
-    """`seed`, or where there is none one drawn from torch's generator (`noise.resolve_seed`)."""
-    if seed is not None or not isinstance(x, Tensor):  # what is no tensor is refused later, by its name
+    """`seed`, or if it is None a seed drawn from torch's generator (`noise.resolve_seed`)."""
+    if seed is not None or not isinstance(x, Tensor):  # an x that is no tensor is refused later, by name
         return 0 if seed is None else seed
     return philox.resolve_seed(None, None, x.device, op)
 

@@ -20,7 +20,7 @@ from .update import Update, prepare
 
 OP = "edge_step_"
 register("edge_step", triton=True)
-# What a bad-step cell holds while every gradient was finite.
+# The value of a bad-step cell as long as every gradient was finite.
 NO_BAD_STEP = 2**63 - 1
 MAX_COLUMNS = 64  # stride² · channels padded to a power of two: one tile of the kernel
 
@@ -66,7 +66,7 @@ def edge_weights(
 ) -> EdgeWeights:
     """The first layer's weights prepared for `edge_step_`, in `dtype` (None: weight's): that of the upstream gradient.
 
-    Raises ValueError where the kernel has no place for them: not two spatial dimensions, a stride above 2, or
+    Raises ValueError for what the kernel cannot hold: not two spatial dimensions, a stride above 2, or
     stride² · C (C padded to a power of two) above 64.
     """
     where = "edge_weights"

@@ -1,6 +1,6 @@
 """Arguments of chains as users have them: numpy's numbers, 0-dim tensors and lists become what the checks expect.
 
-What is of no such kind is returned as it is, for the check that names the argument to refuse.
+Any other value is returned unchanged: the later check that names the argument refuses it.
 """
 
 from __future__ import annotations

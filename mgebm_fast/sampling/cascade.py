@@ -93,7 +93,7 @@ def cascade(
     """The result at every size, `start` first: each grid's chain starts at the replicated result of the one before.
 
     nets[i] and dynamics[i] serve sizes[i + 1], whose noise stream is (purpose, i + 1). With `known` and `mask` (at the
-    finest size, False = known) a cell of a coarser size stands at the mean of its block's known pixels, where it has
+    finest size, False = known) a cell of a coarser size is set to the mean of its block's known pixels, where it has
     any. `graph` as in `langevin_sample`: one CUDA graph then holds all chains. In a training loop leave `seed` out, or
     let `first_step` count on: every call then has noise of its own (`generator` as in `langevin_sample`).
     """
@@ -177,7 +177,7 @@ def walk(
     advance: Callable[[int, Tensor, Tensor | None], Tensor],  # (grid, start of its chain, mask) -> its end
     on: Callable[..., contextlib.AbstractContextManager[None]] | None = None,  # (grid, *inputs): where a grid's work is
 ) -> list[Tensor]:
-    """The way of a cascade: what a chain ended at, replicated, with known pixels imposed, is the next one's start."""
+    """The loop over grids: each chain's result, replicated and with known pixels imposed, is the start of the next."""
     means = known_means(*held, sizes) if held is not None else []
 
     def imposed(x: Tensor, grid: int) -> tuple[Tensor, Tensor | None]:

@@ -1,4 +1,4 @@
-"""What Metropolis-corrected chains share: the checks, the loop over steps, and what it returns."""
+"""Metropolis-corrected chains: the checks, the loop over steps, and the result that they share."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Diagnostics of any chain: a callback that measures it, and the figures that tell how well it mixes.
+"""Diagnostics of any chain: a callback that measures it, and figures of how well it mixes.
 
 recorder = Recorder(energy, chain)
 chain(energy, x, callback=recorder)
@@ -31,7 +31,7 @@ from .mcmc import MALA
 from .metropolis import State, Target, propose, squares
 
 PROJECTIONS = 8
-_FEWEST = 4  # draws below which ESS and R-hat say nothing
+_FEWEST = 4  # draws below which ESS and R-hat are meaningless
 
 
 def arviz() -> ModuleType:

@@ -16,7 +16,7 @@ from .coupling import coupling, randomness
 class Explanation:
     """What `explain` of a chain returns; `print` shows it in lines."""
 
-    chain: str  # the numbers of its steps
+    chain: str  # its steps, drift, noise, reference and bounds, in words
     gradient: PlanReport  # plan, precision, and why no faster plan runs
     device: str
     update: str  # the backend of the step, and why this one; empty for exact chains, whose steps are torch's

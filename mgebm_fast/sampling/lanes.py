@@ -23,7 +23,7 @@ class Lane:
     def record(self, body: Callable[[], None], device: torch.device) -> Callable[[], None]:
         """Run `body` once to warm libraries up, capture it, and return what replays it."""
         with torch.cuda.device(device):
-            if not self._graphs:  # a pool is gone with its last graph
+            if not self._graphs:  # a pool is freed with its last graph
                 self._pool = torch.cuda.graph_pool_handle()
             self._side = self._side or torch.cuda.Stream(device)
             side, current = self._side, torch.cuda.current_stream(device)
@@ -38,7 +38,7 @@ class Lane:
                 with torch.cuda.graph(graph, pool=self._pool, stream=side, capture_error_mode="thread_local"):
                     body()
             finally:
-                torch.cuda.set_stream(current)  # where a capture fails, torch stays on its stream
+                torch.cuda.set_stream(current)  # torch does not restore the stream when a capture fails
             self._graphs.add(graph)
         return graph.replay
 

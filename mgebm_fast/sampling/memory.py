@@ -27,8 +27,8 @@ from .coupling import coupling
 if TYPE_CHECKING:
     from .chain import Chain
 
-# What allocators say where there is no memory, and nobody else: a user's error may have the same words in it. Only
-# torch on CUDA has a class for it.
+# Messages of allocators that ran out of memory, matched narrowly: a user's own error may contain similar words. Only
+# torch on CUDA has an exception class for it.
 _OUT_OF_MEMORY_MESSAGES = re.compile(
     r"DefaultCPUAllocator: (can't allocate|not enough) memory"
     r"|^CUDA error: out of memory|^CUDA out of memory\. |CUBLAS_STATUS_ALLOC_FAILED|CUDNN_STATUS_ALLOC_FAILED"
@@ -47,7 +47,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def tried(call: Callable[[], Any], device: torch.device) -> BaseException | None:
-    """Run `call`; the error where memory ran out, with what the attempt held given back."""
+    """Run `call`; returns the error where memory ran out, after freeing what the attempt held."""
     try:
         call()
         return None
@@ -154,5 +154,5 @@ def _one_gradient(chain: Chain, x: Tensor) -> None:
     try:
         with frozen_parameters(chain.energy):
             plan(chain.energy, x, chain.precision, chain.where).gradient(x)
-    except ValueError as error:  # batch statistics of one value
+    except ValueError as error:  # batch statistics refuse a batch of one value
         raise MemoryError(str(error)) from None

@@ -30,7 +30,7 @@ Force = Callable[[Tensor], Tensor]
 
 @dataclasses.dataclass(frozen=True)
 class State:
-    """Where a chain stands, with what the next transition would otherwise compute again."""
+    """The state of a chain, with values that the next transition would otherwise compute again."""
 
     x: Tensor  # (N, ...)
     potential: Tensor  # (N,) float64, U(x)

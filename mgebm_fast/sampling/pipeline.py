@@ -59,7 +59,7 @@ class Pipeline:
 
 def piped(draw: Callable[[], Groups], device: torch.device, grids: int, callback: Any = None) -> Groups:
     """What `draw` returns, its cascades in a pipeline; drawn again without one where a chain was not healthy, so that
-    an overflow or a divergence is dealt with, and named, where it happens."""
+    an overflow or a divergence is handled, and its grid named, where it happens."""
     if device.type not in graphs.DEVICES:
         raise BackendError(f"sample: pipeline=True needs a CUDA device, the model is on {device.type}")
     if callback is not None:

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 class Static(Protocol):
-    """What a graph holds: buffers, and the code between them."""
+    """What a graph captures: buffers, and the code that runs between them."""
 
     healthy: Tensor  # 0-dim bool, whether the last run was
 

@@ -19,7 +19,7 @@ _PARTS = re.compile(
     r"(?P<train>train(ing)?)|(val|valid|validation|test|testing|dev|eval|held[ _-]?out|holdout)", re.IGNORECASE
 )
 _SUFFIX = re.compile(r"[ _-]?(set|data|images|imgs|[0-9]{2,4}|[AB])$")  # trainset, val_images, train2017, testA
-# Several folders in every class are no classes where they are called after what files are, not what they show.
+# Names of folders that describe files, not what they show: where every class has such folders they are not classes.
 _GENERIC = set(
     "color colour data depth files frames full gray grey hr image images img imgs jpeg jpg left lr original photos "
     "pictures png raw rgb right thumbnails".split()
@@ -82,7 +82,7 @@ def described(endings: Counter[str]) -> str:
 
 
 def count_ending(path: str, endings: Counter[str]) -> None:
-    """Count a file that is no image, unless its ending is that of notes beside images."""
+    """Count a file that is no image, unless its ending is one of text and notes beside images."""
     ending = os.path.splitext(path)[1].lower()
     if ending not in _SIDE_FILES:
         endings[ending] += 1

@@ -16,7 +16,7 @@ _EXTENSION_TYPES = (
 )  # fmt: skip
 _MAX_EXTENSION_BYTES = 1 << 20  # extended headers (long names, pax records) are read whole
 
-# The one that `TarFile.next` passes on at any place of an archive; public, and yet in no stub.
+# The exception that `TarFile.next` raises for a bad header anywhere in an archive; public, but missing in stubs.
 _HeaderError = tarfile.SubsequentHeaderError  # type: ignore[attr-defined]
 
 

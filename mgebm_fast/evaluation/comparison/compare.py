@@ -29,7 +29,7 @@ from ..evaluate import Judges, evaluate, fit_judges
 from ..inpainting import inpaint, length_images, pick_length
 from .runs import Entry, state
 
-_VERSION = 3  # of what the figures mean; others are measured again
+_VERSION = 3  # of the figures: those stored under another version are measured again
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Settings:
 
 
 class Interrupted(Exception):
-    """A signal ended the training of a run, which was saved."""
+    """A signal stopped the training of a run; its state was saved."""
 
 
 def compare(
@@ -118,14 +118,14 @@ def _conditions(
         "images": list(images),
         "model": hashlib.sha256(Run(entry.folder).model_file().read_bytes()).hexdigest(),
         "device": torch.device(device).type,
-        # they change the last bits of the feature space, and so all that it judges
+        # threads change the last bits of the feature space, and so all figures measured in it
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
     }
 
 
 def _checksum(data: ImageData) -> str:
-    """Of all pixels, and how many images they are."""
+    """CRC-32 of all pixels, with the number of images."""
     return f"{len(data)}:{zlib.crc32(np.ascontiguousarray(data.images).data):08x}"
 
 
@@ -154,7 +154,7 @@ def measured(
     settings: Settings,
     device: torch.device | str = "cpu",
 ) -> dict[str, Any]:
-    """The record of a finished run: what it is, its `figures`, their `real` twins, what judged them, and `inpainting`,
+    """The record of a finished run: what it is, its `figures`, baselines (`real`), what judged them, and `inpainting`,
     the length of the chains by kind of occlusion.
 
     figures, numbers or None where the data do not allow them:
@@ -202,9 +202,9 @@ def measured(
 def timing(metrics: Sequence[dict[str, float]]) -> dict[str, float | None]:
     """Median seconds of an update, and seconds of all updates that count, from the records of a run.
 
-    Updates that a run went back behind (`[rollback]`) are in no record.
+    Updates that a rollback (`[rollback]`) undid are in no record.
     """
-    timed = [record for record in metrics if "seconds_per_update" in record]  # one of going back has no time
+    timed = [record for record in metrics if "seconds_per_update" in record]  # a rollback's record has no time
     if not timed:
         return {"seconds_an_update": None, "seconds": None}
     steps = [0, *(record["step"] for record in timed)]

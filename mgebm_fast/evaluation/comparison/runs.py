@@ -13,7 +13,7 @@ from ...learning.config.files import preset_base
 from ...learning.run.checkpoint import listed, step_of
 
 COMPARED = ("single-grid-cd", "cd", "pcd", "short-run", "cooperative")  # methods of the default contenders, in order
-# A run stays what it is under these.
+# Keys that may differ between a stored run and the comparison: results do not depend on them.
 _IRRELEVANT = (
     "description", "time", "checkpoint_every", "sample_every", "log_every", "keep_checkpoints",
 )  # fmt: skip
@@ -76,7 +76,7 @@ def entries(configs: Sequence[TrainConfig], seeds: Sequence[int], out: Path) -> 
 
 
 def state(entry: Entry) -> str:
-    """ "finished", "unfinished" or "missing". ConfigError where the folder holds a run that would not be made so."""
+    """ "finished", "unfinished" or "missing". ConfigError where the folder holds a run with another configuration."""
     if not (entry.folder / "config.toml").is_file():
         return "missing"
     stored, wanted = _flat(load_config(entry.folder / "config.toml")), _flat(entry.config)

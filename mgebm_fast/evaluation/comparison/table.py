@@ -24,7 +24,7 @@ class Column:
     best: str = ""  # "low", "high", "real" (nearest to that of held-out images), or "" for none
 
     def loss(self, value: float, real: float | None) -> float | None:
-        """What the best value has least of; None where nothing is best."""
+        """The quantity that the best value minimises; None where no value counts as best."""
         if self.best == "real":
             return None if real is None else abs(value - real)
         return {"low": value, "high": -value}.get(self.best)
@@ -50,7 +50,7 @@ COST = (
 )
 GROUPS = (("Samples", SAMPLES), ("In-painting", INPAINTING), ("Cost", COST))
 COLUMNS = (*SAMPLES, *INPAINTING, *COST)
-_TWINS = {"Samples": "held-out images", "In-painting": "mean of the known pixels"}
+_BASELINES = {"Samples": "held-out images", "In-painting": "mean of the known pixels"}
 
 
 def tabulate(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -76,7 +76,7 @@ def tabulate(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
             row[column.key] = statistics.fmean(values) if whole else None
             row[f"{column.key}_sd"] = statistics.stdev(values) if whole and len(values) > 1 else None
         rows.append(row)
-    real = twins(records)
+    real = baselines(records)
     for column in COLUMNS:
         for row in rows:
             row[f"{column.key}_best"] = _leads(row, [other for other in rows if other is not row], column, real)
@@ -98,7 +98,7 @@ def _leads(row: dict[str, Any], others: Iterable[dict[str, Any]], column: Column
     return all(loss - own[0] > math.hypot(spread, own[1]) for loss, spread in theirs)
 
 
-def twins(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
+def baselines(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """The figures of held-out images, and of a fill by the mean, which all runs share."""
     return next((record["real"] for record in records if "real" in record), {})
 
@@ -138,16 +138,16 @@ def _shown(columns: Sequence[Column], rows: Sequence[dict[str, Any]]) -> list[Co
     return [column for column in columns if any(row[column.key] is not None for row in rows)]
 
 
-def _twin(group: str, columns: Sequence[Column], real: dict[str, Any]) -> list[str] | None:
+def _baseline_row(group: str, columns: Sequence[Column], real: dict[str, Any]) -> list[str] | None:
     """The cells of the row of held-out images, or of the fill by the mean."""
-    if group not in _TWINS or not any(real.get(column.key) is not None for column in columns):
+    if group not in _BASELINES or not any(real.get(column.key) is not None for column in columns):
         return None
     return ["–" if (value := real.get(column.key)) is None else format(value, column.form) for column in columns]
 
 
 def markdown(rows: Sequence[dict[str, Any]], records: Sequence[dict[str, Any]]) -> str:
     """Three tables: samples, in-painting, cost."""
-    parts, real = [], twins(records)
+    parts, real = [], baselines(records)
     for group, columns in GROUPS:
         shown = _shown(columns, rows)
         if not shown:
@@ -157,9 +157,9 @@ def markdown(rows: Sequence[dict[str, Any]], records: Sequence[dict[str, Any]]) 
         for row in rows:
             cells = [cell(row, column, "**") for column in shown]
             lines.append("| " + " | ".join([f"`{row['preset']}`", *cells]) + " |")
-        twin = _twin(group, shown, real)
-        if twin is not None:
-            lines.append("| " + " | ".join([_TWINS[group], *twin]) + " |")
+        baseline = _baseline_row(group, shown, real)
+        if baseline is not None:
+            lines.append("| " + " | ".join([_BASELINES[group], *baseline]) + " |")
         parts.append("\n".join(lines))
     return "\n\n".join([*parts, *legend(rows, records)]) + "\n"
 
@@ -197,7 +197,7 @@ def console_tables(rows: Sequence[dict[str, Any]], records: Sequence[dict[str, A
     from rich.text import Text
 
     parts: list[RenderableType] = []
-    real = twins(records)
+    real = baselines(records)
     for group, columns in GROUPS:
         shown = _shown(columns, rows)
         if not shown:
@@ -209,8 +209,8 @@ def console_tables(rows: Sequence[dict[str, Any]], records: Sequence[dict[str, A
         for row in rows:
             marked = [Text(cell(row, column), "bold green" if row[f"{column.key}_best"] else "") for column in shown]
             table.add_row(row["preset"], *marked)
-        twin = _twin(group, shown, real)
-        if twin is not None:
-            table.add_row(_TWINS[group], *twin, style="dim")
+        baseline = _baseline_row(group, shown, real)
+        if baseline is not None:
+            table.add_row(_BASELINES[group], *baseline, style="dim")
         parts.append(table)
     return Group(*parts, *(Text(line, "dim") for line in legend(rows, records)))

@@ -21,7 +21,7 @@ from .net_features import energy_features, energy_nets, read_maps, scaled_down
 from .readout import Scale
 
 LEARNED, FINE_TUNED, SUPERVISED, RANDOM, PIXELS = "learned", "fine-tuned", "supervised", "random", "pixels"
-_REFERENCE = 2000  # unlabelled images that features are scaled by
+_REFERENCE = 2000  # unlabelled images that set the scale of features
 _SVC = (
     f"SVC with the kernel exp(-gamma |x - y|^2), C in {readout.PENALTIES}, gamma in {readout.WIDTHS} "
     f"by cross-validation on the labelled images, in at most {readout.FOLDS} folds"

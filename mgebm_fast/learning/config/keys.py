@@ -179,8 +179,8 @@ class Maybe(Kind):
 
 @dataclasses.dataclass(frozen=True)
 class Auto(Kind):
-    """`kind`, or what else the run says it should be: the key is left out of the file, and `auto` clears it. For a kind
-    to which "none" is a value."""
+    """`kind`, or chosen by other keys: the key is then left out of the file, and `auto` clears it. For kinds of which
+    "none" is a value."""
 
     kind: Kind
 
@@ -211,7 +211,7 @@ def nearest(name: str, options: Sequence[str]) -> str:
     for option in options:
         leaves.setdefault(option.rpartition(".")[2], []).append(option)
     leaf = name.rpartition(".")[2]
-    if leaf in leaves:  # the right word in no section, or in a wrong or misspelt one
+    if leaf in leaves:  # the right key in no section, or in a wrong or misspelt one
         # `size` is a key of one method; whoever writes it alone more likely means `sizes`
         plain = suggest(name, [option for option in options if option.startswith(name)]) if "." not in name else ""
         return plain or suggest(name, leaves[leaf]) or f" (did you mean {leaves[leaf][0]!r}?)"

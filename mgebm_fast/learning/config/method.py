@@ -1,4 +1,4 @@
-"""What a configuration knows of the methods: one entry each, entered by the modules of `learning/methods`.
+"""The registry of methods: one entry each, made by the modules of `learning/methods`.
 
 An entry holds every fact of a method, so that TOML files, `--set`, `mgebm train` and `mgebm presets` need no other
 place to learn of a new one.
@@ -45,7 +45,7 @@ class Method:
     build_model: Callable[[TrainConfig], Any]  # the untrained model; ConfigError where the keys do not fit each other
     work: Callable[[Any, TrainConfig], float]  # (model, config) -> multiply-accumulates an update and image (`work`)
     table: type | None = None  # the method's own keys, at `[name]` in a TOML file
-    narrow: Callable[[TrainConfig], TrainConfig] = lambda config: config  # what the method reads of a configuration
+    narrow: Callable[[TrainConfig], TrainConfig] = lambda config: config  # the configuration as the method uses it
     start: Any = None  # where the chains of a method of one net begin in training (`baselines.InitialState`)
     takes: str = "images"  # or "clips", of a recording
     load_data: Callable[..., Any] = _load_images  # (config, *, source, split, strict, like) -> ImageData or Clips

@@ -50,7 +50,7 @@ class TrainConfig:
     channels: int = key(1, Whole(1, MOST_CHANNELS), "1 grey, 3 colour", fixed=True)
     sizes: tuple = key(
         (1, 2, 4, 8),
-        Many(Whole(1, MOST_LENGTH), most=16),  # of a clip of sound, its samples
+        Many(Whole(1, MOST_LENGTH), most=16),  # a clip of sound has so many samples
         "the grids, coarse to fine; the first has no net",
         fixed=True,
     )
@@ -60,13 +60,13 @@ class TrainConfig:
     activation: Any = key(
         None,
         Auto(Choice(ACTIVATIONS)),
-        "of the nets; auto: the variant's own",
+        "activation of the nets; auto: the variant's own",
         fixed=True,
     )
     spectral_norm: bool = key(False, Flag(), "spectral normalisation of every weight", fixed=True)
     value_range: tuple = key((-1.0, 1.0), Many(Real(-1e6, 1e6), 2), "what pixel values 0 and 255 become", fixed=True)
     steps: int = key(1000, Whole(0, MOST_UPDATES), "parameter updates")
-    seed: int = key(0, Whole(0, 2**64 - 1), "of everything that is drawn", fixed=True)
+    seed: int = key(0, Whole(0, 2**64 - 1), "seed of everything that is drawn", fixed=True)
     batch_size: int = key(64, Whole(1, MOST_SAMPLES), "observed images and chains an update", fixed=True)
     batch_parts: int = key(
         1,
@@ -79,7 +79,9 @@ class TrainConfig:
     log_every: int = key(10, Whole(1, MOST_UPDATES), "updates between lines of metrics")
     keep_checkpoints: int = key(3, Whole(1, MOST_UPDATES), "newest checkpoints kept")
     flips: bool = key(False, Flag(), "mirror half of the observed images, left to right", fixed=True)
-    precision: str = key("auto", Choice(PRECISIONS), "of the gradient inside chains: auto is 16 bits where that pays")
+    precision: str = key(
+        "auto", Choice(PRECISIONS), "precision of the gradient inside chains: auto is 16 bits where that pays"
+    )
     langevin: LangevinConfig = dataclasses.field(default_factory=lambda: LangevinConfig(drift=1.0, noise_std=0.03))
     optimiser: OptimiserConfig = dataclasses.field(default_factory=OptimiserConfig)
     stabilise: StabiliseConfig = dataclasses.field(default_factory=StabiliseConfig)
@@ -104,7 +106,7 @@ class TrainConfig:
         }
 
     def noise_factors(self, iteration: int) -> tuple[float, ...]:
-        """What chain and data noise of each net are multiplied by at update `iteration`.
+        """The factor of chain and data noise of each net at update `iteration`.
 
         Linear from 1 to noise_anneal, reached at noise_anneal_share of the run, and constant from there. Where noise
         falls to the end, as the learning rate does, the weights lag behind it, and samples vary less than the data.

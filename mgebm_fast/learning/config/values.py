@@ -159,7 +159,7 @@ def _value(text: str, kind: Kind) -> Any:
 
 
 def _check_together(config: TrainConfig) -> None:
-    """What no key can say alone."""
+    """Raise for values that do not fit each other."""
     sizes = config.sizes
     if len(sizes) < 2 or sizes[0] != 1:
         raise ConfigError(f"sizes must start at 1 and hold at least one more size, got {list(sizes)}")

@@ -34,11 +34,11 @@ _TRAINING_MASKS = 1 << 31
 class GeneratorConfig:
     """What methods that learn a generator x = g(z) + s ε, z ~ N(0, I), have in common."""
 
-    latent: int = key(32, Whole(1, MOST_CHANNELS), "length of z, at each place of its map", fixed=True)
+    latent: int = key(32, Whole(1, MOST_CHANNELS), "length of z, at each place of its feature map", fixed=True)
     generator_width: int = key(
         32, Whole(1, MOST_CHANNELS), "channels of the generator's last hidden layer, times width", fixed=True
     )
-    std: float = key(0.3, Real(0, above=True), "s, of the noise around g(z), in value_range units")
+    std: float = key(0.3, Real(0, above=True), "s, standard deviation of the noise around g(z), in value_range units")
     infer_steps: int = key(0, Whole(0, MOST_STEPS), "Langevin steps on z given an image, an update", fixed=True)
     infer_step_size: float = key(0.1, Real(0, above=True), "δ of those steps")
     complete_steps: int = key(
@@ -223,7 +223,7 @@ def build_generator(config: TrainConfig, latent_map: int = 1) -> Generator:
     width = max(1, round(options.generator_width * config.width))
     try:
         layers = generator_layers(config.sizes[-1], config.channels, width, latent_map)
-    except ValueError:  # all else was checked with the configuration
+    except ValueError:  # other arguments were checked with the configuration
         raise ConfigError(
             f"sizes[-1] must be {config.method}.latent_map, {latent_map}, times a power of 2, got {config.sizes[-1]}"
         ) from None

@@ -39,7 +39,7 @@ class PcdConfig:
         "chains of one bank that batches are drawn from; none: each batch of an epoch has its own",
         fixed=True,
     )
-    restart: float = key(0.0, Real(0, 1), "probability that a drawn chain begins anew, from noise", fixed=True)
+    restart: float = key(0.0, Real(0, 1), "probability that a drawn chain starts again from noise", fixed=True)
     sample_steps: Any = key(
         None, Maybe(Whole(1, MOST_STEPS)), "further steps of a stored chain that is sampled; none: as in training"
     )
@@ -109,7 +109,9 @@ class Persistent(InitialState):
 
     sampled_from = "bank"
     persistent = True
-    by_batch = True  # without a bank_size: whether each batch of an epoch has chains of its own, or all have the same
+    by_batch = (
+        True  # without a bank_size: True, each batch of an epoch has its own chains; False, all batches share one bank
+    )
 
     def __init__(self, model: OneNet, config: TrainConfig, images: int) -> None:
         super().__init__(model, config, images)

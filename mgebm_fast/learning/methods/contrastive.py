@@ -24,7 +24,7 @@ from .model_rule import ModelRule
 from .optim import build_optimiser, condition_, map_areas, norm, rate_factor, step
 from .synthesis import GridLearned, Learned, Lesson, Synthesis
 
-# What of a grid must be finite, and what errors call it.
+# Numbers of a grid that must be finite: key -> name in errors.
 _OF_GRID = {
     "energy_observed": "energy of observed images",
     "energy_synthesised": "energy of synthesised images",
@@ -88,7 +88,7 @@ class ContrastiveRule(ModelRule):
 
     def arrange(self, iteration: int) -> None:
         """Make what the model's tensors do not hold, such as the noise of its chains, as update `iteration` has it."""
-        if self.annealed:  # also back at 1, where a run went back to its beginning
+        if self.annealed:  # also where the factor is 1 again: a rollback may return to the first update
             self.model.langevin = self.config.dynamics(self.config.noise_factors(iteration))
 
     def tied(self, gradients: list[Tensor]) -> list[Tensor]:
@@ -155,7 +155,7 @@ class ContrastiveRule(ModelRule):
                 spoilt = spoilt | torch.stack(list(of_lesson.values())).isfinite().all().logical_not()
                 measured.update(of_lesson)
             schedule = self._apply(learned, lesson, iteration, spoilt.float())
-            # The one host sync. What is not finite was not applied: `spoilt` kept it out on the device.
+            # The one host sync. An update that is not finite was not applied: optimisers read `spoilt` on the device.
             all_healthy, *numbers = torch.stack([learned.healthy, *measured.values()]).tolist()
             found = dict(zip(measured, numbers, strict=True))
             if all_healthy == 1:
@@ -206,7 +206,7 @@ class ContrastiveRule(ModelRule):
         for index, (net, grid) in enumerate(zip(self.model.active_nets, learned.grids, strict=True)):
             parameters = self.parameters[index]
             condition_(grid.gradients, config, self.divisors[index])
-            learning = {id(p) for p in net.parameters()}  # not layers that an energy leaves out
+            learning = {id(p) for p in net.parameters()}  # without layers that the energy does not use
             given = [g if id(p) in learning else None for p, g in zip(parameters, grid.gradients, strict=True)]
             step(self.optimisers[index], parameters, given, pick(config.lr, index) * schedule, spoilt)
         if lesson is not None:

@@ -39,12 +39,15 @@ class ConvNetConfig:
         fixed=True,
     )
     init_std: Any = key(
-        None, Maybe(Real(0, above=True)), "of normal initial weights; none: Xavier-uniform ones", fixed=True
+        None,
+        Maybe(Real(0, above=True)),
+        "standard deviation of normal initial weights; none: Xavier-uniform ones",
+        fixed=True,
     )
     bank_size: Any = key(
         None, Maybe(Whole(1, MOST_SAMPLES)), "chains that batches are drawn from; none: as many as a batch", fixed=True
     )
-    restart: float = key(0.0, Real(0, 1), "probability that a drawn chain begins anew, from the zero image", fixed=True)
+    restart: float = key(0.0, Real(0, 1), "probability that a drawn chain starts again from the zero image", fixed=True)
     sample_steps: int = key(300, Whole(1, MOST_STEPS), "steps of a sample's chain from the zero image")
 
 

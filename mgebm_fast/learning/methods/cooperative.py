@@ -95,7 +95,7 @@ class CooperativeRule(OneNetRule):
 
 
 def work(model: CoopNets, config: TrainConfig) -> float:
-    """That of the descriptor and its chain; the generator proposes, infers z where it is asked to, and learns."""
+    """The work of the descriptor and its chain, and of the generator: it proposes, may infer z, and learns."""
     passes = 1 + CHAIN_STEP * config.options.infer_steps + LEARNING
     return work_of_chains(model, config) + passes * model.generator.macs()
 

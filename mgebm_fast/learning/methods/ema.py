@@ -1,4 +1,4 @@
-"""An exponential moving average of a model's parameters, and a way to look through it."""
+"""An exponential moving average of a model's parameters, and a context in which the model holds it."""
 
 from __future__ import annotations
 

@@ -31,7 +31,7 @@ class FrameConfig:
     scales: tuple = key(
         (2.0, 3.5, 6.0), Many(Real(1, MOST_SIDE), least=1, most=64), "wavelengths of the bank, in pixels", fixed=True
     )
-    orientations: int = key(8, Whole(1, 256), "of the Gabor filters at every scale", fixed=True)
+    orientations: int = key(8, Whole(1, 256), "orientations of the Gabor filters at every scale", fixed=True)
     thresholds: tuple = key(
         (0.0,),
         Many(Real(0), least=1, most=64),
@@ -45,7 +45,7 @@ class FrameConfig:
     bank_size: Any = key(
         None, Maybe(Whole(1, MOST_SAMPLES)), "chains that batches are drawn from; none: as many as a batch", fixed=True
     )
-    restart: float = key(0.0, Real(0, 1), "probability that a drawn chain begins anew, from the zero image", fixed=True)
+    restart: float = key(0.0, Real(0, 1), "probability that a drawn chain starts again from the zero image", fixed=True)
     sample_steps: int = key(300, Whole(1, MOST_STEPS), "steps of a sample's chain from the zero image")
 
 

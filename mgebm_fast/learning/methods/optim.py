@@ -34,15 +34,15 @@ def build_optimiser(parameters: Iterable[nn.Parameter], config: OptimiserConfig,
 
 
 def _begin_momentum(sgd: torch.optim.SGD) -> None:
-    """Momentum from 0, which a first update makes the gradient: torch leaves it without values until an update is made,
-    and so after a first one that was spoilt."""
+    """Start momentum at 0, so that the first update makes it the gradient. torch creates it only in the first update,
+    and not at all if that one is spoilt."""
     for group in sgd.param_groups:
         for parameter in group["params"]:
             sgd.state[parameter].setdefault("momentum_buffer", torch.zeros_like(parameter))
 
 
 def rate_factor(config: OptimiserConfig, iteration: int, steps: int, epoch: int = 0) -> float:
-    """What update `iteration` (from 0) multiplies lr by.
+    """The factor of lr at update `iteration` (from 0).
 
     warmup:  (iteration + 1) / warmup, until it is 1
     step:    decay_factor ^ floor(epoch / decay_every)

@@ -46,7 +46,7 @@ class SpatialTemporalConfig:
     size: tuple = key(
         (20, 32, 32),
         Many(Whole(2, MOST_LENGTH), least=1, most=3),
-        "of a clip: [frames, height, width], or [samples] of a sound",
+        "size of a clip: [frames, height, width], or [samples] of a sound",
         fixed=True,
     )
     rate: Any = key(
@@ -69,7 +69,7 @@ class SpatialTemporalConfig:
         None, Maybe(Whole(1, MOST_SAMPLES)), "chains that batches are drawn from; none: as many as a batch", fixed=True
     )
     restart: float = key(
-        0.0, Real(0, 1), "probability that a drawn chain begins anew, from the data's mean", fixed=True
+        0.0, Real(0, 1), "probability that a drawn chain starts again from the data's mean", fixed=True
     )
     sample_steps: Any = key(
         None, Maybe(Whole(1, MOST_STEPS)), "further steps of a stored chain that is sampled; none: as in training"

@@ -51,7 +51,7 @@ class Ranks:
         self.failed = False  # whether rank 0 reports the error that ends this one, so that this rank stays silent
         self._asked: Callable[[], bool] = lambda: False
         self._agreed_to_stop = False
-        # Words and flags go between hosts, so that no GPU waits for them.
+        # Text and flags are exchanged in main memory, so that no GPU waits for them.
         self._host = None if size == 1 or "gloo" in str(dist.get_backend_config()) else dist.new_group(backend="gloo")
 
     @classmethod
@@ -110,7 +110,7 @@ class Ranks:
             raise
         except Exception as error:
             failure = error
-        # How a rank fares is the last entry of its rows: one exchange and one host sync an update.
+        # Whether a rank failed is the last entry of its rows: one exchange and one host sync per update.
         status = _FAILED if failure else _STOP if self._asked() else _GOING
         mine = torch.full((len(shares), length + 1), float(status), device=self._meeting_place())
         if failure is None:
@@ -169,7 +169,7 @@ class Ranks:
         return [int(n) for n in numbers]
 
     def tell(self, text: str, source: int = 0) -> str:
-        """What rank `source` said; the words of the others do not matter. Long ones are cut at 8 KiB."""
+        """The text of rank `source`, on every rank; texts of the others are ignored. Cut at 8 KiB."""
         if self.size == 1:
             return text
         letters = torch.zeros(_TEXT_BYTES, dtype=torch.uint8)
@@ -229,7 +229,7 @@ class Ranks:
 
     @staticmethod
     def _meeting_place() -> torch.device:
-        """Where tensors are exchanged: on the rank's GPU over NCCL, else in main memory."""
+        """The device on which tensors are exchanged: the rank's GPU over NCCL, else main memory."""
         if "nccl" in str(dist.get_backend_config()):
             return torch.device("cuda", torch.cuda.current_device())
         return torch.device("cpu")

@@ -53,7 +53,7 @@ class NoFolder:
         """The picture of update `step`."""
 
     def set_later_aside(self, iteration: int) -> None:
-        """Checkpoints of a past that this run went back behind no longer count."""
+        """Set aside checkpoints of updates that a rollback undid."""
 
     def checkpoints(self) -> list[Path]:
         """Those of the run, oldest first."""
@@ -114,7 +114,7 @@ class RunFolder(NoFolder):
         if self.writes:
             files.make_folder(self.path / SAMPLES)
             target = self.path / SAMPLES / f"{checkpoint.name_of(step)}.png"
-            if target.is_symlink():  # not ours: written to, it would be followed
+            if target.is_symlink():  # never write through a link
                 files.remove(target)
             pictures.save_png(target, pictures.labelled_panel(panels, across=across))
 

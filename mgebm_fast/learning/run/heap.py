@@ -9,7 +9,7 @@ import os
 _TRIM_THRESHOLD, _TOP_PAD, _MMAP_THRESHOLD = -1, -2, -3
 _KEEP, _PAD, _LARGEST = 2**31 - 1, 64 * 2**20, 32 * 2**20  # bytes; mallopt takes an int, and no mmap threshold above
 
-# Where one of these is set, somebody else has seen to it.
+# Where one of these is set, the user has already chosen.
 _SETTINGS = (
     "MALLOC_TRIM_THRESHOLD_", "MALLOC_TOP_PAD_", "MALLOC_MMAP_THRESHOLD_", "GLIBC_TUNABLES", "LD_PRELOAD",
 )  # fmt: skip

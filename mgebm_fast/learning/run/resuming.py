@@ -63,7 +63,7 @@ def check_same_run(
         section, _, leaf = name.rpartition(".")
         mine = (ours.get(section, {}) if section else ours).get(leaf)
         stored = (theirs.get(section, {}) if section else theirs).get(leaf)
-        if name == "batch_parts" and stored is None:  # a run from before there were parts
+        if name == "batch_parts" and stored is None:  # a run stored before batch_parts existed
             stored = 1
         if mine != stored:
             raise ConfigError(

@@ -129,11 +129,11 @@ class History:
         self.watch.restore(stored.get("watch", {}))
 
     def describe(self) -> str:
-        """How often the run went back, for the error that ends it; empty where it never did."""
+        """How often the run went back, for the final error message; empty where it never did."""
         return f"the run went back {self._times} before; " if self.made else ""
 
     def describe_end(self) -> str:
-        """What a run that got through owes to it; empty where it never went back."""
+        """The rollbacks of a run that finished, for its last message; empty where there were none."""
         ended = f"learning rates ended at {self.rate:g} of those asked for"
         return f"it diverged and went back {self._times}, {ended}; " if self.made else ""
 

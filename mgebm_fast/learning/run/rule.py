@@ -1,4 +1,4 @@
-"""What a learning method is to the loop that runs it."""
+"""The interface between a learning method and the loop that runs it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How many CPU threads a training run is given where nobody says."""
+"""How many CPU threads a training run takes by default."""
 
 from __future__ import annotations
 

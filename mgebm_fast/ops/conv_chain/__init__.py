@@ -40,7 +40,7 @@ def has_bfloat() -> bool:
 
 
 def prefers_bfloat() -> bool:
-    """Whether it does so faster than float32: not so Intel's vectors, which their tile registers (AMX) make up for."""
+    """Whether its bfloat16 is faster than float32: yes with AMX tile registers and on AMD, no with Intel's vectors."""
     return native.available() and native.module().isa_prefers_bfloat()
 
 
@@ -108,7 +108,7 @@ class ConvChain:
             behind = self._packed(weight, offsets, outputs, inputs, inputs * taps, taps, whole=True)
         bias = _padded(weight.new_zeros(outputs) if stage.bias is None else stage.bias.detach().float(), 0)
         norm = stage.norm
-        # Copies: the parameters may change while this chain has the weights of now.
+        # Copies: the parameters may change later, this chain keeps the weights of now.
         gamma, beta = (None, None) if norm is None else (_copy(norm.weight), _copy(norm.bias))
         eps = 0.0 if norm is None else norm.eps
         slope = 0.0 if stage.activation == "relu" else stage.slope
