@@ -7,7 +7,6 @@ those of chains and training. `--tiny` shows that chains and training run, at si
 
 from __future__ import annotations
 
-import csv
 from pathlib import Path
 
 import pytest
@@ -16,6 +15,7 @@ from rich.console import Console
 
 from mgebm_fast.benchmarks import Row, console_table, run_case
 from mgebm_fast.benchmarks.timing import copy_bandwidth, device_name, interleaved
+from mgebm_fast.tables import csv_text
 
 DEVICES = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
 ROWS: list[dict] = []
@@ -99,8 +99,5 @@ def pytest_terminal_summary(terminalreporter, config) -> None:
     path = config.getoption("--csv")
     if path:
         Path(path).parent.mkdir(parents=True, exist_ok=True)
-        with open(path, "w", newline="") as file:
-            writer = csv.DictWriter(file, fieldnames=list(ROWS[0]))
-            writer.writeheader()
-            writer.writerows(ROWS)
+        Path(path).write_text(csv_text(list(ROWS[0]), ROWS), encoding="utf-8", newline="")
         terminalreporter.write_line(f"wrote {path}")

@@ -51,7 +51,7 @@ def render(report: dict[str, Any]) -> str:
     lines = [
         f"mgebm_fast {package['version']} in {package['path']}",
         f"Python {system['python']}, {system['platform']}, {system['cpu']}, {system['cores']} cores",
-        "libraries: " + ", ".join(f"{name} {found or 'missing'}" for name, found in report["libraries"].items()),
+        "libraries: " + ", ".join(f"{name} {version or 'missing'}" for name, version in report["libraries"].items()),
         "",
         "native C++ (CPU)",
         _line(native["usable"], f"compiled module, {native['compiler']}", native["why_not"], native["how"]),
@@ -72,11 +72,13 @@ def render(report: dict[str, Any]) -> str:
     lines += ["", "Triton", _line(triton["usable"], name, triton["why_not"], triton["how"])]
     lines += ["", "ops: backends that can be named here (auto takes the first)"]
     for name, devices in report["ops"].items():
-        lines.append(f"  {name}: " + "; ".join(f"{device}: {', '.join(found)}" for device, found in devices.items()))
+        lines.append(
+            f"  {name}: " + "; ".join(f"{device}: {', '.join(version)}" for device, version in devices.items())
+        )
     lines += ["", "optional packages"]
     for name, entry in report["optional"].items():
-        found = entry["version"]
-        lines.append(_line(bool(found), f"{name} {found or '(missing)'}: {entry['purpose']}", "", entry["install"]))
+        version = entry["version"]
+        lines.append(_line(bool(version), f"{name} {version or '(missing)'}: {entry['purpose']}", "", entry["install"]))
     cache = report["cache"]
     lines += ["", f"cache of decoded images: {cache['path'] or 'off'}, {cache['mib']} MiB (MGEBM_CACHE)"]
     if report["environment"]:
@@ -232,13 +234,13 @@ def _ops() -> dict[str, dict[str, list[str]]]:
     if native.stale:  # `auto` is an error then
         return {}
     devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
-    found: dict[str, dict[str, list[str]]] = {}
+    usable: dict[str, dict[str, list[str]]] = {}
     for op in backend.TABLE:
-        found[op] = {}
+        usable[op] = {}
         for device in devices:
             order = ("native", "triton", "reference")
-            found[op][device] = [name for name in order if not backend.unavailable(op, name, torch.device(device))]
-    return found
+            usable[op][device] = [name for name in order if not backend.unavailable(op, name, torch.device(device))]
+    return usable
 
 
 def _cache() -> dict[str, Any]:

@@ -32,9 +32,9 @@ class InputError(ValueError):
 
     def at(self: _E, where: str) -> _E:
         """The same error of input that has another name."""
-        found = copy.copy(self)
-        found.where = where
-        return found
+        renamed = copy.copy(self)
+        renamed.where = where
+        return renamed
 
 
 class Refused(InputError):

@@ -76,10 +76,10 @@ def clean(folder: Path, name: str | None = None) -> None:
     what a live process may be writing."""
     with suppress(OSError):
         for path in list(folder.iterdir()):
-            found = _TEMPORARY.fullmatch(path.name)
-            if not found or name not in (None, found["name"]):
+            match = _TEMPORARY.fullmatch(path.name)
+            if not match or name not in (None, match["name"]):
                 continue
-            if name is None or time.time() - path.lstat().st_mtime > _OLD or not _lives(int(found["process"])):
+            if name is None or time.time() - path.lstat().st_mtime > _OLD or not _lives(int(match["process"])):
                 remove(path)
 
 
@@ -134,11 +134,11 @@ def open_regular(path: Path, *, most: int | None = None) -> Iterator[BinaryIO]:
     and one of more than `most` bytes."""
     # A FIFO would wait for a writer.
     with _open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW, "rb") as file:
-        found = os.fstat(file.fileno())
-        if not stat.S_ISREG(found.st_mode):
+        status = os.fstat(file.fileno())
+        if not stat.S_ISREG(status.st_mode):
             raise OSError(errno.EINVAL, "must be a regular file", str(path))
-        if most is not None and found.st_size > most:
-            raise OSError(errno.EFBIG, f"must have at most {most:,} bytes, got {found.st_size:,}", str(path))
+        if most is not None and status.st_size > most:
+            raise OSError(errno.EFBIG, f"must have at most {most:,} bytes, got {status.st_size:,}", str(path))
         yield file
 
 

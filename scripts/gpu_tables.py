@@ -7,14 +7,15 @@ import json
 import sys
 from pathlib import Path
 
+from mgebm_fast.tables import markdown
+
 
 def table(title: str, rows: list[dict]) -> str:
     """Rows of one kind; a column is a key of any of them."""
     if not rows:
         return f"## {title}\n\nnot measured\n"
     columns = list(dict.fromkeys(key for row in rows for key in row))
-    lines = [columns, ["---"] * len(columns), *([str(row.get(c, "")) for c in columns] for row in rows)]
-    body = "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
+    body = markdown(columns, ([str(row.get(column, "")) for column in columns] for row in rows))
     return f"## {title}\n\n{body}\n"
 
 

@@ -30,7 +30,7 @@ LAYERS = [
     ["nets", "ops"],
     ["kernels"],
     ["data"],
-    ["native", "noise", "files", "pictures"],
+    ["native", "noise", "files", "pictures", "tables"],
     ["errors", "checks", "stamp"],
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}

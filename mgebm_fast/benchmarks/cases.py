@@ -95,10 +95,10 @@ def cases(
 
     Raises ValueError for an unknown name.
     """
-    found = [case for case in (_cuda if device.startswith("cuda") else _cpu)(full) if case.table in tables]
-    names = [case.name for case in found]
+    selected = [case for case in (_cuda if device.startswith("cuda") else _cpu)(full) if case.table in tables]
+    names = [case.name for case in selected]
     for name in only:
         if name not in names:
             raise ValueError(f"bench: case must be one of {', '.join(names)}, got {name!r}{suggest(name, names)}")
-    chosen = [case for case in found if (case.name in only if only else full or not case.full)]
+    chosen = [case for case in selected if (case.name in only if only else full or not case.full)]
     return [case.tiny() for case in chosen] if tiny else chosen

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import csv
 import dataclasses
-import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .. import tables
 from ..files import write_bytes
 
 if TYPE_CHECKING:
@@ -51,12 +51,10 @@ class Row:
 
 def write_csv(path: Path, rows: Sequence[Row]) -> Path:
     """All rows as CSV, the file whole or not at all."""
-    text = io.StringIO()
-    writer = csv.DictWriter(text, [field.name for field in dataclasses.fields(Row)], lineterminator="\n")
-    writer.writeheader()
-    writer.writerows({name: _short(value) for name, value in dataclasses.asdict(row).items()} for row in rows)
+    names = [field.name for field in dataclasses.fields(Row)]
+    shortened = ({name: _short(value) for name, value in dataclasses.asdict(row).items()} for row in rows)
     path.parent.mkdir(parents=True, exist_ok=True)
-    return write_bytes(path, text.getvalue().encode())
+    return write_bytes(path, tables.csv_text(names, shortened).encode())
 
 
 def read_csv(path: Path) -> list[Row]:
@@ -78,33 +76,26 @@ def _short(value: Any) -> Any:
 
 def console_table(rows: Sequence[Row]) -> Table:
     """The rows of one case, for rich."""
-    from rich.table import Table
-
     first = rows[0]
     title = f"{first.case}: batch {first.batch}, norm {first.norm}, {first.langevin_steps} Langevin steps"
-    table = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False)
-    table.add_column("", no_wrap=True)
-    headings = ("", f"ms a {first.unit}", "spread", "vs plain", "vs seed", "GFLOP/s", "% peak", "∇ off")
-    for heading in headings:
-        table.add_column(heading, justify="right", no_wrap=True)
-    for row in rows:
-        if not row.ok:
-            off = "" if row.gradient_error is None else f"{row.gradient_error:.1e}"
-            table.add_row(
-                row.contender,
-                row.precision,
-                "failed" if row.status.startswith("failed") else "–",
-                *[""] * 5,
-                off,
-                style="dim",
-            )
-            continue
-        table.add_row(
-            row.contender, row.precision, _time(row.ms), _spread(row),
-            _times(row.vs_plain_loop), _times(row.vs_seed_loop), f"{row.gflops:.0f}", _percent(row.percent_of_ceiling),
-            f"{row.gradient_error:.1e}", style="bold" if row.contender.startswith("mgebm") else "",
-        )  # fmt: skip
-    return table
+    headings = ("", "", f"ms a {first.unit}", "spread", "vs plain", "vs seed", "GFLOP/s", "% peak", "∇ off")
+    cells = [_measured(row) if row.ok else _unmeasured(row) for row in rows]
+    look: dict[str, Any] = {"title_style": "bold", "box": None, "pad_edge": False}
+    return tables.console_table(title, headings, cells, no_wrap=range(len(headings)), **look)
+
+
+def _measured(row: Row) -> list[str]:
+    return [
+        row.contender, row.precision, _time(row.ms), _spread(row), _times(row.vs_plain_loop), _times(row.vs_seed_loop),
+        f"{row.gflops:.0f}", _percent(row.percent_of_ceiling), f"{row.gradient_error:.1e}",
+        "bold" if row.contender.startswith("mgebm") else "",
+    ]  # fmt: skip
+
+
+def _unmeasured(row: Row) -> list[str]:
+    off = "" if row.gradient_error is None else f"{row.gradient_error:.1e}"
+    status = "failed" if row.status.startswith("failed") else "–"
+    return [row.contender, row.precision, status, *[""] * 5, off, "dim"]
 
 
 def _time(ms: float | None) -> str:

@@ -153,8 +153,8 @@ def matrix_rate(device: str, precision: str, size: int | None = None) -> float:
         with torch.no_grad():
             # A 16-bit type that the CPU only emulates takes seconds a product: time it once.
             slow = seconds_of(contenders["mm"], 1, device) > 1.0
-            found = measure(contenders, device, rounds=1 if slow else 7, failed=lambda name, error: None)
-            best = min(timing.median for timing in found.values())
+            timings = measure(contenders, device, rounds=1 if slow else 7, failed=lambda name, error: None)
+            best = min(timing.median for timing in timings.values())
     finally:
         matmul.allow_tf32, cudnn.allow_tf32 = before
     return 2 * size**3 / best
@@ -163,5 +163,5 @@ def matrix_rate(device: str, precision: str, size: int | None = None) -> float:
 def ceilings(device: str) -> dict[str, float]:
     """What this machine was measured to do at best: matrix FLOP a second by precision, and copied bytes a second."""
     precisions = ("fp32", "tf32", "bf16", "fp16") if device.startswith("cuda") else ("fp32", "bf16")
-    found = {precision: matrix_rate(device, precision) for precision in precisions}
-    return {**found, "copy": copy_bandwidth(device)}
+    rates = {precision: matrix_rate(device, precision) for precision in precisions}
+    return {**rates, "copy": copy_bandwidth(device)}

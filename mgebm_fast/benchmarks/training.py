@@ -107,9 +107,9 @@ class TrainingBench:
         trainer.step(self.batch)
         gradients = []
         for net, old in zip(nets, before, strict=True):
-            found = [(b - p.detach().double()) / _RATE for b, p in zip(old, net.parameters(), strict=True)]
+            by_update = [(b - p.detach().double()) / _RATE for b, p in zip(old, net.parameters(), strict=True)]
             # Our head holds a score's weights, a plain net's an energy's.
-            gradients += [*found[:-2], *(-g if ours else g for g in found[-2:])]
+            gradients += [*by_update[:-2], *(-g if ours else g for g in by_update[-2:])]
         return gradients
 
 

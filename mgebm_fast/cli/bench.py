@@ -78,23 +78,23 @@ def bench(
     from ..benchmarks.cases import cases
     from ..benchmarks.run import choose
 
-    where = str(find_device(device))
+    place = str(find_device(device))
     if only and tables is None:
         named = ["chains", "training"]
-    chosen = cases([name for name in named if name != "ops"], device=where, only=only or (), full=full, tiny=tiny)
+    chosen = cases([name for name in named if name != "ops"], device=place, only=only or (), full=full, tiny=tiny)
     contenders = choose(against or (), full=full)
     if list_all:
-        _list(cases(device=where, full=True), json)
+        _list(cases(device=place, full=True), json)
         return
     if plot and (reason := picture.why_not()):
         raise ValueError(f"--plot: {reason}")
     with_ops = _wants_ops(named, tables, only, tiny)
     pictures = (csv or Path()) if plot else None
-    rows, peak = _measure(chosen, contenders, where, full=full, csv=csv, pictures=pictures, quiet=json, tiny=tiny)
+    rows, peak = _measure(chosen, contenders, place, full=full, csv=csv, pictures=pictures, quiet=json, tiny=tiny)
     ops = _ops(csv, pictures, json) if with_ops else []
     if json:
-        found = {"ceilings": peak, "rows": [dataclasses.asdict(row) for row in rows], "ops": ops}
-        typer.echo(json_module.dumps(found, ensure_ascii=False))
+        result = {"ceilings": peak, "rows": [dataclasses.asdict(row) for row in rows], "ops": ops}
+        typer.echo(json_module.dumps(result, ensure_ascii=False))
 
 
 def _wants_ops(named: list[str], tables: list[str] | None, only: list[str] | None, tiny: bool) -> bool:
@@ -140,13 +140,13 @@ def _measure(
     rounds, seconds = (3, 5.0) if tiny else (11, 180.0) if full else (5, 20.0)
     for done, case in enumerate(chosen, start=1):
         with _Progress(len(chosen) + 1, done) as progress:
-            found = run_case(
+            measured = run_case(
                 case, device=device, contenders=contenders, rounds=rounds, seconds=seconds, tell=progress.tell
             )
-        rows += found
+        rows += measured
         if not quiet:
-            out.print(console_table(found))
-            for row in found:
+            out.print(console_table(measured))
+            for row in measured:
                 if note := _note(row):
                     out.print(f"  {row.contender}: {note}", style="dim", highlight=False, markup=False, soft_wrap=True)
             out.print()

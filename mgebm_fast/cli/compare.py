@@ -91,7 +91,7 @@ def compare(
 
     keep_freed_memory()
 
-    where = find_device(device)
+    place = find_device(device)
     names = presets if len(presets) > 1 else [*presets, *comparison_runs.contenders(presets[0])]
     runs = comparison_runs.entries([_configured(name, data, settings) for name in names], numbers, out)
     for run in runs:
@@ -102,7 +102,7 @@ def compare(
     usual = torch.get_num_threads()
 
     def adjust(config: TrainConfig | None) -> None:
-        if threads is None and where.type == "cpu":
+        if threads is None and place.type == "cpu":
             torch.set_num_threads(usual if config is None else threads_for(build_model(config), config.batch_size))
 
     again = _again(presets, {
@@ -111,7 +111,7 @@ def compare(
     }, picture)  # fmt: skip
     try:
         records = comparison.compare(
-            runs, training, held_out, comparison.Settings(num=num), device=where, console=console, threads=adjust,
+            runs, training, held_out, comparison.Settings(num=num), device=place, console=console, threads=adjust,
             say=lambda text: console.print(text, markup=False, highlight=False, soft_wrap=True),
             resume_command=again,
         )  # fmt: skip
@@ -123,10 +123,10 @@ def compare(
     rows = table.tabulate(records)
     _write(out, rows, records)
     if any("figures" in record for record in records):
-        _draw(out, runs, records, held_out if len(held_out) else training, where, picture is not False and drawn)
+        _draw(out, runs, records, held_out if len(held_out) else training, place, picture is not False and drawn)
     if json:
-        found = {"presets": names, "seeds": numbers, "runs": records, "table": rows, "real": table.baselines(records)}
-        typer.echo(json_module.dumps(found, allow_nan=False, ensure_ascii=False))
+        result = {"presets": names, "seeds": numbers, "runs": records, "table": rows, "real": table.baselines(records)}
+        typer.echo(json_module.dumps(result, allow_nan=False, ensure_ascii=False))
         return
     shown = Console()
     (shown if shown.is_terminal else Console(width=_LOG_WIDTH)).print(table.console_tables(rows, records))
@@ -134,12 +134,12 @@ def compare(
 
 def _seeds(text: str) -> list[int]:
     try:
-        found = [int(word) for word in text.split(",")]
+        numbers = [int(word) for word in text.split(",")]
     except ValueError:
-        found = []
-    if not found or min(found) < 0 or max(found) >= 2**64 or len(set(found)) < len(found):
+        numbers = []
+    if not numbers or min(numbers) < 0 or max(numbers) >= 2**64 or len(set(numbers)) < len(numbers):
         raise ValueError(f"--seeds: must be different whole numbers >= 0 and < 2**64 with commas between, got {text!r}")
-    return found
+    return numbers
 
 
 def _check_out(out: Path) -> None:

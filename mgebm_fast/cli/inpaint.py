@@ -175,17 +175,17 @@ def _training_images(run: Path, model: Model, config: TrainConfig | None, seed: 
         return None, f"{run} does not say what it was trained on"
     try:
         # Only what is needed is read: where every image can be decoded, those that `length_images` takes of all.
-        found = load_images(
+        images = load_images(
             config.data, model.sizes[-1], model.channels, config.classes, split="train", most=LENGTH_IMAGES, seed=seed
         )
     except (DataError, OSError, ImportError) as error:
         why = error.words if isinstance(error, DataError) else error
         return None, f"its training images cannot be read: {why}"
-    return found.batch(slice(None)), ""
+    return images.batch(slice(None)), ""
 
 
 def _table(figures: dict):
-    from rich.table import Table
+    from ..tables import console_table, number
 
     share = f"{figures['occluded_share']:.0%} of the pixels hidden ({figures['mask']}), {figures['num']} images"
     tried = [
@@ -195,15 +195,16 @@ def _table(figures: dict):
     chains = f"chains {figures['length']:g} × as long as a sample's"
     if tried:
         chains += f", picked on {figures['length_images']} training images by error ({', '.join(tried)})"
-    table = Table(title=share, title_justify="left", caption=chains, caption_justify="left")
-    for name in ("figure", "model", "mean fill", "reading"):
-        table.add_column(name, justify="left" if name in ("figure", "reading") else "right")
-    rows = (("error", "error", "{:.4f}", "share of the range; lower is better"),
-            ("psnr", "PSNR (dB)", "{:.2f}", "of the whole image; higher is better"))  # fmt: skip
-    for key, name, form, reading in rows:
-        cells = ["–" if value is None else form.format(value) for value in (figures[key], figures[f"{key}_mean_fill"])]
-        table.add_row(name, *cells, reading)
-    return table
+    rows = [
+        (name, *(number(figures[f"{key}{of}"], form) for of in ("", "_mean_fill")), reading)
+        for key, name, form, reading in (
+            ("error", "error", "{:.4f}", "share of the range; lower is better"),
+            ("psnr", "PSNR (dB)", "{:.2f}", "of the whole image; higher is better"),
+        )
+    ]
+    return console_table(
+        share, ("figure", "model", "mean fill", "reading"), rows, left=(0, 3), caption=chains, caption_justify="left"
+    )
 
 
 def _write_png(out: Path, result) -> None:

@@ -58,8 +58,8 @@ def find_device(name: str) -> torch.device:
     if device.type == "cuda":
         count = torch.cuda.device_count()
         if (device.index or 0) >= count:
-            found = "none" if count == 0 else f"cuda:0 … cuda:{count - 1}"
-            raise BackendError(f"--device: {name} is not here, torch finds {found} (`mgebm doctor` says why)")
+            devices = "none" if count == 0 else f"cuda:0 … cuda:{count - 1}"
+            raise BackendError(f"--device: {name} is not here, torch finds {devices} (`mgebm doctor` says why)")
     return device
 
 
@@ -251,5 +251,5 @@ def _absolute(path: str) -> str:
     from ..data.foreign import expand
 
     with named_options():
-        found = expand(path)
-    return str(found.resolve()) if found.exists() else path
+        absolute = expand(path)
+    return str(absolute.resolve()) if absolute.exists() else path

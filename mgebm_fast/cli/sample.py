@@ -88,11 +88,11 @@ def sample(
     from ..learning.run.distributed import joined
     from ..models import Model, SpatialTemporal
 
-    where = find_rank_device(device)
-    with joined(where) as ranks, one_voice(ranks):
+    hardware = find_rank_device(device)
+    with joined(hardware) as ranks, one_voice(ranks):
         with ranks.together():
             source, _ = open_run(run)
-            model = Model.load(source, device=where)
+            model = Model.load(source, device=hardware)
             if size is not None:
                 model = _resized(model, size, run)
             recorded = model if isinstance(model, SpatialTemporal) else None

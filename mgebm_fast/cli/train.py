@@ -98,15 +98,15 @@ def train(
 
     keep_freed_memory()
     use_threads(threads)
-    where = find_rank_device(device)
-    with distributed.joined(where) as ranks, one_voice(ranks):
+    place = find_rank_device(device)
+    with distributed.joined(place) as ranks, one_voice(ranks):
         with ranks.together():
             chosen, folder = _configure(config, out, resume)
             changes = [*(settings or []), *([] if precision is None else [f"precision={precision}"])]
             chosen = configured(chosen, data, changes)
-            if threads is None and where.type == "cpu":
+            if threads is None and place.type == "cpu":
                 use_threads(threads_for(build_model(chosen), chosen.batch_size))
-        outcome = _fit(chosen, folder, resume, strict, where, _how_to_resume(folder, device, threads, ranks), ranks)
+        outcome = _fit(chosen, folder, resume, strict, place, _how_to_resume(folder, device, threads, ranks), ranks)
         if outcome.finished and ranks.first:
             typer.echo(_what_next(folder, chosen), err=True)
     if not outcome.finished:
@@ -131,8 +131,8 @@ def _fit(
         if config.method != "spatial-temporal":  # a recording has no held-out part
             # The held-out part is not trained on, but its bad images are reported, or refused, now and not after hours.
             load_run_data(config, split="held_out", strict=strict)
-    where = f"{_named(device)}{f', {ranks.size} ranks' if ranks.size > 1 else ''}"
-    typer.echo(f"{config.name}: {_described(data, config)}, on {where}", err=True)
+    hardware = f"{_named(device)}{f', {ranks.size} ranks' if ranks.size > 1 else ''}"
+    typer.echo(f"{config.name}: {_described(data, config)}, on {hardware}", err=True)
     console = Console(stderr=True)
     return fit(
         config, out=folder, data=data, resume=resume, device=device, console=console, resume_command=command,

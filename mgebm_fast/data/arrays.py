@@ -59,8 +59,8 @@ def open_npz(path: Path, size: int, channels: int) -> Collection:
             keys = members.files
             image_key = next((key for key in _IMAGE_KEYS if key in keys), keys[0] if len(keys) == 1 else None)
             if image_key is None:
-                found = ", ".join(keys)[:500] or "nothing"
-                raise DataError(f"{path} must hold its images under {' or '.join(_IMAGE_KEYS)}, got {found}")
+                held = ", ".join(keys)[:500] or "nothing"
+                raise DataError(f"{path} must hold its images under {' or '.join(_IMAGE_KEYS)}, got {held}")
             images = _member(members, image_key, path)
             labels, stated = (
                 next((_member(members, key, path) for key in choice if key in keys), None)
@@ -149,8 +149,8 @@ def pixel_scale(array: np.ndarray, name: str, unit_only: bool = False) -> float:
         return 1.0
     low, high, bad, first_bad = _range(array)
     if bad:
-        where = f"at index {first_bad}"
-        raise DataError(f"pixels of {name} must be finite, got {bad} that are not, the first {where}")
+        index = f"at index {first_bad}"
+        raise DataError(f"pixels of {name} must be finite, got {bad} that are not, the first {index}")
     if array.dtype.kind in "iu":
         if low < 0 or high > 255:
             raise DataError(

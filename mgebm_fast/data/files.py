@@ -206,9 +206,9 @@ def _collection(path: Path, listing: Listing, read: Reader, size: int, channels:
     entries, skipped = listing.entries, tuple(listing.skipped)
     passed_over = layout.described(listing.endings)
     if not entries:
-        found = f"; found {passed_over}" if passed_over else ""
-        found += f"; {len(skipped)} refused, the first {skipped[0][0]}: {skipped[0][1]}" if skipped else ""
-        raise DataError(f"no images in the {kind} {path} (looked for {' '.join(EXTENSIONS)}){found}")
+        reasons = f"; found {passed_over}" if passed_over else ""
+        reasons += f"; {len(skipped)} refused, the first {skipped[0][0]}: {skipped[0][1]}" if skipped else ""
+        raise DataError(f"no images in the {kind} {path} (looked for {' '.join(EXTENSIONS)}){reasons}")
     told = layout.read_layout([entry.path for entry in entries], str(path))
     archive = None if path.is_dir() else path.stat()
 

@@ -27,8 +27,8 @@ def check_regular(path: Path, most: int | None = None, *, what: str = "load") ->
     status = path.stat()
     if not stat.S_ISREG(status.st_mode):
         kinds = {stat.S_IFIFO: "a pipe", stat.S_IFCHR: "a device", stat.S_IFBLK: "a device", stat.S_IFSOCK: "a socket"}
-        found = kinds.get(stat.S_IFMT(status.st_mode), "a folder")
-        raise DataError(f"{path} must be a regular file, got {found}", what)
+        kind = kinds.get(stat.S_IFMT(status.st_mode), "a folder")
+        raise DataError(f"{path} must be a regular file, got {kind}", what)
     if most is not None and status.st_size > most:
         raise DataError(f"{path} must have at most {most} bytes, got {status.st_size}", what)
 

@@ -222,10 +222,10 @@ def _decode(
     key = None
     if collection.fingerprint is not None:
         key = store.cache_key(collection.fingerprint(index), size, channels)
-        found = store.from_cache(folder, key)
-        if found is not None:
-            store.check_strict(found.skipped, strict)
-            return found
+        cached = store.from_cache(folder, key)
+        if cached is not None:
+            store.check_strict(cached.skipped, strict)
+            return cached
     try:
         return store.on_disk(batches(), count, channels, size, strict, folder, key)
     except store.CacheError as error:

@@ -19,6 +19,7 @@ from ..pictures import labelled_panel, save_png
 from ..sampling import Langevin, diagnostics
 from ..sampling.corrected import Corrected
 from ..sampling.diagnostics import Recorder, Trace
+from ..tables import console_table, note, number
 
 RECORDS = 250  # records of a chain at most: about as many as a plot can show
 MIXED = 1.05  # split R-hat above which halves of chains count as different
@@ -160,14 +161,14 @@ def report(name: str, chain: Langevin | Corrected, trace: Trace, *, warm_up: flo
 def _mixing(kept: Trace) -> tuple[dict[str, float | None] | None, dict[str, float | None] | None]:
     if importlib.util.find_spec("arviz") is None:
         return None, None
-    found = []
+    measures = []
     for function, worst in ((diagnostics.ess, min), (diagnostics.split_rhat, max)):
         values = {name: function(draws) for name, draws in kept.quantities.items()}
         known = [value for value in values.values() if value is not None]
-        found.append({
+        measures.append({
             "potential": values["potential"], "mean": values["mean"], "worst": worst(known) if known else None
         })  # fmt: skip
-    return found[0], found[1]
+    return measures[0], measures[1]
 
 
 def _decay(rho: np.ndarray, pace: int) -> int | None:
@@ -211,8 +212,6 @@ def _notes(reports: list[ChainReport], coupled: bool) -> list[str]:
 def format_diagnosis(diagnosis: Diagnosis) -> Any:
     """A table, one column a chain, for a rich console's `print`."""
     from rich.console import Group
-    from rich.markup import escape
-    from rich.table import Table
     from rich.text import Text
 
     def nested(key: str, name: str) -> list[Any]:
@@ -221,10 +220,6 @@ def format_diagnosis(diagnosis: Diagnosis) -> Any:
     def plain(key: str) -> list[Any]:
         return [chain.figures[key] for chain in diagnosis.chains]
 
-    table = Table(title=f"{diagnosis.chains[0].figures['chains']} chains a grid", title_justify="left")
-    table.add_column("figure", style="bold")
-    for chain in diagnosis.chains:
-        table.add_column(chain.name, justify="right")
     draws = [chain.figures["kept"] * chain.figures["chains"] for chain in diagnosis.chains]
     rows = [("steps", plain("steps"), "{}"), ("temperature", plain("temperature"), "{:.3g}"),
             ("U at the first record", plain("potential_first"), "{:.4g}"),
@@ -235,7 +230,11 @@ def format_diagnosis(diagnosis: Diagnosis) -> Any:
             ("ESS of U", nested("ess", "potential"), "{:.0f}"), ("ESS, worst", nested("ess", "worst"), "{:.0f}"),
             ("R-hat of U", nested("rhat", "potential"), "{:.3f}"), ("R-hat, worst", nested("rhat", "worst"), "{:.3f}"),
             ("autocorrelation of U, steps", nested("autocorrelation_steps", "potential"), "{}")]  # fmt: skip
-    for name, values, form in rows:
-        table.add_row(name, *("–" if value is None else form.format(value) for value in values))
-    lines = [Text.from_markup(f"[bold]note[/bold]  [dim]{escape(note)}[/dim]") for note in diagnosis.notes]
+    table = console_table(
+        f"{diagnosis.chains[0].figures['chains']} chains a grid",
+        ["figure", *(chain.name for chain in diagnosis.chains)],
+        [[name, *(number(value, form) for value in values)] for name, values, form in rows],
+        styles=("bold",),
+    )
+    lines = [note("note", words) for words in diagnosis.notes]
     return Group(table, *lines, Text(f"of the last {1 - diagnosis.chains[0].warm_up:.0%} of each chain", style="dim"))

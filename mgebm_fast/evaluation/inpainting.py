@@ -42,7 +42,7 @@ class Inpainted:
     def figures(self) -> dict[str, Any]:
         """Means over the images in plain JSON types; null for a mean that is not finite."""
         occluded = self.mask.double().mean()
-        found = {
+        figures = {
             "num": len(self.error),
             "occluded_share": float(occluded),
             "length": self.length,
@@ -52,7 +52,7 @@ class Inpainted:
             "error_mean_fill": float(self.error_mean_fill.mean()),
             "psnr_mean_fill": float(self.psnr_mean_fill.mean()),
         }
-        return {key: value if value is None or math.isfinite(value) else None for key, value in found.items()}
+        return {key: value if value is None or math.isfinite(value) else None for key, value in figures.items()}
 
     def picture(self, most: int = 16) -> np.ndarray:  # (H, W, 3) uint8
         """The first `most` images in three rows: original, occluded, completed."""
@@ -174,10 +174,10 @@ def pick_length(
     for number, length in enumerate(LENGTHS, start=1):
         report(f"picking the length of the chains: {length:g} of a sample's ({number} of {len(LENGTHS)})")
         try:
-            found = inpaint(
+            filled = inpaint(
                 model, images, hidden, seed=seed, first_sample=_TRAINING, length=length, precision=precision
             )
-            errors[length] = found.error
+            errors[length] = filled.error
         except DivergenceError as error:
             failure = error
     if failure is not None and not errors:

@@ -194,8 +194,8 @@ def train(
     `data` replaces what `config.data` names; `strict` refuses data with an image that cannot be read. Under torchrun
     the processes train together.
     """
-    where = None if device is None else torch.device(device)
-    with joined(where) if ranks is None else contextlib.nullcontext(ranks) as group:
+    place = None if device is None else torch.device(device)
+    with joined(place) if ranks is None else contextlib.nullcontext(ranks) as group:
         with group.together():
             if not resume and group.first:
                 check_new(Path(out))

@@ -112,9 +112,15 @@ class Model(nn.Module, abc.ABC):
             raise ValueError(
                 "sample: the model must hold a colour distribution, got none: train it, or call set_colours"
             )
-        where = noise.stream(noise.Purpose.COLOUR_DRAW)
+        stream = noise.stream(noise.Purpose.COLOUR_DRAW)
         index = noise.integers(
-            len(self.colours), n, seed=seed, step=0, first_sample=first_sample, stream=where, device=self.colours.device
+            len(self.colours),
+            n,
+            seed=seed,
+            step=0,
+            first_sample=first_sample,
+            stream=stream,
+            device=self.colours.device,
         )
         return self.colours[index][:, :, None, None]
 

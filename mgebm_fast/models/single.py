@@ -136,8 +136,8 @@ class SingleGrid(OneNet):
             return x
         if len(self.bank) == 0:
             raise ValueError("sample: the model must hold a bank of chains, got none: train it first")
-        where = noise.stream(noise.Purpose.SAMPLING_BANK, 1)
-        return self.bank[noise.integers(len(self.bank), n, step=0, stream=where, device=self.bank.device, **place)]
+        stream = noise.stream(noise.Purpose.SAMPLING_BANK, 1)
+        return self.bank[noise.integers(len(self.bank), n, step=0, stream=stream, device=self.bank.device, **place)]
 
     def config(self) -> dict[str, Any]:
         return {**super().config(), "start": self.start, "sample_steps": self.sample_steps}

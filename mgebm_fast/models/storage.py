@@ -145,22 +145,22 @@ def _check_written(path: Path) -> None:
         return
     try:
         sizes = [int(one["bytes"]) for one in known]
-        found = files.fingerprint(path.resolve(), max(sizes))
+        actual = files.fingerprint(path.resolve(), max(sizes))
     except (OSError, TypeError, KeyError, ValueError, OverflowError) as error:
         raise CheckpointError(f"cannot be compared with its checksum: {error}", path) from None
-    if found in known:
+    if actual in known:
         return
-    if found["bytes"] not in sizes:
-        raise CheckpointError(f"truncated, {found['bytes']} bytes where {sizes[0]} were written", path)
+    if actual["bytes"] not in sizes:
+        raise CheckpointError(f"truncated, {actual['bytes']} bytes where {sizes[0]} were written", path)
     raise CheckpointError("damaged, its checksum is not that of what was written", path)
 
 
 def _description(text: str) -> dict[str, Any]:
     try:
-        found = json.loads(text)
+        described = json.loads(text)
     except (ValueError, RecursionError):
-        found = None
-    return found if isinstance(found, dict) else {}
+        described = None
+    return described if isinstance(described, dict) else {}
 
 
 def averaged(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -183,12 +183,12 @@ def find(path: str | os.PathLike) -> Path:
         return check_regular(path / MODEL_FILE)
     checkpoints = path if path.name == "checkpoints" else path / "checkpoints"
     every = sorted((p for p in checkpoints.glob("step_*") if p.name[5:].isdigit()), key=lambda p: int(p.name[5:]))
-    found = [p for p in every if files.is_folder(p) and files.is_regular(p / MODEL_FILE)]
-    if not found:
+    whole = [p for p in every if files.is_folder(p) and files.is_regular(p / MODEL_FILE)]
+    if not whole:
         raise CheckpointError(f"no model here: neither {MODEL_FILE} nor checkpoints/step_*/{MODEL_FILE}", path)
-    if found[-1] != every[-1]:
-        warnings.warn(f"{path}: {every[-1].name} holds no model; the model is that of {found[-1].name}", stacklevel=3)
-    return found[-1] / MODEL_FILE
+    if whole[-1] != every[-1]:
+        warnings.warn(f"{path}: {every[-1].name} holds no model; the model is that of {whole[-1].name}", stacklevel=3)
+    return whole[-1] / MODEL_FILE
 
 
 def check_regular(path: Path) -> Path:

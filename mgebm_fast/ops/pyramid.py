@@ -74,15 +74,15 @@ def _extent(size: int | Sequence[int], x: Tensor) -> tuple[int, ...]:
 def chains(spatial: tuple[int, ...], extents: list[tuple[int, ...]]) -> list[list[int]]:
     """Indices of `extents` in as few chains as a greedy pass finds: fine to coarse, each dividing the one before."""
     order = sorted(range(len(extents)), key=lambda i: (-math.prod(extents[i]), i))
-    found: list[list[int]] = []
+    ordered: list[list[int]] = []
     for index in order:
-        for chain in found:
+        for chain in ordered:
             if all(f % c == 0 for f, c in zip(extents[chain[-1]], extents[index])):
                 chain.append(index)
                 break
         else:
-            found.append([index])
-    return found
+            ordered.append([index])
+    return ordered
 
 
 def three(extent: Sequence[int]) -> tuple[int, int, int]:

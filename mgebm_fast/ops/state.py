@@ -40,10 +40,10 @@ def why_not_plain(tensor: Any, *, dispatched: bool = False) -> str:
 
 def addresses(where: str, *tensors: Tensor | None, dispatched: bool = False) -> list[int]:
     """The address of each tensor, 0 for None: the one way from an op to native code. TypeError for one not plain."""
-    found = []
+    pointers = []
     for tensor in tensors:
         if tensor is None:
-            found.append(0)
+            pointers.append(0)
             continue
         reason = why_not_plain(tensor, dispatched=dispatched)
         if reason:
@@ -51,8 +51,8 @@ def addresses(where: str, *tensors: Tensor | None, dispatched: bool = False) -> 
                 f"{where}: native code takes plain tensors, got one that is {reason}; give "
                 '`.as_subclass(torch.Tensor)`, the tensor inside, or backend="reference"'
             )
-        found.append(tensor.data_ptr())
-    return found
+        pointers.append(tensor.data_ptr())
+    return pointers
 
 
 def dimensions(x: Tensor) -> tuple[int, int, int]:

@@ -34,10 +34,10 @@ def as_numbers_(described: Any, *pairs: str) -> None:
 
 def count(value: Any, name: str, where: str) -> int:
     """A positive int, or an error that names the argument."""
-    found = number(value)
-    if isinstance(found, bool) or not isinstance(found, int) or found < 1:
+    counted = number(value)
+    if isinstance(counted, bool) or not isinstance(counted, int) or counted < 1:
         raise Refused(name, "be a positive int", repr(value), where)
-    return found
+    return counted
 
 
 def place(

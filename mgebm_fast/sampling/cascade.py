@@ -157,9 +157,9 @@ def cascade(
     if slot is not None:
         slot.refresh()
         places = [place_of(form(g)[0], dynamics[g - 1].steps, where=name(g), **placing(g)) for g in grids]
-        found = slot.run(build, start, held, places)
-        if found is not None:
-            return found
+        results = slot.run(build, start, held, places)
+        if results is not None:
+            return results
 
     def advance(grid: int, x: Tensor, cells: Tensor | None) -> Tensor:
         return dynamics[grid - 1](

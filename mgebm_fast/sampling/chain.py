@@ -129,9 +129,9 @@ class Chain:
     def run(self, x: Tensor, steps: int, callback: Callback | None = None) -> Tensor:
         """The state `steps` steps after x, a new tensor."""
         if callback is None and isinstance(self.graph, graphs.Slot):
-            found = self.graph.run(lambda: StaticChain(self, x, steps), x, self.mask, self.place)
-            if found is not None:
-                return found[0]
+            results = self.graph.run(lambda: StaticChain(self, x, steps), x, self.mask, self.place)
+            if results is not None:
+                return results[0]
         state = dense_copy(x)
         if self.bad_step is not None:
             self.bad_step.fill_(NO_BAD_STEP)

@@ -73,8 +73,8 @@ def _by_arviz(name: str, draws: np.ndarray, method: str) -> float | None:
     values = _checked(name, draws)
     if len(values) < _FEWEST or not np.isfinite(values).all() or np.ptp(values) == 0:
         return None
-    found = float(function(values.T, method=method))
-    return found if math.isfinite(found) else None
+    value = float(function(values.T, method=method))
+    return value if math.isfinite(value) else None
 
 
 def autocorrelation(draws: np.ndarray, lags: int | None = None) -> np.ndarray:  # (draws, chains) -> (lags,)
@@ -204,18 +204,18 @@ class Recorder:
         target = self._target = self._target or self._make_target(x)
         energy = target.energies(x)
         potential = energy + target.reference(x)
-        found = {"step": step, "energy": energy, "potential": potential}
+        values = {"step": step, "energy": energy, "potential": potential}
         if self._exact is not None:
             force = target.force(x)
             updated = x[0].numel() if target.mask is None else target.mask.expand(x.shape).flatten(1).sum(1)
-            found["gradient_to_noise"] = self._exact.step_size / 2 * (squares(force) / updated).sqrt()
+            values["gradient_to_noise"] = self._exact.step_size / 2 * (squares(force) / updated).sqrt()
             momentum = target.momentum(x, step=step + 1, first_sample=self._first_sample, **self._place)
             proposal = propose(target, State(x, potential, force), momentum, self._exact.step_size, self._exact.path)
-            found["log_acceptance"] = proposal.log_ratio
+            values["log_acceptance"] = proposal.log_ratio
         flat = x.double().flatten(1)
-        found["quantities"] = torch.cat([flat.mean(1, keepdim=True), flat @ self._directions(flat)], 1)
+        values["quantities"] = torch.cat([flat.mean(1, keepdim=True), flat @ self._directions(flat)], 1)
         records.append(
-            {key: value.cpu().numpy() if isinstance(value, Tensor) else value for key, value in found.items()}
+            {key: value.cpu().numpy() if isinstance(value, Tensor) else value for key, value in values.items()}
         )
 
     def _make_target(self, x: Tensor) -> Target:

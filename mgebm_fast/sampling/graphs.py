@@ -104,16 +104,16 @@ class Slot:
                 return None
             self.static.load(*arguments)
             self._replay()
-            found = self.static.results(), self.static.healthy.clone()
+            launched = self.static.results(), self.static.healthy.clone()
             self.lane.after(self.device)
-        return found
+        return launched
 
     def run(self, build: Callable[[], Static], *arguments: Any) -> list[Tensor] | None:
         """The results, where they come from a graph and are healthy; one host sync, or none in `unread()`."""
-        found = self.launch(build, *arguments)
-        if found is None:
+        launched = self.launch(build, *arguments)
+        if launched is None:
             return None
-        results, healthy = found
+        results, healthy = launched
         if (unread := _unread.get()) is not None:
             unread.append(healthy)
             return results

@@ -92,8 +92,8 @@ def _names_of_classes(content: bytes) -> list[str]:
 
 
 def _unpickled(content: bytes) -> dict[str, Any]:
-    found = _Plain(io.BytesIO(content), encoding="bytes").load()
-    return {_text(key): value for key, value in found.items()}
+    batch = _Plain(io.BytesIO(content), encoding="bytes").load()
+    return {_text(key): value for key, value in batch.items()}
 
 
 def _text(value: Any) -> str:

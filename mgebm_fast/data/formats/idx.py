@@ -20,8 +20,8 @@ _IMAGES = re.compile(r"(.*)-images[-.]idx3-ubyte(\.gz)?")
 
 def images_of(files: Iterable[Path]) -> list[Path]:
     """The files of images among others, the training part first; a plain one before the same in gzip."""
-    found = {match[1]: file for file in sorted(files, reverse=True) if (match := _IMAGES.fullmatch(file.name))}
-    return [found[key] for key in sorted(found, key=lambda key: ("train" not in key, key))]
+    by_name = {match[1]: file for file in sorted(files, reverse=True) if (match := _IMAGES.fullmatch(file.name))}
+    return [by_name[key] for key in sorted(by_name, key=lambda key: ("train" not in key, key))]
 
 
 def collection(path: Path, files: list[Path], size: int, channels: int) -> Collection:

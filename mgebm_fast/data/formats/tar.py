@@ -48,20 +48,20 @@ def members(path: Path) -> tuple[list[tarfile.TarInfo], str]:
 
     DataError where it cannot be read, or has a header that would be read without end or in more memory than it says.
     """
-    found: list[tarfile.TarInfo] = []
+    infos: list[tarfile.TarInfo] = []
     with reading(path, "a tar archive"), opened(path) as archive:
         before = -1
         while (info := archive.next()) is not None:
             if archive.offset <= before:
                 raise tarfile.ReadError(f"the size of {info.name[:200]} leads back in the archive")
             before = archive.offset
-            found.append(info)
+            infos.append(info)
             archive.members.clear()  # type: ignore[attr-defined]  # it keeps a list of its own
         file: Any = archive.fileobj
         file.seek(archive.offset)
         end = file.read(tarfile.BLOCKSIZE)
     whole = len(end) == tarfile.BLOCKSIZE and not any(end)
-    return found, "" if whole else f"no mark of the end after {len(found)} members: cut short or damaged"
+    return infos, "" if whole else f"no mark of the end after {len(infos)} members: cut short or damaged"
 
 
 def resolve_links(found: list[tarfile.TarInfo]) -> list[tuple[tarfile.TarInfo, tarfile.TarInfo]]:

@@ -70,13 +70,13 @@ def compare(
     for number, entry in enumerate(runs, start=1):
         head = f"[{number}/{len(runs)}] {entry.title}"
         failed = None
-        found = state(entry)
-        if found != "finished":
+        standing = state(entry)
+        if standing != "finished":
             threads(entry.config)
-            say(f"{head}: {'going on with' if found == 'unfinished' else 'training'} {entry.config.steps:,} updates")
+            say(f"{head}: {'going on with' if standing == 'unfinished' else 'training'} {entry.config.steps:,} updates")
             try:
                 outcome = train(
-                    entry.config, out=entry.folder, data=training, resume=found == "unfinished", device=device,
+                    entry.config, out=entry.folder, data=training, resume=standing == "unfinished", device=device,
                     console=console, quiet=console is None, resume_command=resume_command,
                 )  # fmt: skip
             except DivergenceError as error:
@@ -166,14 +166,18 @@ def measured(
     """
     run = Run(entry.folder)
     model = run.model(device)
-    found = evaluate(model, training, held_out, num=settings.num, seed=settings.seed, judges=judges, progress=False)
-    figures: dict[str, Any] = {"kid": found["kid"], "fid": found["fid"], "fid_matched": found["fid_matched"]}
-    real: dict[str, Any] = {"kid": found["kid_real"], "fid_matched": found["fid_real"]}
+    evaluated = evaluate(model, training, held_out, num=settings.num, seed=settings.seed, judges=judges, progress=False)
+    figures: dict[str, Any] = {
+        "kid": evaluated["kid"],
+        "fid": evaluated["fid"],
+        "fid_matched": evaluated["fid_matched"],
+    }
+    real: dict[str, Any] = {"kid": evaluated["kid_real"], "fid_matched": evaluated["fid_real"]}
     for suffix, into in (("", figures), ("_real", real)):
-        shares = found.get(f"class_shares{suffix}")
-        into["confident_share"] = found.get(f"confident_share{suffix}")
+        shares = evaluated.get(f"class_shares{suffix}")
+        into["confident_share"] = evaluated.get(f"confident_share{suffix}")
         into["smallest_class_share"] = min(shares.values()) if shares else None
-        into["nearest_distance"] = found[f"nearest_distance{suffix}"]
+        into["nearest_distance"] = evaluated[f"nearest_distance{suffix}"]
     lengths: dict[str, dict[str, Any]] = {}
     if len(held_out):
         chosen = np.random.default_rng(settings.seed).permutation(len(held_out))[: settings.inpainted]
@@ -192,10 +196,10 @@ def measured(
         "real": real,
         "inpainting": lengths,
         "num": settings.num,
-        "num_real": found["num_real"],
-        "feature_space": found["feature_space"],
-        "recogniser": found.get("recogniser"),
-        "notes": found["notes"],
+        "num_real": evaluated["num_real"],
+        "feature_space": evaluated["feature_space"],
+        "recogniser": evaluated.get("recogniser"),
+        "notes": evaluated["notes"],
     }
 
 

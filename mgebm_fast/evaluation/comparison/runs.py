@@ -24,10 +24,10 @@ def contenders(first: str) -> list[str]:
     if first not in preset_names():
         raise ConfigError(f"compare: presets must be named where the first is no preset, got {first!r} alone")
     methods = {name: load_preset(name).method for name in preset_names() if preset_base(name) == first}
-    found = [name for method in COMPARED for name in methods if methods[name] == method]
-    if not found:
+    names = [name for method in COMPARED for name in methods if methods[name] == method]
+    if not names:
         raise ConfigError(f"compare: presets to compare {first!r} with must be named, since none is based on it")
-    return found
+    return names
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,10 +93,10 @@ def state(entry: Entry) -> str:
 
 def _flat(config: TrainConfig) -> dict[str, Any]:
     """The keys that a run depends on, sections written out with dots."""
-    found: dict[str, Any] = {}
+    keys: dict[str, Any] = {}
     for name, value in config.to_dict().items():
         if isinstance(value, dict):
-            found |= {f"{name}.{leaf}": entry for leaf, entry in value.items()}
+            keys |= {f"{name}.{leaf}": entry for leaf, entry in value.items()}
         elif name not in _IRRELEVANT:
-            found[name] = value
-    return found
+            keys[name] = value
+    return keys

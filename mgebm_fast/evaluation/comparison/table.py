@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import math
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
+
+from ...tables import console_table, csv_text, number
+from ...tables import markdown as markdown_table
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -107,22 +108,14 @@ def figures_csv(records: Sequence[dict[str, Any]]) -> str:
     """One row a run."""
     names = ["preset", "method", "seed", "updates", *(column.key for column in COLUMNS), "failed"]
     rows = [{**record, **record.get("figures", {})} for record in records]
-    return _csv(names, rows)
+    return csv_text(names, rows)
 
 
 def table_csv(rows: Sequence[dict[str, Any]]) -> str:
     """One row a preset."""
     names = ["preset", "method", "updates", "runs", "failed"]
     names += [f"{column.key}{suffix}" for column in COLUMNS for suffix in ("", "_sd", "_best")]
-    return _csv(names, rows)
-
-
-def _csv(names: Sequence[str], rows: Iterable[dict[str, Any]]) -> str:
-    text = io.StringIO()
-    writer = csv.DictWriter(text, names, extrasaction="ignore", lineterminator="\n")
-    writer.writeheader()
-    writer.writerows({name: row.get(name) for name in names} for row in rows)
-    return text.getvalue()
+    return csv_text(names, rows)
 
 
 def cell(row: dict[str, Any], column: Column, emphasis: str = "") -> str:
@@ -134,33 +127,25 @@ def cell(row: dict[str, Any], column: Column, emphasis: str = "") -> str:
     return f"{emphasis}{text}{emphasis}" if row[f"{column.key}_best"] else text
 
 
-def _shown(columns: Sequence[Column], rows: Sequence[dict[str, Any]]) -> list[Column]:
-    return [column for column in columns if any(row[column.key] is not None for row in rows)]
-
-
-def _baseline_row(group: str, columns: Sequence[Column], real: dict[str, Any]) -> list[str] | None:
-    """The cells of the row of held-out images, or of the fill by the mean."""
-    if group not in _BASELINES or not any(real.get(column.key) is not None for column in columns):
-        return None
-    return ["–" if (value := real.get(column.key)) is None else format(value, column.form) for column in columns]
+def _tables(
+    rows: Sequence[dict[str, Any]], records: Sequence[dict[str, Any]]
+) -> Iterator[tuple[str, list[Column], Any]]:
+    """(title, columns, cells of the baseline's row or None) of each table that has a figure."""
+    real = baselines(records)
+    for group, columns in GROUPS:
+        shown = [column for column in columns if any(row[column.key] is not None for row in rows)]
+        known = group in _BASELINES and any(real.get(column.key) is not None for column in shown)
+        cells = [number(real.get(column.key), f"{{:{column.form}}}") for column in shown]
+        if shown:
+            yield group, shown, [_BASELINES[group], *cells] if known else None
 
 
 def markdown(rows: Sequence[dict[str, Any]], records: Sequence[dict[str, Any]]) -> str:
     """Three tables: samples, in-painting, cost."""
-    parts, real = [], baselines(records)
-    for group, columns in GROUPS:
-        shown = _shown(columns, rows)
-        if not shown:
-            continue
-        lines = ["| " + " | ".join([group, *(column.title for column in shown)]) + " |"]
-        lines.append("|---|" + "---|" * len(shown))
-        for row in rows:
-            cells = [cell(row, column, "**") for column in shown]
-            lines.append("| " + " | ".join([f"`{row['preset']}`", *cells]) + " |")
-        baseline = _baseline_row(group, shown, real)
-        if baseline is not None:
-            lines.append("| " + " | ".join([_BASELINES[group], *baseline]) + " |")
-        parts.append("\n".join(lines))
+    parts = []
+    for group, shown, baseline in _tables(rows, records):
+        lines = [[f"`{row['preset']}`", *(cell(row, column, "**") for column in shown)] for row in rows]
+        parts.append(markdown_table([group, *(c.title for c in shown)], lines + ([baseline] if baseline else [])))
     return "\n\n".join([*parts, *legend(rows, records)]) + "\n"
 
 
@@ -177,40 +162,31 @@ def legend(rows: Sequence[dict[str, Any]], records: Sequence[dict[str, Any]]) ->
     text += (
         f" {measured['num']} samples a run, {measured['num_real']} held-out images. Work is relative to the first row."
     )
-    found = [text, f"Feature space: {measured['feature_space']}."]
+    paragraphs = [text, f"Feature space: {measured['feature_space']}."]
     for record in records:
         if times := record.get("rollbacks"):
-            found.append(
+            paragraphs.append(
                 f"{record['preset']}, seed {record['seed']}: diverged and went back {times} time"
                 f"{'s' if times > 1 else ''}, to learn on at a lower rate; its work is that of the configuration."
             )
     for row in rows:
         if row["failed"]:
-            found.append(f"{row['preset']}: {row['failed']} of {row['failed'] + row['runs']} runs diverged.")
-    return found
+            paragraphs.append(f"{row['preset']}: {row['failed']} of {row['failed'] + row['runs']} runs diverged.")
+    return paragraphs
 
 
 def console_tables(rows: Sequence[dict[str, Any]], records: Sequence[dict[str, Any]]) -> RenderableType:
     """The same for a rich console's `print`."""
     from rich.console import Group
-    from rich.table import Table
     from rich.text import Text
 
+    def marked(row: dict[str, Any], column: Column) -> Text:
+        return Text(cell(row, column), "bold green" if row[f"{column.key}_best"] else "")
+
     parts: list[RenderableType] = []
-    real = baselines(records)
-    for group, columns in GROUPS:
-        shown = _shown(columns, rows)
-        if not shown:
-            continue
-        table = Table(title=group, title_justify="left")
-        table.add_column("preset", style="bold", no_wrap=True)
-        for column in shown:
-            table.add_column(column.title, justify="right")
-        for row in rows:
-            marked = [Text(cell(row, column), "bold green" if row[f"{column.key}_best"] else "") for column in shown]
-            table.add_row(row["preset"], *marked)
-        baseline = _baseline_row(group, shown, real)
-        if baseline is not None:
-            table.add_row(_BASELINES[group], *baseline, style="dim")
-        parts.append(table)
+    for group, shown, baseline in _tables(rows, records):
+        lines = [[row["preset"], *(marked(row, column) for column in shown)] for row in rows]
+        lines += [[*baseline, "dim"]] if baseline else []
+        headings = ["preset", *(column.title for column in shown)]
+        parts.append(console_table(group, headings, lines, styles=("bold",), no_wrap=(0,)))
     return Group(*parts, *(Text(line, "dim") for line in legend(rows, records)))

@@ -207,9 +207,9 @@ def _contenders(
         first[key] = name
 
         def begin(draw: int, nets: Sequence[EnergyNet] = nets) -> list[EnergyNet]:
-            where = next(nets[0].parameters()).device
+            device = next(nets[0].parameters()).device
             seeds = np.random.SeedSequence([seed, draw]).generate_state(len(nets), np.uint32)
-            return [_fresh(net, int(s)).to(where) for net, s in zip(nets, seeds, strict=True)]
+            return [_fresh(net, int(s)).to(device) for net, s in zip(nets, seeds, strict=True)]
 
         def untrained(labelled: np.ndarray, draw: int, begin: Any = begin, inputs: Any = inputs) -> np.ndarray:
             nets = readout.readable(begin(draw), [x[reference] for x in inputs[0]])

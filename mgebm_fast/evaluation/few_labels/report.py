@@ -6,6 +6,7 @@ import io
 from collections.abc import Mapping
 from typing import Any
 
+from ...tables import console_table
 from .few_labels import FINE_TUNED, LEARNED, PIXELS, RANDOM, SUPERVISED
 
 _LINES = {LEARNED: "-", FINE_TUNED: "-.", SUPERVISED: "--", RANDOM: ":", PIXELS: ":"}
@@ -15,18 +16,12 @@ _GREYS = ("#30343a", "#7b828c", "#a9b0ba", "#c9ced6")
 
 def format_few_labels(result: Mapping[str, Any]) -> Any:
     """A rich table: contenders down, labels a class across, accuracy in percent with its deviation over the draws."""
-    from rich.table import Table
-
     title = f"accuracy on {result['num_test']} held-out images of {result['data']}, %: " + (
         "one draw" if result["draws"] == 1 else f"mean ± standard deviation of {result['draws']} draws"
     )
-    table = Table(title=title, title_justify="left")
-    table.add_column("contender")
-    for labels in result["labels"]:
-        table.add_column(f"{labels} a class", justify="right", no_wrap=True)
-    for row in result["contenders"]:
-        table.add_row(row["name"], *(_cell(row["accuracy"][str(labels)]) for labels in result["labels"]))
-    return table
+    rows = [[row["name"], *(_cell(row["accuracy"][str(k)]) for k in result["labels"])] for row in result["contenders"]]
+    headings = ["contender", *(f"{labels} a class" for labels in result["labels"])]
+    return console_table(title, headings, rows, no_wrap=range(1, len(headings)))
 
 
 def _cell(figures: Mapping[str, Any]) -> str:

@@ -155,13 +155,13 @@ def sections() -> dict[str, type]:
 
 @functools.cache
 def all_keys() -> dict[str, tuple[type, dataclasses.Field]]:
-    found: dict[str, tuple[type, dataclasses.Field]] = {}
+    keys: dict[str, tuple[type, dataclasses.Field]] = {}
     for field in dataclasses.fields(TrainConfig):
         if "kind" in field.metadata:
-            found[field.name] = (TrainConfig, field)
+            keys[field.name] = (TrainConfig, field)
     for name, section in sections().items():
-        found.update({f"{name}.{leaf.name}": (section, leaf) for leaf in dataclasses.fields(section)})
-    return found
+        keys.update({f"{name}.{leaf.name}": (section, leaf) for leaf in dataclasses.fields(section)})
+    return keys
 
 
 def describe_keys() -> list[tuple[str, str, Any, str]]:

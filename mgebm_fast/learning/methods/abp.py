@@ -136,15 +136,15 @@ class ABPRule(ModelRule):
         if self.average is not None:
             self.average.update(iteration)
         shown = x[0].numel() if hidden is None else x.shape[1] * float((~hidden).sum()) / len(x)
-        found = {
+        metrics = {
             "generator/residual": math.sqrt(2 * inference.std**2 * numbers[0] / shown),
             "generator/gradient_norm": numbers[1],
             "latent/mean_square": numbers[2],
             "lr_factor": schedule,
         }
         if detail and hidden is not None:
-            found["hidden/error"] = self._hidden_error(x, z, hidden)
-        return found
+            metrics["hidden/error"] = self._hidden_error(x, z, hidden)
+        return metrics
 
     @torch.no_grad()
     def expand(self) -> None:

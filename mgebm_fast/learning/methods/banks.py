@@ -38,14 +38,14 @@ class Slots:
         """
         if not self.shared:
             return (torch.arange(first, first + n) + iteration * self.batch_size) % self.size
-        where = noise.stream(noise.retried(noise.Purpose.BANK_DRAW, attempt), 1)
-        return noise.permutation(self.size, seed=self.seed, step=iteration, stream=where)[first : first + n]
+        stream = noise.stream(noise.retried(noise.Purpose.BANK_DRAW, attempt), 1)
+        return noise.permutation(self.size, seed=self.seed, step=iteration, stream=stream)[first : first + n]
 
     def restarted(self, iteration: int, slots: Tensor, attempt: int = 0) -> Tensor:  # (n,) bool
         """Which of the slots start again at update `iteration`, each with probability `restart` of its own."""
-        where = noise.stream(noise.retried(noise.Purpose.BANK_RESTART, attempt), 1)
+        stream = noise.stream(noise.retried(noise.Purpose.BANK_RESTART, attempt), 1)
         draw = ops.noise(
-            (len(slots), 1), seed=self.seed, step=iteration, first_sample=slots, stream=where, distribution="uniform",
+            (len(slots), 1), seed=self.seed, step=iteration, first_sample=slots, stream=stream, distribution="uniform",
             device=slots.device,
         )  # fmt: skip
         return draw[:, 0] <= self.restart

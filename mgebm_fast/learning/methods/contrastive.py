@@ -157,9 +157,9 @@ class ContrastiveRule(ModelRule):
             schedule = self._apply(learned, lesson, iteration, spoilt.float())
             # The one host sync. An update that is not finite was not applied: optimisers read `spoilt` on the device.
             all_healthy, *numbers = torch.stack([learned.healthy, *measured.values()]).tolist()
-            found = dict(zip(measured, numbers, strict=True))
+            values = dict(zip(measured, numbers, strict=True))
             if all_healthy == 1:
-                self._check_finite(found, iteration)
+                self._check_finite(values, iteration)
         except Exception:
             self._put_back(before)
             raise
@@ -171,7 +171,7 @@ class ContrastiveRule(ModelRule):
         if self.average is not None:
             self.average.update(iteration)
         self.keep(made)
-        return {**self._metrics(found, iteration, schedule), **details}
+        return {**self._metrics(values, iteration, schedule), **details}
 
     def _put_back(self, before: list[Tensor]) -> None:
         for buffer, value in zip(self.buffers, before, strict=True):
@@ -185,7 +185,7 @@ class ContrastiveRule(ModelRule):
             self._with_noise(x, grid, iteration, factors[grid - 1], first_sample)
             for grid, x in enumerate(images, start=1)
         ]
-        synthesis, found = self.synthesise([means, *images], iteration, first_sample), []
+        synthesis, grids = self.synthesise([means, *images], iteration, first_sample), []
         for net, parameters, real, chain in zip(
             self.model.active_nets, self.parameters, images, synthesis.images, strict=True
         ):
@@ -195,8 +195,8 @@ class ContrastiveRule(ModelRule):
                 loss = loss + weight * (on_real.square().mean() + on_chain.square().mean())
             some = torch.autograd.grad(loss, parameters, allow_unused=True)
             gradients = [torch.zeros_like(p) if g is None else g for p, g in zip(parameters, some, strict=True)]
-            found.append(GridLearned(self.tied(gradients), on_real.detach().mean(), on_chain.detach().mean()))
-        return synthesis, found
+            grids.append(GridLearned(self.tied(gradients), on_real.detach().mean(), on_chain.detach().mean()))
+        return synthesis, grids
 
     def _apply(self, learned: Learned, lesson: Lesson | None, iteration: int, spoilt: Tensor) -> float:
         """One step of every optimiser, none where `spoilt` is 1; what their rates were multiplied by."""
@@ -219,9 +219,9 @@ class ContrastiveRule(ModelRule):
         std = pick(self.config.stabilise.data_noise, grid - 1) * factor
         if std == 0:
             return images
-        where = noise.stream(self.purpose(noise.Purpose.DATA_NOISE), grid)
+        stream = noise.stream(self.purpose(noise.Purpose.DATA_NOISE), grid)
         draw = ops.noise(
-            images.shape, seed=self.config.seed, step=iteration, first_sample=first_sample, stream=where,
+            images.shape, seed=self.config.seed, step=iteration, first_sample=first_sample, stream=stream,
             device=images.device,
         )  # fmt: skip
         noisy = torch.add(images, draw, alpha=std, out=draw)
@@ -243,11 +243,11 @@ class ContrastiveRule(ModelRule):
 
     def _measured(self, learned: Learned) -> dict[str, Tensor]:
         """What every update reports of a grid, on the device, by the names of `_OF_GRID`."""
-        found = {}
+        measured = {}
         for size, grid in zip(self.model.sizes[1:], learned.grids, strict=True):
             values = (grid.observed, grid.synthesised, norm(grid.gradients))
-            found.update({f"size_{size}/{name}": value for name, value in zip(_OF_GRID, values, strict=True)})
-        return found
+            measured.update({f"size_{size}/{name}": value for name, value in zip(_OF_GRID, values, strict=True)})
+        return measured
 
     def _check_finite(self, found: Mapping[str, float], iteration: int) -> None:
         names = {key: f"generator's {name}" for key, name in _OF_LESSON.items()}
@@ -279,7 +279,7 @@ class ContrastiveRule(ModelRule):
 
     def _gradients_to_noise(self, images: Sequence[Tensor]) -> dict[str, Tensor]:
         """Root mean square of what the gradient moves a pixel by in a step, over that of the noise, where there is."""
-        found = {}
+        ratios = {}
         for size, chain, net, x in zip(
             self.model.sizes[1:], self.model.langevin, self.model.active_nets, images, strict=True
         ):
@@ -288,8 +288,8 @@ class ContrastiveRule(ModelRule):
                 continue
             force = energy_gradient(net, x, precision=self.precision).clamp(-numbers.grad_clamp, numbers.grad_clamp)
             force = force + (x - numbers.reference_mean) * numbers.inverse_variance
-            found[f"size_{size}/gradient_to_noise"] = numbers.drift * force.square().mean().sqrt() / numbers.noise_std
-        return found
+            ratios[f"size_{size}/gradient_to_noise"] = numbers.drift * force.square().mean().sqrt() / numbers.noise_std
+        return ratios
 
     def headline(self, metrics: Mapping[str, float]) -> str:
         gaps = " ".join(f"{metrics[f'size_{size}/gap']:+.3f}" for size in self.model.sizes[1:])

@@ -98,10 +98,10 @@ def read(folder: Path) -> dict[str, Any]:
         if not os.path.lexists(file):
             raise CheckpointError("missing from the checkpoint", file)
         with damage_named(file, "unreadable"):
-            found = files.fingerprint(check_regular(file), expected["bytes"])
-        if found["bytes"] != expected["bytes"]:
-            raise CheckpointError(f"truncated, {found['bytes']} bytes where {expected['bytes']} were written", file)
-        if found != expected:
+            actual = files.fingerprint(check_regular(file), expected["bytes"])
+        if actual["bytes"] != expected["bytes"]:
+            raise CheckpointError(f"truncated, {actual['bytes']} bytes where {expected['bytes']} were written", file)
+        if actual != expected:
             raise CheckpointError("damaged, its checksum is not that of what was written", file)
     named = _SET_ASIDE.fullmatch(folder.name)
     step = state.get("iteration")
@@ -129,8 +129,8 @@ def listed(root: Path) -> list[Path]:
     followed."""
     if not files.is_folder(root):
         return []
-    found = [path for path in root.iterdir() if _NAME.fullmatch(path.name) and files.is_folder(path)]
-    return sorted(found, key=step_of)
+    folders = [path for path in root.iterdir() if _NAME.fullmatch(path.name) and files.is_folder(path)]
+    return sorted(folders, key=step_of)
 
 
 def newest_whole(root: Path) -> tuple[tuple[Path, dict[str, Any]] | None, list[tuple[Path, CheckpointError]]]:
@@ -216,7 +216,7 @@ def naming_a_full_disk(advice: Callable[[], str]) -> Iterator[None]:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
         what = "the disk is full" if error.errno == errno.ENOSPC else "the disk quota is used up"
-        where = f" ({error.filename})" if error.filename else ""
-        full = OSError(f"{what}{where}: {advice()}")
+        file = f" ({error.filename})" if error.filename else ""
+        full = OSError(f"{what}{file}: {advice()}")
         full.errno = error.errno
         raise full from error

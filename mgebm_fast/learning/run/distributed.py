@@ -118,18 +118,18 @@ class Ranks:
         table = mine.new_empty((parts, length + 1))
         with self._reaching("another rank"):
             dist.all_gather(list(table.split(len(shares))), mine)
-        found = [int(number) for number in table[:: len(shares), -1].tolist()]
-        if _FAILED in found:
-            self._fail(found.index(_FAILED), failure)
-        self._agreed_to_stop = _STOP in found
+        states = [int(number) for number in table[:: len(shares), -1].tolist()]
+        if _FAILED in states:
+            self._fail(states.index(_FAILED), failure)
+        self._agreed_to_stop = _STOP in states
         total = table[0, :length].clone()
         for row in table[1:]:
             total += row[:length]
         total /= parts
         # Copies, since kernels may add in another order where a tensor does not start at an aligned address.
         pieces = total.split([shape.numel() for shape in shapes])
-        where = rows[0].device
-        return [piece.to(where, copy=True).view(shape) for piece, shape in zip(pieces, shapes, strict=True)]
+        device = rows[0].device
+        return [piece.to(device, copy=True).view(shape) for piece, shape in zip(pieces, shapes, strict=True)]
 
     # agreement
 
@@ -155,9 +155,9 @@ class Ranks:
             failure = error
         if self.size == 1:
             return
-        found = self.gather(_FAILED if failure else _GOING)
-        if _FAILED in found:
-            self._fail(found.index(_FAILED), failure)
+        states = self.gather(_FAILED if failure else _GOING)
+        if _FAILED in states:
+            self._fail(states.index(_FAILED), failure)
 
     def gather(self, number: int) -> list[int]:
         """The number of each rank; it must fit 64 bits."""

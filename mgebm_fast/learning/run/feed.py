@@ -41,8 +41,8 @@ class Order:
 
     def _order(self, epoch: int) -> Tensor:
         if epoch not in self._orders:
-            where = noise.stream(noise.Purpose.DATA_ORDER)
-            self._orders = {epoch: noise.permutation(self.n, seed=self.seed, step=epoch, stream=where)}
+            stream = noise.stream(noise.Purpose.DATA_ORDER)
+            self._orders = {epoch: noise.permutation(self.n, seed=self.seed, step=epoch, stream=stream)}
         return self._orders[epoch]
 
 
@@ -96,9 +96,9 @@ class Batches:
     def _read(self, iteration: int) -> Tensor:
         images = self.data.batch(self.indices(iteration)[self.places.start : self.places.stop])
         if self.flips:
-            where = noise.stream(noise.Purpose.AUGMENTATION)
+            stream = noise.stream(noise.Purpose.AUGMENTATION)
             draw = ops.noise(
-                (len(images), 1), seed=self.seed, step=iteration, first_sample=self.places.start, stream=where,
+                (len(images), 1), seed=self.seed, step=iteration, first_sample=self.places.start, stream=stream,
                 distribution="uniform",
             )  # fmt: skip
             images = torch.where(draw.reshape(-1, *[1] * (images.dim() - 1)) > 0.5, images.flip(-1), images)

@@ -221,12 +221,12 @@ class Loop:
             self._begin_good()
             self._iterate(stop, progress)
         if self.iteration < stop:
-            where = f"; saved in {self.folder.last_checkpoint}; to go on:\n  {self._resume_command}"
-            self.voice.say(f"stopped after {self.iteration} of {stop} updates{where if self.folder.path else ''}")
+            saved = f"; saved in {self.folder.last_checkpoint}; to go on:\n  {self._resume_command}"
+            self.voice.say(f"stopped after {self.iteration} of {stop} updates{saved if self.folder.path else ''}")
         elif self.folder.path is not None:
             took, out = duration(time.monotonic() - began), self.folder.path
-            where = f"{self.history.describe_end()}the model: {out / MODEL}; pictures: {out / SAMPLES}"
-            self.voice.say(f"{self.iteration} updates done in {took}; {where}")
+            saved = f"{self.history.describe_end()}the model: {out / MODEL}; pictures: {out / SAMPLES}"
+            self.voice.say(f"{self.iteration} updates done in {took}; {saved}")
 
     def _came_back(self) -> bool:
         """Whether the run has gone back to where it is, and made no update since."""

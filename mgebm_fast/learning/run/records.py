@@ -60,8 +60,8 @@ class Recorder(NoRecorder):
 
         path = self._folder / METRICS
         self.notice = truncate(path, step, rollbacks, mark)
-        found: dict[str, Any] = files.fingerprint(path) if path.exists() else {"bytes": 0, "crc32": "0"}
-        self._bytes, self._crc = found["bytes"], int(found["crc32"], 16)
+        actual: dict[str, Any] = files.fingerprint(path) if path.exists() else {"bytes": 0, "crc32": "0"}
+        self._bytes, self._crc = actual["bytes"], int(actual["crc32"], 16)
         self._file = path.open("ab")
         purge = step + 1 if (self._folder / TENSORBOARD).is_dir() else None
         self._board = SummaryWriter(str(self._folder / TENSORBOARD), purge_step=purge, max_queue=1000)
@@ -137,12 +137,12 @@ def read(path: Path) -> list[dict[str, float]]:
     if not os.path.lexists(path):
         return []
     with _opened(path) as file:
-        found = [_record(line) for line in _lines(file)]
-    if found and found[-1] is None:  # torn: the process was killed
-        found.pop()
-    records = [record for record in found if record is not None]
-    if len(records) < len(found):
-        warnings.warn(f"{path}: {len(found) - len(records)} of {len(found)} records are damaged", stacklevel=2)
+        lines = [_record(line) for line in _lines(file)]
+    if lines and lines[-1] is None:  # torn: the process was killed
+        lines.pop()
+    records = [record for record in lines if record is not None]
+    if len(records) < len(lines):
+        warnings.warn(f"{path}: {len(lines) - len(records)} of {len(lines)} records are damaged", stacklevel=2)
     return records
 
 
@@ -172,9 +172,9 @@ def _begins_with(path: Path, mark: Mark) -> bool:
 def _record(line: bytes) -> dict[str, Any] | None:
     """The record of a whole line, None for a torn or damaged one."""
     try:
-        found = json.loads(line) if line.endswith(b"\n") else None
-        if not isinstance(found, dict) or not isinstance(found["step"], int):
+        record = json.loads(line) if line.endswith(b"\n") else None
+        if not isinstance(record, dict) or not isinstance(record["step"], int):
             return None
-        return found if isinstance(found.get("rollbacks", 0), int) else None
+        return record if isinstance(record.get("rollbacks", 0), int) else None
     except (ValueError, KeyError, RecursionError):
         return None

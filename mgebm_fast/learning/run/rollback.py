@@ -215,13 +215,13 @@ def choose(steps: Sequence[int], made: Sequence[Rollback]) -> int | None:
 
 def good_states(folders: Sequence[Path]) -> list[Found]:
     """Those of the checkpoints that are undamaged, and do not just stand where a run was stopped; in their order."""
-    found = []
+    states = []
     for folder in folders:
         with contextlib.suppress(CheckpointError):
             state = checkpoint.read(folder)
             if state.get("rollback", {}).get("good", True):
-                found.append((folder, state))
-    return found
+                states.append((folder, state))
+    return states
 
 
 def prune(root: Path, keep: int) -> None:

@@ -60,8 +60,8 @@ def _nowhere(device: torch.device) -> Counters:
 @functools.cache
 def limits_of(device: torch.device) -> Limits:
     """The limits of a CUDA device."""
-    found: Any = torch.cuda.get_device_properties(device)  # its stub lacks a field
-    return Limits(found.shared_memory_per_block_optin, found.multi_processor_count)
+    properties: Any = torch.cuda.get_device_properties(device)  # its stub lacks a field
+    return Limits(properties.shared_memory_per_block_optin, properties.multi_processor_count)
 
 
 def why_not(stages: Sequence[StageLike], limits: Limits = H100) -> str:

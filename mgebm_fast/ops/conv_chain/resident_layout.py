@@ -138,10 +138,10 @@ class Layout:
         self, table: windows.Windows, stage: StageLike, at: int, columns: int, depth: int
     ) -> tuple[list[int], list[tuple[int, list[int]]], list[list[int]]]:
         """A table's words but for what lies in memory, what goes into the image from `at` on, and what does not."""
-        found = _classes(table, stage.weight.shape[2:])
+        kinds = _classes(table, stage.weight.shape[2:])
         # Which classes there are settles the order of sums: it must not depend on the samples of a block.
         classes = min(
-            (_merged(found), found),
+            (_merged(kinds), kinds),
             key=lambda some: min(_makespan(some, _USUAL_SAMPLES, rows, columns, depth) for rows in (16, 32)),
         )
         cost, tile_rows = min((_makespan(classes, self.samples, rows, columns, depth), rows) for rows in (32, 16))
@@ -175,22 +175,22 @@ def _classes(table: windows.Windows, kernel: Sequence[int]) -> list[_Class]:
     first_tap, first_output = table.first_tap.tolist(), table.first_output.tolist()
     pixels, base, output = table.tap_pixel.tolist(), table.base.tolist(), table.output.tolist()
     rows = [_ravel(table.rows[row], kernel) for row in table.tap_weight.tolist()]
-    found = []
+    classes = []
     for c in range(len(first_tap) - 1):
         taps = slice(first_tap[c], first_tap[c + 1])
         outputs = range(first_output[c], first_output[c + 1])
-        found.append(
+        classes.append(
             _Class(list(zip(rows[taps], pixels[taps], strict=True)), [(base[i], -1, output[i]) for i in outputs])
         )
-    return found
+    return classes
 
 
 def _merged(classes: Sequence[_Class]) -> list[_Class]:
     """Fewer classes, of outputs that read at one set of offsets, some of them outside the map."""
-    found: list[_Class] = []
+    merged: list[_Class] = []
     for one in sorted(classes, key=lambda one: -len(one.taps)):
         own = dict(one.taps)
-        for other in found:
+        for other in merged:
             theirs = dict(other.taps)
             shifts = {own[tap] - theirs[tap] for tap in own.keys() & theirs.keys()}
             if len(shifts) == 1 and len(own.keys() | theirs.keys()) <= 32:
@@ -199,11 +199,11 @@ def _merged(classes: Sequence[_Class]) -> list[_Class]:
                 break
         else:
             other, shift = _Class(list(one.taps), []), 0
-            found.append(other)
+            merged.append(other)
         bits = sum(1 << place for place, (tap, _) in enumerate(other.taps[:32]) if tap in own)
         signed = bits - (1 << 32) if bits >> 31 else bits
         other.outputs += [(base + shift, signed, output) for base, _, output in one.outputs]
-    return found
+    return merged
 
 
 def _windows(stage: StageLike) -> tuple[windows.Windows, windows.Windows]:

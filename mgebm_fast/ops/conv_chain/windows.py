@@ -131,13 +131,13 @@ def _backward_axis(*geometry: int) -> _Axis:
 def _edge_axis(*geometry: int) -> _Axis:
     """Runs of EDGE_PIXELS inputs; a key holds the tap by which each of them is read, −1 where it is not."""
     readers = _reading(*geometry)
-    found: list[list[tuple[Any, int]]] = []
+    runs: list[list[tuple[Any, int]]] = []
     for start in range(0, len(readers), EDGE_PIXELS):
         run = readers[start : start + EDGE_PIXELS]
         run += [{}] * (EDGE_PIXELS - len(run))
         outputs = sorted(set().union(*run))
-        found.append([(tuple(pixel.get(o, -1) for pixel in run), o) for o in outputs])
-    return _axis(found)
+        runs.append([(tuple(pixel.get(o, -1) for pixel in run), o) for o in outputs])
+    return _axis(runs)
 
 
 def _product(axes: Sequence[_Axis], read_size: Sequence[int], out_size: Sequence[int]) -> Windows:
@@ -192,12 +192,12 @@ def _remembered(make: Callable[..., Windows]) -> Callable[..., Windows]:
             if key in _kept:
                 _kept.move_to_end(key)
                 return _kept[key]
-        found = make(*geometry)
+        made = make(*geometry)
         with _lock:
-            _kept[key] = found
+            _kept[key] = made
             while len(_kept) > 1 and sum(tables.nbytes for tables in _kept.values()) > _KEPT_BYTES:
                 _kept.popitem(last=False)
-        return found
+        return made
 
     return remembered
 
