@@ -20,6 +20,7 @@ import math
 import torch
 from torch import Tensor
 
+from .checks import is_int
 from .errors import Refused
 
 WORD = 0xFFFFFFFF
@@ -75,7 +76,7 @@ def retried(purpose: Purpose, attempt: int) -> int:
 
 def check_seed(seed: int, where: str) -> int:
     """`seed` itself when it is an int in [0, 2**64), else an error."""
-    if isinstance(seed, bool) or not isinstance(seed, int):
+    if not is_int(seed):
         raise TypeError(f"{where}: seed must be an int or an int64 tensor, got {type(seed).__name__}")
     if not 0 <= seed < 1 << 64:
         raise Refused("seed", "be in [0, 2**64)", seed, where)
@@ -109,7 +110,7 @@ def resolve_seed(
 
 def check_counter(value: int, name: str, where: str, *, last: int = 0) -> int:
     """`value` itself when `value … value + last` fit a 32-bit counter word, else an error: counters never wrap."""
-    if isinstance(value, bool) or not isinstance(value, int):
+    if not is_int(value):
         raise TypeError(f"{where}: {name} must be an int or an int64 tensor, got {type(value).__name__}")
     if value < 0 or value + last > WORD:
         reach = f"{value}" if last <= 0 else f"{value} … {value + last}"

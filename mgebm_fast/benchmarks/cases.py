@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 
-from ..errors import suggest
+from ..checks import one_of
 from ..learning import TrainConfig, apply_overrides, load_preset
 
 LADDER = (1, 4, 16, 64)
@@ -98,7 +98,6 @@ def cases(
     selected = [case for case in (_cuda if device.startswith("cuda") else _cpu)(full) if case.table in tables]
     names = [case.name for case in selected]
     for name in only:
-        if name not in names:
-            raise ValueError(f"bench: case must be one of {', '.join(names)}, got {name!r}{suggest(name, names)}")
+        one_of(name, names, "case", "bench")
     chosen = [case for case in selected if (case.name in only if only else full or not case.full)]
     return [case.tiny() for case in chosen] if tiny else chosen

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from .. import __version__
-from ..errors import suggest
+from ..checks import one_of
 from .busy import gpu_busy_percent
 from .cases import Case
 from .chains import ChainBench
@@ -24,11 +24,7 @@ Tell = Callable[[str], object]
 def choose(names: Sequence[str] = (), *, full: bool = False) -> list[Contender]:
     """The contenders of these names and plain_loop; else those that need no compiler and no other package, or all."""
     for name in names:
-        if name not in CONTENDERS:
-            options = list(CONTENDERS)
-            raise ValueError(
-                f"bench: contender must be one of {', '.join(options)}, got {name!r}{suggest(name, options)}"
-            )
+        one_of(name, CONTENDERS, "contender", "bench")
     wanted = {*names, BASELINE} if names else set(CONTENDERS) if full else set(QUICK)
     return [contender for name, contender in CONTENDERS.items() if name in wanted]
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ..errors import suggest
+from ..checks import one_of
 from .options import Device, Threads, find_device, use_threads
 
 if TYPE_CHECKING:
@@ -71,8 +71,7 @@ def bench(
 
     named = list(dict.fromkeys(tables or (_TABLES if full else ("chains",))))
     for name in named:
-        if name not in _TABLES:
-            raise ValueError(f"bench: table must be one of {', '.join(_TABLES)}, got {name!r}{suggest(name, _TABLES)}")
+        one_of(name, _TABLES, "table", "bench")
     use_threads(threads)
     from ..benchmarks import picture
     from ..benchmarks.cases import cases

@@ -8,6 +8,7 @@ from __future__ import annotations
 import numpy as np
 
 from .. import noise
+from ..checks import is_int
 from ..errors import DataError
 
 _STREAM = noise.stream(noise.Purpose.SIMULATED_DATA)
@@ -74,7 +75,7 @@ def simulated_chimes(samples: int = 60000, rate: int = 11025, *, seed: int = 0) 
 
 
 def _check(name: str, value: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+    if not is_int(value, 1):
         raise DataError(f"{name} must be a positive int, got {value!r}", "simulated")
 
 

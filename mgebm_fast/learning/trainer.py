@@ -11,6 +11,7 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
+from ..checks import is_int
 from ..data import Clips, ImageData
 from ..errors import ConfigError
 from ..models import MultiGrid
@@ -129,7 +130,7 @@ class MultiGridTrainer:
         non-finite; that update is not applied. OSError: the disk is full; earlier checkpoints are whole.
         """
         stop = self.config.steps if steps is None else steps
-        if isinstance(stop, bool) or not isinstance(stop, int) or stop < 0:
+        if not is_int(stop, 0):
             raise ValueError(f"fit: steps must be an int >= 0 or None, got {steps!r}")
         return self._loop.run(stop)
 

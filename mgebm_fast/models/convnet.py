@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..checks import is_int
 from ..nets import ConvSpec, EnergyNet
 from ..sampling.corrected import Corrected
 from ..sampling.langevin import Langevin
@@ -81,7 +82,7 @@ class GenerativeConvNet(OneNet):
         net = self.energy_nets("grown")[0]
         count = len(net.specs)
         depth = count if depth is None else depth
-        if isinstance(depth, bool) or not isinstance(depth, int) or not 1 <= depth <= count:
+        if not is_int(depth, 1) or depth > count:
             raise ValueError(f"{self.kind}: depth must be an int in [1, {count}] or None, got {depth!r}")
         if depth == getattr(self, "_depth", None):
             return

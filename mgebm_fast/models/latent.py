@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .. import noise, ops
+from .. import checks, noise, ops
 from ..nets import Generator
 from ..sampling.langevin import Langevin
 from .model import Group
@@ -66,8 +65,7 @@ class Inference:
     noise_scale: float = 1.0
 
     def __post_init__(self) -> None:
-        if isinstance(self.std, bool) or not isinstance(self.std, (int, float)) or not 0 < self.std < math.inf:
-            raise ValueError(f"Inference: std must be a finite number > 0, got {self.std!r}")
+        checks.positive_number(self.std, "std", "Inference")
         self.chain()
 
     def chain(self) -> Langevin:
@@ -173,9 +171,8 @@ class Generates:
     ) -> Tensor:
         """z (N, *latent_shape) that explains images x where they are not hidden: `steps` Langevin steps (default:
         `complete_steps`) from a draw of the prior. The second half of the chain is noise-free, and ends at a mode."""
+        checks.positive_int(steps, "steps", "infer", none=True)
         steps = self.complete_steps if steps is None else steps
-        if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
-            raise ValueError(f"infer: steps must be a positive int or None, got {steps!r}")
         z = draw_latents(self.generator, len(x), seed=seed, first_sample=first_sample)
         stream = noise.stream(noise.Purpose.LATENT, 1)
         noisy = steps // 2

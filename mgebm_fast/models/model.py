@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import abc
 import dataclasses
-import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, TypeVar
@@ -12,7 +11,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from .. import noise, ops
+from .. import checks, noise, ops
 from ..errors import CheckpointError
 from ..sampling.cascade import GridCallback, check_known, check_sizes
 from ..sampling.langevin import Langevin
@@ -71,15 +70,10 @@ class Model(nn.Module, abc.ABC):
         super().__init__()
         where = self.kind
         self.sizes = check_sizes(sizes)
-        if isinstance(channels, bool) or not isinstance(channels, int) or channels < 1:
-            raise ValueError(f"{where}: channels must be a positive int, got {channels!r}")
-        low, high = map(float, value_range)
-        if not -float("inf") < low < high < float("inf"):
-            raise ValueError(f"{where}: value_range must be finite (low, high) with low < high, got ({low}, {high})")
-        batch_size = DEFAULT_GROUP if batch_size is None else batch_size
-        if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
-            raise ValueError(f"{where}: batch_size must be a positive int or None, got {batch_size!r}")
-        self.channels, self.value_range, self.batch_size = channels, (low, high), batch_size
+        checks.positive_int(channels, "channels", where)
+        checks.positive_int(batch_size, "batch_size", where, none=True)
+        self.channels, self.batch_size = channels, DEFAULT_GROUP if batch_size is None else batch_size
+        self.value_range = checks.interval(value_range, "value_range", where)
         self._register_rows("colours", channels)
 
     def _register_rows(self, name: str, *shape: int) -> None:
@@ -188,11 +182,9 @@ class Model(nn.Module, abc.ABC):
             pipeline: on a CUDA device, run a group's coarse grids while the group before it is at the fine ones, each
                 grid on a stream of its own. The samples are the same.
         """
-        if isinstance(n, bool) or not isinstance(n, int) or n < 1:
-            raise ValueError(f"sample: n must be a positive int, got {n!r}")
+        checks.positive_int(n, "n", "sample")
+        checks.positive_int(batch_size, "batch_size", "sample", none=True)
         group = self.batch_size if batch_size is None else batch_size
-        if isinstance(group, bool) or not isinstance(group, int) or group < 1:
-            raise ValueError(f"sample: batch_size must be a positive int or None, got {batch_size!r}")
         noise.check_seed(seed, "sample")
         self._check_length(length)
         finest = (n, self.channels, self.sizes[-1], self.sizes[-1])
@@ -219,9 +211,7 @@ class Model(nn.Module, abc.ABC):
         return grids if return_grids else grids[-1]
 
     def _check_length(self, length: float) -> None:
-        fine = isinstance(length, (int, float)) and not isinstance(length, bool) and 0 < length < math.inf
-        if not fine:
-            raise ValueError(f"sample: length must be a finite number > 0, got {length!r}")
+        checks.positive_number(length, "length", "sample")
         if length != 1 and not self.sampling:
             raise ValueError(
                 f"sample: length must be 1 for a {type(self).__name__}, whose images go through no chain, got {length}"

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from .. import noise, ops
+from ..checks import one_of
 from ..data.arrays import read_npy
 from ..data.foreign import MAX_FILE_BYTES, bounded_bytes, check_regular, reading
 from ..data.policy import read_grey
@@ -36,8 +37,7 @@ def occlusion(kind: str, n: int, size: int, *, seed: int = 0, first_sample: int 
 
     Source: the three occlusions of Gao, Lu, Zhou, Zhu, Wu (CVPR 2018), §4.5; the drawing is our own.
     """
-    if kind not in KINDS:
-        raise ValueError(f"occlusion: kind must be one of {', '.join(KINDS)}, got {kind!r}{suggest(kind, KINDS)}")
+    one_of(kind, KINDS, "kind", "occlusion")
     if n < 1 or size < 2:
         raise ValueError(f"occlusion: n must be at least 1 and size at least 2, got {n} and {size}")
     draw = {"square": _squares, "doodle": _doodles, "pepper": _pepper}[kind]

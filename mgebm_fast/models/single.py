@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from .. import noise, ops
+from .. import checks, noise, ops
 from ..sampling.cascade import known_means, of_grid, updated_cells
 from ..sampling.langevin import Langevin
 from .energies import EnergyModel
@@ -36,8 +36,7 @@ class OneNet(EnergyModel):
 
     def __init__(self, size: int, *, sample_steps: int | None = None, channels: int = 3, **arguments: Any) -> None:
         super().__init__((1, size), channels=channels, **arguments)
-        if sample_steps is not None and (not isinstance(sample_steps, int) or sample_steps < 1):
-            raise ValueError(f"{self.kind}: sample_steps must be a positive int or None, got {sample_steps!r}")
+        checks.positive_int(sample_steps, "sample_steps", self.kind, none=True)
         self.sample_steps = sample_steps
 
     @property
@@ -102,8 +101,7 @@ class SingleGrid(OneNet):
 
     def __init__(self, size: int, *, start: str = "noise", **arguments: Any) -> None:
         super().__init__(size, **arguments)
-        if start not in STARTS:
-            raise ValueError(f"SingleGrid: start must be one of {', '.join(STARTS)}, got {start!r}")
+        checks.one_of(start, STARTS, "start", "SingleGrid")
         self.start = start
         if start == "bank":
             self._register_rows("bank", *self.sample_shape(size))

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..checks import is_int
 from ..nets import ConvSpec, EnergyNet
 from .model import Group
 from .single import OneNet
@@ -51,7 +52,7 @@ class SpatialTemporal(OneNet):
         **arguments: Any,
     ) -> None:
         shape = tuple(size)
-        if len(shape) not in (1, 3) or any(isinstance(s, bool) or not isinstance(s, int) or s < 2 for s in shape):
+        if len(shape) not in (1, 3) or not all(is_int(s, 2) for s in shape):
             raise ValueError(f"SpatialTemporal: size must be [T, H, W] or [L], ints from 2 on, got {list(shape)}")
         if nets is None:
             net = EnergyNet(

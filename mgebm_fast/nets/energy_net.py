@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import suggest
+from ..checks import is_number, one_of, positive_int
+from ..errors import Refused
 from .layers import ACTIVATIONS, BatchStatistics, ConvLayer, LinearHead, SpectralWeight
 
 NORMS = ("batch", "frozen", "none")
@@ -29,21 +30,7 @@ class ConvSpec:
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"ConvSpec: {field.name} must be a positive int, got {value!r}")
-
-
-def _check_choice(name: str, value: str, options: Sequence[str]) -> None:
-    if value not in options:
-        raise ValueError(
-            f"EnergyNet: {name} must be one of {', '.join(options)}, got {value!r}{suggest(str(value), options)}"
-        )
-
-
-def _check_positive(name: str, value: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f"EnergyNet: {name} must be a positive int, got {value!r}")
+            positive_int(getattr(self, field.name), field.name, "ConvSpec")
 
 
 def _described(layer: nn.Module | None) -> tuple[ConvSpec, str, float] | None:
@@ -92,17 +79,17 @@ class EnergyNet(nn.Module):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        _check_choice("norm", norm, NORMS)
-        _check_choice("activation", activation, ACTIVATIONS)
-        _check_choice("head", head, HEADS)
+        one_of(norm, NORMS, "norm", "EnergyNet")
+        one_of(activation, ACTIVATIONS, "activation", "EnergyNet")
+        one_of(head, HEADS, "head", "EnergyNet")
         if ndim not in (1, 2, 3):
             raise ValueError(f"EnergyNet: ndim must be 1, 2 or 3, got {ndim!r}")
-        _check_positive("channels", channels)
+        positive_int(channels, "channels", "EnergyNet")
         self.size = (size,) * ndim if isinstance(size, int) else tuple(size)
         if len(self.size) != ndim:
             raise ValueError(f"EnergyNet: size must have {ndim} entries, got {self.size}")
         for length in self.size:
-            _check_positive("size", length)
+            positive_int(length, "size", "EnergyNet")
         self.specs = tuple(layers)
         if not self.specs:
             raise ValueError("EnergyNet: layers must hold at least one ConvSpec, got none")
@@ -135,7 +122,7 @@ class EnergyNet(nn.Module):
 
     @activation.setter
     def activation(self, activation: str) -> None:
-        _check_choice("activation", activation, ACTIVATIONS)
+        one_of(activation, ACTIVATIONS, "activation", "EnergyNet")
         self._activation = activation
         for layer in self.convolutions:
             layer.activation = activation
@@ -147,8 +134,8 @@ class EnergyNet(nn.Module):
 
     @negative_slope.setter
     def negative_slope(self, slope: float) -> None:
-        if isinstance(slope, bool) or not isinstance(slope, (int, float)) or not math.isfinite(slope):
-            raise ValueError(f"EnergyNet: negative_slope must be a finite number, got {slope!r}")
+        if not is_number(slope) or not math.isfinite(slope):
+            raise Refused("negative_slope", "be a finite number", repr(slope), "EnergyNet")
         self._negative_slope = slope
         for layer in self.convolutions:
             layer.negative_slope = slope

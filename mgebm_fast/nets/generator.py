@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..errors import suggest
+from ..checks import interval, one_of, positive_int
 from .layers import ACTIVATIONS, activate
 
 OUTPUTS = ("tanh", "none")
@@ -28,9 +28,7 @@ class DeconvSpec:
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"DeconvSpec: {field.name} must be a positive int, got {value!r}")
+            positive_int(getattr(self, field.name), field.name, "DeconvSpec")
         if self.kernel < self.stride:
             raise ValueError(f"DeconvSpec: kernel must be at least stride, {self.stride}, got {self.kernel}")
 
@@ -94,20 +92,15 @@ class Generator(nn.Module):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        for name, value in (("latent", latent), ("latent_map", latent_map)):
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"Generator: {name} must be a positive int, got {value!r}")
-        for name, word, options in (("activation", activation, ACTIVATIONS), ("output", output, OUTPUTS)):
-            if word not in options:
-                near = suggest(str(word), options)
-                raise ValueError(f"Generator: {name} must be one of {', '.join(options)}, got {word!r}{near}")
+        positive_int(latent, "latent", "Generator")
+        positive_int(latent_map, "latent_map", "Generator")
+        one_of(activation, ACTIVATIONS, "activation", "Generator")
+        one_of(output, OUTPUTS, "output", "Generator")
         self.specs = tuple(layers)
         if not self.specs:
             raise ValueError("Generator: layers must hold at least one DeconvSpec, got none")
-        low, high = map(float, value_range)
-        if not -math.inf < low < high < math.inf:
-            raise ValueError(f"Generator: value_range must be finite (low, high) with low < high, got ({low}, {high})")
-        self.latent, self.latent_map, self.value_range = latent, latent_map, (low, high)
+        self.latent, self.latent_map = latent, latent_map
+        self.value_range = interval(value_range, "value_range", "Generator")
         self.activation, self.negative_slope, self.output = activation, negative_slope, output
         self.channels = self.specs[-1].channels
         self.size = latent_map * math.prod(spec.stride for spec in self.specs)
@@ -174,8 +167,7 @@ def generator_layers(size: int, channels: int, width: int = 32, latent_map: int 
     z: 3×3 in place of the linear layer; `size` must be latent_map times a power of 2.
     """
     for name, value in (("size", size), ("channels", channels), ("width", width), ("latent_map", latent_map)):
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ValueError(f"generator_layers: {name} must be a positive int, got {value!r}")
+        positive_int(value, name, "generator_layers")
     doublings, extent = 0, size
     while extent % 2 == 0 and extent > (_BASE if latent_map == 1 else latent_map):
         doublings, extent = doublings + 1, extent // 2

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ..errors import suggest
+from ..checks import one_of, positive_int, positive_number
 from .energy_net import ConvSpec, EnergyNet
 
 VARIANTS = ("A", "B", "compact")
@@ -33,13 +33,9 @@ def compact_layers(size: int) -> tuple[ConvSpec, ...]:
 
 def multigrid_layers(size: int, variant: str = "B", width: float = 1.0) -> tuple[ConvSpec, ...]:
     """The convolutions of the net at `size`: published at 4, 16 and 64 for "A" and "B", compact elsewhere."""
-    if variant not in VARIANTS:
-        near = suggest(str(variant), VARIANTS)
-        raise ValueError(f"multigrid_net: variant must be one of {', '.join(VARIANTS)}, got {variant!r}{near}")
-    if isinstance(size, bool) or not isinstance(size, int) or size < 1:
-        raise ValueError(f"multigrid_net: size must be a positive int, got {size!r}")
-    if isinstance(width, bool) or not isinstance(width, (int, float)) or not 0 < width < float("inf"):
-        raise ValueError(f"multigrid_net: width must be a positive number, got {width!r}")
+    one_of(variant, VARIANTS, "variant", "multigrid_net")
+    positive_int(size, "size", "multigrid_net")
+    positive_number(width, "width", "multigrid_net")
     if variant == "compact" or size not in (4, 16, 64):
         layers = compact_layers(size)
     else:

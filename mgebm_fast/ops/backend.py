@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from .. import native
-from ..errors import BackendError, suggest
+from ..checks import one_of
+from ..errors import BackendError
 
 BACKENDS = ("auto", "reference", "native", "triton")
 
@@ -84,10 +85,7 @@ def choose(op: str, backend: str, device: torch.device) -> str:
     if backend == "auto":
         order = ("native", "triton") if device.type == "cuda" else ("native",)
         return next((name for name in order if not unavailable(op, name, device)), "reference")
-    if backend not in BACKENDS:
-        raise ValueError(
-            f"{op}: backend must be one of {', '.join(BACKENDS)}, got {backend!r}{suggest(str(backend), BACKENDS)}"
-        )
+    one_of(backend, BACKENDS, "backend", op)
     reason = unavailable(op, backend, device)
     if reason:
         raise BackendError(f"{op}: backend {backend!r} is not available for {device.type} tensors: {reason}")

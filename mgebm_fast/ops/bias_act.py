@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import suggest
+from ..checks import is_number, one_of
 from .backend import choose, past_dispatcher, register
 from .state import strides
 
@@ -62,10 +62,8 @@ def unpack_bits(mask: Tensor, count: int) -> Tensor:
 
 
 def check_activation(activation: str, slope: float, where: str) -> None:
-    if activation not in ACTIVATIONS:
-        near = suggest(str(activation), ACTIVATIONS)
-        raise ValueError(f"{where}: activation must be one of {', '.join(ACTIVATIONS)}, got {activation!r}{near}")
-    if isinstance(slope, bool) or not isinstance(slope, (int, float)):
+    one_of(activation, ACTIVATIONS, "activation", where)
+    if not is_number(slope):
         raise TypeError(f"{where}: slope must be a number, got {type(slope).__name__}")
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .. import native
 from .. import noise as philox
-from ..errors import suggest
+from ..checks import one_of
 from . import counters
 from .backend import choose, launch_place, past_dispatcher, register
 from .state import addresses
@@ -51,11 +51,7 @@ def noise(
     shape = [int(size) for size in shape]
     if not shape or min(shape) < 0:
         raise ValueError(f"noise: shape must be (N, ...) with no negative size, got {tuple(shape)}")
-    if distribution not in DISTRIBUTIONS:
-        raise ValueError(
-            f"noise: distribution must be one of {', '.join(DISTRIBUTIONS)}, got {distribution!r}"
-            f"{suggest(str(distribution), DISTRIBUTIONS)}"
-        )
+    one_of(distribution, DISTRIBUTIONS, "distribution", "noise")
     device = torch.device(device)
     if device.type == "cuda" and device.index is None:
         device = torch.device("cuda", torch.cuda.current_device())

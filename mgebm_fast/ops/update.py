@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from ..checks import is_int, is_number
 from ..errors import InputError, Refused
 from . import counters
 from .state import check_mask
@@ -92,7 +93,7 @@ def coefficients(
 
 
 def _check_number(value: float, name: str, where: str, *, positive: bool = False, signed: bool = False) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+    if not is_number(value):
         raise TypeError(f"{where}: {name} must be a number, got {type(value).__name__}")
     low_enough = signed or (value > 0 if positive else value >= 0)
     if not math.isfinite(value) or not low_enough:
@@ -148,7 +149,7 @@ def _update(
     if clamp is not None:
         if not isinstance(clamp, tuple) or len(clamp) != 2:
             raise Refused("clamp", "be a pair (low, high) or None", repr(clamp), where)
-        if any(isinstance(bound, bool) or not isinstance(bound, (int, float)) for bound in clamp):
+        if not all(map(is_number, clamp)):
             raise TypeError(f"{where}: clamp must be a pair of numbers (low, high), got {clamp!r}")
         low, high = float(clamp[0]), float(clamp[1])
         if not low < high:
@@ -167,7 +168,7 @@ def _update(
 def check_steps(steps: int, where: str) -> None:
     """Raise unless `steps` is a number of steps; numpy's integers are too."""
     steps = number(steps)
-    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 0:
+    if not is_int(steps, 0):
         raise Refused("steps", "be an int >= 0", repr(steps), where)
 
 

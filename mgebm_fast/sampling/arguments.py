@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .. import noise
-from ..errors import Refused
+from ..checks import positive_int
 from ..ops.counters import counter
 from ..ops.update import number
 
@@ -35,8 +35,7 @@ def as_numbers_(described: Any, *pairs: str) -> None:
 def count(value: Any, name: str, where: str) -> int:
     """A positive int, or an error that names the argument."""
     counted = number(value)
-    if isinstance(counted, bool) or not isinstance(counted, int) or counted < 1:
-        raise Refused(name, "be a positive int", repr(value), where)
+    positive_int(counted, name, where)
     return counted
 
 

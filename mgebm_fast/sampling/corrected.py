@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from .. import noise, ops
+from ..checks import is_number
 from ..gradient import frozen_parameters, plan
 from ..gradient.plan import Energy
 from ..ops import counters
@@ -65,8 +66,7 @@ class Corrected(abc.ABC):
         count(self.path, "leapfrog_steps", where)
         for name in ("temperature", "jitter"):
             value, low, high = getattr(self, name), 0.0, 1.0 if name == "jitter" else math.inf
-            number = isinstance(value, (int, float)) and not isinstance(value, bool)
-            if not number or not (low <= value < high) or (name == "temperature" and value == 0):
+            if not is_number(value) or not (low <= value < high) or (name == "temperature" and value == 0):
                 bounds = "in [0, 1)" if name == "jitter" else "finite and > 0"
                 raise ValueError(f"{where}: {name} must be a number {bounds}, got {value!r}")
         self._numbers()

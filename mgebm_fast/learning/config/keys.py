@@ -8,6 +8,7 @@ import math
 from collections.abc import Collection, Sequence
 from typing import Any
 
+from ...checks import is_int, is_number
 from ...errors import close, suggest
 
 # The largest values of keys that memory or time depends on: far beyond use, and refused before anything is allocated.
@@ -43,7 +44,7 @@ class Whole(Kind):
         return f"a whole number >= {self.low}" + ("" if self.high is None else f" and <= {self.high}")
 
     def read(self, value: Any) -> int:
-        if isinstance(value, bool) or not isinstance(value, int) or value < self.low:
+        if not is_int(value, self.low):
             raise ValueError
         if self.high is not None and value > self.high:
             raise ValueError
@@ -69,7 +70,7 @@ class Real(Kind):
         return " ".join(["a number", " and ".join(bounds)]).strip()
 
     def read(self, value: Any) -> float:
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        if not is_number(value) or not math.isfinite(value):
             raise ValueError
         if self.low is not None and (value < self.low or (self.above and value == self.low)):
             raise ValueError
@@ -96,7 +97,7 @@ class Text(Kind):
     most: int = 4096
 
     def read(self, value: Any) -> str:
-        if isinstance(value, int) and not isinstance(value, bool):
+        if is_int(value):
             return str(value)
         if not isinstance(value, str):
             raise ValueError
