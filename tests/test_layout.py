@@ -56,25 +56,12 @@ def level_of(module: str) -> int | None:
     return None
 
 
-def is_type_checking(node: ast.If) -> bool:
-    return isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING"
-
-
-def statements(node: ast.AST):
-    """Every node below `node`, but for what only a type checker reads."""
-    for child in ast.iter_child_nodes(node):
-        if isinstance(child, ast.If) and is_type_checking(child):
-            continue
-        yield child
-        yield from statements(child)
-
-
 def imports(module: str) -> set[str]:
-    """The modules of the package that a file imports, wherever in the file it does."""
+    """The modules of the package that a file imports, wherever in the file it does, for a type checker alone too."""
     path = MODULES[module]
     package = ["mgebm_fast", *path.relative_to(SOURCES).parts[:-1]]
     found = set()
-    for node in statements(ast.parse(path.read_text())):
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.ImportFrom):
             base = package[: len(package) - node.level + 1] if node.level else []
             source = [*base, *(node.module.split(".") if node.module else [])]

@@ -20,20 +20,11 @@ from ..sampling import Langevin, diagnostics
 from ..sampling.corrected import Corrected
 from ..sampling.diagnostics import Recorder, Trace
 from ..tables import console_table, note, number
+from .plots import ChainReport, plot_chain
 
 RECORDS = 250  # records of a chain at most: about as many as a plot can show
 MIXED = 1.05  # split R-hat above which halves of chains count as different
 INSTALL = 'pip install "mgebm_fast[diagnostics]"'
-
-
-@dataclasses.dataclass(frozen=True)
-class ChainReport:
-    """One chain's trace and its figures, in plain JSON types."""
-
-    name: str
-    trace: Trace
-    figures: dict[str, Any]
-    warm_up: float
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,8 +50,6 @@ class Diagnosis:
         for chain in self.chains:
             stem = chain.name.replace(" ", "_")
             if importlib.util.find_spec("matplotlib") is not None:
-                from .plots import plot_chain
-
                 written.append(write_bytes(folder / f"{stem}.png", plot_chain(chain)))
             rows = [(f"after step {step + 1}", to_uint8(x)) for step, x in chain.trace.states if x.dim() == 4]
             if rows:

@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
-from ..sampling.diagnostics import autocorrelation
-
-if TYPE_CHECKING:
-    from .diagnosis import ChainReport
+from ..sampling.diagnostics import Trace, autocorrelation
 
 BAND, LINE, OTHER, FAINT = "#c6d5ea", "#1f4e8c", "#b5512b", "#8b8b8b"
 SINGLE = 5  # chains that are drawn one by one
+
+
+@dataclasses.dataclass(frozen=True)
+class ChainReport:
+    """One chain's trace and its figures, in plain JSON types."""
+
+    name: str
+    trace: Trace
+    figures: dict[str, Any]
+    warm_up: float
 
 
 def plot_chain(report: ChainReport) -> bytes:

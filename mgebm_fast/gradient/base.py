@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import abc
 import dataclasses
+import weakref
 from typing import Any, NoReturn
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..ops.counters import Counters
 from ..ops.update import Update
@@ -35,6 +36,18 @@ class GradientPlan(abc.ABC):
     precision: str  # "fp32", "bf16" or "fp16"
     backends: tuple[str, ...] = ()  # backends of the update that `advance_` can make steps with
     bad_step: Tensor | None = None  # for plans that record it: the first step that overflowed; 0-dim int64, on device
+
+    @property
+    def _energy(self) -> Any:
+        """The energy, to which a plan refers weakly where it is a module: who runs a plan holds its energy."""
+        energy = self.__energy()
+        if energy is None:
+            raise ReferenceError("the energy of this plan was deleted")
+        return energy
+
+    @_energy.setter
+    def _energy(self, energy: Any) -> None:
+        self.__energy = weakref.ref(energy) if isinstance(energy, nn.Module) else lambda: energy
 
     @abc.abstractmethod
     def gradient(self, x: Tensor) -> Tensor:

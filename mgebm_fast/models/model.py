@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from .. import checks, noise, ops
 from ..errors import CheckpointError
+from ..sampling import graphs
 from ..sampling.cascade import GridCallback, check_known, check_sizes
 from ..sampling.langevin import Langevin
 from ..sampling.pipeline import piped
@@ -36,7 +37,7 @@ class Group:
     callback: GridCallback | None = None
     precision: str = "auto"
     backend: str = "auto"
-    graph: bool | None = None
+    graph: graphs.Graph = None
 
     @property
     def engine(self) -> dict[str, Any]:
@@ -190,7 +191,7 @@ class Model(nn.Module, abc.ABC):
         finest = (n, self.channels, self.sizes[-1], self.sizes[-1])
         held = check_known(known, mask, finest, self.colours.device, "sample")
 
-        def draw() -> list[list[Tensor]]:
+        def draw(graph: graphs.Graph) -> list[list[Tensor]]:
             groups = []
             for begin in range(0, n, group):
                 wanted = min(group, n - begin)
@@ -206,9 +207,10 @@ class Model(nn.Module, abc.ABC):
                 groups.append([grid[:wanted] for grid in results])
             return groups
 
-        groups = piped(draw, self.colours.device, len(self.sampling), callback) if pipeline else draw()
-        grids = [torch.cat(parts) for parts in zip(*groups, strict=True)]
-        return grids if return_grids else grids[-1]
+        grids = len(self.sampling)
+        groups = piped(draw, self.colours.device, grids, graph, callback) if pipeline else draw(graph)
+        results = [torch.cat(parts) for parts in zip(*groups, strict=True)]
+        return results if return_grids else results[-1]
 
     def _check_length(self, length: float) -> None:
         checks.positive_number(length, "length", "sample")

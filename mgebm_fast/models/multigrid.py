@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from .. import noise
+from ..sampling import graphs
 from ..sampling.cascade import GridCallback, cascade
 from ..sampling.langevin import Langevin
 from . import storage
@@ -38,7 +39,7 @@ class MultiGrid(EnergyModel):
         callback: GridCallback | None = None,
         precision: str = "auto",
         backend: str = "auto",
-        graph: bool | None = None,
+        graph: graphs.Graph = None,
     ) -> list[Tensor]:
         """The samples at every size, sizes[0] (the start) first; all of `start` as one batch.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -14,9 +15,10 @@ from .. import noise, ops
 from ..checks import is_int
 from ..errors import BackendError
 from ..gradient.plan import Energy
-from . import arguments, graphs, pipeline
-from .chain import Chain, Ids, place_of, prepare
+from . import arguments, graphs
+from .chain import Chain, Ids
 from .langevin import Langevin
+from .running import place_of, prepare
 from .static import StaticCascade, StaticChain
 
 GridCallback = Callable[[int, int, Tensor], Any]
@@ -89,7 +91,7 @@ def cascade(
     callback: GridCallback | None = None,
     precision: str = "auto",
     backend: str = "auto",
-    graph: bool | None = None,
+    graph: graphs.Graph = None,
 ) -> list[Tensor]:
     """The result at every size, `start` first: each grid's chain starts at the replicated result of the one before.
 
@@ -111,7 +113,7 @@ def cascade(
         got = f"{len(dynamics)} and {len(steps)}"
         raise ValueError(f"{where}: langevin and first_step must hold one entry a net ({len(nets)}), got {got}")
     held = check_known(known, mask, (*start.shape[:2], *(sizes[-1],) * rank), start.device, where)
-    graph = graphs.graph_option(graph, callback, where)
+    session = graphs.session_of(graph, callback, where)
     counted = arguments.place(seed, generator, first_sample, 0, start.device, where)
     seed, first_sample = counted["seed"], counted["first_sample"]
     grids = range(1, len(sizes))
@@ -140,35 +142,36 @@ def cascade(
             where=name(grid),
             **placing(grid),
             **options,
-        )
+        ).chain
 
     def build() -> StaticCascade:
         chains = [chain_of(grid) for grid in grids]
         for grid, chain in zip(grids, chains, strict=True):
-            if reason := graphs.why_not_plan(chain.plan, graph):
+            if reason := graphs.why_not_plan(chain.plan, session):
                 raise BackendError(f"{name(grid)}: {reason}")
         statics = [StaticChain(c, form(g)[0], dynamics[g - 1].steps) for g, c in zip(grids, chains, strict=True)]
         return StaticCascade(statics, start, held, functools.partial(walk, sizes))
 
     ids = isinstance(first_sample, Tensor) and first_sample.dim() > 0
-    piped = pipeline.current()
     slot = None  # in a pipeline each grid has a graph of its own
-    if piped is None:
-        slot = graphs.slot_for_cascade(nets, start, held, graph, tuple(sizes), tuple(dynamics), purpose, ids, **options)
+    if session.on is None:
+        rest = tuple(sizes), tuple(dynamics), purpose, ids
+        slot = graphs.slot_for_cascade(nets, start, held, session, *rest, **options)
     if slot is not None:
         slot.refresh()
         places = [place_of(form(g)[0], dynamics[g - 1].steps, where=name(g), **placing(g)) for g in grids]
-        results = slot.run(build, start, held, places)
+        results = slot.run(session, build, start, held, places)
         if results is not None:
             return results
 
     def advance(grid: int, x: Tensor, cells: Tensor | None) -> Tensor:
+        own = session if session.on is None else dataclasses.replace(session, lane=grid)
         return dynamics[grid - 1](
-            nets[grid - 1], x, mask=cells, graph=graph, where=name(grid), **placing(grid), **options,
+            nets[grid - 1], x, mask=cells, graph=own, where=name(grid), **placing(grid), **options,
             callback=of_grid(callback, grid),
         )  # fmt: skip
 
-    return walk(sizes, start, held, advance, None if piped is None else piped.on)
+    return walk(sizes, start, held, advance, session.on)
 
 
 def walk(

@@ -12,13 +12,14 @@ from __future__ import annotations
 
 import collections
 import contextlib
-import contextvars
+import dataclasses
 import os
-from collections.abc import Callable, Hashable, Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Hashable, MutableMapping, Sequence
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
+from torch.utils.weak import WeakIdKeyDictionary
 
 from ..errors import BackendError
 from ..gradient import GradientPlan
@@ -32,38 +33,43 @@ from .static import Static
 DEVICES = ("cuda",)
 CAPTURE_AT = 2  # the run of a chain that captures it
 KEPT = 8  # graphs an energy keeps: those used last
-_SHELF = "_mgebm_chains"
 
 
 _lanes: dict[Hashable, Lane] = collections.defaultdict(Lane)
+# energy -> the slots of its chains, those used last at the end. Nothing in a slot refers to the energy, so that both go
+# when the last user of the energy lets go of it.
+_slots: MutableMapping[nn.Module, collections.OrderedDict[Hashable, Slot]] = WeakIdKeyDictionary()
 
 
-_unread: contextvars.ContextVar[list[Tensor] | None] = contextvars.ContextVar("mgebm_unread", default=None)
+@dataclasses.dataclass(frozen=True)
+class Session:
+    """How the chains of several calls use graphs: given to each call as its argument `graph`.
+
+    Args:
+        graph: None, True or False, as in `langevin_sample`.
+        unread: None: every chain checks its result, at one host sync. A list: results of graphs are returned without;
+            the list collects a 0-dim bool of each run on its device, whether it was healthy, for the caller to check.
+        lane: chains of different lanes may overlap in time, those of one lane share memory.
+        on: (grid, *inputs) -> a context for the work of a cascade's grid (`pipeline`); each grid then has a lane.
+    """
+
+    graph: bool | None = None
+    unread: list[Tensor] | None = None
+    lane: int = 0
+    on: Callable[..., contextlib.AbstractContextManager[None]] | None = None
 
 
-_lane: contextvars.ContextVar[int] = contextvars.ContextVar("mgebm_lane", default=0)
+Graph: TypeAlias = "bool | None | Session"
 
 
-@contextlib.contextmanager
-def in_lane(number: int) -> Iterator[None]:
-    """Inside, chains have graphs apart from those of other lanes, with which they may overlap in time."""
-    token = _lane.set(number)
-    try:
-        yield
-    finally:
-        _lane.reset(token)
-
-
-@contextlib.contextmanager
-def unread() -> Iterator[list[Tensor]]:
-    """Inside, results of graphs are returned without a host sync: the list collects a 0-dim bool of each run on its
-    device, whether it was healthy, and the caller checks them. Chains without a graph check themselves, as ever."""
-    healthy: list[Tensor] = []
-    token = _unread.set(healthy)
-    try:
-        yield healthy
-    finally:
-        _unread.reset(token)
+def session_of(graph: Graph, callback: Any = None, where: str = "") -> Session:
+    """The session that an argument `graph` means; without graphs where a callback must see every step."""
+    session = graph if isinstance(graph, Session) else Session(graph)
+    if session.graph is not None and not isinstance(session.graph, bool):
+        raise TypeError(f"{where}: graph must be True, False or None, got {session.graph!r}")
+    if session.graph is True and callback is not None:
+        raise ValueError(f"{where}: graph=True runs a chain whole, and leaves no steps to report to the callback")
+    return session if callback is None else dataclasses.replace(session, graph=False)
 
 
 class Slot:
@@ -85,7 +91,7 @@ class Slot:
             with self.lane.lock:
                 self.lane.before(self.device)
                 self.static.refresh()
-        except BackendError:
+        except (BackendError, ReferenceError):  # one of a cascade's nets may be gone, and another have its id
             self.static = self._replay = None
             self.runs = 0
             return False
@@ -108,14 +114,14 @@ class Slot:
             self.lane.after(self.device)
         return launched
 
-    def run(self, build: Callable[[], Static], *arguments: Any) -> list[Tensor] | None:
-        """The results, where they come from a graph and are healthy; one host sync, or none in `unread()`."""
+    def run(self, session: Session, build: Callable[[], Static], *arguments: Any) -> list[Tensor] | None:
+        """The results, where they come from a graph and are healthy, or are left unchecked to the session."""
         launched = self.launch(build, *arguments)
         if launched is None:
             return None
         results, healthy = launched
-        if (unread := _unread.get()) is not None:
-            unread.append(healthy)
+        if session.unread is not None:
+            session.unread.append(healthy)
             return results
         return results if bool(healthy) else None
 
@@ -137,44 +143,23 @@ class Slot:
         return f"captured at run {CAPTURE_AT} of this shape"
 
 
-class _Shelf(collections.OrderedDict[Hashable, Slot]):
-    """The slots of an energy, kept on the module itself and gone with it; a copy of the module begins without."""
-
-    def __deepcopy__(self, memo: Any) -> _Shelf:
-        return _Shelf()
-
-    def __reduce__(self) -> Any:
-        return _Shelf, ()
-
-
-def slot_of(module: nn.Module, key: Hashable, device: torch.device) -> Slot:
-    """The slot of `key` in the present lane, new where there is none; the slots used last are kept."""
-    lane = _lane.get()
-    key = (lane, key)
-    shelf = module.__dict__.setdefault(_SHELF, _Shelf())
-    slot = shelf.pop(key, None) or Slot(device, lane)
-    shelf[key] = slot
-    while len(shelf) > KEPT:
-        shelf.popitem(last=False)
+def slot_of(module: nn.Module, key: Hashable, device: torch.device, lane: int) -> Slot:
+    """The slot of `key` in a lane, new where there is none; the slots used last are kept."""
+    kept = _slots.setdefault(module, collections.OrderedDict())
+    slot = kept.pop((lane, key), None) or Slot(device, lane)
+    kept[lane, key] = slot
+    while len(kept) > KEPT:
+        kept.popitem(last=False)
     return slot
 
 
-def graph_option(graph: bool | None, callback: Any, where: str) -> bool | None:
-    """`graph` itself, or False where a callback must see every step."""
-    if graph is not None and not isinstance(graph, bool):
-        raise TypeError(f"{where}: graph must be True, False or None, got {graph!r}")
-    if graph is True and callback is not None:
-        raise ValueError(f"{where}: graph=True runs a chain whole, and leaves no steps to report to the callback")
-    return graph if callback is None else False
-
-
-def why_not(energy: Any, x: Tensor, graph: bool | None) -> str:
+def why_not(energy: Any, x: Tensor, session: Session) -> str:
     """Why chains of `energy` on tensors like x are not captured, whatever their plan; an empty string when they are."""
-    if graph is False:
+    if session.graph is False:
         return "graph=False was asked for"
     if x.device.type not in DEVICES:
         return f"CUDA graphs are not for {x.device.type} tensors"
-    if graph is None and os.environ.get("MGEBM_GRAPHS", "1") in ("", "0"):
+    if session.graph is None and os.environ.get("MGEBM_GRAPHS", "1") in ("", "0"):
         return "MGEBM_GRAPHS=0"
     if not isinstance(energy, nn.Module):
         return f"a {type(energy).__name__} is not a module"
@@ -187,9 +172,9 @@ def why_not(energy: Any, x: Tensor, graph: bool | None) -> str:
     return ""
 
 
-def why_not_plan(plan: GradientPlan, graph: bool | None) -> str:
+def why_not_plan(plan: GradientPlan, session: Session) -> str:
     """Why a plan is not captured; an empty string when it is."""
-    if isinstance(plan, AutogradPlan) and graph is not True:
+    if isinstance(plan, AutogradPlan) and session.graph is not True:
         return "the autograd plan runs the energy's own code, which may wait for the device; graph=True captures it"
     return ""
 
@@ -206,34 +191,34 @@ def addresses(module: nn.Module) -> tuple[int, ...]:
 
 
 def slot_for(
-    energy: Any, x: Tensor, mask: Tensor | None, place: counters.Counters, graph: bool | None, *rest: Hashable
+    energy: Any, x: Tensor, mask: Tensor | None, place: counters.Counters, session: Session, *rest: Hashable
 ) -> Slot | str:
     """The slot of a chain, or why it is not captured; `rest`: the numbers that a graph is for beside shapes."""
-    reason = why_not(energy, x, graph)
+    reason = why_not(energy, x, session)
     if reason:
         return reason
-    own = addresses(energy) if graph is True else ()
-    return slot_of(energy, (form_of(x, mask, place), own, *rest), x.device)
+    own = addresses(energy) if session.graph is True else ()
+    return slot_of(energy, (form_of(x, mask, place), own, *rest), x.device, session.lane)
 
 
 def slot_for_cascade(
     nets: Sequence[Any],
     start: Tensor,
     held: tuple[Tensor, Tensor] | None,
-    graph: bool | None,
+    session: Session,
     *rest: Hashable,
     **options: Hashable,
 ) -> Slot | None:
     """The slot of a whole cascade, None where its chains are not captured; they say why, each for itself."""
-    if any(why_not(net, start, graph) for net in nets):
+    if any(why_not(net, start, session) for net in nets):
         return None
-    own = tuple(addresses(net) for net in nets) if graph is True else ()
+    own = tuple(addresses(net) for net in nets) if session.graph is True else ()
     form = (tuple(start.shape), start.device, held is None)
     key = ("cascade", tuple(id(net) for net in nets), form, own, rest, tuple(sorted(options.items())))
-    return slot_of(nets[0], key, start.device)
+    return slot_of(nets[0], key, start.device, session.lane)
 
 
-def insist(graph: bool | None, found: Slot | str, where: str) -> None:
+def insist(session: Session, slot: Slot | str, where: str) -> None:
     """Raise where graph=True was asked for and cannot be had."""
-    if graph is True and isinstance(found, str):
-        raise BackendError(f"{where}: graph=True cannot be had: {found}")
+    if session.graph is True and isinstance(slot, str):
+        raise BackendError(f"{where}: graph=True cannot be had: {slot}")

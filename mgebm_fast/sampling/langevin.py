@@ -12,9 +12,10 @@ from ..errors import Refused
 from ..gradient.plan import Energy
 from ..ops.update import Update, update
 from .arguments import as_numbers_, count
-from .chain import Callback, Ids, prepare
+from .chain import Callback, Ids
 from .explanation import Explanation, explained
-from .graphs import graph_option
+from .graphs import Graph, session_of
+from .running import prepare
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,7 +70,7 @@ class Langevin:
         stream: int = 0,
         precision: str = "auto",
         backend: str = "auto",
-        graph: bool | None = None,
+        graph: Graph = None,
         callback: Callback | None = None,
         where: str = "langevin_sample",
     ) -> Tensor:
@@ -80,7 +81,7 @@ class Langevin:
         chain = prepare(
             energy, x, self.steps, self.update(), mask=mask, seed=seed, generator=generator, first_sample=first_sample,
             first_step=first_step, stream=stream, precision=precision, backend=backend,
-            graph=graph_option(graph, callback, where), where=where,
+            graph=session_of(graph, callback, where), where=where,
         )  # fmt: skip
         return chain.run(x, self.steps, callback)
 
@@ -126,10 +127,11 @@ class Langevin:
         """What a chain on (energy, x) would run, and why: the numbers of the update, the gradient's plan and its
         precision with why a faster one does not run, the update's backend, whether a CUDA graph holds the chain, and
         whether the samples of a batch are coupled. Raises what a run would raise of its arguments; draws no noise."""
-        chain = prepare(
+        prepared = prepare(
             energy, x, self.steps, self.update(), mask=mask, seed=0, precision=precision, backend=backend, graph=graph,
             where="explain",
         )  # fmt: skip
+        chain, graph_of = prepared.chain, prepared.graph
         numbers = chain.numbers
         parts = [f"{self.steps} steps", f"drift {numbers.drift:g}", f"noise_std {numbers.noise_std:g}"]
         if self.reference_std is not None:
@@ -141,7 +143,7 @@ class Langevin:
         if mask is not None:
             parts.append("pixels held where the mask is False")
         why = "named" if backend != "auto" else f"the fastest that is usable for {x.device.type} tensors"
-        captured = f"no, because {chain.graph}" if isinstance(chain.graph, str) else chain.graph.explain()
+        captured = f"no, because {graph_of}" if isinstance(graph_of, str) else graph_of.explain()
         return explained(energy, x, chain.plan, ", ".join(parts), f"{chain.backend} backend, {why}", captured)
 
 

@@ -14,7 +14,7 @@ import re
 import warnings
 import weakref
 from collections.abc import Callable, MutableMapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,10 +22,8 @@ from torch import Tensor
 from ..errors import BatchTooLargeError
 from ..gradient import frozen_parameters, plan
 from ..ops import counters
+from .chain import Chain
 from .coupling import coupling
-
-if TYPE_CHECKING:
-    from .chain import Chain
 
 # Messages of allocators that ran out of memory, matched narrowly: a user's own error may contain similar words. Only
 # torch on CUDA has an exception class for it.

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import weakref
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -12,9 +13,7 @@ from torch import Tensor
 from ..ops import counters
 from ..ops.edge_step import NO_BAD_STEP
 from ..ops.state import dense_copy
-
-if TYPE_CHECKING:
-    from .chain import Chain
+from .chain import Chain
 
 
 class Static(Protocol):
@@ -29,7 +28,7 @@ class Static(Protocol):
 
 
 class StaticChain:
-    """A chain of `steps` steps on tensors like x, between fixed addresses."""
+    """A chain of `steps` steps on tensors like x, between fixed addresses. It refers to the energy weakly."""
 
     def __init__(self, chain: Chain, x: Tensor, steps: int) -> None:
         self.steps = steps
@@ -44,11 +43,12 @@ class StaticChain:
             chain.place, seed=0, seed_tensor=self._counters[0], first_sample=0, sample_tensor=self._ids, step=0,
             step_tensor=self._counters[2],
         )  # fmt: skip
-        self.chain = dataclasses.replace(chain, mask=self._mask, place=place, graph="")
+        self.plan, self._energy = chain.plan, weakref.ref(chain.energy)
+        self._chain = dataclasses.replace(chain, energy=_gone, mask=self._mask, place=place)
 
     def refresh(self) -> None:
         """The energy's present weights, at the addresses of the old ones."""
-        self.chain.plan.refresh()
+        self.plan.refresh()
 
     def load(self, x: Tensor | None, mask: Tensor | None, place: counters.Counters) -> None:
         """The start, the mask and the counters of the next run. None of x and mask: they are written from elsewhere."""
@@ -66,16 +66,22 @@ class StaticChain:
 
     def enter(self, x: Tensor, mask: Tensor | None) -> None:
         """The start and the mask, as part of what is captured."""
-        self.load(x, mask, self.chain.place)
+        self.load(x, mask, self._chain.place)
 
     def run_once(self) -> None:
-        if self.chain.bad_step is not None:
-            self.chain.bad_step.fill_(NO_BAD_STEP)
-        self.chain.advance_(self.x, 0, self.steps)
-        self.healthy.copy_(self.chain.healthy(self.x))
+        energy = self._energy()
+        chain = dataclasses.replace(self._chain, energy=_gone if energy is None else energy)
+        if chain.bad_step is not None:
+            chain.bad_step.fill_(NO_BAD_STEP)
+        chain.advance_(self.x, 0, self.steps)
+        self.healthy.copy_(chain.healthy(self.x))
 
     def results(self) -> list[Tensor]:
         return [self.x.clone()]
+
+
+def _gone(x: Tensor) -> Tensor:
+    raise ReferenceError("the energy of a captured chain was deleted")
 
 
 class StaticCascade:

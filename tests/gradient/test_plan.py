@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import weakref
 
 import pytest
 import torch
@@ -24,8 +25,11 @@ def net_of(**more):
     return EnergyNet(8, 3, [ConvSpec(6, 3, 2), ConvSpec(5, 3)], **{"norm": "none", "activation": "relu", **more})
 
 
+HELD = net_of()  # plans refer to their energy weakly
+
+
 def plans():
-    net, x = net_of(), images()
+    net, x = HELD, images()
     return [plan(net, x), ConvPlan(read(net, x), net, "fp32"), AutogradPlan(net, "test", "it was asked for")]
 
 
@@ -37,6 +41,15 @@ def test_plans_have_the_declared_protocol_and_are_not_copied(made):
     for duplicate in (copy.copy, copy.deepcopy, pickle.dumps):
         with pytest.raises(TypeError, match="points into memory of its own: it cannot be copied or stored"):
             duplicate(made)
+
+
+def test_a_plan_does_not_keep_its_energy():
+    net, x = net_of(), images()
+    made, gone = plan(net, x), weakref.ref(net)
+    del net
+    assert gone() is None and made.gradient(x).shape == x.shape  # of the weights that it took
+    with pytest.raises(ReferenceError, match="the energy of this plan was deleted"):
+        made.refresh()
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

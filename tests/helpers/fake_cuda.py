@@ -313,7 +313,7 @@ def world(processors: int = 132) -> Iterator[World]:
             operation = sys.modules[f"mgebm_fast.ops.{name}"]
             if hasattr(operation, "past_dispatcher"):  # a mode listens here, and launches are what is watched
                 patch.setattr(operation, "past_dispatcher", lambda *_: True)
-        for name in ("gradient.plan", "gradient.stack", "gradient.builder", "sampling.chain", "sampling.corrected"):
+        for name in ("gradient.plan", "gradient.stack", "gradient.builder", "sampling.running", "sampling.corrected"):
             # Fake tensors, which the package refuses elsewhere, are the plain ones here.
             patch.setattr(importlib.import_module(f"mgebm_fast.{name}"), "why_not_plain", lambda tensor: "")
         # A stack is trusted once its gradient is the energy's own, of which fake tensors know nothing.

@@ -25,7 +25,7 @@ def change_(module, factor=1.1):
 
 
 def slots(module):
-    return list(module.__dict__.get(graphs._SHELF, {}).values())
+    return list(graphs._slots.get(module, {}).values())
 
 
 def same(energy, x, dynamics=DYNAMICS, **arguments):

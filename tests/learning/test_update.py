@@ -17,7 +17,6 @@ from mgebm_fast.learning.methods.multigrid import MultiGridRule
 from mgebm_fast.learning.methods.optim import state_tensors
 from mgebm_fast.learning.methods.synthesis import Synthesis
 from mgebm_fast.models import MultiGrid
-from mgebm_fast.sampling import graphs
 
 
 def parameters(model):
@@ -220,9 +219,8 @@ class Graphs:
         self.synthesise, self.verdicts, self.seen = ours.rule.synthesise, list(verdicts), []
         ours.rule.synthesise = self
 
-    def __call__(self, *arguments):
-        results = self.synthesise(*arguments)
-        unread = graphs._unread.get()
+    def __call__(self, observed, iteration, first_sample, session):
+        results, unread = self.synthesise(observed, iteration, first_sample), session.unread
         self.seen.append(unread is not None)
         if unread is None:
             return results

@@ -6,13 +6,13 @@ import pickle
 import weakref
 
 import torch
-from helpers.graph_cases import DYNAMICS, Own, change_, images, net_of, same, slots
+from helpers.graph_cases import DYNAMICS, Own, cascades, change_, colours, images, model, net_of, same, slots
 from torch import nn
 
 from mgebm_fast.gradient import plan
 
 
-def test_an_energy_that_became_another_one_is_captured_anew(traced):
+def test_an_energy_that_became_another_one_is_captured_again(traced):
     net, x = net_of(activation="leaky_relu"), images()
     for _ in range(3):
         assert same(net, x)
@@ -85,3 +85,35 @@ def test_plans_that_are_captured_can_be_refreshed():
     made.refresh()
     assert not torch.equal(made.gradient(x), stale)
     assert torch.equal(made.gradient(x), plan(net, x, "fp32").gradient(x))
+
+
+def test_a_plan_and_its_graphs_go_with_the_energy_at_once(traced):
+    """No collection is needed: nothing that is kept refers to the energy."""
+    net = net_of()
+    for _ in range(2):
+        DYNAMICS(net, images())
+    (slot,) = slots(net)
+    gone = [weakref.ref(net), weakref.ref(slot.static), weakref.ref(slot.static.plan)]
+    assert not [name for name in vars(net) if name.startswith("_mgebm")]
+    traced.clear()
+    gc.collect()
+    gc.disable()
+    try:
+        del net, slot
+        assert [reference() for reference in gone] == [None] * 3
+    finally:
+        gc.enable()
+
+
+def test_a_cascade_lets_go_of_nets_that_its_model_dropped(traced):
+    m = model()
+    for _ in range(2):
+        m.cascade(colours(), seed=3)
+    dropped = weakref.ref(m.nets[1])
+    m.nets[1] = net_of(size=4, seed=1)
+    traced.clear()
+    gc.collect()
+    assert dropped() is None
+    for call in range(3):
+        got, expected = cascades(m, colours(seed=call))
+        assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))

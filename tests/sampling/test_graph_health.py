@@ -75,13 +75,15 @@ def test_the_look_at_a_graph_s_run_can_be_left_to_the_caller(traced):
     net, x = net_of(), images()
     dynamics = Langevin(3, step_size=0.01, clamp=(0.0, 255.0), grad_clamp=1.0)
     expected = dynamics(net, x, seed=0, precision="fp16", graph=False)
-    with graphs.unread() as healthy, warnings.catch_warnings():
+    healthy = []
+    session = graphs.Session(unread=healthy)
+    with warnings.catch_warnings():
         warnings.simplefilter("error")
         for runs in range(3):
-            assert torch.equal(dynamics(net, x, seed=0, precision="fp16"), expected)
+            assert torch.equal(dynamics(net, x, seed=0, precision="fp16", graph=session), expected)
             assert [bool(verdict) for verdict in healthy] == [True] * runs  # the first run looks at itself
         huge(net, 3e4)
-        dynamics(net, x, seed=0, precision="fp16")
+        dynamics(net, x, seed=0, precision="fp16", graph=session)
     assert [bool(verdict) for verdict in healthy] == [True, True, False]
     with pytest.warns(UserWarning, match="overflowed"):
         dynamics(net, x, seed=0, precision="fp16")

@@ -120,16 +120,16 @@ def test_explain_says_whether_a_graph_holds_the_chain(traced, monkeypatch):
 
 def test_a_static_chain_run_as_plain_code_is_the_chain():
     """On a CPU, with the native engine and its kernels: no trace, only the buffers."""
-    from mgebm_fast.sampling.chain import prepare
+    from mgebm_fast.sampling.running import prepare
     from mgebm_fast.sampling.static import StaticChain
 
     net = net_of()
     numbers = DYNAMICS.update()
-    static = StaticChain(prepare(net, images(), 3, numbers, first_sample=1), images(), 3)
+    static = StaticChain(prepare(net, images(), 3, numbers, first_sample=1).chain, images(), 3)
     for call in range(3):
         change_(net)
         x, where = images(seed=call), {"seed": call, "first_sample": 3 * call, "first_step": 2**31 + call}
-        chain = prepare(net, x, 3, numbers, **where)
+        chain = prepare(net, x, 3, numbers, **where).chain
         static.refresh()
         static.load(x, None, chain.place)
         static.run_once()

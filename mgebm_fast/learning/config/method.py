@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ...data import builtin, load
-
-if TYPE_CHECKING:
-    from ...models import Model
-    from .train_config import TrainConfig
+from ...models import Model
+from .sections import METHOD_TABLES
+from .train_config import TrainConfig
 
 
 def _load_images(
@@ -50,10 +49,6 @@ class Method:
     takes: str = "images"  # or "clips", of a recording
     load_data: Callable[..., Any] = _load_images  # (config, *, source, split, strict, like) -> ImageData or Clips
 
-    def options(self) -> Any:
-        """The method's own keys at their defaults; None where it has none."""
-        return None if self.table is None else self.table()
-
 
 METHODS: dict[str, Method] = {}
 
@@ -61,12 +56,7 @@ METHODS: dict[str, Method] = {}
 def register(method: Method) -> None:
     """Make a method known by its name."""
     assert method.name not in METHODS, method.name
-    METHODS[method.name] = method
-
-
-def tables() -> dict[str, type]:
-    """The methods' own tables of keys, by name."""
-    return {name: method.table for name, method in METHODS.items() if method.table is not None}
+    METHODS[method.name], METHOD_TABLES[method.name] = method, method.table
 
 
 def build_model(config: TrainConfig) -> Any:

@@ -76,3 +76,12 @@ class RollbackConfig:
         "bound on |mean E(observed) - mean E(synthesised)| of a grid, in multiples of its running mean; none: no bound",
     )
     gap_max: Any = key(None, Maybe(_POSITIVE), "bound on the same difference as it is, in energies; none: no bound")
+
+
+# method -> its own table of keys, None for a method that has none; entered by `method.register`.
+METHOD_TABLES: dict[str, type | None] = {}
+
+
+def tables() -> dict[str, type]:
+    """The methods' own tables of keys, by name."""
+    return {name: table for name, table in METHOD_TABLES.items() if table is not None}

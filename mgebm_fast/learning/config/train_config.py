@@ -29,8 +29,7 @@ from .keys import (
     key,
     pick,
 )
-from .method import METHODS, tables
-from .sections import LangevinConfig, OptimiserConfig, RollbackConfig, StabiliseConfig
+from .sections import METHOD_TABLES, LangevinConfig, OptimiserConfig, RollbackConfig, StabiliseConfig, tables
 from .toml import written
 
 
@@ -44,7 +43,7 @@ class TrainConfig:
     name: str = key("custom", Text(), "name of the preset or configuration")
     description: str = key("", Text(), "one line on what it is")
     time: str = key("not measured", Text(), "what the preset takes, and on what")
-    method: str = key("multigrid", Choice(METHODS), "update rule", fixed=True)
+    method: str = key("multigrid", Choice(METHOD_TABLES), "update rule", fixed=True)
     data: str = key("digits", Text(), "built-in set, path, or torchvision name")
     classes: tuple = key((), Many(Text()), "names of the classes to learn; empty: all", fixed=True)
     channels: int = key(1, Whole(1, MOST_CHANNELS), "1 grey, 3 colour", fixed=True)
@@ -89,8 +88,8 @@ class TrainConfig:
     options: Any = None
 
     def __post_init__(self) -> None:
-        if self.options is None:
-            object.__setattr__(self, "options", METHODS[self.method].options())
+        if self.options is None and (table := METHOD_TABLES[self.method]) is not None:
+            object.__setattr__(self, "options", table())
 
     def model_arguments(self) -> dict[str, Any]:
         """What every model of energy nets takes from a configuration."""

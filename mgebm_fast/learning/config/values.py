@@ -8,7 +8,8 @@ from typing import Any
 
 from ...errors import ConfigError
 from .keys import MOST_ELEMENTS, Auto, Kind, Many, Maybe, PerGrid, Text, nearest, shortened
-from .method import METHODS, tables
+from .method import METHODS
+from .sections import tables
 from .toml import parse
 from .train_config import TrainConfig, all_keys, per_grid_keys, sections
 

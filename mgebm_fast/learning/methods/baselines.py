@@ -12,6 +12,7 @@ from torch import Tensor
 from ... import noise, ops
 from ...errors import ConfigError
 from ...models import OneNet, SingleGrid
+from ...sampling.graphs import Graph
 from ..config.keys import MOST_SAMPLES, MOST_STEPS, Maybe, Real, Whole, key, pick
 from ..config.method import METHODS, Method, register
 from ..config.train_config import TrainConfig
@@ -162,12 +163,12 @@ class OneNetRule(ContrastiveRule):
 
     model: OneNet
 
-    def run(self, start: Tensor, iteration: int, ids: int | Tensor) -> Tensor:
+    def run(self, start: Tensor, iteration: int, ids: int | Tensor, graph: Graph = None) -> Tensor:
         """Where the training chains numbered `ids` come to from `start` at this update."""
         chain = self.model.langevin[0]
         return self.model.run(
             start, chain, attempt=self.attempt, seed=self.config.seed, first_sample=ids,
-            first_step=iteration * chain.steps, precision=self.precision,
+            first_step=iteration * chain.steps, precision=self.precision, graph=graph,
         )  # fmt: skip
 
 
@@ -179,9 +180,11 @@ class SingleGridRule(OneNetRule):
         self.initial: InitialState = METHODS[config.method].start(model, self.config, images)
         self.divisible = not self.initial.persistent
 
-    def synthesise(self, observed: list[Tensor], iteration: int, first_sample: int = 0) -> Synthesis:
+    def synthesise(
+        self, observed: list[Tensor], iteration: int, first_sample: int = 0, graph: Graph = None
+    ) -> Synthesis:
         ids, start = self.initial.begin(observed, iteration, first_sample, self.attempt)
-        return Synthesis([self.run(start, iteration, ids)], ids)
+        return Synthesis([self.run(start, iteration, ids, graph)], ids)
 
     def keep(self, made: list[Synthesis]) -> None:
         for part in made:

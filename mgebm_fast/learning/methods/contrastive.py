@@ -79,11 +79,13 @@ class ContrastiveRule(ModelRule):
     # what a method says
 
     @abc.abstractmethod
-    def synthesise(self, observed: list[Tensor], iteration: int, first_sample: int) -> Synthesis:
+    def synthesise(
+        self, observed: list[Tensor], iteration: int, first_sample: int, graph: graphs.Graph = None
+    ) -> Synthesis:
         """What chains make of one part of a batch, under the present weights and `model.langevin`.
 
         `observed` holds the part at every size, without data noise at sizes[0] and with it at the others;
-        `first_sample` is the place of its first image in the whole batch of the update.
+        `first_sample` is the place of its first image in the whole batch of the update; `graph` is for the chains.
         """
 
     def arrange(self, iteration: int) -> None:
@@ -121,25 +123,25 @@ class ContrastiveRule(ModelRule):
 
     def update(self, batch: Tensor, iteration: int, *, detail: bool = False) -> dict[str, float]:
         self.arrange(iteration)
-        with graphs.unread() as healthy:
-            metrics = self._update(batch, iteration, detail, healthy)
+        metrics = self._update(batch, iteration, detail, graphs.Session(unread=[]))
         if metrics is None:  # a chain from a graph overflowed 16 bits, or diverged: without graphs it says so itself
-            metrics = self._update(batch, iteration, detail, [])
+            metrics = self._update(batch, iteration, detail, graphs.Session())
         assert metrics is not None
         return metrics
 
-    def _update(self, batch: Tensor, iteration: int, detail: bool, healthy: list[Tensor]) -> dict[str, float] | None:
-        """The metrics; None (and no state changed) if any chain reported through `healthy` became non-finite."""
+    def _update(self, batch: Tensor, iteration: int, detail: bool, session: graphs.Session) -> dict[str, float] | None:
+        """The metrics; None (and no state changed) if any chain that the session left unchecked became non-finite."""
         before = [buffer.clone() for buffer in self.buffers]
         made: list[Synthesis] = []
 
         def learn(images: Tensor, first_sample: int) -> list[Tensor]:
             if self.averaged:
                 torch._foreach_copy_(self.buffers, before)
-            synthesis, grids = self._learn(images, first_sample, iteration)
+            synthesis, grids = self._learn(images, first_sample, iteration, session)
             made.append(synthesis)
-            whole = torch.stack(healthy).all().float() if healthy else torch.ones_like(grids[0].observed)
-            return Learned(grids, [buffer.clone() for buffer in self.averaged], whole).flatten()
+            unread = session.unread
+            healthy = torch.stack(unread).all().float() if unread else torch.ones_like(grids[0].observed)
+            return Learned(grids, [buffer.clone() for buffer in self.averaged], healthy).flatten()
 
         try:
             tensors = self.ranks.mean(learn, batch, self.config.batch_parts, self.length)
@@ -177,7 +179,9 @@ class ContrastiveRule(ModelRule):
         for buffer, value in zip(self.buffers, before, strict=True):
             buffer.copy_(value)
 
-    def _learn(self, batch: Tensor, first_sample: int, iteration: int) -> tuple[Synthesis, list[GridLearned]]:
+    def _learn(
+        self, batch: Tensor, first_sample: int, iteration: int, session: graphs.Session
+    ) -> tuple[Synthesis, list[GridLearned]]:
         """Of one part of a batch: what the chains made, and what each net learns."""
         factors = self.config.noise_factors(iteration)
         means, *images = self.observed(batch)
@@ -185,7 +189,7 @@ class ContrastiveRule(ModelRule):
             self._with_noise(x, grid, iteration, factors[grid - 1], first_sample)
             for grid, x in enumerate(images, start=1)
         ]
-        synthesis, grids = self.synthesise([means, *images], iteration, first_sample), []
+        synthesis, grids = self.synthesise([means, *images], iteration, first_sample, session), []
         for net, parameters, real, chain in zip(
             self.model.active_nets, self.parameters, images, synthesis.images, strict=True
         ):

@@ -12,6 +12,7 @@ from torch import Tensor
 from ... import noise
 from ...models import CoopNets
 from ...models.latent import Residual, draw_latents
+from ...sampling.graphs import Graph
 from ..config.keys import Real, key
 from ..config.method import Method, register
 from ..config.train_config import TrainConfig
@@ -54,7 +55,9 @@ class CooperativeRule(OneNetRule):
     def named_optimisers(self) -> dict[str, torch.optim.Optimizer]:
         return {**super().named_optimisers(), "generator": self.generator_optimiser}
 
-    def synthesise(self, observed: list[Tensor], iteration: int, first_sample: int = 0) -> Synthesis:
+    def synthesise(
+        self, observed: list[Tensor], iteration: int, first_sample: int = 0, graph: Graph = None
+    ) -> Synthesis:
         generator = self.model.generator
         z = draw_latents(
             generator, len(observed[0]), seed=self.config.seed, step=iteration, first_sample=first_sample,
@@ -62,7 +65,7 @@ class CooperativeRule(OneNetRule):
         )  # fmt: skip
         with torch.no_grad():
             start = generator(z)
-        x = self.run(start, iteration, first_sample)
+        x = self.run(start, iteration, first_sample, graph)
         return Synthesis([x], first_sample, latents=z)
 
     def teach(self, made: list[Synthesis], iteration: int, spoilt: Tensor) -> Lesson:

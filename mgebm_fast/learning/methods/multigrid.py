@@ -9,6 +9,7 @@ from torch import Tensor
 from ... import noise
 from ...models import MultiGrid
 from ...nets import EnergyNet
+from ...sampling.graphs import Graph
 from ..config.method import Method, register
 from ..config.train_config import TrainConfig
 from .contrastive import ContrastiveRule
@@ -26,7 +27,7 @@ class MultiGridRule(ContrastiveRule):
     model: MultiGrid
     divisible = True
 
-    def synthesise(self, observed: list[Tensor], iteration: int, first_sample: int) -> Synthesis:
+    def synthesise(self, observed: list[Tensor], iteration: int, first_sample: int, graph: Graph = None) -> Synthesis:
         results = self.model.cascade(
             observed[0],
             seed=self.config.seed,
@@ -34,6 +35,7 @@ class MultiGridRule(ContrastiveRule):
             first_step=[iteration * chain.steps for chain in self.model.langevin],
             purpose=self.purpose(noise.Purpose.TRAINING_CHAIN),
             precision=self.precision,
+            graph=graph,
         )
         return Synthesis(results[1:], first_sample)
 
