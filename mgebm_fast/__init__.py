@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from . import data, evaluation, gradient, learning, models, nets, noise, ops, pictures, sampling
     from .errors import BackendError, CheckpointError, ConfigError, DataError, DivergenceError
-    from .learning import MultiGridTrainer
+    from .learning import MultiGridTrainer, load
     from .models import MultiGrid
     from .nets import EnergyNet, negative
     from .sampling import HMC, MALA, Langevin, langevin_sample
@@ -32,6 +32,7 @@ _NAMES = {
     "MultiGrid": "models",
     "MultiGridTrainer": "learning",
     "langevin_sample": "sampling",
+    "load": "learning",
     "negative": "nets",
 }
 
@@ -52,6 +53,7 @@ __all__ = [
     "gradient",
     "langevin_sample",
     "learning",
+    "load",
     "models",
     "negative",
     "nets",

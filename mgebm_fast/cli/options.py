@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
-import re
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -13,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ..errors import BackendError, CheckpointError, DataError, Refused, suggest
+from ..errors import BackendError, DataError, Refused
 
 if TYPE_CHECKING:
     import torch
@@ -48,19 +47,14 @@ def use_threads(threads: int | None) -> None:
 
 def find_device(name: str) -> torch.device:
     """The device that `--device` means; BackendError where this machine has none of it."""
-    import torch
+    from ..learning.run import stored_run
 
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
-        raise ValueError(f"--device: must be auto, cpu, cuda or cuda:N, got {name!r}")
-    device = torch.device(name)
-    if device.type == "cuda":
-        count = torch.cuda.device_count()
-        if (device.index or 0) >= count:
-            devices = "none" if count == 0 else f"cuda:0 … cuda:{count - 1}"
-            raise BackendError(f"--device: {name} is not here, torch finds {devices} (`mgebm doctor` says why)")
-    return device
+    try:
+        return stored_run.find_device(name)
+    except Refused as error:
+        raise error.named("--device") from None
+    except BackendError as error:
+        raise BackendError(f"--{error}") from None
 
 
 def find_rank_device(name: str) -> torch.device:
@@ -100,29 +94,12 @@ def open_run(path: Path) -> tuple[Path, TrainConfig | None]:
     Damaged newer checkpoints are reported on stderr. CheckpointError where there is nothing at `path`, with the
     nearest name, or no model.
     """
-    from ..learning import Run
-    from ..models import storage
+    from ..learning.run import stored_run
 
-    if not path.exists():
-        names = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
-        raise CheckpointError(f"run: {path} does not exist{suggest(path.name, names)}")
-    folder = path if path.is_dir() else path.parent
-    if not any((folder / name).is_file() for name in ("config.toml", "state.json")):
-        if path.is_file():
-            return path, None
-        try:
-            return storage.find(path), None
-        except CheckpointError:
-            raise CheckpointError(
-                f"run: must be the folder of a run, a checkpoint's or a model file, got {path}, which holds no model"
-            ) from None
-    run = Run(folder)
-    if path.is_file():
-        return path, run.config
-    file, passed_over = run.find_model()
+    file, run, passed_over = stored_run.find(path)
     if passed_over:
         typer.echo(passed_over, err=True)
-    return file, run.config
+    return file, None if run is None else run.config
 
 
 @contextlib.contextmanager

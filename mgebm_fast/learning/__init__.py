@@ -18,7 +18,7 @@ from .config import (
     preset_names,
 )
 from .methods import ABPRule, ContrastiveRule, CooperativeRule, MultiGridRule, SingleGridRule, work
-from .run import Loop, Outcome, Run, UpdateRule, check_new
+from .run import Loop, Outcome, Run, UpdateRule, check_new, load
 from .trainer import MultiGridTrainer, train
 
 __all__ = [
@@ -43,6 +43,7 @@ __all__ = [
     "build_model",
     "check_new",
     "describe_keys",
+    "load",
     "load_config",
     "load_data",
     "load_preset",

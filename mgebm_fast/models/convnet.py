@@ -94,13 +94,13 @@ class GenerativeConvNet(OneNet):
         self._depth, self._part = depth, (part,)
 
     @property
-    def energy(self) -> EnergyNet:
+    def net(self) -> EnergyNet:
         """The net of the layers in use."""
         return self._part[0]
 
     @property
     def active_nets(self) -> list[nn.Module]:
-        return [self.energy]
+        return [self.net]
 
     def _start(self, group: Group) -> Tensor:
         return self.zeros(group.n)
@@ -164,14 +164,14 @@ class Frame(GenerativeConvNet):
             self._head().copy_(weights[:, None].expand_as(self._head()))
 
     def _head(self) -> Tensor:  # (K, pixels), a view of the head's weight
-        head = self.energy.head
+        head = self.net.head
         assert head is not None
-        return head.weight.view(self.energy.specs[-1].channels, -1)
+        return head.weight.view(self.net.specs[-1].channels, -1)
 
     @torch.no_grad()
     def responses(self, x: Tensor) -> Tensor:  # (N, C, S, S) -> (N, K)
         """Means of the rectified responses of every filter over an image: the statistics that λ matches."""
-        for layer in self.energy.layers:
+        for layer in self.net.layers:
             x = layer(x)
         return x.flatten(2).mean(2)
 
@@ -192,7 +192,7 @@ class Frame(GenerativeConvNet):
 
     def _take_weights(self, source: GenerativeConvNet) -> None:
         assert isinstance(source, Frame)
-        self.energy.layers.load_state_dict(source.energy.layers.state_dict())
+        self.net.layers.load_state_dict(source.net.layers.state_dict())
         self.set_weights(source.weights)
 
     def config(self) -> dict[str, Any]:

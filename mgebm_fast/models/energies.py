@@ -8,16 +8,18 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from .. import noise
-from ..errors import CheckpointError
+from .. import noise, ops
+from ..errors import CheckpointError, DivergenceError, Refused
+from ..gradient import frozen_parameters
 from ..gradient.plan import Energy
 from ..nets import EnergyNet, multigrid_net
 from ..nets.energy_net import NORMS
 from ..sampling.corrected import Corrected
 from ..sampling.coupling import coupling
 from ..sampling.langevin import Langevin
+from ..sampling.metropolis import squares
 from .model import Model
 
 AnyEnergyModel = TypeVar("AnyEnergyModel", bound="EnergyModel")
@@ -110,6 +112,59 @@ class EnergyModel(Model):
     def sample_shape(self, size: int) -> tuple[int, ...]:
         """(C, …) of a sample at one of `sizes`."""
         return self.channels, size, size
+
+    def energies(
+        self,
+        x: Tensor,  # (N, C, S, S) uint8, or float32 in `value_range`; at the finest size
+        *,
+        reference: bool = False,
+    ) -> dict[int, Tensor]:
+        """The energies of images at every size that has a net, {size: (N,) float32}, low where data are likely.
+
+        E_s(x_s) = −f_s(x_s), x_s the block means of x at size s; with `reference` U_s = E_s + ‖x_s − m‖²/2σ² where the
+        chain at that size has a Gaussian reference N(m, σ²I). Each is known up to a constant of its own: compare
+        images at one size of one model, and no sizes or models with each other.
+
+        Batch statistics (norm="batch") couple the images, which are then one batch; `freeze_norm()` gives a model in
+        which an image's energy is its own. Gradients go to x where it requires them; there are none to the weights.
+
+        Raises TypeError, ValueError: x is not as above, or not finite. DivergenceError: an energy is not finite.
+        """
+        shape = self.sample_shape(self.sizes[-1])
+        if not isinstance(x, Tensor) or x.dtype not in (torch.uint8, torch.float32):
+            got = x.dtype if isinstance(x, Tensor) else type(x).__name__
+            raise TypeError(f"energies: x must be a uint8 or float32 tensor, got {got}")
+        if tuple(x.shape[1:]) != shape:
+            raise Refused("x", f"have shape (N, {', '.join(map(str, shape))})", tuple(x.shape), "energies")
+        if x.is_floating_point() and not bool(torch.isfinite(x).all()):
+            raise ValueError("energies: x must be finite, got NaN or infinite pixels")
+        with torch.set_grad_enabled(torch.is_grad_enabled() and x.requires_grad):
+            parts = [self._energies(part, reference) for part in ([x] if self.coupled else x.split(self.batch_size))]
+        found = {size: torch.cat([part[grid] for part in parts]) for grid, size in enumerate(self.sizes[1:])}
+        for size, energies in found.items():
+            if bool((wrong := ~torch.isfinite(energies)).any()):
+                image = int(wrong.nonzero()[0])
+                got = f"{float(energies[image])} for image {image} at size {size}"
+                raise DivergenceError(f"energies: must be finite, got {got}")
+        return found
+
+    def energy(self, x: Tensor, *, reference: bool = False) -> Tensor:  # (N, C, S, S) -> (N,)
+        """The sum of `energies` over the sizes, (N,) float32; arguments and errors as there."""
+        return torch.stack(list(self.energies(x, reference=reference).values())).sum(0)
+
+    def _energies(self, x: Tensor, reference: bool) -> list[Tensor]:
+        found = []
+        for net, chain, at_size in zip(self.active_nets, self.sampling, self._at_sizes(self.in_units(x)), strict=True):
+            with frozen_parameters(net):
+                energies = net(at_size)
+            if reference and chain.reference_std is not None:
+                energies = energies + squares(at_size - chain.reference_mean) / (2 * chain.reference_std**2)
+            found.append(energies.float())
+        return found
+
+    def _at_sizes(self, x: Tensor) -> list[Tensor]:
+        """Images as each net takes them."""
+        return [*ops.pyramid(x, self.sizes[1:-1]), x]
 
     def explain(self, n: int | None = None) -> str:
         """What the chain of every grid runs in sampling, and why: the grid in a line, and below it a line a field."""

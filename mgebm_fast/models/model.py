@@ -64,6 +64,7 @@ class Model(nn.Module, abc.ABC):
     norm: str = "none"  # "batch": the samples of a group are coupled
     _of_any_length: tuple[str, ...] = ()
     colours: Tensor
+    origin: Any = None  # the `learning.Run` that `mg.load` found the model in
 
     def __init__(
         self, sizes: Sequence[int], channels: int, value_range: tuple[float, float], batch_size: int | None

@@ -42,14 +42,14 @@ def test_a_model_in_growth_is_measured_by_the_layers_in_use(depth):
     x = model.sample(5, seed=3, precision="fp32")
     trace = diagnose(model, num=5, seed=3).chains[0].trace
     with torch.no_grad():
-        expected = model.energy(x).double()
+        expected = model.net(x).double()
     np.testing.assert_allclose(trace.energy[-1], expected, rtol=1e-5)
     np.testing.assert_allclose(trace.potential[-1], expected + x.double().square().flatten(1).sum(1) / 2, rtol=1e-5)
 
 
 def test_hamiltonian_chains_are_measured_by_their_own_acceptance():
     model = frame(3)
-    result = model.exact(STEPS)(model.energy, model.zeros(6), grid=1, seed=3, precision="fp32")
+    result = model.exact(STEPS)(model.net, model.zeros(6), grid=1, seed=3, precision="fp32")
     chain = diagnose(model, num=6, seed=3).chains[0]
     assert result.x.equal(model.sample(6, seed=3, precision="fp32"))
     # A record after step k is of the proposal of step k + 1.

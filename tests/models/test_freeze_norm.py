@@ -52,7 +52,7 @@ KINDS = [
 
 def energies(model):
     """What the chains of a model see."""
-    return [model.energy] if isinstance(model, GenerativeConvNet) else list(model.nets)
+    return [model.net] if isinstance(model, GenerativeConvNet) else list(model.nets)
 
 
 @pytest.mark.parametrize("norm", ["none", "batch"])

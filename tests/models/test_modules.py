@@ -75,7 +75,7 @@ def test_copies_and_pickles_sample_the_same(name, again):
         value.zero_()  # of the copy alone, its parts included
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
     if name == "GenerativeConvNet":
-        assert other.energy.layers[0] is other.nets[0].layers[0]
+        assert other.net.layers[0] is other.nets[0].layers[0]
 
 
 # nets of one's own

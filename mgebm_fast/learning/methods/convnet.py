@@ -95,7 +95,7 @@ def work(model: GenerativeConvNet, config: TrainConfig) -> float:
     passes = CHAIN_STEP * model.langevin[0].steps + 2 * LEARNING
     total = 0
     for model.depth, updates in depths.items():
-        total += updates * passes * model.energy.macs()
+        total += updates * passes * model.net.macs()
     return total / max(1, config.steps)
 
 

@@ -72,7 +72,7 @@ class FrameRule(ChainsRule):
 
     def tied(self, gradients: list[Tensor]) -> list[Tensor]:
         (whole,) = gradients
-        tied = whole.view(self.model.energy.specs[-1].channels, -1).mean(1, keepdim=True)
+        tied = whole.view(self.model.net.specs[-1].channels, -1).mean(1, keepdim=True)
         return [tied.expand(-1, whole.numel() // len(tied)).reshape(whole.shape)]
 
     def details(self, learned: Learned, made: Synthesis) -> dict[str, float]:
@@ -86,7 +86,7 @@ class FrameRule(ChainsRule):
 def work(model: Frame, config: TrainConfig) -> float:
     """The chain, and three forward passes for learning: filters are frozen, so that λ needs the responses alone."""
     gradients = model.langevin[0].steps * (model.leapfrog_steps or 1)
-    return (CHAIN_STEP * gradients + 3) * model.energy.macs()
+    return (CHAIN_STEP * gradients + 3) * model.net.macs()
 
 
 def build_model(config: TrainConfig) -> Frame:

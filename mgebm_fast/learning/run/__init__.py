@@ -3,6 +3,6 @@
 from .folder import check_new
 from .loop import Loop, Outcome
 from .rule import UpdateRule
-from .stored_run import Run
+from .stored_run import Run, load
 
-__all__ = ["Loop", "Outcome", "Run", "UpdateRule", "check_new"]
+__all__ = ["Loop", "Outcome", "Run", "UpdateRule", "check_new", "load"]

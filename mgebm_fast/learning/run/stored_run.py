@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import os
+import re
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
-from ...errors import CheckpointError
-from ...models import Model
+from ...errors import BackendError, CheckpointError, Refused, suggest
+from ...models import Model, storage
 from ..config.files import load_config
 from ..config.method import load_data
 from ..config.train_config import TrainConfig
@@ -94,3 +96,83 @@ class Run:
 def _inside(folder: Path, error: CheckpointError) -> str:
     """What is wrong with a checkpoint, its file named without the folder."""
     return error.words if error.where == str(folder) else str(error.at(Path(error.where).name))
+
+
+class Found(NamedTuple):
+    """What holds a model, and what is known of it."""
+
+    file: Path
+    run: Run | None  # None for a model file that stands alone
+    passed_over: str  # a line that names damaged newer checkpoints; "" where there are none
+
+
+def find(path: str | os.PathLike[str]) -> Found:
+    """The model that `path`, a run's folder, a checkpoint's or a model file, means.
+
+    CheckpointError where there is nothing at `path`, with the nearest name, or no model.
+    """
+    path = Path(path)
+    if not path.exists():
+        names = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
+        raise CheckpointError(f"run: {path} does not exist{suggest(path.name, names)}")
+    folder = path if path.is_dir() else path.parent
+    if any((folder / name).is_file() for name in (CONFIG, checkpoint.STATE)):
+        run = Run(folder)
+        return Found(path, run, "") if path.is_file() else Found(*_with_run(run))
+    if path.is_file():
+        return Found(path, None, "")
+    try:
+        return Found(storage.find(path), None, "")
+    except CheckpointError:
+        raise CheckpointError(
+            f"run: must be the folder of a run, a checkpoint's or a model file, got {path}, which holds no model"
+        ) from None
+
+
+def _with_run(run: Run) -> tuple[Path, Run, str]:
+    file, passed_over = run.find_model()
+    return file, run, passed_over
+
+
+def find_device(name: str) -> torch.device:
+    """The device that a name means, auto for CUDA where torch finds it; BackendError where this machine has none."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
+        raise Refused("device", "be auto, cpu, cuda or cuda:N", repr(name), "load")
+    device = torch.device(name)
+    if device.type == "cuda":
+        count = torch.cuda.device_count()
+        if (device.index or 0) >= count:
+            devices = "none" if count == 0 else f"cuda:0 … cuda:{count - 1}"
+            raise BackendError(f"device: {name} is not here, torch finds {devices} (`mgebm doctor` says why)")
+    return device
+
+
+def load(run: str | os.PathLike[str], *, device: str | torch.device = "auto", ema: bool = True) -> Model:
+    """The trained model of a run, of the class that its file names, ready to sample from:
+
+        model = mg.load("runs/digits")
+        pictures = model.to_uint8(model.sample(64, seed=0))
+        energies = model.energies(pictures)
+
+    Args:
+        run: a run's folder (its final model, else that of its newest whole checkpoint, with a warning where newer ones
+            are damaged), a checkpoint's folder, or a model file.
+        device: "auto": CUDA where torch finds it, else the CPU.
+        ema: take the averaged weights where the run keeps them.
+
+    `model.origin` is the `Run` that it came from, with its configuration, metrics and data; None for a file alone.
+
+    Raises CheckpointError: nothing there, not a run or a model file, damaged, or weights that are not finite; nothing
+    is ever unpickled. BackendError: a device that this machine has not.
+    """
+    if not isinstance(run, (str, os.PathLike)):
+        raise TypeError(f"load: run must be a path, got {type(run).__name__}")
+    where = find_device(str(device))
+    file, origin, passed_over = find(run)
+    if passed_over:
+        warnings.warn(passed_over, stacklevel=2)
+    model = Model.load(file, device=where, ema=ema)
+    model.origin = origin
+    return model

@@ -79,8 +79,8 @@ def test_without_growth_all_layers_learn_from_the_first_update():
 
 def test_a_linear_head_comes_with_the_last_layer():
     early, late = (trained(updates, small(head="linear")).model for updates in (4, 5))
-    assert early.depth == 2 and early.energy.head is None
-    assert late.depth == 3 and late.energy is late.nets[0] and late.energy.head is not None
+    assert early.depth == 2 and early.net.head is None
+    assert late.depth == 3 and late.net is late.nets[0] and late.net.head is not None
 
 
 def test_chains_begin_at_zero_and_go_on_from_where_they_were():
@@ -91,7 +91,7 @@ def test_chains_begin_at_zero_and_go_on_from_where_they_were():
     for update, (net, reached) in enumerate(((model, one), (one.model, two))):
         ids = noise.permutation(8, seed=SEED, step=update, stream=noise.stream(noise.Purpose.BANK_DRAW, 1))
         x[ids] = langevin_sample(
-            net.energy, x[ids], steps=STEPS, step_size=DELTA, reference_std=1.0, clamp=(-1.0, 1.0), seed=SEED,
+            net.net, x[ids], steps=STEPS, step_size=DELTA, reference_std=1.0, clamp=(-1.0, 1.0), seed=SEED,
             first_sample=ids, first_step=update * STEPS, precision="fp32",
             stream=noise.stream(noise.Purpose.TRAINING_CHAIN, 1),
         )  # fmt: skip
@@ -104,7 +104,7 @@ def test_a_restarted_chain_begins_at_zero():
     ids = noise.permutation(8, seed=SEED, step=2, stream=noise.stream(noise.Purpose.BANK_DRAW, 1))
     x = torch.zeros(8, 1, 4, 4)
     x[ids] = langevin_sample(
-        before.energy, x, steps=STEPS, step_size=DELTA, reference_std=1.0, clamp=(-1.0, 1.0), seed=SEED,
+        before.net, x, steps=STEPS, step_size=DELTA, reference_std=1.0, clamp=(-1.0, 1.0), seed=SEED,
         first_sample=ids, first_step=2 * STEPS, precision="fp32", stream=noise.stream(noise.Purpose.TRAINING_CHAIN, 1),
     )  # fmt: skip
     assert bank.bank.equal(x)
@@ -161,9 +161,9 @@ def test_a_texture_is_sampled_at_another_size():
     model = trained(6, small()).model
     large = model.at_size(10)
     assert large.sizes == (1, 10) and large.sample(2).shape == (2, 1, 10, 10)
-    assert type(large.energy) is EnergyNet
+    assert type(large.net) is EnergyNet
     x = torch.randn(2, 1, 10, 10, generator=torch.Generator().manual_seed(0))
-    assert large.energy(x).equal(model.nets[0](x))  # fully convolutional: the net itself takes any size
+    assert large.net(x).equal(model.nets[0](x))  # fully convolutional: the net itself takes any size
     with pytest.raises(ValueError, match="size: must be 4, the size that this model was trained at"):
         trained(6, small(head="linear")).model.at_size(10)
     with pytest.raises(ValueError, match="depth must be an int in"):
@@ -213,7 +213,7 @@ def test_videos_and_sounds_are_refused(name, tmp_path):
 
 def test_presets_are_a_texture_and_an_object():
     texture, faces = (build_model(load_preset(name)) for name in ("texture", "object"))
-    assert texture.energy.head is None and texture.at_size(50).sizes == (1, 50)
-    assert faces.energy.head is not None and faces.energy.size == (24, 24)
+    assert texture.net.head is None and texture.at_size(50).sizes == (1, 50)
+    assert faces.net.head is not None and faces.net.size == (24, 24)
     wall = texture.from_uint8(torch.from_numpy(np.asarray(load("texture:brick/4", size=48, channels=1).images)))
     assert texture.langevin[0].reference_mean == pytest.approx(wall.mean().item(), abs=0.05)  # where chains begin

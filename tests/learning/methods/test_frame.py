@@ -70,7 +70,7 @@ def test_the_energy_is_linear_in_the_rectified_responses():
     responses = torch.cat([(plain - b).relu() for b in (0.0, 0.2)], 1)
     torch.testing.assert_close(model.responses(x).double(), responses.mean((2, 3)), rtol=1e-5, atol=1e-6)
     expected = -(responses.sum((2, 3)) * weights.double()).sum(1)
-    torch.testing.assert_close(model.energy(x).double(), expected, rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(model.net(x).double(), expected, rtol=1e-5, atol=1e-4)
     assert model.weights.equal(weights)
 
 
@@ -78,15 +78,15 @@ def test_an_update_moves_the_weights_by_the_difference_of_moments():
     config = small(optimiser={"name": "sgd", "lr": 0.5})
     data = tiny_data()
     trainer = MultiGridTrainer(None, data, config, device="cpu", quiet=True)
-    frozen = [p.clone() for p in trainer.model.energy.layers.parameters()]
+    frozen = [p.clone() for p in trainer.model.net.layers.parameters()]
     observed = trainer._loop.batches.batch(0)
     trainer.fit(1)
     model = trainer.model
     difference = model.responses(model.from_uint8(observed)).mean(0) - model.responses(model.bank).mean(0)
     torch.testing.assert_close(model.weights, 0.5 * difference, rtol=1e-4, atol=1e-6)
     trainer.fit(3)
-    assert all(a.equal(b) for a, b in zip(frozen, model.energy.layers.parameters(), strict=True))
-    head = model.energy.head.weight.view(len(model.weights), -1)
+    assert all(a.equal(b) for a, b in zip(frozen, model.net.layers.parameters(), strict=True))
+    head = model.net.head.weight.view(len(model.weights), -1)
     assert head.equal(head[:, :1].expand_as(head))
 
 
@@ -196,7 +196,7 @@ def test_filters_of_a_trained_run(tmp_path):
     options = {"filters": str(tmp_path / "model.safetensors"), "layers": 2}
     model = build_model(small(frame=options))
     assert len(model.weights) == 5
-    for source, target in zip(net.convolutions[:2], model.energy.convolutions, strict=True):
+    for source, target in zip(net.convolutions[:2], model.net.convolutions, strict=True):
         assert source.weight.equal(target.weight) and not target.weight.requires_grad
     trainer = MultiGridTrainer(None, tiny_data(), small(frame=options), device="cpu", quiet=True)
     trainer.fit(2)

@@ -75,7 +75,7 @@ def test_layers_that_are_not_in_use_do_not_count():
     expected = 0
     for update in range(40):  # one layer for ten updates, two for ten, then all three
         model.depth = 1 + min(update // 10, 2)
-        expected += passes * model.energy.macs()
+        expected += passes * model.net.macs()
     assert work(config) == config.batch_size * expected
 
 
