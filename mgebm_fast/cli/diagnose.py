@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from .options import Device, RunPath, Threads, find_device, open_run, use_threads
+from .options import Device, RunPath, Threads, find_device, open_run, report_changed_data, use_threads
 from .outputs import check_out
 
 _OURS = r"report\.json|grid_\d+_size_[\dx]+(_states)?\.png"
@@ -65,10 +65,11 @@ def diagnose(
     from ..files import write_bytes
     from ..models import EnergyModel, Model, SpatialTemporal
 
-    source, _ = open_run(run)
+    source, config = open_run(run)
     model = Model.load(source, device=find_device(device))
     if not isinstance(model, EnergyModel):
         raise ValueError(f"run: must have chains to diagnose, got {run}, whose samples a generator makes alone")
+    report_changed_data(run, config)
     num = num or (8 if isinstance(model, SpatialTemporal) else 64)
     with Console(stderr=True).status(f"running {num} chains a grid"):
         diagnosis = measure(model, num=num, steps=steps, seed=seed)

@@ -103,14 +103,14 @@ def open_run(path: Path) -> tuple[Path, TrainConfig | None]:
 
 
 @contextlib.contextmanager
-def named_options(*names: str) -> Iterator[None]:
+def named_options(*names: str, data: str = "--data") -> Iterator[None]:
     """Inside, an error of the data, or of an argument in `names`, is raised as one of the command's option."""
     try:
         yield
     except DataError as error:
         if error.where not in ("load", "data"):
             raise
-        raise error.at("--data") from error
+        raise error.at(data) from error
     except Refused as error:
         if error.name not in names:
             raise
@@ -161,6 +161,23 @@ def load_run_data(config: TrainConfig, *, split: str, strict: bool = False) -> I
     return data
 
 
+def report_changed_data(run: Path, config: TrainConfig | None) -> None:
+    """Say on stderr where the data of a run are not what it learnt from, for a command that does not use them."""
+    from ..data.fingerprint import difference
+    from ..learning import load_data
+
+    if config is None or (like := fingerprint_of(run, config.data, config)) is None:
+        return
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            differs = difference(like, load_data(config, like=like).fingerprint())
+    except (OSError, ValueError) as error:
+        differs = f"they cannot be read: {error}"
+    if differs:
+        typer.echo(f"{config.data}: not what the run learnt from: {differs}", err=True)
+
+
 def check_images(model: Model, run: Path, command: str) -> None:
     """ValueError where a command that works on images is asked of a model of videos or of sounds."""
     from ..models import SpatialTemporal
@@ -180,16 +197,19 @@ def report_skipped(name: str, skipped: tuple[tuple[str, str], ...], kept: int, m
         typer.echo(f"  … and {len(skipped) - most} more", err=True)
 
 
-def configured(config: TrainConfig, data: str | None, settings: Sequence[str]) -> TrainConfig:
-    """`config` as --data and --set change it; paths are absolute, so that the run goes on from any folder."""
+def configured(config: TrainConfig, data: str | None, settings: Sequence[str], *, stored: bool = False) -> TrainConfig:
+    """`config` as --data and --set change it; paths are absolute, so that the run goes on from any folder. What a
+    preset or a TOML file names is checked as --data is; not so the data of a run that goes on (`stored`)."""
     from ..learning import apply_overrides, merge
 
-    if data is not None:
-        config = dataclasses.replace(config, data=lasting(data))
     before = config.data
+    if data is not None:
+        config = dataclasses.replace(config, data=data)
     config = apply_overrides(config, settings)
-    if config.data != before:
-        config = dataclasses.replace(config, data=lasting(config.data))
+    changed = data is not None or config.data != before
+    if changed or not stored:
+        option = "--data" if changed else f"data of {config.name!r}"
+        config = dataclasses.replace(config, data=lasting(config.data, option))
     if config.method == "frame" and config.options.filters != "gabor":
         config = merge(config, {"frame": {"filters": _absolute(config.options.filters)}})
     return config
@@ -212,13 +232,13 @@ def source_of(run: Path, data: str | None, config: TrainConfig | None) -> str:
     return source
 
 
-def lasting(data: str) -> str:
+def lasting(data: str, option: str = "--data") -> str:
     """A path as an absolute one, so that the run finds its data again from any folder; built-in names as they are."""
     from ..data import builtin
 
     if not builtin.is_builtin(data):
         return _absolute(data)
-    with named_options():
+    with named_options(data=option):
         builtin.check_not_both(data)
     return data.removeprefix(builtin.BUILT_IN_PREFIX)
 

@@ -103,7 +103,8 @@ def train(
         with ranks.together():
             chosen, folder = _configure(config, out, resume)
             changes = [*(settings or []), *([] if precision is None else [f"precision={precision}"])]
-            chosen = configured(chosen, data, changes)
+            stored = resume and (folder / "config.toml").exists()
+            chosen = configured(chosen, data, changes, stored=stored)
             if threads is None and place.type == "cpu":
                 use_threads(threads_for(build_model(chosen), chosen.batch_size))
         outcome = _fit(chosen, folder, resume, strict, place, _how_to_resume(folder, device, threads, ranks), ranks)

@@ -188,3 +188,10 @@ def test_seeds_are_checked(seeds, mgebm, tmp_path):
     result = mgebm("compare", "digits", "--seeds", seeds, "--out", tmp_path / "out")
     assert result.exit_code == 2 and "--seeds: must be different whole numbers" in result.stderr
     assert not (tmp_path / "out").exists()
+
+
+def test_a_run_that_learnt_from_other_images_is_refused(copy, mgebm):
+    path = copy / "digits" / "seed-0" / "data.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "digest": "0" * 64, "names": None, "content": None}))
+    result = mgebm(*ARGUMENTS, "--out", copy)
+    assert result.exit_code == 2 and "data must be the images that digits, seed 0 learnt from" in result.stderr

@@ -125,3 +125,13 @@ def test_a_noise_free_run_has_a_note(trained):
 def test_help_has_an_example(mgebm):
     result = mgebm("diagnose", "--help")
     assert result.exit_code == 0 and "  mgebm diagnose runs/" in result.stdout
+
+
+def test_data_that_are_others_now_are_reported(mgebm, run):
+    stored = json.loads((run / "data.json").read_text())
+    (run / "data.json").write_text(json.dumps({**stored, "digest": "0" * 64, "names": None, "content": None}))
+    result = mgebm("diagnose", run, "--num", 2, "--steps", 2, "--json")
+    assert result.exit_code == 0 and json.loads(result.stdout)["chains"]
+    assert "digits: not what the run learnt from: names or pixels of some images differ" in result.stderr
+    (run / "data.json").write_text(json.dumps(stored))
+    assert "not what" not in mgebm("diagnose", run, "--num", 2, "--steps", 2, "--json").stderr

@@ -274,3 +274,17 @@ def test_ctrl_c_saves_says_how_to_go_on_and_exits_with_130(tmp_path, mgebm):
     made = int(max((out / "checkpoints").iterdir()).name.removeprefix("step_"))
     assert made >= 1
     assert mgebm("train", "--out", out, "--resume", "--set", f"steps={made + 1}").exit_code == 0
+
+
+def test_a_preset_and_a_toml_file_name_data_as_the_option_does(mgebm, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    mgebm("train", "digits", *TINY, "--set", "steps=0", "--out", "earlier")
+    (tmp_path / "digits").mkdir()
+    (tmp_path / "mine.toml").write_text('name = "mine"\nbase = "digits"\nsteps = 0\n')
+    for name, called in (("digits", "digits"), ("mine.toml", "mine")):
+        result = mgebm("train", name, "--out", "run")
+        assert result.exit_code == 2 and not (tmp_path / "run").exists()
+        assert f"data of {called!r}: 'digits' is a built-in set and also lies in this folder" in result.stderr
+    taken = mgebm("train", "mine.toml", *TINY, "--set", "steps=0", "--data", "builtin:digits", "--out", "run")
+    assert taken.exit_code == 0, taken.output
+    assert mgebm("train", "--out", "earlier", "--resume").exit_code == 0  # a run keeps the set that it began with

@@ -27,7 +27,7 @@ from ...learning import Run, TrainConfig, train, work
 from ...models.occlusions import KINDS, occlusion
 from ..evaluate import Judges, evaluate, fit_judges
 from ..inpainting import inpaint, length_images, pick_length
-from .runs import Entry, state
+from .runs import Entry, check_data, state
 
 _VERSION = 3  # of the figures: those stored under another version are measured again
 
@@ -60,10 +60,11 @@ def compare(
     """Train what is missing, measure what was not measured, and give one record a run (`measured`).
 
     All runs are checked before the first is trained. A run that diverges has a record with `failed` and no figures.
-    Raises ConfigError: a folder holds another run. Interrupted: a signal ended the training.
+    Raises ConfigError: a folder holds another run, or one of other images. Interrupted: a signal ended the training.
     """
     for entry in runs:
-        state(entry)
+        if state(entry) != "missing":
+            check_data(entry, training)
     images = [_checksum(data) for data in (training, held_out)]
     judges: Judges | None = None
     records = []

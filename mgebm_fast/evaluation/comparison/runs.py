@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from ...data import ImageData
+from ...data.fingerprint import difference
 from ...errors import ConfigError
 from ...learning import Run, TrainConfig, load_config, load_preset, preset_names
 from ...learning.config.files import preset_base
@@ -89,6 +91,16 @@ def state(entry: Entry) -> str:
     checkpoints = listed(entry.folder / "checkpoints")
     behind = bool(checkpoints) and step_of(checkpoints[-1]) < entry.config.steps
     return "finished" if Run(entry.folder).finished and not behind else "unfinished"
+
+
+def check_data(entry: Entry, training: ImageData) -> None:
+    """ConfigError where a run learnt from other images than these, by the fingerprint that it keeps of them."""
+    stored = Run(entry.folder).fingerprint()
+    if stored and (differs := difference(stored, training.fingerprint())):
+        raise ConfigError(
+            f"compare: data must be the images that {entry.title} learnt from, but {differs}; move "
+            f"{entry.folder} away, or choose another --out"
+        )
 
 
 def _flat(config: TrainConfig) -> dict[str, Any]:
