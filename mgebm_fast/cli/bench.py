@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..checks import one_of
-from .options import Device, Threads, find_device, use_threads
+from .options import Device, Json, Threads, find_device, use_threads
 
 if TYPE_CHECKING:
     from ..benchmarks.cases import Case
@@ -38,7 +38,7 @@ def bench(
     plot: Annotated[
         bool, typer.Option("--plot", help="Draw chains.svg, ..., one a table, in the folder of --csv, else here.")
     ] = False,
-    json: Annotated[bool, typer.Option("--json", help="Print exactly one JSON object on stdout.")] = False,
+    json: Json = False,
     tiny: Annotated[
         bool, typer.Option("--tiny", help="Small nets and two steps: shows that it runs, the figures mean nothing.")
     ] = False,

@@ -10,13 +10,13 @@ import typer
 
 from .options import (
     Device,
+    Json,
     Threads,
-    check_images,
-    find_device,
     fingerprint_of,
     load_images,
     named_options,
-    open_run,
+    open_model,
+    print_json,
     source_of,
     use_threads,
 )
@@ -41,7 +41,7 @@ def classify(
     picture: Annotated[
         Path | None, typer.Option(metavar="X.png", help="Draw accuracy over the number of labels.")
     ] = None,
-    json: Annotated[bool, typer.Option("--json", help="Print exactly one JSON object on stdout.")] = False,
+    json: Json = False,
     device: Device = "auto",
     threads: Threads = None,
 ) -> None:
@@ -64,8 +64,6 @@ def classify(
     Runs of the same layers share the supervised and the random rows. The classifier's settings are chosen by
     cross-validation on the labelled images. --picture needs matplotlib: pip install "mgebm_fast[plot]".
     """
-    import json as json_module
-
     wanted = _numbers(labels)
     _check_picture(picture)
     use_threads(threads)
@@ -75,13 +73,10 @@ def classify(
     from ..evaluation.few_labels.net_features import energy_nets
     from ..evaluation.few_labels.report import format_few_labels, plot_few_labels
     from ..files import write_bytes
-    from ..models import Model
 
     models, sources, like = {}, {}, None
     for run in runs:
-        file, config = open_run(run)
-        model = Model.load(file, device=find_device(device))
-        check_images(model, run, "classify")
+        model, config = open_model(run, device, "classify")
         try:
             energy_nets(model)
         except ValueError:
@@ -111,7 +106,7 @@ def classify(
             progress=lambda name, done, total: status.update(f"{done + 1} of {total}: {name}"),
         )  # fmt: skip
     if json:
-        typer.echo(json_module.dumps(result, allow_nan=False, ensure_ascii=False))
+        print_json(result)
     else:
         Console().print(format_few_labels(result))
     if picture is not None:  # last: figures are there even where the file cannot be written

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .options import INTERRUPTED, Device, Threads, configured, find_device, load_run_data, use_threads
+from .options import INTERRUPTED, Device, Json, Threads, configured, find_device, load_run_data, print_json, use_threads
 from .outputs import check_place
 
 if TYPE_CHECKING:
@@ -45,7 +45,7 @@ def compare(
         bool | None,
         typer.Option("--picture/--no-picture", help="Draw kid.png. Default: where matplotlib is installed."),
     ] = None,
-    json: Annotated[bool, typer.Option("--json", help="Print exactly one JSON object on stdout.")] = False,
+    json: Json = False,
     device: Device = "auto",
     threads: Threads = None,
 ) -> None:
@@ -70,8 +70,6 @@ def compare(
     so. One feature space, one recogniser and the same occlusions judge all runs. docs/results/comparison.md says what
     the columns are.
     """
-    import json as json_module
-
     numbers = _seeds(seeds)
     _check_out(out)
     drawn = importlib.util.find_spec("matplotlib") is not None
@@ -126,7 +124,7 @@ def compare(
         _draw(out, runs, records, held_out if len(held_out) else training, place, picture is not False and drawn)
     if json:
         result = {"presets": names, "seeds": numbers, "runs": records, "table": rows, "real": table.baselines(records)}
-        typer.echo(json_module.dumps(result, allow_nan=False, ensure_ascii=False))
+        print_json(result)
         return
     shown = Console()
     (shown if shown.is_terminal else Console(width=_LOG_WIDTH)).print(table.console_tables(rows, records))

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from .options import Device, RunPath, Threads, find_device, open_run, report_changed_data, use_threads
+from .options import Device, Json, RunPath, Threads, find_device, open_run, report_changed_data, use_threads
 from .outputs import check_out
 
 _OURS = r"report\.json|grid_\d+_size_[\dx]+(_states)?\.png"
@@ -28,7 +28,7 @@ def diagnose(
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace the diagnosis in a folder that holds other files as well.")
     ] = False,
-    json: Annotated[bool, typer.Option("--json", help="Print exactly one JSON object on stdout.")] = False,
+    json: Json = False,
     device: Device = "auto",
     threads: Threads = None,
 ) -> None:

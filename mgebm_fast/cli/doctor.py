@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json as json_module
-from typing import Annotated
 
 import typer
 
+from .options import Json
 
-def doctor(json: Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")] = False) -> None:
+
+def doctor(json: Json = False) -> None:
     """Say what was built, what is usable on this machine, and why the rest is not and how to get it.
 
     \b

@@ -8,13 +8,13 @@ import typer
 
 from .options import (
     Device,
+    Json,
     RunPath,
     Threads,
-    check_images,
-    find_device,
     fingerprint_of,
     load_images,
-    open_run,
+    open_model,
+    print_json,
     source_of,
     use_threads,
 )
@@ -27,7 +27,7 @@ def evaluate(
     data: Annotated[
         str | None, typer.Option(metavar="NAME|PATH", help="Images to compare with. Default: those it was trained on.")
     ] = None,
-    json: Annotated[bool, typer.Option("--json", help="Print exactly one JSON object on stdout.")] = False,
+    json: Json = False,
     device: Device = "auto",
     threads: Threads = None,
 ) -> None:
@@ -43,16 +43,11 @@ def evaluate(
     data, confident_share is the share of samples that a classifier recognises with probability >= 0.9, and
     class_shares splits it by class. The *_real values are the same measures of as many held-out real images.
     """
-    import json as json_module
-
     use_threads(threads)
     from ..evaluation import evaluate as measure
     from ..evaluation import format_report
-    from ..models import Model
 
-    file, config = open_run(run)
-    model = Model.load(file, device=find_device(device))
-    check_images(model, run, "evaluate")
+    model, config = open_model(run, device, "evaluate")
     source = source_of(run, data, config)
     classes = config.classes if config else ()
     size, channels = model.sizes[-1], model.channels
@@ -62,7 +57,7 @@ def evaluate(
     )
     result = measure(model, train, held_out, num=num, seed=seed)
     if json:
-        typer.echo(json_module.dumps(result, allow_nan=False, ensure_ascii=False))
+        print_json(result)
         return
     from rich.console import Console
 

@@ -10,13 +10,14 @@ import typer
 
 from .options import (
     Device,
+    Json,
+    Precision,
     RunPath,
     Threads,
-    check_images,
-    find_device,
     fingerprint_of,
     load_images,
-    open_run,
+    open_model,
+    print_json,
     source_of,
     use_threads,
 )
@@ -52,10 +53,10 @@ def inpaint(
     data: Annotated[
         str | None, typer.Option(metavar="NAME|PATH", help="Images to fill. Default: those it was trained on.")
     ] = None,
-    json: Annotated[bool, typer.Option("--json", help="Print exactly one JSON object on stdout.")] = False,
+    json: Json = False,
     device: Device = "auto",
     threads: Threads = None,
-    precision: Annotated[str, typer.Option(help="Precision of the gradient: auto, fp32, bf16 or fp16.")] = "auto",
+    precision: Precision = "auto",
 ) -> None:
     """Complete held-out images of which a part is hidden: known pixels are held, the chains fill the rest.
 
@@ -80,8 +81,6 @@ def inpaint(
     error is the mean absolute difference on the hidden pixels as a share of the range; PSNR is of the whole image.
     Both are given beside those of a fill by the mean of the known pixels, which knows nothing of the data.
     """
-    import json as json_module
-
     if out is None and not json:
         out = Path("inpainted.png")
     if out is not None and out.suffix.lower() not in (".png", ".npy"):
@@ -94,12 +93,9 @@ def inpaint(
 
     from ..evaluation.inpainting import PickedLength, pick_length
     from ..evaluation.inpainting import inpaint as fill
-    from ..models import Model
     from ..models.occlusions import KINDS, occlusion, read_mask
 
-    file, config = open_run(run)
-    model = Model.load(file, device=find_device(device))
-    check_images(model, run, "inpaint")
+    model, config = open_model(run, device, "inpaint")
     if asked is not None and asked != 1 and not model.sampling:
         raise ValueError(
             f"--length: must be 1 for {run}, a {type(model).__name__} without chains of images, got {asked}"
@@ -146,7 +142,7 @@ def inpaint(
         typer.echo(f"{run}, {mask} on {len(chosen)} held-out images of {images.name}: {out}", err=True)
     figures = {"mask": mask, "data": images.name, "seed": seed, **result.figures(), **picked.figures(), "notes": notes}
     if json:
-        typer.echo(json_module.dumps(figures, allow_nan=False, ensure_ascii=False))
+        print_json(figures)
         return
     Console().print(_table(figures))
     for note in notes:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import json
 import os
 import warnings
 from collections.abc import Iterator, Sequence
@@ -28,6 +29,8 @@ MOST_THREADS = max(64, 4 * (os.cpu_count() or 1))  # many more than cores end in
 
 RunPath = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder, a checkpoint folder or a model file.")]
 Device = Annotated[str, typer.Option(help="cpu, cuda or cuda:N; auto takes CUDA where torch finds it.")]
+Json = Annotated[bool, typer.Option("--json", help="Print exactly one JSON object on stdout.")]
+Precision = Annotated[str, typer.Option(help="Precision of the gradient: auto, fp32, bf16 or fp16.")]
 Threads = Annotated[
     int | None,
     typer.Option(
@@ -36,6 +39,21 @@ Threads = Annotated[
         help="CPU threads. Default: as many as torch chooses; train takes fewer for small nets.",
     ),
 ]
+
+
+def print_json(value: Any) -> None:
+    """Print one line of JSON on stdout."""
+    typer.echo(json.dumps(value, allow_nan=False, ensure_ascii=False))
+
+
+def open_model(run: Path, device: str, command: str) -> tuple[Model, TrainConfig | None]:
+    """The model of a run, which must be one of images, and its configuration; None for a model file alone."""
+    from ..models import Model
+
+    file, config = open_run(run)
+    model = Model.load(file, device=find_device(device))
+    check_images(model, run, command)
+    return model, config
 
 
 def use_threads(threads: int | None) -> None:

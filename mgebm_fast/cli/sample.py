@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from . import recordings
-from .options import Device, RunPath, Threads, find_rank_device, one_voice, open_run, use_threads
+from .options import Device, Precision, RunPath, Threads, find_rank_device, one_voice, open_run, use_threads
 from .outputs import IMAGE_FILES, check_out, check_place
 
 if TYPE_CHECKING:
@@ -55,7 +55,7 @@ def sample(
     ] = False,
     device: Device = "auto",
     threads: Threads = None,
-    precision: Annotated[str, typer.Option(help="Precision of the gradient: auto, fp32, bf16 or fp16.")] = "auto",
+    precision: Precision = "auto",
 ) -> None:
     """Draw samples from a trained model. No data is needed: the run keeps the colours that chains start from.
 

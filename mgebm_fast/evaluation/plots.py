@@ -24,18 +24,29 @@ class ChainReport:
     warm_up: float
 
 
+def new_figure(width: float, height: float) -> Any:
+    """A matplotlib figure of so many inches, outside pyplot, which would choose a window system."""
+    try:
+        from matplotlib.figure import Figure
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError('plots need matplotlib: pip install "mgebm_fast[plot]"') from error
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def as_png(figure: Any, dpi: int = 100) -> bytes:
+    """A figure as the bytes of a PNG."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=dpi)
+    return buffer.getvalue()
+
+
 def plot_chain(report: ChainReport) -> bytes:
     """A PNG of four panels over the steps: potential, gradient-to-noise ratio, acceptance; and autocorrelation."""
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-        from matplotlib.ticker import MaxNLocator
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError('plots need matplotlib: pip install "mgebm_fast[diagnostics]"') from error
     trace, kept = report.trace, report.trace.after(report.warm_up)
     steps = trace.steps + 1
-    figure = Figure(figsize=(10, 6.4), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(10, 6.4)
+    from matplotlib.ticker import MaxNLocator
+
     figure.suptitle(f"{report.name}: {trace.potential.shape[1]} chains, {report.figures['steps']} steps")
     ((potential, ratio), (acceptance, correlation)) = figure.subplots(2, 2)
 
@@ -66,9 +77,7 @@ def plot_chain(report: ChainReport) -> bytes:
     for axes in (potential, ratio, acceptance, correlation):
         axes.spines[["top", "right"]].set_visible(False)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=100)
-    return buffer.getvalue()
+    return as_png(figure)
 
 
 def _spread(axes: Any, steps: np.ndarray, values: np.ndarray) -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 from torch import Tensor
+
+from ...pictures import labelled_panel
+from ..plots import as_png, new_figure
 
 SHOWN = 20  # samples of a row
 _BAR, _POINT, _REAL = "#c6d5ea", "#1f4e8c", "#b5512b"
@@ -15,20 +17,14 @@ _BAR, _POINT, _REAL = "#c6d5ea", "#1f4e8c", "#b5512b"
 
 def samples_picture(data: Tensor, rows: Sequence[tuple[str, Tensor]]) -> np.ndarray:  # uint8 (n, C, S, S) each
     """(H, W, 3) uint8: a row of data, and under it a row of each method's samples, labelled."""
-    from ...pictures import labelled_panel
-
     return labelled_panel([("data", data), *rows], across=1, columns=len(data), margin=6)
 
 
 def kid_plot(records: Sequence[dict[str, Any]]) -> bytes:
     """A PNG: a bar a preset, the mean of its KID, a point a seed, and a line for held-out images."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     measured = [record for record in records if "figures" in record]
     names = list(dict.fromkeys(record["preset"] for record in records))
-    figure = Figure(figsize=(8, 1.0 + 0.42 * len(names)), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(8, 1.0 + 0.42 * len(names))
     axes = figure.subplots()
     for place, name in enumerate(names):
         values = [record["figures"]["kid"] for record in measured if record["preset"] == name]
@@ -50,6 +46,4 @@ def kid_plot(records: Sequence[dict[str, Any]]) -> bytes:
     axes.margins(x=0.12)
     axes.set_xlabel("KID, lower is better: mean (bar) and seeds (points)", fontsize=9)
     axes.spines[["top", "right"]].set_visible(False)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=120)
-    return buffer.getvalue()
+    return as_png(figure, dpi=120)

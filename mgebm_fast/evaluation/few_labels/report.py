@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Mapping
 from typing import Any
 
 from ...tables import console_table
+from ..plots import as_png, new_figure
 from .few_labels import FINE_TUNED, LEARNED, PIXELS, RANDOM, SUPERVISED
 
 _LINES = {LEARNED: "-", FINE_TUNED: "-.", SUPERVISED: "--", RANDOM: ":", PIXELS: ":"}
@@ -31,13 +31,7 @@ def _cell(figures: Mapping[str, Any]) -> str:
 
 def plot_few_labels(result: Mapping[str, Any]) -> bytes:
     """A PNG: accuracy over labels a class, one line a contender, bars of one standard deviation. Needs matplotlib."""
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError('plots need matplotlib: pip install "mgebm_fast[plot]"') from error
-    figure = Figure(figsize=(9.5, 5), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(9.5, 5)
     axes = figure.subplots()
     labels = sorted(result["labels"])
     runs = list(dict.fromkeys(row["run"] for row in result["contenders"] if row["run"]))
@@ -65,6 +59,4 @@ def plot_few_labels(result: Mapping[str, Any]) -> bytes:
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="y", color="#e4e7eb", linewidth=0.8)
     axes.legend(frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize=9)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=100)
-    return buffer.getvalue()
+    return as_png(figure)
