@@ -132,7 +132,7 @@ class EnergyModel(Model):
         """
         shape = self.sample_shape(self.sizes[-1])
         if not isinstance(x, Tensor) or x.dtype not in (torch.uint8, torch.float32):
-            got = x.dtype if isinstance(x, Tensor) else type(x).__name__
+            got = str(x.dtype) if isinstance(x, Tensor) else type(x).__name__
             raise TypeError(f"energies: x must be a uint8 or float32 tensor, got {got}")
         if tuple(x.shape[1:]) != shape:
             raise Refused("x", f"have shape (N, {', '.join(map(str, shape))})", tuple(x.shape), "energies")
