@@ -72,7 +72,7 @@ class Mutation:
 
 
 STEP = "mgebm_fast/ops/update.py"
-CHAIN = "mgebm_fast/sampling/chain.py"
+CHAIN = "mgebm_fast/sampling/running.py"
 COUNTERS = "mgebm_fast/ops/counters.py"
 METROPOLIS = "mgebm_fast/sampling/metropolis.py"
 CORRECTED = "mgebm_fast/sampling/corrected.py"
