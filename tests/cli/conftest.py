@@ -10,8 +10,17 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from mgebm_fast.cli import app
+from mgebm_fast.evaluation import features
 
-TINY = ["--set", "steps=2", "--set", "langevin.steps=2", "--set", "batch_size=4", "--set", "width=0.1"]
+TINY = ["--set", "steps=2", "--set", "langevin.steps=2", "--set", "batch_size=32", "--set", "width=0.1"]
+
+
+@pytest.fixture(autouse=True, scope="session")
+def short_training():
+    """Of the classifiers whose features KID and FID compare."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(features.feature_space, "__kwdefaults__", {"seed": 0, "visits": 640})
+        yield
 
 
 @pytest.fixture(scope="session")

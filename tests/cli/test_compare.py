@@ -12,19 +12,17 @@ import pytest
 from PIL import Image
 
 from mgebm_fast.errors import DivergenceError
-from mgebm_fast.evaluation import features
 from mgebm_fast.evaluation.comparison import compare as comparison
 from mgebm_fast.learning import Run
 
 SEEDS, INPAINTED = ("0", "1"), 20
-SMALL = ["--set", "steps=2", "--set", "langevin.steps=2", "--set", "batch_size=4", "--set", "width=0.1"]
+SMALL = ["--set", "steps=2", "--set", "langevin.steps=2", "--set", "batch_size=32", "--set", "width=0.1"]
 ARGUMENTS = ["compare", "digits", "digits-pcd", "--seeds", ",".join(SEEDS), *SMALL, "--num", 40, "--threads", 1]
 
 
 @pytest.fixture(autouse=True, scope="module")
-def short_training():
+def few_inpainted():
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(features.feature_space, "__kwdefaults__", {"seed": 0, "visits": 640})
         patch.setattr(comparison, "Settings", functools.partial(comparison.Settings, inpainted=INPAINTED))
         yield
 

@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 from mgebm_fast.cli import app
 
-SMALL = ["--set", "steps=2", "--set", "batch_size=8", "--set", "width=0.1", "--set", "langevin.steps=3"]
+SMALL = ["--set", "steps=2", "--set", "batch_size=32", "--set", "width=0.1", "--set", "langevin.steps=3"]
 
 
 def mgebm(*arguments, ends=0):

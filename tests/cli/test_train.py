@@ -51,7 +51,7 @@ def test_a_run_folder_holds_what_the_help_says(mgebm, trained):
 
 def test_overrides_reach_the_stored_configuration(trained):
     config = load_config(trained / "config.toml")
-    assert (config.steps, config.langevin.steps, config.batch_size, config.width) == (2, 2, 4, 0.1)
+    assert (config.steps, config.langevin.steps, config.batch_size, config.width) == (2, 2, 32, 0.1)
     assert config.name == "digits"
 
 

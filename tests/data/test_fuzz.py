@@ -1,6 +1,6 @@
 """Damaged files of every format: each is read, skipped or refused in one sentence; nothing else may come out.
 
-The mutations are seeded: 500 a format flip bits, overwrite, cut, repeat and drop parts of a small valid file.
+The mutations are seeded: they flip bits, overwrite, cut, repeat and drop parts of a small valid file.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import wave
 import numpy as np
 import pytest
 from helpers.archives import cifar_bytes, tar_bytes, zip_bytes
+from helpers.cases import thorough
 
 from mgebm_fast.data import load
 from mgebm_fast.data.sound import load_sound
@@ -21,7 +22,7 @@ from mgebm_fast.data.video import load_video
 from mgebm_fast.errors import DataError
 from mgebm_fast.models.occlusions import read_mask
 
-MUTATIONS = 500
+MUTATIONS = thorough(150, 500)  # a format
 
 
 def numpy_bytes(array, save=np.save):

@@ -22,7 +22,7 @@ LABELLED = ["confident_share", "class_shares"]
 @pytest.fixture(autouse=True, scope="module")
 def short_training():
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(features.feature_space, "__kwdefaults__", {"seed": 0, "visits": 5_000})
+        patch.setattr(features.feature_space, "__kwdefaults__", {"seed": 0, "visits": 1_500})
         yield
 
 

@@ -22,7 +22,7 @@ def accuracy(name: str) -> float:
 
 def test_labelled_images_train_a_classifier_that_works():
     train, held_out = digits("train"), digits("held_out")
-    space = classifier_space(train, held_out, visits=20_000)
+    space = classifier_space(train, held_out, visits=8_000)
     assert space.name.startswith("classifier: 64-d penultimate features of a 3-layer CNN trained on digits")
     assert accuracy(space.name) > 0.93
     drawn = space.extract(held_out.images)
@@ -35,7 +35,7 @@ def test_labelled_images_train_a_classifier_that_works():
 
 def test_unlabelled_images_train_on_rotations():
     train, held_out = (ImageData(part.images, None, (), part.name) for part in (digits("train"), digits("held_out")))
-    space = classifier_space(train, held_out, visits=15_000)
+    space = classifier_space(train, held_out, visits=8_000)
     assert space.name.startswith("rotation classifier: ")
     assert accuracy(space.name) > 0.7, "four turns of a digit: chance is 0.25"
 

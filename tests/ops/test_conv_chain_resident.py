@@ -11,6 +11,7 @@ import math
 
 import pytest
 import torch
+from helpers.cases import thorough
 from helpers.resident_host import IDLE, advanced, gradient, launch, loaded, place_of, random_stack, rounded_gradient
 
 from mgebm_fast.gradient.stack import read
@@ -32,7 +33,7 @@ def compact(size: int, channels: int = 3):
 @pytest.mark.parametrize("part", range(5))
 def test_random_stacks(part):
     """Gradient, and three masked steps; the same bits for other groupings of samples, and step by step."""
-    for seed in range(60 * part, 60 * part + 60):
+    for seed in range(60 * part, 60 * part + thorough(10, 60)):
         stages, head, shape = random_stack(seed)
         numbers = torch.Generator().manual_seed(seed)
         x = torch.rand(1 + seed % 7, *shape, generator=numbers) * 2 - 1

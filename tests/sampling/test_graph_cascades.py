@@ -9,8 +9,7 @@ from mgebm_fast.models import MultiGrid
 from mgebm_fast.sampling import graphs
 
 
-@pytest.mark.parametrize("norm", ["none", "batch"])
-@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+@pytest.mark.parametrize(("norm", "precision"), [("none", "fp32"), ("batch", "fp16")])
 def test_one_capture_holds_all_grids_of_a_cascade(traced, norm, precision):
     m = model(norm)
     for call in range(4):
@@ -68,8 +67,7 @@ def test_a_cascade_with_a_net_of_another_kind_is_not_captured_whole(traced):
     assert "grid 1 (size 4)" in slots(m.nets[0])[0].refusal
 
 
-@pytest.mark.parametrize("held", [False, True])
-@pytest.mark.parametrize("norm", ["none", "batch"])
+@pytest.mark.parametrize(("norm", "held"), [("none", True), ("batch", False)])
 def test_a_pipeline_draws_the_same_samples(traced, no_eager_run, norm, held):
     m, known = model(norm), {}
     m.set_colours(colours(20))

@@ -19,8 +19,8 @@ def quadratic(x):
 NETS = {
     "quadratic": (lambda: quadratic, 16),
     "4": (lambda: multigrid_net(4, norm="none"), 4),
-    "16": (lambda: multigrid_net(16, norm="none", width=0.5), 16),
-    "64": (lambda: multigrid_net(64, norm="none", width=0.25), 64),
+    "16": (lambda: multigrid_net(16, norm="none", width=0.25), 16),
+    "64": (lambda: multigrid_net(64, norm="none", width=0.125), 64),
     "compact-8": (lambda: multigrid_net(8, norm="none", variant="compact"), 8),
     # A bound method is a callable like any other: the autograd plan.
     "compact-8-autograd": (lambda: multigrid_net(8, norm="none", variant="compact").forward, 8),
@@ -29,9 +29,9 @@ NETS = {
 
 @pytest.fixture(params=NETS)
 def case(request):
-    """(energy, eight images, tolerance): none for the quadratic, which has to be equal."""
+    """(energy, four images, tolerance): none for the quadratic, which has to be equal."""
     build, size = NETS[request.param]
-    x = 255 * torch.rand(8, 3, size, size, generator=torch.Generator().manual_seed(0))
+    x = 255 * torch.rand(4, 3, size, size, generator=torch.Generator().manual_seed(0))
     return build(), x, 0.0 if request.param == "quadratic" else TOLERANCE
 
 
@@ -53,21 +53,21 @@ def test_the_same_call_is_equal(case):
     assert not torch.equal(DYNAMICS(energy, x, seed=1), DYNAMICS(energy, x, seed=2))
 
 
-@pytest.mark.parametrize("split", [4, 1])
+@pytest.mark.parametrize("split", [2, 1])
 def test_a_split_batch_is_the_same_chain(case, split):
     energy, x, tolerance = case
     whole = DYNAMICS(energy, x, seed=1, first_sample=10)
-    parts = [DYNAMICS(energy, x[i : i + split], seed=1, first_sample=10 + i) for i in range(0, 8, split)]
+    parts = [DYNAMICS(energy, x[i : i + split], seed=1, first_sample=10 + i) for i in range(0, 4, split)]
     check(torch.cat(parts), whole, tolerance)
 
 
 def test_sample_ids_place_a_sample_anywhere(case):
     energy, x, tolerance = case
-    order = torch.tensor([5, 2, 7, 0, 1, 6, 3, 4])
+    order = torch.tensor([1, 3, 0, 2])
     check(DYNAMICS(energy, x[order], seed=1, first_sample=order), DYNAMICS(energy, x, seed=1)[order], tolerance)
 
 
-@pytest.mark.parametrize("cut", [1, 4, 11])
+@pytest.mark.parametrize("cut", [1, 11])
 def test_a_cut_chain_is_equal(case, cut):
     energy, x, _ = case
     first = Langevin(cut, step_size=0.3, reference_std=50.0, clamp=(0.0, 255.0))(energy, x, seed=1, first_step=100)
@@ -75,9 +75,9 @@ def test_a_cut_chain_is_equal(case, cut):
     assert torch.equal(rest(energy, first, seed=1, first_step=100 + cut), DYNAMICS(energy, x, seed=1, first_step=100))
 
 
-@pytest.mark.parametrize("cut", [10, 20])
-def test_thirty_steps_are_ten_and_twenty(case, cut):
+def test_thirty_steps_are_ten_and_twenty(case):
     energy, x, _ = case
+    cut = 10
     make = dict(drift=0.5, noise_std=0.4, grad_clamp=1.0, clamp=(0.0, 255.0))
     halfway = Langevin(cut, **make)(energy, x, seed=3)
     assert torch.equal(

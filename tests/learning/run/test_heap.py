@@ -8,9 +8,12 @@ import sys
 
 import pytest
 
+from mgebm_fast.learning.run import heap
+
+# The file alone: the package imports torch, which takes seconds.
 PROGRAM = """
-import ctypes, sys
-from mgebm_fast.learning.run.heap import keep_freed_memory
+import ctypes, runpy, sys
+keep_freed_memory = runpy.run_path(sys.argv[2])["keep_freed_memory"]
 
 class Info(ctypes.Structure):  # struct mallinfo2
     _fields_ = [(name, ctypes.c_size_t) for name in
@@ -31,7 +34,10 @@ print(asked, libc.mallinfo2().fordblks >= 20 * 8 * 2**20)
 def run(argument: str, **environment: str) -> str:
     kept = {k: v for k, v in os.environ.items() if not k.startswith(("MALLOC_", "GLIBC_TUNABLES", "LD_PRELOAD"))}
     found = subprocess.run(
-        [sys.executable, "-c", PROGRAM, argument], env={**kept, **environment}, capture_output=True, text=True
+        [sys.executable, "-c", PROGRAM, argument, heap.__file__],
+        env={**kept, **environment},
+        capture_output=True,
+        text=True,
     )
     if "mallinfo2" in found.stderr:
         pytest.skip("needs mallinfo2, glibc 2.33 or newer")

@@ -13,11 +13,11 @@ from pathlib import Path
 import pytest
 import torch
 from helpers.runs import same_files, same_run
-from helpers.training import tiny_data
+from helpers.training import tiny_config, tiny_data
 from rich.console import Console
 
 from mgebm_fast.errors import CheckpointError, ConfigError
-from mgebm_fast.learning import Run
+from mgebm_fast.learning import Run, train
 from mgebm_fast.learning.run import checkpoint, records
 
 VARIANTS = {
@@ -186,18 +186,10 @@ def test_more_steps_go_on(trainer, tmp_path):
 KILLED = """
 import sys, torch
 torch.set_num_threads(1)
-sys.path[:0] = [{root!r}, {tests!r}]
-from pathlib import Path
+sys.path[:0] = sys.argv[1:3]
 from mgebm_fast.learning import train
 from helpers.training import tiny_config, tiny_data
-config = tiny_config(steps=40, checkpoint_every=3, sample_every=20, keep_checkpoints=2,
-                     stabilise={{"ema": 0.9, "data_noise": 0.03}})
-if {resume}:
-    train(config, out={out!r} + "/killed", data=tiny_data(), resume=True, device="cpu", quiet=True)
-else:
-    train(config, out={out!r} + "/whole", data=tiny_data(), device="cpu", quiet=True)
-    print("whole", flush=True)
-    train(config, out={out!r} + "/killed", data=tiny_data(), device="cpu", quiet=True)
+train(tiny_config(**eval(sys.argv[3])), out=sys.argv[4], data=tiny_data(), device="cpu", quiet=True)
 """
 
 
@@ -206,17 +198,18 @@ def test_killed_at_a_random_moment(tmp_path):
     import mgebm_fast
 
     root = str(Path(mgebm_fast.__file__).resolve().parent.parent)
-    script = {"root": root, "tests": str(here), "out": str(tmp_path)}
-    run = [sys.executable, "-c"]
-    child = subprocess.Popen([*run, KILLED.format(resume=False, **script)], stdout=subprocess.PIPE, text=True)
-    assert child.stdout.readline() == "whole\n"
+    changes = dict(steps=40, checkpoint_every=3, sample_every=20, keep_checkpoints=2,
+                   stabilise={"ema": 0.9, "data_noise": 0.03})  # fmt: skip
+    killed, whole = ({"out": tmp_path / name, "data": tiny_data(), "device": "cpu", "quiet": True}
+                     for name in ("killed", "whole"))  # fmt: skip
+    child = subprocess.Popen([sys.executable, "-c", KILLED, root, here, repr(changes), killed["out"]])
     metrics, target = tmp_path / "killed/metrics.jsonl", random.randint(1, 38)
     while child.poll() is None and len(records.read(metrics)) < target:
         time.sleep(0.001)
     child.kill()
     assert child.wait() in (-signal.SIGKILL, 0)
-    child.stdout.close()
-    subprocess.run([*run, KILLED.format(resume=True, **script)], check=True)
+    train(tiny_config(**changes), resume=True, **killed)
+    train(tiny_config(**changes), **whole)
     same_files(tmp_path / "whole", tmp_path / "killed", "step_000040")
     assert [r["step"] for r in records.read(metrics)] == list(range(1, 41))
     assert not [p for p in (tmp_path / "killed").rglob("*") if p.name.startswith(".")]
