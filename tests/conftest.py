@@ -9,15 +9,19 @@ if WORKER:  # beside another one: before torch is imported, and for the processe
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
+from helpers.poison import poison  # noqa: E402
 
 # Kernels by themselves before plans, plans before chains, chains before models.
 ORDER = ("tests/ops", "tests/kernels", "tests/gradient", "tests/sampling")
+POISONED = (*ORDER, "tests/nets", "tests/models")
 LEFT_OUT = pytest.StashKey[int]()
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_cmdline_main(config: pytest.Config) -> None:
     """The whole suite in two processes, a file in one of them; -n0 or -p no:xdist: in one."""
+    if WORKER or hasattr(config, "workerinput"):  # which would start two of its own, and so on
+        return
     option = config.option
     whole = config.args_source is config.ArgsSource.TESTPATHS and not (option.collectonly or option.usepdb)
     two = (os.cpu_count() or 1) > 1 and not torch.cuda.is_available()
@@ -30,6 +34,13 @@ def pytest_cmdline_main(config: pytest.Config) -> None:
 def _seeded() -> None:
     """Samplers without a seed draw one from torch's generator: in a test always the same."""
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _poisoned(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What an op, a plan, a chain or a model never writes does not pass as 0: helpers.poison."""
+    if any(folder in request.path.as_posix() for folder in POISONED):
+        poison(monkeypatch)
 
 
 @pytest.fixture(autouse=True, scope="session")
