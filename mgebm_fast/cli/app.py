@@ -24,6 +24,7 @@ from .inpaint import inpaint
 from .options import INTERRUPTED
 from .presets import presets
 from .sample import sample
+from .score import score
 from .train import train
 
 BAD_INPUT, DIVERGED = 2, 1
@@ -141,7 +142,7 @@ def about(
     """
 
 
-for command in (train, sample, inpaint, evaluate, classify, compare, diagnose, bench, presets, doctor):
+for command in (train, sample, score, inpaint, evaluate, classify, compare, diagnose, bench, presets, doctor):
     app.command()(command)
 
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -39,6 +40,9 @@ def sample(
     first_sample: Annotated[
         int, typer.Option(min=0, help="Number of the first sample: go on where an earlier call stopped.")
     ] = 0,
+    best: Annotated[
+        int | None, typer.Option(min=1, help="Keep so many of the NUM samples, those of lowest energy, lowest first.")
+    ] = None,
     grids: Annotated[bool, typer.Option("--grids", help="Show the samples at every size, coarse to fine.")] = False,
     generator: Annotated[
         bool, typer.Option("--generator", help="Draw by the generator alone, where a run has one; no chain refines it.")
@@ -64,6 +68,7 @@ def sample(
       mgebm sample runs/digits --num 64 --seed 1 --out samples.png
       mgebm sample runs/digits --num 1000 --out samples.npy
       mgebm sample runs/digits --num 16 --grids --out grids.png
+      mgebm sample runs/digits --num 500 --best 64 --out best.png
       mgebm sample runs/coop --generator --out alone.png
       mgebm sample runs/coop --interpolate 10 --num 8 --out between.png
       mgebm sample runs/texture --size 224 --num 1 --out wall.png
@@ -81,6 +86,9 @@ def sample(
     (N, C, T, H, W), and a folder their frames as PNG files. Of sounds X.wav holds one, X.png shows waveforms and
     spectra, X.npy holds float32 (N, 1, L) in [-1, 1], and a folder one wav file each.
 
+    --best keeps the samples of lowest energy, as `mgebm score` has it. They are the likeliest under the model, not the
+    best looking, and they vary less than samples do.
+
     The run's averaged (EMA) weights are used where it has them. Sample i depends on (seed, i) and the model alone;
     with norm = "batch" also on its group, so there --first-sample must be a multiple of the batch size.
     """
@@ -97,6 +105,8 @@ def sample(
                 model = _resized(model, size, run)
             recorded = model if isinstance(model, SpatialTemporal) else None
             num = num or (1 if recorded else 64)
+            if best is not None:
+                _check_best(model, run, best, num, interpolate)
             files = recordings.check(recorded, out, num, grids) if recorded else IMAGE_FILES
             kind = check_out(out, overwrite, grids, files, attempt=False)
             _check_group(model, first_sample)
@@ -125,15 +135,22 @@ def sample(
         each = interpolate or 1
         collected = [ranks.collect(batch, [each * len(share) for share in shares]) for batch in batches]
         images = {size: batch.numpy() for size, batch in zip(model.sizes[-len(batches) :], collected, strict=True)}
+        first, count = first_sample * each, num * each
+        numbers: Sequence[int] = range(first, first + count)
+        if best is not None and ranks.first:
+            chosen = _lowest(model, images[model.sizes[-1]], best)
+            images = {size: batch[chosen] for size, batch in images.items()}
+            numbers = [first + int(i) for i in chosen]
         if not grids:
             images = {model.sizes[-1]: images[model.sizes[-1]]}
         with ranks.together():
             if ranks.first:
                 out.parent.mkdir(parents=True, exist_ok=True)
-                _WRITERS[kind](out, images, first_sample, interpolate)
+                _WRITERS[kind](out, images, numbers, interpolate)
         low, high = model.value_range
         what = "samples" if interpolate is None else f"rows of {interpolate} images"
-        typer.echo(f"{num} {what} of {run} (seed {seed}, values {low:g} … {high:g} as 0 … 255): {out}", err=True)
+        kept = "" if best is None else f"{best} of lowest energy of "
+        typer.echo(f"{kept}{num} {what} of {run} (seed {seed}, values {low:g} … {high:g} as 0 … 255): {out}", err=True)
 
 
 def _resized(model: Model, size: int, run: Path) -> Model:
@@ -157,6 +174,27 @@ def _check_group(model: Model, first_sample: int) -> None:
             f"--first-sample: must be a multiple of the batch size {model.batch_size} for a model with batch "
             f"normalisation, got {first_sample}"
         )
+
+
+def _check_best(model: Model, run: Path, best: int, num: int, interpolate: int | None) -> None:
+    from ..models import EnergyModel, SpatialTemporal
+
+    if not isinstance(model, EnergyModel) or isinstance(model, SpatialTemporal):
+        raise ValueError(f"--best: is for models of images that have energies, got {run}, a {model.kind}")
+    if interpolate is not None:
+        raise ValueError("--best: must be left out beside --interpolate, whose rows belong together")
+    if best > num:
+        raise ValueError(f"--best: must be at most --num, {num}, got {best}")
+
+
+def _lowest(model: Any, images: np.ndarray, best: int) -> np.ndarray:
+    """Indices of the `best` images of lowest energy, lowest first."""
+    import numpy as np
+
+    from ..data import ImageData
+    from ..evaluation.scoring import SUM, score
+
+    return np.argsort(score(model, ImageData(images)).energies[SUM], kind="stable")[:best]
 
 
 def _check_generator(model: Model, run: Path, option: str, grids: bool) -> None:
@@ -215,7 +253,7 @@ def _chains(model: Model, num: int, *, seed: int, first_sample: int, precision: 
     return list(drawn)
 
 
-def _write_png(out: Path, images: dict[int, np.ndarray], first_sample: int, points: int | None) -> None:
+def _write_png(out: Path, images: dict[int, np.ndarray], numbers: Sequence[int], points: int | None) -> None:
     from ..pictures import image_grid, labelled_panel, save_png
 
     if len(images) > 1:
@@ -225,7 +263,7 @@ def _write_png(out: Path, images: dict[int, np.ndarray], first_sample: int, poin
     save_png(out, image_grid(batch, columns=points, scale=max(1, -(-MIN_CELL // size))))
 
 
-def _write_npy(out: Path, images: dict[int, np.ndarray], first_sample: int, points: int | None) -> None:
+def _write_npy(out: Path, images: dict[int, np.ndarray], numbers: Sequence[int], points: int | None) -> None:
     import io
 
     import numpy as np
@@ -238,8 +276,8 @@ def _write_npy(out: Path, images: dict[int, np.ndarray], first_sample: int, poin
     write_bytes(out, buffer.getbuffer())
 
 
-def _write_folder(out: Path, images: dict[int, np.ndarray], first_sample: int, points: int | None) -> None:
-    """One PNG a sample, named by its id, made in a folder beside `out` and renamed; in one with content, replaced."""
+def _write_folder(out: Path, images: dict[int, np.ndarray], numbers: Sequence[int], points: int | None) -> None:
+    """One PNG a sample, named by its number, made in a folder beside `out` and renamed; others there are kept."""
     from ..files import folder_beside, synchronise
     from ..pictures import save_png
 
@@ -247,8 +285,8 @@ def _write_folder(out: Path, images: dict[int, np.ndarray], first_sample: int, p
         for size, batch in images.items():
             folder = temporary / f"size_{size:03d}" if len(images) > 1 else temporary
             folder.mkdir(exist_ok=True)
-            digits = max(5, len(str(first_sample * (points or 1) + len(batch) - 1)))
-            for i, picture in enumerate(batch, start=first_sample * (points or 1)):
+            digits = max(5, len(str(max(numbers))))
+            for i, picture in zip(numbers, batch, strict=True):
                 pixels = picture[:3] if len(picture) >= 3 else picture[:1]
                 save_png(folder / f"sample_{i:0{digits}d}.png", pixels.transpose(1, 2, 0), durable=False)
         synchronise(temporary, inside=True)
