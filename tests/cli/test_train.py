@@ -264,7 +264,7 @@ def test_ctrl_c_saves_says_how_to_go_on_and_exits_with_130(tmp_path, mgebm):
     arguments = [word.replace("steps=2", "steps=100000") if word == "steps=2" else word for word in TINY]
     command = [sys.executable, "-m", "mgebm_fast", "train", "digits", *arguments, "--out", str(out)]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    deadline = time.monotonic() + 50
+    deadline = time.monotonic() + 200  # an interrupt before the first update has nothing to resume
     while not (out / "metrics.jsonl").exists() and time.monotonic() < deadline and process.poll() is None:
         time.sleep(0.1)
     process.send_signal(signal.SIGINT)
