@@ -10,6 +10,7 @@ import typer
 from ..errors import DataError
 from .options import (
     Device,
+    Json,
     RunPath,
     Threads,
     check_images,
@@ -17,6 +18,7 @@ from .options import (
     fingerprint_of,
     load_images,
     open_run,
+    print_json,
     source_of,
     use_threads,
 )
@@ -57,7 +59,7 @@ def score(
     figure: Annotated[
         Path | None, typer.Option(metavar="X.png", help="Draw histograms, and the lowest and highest images.")
     ] = None,
-    json: Annotated[bool, typer.Option("--json", help="Print exactly one JSON object on stdout.")] = False,
+    json: Json = False,
     device: Device = "auto",
     threads: Threads = None,
 ) -> None:
@@ -82,8 +84,6 @@ def score(
     with an AUROC near 0 lies below the data. docs/scoring.md says more. For a model with batch normalisation its
     running statistics are taken, so that an image's energy is its own.
     """
-    import json as json_module
-
     if figure is not None:
         if figure.suffix.lower() != ".png":
             raise ValueError(f"--figure: must end in .png, got {figure}")
@@ -145,7 +145,7 @@ def score(
     for path in filter(None, (csv, figure)):
         typer.echo(f"{sum(map(len, scored))} images of {run}: {path}", err=True)
     if json:
-        typer.echo(json_module.dumps(result, allow_nan=False, ensure_ascii=False))
+        print_json(result)
         return
     from rich.console import Console
 
