@@ -19,7 +19,7 @@ SOURCES = ROOT / "mgebm_fast"
 # A file imports from its own layer and from those after it, never from those before it.
 LAYERS = [
     ["cli", "__main__"],
-    ["benchmarks", "evaluation", "doctor"],
+    ["benchmarks", "evaluation", "export", "doctor"],
     ["learning", "learning.trainer"],
     ["learning.methods"],
     ["learning.run"],

@@ -20,6 +20,7 @@ from .compare import compare
 from .diagnose import diagnose
 from .doctor import doctor
 from .evaluate import evaluate
+from .export import export
 from .inpaint import inpaint
 from .options import INTERRUPTED
 from .presets import presets
@@ -142,7 +143,7 @@ def about(
     """
 
 
-for command in (train, sample, score, inpaint, evaluate, classify, compare, diagnose, bench, presets, doctor):
+for command in (train, sample, score, inpaint, evaluate, classify, compare, diagnose, export, bench, presets, doctor):
     app.command()(command)
 
 

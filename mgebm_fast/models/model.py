@@ -18,6 +18,7 @@ from ..sampling.cascade import GridCallback, check_known, check_sizes
 from ..sampling.langevin import Langevin
 from ..sampling.pipeline import piped
 from . import storage
+from .pretrained import Pretrained
 
 DEFAULT_GROUP = 100
 
@@ -45,7 +46,7 @@ class Group:
         return {"precision": self.precision, "backend": self.backend, "graph": self.graph}
 
 
-class Model(nn.Module, abc.ABC):
+class Model(Pretrained, nn.Module, abc.ABC):
     """A model of square images: how samples are grouped, the units of its pixels, and how it is stored.
 
     A class of models says how one group is drawn (`_sample_group`), the chains that it goes through (`sampling`), what

@@ -1,0 +1,176 @@
+"""Folders as the Hugging Face hub has them: config.json, model.safetensors and a model card. Nothing uses a network."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from .. import files
+from ..errors import CheckpointError
+from ..pictures import image_grid, save_png
+from . import storage
+
+AnyPretrained = TypeVar("AnyPretrained", bound="Pretrained")
+CONFIG, CARD, SAMPLES, TRAINING = "config.json", "README.md", "samples.png", "config.toml"
+_SEED = 0  # of the samples in the picture
+
+
+class Pretrained:
+    """Of a `Model`: how it is written as such a folder, and read from one."""
+
+    def save_pretrained(
+        self, folder: str | os.PathLike, *, figures: Mapping[str, Any] | None = None, samples: int = 64
+    ) -> list[Path]:
+        """Write a folder as the Hugging Face hub has them; the files written.
+
+        config.json, model.safetensors (and model.json, its checksum), samples.png, and README.md, a model card with the
+        data, command, seed and figures of the run that `mg.load` found the model in (also config.toml then). Other
+        files in the folder are kept, and so is a README.md that is there. Nothing uses a network.
+
+        Args:
+            figures: for the card, as `evaluation.evaluate` returns them. Default: the last record of training.
+            samples: in the picture; 0: no picture.
+        """
+        return _save(self, Path(folder), figures, samples)
+
+    @classmethod
+    def from_pretrained(
+        cls: type[AnyPretrained], folder: str | os.PathLike, *, device: torch.device | str = "cpu"
+    ) -> AnyPretrained:
+        """The model of a local folder that `save_pretrained` wrote, of the class that its file names; nothing is
+        downloaded. CheckpointError where it is no such folder, is damaged, or config.json describes another model."""
+        path = Path(folder)
+        if not path.is_dir():
+            raise CheckpointError(
+                f"from_pretrained: folder must be a local folder, got {path}, which is none; nothing is downloaded"
+            )
+        file = path / storage.MODEL_FILE
+        model_class: Any = cls
+        model = model_class.load(storage.check_regular(file) if os.path.lexists(file) else path, device=device)
+        _check(path, model.kind, model.config())
+        return model
+
+
+def _save(model: Any, folder: Path, figures: Mapping[str, Any] | None, samples: int) -> list[Path]:
+    if folder.exists() and not folder.is_dir():
+        raise FileExistsError(f"save_pretrained: folder must be a folder or new, got the file {folder}")
+    picture = _picture(model, samples) if samples else None
+    training = _shared_config(model)
+    files.make_folder(folder.parent)
+    with files.folder_beside(folder) as temporary:
+        storage.write_checked(temporary / storage.MODEL_FILE, model.save)
+        described = {"model_type": "mgebm_fast", "kind": model.kind, **model.config()}
+        files.write_bytes(temporary / CONFIG, (json.dumps(described, indent=1) + "\n").encode())
+        if picture is not None:
+            save_png(temporary / SAMPLES, picture)
+        if training is not None:
+            files.write_bytes(temporary / TRAINING, training.to_toml().encode())
+        if not (folder / CARD).exists():  # one that was written by hand is not lost
+            text = card(model, training, folder.resolve().name, figures, picture is not None)
+            files.write_bytes(temporary / CARD, text.encode())
+        files.make_folder(folder)
+        written = []
+        for path in sorted(temporary.iterdir()):
+            path.replace(folder / path.name)
+            written.append(folder / path.name)
+    files.synchronise(folder, inside=True)
+    return written
+
+
+def _check(folder: Path, kind: str, config: Mapping[str, Any]) -> None:
+    """CheckpointError where config.json is there and describes another model than model.safetensors."""
+    path = folder / CONFIG
+    if not files.is_regular(path):
+        raise CheckpointError(f"from_pretrained: must be a folder with {CONFIG} and {storage.MODEL_FILE}, got {folder}")
+    try:
+        described = json.loads(files.read_regular(path, storage.MOST_JSON))
+        own = {"model_type": "mgebm_fast", "kind": kind, **config}
+        differs = described != json.loads(json.dumps(own))
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"must be the configuration of a model as JSON, got {error}", path) from None
+    if differs:
+        raise CheckpointError(f"must describe the model in {storage.MODEL_FILE}, got another configuration", path)
+
+
+def _picture(model: Any, count: int) -> Any:
+    """A picture of samples: of videos the frames of one; None for sounds."""
+    try:
+        drawn = model.sample(count, seed=_SEED)
+    except ValueError as error:
+        if "train it" not in str(error):
+            raise
+        return None  # an untrained model has no samples yet
+    assert isinstance(drawn, Tensor)
+    pixels = model.to_uint8(drawn)
+    if pixels.dim() == 5:
+        pixels = pixels[0].transpose(0, 1)
+    return None if pixels.dim() != 4 else image_grid(pixels, scale=max(1, -(-40 // pixels.shape[-1])))
+
+
+def _shared_config(model: Any) -> Any:
+    """The configuration of the model's run, without paths of this machine; None where it is of no run."""
+    if model.origin is None:
+        return None
+    config = model.origin.config
+    path = Path(config.data)
+    return dataclasses.replace(config, data=path.name) if path.is_absolute() else config
+
+
+def card(model: Any, training: Any, name: str, figures: Mapping[str, Any] | None, picture: bool) -> str:
+    """The model card, in Markdown: what it is, data, command, seed, figures, samples, how to use it."""
+    size = " × ".join(map(str, getattr(model, "shape", (model.sizes[-1],) * 2)))
+    lines = [
+        "---", "library_name: mgebm_fast", "pipeline_tag: unconditional-image-generation",
+        "tags: [energy-based-model, langevin-dynamics]", "---", "", f"# {name}", "",
+        f"A {model.kind} model of {model.channels}-channel samples of {size}, pixels in "
+        f"[{model.value_range[0]:g}, {model.value_range[1]:g}], trained by mgebm_fast.", "",
+    ]  # fmt: skip
+    if picture:
+        lines += [f"![Samples of seed {_SEED}, not chosen]({SAMPLES})", ""]
+    lines += [
+        "## Use", "", "```python", "import mgebm_fast as mg", "",
+        f'model = mg.models.Model.from_pretrained("{name}")',
+        "pictures = model.to_uint8(model.sample(16, seed=0))", "```", "",
+    ]  # fmt: skip
+    lines += ["## Training", ""]
+    if training is None:
+        lines += ["Not recorded: the model was not loaded from a run (`mg.load`).", ""]
+    else:
+        fingerprint = model.origin.fingerprint() or {}
+        count = f", {fingerprint['count']} images" if "count" in fingerprint else ""
+        classes = f", classes {', '.join(map(str, training.classes))}" if training.classes else ""
+        lines += [
+            "| what | value |", "|---|---|",
+            f"| preset | {training.name}: {training.description} |",
+            f"| data | {training.data}{classes}{count} |",
+            f"| method | {training.method} |",
+            f"| updates | {training.steps}, batches of {training.batch_size} |",
+            f"| seed | {training.seed} |", "",
+            "Trained again, with the configuration beside this file:", "",
+            f"    mgebm train {TRAINING} --data {training.data} --out runs/{training.name}", "",
+        ]  # fmt: skip
+    found = figures
+    if found is None and model.origin is not None and (records := model.origin.metrics()):
+        found = records[-1]
+    plain = {key: value for key, value in (found or {}).items() if isinstance(value, (int, float, str))}
+    if plain:
+        given = (
+            "As given by the author." if figures is not None else "The last record of training, no measure of quality."
+        )
+        shown = {key: f"{value:.6g}" if isinstance(value, float) else value for key, value in plain.items()}
+        lines += ["## Figures", "", given, "", "| figure | value |", "|---|---|"]
+        lines += [f"| {key} | {value} |" for key, value in shown.items()]
+        lines.append("")
+    lines += [
+        "## Limits", "",
+        "Energies are known up to a constant at every size, and low energy is not quality. Samples are those of chains "
+        "as long as in training, not of the exact law.", "",
+    ]  # fmt: skip
+    return "\n".join(lines)
