@@ -119,11 +119,13 @@ PYBIND11_MODULE(_C, m) {
 #define MGEBM_ADD_RESIDENT(op, Params, layers) MGEBM_ADD_##layers(op)
   MGEBM_RESIDENT_OPS(MGEBM_ADD_RESIDENT)
   add_cpu(m, "conv_chain_pack", conv_chain_pack);
-  m.def("conv_chain_workspace", [](const py::args& arguments) {
-    int threads = 1;
-    const ConvChainParams params = unpack<ConvChainParams>(arguments, threads);
-    return conv_chain_workspace(params, threads);
+#define MGEBM_ADD_WORKSPACE(op, Params)                       \
+  m.def(#op "_workspace", [](const py::args& arguments) {     \
+    int threads = 1;                                          \
+    const Params params = unpack<Params>(arguments, threads); \
+    return op##_workspace(params, threads);                   \
   });
+  MGEBM_WORKSPACES(MGEBM_ADD_WORKSPACE)
   // The shared header's arithmetic on given words, (quads, 4) uint32 -> (quads, 4) float32: extremes that no seed
   // reaches.
   m.def("normals_of_words", [](uintptr_t words, uintptr_t out, int64_t quads) {

@@ -20,18 +20,20 @@ namespace {
 
 #define MGEBM_POINTER(op, Params, layers) void (*op)(const Params&, int);
 #define MGEBM_ADDRESS(op, Params, layers) set::op##_cpu,
+#define MGEBM_WORKSPACE_POINTER(op, Params) int64_t (*op##_workspace)(const Params&, int);
+#define MGEBM_WORKSPACE_ADDRESS(op, Params) set::op##_workspace,
 struct Table {
   const char* name;
   bool bfloat;
   MGEBM_OPS(MGEBM_POINTER)
-  int64_t (*conv_chain_workspace)(const ConvChainParams&, int);
+  MGEBM_WORKSPACES(MGEBM_WORKSPACE_POINTER)
 };
 
 // Instruction sets, fastest first.
-#define MGEBM_TABLE(isa, bfloat)                                                    \
-  [] {                                                                              \
-    namespace set = isa;                                                            \
-    return Table{#isa, bfloat, MGEBM_OPS(MGEBM_ADDRESS) set::conv_chain_workspace}; \
+#define MGEBM_TABLE(isa, bfloat)                                                                    \
+  [] {                                                                                              \
+    namespace set = isa;                                                                            \
+    return Table{#isa, bfloat, MGEBM_OPS(MGEBM_ADDRESS) MGEBM_WORKSPACES(MGEBM_WORKSPACE_ADDRESS)}; \
   }()
 constexpr Table kTables[] = {
 #if defined(MGEBM_BFLOAT)
@@ -43,6 +45,8 @@ constexpr Table kTables[] = {
     MGEBM_TABLE(portable, false),
 };
 #undef MGEBM_TABLE
+#undef MGEBM_WORKSPACE_ADDRESS
+#undef MGEBM_WORKSPACE_POINTER
 #undef MGEBM_ADDRESS
 #undef MGEBM_POINTER
 #if defined(MGEBM_X86)
@@ -121,8 +125,9 @@ bool set_isa(const char* name) {
   void op##_cpu(const Params& params, int threads) { current->op(params, threads); }
 MGEBM_OPS(MGEBM_CALL)
 #undef MGEBM_CALL
-int64_t conv_chain_workspace(const ConvChainParams& params, int threads) {
-  return current->conv_chain_workspace(params, threads);
-}
+#define MGEBM_CALL_WORKSPACE(op, Params) \
+  int64_t op##_workspace(const Params& params, int threads) { return current->op##_workspace(params, threads); }
+MGEBM_WORKSPACES(MGEBM_CALL_WORKSPACE)
+#undef MGEBM_CALL_WORKSPACE
 
 }  // namespace mgebm

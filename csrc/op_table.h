@@ -7,6 +7,7 @@
 
 #include "ops/conv_chain/conv_chain.h"
 #include "ops/conv_chain/resident_params.h"
+#include "ops/graph_chain/graph_chain.h"
 #include "ops/langevin_step.h"
 #include "ops/noise.h"
 #include "ops/pyramid.h"
@@ -17,28 +18,36 @@
   X(noise, NoiseParams, CPU_AND_CUDA)                \
   X(langevin_step, LangevinStepParams, CPU_AND_CUDA) \
   X(pyramid, PyramidParams, CPU_AND_CUDA)            \
-  X(upsample, UpsampleParams, CPU_AND_CUDA)
+  X(upsample, UpsampleParams, CPU_AND_CUDA)          \
+  X(graph_chain, GraphChainParams, CPU)
 // Ops compiled also for the instruction sets that multiply bfloat16.
 #define MGEBM_BFLOAT_OPS(X) X(conv_chain, ConvChainParams, CPU)
 // Ops whose params on a GPU are other than those on a CPU.
 #define MGEBM_RESIDENT_OPS(X) X(conv_chain, ResidentParams, CPU_AND_CUDA)
 #define MGEBM_OPS(X) MGEBM_FLOAT_OPS(X) MGEBM_BFLOAT_OPS(X)
+// Ops that need scratch memory: <op>_workspace says how many bytes.
+#define MGEBM_FLOAT_WORKSPACES(X) X(graph_chain, GraphChainParams)
+#define MGEBM_BFLOAT_WORKSPACES(X) X(conv_chain, ConvChainParams)
+#define MGEBM_WORKSPACES(X) MGEBM_FLOAT_WORKSPACES(X) MGEBM_BFLOAT_WORKSPACES(X)
 
 namespace mgebm {
 
 #define MGEBM_DECLARE(op, Params, layers) void op##_cpu(const Params& params, int threads);
-#define MGEBM_DECLARE_SET(isa)                                              \
-  namespace isa {                                                           \
-  MGEBM_OPS(MGEBM_DECLARE)                                                  \
-  int64_t conv_chain_workspace(const ConvChainParams& params, int threads); \
+#define MGEBM_DECLARE_WORKSPACE(op, Params) int64_t op##_workspace(const Params& params, int threads);
+#define MGEBM_DECLARE_SET(isa)              \
+  namespace isa {                           \
+  MGEBM_OPS(MGEBM_DECLARE)                  \
+  MGEBM_WORKSPACES(MGEBM_DECLARE_WORKSPACE) \
   }
 // The bfloat16 sets have their own conv_chain; their other ops are those of AVX-512.
 #define MGEBM_USE(op, Params, layers) using avx512::op##_cpu;
-#define MGEBM_DECLARE_BFLOAT_SET(isa)                                       \
-  namespace isa {                                                           \
-  MGEBM_FLOAT_OPS(MGEBM_USE)                                                \
-  MGEBM_BFLOAT_OPS(MGEBM_DECLARE)                                           \
-  int64_t conv_chain_workspace(const ConvChainParams& params, int threads); \
+#define MGEBM_USE_WORKSPACE(op, Params) using avx512::op##_workspace;
+#define MGEBM_DECLARE_BFLOAT_SET(isa)              \
+  namespace isa {                                  \
+  MGEBM_FLOAT_OPS(MGEBM_USE)                       \
+  MGEBM_FLOAT_WORKSPACES(MGEBM_USE_WORKSPACE)      \
+  MGEBM_BFLOAT_OPS(MGEBM_DECLARE)                  \
+  MGEBM_BFLOAT_WORKSPACES(MGEBM_DECLARE_WORKSPACE) \
   }
 
 MGEBM_DECLARE_SET(portable)
@@ -53,11 +62,12 @@ MGEBM_DECLARE_BFLOAT_SET(amx)
 
 // The functions that run the instruction set in use.
 MGEBM_OPS(MGEBM_DECLARE)
-// Bytes of scratch memory that conv_chain_cpu needs.
-int64_t conv_chain_workspace(const ConvChainParams& params, int threads);
+MGEBM_WORKSPACES(MGEBM_DECLARE_WORKSPACE)
 #undef MGEBM_DECLARE_BFLOAT_SET
+#undef MGEBM_USE_WORKSPACE
 #undef MGEBM_USE
 #undef MGEBM_DECLARE_SET
+#undef MGEBM_DECLARE_WORKSPACE
 #undef MGEBM_DECLARE
 
 // The launchers return the CUDA error code, 0 on success.

@@ -40,8 +40,10 @@ class AutogradPlan(GradientPlan):
 
     precision = "fp32"
 
-    def __init__(self, energy: Callable[[Tensor], Tensor], where: str, reason: str, device: str = "cpu") -> None:
-        self._energy, self._where, self._reason, self._device = energy, where, reason, device
+    def __init__(
+        self, energy: Callable[[Tensor], Tensor], where: str, reasons: tuple[str, ...] = (), device: str = "cpu"
+    ) -> None:
+        self._energy, self._where, self._reasons, self._device = energy, where, reasons, device
         self._ones: Tensor | None = None
 
     def gradient(self, x: Tensor) -> Tensor:  # (N, ...) -> (N, ...)
@@ -61,7 +63,7 @@ class AutogradPlan(GradientPlan):
         """Nothing to do: every call runs the energy as it is."""
 
     def explain(self) -> PlanReport:
-        return PlanReport("autograd", self._computes_in(), why_not_faster=(self._reason,))
+        return PlanReport("autograd", self._computes_in(), why_not_faster=self._reasons)
 
     def _computes_in(self) -> str:
         if torch.is_autocast_enabled(self._device):

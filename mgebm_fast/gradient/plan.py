@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ..errors import BackendError, suggest
 from ..ops.state import why_not_plain
-from . import conv, cuda, resident
+from . import conv, cuda, graph, resident
 from . import native as engine
 from .autograd import AutogradPlan
 from .base import GradientPlan
@@ -21,8 +21,11 @@ Energy = Callable[[Tensor], Tensor]  # (N, ...) float32 -> (N,), energies
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 
 
-def plan(energy: Energy, x: Tensor, precision: str = "auto", where: str = "gradient") -> GradientPlan:
-    """The plan for `energy` on tensors like x. `where` names the caller in error messages.
+def plan(
+    energy: Energy, x: Tensor, precision: str = "auto", where: str = "gradient", *, steps: int = 1
+) -> GradientPlan:
+    """The plan for `energy` on tensors like x. `where` names the caller in error messages; `steps`: how many steps are
+    made with it in one go, since reading any energy as a graph pays from some on.
 
     precision: "fp32" is float32 throughout; "bf16" and "fp16" are 16-bit operands of the convolutions, which need an
     energy that `stack.read` can read: BackendError, with the reason, where it cannot. "auto" is fp16 on CUDA (bf16 for
@@ -49,7 +52,8 @@ def plan(energy: Energy, x: Tensor, precision: str = "auto", where: str = "gradi
             raise BackendError(
                 f"{where}: precision {precision!r} needs a stack of convolutions, and the energy is none: {stack}"
             )
-        return AutogradPlan(energy, where, stack, x.device.type)
+        made = _graph_plan(energy, x, where, steps)
+        return AutogradPlan(energy, where, (stack, made), x.device.type) if isinstance(made, str) else made
     if precision == "auto":
         precision = conv.auto_precision(x.device.type, len(stack.stages))
     if x.device.type == "cuda":
@@ -61,9 +65,26 @@ def plan(energy: Energy, x: Tensor, precision: str = "auto", where: str = "gradi
             return cuda.FusedPlan(stack, energy, precision, not_resident=not_resident)
         return conv.ConvPlan(stack, energy, precision, f"the fused plan cannot run: {reason}")
     reason = engine.why_not(stack, x, precision)
-    if not reason:
-        return engine.NativePlan(stack, energy, precision, where)
-    return conv.ConvPlan(stack, energy, precision, f"the native engine cannot run: {reason}")
+    if reason:
+        return conv.ConvPlan(stack, energy, precision, f"the native engine cannot run: {reason}")
+    faster, reason = graph.fastest(stack, x.shape[0], precision)
+    if faster == "graph":
+        return graph.plan_of_stack(stack, energy, where, reason)
+    if faster == "conv":
+        return conv.ConvPlan(stack, energy, precision, reason)
+    return engine.NativePlan(stack, energy, precision, where)
+
+
+def _graph_plan(energy: Energy, x: Tensor, where: str, steps: int) -> GradientPlan | str:
+    """An energy by its own code's graph, or why not."""
+    if reason := why_not_plain(x):
+        return f"x is {reason}"
+    if x.device.type != "cpu":
+        return "other energies are read as graphs for CPU tensors alone"
+    if steps < graph.MIN_STEPS:
+        return f"it is read as a graph from {graph.MIN_STEPS} steps a call on, got {steps}"
+    made = graph.plan_of(energy, x, where)
+    return f"as a graph: {made}" if isinstance(made, str) else made
 
 
 def energy_gradient(energy: Energy, x: Tensor, *, precision: str = "auto") -> Tensor:

@@ -52,7 +52,7 @@ def _compared(energy: Any, stack: Stack, x: Tensor) -> str | None:
     probe = torch.randn(_SAMPLES, stack.channels, *stack.size, generator=generator).to(x.device)
     try:
         with frozen_parameters(energy), torch.autocast(x.device.type, enabled=False):
-            own = AutogradPlan(energy, "plan", "").gradient(probe)
+            own = AutogradPlan(energy, "plan").gradient(probe)
         read = ConvPlan(stack, energy, "fp32").gradient(probe)
     except (MemoryError, torch.OutOfMemoryError):
         return None

@@ -6,6 +6,7 @@ from .bias_act import bias_act, bias_act_backward
 from .conv_chain import conv_chain
 from .dense_chain import DenseNet, dense_chain_, dense_net, dense_net_of
 from .edge_step import NO_BAD_STEP, EdgeWeights, edge_step_, edge_weights
+from .graph_chain import graph_chain
 from .langevin_step import langevin_step_
 from .noise import noise
 from .pyramid import pyramid
@@ -25,6 +26,7 @@ __all__ = [
     "choose",
     "coefficients",
     "conv_chain",
+    "graph_chain",
     "dense_chain_",
     "dense_net",
     "dense_net_of",

@@ -81,7 +81,7 @@ class Langevin:
         chain = prepare(
             energy, x, self.steps, self.update(), mask=mask, seed=seed, generator=generator, first_sample=first_sample,
             first_step=first_step, stream=stream, precision=precision, backend=backend,
-            graph=session_of(graph, callback, where), where=where,
+            graph=session_of(graph, callback, where), together=None if callback is None else 1, where=where,
         )  # fmt: skip
         return chain.run(x, self.steps, callback)
 
@@ -110,7 +110,8 @@ class Langevin:
         # Not a generator function itself, so that wrong arguments raise here and not at the first next().
         chain = prepare(
             energy, x, self.steps, self.update(), mask=mask, seed=seed, generator=generator, first_sample=first_sample,
-            first_step=first_step, stream=stream, precision=precision, backend=backend, where="trajectory",
+            first_step=first_step, stream=stream, precision=precision, backend=backend, together=every,
+            where="trajectory",
         )  # fmt: skip
         return chain.snapshots(x, self.steps, every)
 

@@ -122,11 +122,13 @@ def prepare(
     precision: str = "auto",
     backend: str = "auto",
     graph: graphs.Graph = False,
+    together: int | None = None,
     where: str = "langevin_sample",
 ) -> Prepared:
     """Check every argument of a chain of `steps` steps on tensors like x, and resolve its gradient and backend.
 
     `graph`: None takes a CUDA graph where one is safe, True insists on one, False takes none; or a `Session`.
+    `together`: how many steps are made between two looks at the state; None: all.
     """
     if not isinstance(x, Tensor):
         raise TypeError(f"{where}: x must be a tensor, got {type(x).__name__}")
@@ -141,15 +143,17 @@ def prepare(
     mask = None if mask is None else check_mask(mask, x, where)
     backend = ops.choose("langevin_step", backend, x.device)
     session = graphs.session_of(graph, where=where)
+    together = steps if together is None else min(together, steps)
     slot = graphs.slot_for(energy, x, mask, place, session, steps, numbers, precision, backend)
     if isinstance(slot, graphs.Slot) and slot.refresh():
         made = slot.static.plan
     else:
-        made = plan(energy, x, precision, where)
+        made = plan(energy, x, precision, where, steps=together)
         if isinstance(slot, graphs.Slot):
             slot = graphs.why_not_plan(made, session) or slot
     graphs.insist(session, slot, where)
-    chain = Chain(energy, numbers, made, precision, mask, place, backend, where, bad_step_cell(made, x.device))
+    cell = bad_step_cell(made, x.device)
+    chain = Chain(energy, numbers, made, precision, mask, place, backend, where, cell, together)
     return Prepared(chain, slot, session)
 
 

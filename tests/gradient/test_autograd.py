@@ -24,7 +24,7 @@ def test_gradient_of_the_published_nets_against_float64(size, variant, norm, wid
     x = images(4, 3, size)
     exact_x = x.double().requires_grad_()
     (exact,) = torch.autograd.grad(copy.deepcopy(net).double()(exact_x).sum(), exact_x)
-    got = AutogradPlan(net, "test", "").gradient(x)
+    got = AutogradPlan(net, "test").gradient(x)
     assert got.dtype == torch.float32
     # Silu has no kink whose side float32 could get wrong, so float32 rounding is all the difference.
     assert (got.double() - exact).norm() < 2e-5 * exact.norm()
@@ -36,7 +36,7 @@ def test_gradient_of_a_net_with_kinks_is_near_float64():
     exact_x = x.double().requires_grad_()
     (exact,) = torch.autograd.grad(copy.deepcopy(net).double()(exact_x).sum(), exact_x)
     # One flipped sign of a pre-activation near zero moves the gradient by up to 4e-3.
-    assert (AutogradPlan(net, "test", "").gradient(x).double() - exact).norm() < 1e-2 * exact.norm()
+    assert (AutogradPlan(net, "test").gradient(x).double() - exact).norm() < 1e-2 * exact.norm()
 
 
 def test_any_callable_and_a_bound_method():
@@ -121,7 +121,10 @@ def test_sixteen_bits_are_refused_by_name(precision):
 @pytest.mark.parametrize("precision", ["auto", "fp32"])
 def test_explain_names_plan_precision_and_reason(precision):
     chosen = plan(lambda x: x.flatten(1).sum(1), torch.zeros(1, 3, 4, 4), precision)
-    assert str(chosen.explain()) == "autograd, fp32, because function is not an EnergyNet or nn.Sequential"
+    assert str(chosen.explain()) == (
+        "autograd, fp32, because function is not an EnergyNet or nn.Sequential, because it is read as a graph from 16 "
+        "steps a call on, got 1"
+    )
 
 
 def test_refresh_has_nothing_to_do():

@@ -109,7 +109,7 @@ def test_fp32_is_autograd(options, norm):
     nets = [make(norm, seed, **options) for seed in range(4)]
     x = images(nets[0])
     net = first(nets, x)
-    got, expected = conv_plan(net, x, "fp32").gradient(x), AutogradPlan(net, "test", "").gradient(x)
+    got, expected = conv_plan(net, x, "fp32").gradient(x), AutogradPlan(net, "test").gradient(x)
     assert got.dtype == torch.float32
     if norm == "none" and options["activation"] not in ("silu", "elu"):
         assert torch.equal(got, expected)
@@ -167,7 +167,7 @@ def test_a_sequential_and_its_running_statistics(kind, mode, precision):
 def test_any_slope(slope, norm):
     x = images(make())
     net = first([make(norm, seed, negative_slope=slope) for seed in range(4)], x)
-    assert torch.equal(conv_plan(net, x, "fp32").gradient(x), AutogradPlan(net, "test", "").gradient(x))
+    assert torch.equal(conv_plan(net, x, "fp32").gradient(x), AutogradPlan(net, "test").gradient(x))
     for precision in PRECISIONS:
         assert error(net, x, precision) < BOUNDS[precision]
 
@@ -305,7 +305,7 @@ def test_memory(norm):
     x = pixels(8, 3, 16)
     peaks = {}
     for name in ["autograd", *PRECISIONS]:
-        chosen = AutogradPlan(net, "", "") if name == "autograd" else conv_plan(net, x, name)
+        chosen = AutogradPlan(net, "") if name == "autograd" else conv_plan(net, x, name)
         with LiveBytes() as live:
             got = chosen.gradient(x)
             once = live.peak
@@ -386,7 +386,7 @@ def test_explain(precision, text):
 def test_sixteen_bits_that_cannot_run_are_refused_with_the_layer(precision):
     net = nn.Sequential(nn.Conv2d(2, 4, 3, groups=2), nn.Flatten(), nn.Linear(144, 1), nn.Flatten(0))
     x = torch.zeros(3, 2, 8, 8)
-    assert str(plan(net, x).explain()) == "autograd, fp32, because layer 0 (Conv2d) has groups=2"
+    assert str(plan(net, x).explain()).startswith("autograd, fp32, because layer 0 (Conv2d) has groups=2, because")
     with pytest.raises(
         BackendError, match=rf"precision '{precision}' needs a stack of convolutions.*layer 0 \(Conv2d\) has groups"
     ):

@@ -18,7 +18,7 @@ def small(norm="none"):
     return mg.EnergyNet(8, 3, [mg.nets.ConvSpec(8, 3), mg.nets.ConvSpec(12, 3, 2)], norm=norm, activation="silu")
 
 
-def images(samples=6):
+def images(samples=16):
     return torch.rand(samples, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 
 

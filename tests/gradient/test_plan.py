@@ -30,7 +30,7 @@ HELD = net_of()  # plans refer to their energy weakly
 
 def plans():
     net, x = HELD, images()
-    return [plan(net, x), ConvPlan(read(net, x), net, "fp32"), AutogradPlan(net, "test", "it was asked for")]
+    return [plan(net, x), ConvPlan(read(net, x), net, "fp32"), AutogradPlan(net, "test", ("it was asked for",))]
 
 
 @pytest.mark.parametrize("made", plans(), ids=lambda made: type(made).__name__)

@@ -33,7 +33,7 @@ def sequential(*layers):
 
 def by_autograd(net, x):
     with frozen_parameters(net):
-        return AutogradPlan(net, "test", "").gradient(x)
+        return AutogradPlan(net, "test").gradient(x)
 
 
 def changed(net, change):

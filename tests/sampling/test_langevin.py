@@ -263,7 +263,9 @@ def test_explain_says_numbers_plan_and_backend():
     ):
         assert part in text
     assert all(len(line) <= 120 for line in text.splitlines())
-    assert "autograd, fp32, because function is not" in str(dynamics.explain(quadratic, images(size=4)))
+    assert "gradient: graph, fp32 (" in str(dynamics.explain(quadratic, images(size=4)))
+    few = str(Langevin(3, step_size=0.1).explain(quadratic, images(size=4)))
+    assert "autograd, fp32, because function is not" in few and "from 16 steps a call on, got 3" in few
     assert str(dynamics.explain(multigrid_net(4, norm="none"), images(size=4))).endswith("samples: independent")
     assert "reference backend, named" in dynamics.explain(multigrid_net(4), images(size=4), backend="reference").update
 
@@ -274,7 +276,7 @@ def test_what_explain_says_is_true_and_what_a_run_refuses_it_refuses():
     said = dynamics.explain(linear, x)
     assert (said.plan, said.precision, said.device, said.coupling) == ("autograd", "fp32", "cpu", "")
     assert "a Dropout is random in train mode" in said.randomness and "\nenergy: random, a Dropout" in str(said)
-    assert said.why_not_faster == ("x must have 1, 2 or 3 spatial dimensions, got shape (4, 3)",)
+    assert said.why_not_faster[0] == "x must have 1, 2 or 3 spatial dimensions, got shape (4, 3)"
     with torch.autocast("cpu", torch.bfloat16):
         assert dynamics.explain(linear, x).precision == "bf16 by autocast"
     low = linear.eval().bfloat16()

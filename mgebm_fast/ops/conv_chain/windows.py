@@ -98,7 +98,7 @@ class Windows:
         return len(self.first_tap) - 1, len(self.output), *(table.data_ptr() for table in tables)
 
 
-def _axis(found: list[list[tuple[Any, int]]]) -> _Axis:
+def axis_of(found: list[list[tuple[Any, int]]]) -> _Axis:
     """From the (key, input) pairs of each output; an output that reads nothing has base 0."""
     classes: _Axis = {}
     for output, taps in enumerate(found):
@@ -110,7 +110,7 @@ def _axis(found: list[list[tuple[Any, int]]]) -> _Axis:
 def _forward_axis(inputs: int, outputs: int, kernel: int, stride: int, padding: int, dilation: int) -> _Axis:
     """Output o reads input o·stride − padding + t·dilation by tap t."""
     reads = [[(t, o * stride - padding + t * dilation) for t in range(kernel)] for o in range(outputs)]
-    return _axis([[(t, at) for t, at in taps if 0 <= at < inputs] for taps in reads])
+    return axis_of([[(t, at) for t, at in taps if 0 <= at < inputs] for taps in reads])
 
 
 def _reading(inputs: int, outputs: int, kernel: int, stride: int, padding: int, dilation: int) -> list[dict[int, int]]:
@@ -125,7 +125,7 @@ def _reading(inputs: int, outputs: int, kernel: int, stride: int, padding: int, 
 
 
 def _backward_axis(*geometry: int) -> _Axis:
-    return _axis([[(t, o) for o, t in sorted(readers.items())] for readers in _reading(*geometry)])
+    return axis_of([[(t, o) for o, t in sorted(readers.items())] for readers in _reading(*geometry)])
 
 
 def _edge_axis(*geometry: int) -> _Axis:
@@ -137,10 +137,10 @@ def _edge_axis(*geometry: int) -> _Axis:
         run += [{}] * (EDGE_PIXELS - len(run))
         outputs = sorted(set().union(*run))
         runs.append([(tuple(pixel.get(o, -1) for pixel in run), o) for o in outputs])
-    return _axis(runs)
+    return axis_of(runs)
 
 
-def _product(axes: Sequence[_Axis], read_size: Sequence[int], out_size: Sequence[int]) -> Windows:
+def product(axes: Sequence[_Axis], read_size: Sequence[int], out_size: Sequence[int]) -> Windows:
     """The classes of a map from those of its dimensions; `read_size` is the map that is read."""
     rows: dict[tuple[Any, ...], int] = {}
     first_tap, first_output = [0], [0]
@@ -208,7 +208,7 @@ def forward_windows(
 ) -> Windows:
     """The convolution: rows are taps (one index a dimension), outputs the map's pixels."""
     axes = [_forward_axis(*axis) for axis in zip(inputs, outputs, kernel, stride, padding, dilation, strict=True)]
-    return _product(axes, inputs, outputs)
+    return product(axes, inputs, outputs)
 
 
 @_remembered
@@ -217,7 +217,7 @@ def backward_windows(
 ) -> Windows:
     """Its data gradient: what is read is the map of outputs, what is made that of inputs."""
     axes = [_backward_axis(*axis) for axis in zip(inputs, outputs, kernel, stride, padding, dilation, strict=True)]
-    return _product(axes, outputs, inputs)
+    return product(axes, outputs, inputs)
 
 
 @_remembered
@@ -228,4 +228,4 @@ def edge_windows(
     geometry = list(zip(inputs, outputs, kernel, stride, padding, dilation, strict=True))
     axes = [_backward_axis(*axis) for axis in geometry[:-1]] + [_edge_axis(*geometry[-1])]
     runs = -(-inputs[-1] // EDGE_PIXELS)
-    return _product(axes, outputs, (*inputs[:-1], runs))
+    return product(axes, outputs, (*inputs[:-1], runs))

@@ -1,0 +1,148 @@
+"""Chains of the energies that people write, K steps in one native call, against the loop by hand (autograd.grad, frozen
+weights, fp32) on the same net. "bytes" are the net's weights, times are of the whole chain."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import mgebm_fast as mg
+from mgebm_fast.gradient.graph import read_graph
+from mgebm_fast.ops.graph_chain import GraphChain, gradient_reference
+
+STEPS = 20
+
+
+class Block(nn.Module):
+    """norm, SiLU, convolution, twice; a skip; an average pool."""
+
+    def __init__(self, inputs: int, outputs: int, groups: int, pool: bool) -> None:
+        super().__init__()
+        self.norms = nn.ModuleList([nn.GroupNorm(groups, c) if groups else nn.Identity() for c in (inputs, outputs)])
+        self.first, self.second = nn.Conv2d(inputs, outputs, 3, padding=1), nn.Conv2d(outputs, outputs, 3, padding=1)
+        self.skip = nn.Conv2d(inputs, outputs, 1) if inputs != outputs else nn.Identity()
+        self.pool = pool
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.second(F.silu(self.norms[1](self.first(F.silu(self.norms[0](x)))))) + self.skip(x)
+        return F.avg_pool2d(h, 2) if self.pool else h
+
+
+class Residual(nn.Module):
+    """Four blocks of 64 to 128 channels; the mean of the top map, a linear layer."""
+
+    def __init__(self, groups: int = 0) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 64, 3, padding=1)
+        self.blocks = nn.Sequential(
+            Block(64, 64, groups, True), Block(64, 128, groups, True), Block(128, 128, groups, True),
+            Block(128, 128, groups, False),
+        )  # fmt: skip
+        self.head = nn.Linear(128, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(F.silu(self.blocks(self.stem(x))).mean((2, 3))).squeeze(1)
+
+
+class ConvSilu(nn.Module):
+    """Four convolutions in a forward of the module's own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        widths = [(3, 64, 3, 1), (64, 64, 4, 2), (64, 128, 4, 2), (128, 128, 4, 2)]
+        self.convolutions = nn.ModuleList([nn.Conv2d(i, o, k, s, 1) for i, o, k, s in widths])
+        self.head = nn.Linear(128, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for convolution in self.convolutions:
+            x = F.silu(convolution(x))
+        return self.head(x.mean((2, 3))).squeeze(1)
+
+
+class WideBlock(nn.Module):
+    def __init__(self, inputs: int, outputs: int, stride: int) -> None:
+        super().__init__()
+        self.norms = nn.ModuleList([nn.BatchNorm2d(inputs), nn.BatchNorm2d(outputs)])
+        self.first = nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False)
+        self.second = nn.Conv2d(outputs, outputs, 3, 1, 1, bias=False)
+        self.skip = nn.Conv2d(inputs, outputs, 1, stride, bias=False) if inputs != outputs else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = F.relu(self.norms[0](x))
+        return (x if self.skip is None else self.skip(h)) + self.second(F.relu(self.norms[1](self.first(h))))
+
+
+class Classifier(nn.Module):
+    """A wide residual net (16 layers, width 4) read as the energy −log Σ exp of its logits, in eval mode."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        widths = [16, 64, 128, 256]
+        blocks = [
+            WideBlock(widths[g] if first else widths[g + 1], widths[g + 1], 2 if first and g else 1)
+            for g in range(3)
+            for first in (True, False)
+        ]
+        self.stem, self.blocks = nn.Conv2d(3, 16, 3, 1, 1, bias=False), nn.Sequential(*blocks)
+        self.norm, self.head = nn.BatchNorm2d(256), nn.Linear(256, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = F.relu(self.norm(self.blocks(self.stem(x))))
+        return -torch.logsumexp(self.head(F.adaptive_avg_pool2d(h, 1).flatten(1)), 1)
+
+
+def mlp() -> nn.Module:
+    return nn.Sequential(nn.Linear(2, 64), nn.SiLU(), nn.Linear(64, 64), nn.SiLU(), nn.Linear(64, 1), nn.Flatten(0))
+
+
+def dense_top() -> nn.Module:
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 64 * 64, 128), nn.ReLU(),
+        nn.Linear(128, 1), nn.Flatten(0),
+    )  # fmt: skip
+
+
+IMAGE = (3, 32, 32)
+CASES = {
+    "residual, SiLU, pools, batch 16": (Residual, IMAGE, 16, 5),
+    "residual, SiLU, pools, batch 64": (Residual, IMAGE, 64, 3),
+    "conv-SiLU x4, mean, linear, batch 16": (ConvSilu, IMAGE, 16, 10),
+    "WideResNet-16-4 classifier, batch 16": (Classifier, IMAGE, 16, 3),
+    "residual, group norm, batch 16": (lambda: Residual(8), IMAGE, 16, 5),
+    "MLP 2-64-64-1, 64 chains": (mlp, (2,), 64, 100),
+    "MLP 2-64-64-1, 1024 chains": (mlp, (2,), 1024, 100),
+    "conv, Linear(32768, 128), batch 8": (dense_top, (3, 64, 64), 8, 10),
+    "published 16, batch 1": (lambda: mg.nets.multigrid_net(16, norm="none"), (3, 16, 16), 1, STEPS),
+    "published 64, batch 1": (lambda: mg.nets.multigrid_net(64, norm="none"), (3, 64, 64), 1, STEPS),
+    "compact 64, batch 1": (lambda: mg.nets.multigrid_net(64, norm="none", variant="compact"), (3, 64, 64), 1, STEPS),
+    "compact 64, batch 8": (lambda: mg.nets.multigrid_net(64, norm="none", variant="compact"), (3, 64, 64), 8, 5),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def bench_graph_chain(report, device, name):
+    if device != "cpu":
+        pytest.skip("a CPU engine")
+    make, shape, samples, steps = CASES[name]
+    torch.manual_seed(0)
+    net = make().eval().requires_grad_(False)
+    x = torch.randn(samples, *shape)
+    graph = read_graph(net, x)
+    few = x[:4]
+    expected = gradient_reference(graph, few)
+    assert (GraphChain(graph).gradient(few) - expected).norm() < 1e-4 * expected.norm()
+
+    def ours():
+        mg.langevin_sample(net, x, steps=max(steps, 16), step_size=0.01, precision="fp32", seed=0)
+
+    def plain():
+        state = x
+        for _ in range(max(steps, 16)):
+            leaf = state.detach().requires_grad_()
+            gradient = torch.autograd.grad(net(leaf).sum(), leaf)[0]
+            state = state - 0.00005 * gradient + 0.01 * torch.randn_like(state)
+
+    weights = sum(p.numel() for p in net.parameters()) * 4
+    report("graph_chain", name, weights, ours, plain_loop=plain)

@@ -1,0 +1,124 @@
+// The matrix products of a graph: rows are (sample, pixel) pairs, each with its own address. For *_cpu.cpp files only.
+//
+// Weights lie in strips of 16 outputs, [strip][tap row][channel][16]. A row's sum runs over taps, then channels, on its
+// own accumulator, and starts again every kPart channels: no tiling changes its value.
+#pragma once
+
+#include "ops/conv_chain/tile.h"
+#include "ops/graph_chain/team.h"
+
+namespace mgebm::MGEBM_ISA {
+
+constexpr int kRunRows = 4 * kRowsAtOnce;  // of a piece of work: they stay in L1 while a part's weights pass
+
+// One part of the sums of kRows rows and kWide strips; row r reads at rows[r].
+template <int kRows, int kWide>
+MG_INLINE void part_of_rows(const float* const* rows, int depth, int inputs, const Taps& part, const float* w,
+                            int64_t strip, bool first, float* out) {
+  F16 sum[kRows][kWide];
+  for (int r = 0; r < kRows; ++r) {
+    for (int s = 0; s < kWide; ++s) sum[r][s] = all(0.0f);
+  }
+  for (int t = 0; t < part.count; ++t) {
+    const int64_t tap = static_cast<int64_t>(part.pixel[t]) * depth;
+    const float* weight = w + static_cast<int64_t>(part.weight[t]) * inputs * 16;
+    const float* at[kRows];
+    for (int r = 0; r < kRows; ++r) at[r] = rows[r] + tap;
+    for (int k = 0; k < inputs; ++k, weight += 16) {
+      F16 column[kWide];
+      for (int s = 0; s < kWide; ++s) column[s] = load(weight + s * strip);
+#pragma GCC unroll 16
+      for (int r = 0; r < kRows; ++r) {
+        const F16 broadcast = all(at[r][k]);
+#pragma GCC unroll 2
+        for (int s = 0; s < kWide; ++s) sum[r][s] = multiply_add(broadcast, column[s], sum[r][s]);
+      }
+    }
+  }
+  for (int r = 0; r < kRows; ++r) {
+    for (int s = 0; s < kWide; ++s) {
+      float* to = out + r * kTileWidth + 16 * s;
+      store(to, first ? sum[r][s] : load(to) + sum[r][s]);
+    }
+  }
+}
+
+template <int kRows, int kWide>
+MG_INLINE void part_of_run(const float* const* rows, int count, int depth, int inputs, const Taps& part, const float* w,
+                           int64_t strip, bool first, float* out) {
+  for (; count >= kRows; count -= kRows, rows += kRows, out += kRows * kTileWidth) {
+    part_of_rows<kRows, kWide>(rows, depth, inputs, part, w, strip, first, out);
+  }
+  if constexpr (kRows > 1) {
+    part_of_run<(kRows > 4 ? 4 : kRows - 1), kWide>(rows, count, depth, inputs, part, w, strip, first, out);
+  }
+}
+
+template <int kWide>
+static void products_of_run(const float* const* rows, int count, int depth, int inputs, const Taps& taps,
+                            const float* w, int64_t strip, float* out) {
+  if (taps.count == 0) __builtin_memset(out, 0, sizeof(float) * count * kTileWidth);
+  // A dense layer of many inputs is one tap of them: it is cut as well.
+  if (inputs > kPart && taps.count > 0) {
+    for (int t = 0; t < taps.count; ++t) {
+      const int32_t none = 0;
+      for (int k = 0; k < inputs; k += kPart) {
+        const float* at[kRunRows];
+        for (int r = 0; r < count; ++r) at[r] = rows[r] + static_cast<int64_t>(taps.pixel[t]) * depth + k;
+        const float* weight = w + (static_cast<int64_t>(taps.weight[t]) * inputs + k) * 16;
+        const int here = inputs - k < kPart ? inputs - k : kPart;
+        part_of_run<kRowsAtOnce, kWide>(at, count, depth, here, {&none, &none, 1}, weight, strip, t == 0 && k == 0,
+                                        out);
+      }
+    }
+    return;
+  }
+  const int step = taps_of_part(inputs);
+  for (int t = 0; t < taps.count; t += step) {
+    part_of_run<kRowsAtOnce, kWide>(rows, count, depth, inputs, part_of(taps, t, step), w, strip, t == 0, out);
+  }
+}
+
+// W * in + bias + second.
+static void convolve(const Group& g, const GraphStep& s) {
+  const GraphBuffer &in = g.buffer(s.in), &out = g.buffer(s.out);
+  const Windows& w = s.windows;
+  const int strips = (s.outputs + 15) / 16;
+  const int64_t strip_size = 16LL * s.rows * s.inputs;
+  each_run(g, w, kRunRows, [&](int c, int64_t start, int count) {
+    alignas(64) float tile[kRunRows * kTileWidth];
+    const float* rows[kRunRows];
+    int sample[kRunRows];
+    int64_t to[kRunRows];
+    const int first = w.first_output[c], outputs = w.first_output[c + 1] - first;
+    for (int r = 0; r < count; ++r) {
+      const int64_t i = start + r;
+      sample[r] = static_cast<int>(i / outputs);
+      const int output = first + static_cast<int>(i % outputs);
+      rows[r] = g.at(s.in, sample[r]) + static_cast<int64_t>(w.base[output]) * in.depth;
+      to[r] = static_cast<int64_t>(w.output[output]) * out.depth;
+    }
+    const Taps taps{w.tap_pixel + w.first_tap[c], w.tap_weight + w.first_tap[c], w.first_tap[c + 1] - w.first_tap[c]};
+    for (int strip = 0; strip < strips; strip += kWideAtOnce) {
+      const int wide = strips - strip < kWideAtOnce ? strips - strip : kWideAtOnce;
+      const float* weights = s.weights + strip * strip_size;
+      if (wide == kWideAtOnce) {
+        products_of_run<kWideAtOnce>(rows, count, in.depth, s.inputs, taps, weights, strip_size, tile);
+      } else {
+        products_of_run<1>(rows, count, in.depth, s.inputs, taps, weights, strip_size, tile);
+      }
+      for (int r = 0; r < count; ++r) {
+        const Finish finish(g, s, sample[r]);
+        const float* second = s.second < 0 ? nullptr : g.at(s.second, sample[r]);
+        for (int i = 0; i < wide; ++i) {
+          const int64_t at = to[r] + 16 * (strip + i);
+          F16 z = load(tile + r * kTileWidth + 16 * i);
+          if (s.bias) z = z + load(s.bias + 16 * (strip + i));
+          finish(at, second ? z + load(second + at) : z);
+        }
+      }
+    }
+  });
+}
+
+}  // namespace mgebm::MGEBM_ISA

@@ -1,0 +1,219 @@
+// The steps of a graph that are no matrix products. For *_cpu.cpp files only.
+#pragma once
+
+#include "ops/graph_chain/team.h"
+
+namespace mgebm::MGEBM_ISA {
+
+static void pointwise(const Group& g, const GraphStep& s) {
+  each_strip(g, s, [&](const Finish& finish, int n, int64_t at, int) { finish(at, load(g.at(s.in, n) + at)); });
+}
+
+static void affine(const Group& g, const GraphStep& s) {
+  each_strip(g, s, [&](const Finish& finish, int n, int64_t at, int channel) {
+    const int64_t place = s.per_element ? at : channel;
+    F16 v = load(g.at(s.in, n) + at);
+    if (s.weights) v = v * load(s.weights + place);
+    finish(at, s.bias ? v + load(s.bias + place) : v);
+  });
+}
+
+static void add(const Group& g, const GraphStep& s) {
+  each_strip(g, s, [&](const Finish& finish, int n, int64_t at, int) {
+    finish(at, multiply_add(load(g.at(s.second, n) + at), all(s.factor), load(g.at(s.in, n) + at)));
+  });
+}
+
+static void multiply(const Group& g, const GraphStep& s) {
+  each_strip(g, s, [&](const Finish& finish, int n, int64_t at, int) {
+    finish(at, load(g.at(s.in, n) + at) * load(g.at(s.second, n) + at));
+  });
+}
+
+static void fill(const Group& g, const GraphStep& s) {
+  each_strip(g, s, [&](const Finish& finish, int, int64_t at, int channel) {
+    finish(at, load(s.bias + (s.per_element ? at : channel)));
+  });
+}
+
+static void copy(const Group& g, const GraphStep& s) {
+  const int from = g.buffer(s.in).depth, to = g.buffer(s.out).depth;
+  const int pixels = g.buffer(s.out).pixels;
+  g.share(static_cast<int64_t>(g.count) * pixels, [&](int64_t i) {
+    const int sample = static_cast<int>(i / pixels);
+    const int64_t pixel = i % pixels;
+    const float* in = g.at(s.in, sample) + pixel * from + s.from_channel;
+    float* out = g.at(s.out, sample) + pixel * to + s.to_channel;
+    for (int c = 0; c < s.outputs; ++c) out[c] = s.accumulate ? out[c] + in[c] : in[c];
+  });
+}
+
+// body(sample, output pixel, first input pixel, taps) for every output of the windows.
+template <typename Body>
+MG_INLINE void each_window(const Group& g, const GraphStep& s, const Body& body) {
+  const Windows& w = s.windows;
+  each_run(g, w, 16, [&](int c, int64_t start, int count) {
+    const int first = w.first_output[c], outputs = w.first_output[c + 1] - first;
+    const Taps taps{w.tap_pixel + w.first_tap[c], w.tap_weight + w.first_tap[c], w.first_tap[c + 1] - w.first_tap[c]};
+    for (int64_t i = start; i < start + count; ++i) {
+      const int output = first + static_cast<int>(i % outputs);
+      body(static_cast<int>(i / outputs), w.output[output], w.base[output], taps);
+    }
+  });
+}
+
+static void gather(const Group& g, const GraphStep& s) {
+  const int depth = g.buffer(s.out).depth;
+  each_window(g, s, [&](int sample, int output, int base, const Taps& taps) {
+    const float* in = g.at(s.in, sample) + static_cast<int64_t>(base) * depth;
+    const Finish finish(g, s, sample);
+    for (int c = 0; c < depth; c += 16) {
+      F16 sum = all(0.0f);
+      for (int t = 0; t < taps.count; ++t) {
+        sum = multiply_add(load(in + static_cast<int64_t>(taps.pixel[t]) * depth + c), all(s.weights[taps.weight[t]]),
+                           sum);
+      }
+      finish(static_cast<int64_t>(output) * depth + c, sum);
+    }
+  });
+}
+
+// `weights` holds the number of each tap; keep: that of the greatest, the first of them where several are.
+static void max_pool(const Group& g, const GraphStep& s) {
+  const int depth = g.buffer(s.out).depth;
+  each_window(g, s, [&](int sample, int output, int base, const Taps& taps) {
+    const float* in = g.at(s.in, sample) + static_cast<int64_t>(base) * depth;
+    float* out = g.at(s.out, sample) + static_cast<int64_t>(output) * depth;
+    float* which = g.at(s.keep, sample) + static_cast<int64_t>(output) * depth;
+    for (int c = 0; c < depth; ++c) {
+      float best = -__builtin_inff(), tap = -1.0f;
+      for (int t = 0; t < taps.count; ++t) {
+        const float v = in[static_cast<int64_t>(taps.pixel[t]) * depth + c];
+        if (!(v <= best) || tap < 0.0f) best = v, tap = s.weights[taps.weight[t]];
+      }
+      out[c] = best, which[c] = tap;
+    }
+  });
+}
+
+static void max_pool_back(const Group& g, const GraphStep& s) {
+  const int depth = g.buffer(s.out).depth;
+  each_window(g, s, [&](int sample, int pixel, int base, const Taps& taps) {
+    const float* in = g.at(s.in, sample) + static_cast<int64_t>(base) * depth;
+    const float* which = g.at(s.second, sample) + static_cast<int64_t>(base) * depth;
+    float* out = g.at(s.out, sample) + static_cast<int64_t>(pixel) * depth;
+    for (int c = 0; c < depth; ++c) {
+      float sum = 0.0f;
+      for (int t = 0; t < taps.count; ++t) {
+        const int64_t at = static_cast<int64_t>(taps.pixel[t]) * depth + c;
+        sum += which[at] == s.weights[taps.weight[t]] ? in[at] : 0.0f;
+      }
+      out[c] = s.accumulate ? out[c] + sum : sum;
+    }
+  });
+}
+
+// sums[c] <- sum over pixels of body(offset of a strip); a channel's sum runs over pixels in order.
+template <typename Body>
+MG_INLINE void over_pixels(int pixels, int depth, float* sums, const Body& body) {
+  for (int c = 0; c < depth; c += 16) {
+    F16 sum = all(0.0f);
+    for (int p = 0; p < pixels; ++p) sum = sum + body(static_cast<int64_t>(p) * depth + c, c);
+    store(sums + c, sum);
+  }
+}
+
+// The mean over a group of channels of what `sums` holds, to each of them.
+MG_INLINE void over_groups(float* sums, int channels, int groups, double count) {
+  const int each = channels / groups;
+  for (int i = 0; i < groups; ++i) {
+    double sum = 0;
+    for (int c = i * each; c < (i + 1) * each; ++c) sum += sums[c];
+    for (int c = i * each; c < (i + 1) * each; ++c) sums[c] = static_cast<float>(sum / count);
+  }
+}
+
+constexpr int kNormChannels = 4096;
+
+// `second`: two pixels, 1/std and the mean.
+static void normalise(const Group& g, const GraphStep& s) {
+  const int pixels = g.buffer(s.in).pixels, depth = g.buffer(s.in).depth;
+  const double count = static_cast<double>(s.inputs) / s.groups * pixels;
+  g.share(g.count, [&](int64_t i) {
+    const int sample = static_cast<int>(i);
+    const float* in = g.at(s.in, sample);
+    float *inverse = g.at(s.second, sample), *mean = inverse + depth;
+    const Finish finish(g, s, sample);
+    over_pixels(pixels, depth, mean, [&](int64_t at, int) { return load(in + at); });
+    over_groups(mean, s.inputs, s.groups, count);
+    over_pixels(pixels, depth, inverse, [&](int64_t at, int c) {
+      const F16 d = load(in + at) - load(mean + c);
+      return d * d;
+    });
+    over_groups(inverse, s.inputs, s.groups, count);
+    for (int c = 0; c < depth; ++c) {
+      inverse[c] = c < s.inputs ? 1.0f / __builtin_sqrtf(inverse[c] + s.eps) : 0.0f;
+      mean[c] = c < s.inputs ? mean[c] : 0.0f;
+    }
+    for (int pixel = 0; pixel < pixels; ++pixel) {
+      for (int c = 0; c < depth; c += 16) {
+        const int64_t at = static_cast<int64_t>(pixel) * depth + c, place = s.per_element ? at : c;
+        const F16 u = (load(in + at) - load(mean + c)) * load(inverse + c);
+        finish(at, s.weights ? multiply_add(u, load(s.weights + place), load(s.bias + place)) : u);
+      }
+    }
+  });
+}
+
+// With u the normalised input, g = weights dE/dy and means over a group:  dE/dz = (g - mean(g) - u mean(g u)) / std.
+// `third`: z; `second`: as above.
+static void normalise_back(const Group& g, const GraphStep& s) {
+  const int pixels = g.buffer(s.in).pixels, depth = g.buffer(s.in).depth;
+  const double count = static_cast<double>(s.inputs) / s.groups * pixels;
+  g.share(g.count, [&](int64_t i) {
+    const int sample = static_cast<int>(i);
+    alignas(64) float share[kNormChannels], product[kNormChannels];
+    const float *in = g.at(s.in, sample), *z = g.at(s.third, sample);
+    const float *inverse = g.at(s.second, sample), *mean = inverse + depth;
+    const Finish finish(g, s, sample);
+    const auto slope_at = [&](int64_t at, int64_t c) {
+      return s.weights ? load(in + at) * load(s.weights + (s.per_element ? at : c)) : load(in + at);
+    };
+    const auto unit_at = [&](int64_t at, int64_t c) { return (load(z + at) - load(mean + c)) * load(inverse + c); };
+    over_pixels(pixels, depth, share, [&](int64_t at, int c) { return slope_at(at, c); });
+    over_groups(share, s.inputs, s.groups, count);
+    over_pixels(pixels, depth, product, [&](int64_t at, int c) { return slope_at(at, c) * unit_at(at, c); });
+    over_groups(product, s.inputs, s.groups, count);
+    for (int pixel = 0; pixel < pixels; ++pixel) {
+      for (int c = 0; c < depth; c += 16) {
+        const int64_t at = static_cast<int64_t>(pixel) * depth + c;
+        const F16 centred = slope_at(at, c) - load(share + c) - unit_at(at, c) * load(product + c);
+        finish(at, centred * load(inverse + c));
+      }
+    }
+  });
+}
+
+// out = softmax(in) scale, or log sum exp(in), over the channels of one pixel.
+static void log_sum_exp(const Group& g, const GraphStep& s, bool back) {
+  g.share(g.count, [&](int64_t i) {
+    const int sample = static_cast<int>(i);
+    const float* in = g.at(s.in, sample);
+    float* out = g.at(s.out, sample);
+    float most = in[0];
+    for (int c = 1; c < s.inputs; ++c) most = in[c] > most ? in[c] : most;
+    double sum = 0;
+    for (int c = 0; c < s.inputs; ++c) sum += static_cast<double>(exponential(in[c] - most));
+    if (!back) {
+      out[0] = most + __builtin_logf(static_cast<float>(sum));
+      return;
+    }
+    const float scale = static_cast<float>(static_cast<double>(g.at(s.second, sample)[0]) / sum);
+    for (int c = 0; c < s.inputs; ++c) {
+      const float v = exponential(in[c] - most) * scale;
+      out[c] = s.accumulate ? out[c] + v : v;
+    }
+  });
+}
+
+}  // namespace mgebm::MGEBM_ISA

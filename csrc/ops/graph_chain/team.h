@@ -1,0 +1,109 @@
+// Who does what in a pass, and where a group of samples keeps its buffers. For *_cpu.cpp files only.
+#pragma once
+
+#include "mgebm/interrupt.h"
+#include "ops/graph_chain/functions.h"
+
+namespace mgebm::MGEBM_ISA {
+
+// A group of samples with the threads that run it: one thread with a group of its own, or all threads on every step.
+struct Group {
+  const GraphChainParams& p;
+  Interrupt& interrupt;
+  bool caller;  // whether this is the thread that called, which alone may ask Python for signals
+  int threads, thread;
+  int64_t first;    // sample
+  int count, room;  // samples, and how many the buffers have room for
+  float* base;
+
+  float* at(int buffer, int sample) const {
+    const GraphBuffer& b = p.buffers.at[buffer];
+    return base + b.offset * room + static_cast<int64_t>(sample) * b.pixels * b.depth;
+  }
+  const GraphBuffer& buffer(int index) const { return p.buffers.at[index]; }
+
+  // body(i) for this thread's share of 0 ... pieces - 1; all have done theirs when it returns. Once an interrupt was
+  // asked for, the rest is left out and the call's numbers are dropped.
+  template <typename Body>
+  MG_METHOD void share(int64_t pieces, const Body& body) const {
+    const int64_t last = pieces * (thread + 1) / threads;
+    for (int64_t i = pieces * thread / threads; i < last; ++i) {
+      if (caller) interrupt.poll();
+      if (interrupt.asked()) break;
+      body(i);
+    }
+    if (threads > 1) {
+#pragma omp barrier
+    }
+  }
+};
+
+// What every step does with the sixteen numbers z that it made: z itself into `keep`, f(z) into `out` with f'(z) into
+// `slope`; without a function, and for a leaky ReLU on the way back, z times what `slope` holds.
+struct Finish {
+  const GraphStep& s;
+  float *out, *keep, *slope;
+
+  Finish(const Group& g, const GraphStep& step, int sample)
+      : s(step),
+        out(g.at(step.out, sample)),
+        keep(step.keep < 0 ? nullptr : g.at(step.keep, sample)),
+        slope(step.slope < 0 ? nullptr : g.at(step.slope, sample)) {}
+
+  MG_METHOD void operator()(int64_t at, F16 z) const {
+    if (keep) store(keep + at, z);
+    if (s.function == Function::kNone) {
+      if (slope) z = z * load(slope + at);
+    } else if (s.function == Function::kLeaky) {
+      // f(z) has the sign of z.
+      const uint16_t up = positive(slope ? load(slope + at) : z);
+      z = select(up, z, s.a == 0.0f ? all(0.0f) : z * all(s.a));
+    } else {
+      F16 d;
+      z = value_and_slope(s, z, &d);
+      if (slope) store(slope + at, d);
+    }
+    store(out + at, s.accumulate ? load(out + at) + z : z);
+  }
+};
+
+// body(finish, sample, offset of a strip, its first channel) for every strip of out's map.
+template <typename Body>
+MG_INLINE void each_strip(const Group& g, const GraphStep& s, const Body& body) {
+  constexpr int kPiece = 16;
+  const int pixels = g.buffer(s.out).pixels, depth = g.buffer(s.out).depth, pieces = (pixels + kPiece - 1) / kPiece;
+  g.share(static_cast<int64_t>(g.count) * pieces, [&](int64_t i) {
+    const int sample = static_cast<int>(i / pieces), start = static_cast<int>(i % pieces) * kPiece;
+    const Finish finish(g, s, sample);
+    for (int pixel = start; pixel < start + kPiece && pixel < pixels; ++pixel) {
+      for (int c = 0; c < depth; c += 16) body(finish, sample, static_cast<int64_t>(pixel) * depth + c, c);
+    }
+  });
+}
+
+// Rows of one class of windows: at most `most` pairs of (sample, output) a piece. body(class, first, count): output
+// `first_output[class] + i % outputs` of sample i / outputs, for i in first ... first + count - 1.
+template <typename Body>
+MG_INLINE void each_run(const Group& g, const Windows& w, int most, const Body& body) {
+  int64_t pieces = 0;
+  for (int c = 0; c < w.classes; ++c) {
+    const int64_t rows = static_cast<int64_t>(w.first_output[c + 1] - w.first_output[c]) * g.count;
+    pieces += (rows + most - 1) / most;
+  }
+  int c = 0;
+  int64_t before = 0;  // pieces of the classes before c
+  g.share(pieces, [&](int64_t i) {
+    for (;; ++c) {
+      const int64_t rows = static_cast<int64_t>(w.first_output[c + 1] - w.first_output[c]) * g.count;
+      const int64_t here = (rows + most - 1) / most;
+      if (i < before + here) {
+        const int64_t start = (i - before) * most;
+        body(c, start, static_cast<int>(rows - start < most ? rows - start : most));
+        return;
+      }
+      before += here;
+    }
+  });
+}
+
+}  // namespace mgebm::MGEBM_ISA

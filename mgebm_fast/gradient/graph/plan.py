@@ -1,0 +1,190 @@
+"""∇E of an energy read as a graph, and whole chains of it, in one call of the native CPU engine (ops.graph_chain)."""
+
+from __future__ import annotations
+
+import collections
+import math
+import threading
+import weakref
+from collections.abc import Callable, Hashable, MutableMapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ... import native
+from ...errors import BackendError, DivergenceError
+from ...ops.counters import Counters
+from ...ops.graph_chain import GraphChain, layers
+from ...ops.graph_chain.layers import Graph, Map
+from ...ops.update import Update
+from ..autograd import AutogradPlan
+from ..base import GradientPlan, PlanReport
+from ..holding import frozen_parameters
+from ..stack import Stack, example_input, reread
+from .recorder import read_graph
+
+# Reading an energy and packing its weights costs about as much as this many steps save.
+MIN_STEPS = 16
+# Largest ‖difference‖ / ‖gradient‖ of a reading that is trusted; rounding, and inputs at the kink of a ReLU, give less.
+BOUND = 0.01
+_SAMPLES = 4
+
+Reader = Callable[[Any], "Graph | str"]  # energy -> its graph as it is now, or why it has none
+
+
+class GraphPlan(GradientPlan):
+    """∇E and Langevin steps of one energy with the weights, and the Python values, that it had at the last `refresh`.
+
+    Raises DivergenceError where a constant of the graph is not finite: behind a ReLU, samples could stay finite and be
+    wrong; ValueError where the graph is too large for the engine.
+    """
+
+    backends = ("native",)
+    precision = "fp32"
+
+    def __init__(self, graph: Graph, energy: Any, read: Reader, where: str, why: str = "") -> None:
+        self._energy, self._read, self._where, self._why = energy, read, where, why
+        self._pack(graph)
+
+    def _pack(self, graph: Graph) -> None:
+        for name, tensor in graph.tensors():
+            if tensor.numel() and not math.isfinite(torch.linalg.vector_norm(tensor.float(), math.inf)):
+                raise DivergenceError(
+                    f"{self._where}: the energy's weights must be finite, got NaN or infinite values in {name}"
+                )
+        self._form = form_of(graph)
+        self._chain = GraphChain(graph)
+        self._layers = len(graph.layers)
+
+    def gradient(self, x: Tensor) -> Tensor:  # (N, ...) float32 -> the same, contiguous
+        """∇E(x), float32."""
+        return self._chain.gradient(x)
+
+    def advance_(self, x: Tensor, place: Counters, steps: int, numbers: Update, mask: Tensor | None) -> None:
+        """`steps` Langevin steps on x in place, all in one native call."""
+        self._chain.advance_(x, steps, numbers, place, mask)
+
+    def refresh(self) -> None:
+        graph = self._read(self._energy)
+        if isinstance(graph, str):
+            raise BackendError(f"refresh: the energy must still be a graph that the engine reads, but {graph}")
+        if form_of(graph) != self._form:
+            raise BackendError("refresh: the energy's layers must be those that the plan was made for; make a new plan")
+        self._pack(graph)
+
+    def explain(self) -> PlanReport:
+        why = (self._why,) if self._why else ()
+        return PlanReport(
+            "graph", self.precision, f"{native.isa()}, {self._layers} layers", "all steps in one call", why
+        )
+
+
+def form_of(graph: Graph) -> tuple[Hashable, ...]:
+    """What of a graph is not a number that training changes: its layers, how they are joined, and shapes."""
+    form: list[Hashable] = [graph.x]
+    for layer in graph.layers:
+        fields = ((k, v) for k, v in vars(layer).items() if k != "name")
+        form.append((type(layer).__name__, *((k, tuple(v.shape) if isinstance(v, Tensor) else v) for k, v in fields)))
+    return tuple(form)
+
+
+def graph_of(stack: Stack) -> Graph:
+    """A stack without batch statistics as a graph; its energy is Σ head · h_L."""
+    found: list[layers.Layer] = []
+    for stage in stack.stages:
+        out = Map(stage.weight.shape[0], stage.out_size)
+        geometry = (stage.stride, stage.padding, stage.dilation)
+        found.append(layers.Convolution((len(found),), out, stage.name, stage.weight, stage.bias, *geometry))
+        if stage.activation != "none":
+            slope = 0.0 if stage.activation == "relu" else stage.slope
+            name = "leaky_relu" if stage.activation == "relu" else stage.activation
+            a, b = {"leaky_relu": (slope, 0.0), "elu": (1.0, 1.0)}.get(name, (0.0, 0.0))
+            found.append(layers.Pointwise((len(found),), out, stage.name, name, a, b))
+    ones = (1,) * stack.ndim
+    head = layers.Convolution(
+        (len(found),), Map(1, ()), "the last layer", stack.head[None], None, ones, (0,) * stack.ndim, ones
+    )
+    return Graph(Map(stack.channels, stack.size), (*found, head))
+
+
+def plan_of_stack(stack: Stack, energy: Any, where: str, why: str) -> GraphPlan:
+    """A stack by this engine; `why` says why not by that of stacks."""
+    example = example_input(stack)
+    return GraphPlan(graph_of(stack), energy, lambda now: graph_of(reread(now, example)), where, why)
+
+
+def plan_of(energy: Any, x: Tensor, where: str) -> GraphPlan | str:
+    """The plan of an energy that is read from its own code, compared with autograd the first time that it is read in
+    this form; or the reason, naming the module and the op, why there is none."""
+    if not native.available():
+        return f"the compiled module did not load: {native.load_error}"
+    shape = x.shape
+
+    def read(now: Any) -> Graph | str:
+        return read_graph(now, torch.empty((), device="cpu").expand(shape))
+
+    graph = read(energy)
+    if isinstance(graph, str):
+        return graph
+    try:
+        plan = GraphPlan(graph, energy, read, where)
+    except (ValueError, DivergenceError) as error:
+        return str(error)
+    reason = _why_not_trusted(energy, graph, plan, x)
+    return f"its reading is not trusted: {reason}" if reason else plan
+
+
+# What was compared: by module, or by the code of a function -> {form: why it is not trusted, "" where it is}.
+_of_modules: MutableMapping[Any, dict[Hashable, str]] = weakref.WeakKeyDictionary()
+_of_code: collections.OrderedDict[Hashable, dict[Hashable, str]] = collections.OrderedDict()
+_MOST_CODE = 256
+_lock = threading.Lock()
+
+
+def _why_not_trusted(energy: Any, graph: Graph, plan: GraphPlan, x: Tensor) -> str:
+    key = (*form_of(graph),)
+    with _lock:
+        if isinstance(energy, torch.nn.Module):
+            known = _of_modules.setdefault(energy, {})
+        elif (code := getattr(energy, "__code__", None)) is not None:
+            known = _of_code.setdefault(code, {})
+            while len(_of_code) > _MOST_CODE:
+                _of_code.popitem(last=False)
+        else:
+            known = {}
+    if key not in known:
+        known[key] = _compared(energy, graph, plan, x)
+    return known[key]
+
+
+def _compared(energy: Any, graph: Graph, plan: GraphPlan, x: Tensor) -> str:
+    """Why the reading is another function than the energy, on samples of noise other than those it was read on."""
+    probe = torch.randn(_SAMPLES, *x.shape[1:], generator=torch.Generator().manual_seed(0))
+    try:
+        with frozen_parameters(energy):
+            own = AutogradPlan(energy, "plan").gradient(probe)
+            again = AutogradPlan(energy, "plan").gradient(probe)
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        return f"its own code raises {type(error).__name__}: {' '.join(str(error).split())}"
+    if not torch.equal(own, again):
+        return "its own code gives other gradients when it is asked again"
+    got = plan.gradient(probe)
+    finite = torch.isfinite(own) & torch.isfinite(got)
+    apart, size = float((own - got)[finite].norm()), float(own[finite].norm())
+    if bool((torch.isfinite(own) == torch.isfinite(got)).all()) and (
+        apart <= BOUND * size or apart <= 1e-6 * probe.norm()
+    ):
+        return ""
+    far = f"{apart / max(size, 1e-30):.2g} away from autograd's, more than {BOUND}"
+    return f"its gradient is {far}{_where(graph, probe, own)}"
+
+
+def _where(graph: Graph, probe: Tensor, own: Tensor) -> str:
+    """Whether the layers themselves, in torch, disagree: then it is the reading, else the engine."""
+    from ...ops.graph_chain import gradient_reference
+
+    apart = float((gradient_reference(graph, probe).float() - own).norm())
+    return " (by its layers, in float64, too)" if apart > BOUND * float(own.norm()) else " (in the engine)"

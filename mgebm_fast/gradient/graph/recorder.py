@@ -1,0 +1,220 @@
+"""An energy read as a graph of layers, by running its own code once on a few samples and watching torch's ops.
+
+What does not depend on x, as a weight divided by its spectral norm, is taken as the tensor that the code computed: a
+reading holds for the weights and the Python values of the moment, and a plan reads again when it is refreshed. Code
+whose path depends on x, that is random, or that writes into its own tensors is not read.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+import types
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten, tree_map_only
+
+from ...ops.graph_chain import layers
+from ...ops.graph_chain.layers import Graph, Map
+from ...ops.state import why_not_plain
+from ..holding import frozen_parameters
+from ..reach import modules_of
+from ..stages import Unreadable
+from .rules import RULES
+from .shapes import _view  # noqa: F401  (the rules of shapes)
+from .values import GraphBuilder, Value
+
+_SAMPLES = 3
+_HOOKS = (
+    "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks",
+)  # fmt: skip
+# Ops whose first result alone is the layer's.
+_SEVERAL = ("native_", "_native_", "cudnn_batch_norm", "_batch_norm", "max_pool", "log_sigmoid_forward")
+
+
+def read_graph(energy: Callable[[Tensor], Tensor], x: Tensor) -> Graph | str:
+    """The graph of `energy` for tensors like x (N, ...) float32 on the CPU; or the reason, with the module and the op,
+    why it cannot be read as one. Only x's shape is used."""
+    if x.device.type != "cpu" or x.dtype != torch.float32 or x.dim() < 2 or x.shape[1:].numel() == 0:
+        return f"a graph is read for float32 x (N, …) on the CPU, got {x.dtype} {tuple(x.shape)} on {x.device.type}"
+    if torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None:
+        return "it is traced or transformed"
+    if torch.is_autocast_enabled("cpu"):
+        return "torch.autocast is on"
+    if reason := _hooked(energy):
+        return reason
+    probe = torch.randn(_SAMPLES, *x.shape[1:], generator=torch.Generator().manual_seed(1))
+    recorder = _Recorder(energy, probe)
+    try:
+        with torch.inference_mode(False), frozen_parameters(energy), torch.enable_grad(), recorder:
+            out = energy(probe)
+        return recorder.finish(out)
+    except Unreadable as reason:
+        return str(reason)
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        if recorder.reason:
+            return recorder.reason
+        return f"its own code raises {type(error).__name__} on {_SAMPLES} samples: {' '.join(str(error).split())[:200]}"
+
+
+def _hooked(energy: Any) -> str:
+    """Why modules run code of the user's around their own, which a chain of native steps would not run."""
+    if any(getattr(nn.modules.module, f"_global{name}", None) for name in _HOOKS):
+        return "hooks are registered for all modules"
+    for module in modules_of(energy):
+        for name in _HOOKS:
+            for hook in (getattr(module, name, None) or {}).values():
+                # The weight and spectral norms of torch.nn.utils compute weights in a hook.
+                if not type(hook).__module__.startswith("torch.nn.utils"):
+                    return f"{type(module).__name__} has hooks"
+    return ""
+
+
+class _Recorder(TorchDispatchMode):
+    """Adds a layer for each op on a tensor that depends on x."""
+
+    def __init__(self, energy: Any, x: Tensor) -> None:
+        super().__init__()
+        self._energy = energy
+        self._builder = GraphBuilder(x, as_map=x.dim() > 2)
+        # Values by where their tensor lies in memory: autograd may hand out another object for the same tensor.
+        self._values: dict[tuple, Value | str] = {_key(x): self._builder.x}
+        self._kept: list[Any] = [x]  # so that no memory is given out twice
+        self._made: set[int] = set()  # storages of tensors that ops made meanwhile
+        self.reason = ""
+
+    def finish(self, out: Any) -> Graph:
+        if not isinstance(out, Tensor) or tuple(out.shape) != (_SAMPLES,) or out.dtype != torch.float32:
+            got = tuple(out.shape) if isinstance(out, Tensor) else type(out).__name__
+            raise Unreadable(f"it returns {got} for {_SAMPLES} samples")
+        value = self._values.get(_key(out))
+        if not isinstance(value, Value):
+            raise Unreadable(value or "what it returns does not depend on x by torch's ops")
+        builder = self._builder
+        builder.name = "the energy"
+        value = builder.features(value)
+        if value.held.channels != 1:
+            raise Unreadable(f"it returns {value.held.channels} numbers a sample")
+        if not builder.layers or value.index != len(builder.layers):
+            builder.pointwise(value, "power", 1)
+        return _as_features(builder.graph())
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        try:
+            self._note(func, args, kwargs, out)
+        except Unreadable as reason:
+            self.reason = self.reason or self._located(str(reason))
+            raise Unreadable(self.reason) from None
+        return out
+
+    def _note(self, func: Any, args: tuple, kwargs: dict, out: Any) -> None:
+        name = func._schema.name.split("::")[1]
+        tensors = [t for t in tree_flatten((args, kwargs))[0] if isinstance(t, Tensor)]
+        found = [self._values.get(_key(t)) for t in tensors]
+        made = [t for t in tree_flatten(out)[0] if isinstance(t, Tensor)]
+        if torch.Tag.nondeterministic_seeded in func.tags and name not in ("dropout", "feature_dropout"):
+            raise Unreadable(f"{name} is random")
+        if all(value is None for value in found):
+            self._note_constant(func, name, tensors, made)
+            return
+        if not torch.is_grad_enabled():
+            raise Unreadable(f"{name} runs without gradients (torch.no_grad, or a custom autograd.Function)")
+        if reason := next((value for value in found if isinstance(value, str)), None):
+            raise Unreadable(reason)
+        inplace = func._schema.is_mutable
+        plain = name.rstrip("_") if inplace and not name.startswith("_") else name
+        if plain not in RULES or any(t.dtype != torch.float32 for t in made[:1]):
+            raise Unreadable(f"{name} is of no kind that the engine reads")
+        builder = self._builder
+        count = sum(layer.name.startswith(f"{plain} ") for layer in builder.layers)
+        builder.name = f"{plain} {count + 1}"
+        rule_args, rule_kwargs = tree_map_only(Tensor, self._constant_or_value, (args, kwargs))
+        results = RULES[plain](builder, out[0] if plain.startswith(_SEVERAL) else out, *rule_args, **rule_kwargs)
+        if inplace:
+            self._forget_views(tensors[0])
+        self._kept.append(out)
+        values = results if isinstance(results, list) else [results]
+        for place, tensor in enumerate(made):
+            self._values[_key(tensor)] = values[place] if place < len(values) else f"a second result of {name} is used"
+
+    def _constant_or_value(self, tensor: Tensor) -> Any:
+        value = self._values.get(_key(tensor))
+        if value is not None:
+            return value
+        if tensor.dtype not in (torch.float32, torch.int64) or why_not_plain(tensor):
+            raise Unreadable(f"{self._builder.name} has a constant that is {tensor.dtype}, {why_not_plain(tensor)}")
+        return tensor.detach()
+
+    def _note_constant(self, func: Any, name: str, tensors: list[Tensor], made: list[Tensor]) -> None:
+        if func._schema.is_mutable:
+            written = tensors[: sum(bool(a.alias_info and a.alias_info.is_write) for a in func._schema.arguments)]
+            if any(t.untyped_storage()._cdata not in self._made for t in written):
+                raise Unreadable(f"{name} writes into a tensor that was there before")
+        self._kept.append(made)
+        self._made |= {t.untyped_storage()._cdata for t in made} - {t.untyped_storage()._cdata for t in tensors}
+
+    def _forget_views(self, written: Tensor) -> None:
+        """After an op in place other views of its memory hold what no layer gave."""
+        storage, own = written.untyped_storage()._cdata, _key(written)
+        for key in self._values:
+            if key[0] == storage and key != own:
+                self._values[key] = "a view of a tensor that was changed in place is used"
+
+    def _located(self, reason: str) -> str:
+        """With the module in whose forward it happened."""
+        names = {id(m): path for path, m in _named(self._energy)}
+        frame: types.FrameType | None = sys._getframe(1)
+        while frame is not None:
+            owner = frame.f_locals.get("self")
+            if isinstance(owner, nn.Module) and id(owner) in names:
+                path = names[id(owner)]
+                return (
+                    f"{reason}, in {path} ({type(owner).__name__})" if path else f"{reason}, in the net's own forward"
+                )
+            frame = frame.f_back
+        return reason
+
+
+def _named(energy: Any) -> Iterable[tuple[str, nn.Module]]:
+    if isinstance(energy, nn.Module):
+        return energy.named_modules()
+    return ((f"{type(module).__name__}", module) for module in modules_of(energy))
+
+
+def _key(tensor: Tensor) -> tuple:
+    return tensor.untyped_storage()._cdata, tensor.storage_offset(), tuple(tensor.shape), tensor.stride()
+
+
+def _as_features(graph: Graph) -> Graph:
+    """x as features where only layers read it that take all of its elements: they lie in memory in that order."""
+    readers = [layer for layer in graph.layers if 0 in layer.inputs]
+    size = graph.x.size
+    if not size or not all(
+        isinstance(layer, layers.Convolution) and tuple(layer.weight.shape[2:]) == size and not any(layer.padding)
+        for layer in readers
+    ):
+        return graph
+    return Graph(
+        Map(graph.x.channels * graph.x.pixels, ()),
+        tuple(
+            dataclasses.replace(
+                layer,
+                weight=layer.weight.flatten(1),
+                out=Map(layer.out.channels, ()),
+                stride=(),
+                padding=(),
+                dilation=(),
+            )
+            if isinstance(layer, layers.Convolution) and 0 in layer.inputs
+            else layer
+            for layer in graph.layers
+        ),
+    )

@@ -1,0 +1,297 @@
+"""What each op of torch is as layers: one rule an op, by its name in torch's dispatcher (aten)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...ops.graph_chain import layers
+from ...ops.graph_chain.layers import Map
+from ..stages import Unreadable
+from .values import GraphBuilder, Value
+
+Rule = Callable[..., Any]  # (builder, result of the op, *its arguments with values in place of tensors) -> Value
+RULES: dict[str, Rule] = {}
+
+
+def rule(*names: str) -> Callable[[Rule], Rule]:
+    def put(function: Rule) -> Rule:
+        RULES.update(dict.fromkeys(names, function))
+        return function
+
+    return put
+
+
+def shape_of(out: Tensor) -> tuple[int, ...]:
+    return tuple(out.shape[1:])
+
+
+def value(b: GraphBuilder, x: Any) -> Value:
+    if not isinstance(x, Value):
+        raise Unreadable(f"{b.name} has x in another place than its first argument")
+    return x
+
+
+def constant(b: GraphBuilder, x: Any) -> Any:
+    if isinstance(x, Value):
+        raise Unreadable(f"{b.name} has an argument that depends on x where the engine takes a constant")
+    return x
+
+
+# ---- products ----
+
+
+@rule("convolution")
+def _convolution(b: GraphBuilder, out: Tensor, x: Any, weight: Any, bias: Any, *geometry: Any) -> Value:
+    x, weight, bias = value(b, x), constant(b, weight), constant(b, bias)
+    stride, padding, dilation, transposed, _, groups = geometry
+    if transposed:
+        raise Unreadable(f"{b.name} is transposed")
+    if groups != 1:
+        raise Unreadable(f"{b.name} has groups={groups}")
+    dims = weight.dim() - 2
+    if x.flattened or len(x.held.size) != dims:
+        raise Unreadable(f"{b.name} takes {dims} spatial dimensions of a tensor of shape {x.shape}")
+    stride, padding, dilation = (tuple(v) * (dims if len(v) == 1 else 1) for v in (stride, padding, dilation))
+    shape = shape_of(out)
+    return b.add(
+        layers.Convolution, [x], Map(shape[0], shape[1:]), shape, weight.detach(), bias, stride, padding, dilation
+    )
+
+
+@rule("addmm")
+def _addmm(b: GraphBuilder, out: Tensor, bias: Any, x: Any, weight: Any, *, beta: float = 1, alpha: float = 1) -> Value:
+    if beta != 1 or alpha != 1:
+        raise Unreadable(f"{b.name} has beta={beta} and alpha={alpha}")
+    bias = constant(b, bias)
+    if bias.dim() != 1 or bias.shape[0] != out.shape[1]:
+        raise Unreadable(f"{b.name} has a bias of shape {tuple(bias.shape)}")
+    return b.dense(value(b, x), constant(b, weight).T, bias.detach(), shape_of(out))
+
+
+@rule("mm")
+def _mm(b: GraphBuilder, out: Tensor, x: Any, weight: Any) -> Value:
+    return b.dense(value(b, x), constant(b, weight).T, None, shape_of(out))
+
+
+@rule("linear")
+def _linear(b: GraphBuilder, out: Tensor, x: Any, weight: Any, bias: Any = None) -> Value:
+    x = value(b, x)
+    if len(x.shape) != 1:
+        raise Unreadable(f"{b.name} takes the last dimension of a tensor of shape {x.shape}")
+    bias = constant(b, bias)
+    return b.dense(x, constant(b, weight), None if bias is None else bias.detach(), shape_of(out))
+
+
+@rule("mv")
+def _mv(b: GraphBuilder, out: Tensor, x: Any, vector: Any) -> Value:
+    return b.dense(value(b, x), constant(b, vector)[None], None, ())
+
+
+# ---- functions of each number ----
+
+
+def _function(name: str, function: str, *defaults: float) -> None:
+    def apply(b: GraphBuilder, out: Tensor, x: Any, *arguments: Any) -> Value:
+        numbers = [*arguments, *defaults[len(arguments) :]]
+        return b.pointwise(value(b, x), function, *numbers)
+
+    rule(name)(apply)
+
+
+for _name, _as, *_defaults in (
+    ("relu", "leaky_relu", 0.0), ("leaky_relu", "leaky_relu", 0.01), ("silu", "silu"), ("tanh", "tanh"),
+    ("sigmoid", "sigmoid"), ("mish", "mish"), ("abs", "abs"), ("softplus", "softplus", 1.0, 20.0),
+    ("hardtanh", "hardtanh", -1.0, 1.0), ("exp", "exp"), ("log", "log"), ("sin", "sin"), ("cos", "cos"),
+    ("sqrt", "sqrt"),
+):  # fmt: skip
+    _function(_name, _as, *_defaults)
+
+
+@rule("square")
+def _square(b: GraphBuilder, out: Tensor, x: Any) -> Value:
+    return b.pointwise(value(b, x), "power", 2)
+
+
+@rule("relu6")
+def _relu6(b: GraphBuilder, out: Tensor, x: Any) -> Value:
+    return b.pointwise(value(b, x), "hardtanh", 0, 6)
+
+
+@rule("reciprocal")
+def _reciprocal(b: GraphBuilder, out: Tensor, x: Any) -> Value:
+    return b.pointwise(value(b, x), "power", -1)
+
+
+@rule("elu")
+def _elu(b: GraphBuilder, out: Tensor, x: Any, alpha: float = 1, scale: float = 1, input_scale: float = 1) -> Value:
+    x = value(b, x)
+    if input_scale != 1:  # scale α (e^(s x) − 1) = scale (α s) (e^(s x) − 1) / s with s x for x
+        x = b.affine(x, input_scale)
+        scale, alpha = scale / input_scale, alpha * input_scale
+    return b.pointwise(x, "elu", alpha, scale)
+
+
+@rule("celu")
+def _celu(b: GraphBuilder, out: Tensor, x: Any, alpha: float = 1) -> Value:
+    return _elu(b, out, x, alpha, 1, 1 / alpha)
+
+
+@rule("selu")
+def _selu(b: GraphBuilder, out: Tensor, x: Any) -> Value:
+    return _elu(b, out, x, 1.6732632423543772, 1.0507009873554805)
+
+
+@rule("gelu")
+def _gelu(b: GraphBuilder, out: Tensor, x: Any, *, approximate: str = "none") -> Value:
+    return b.pointwise(value(b, x), "gelu" if approximate == "none" else "gelu_tanh")
+
+
+@rule("log_sigmoid_forward")
+def _log_sigmoid(b: GraphBuilder, out: Tensor, x: Any) -> Value:
+    return b.affine(b.pointwise(b.affine(value(b, x), -1.0), "softplus", 1, 80), -1.0)
+
+
+@rule("clamp", "clamp_min", "clamp_max")
+def _clamp(b: GraphBuilder, out: Tensor, x: Any, low: Any = None, high: Any = None, **named: Any) -> Value:
+    low, high = named.get("min", low), named.get("max", high)
+    if b.name.startswith("clamp_max"):
+        low, high = None, low
+    if any(isinstance(bound, (Tensor, Value)) for bound in (low, high)):
+        raise Unreadable(f"{b.name} has a tensor as its bound")
+    return b.pointwise(value(b, x), "clamp", -math.inf if low is None else low, math.inf if high is None else high)
+
+
+@rule("pow")
+def _pow(b: GraphBuilder, out: Tensor, x: Any, exponent: Any) -> Value:
+    if isinstance(exponent, (Tensor, Value)) or not isinstance(x, Value):
+        raise Unreadable(f"{b.name} has a tensor as its exponent")
+    if exponent == 0.5:
+        return b.pointwise(x, "sqrt")
+    if exponent != int(exponent) or abs(exponent) > 64:
+        raise Unreadable(f"{b.name} has the exponent {exponent}")
+    return b.pointwise(x, "power", int(exponent))
+
+
+# ---- sums, differences, products ----
+
+
+@rule("add")
+def _add(b: GraphBuilder, out: Tensor, x: Any, y: Any, *, alpha: float = 1) -> Value:
+    if isinstance(x, Value) and isinstance(y, Value):
+        return b.combined(layers.Add, x, y, float(alpha))
+    if isinstance(x, Value):
+        return _shifted(b, out, x, y * alpha)
+    return _shifted(b, out, y if alpha == 1 else b.affine(y, alpha), x)
+
+
+def _shifted(b: GraphBuilder, out: Tensor, x: Value, by: Any) -> Value:
+    return b.affine(_grown(b, out, x), None, by)
+
+
+def _grown(b: GraphBuilder, out: Tensor, x: Value) -> Value:
+    """x expanded to the shape of an op's result, as a constant with more elements makes it."""
+    shape = shape_of(out)
+    if shape == x.shape:
+        return x
+    missing = (1,) * (len(shape) - len(x.shape))
+    return b.linear(x, lambda basis: basis.reshape(len(basis), *missing, *x.shape).expand(-1, *shape), shape)
+
+
+@rule("sub")
+def _sub(b: GraphBuilder, out: Tensor, x: Any, y: Any, *, alpha: float = 1) -> Value:
+    if isinstance(x, Value):
+        return _add(b, out, x, y, alpha=-alpha)
+    return _shifted(b, out, b.affine(y, -float(alpha)), x)
+
+
+@rule("rsub")
+def _rsub(b: GraphBuilder, out: Tensor, x: Any, y: Any, alpha: float = 1) -> Value:
+    return _sub(b, out, y, x, alpha=alpha)
+
+
+@rule("neg")
+def _neg(b: GraphBuilder, out: Tensor, x: Any) -> Value:
+    return b.affine(value(b, x), -1.0)
+
+
+@rule("mul")
+def _mul(b: GraphBuilder, out: Tensor, x: Any, y: Any) -> Value:
+    if isinstance(x, Value) and isinstance(y, Value):
+        return b.pointwise(x, "power", 2) if x == y else b.combined(layers.Multiply, x, y)
+    if not isinstance(x, Value):
+        x, y = y, x
+    return b.affine(_grown(b, out, x), y)
+
+
+@rule("div")
+def _div(b: GraphBuilder, out: Tensor, x: Any, y: Any, *, rounding_mode: Any = None) -> Value:
+    if rounding_mode is not None:
+        raise Unreadable(f"{b.name} rounds")
+    if isinstance(y, Value):
+        y = b.pointwise(y, "power", -1)
+        return _mul(b, out, x, y)
+    return b.affine(_grown(b, out, x), 1.0 / y)
+
+
+# ---- norms ----
+
+
+def _affine_of(weight: Any, bias: Any, mean: Any, variance: Any, eps: float) -> tuple[Tensor, Tensor]:
+    scale = torch.rsqrt(variance.detach() + eps)
+    scale = scale if weight is None else scale * weight.detach()
+    shift = -mean.detach() * scale
+    return scale, shift if bias is None else shift + bias.detach()
+
+
+@rule("native_batch_norm", "_native_batch_norm_legit", "_native_batch_norm_legit_no_training", "_batch_norm_no_update",
+      "_batch_norm_with_update", "cudnn_batch_norm", "_native_batch_norm_legit_functional")  # fmt: skip
+def _batch_norm(b: GraphBuilder, out: Tensor, x: Any, weight: Any, bias: Any, *rest: Any) -> Value:
+    x, weight, bias = value(b, x), constant(b, weight), constant(b, bias)
+    numbers = [r for r in rest if not isinstance(r, (Tensor, type(None), bool))]
+    eps = numbers[-1]
+    training = next((r for r in rest if isinstance(r, bool)), False)
+    if x.merged:  # an instance norm: every channel of every sample by itself
+        channels = x.held.channels
+        weight, bias = (None if t is None else t.detach()[:channels] for t in (weight, bias))
+        return b.add(layers.GroupNorm, [x], x.held, x.shape, channels, eps, weight, bias)
+    if training or rest[0] is None:
+        raise Unreadable(f"{b.name} takes the statistics of the batch")
+    scale, shift = _affine_of(weight, bias, rest[0], rest[1], eps)
+    if x.flattened:
+        raise Unreadable(f"{b.name} normalises every pixel of a flattened map by itself")
+    view = (-1, *[1] * (len(x.shape) - 1))
+    return b.affine(x, scale.reshape(view), shift.reshape(view))
+
+
+@rule("native_group_norm")
+def _group_norm(b: GraphBuilder, out: Tensor, x: Any, weight: Any, bias: Any, *sizes: Any) -> Value:
+    x, weight, bias = value(b, x), constant(b, weight), constant(b, bias)
+    _, c, pixels, groups, eps = sizes
+    if x.held.channels != c or x.held.pixels != pixels:
+        raise Unreadable(f"{b.name} does not fit a tensor of shape {x.shape}")
+    parts = (None if t is None else t.detach() for t in (weight, bias))
+    return b.add(layers.GroupNorm, [x], x.held, x.shape, groups, eps, *parts)
+
+
+@rule("native_layer_norm")
+def _layer_norm(b: GraphBuilder, out: Tensor, x: Any, shape: Any, weight: Any, bias: Any, eps: float) -> Value:
+    x, weight, bias = value(b, x), constant(b, weight), constant(b, bias)
+    if tuple(shape) != x.shape:
+        raise Unreadable(f"{b.name} normalises {tuple(shape)} of a tensor of shape {x.shape}")
+    held = x.map_shape if x.is_map else (x.held.channels,)
+    parts = (None if t is None else t.detach().reshape(held) for t in (weight, bias))
+    return b.add(layers.GroupNorm, [x], x.held, x.shape, 1, eps, *parts)
+
+
+# ---- what leaves the numbers as they are ----
+
+
+@rule("clone", "contiguous", "alias", "detach", "lift_fresh", "lift_fresh_copy", "positive", "_to_copy", "dropout",
+      "feature_dropout")  # fmt: skip
+def _same(b: GraphBuilder, out: Tensor, x: Any, *rest: Any, **more: Any) -> Value:
+    return value(b, x)

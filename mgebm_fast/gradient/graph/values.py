@@ -1,0 +1,166 @@
+"""The graph that is read from an energy while its own code runs: its layers so far, and which of them a tensor is."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ...ops.graph_chain import layers
+from ...ops.graph_chain.layers import Map
+from ..stages import Unreadable
+
+MAX_MATRIX = 1 << 22  # entries of the matrix of a linear op that has no layer of its own
+
+
+@dataclasses.dataclass(frozen=True)
+class Value:
+    """A tensor (N, *shape) that depends on x, and the graph's value that holds it.
+
+    The value is a map (C, *size) with shape its own or flattened, or features: one pixel, whose channels are the
+    elements of `shape` in order. merged: (1, N·C, *size), as an instance norm sees its input.
+    """
+
+    index: int
+    held: Map
+    shape: tuple[int, ...]
+    merged: bool = False
+
+    @property
+    def is_map(self) -> bool:
+        return bool(self.held.size)
+
+    @property
+    def map_shape(self) -> tuple[int, ...]:
+        return (self.held.channels, *self.held.size)
+
+    @property
+    def flattened(self) -> bool:
+        return self.is_map and self.shape != self.map_shape
+
+
+class GraphBuilder:
+    """Adds layers; raises Unreadable where there is none for what is asked."""
+
+    def __init__(self, x: Tensor, *, as_map: bool) -> None:
+        shape = tuple(x.shape[1:])
+        self.samples = x.shape[0]
+        held = Map(shape[0], shape[1:]) if as_map else Map(math.prod(shape), ())
+        self.x = Value(0, held, shape)
+        self.layers: list[layers.Layer] = []
+        self.name = ""  # of the op that is read
+
+    def graph(self) -> layers.Graph:
+        return layers.Graph(self.x.held, tuple(self.layers))
+
+    def add(
+        self, kind: type[layers.Layer], sources: Sequence[Value], out: Map, shape: tuple[int, ...], *fields: object
+    ) -> Value:
+        self.layers.append(kind(tuple(source.index for source in sources), out, self.name, *fields))
+        return Value(len(self.layers), out, shape)
+
+    # ---- layers ----
+
+    def pointwise(self, x: Value, function: str, a: float = 0.0, b: float = 0.0) -> Value:
+        return self.add(layers.Pointwise, [x], x.held, x.shape, function, float(a), float(b))
+
+    def affine(self, x: Value, scale: Tensor | float | None, shift: Tensor | float | None = None) -> Value:
+        """x · scale + shift, constants that broadcast to (N, *shape)."""
+        scale, shift = (None if c is None else self._constant(x, c) for c in (scale, shift))
+        return self.add(layers.Affine, [x], x.held, x.shape, scale, shift)
+
+    def _constant(self, x: Value, value: Tensor | float) -> Tensor:  # -> (C,), or (C, *size)
+        tensor = torch.as_tensor(value, dtype=torch.float32).detach()
+        if tensor.dim() == 0:
+            return tensor.expand(x.held.channels).clone()
+        if tensor.dim() > len(x.shape) + 1 or (tensor.dim() == len(x.shape) + 1 and tensor.shape[0] != 1):
+            raise Unreadable(
+                f"{self.name} has a constant of shape {tuple(tensor.shape)}, which differs from sample to sample"
+            )
+        tensor = tensor.reshape((1,) * (len(x.shape) + 1 - tensor.dim()) + tuple(tensor.shape))[0]
+        try:
+            whole = tensor.expand(x.shape)
+        except RuntimeError:
+            raise Unreadable(f"{self.name} makes x larger by a constant of shape {tuple(tensor.shape)}") from None
+        if not x.is_map:
+            return whole.reshape(-1).contiguous()
+        by_channel = not x.flattened and all(n == 1 for n in tensor.shape[1:])
+        if by_channel:
+            return tensor.reshape(-1).expand(x.held.channels).contiguous()
+        return whole.reshape(x.map_shape).contiguous()
+
+    def dense(self, x: Value, weight: Tensor, bias: Tensor | None, shape: tuple[int, ...]) -> Value:
+        """W x + b of a sample's elements in their logical order; weight (out, elements)."""
+        weight = weight.detach()
+        out = Map(weight.shape[0], ())
+        if not x.is_map:
+            return self.add(layers.Convolution, [x], out, shape, weight, bias, (), (), ())
+        ones = (1,) * len(x.held.size)
+        kernel = weight.reshape(-1, *x.map_shape)
+        return self.add(layers.Convolution, [x], out, shape, kernel, bias, ones, (0,) * len(ones), ones)
+
+    def gather(self, x: Value, axes: tuple[layers.Axis, ...], *, drops: bool = False) -> Value:
+        """`axes` for each dimension of a map; drops: to one pixel, whose channels become the shape."""
+        size = () if drops else tuple(map(len, axes))
+        out = Map(x.held.channels, size)
+        return self.add(layers.Gather, [x], out, (x.held.channels, *size), axes, drops)
+
+    def features(self, x: Value) -> Value:
+        """A value as features, its elements in their logical order; a map is copied by a matrix of zeros and ones."""
+        if not x.is_map:
+            return x
+        if x.held.pixels == 1:
+            return self._relabelled(x, Map(x.held.channels, ()), x.shape)
+        elements = math.prod(x.shape)
+        if elements * elements > MAX_MATRIX:
+            raise Unreadable(f"{self.name} is done to single elements of a map of shape {x.shape}")
+        return self.dense(x, torch.eye(elements), None, x.shape)
+
+    def _relabelled(self, x: Value, held: Map, shape: tuple[int, ...]) -> Value:
+        """The same numbers under another shape: a layer that changes nothing."""
+        axes = tuple((((0, 1.0),),) for _ in x.held.size)
+        if x.held.size and not held.size:
+            return self.add(layers.Gather, [x], held, shape, axes, True)
+        raise Unreadable(f"{self.name} makes {shape} of {x.shape}")
+
+    def viewed(self, x: Value, shape: tuple[int, ...]) -> Value:
+        """x under another shape of as many elements in the same order."""
+        if not x.is_map or shape == x.map_shape or shape == x.shape:
+            return dataclasses.replace(x, shape=shape)
+        if len(shape) > 1 and shape[0] == x.held.channels and math.prod(shape[1:]) == x.held.pixels:
+            # The same pixels in the same order, in other rows.
+            return dataclasses.replace(x, held=Map(x.held.channels, shape[1:]), shape=shape)
+        if len(shape) == 1:
+            return dataclasses.replace(x, shape=shape)
+        return dataclasses.replace(self.features(x), shape=shape)
+
+    def linear(self, x: Value, apply: object, shape: tuple[int, ...]) -> Value:
+        """An op that is linear in x's elements, by its matrix: `apply` on a basis (elements, *shape)."""
+        elements, out = math.prod(x.shape), math.prod(shape)
+        if elements * max(out, 1) > MAX_MATRIX or (x.is_map and elements > 1024):
+            raise Unreadable(f"{self.name} is done to a map of shape {x.shape}")
+        basis = torch.eye(elements).reshape(elements, *x.shape)
+        columns = apply(basis).reshape(elements, out)  # type: ignore[operator]
+        return self.dense(x, columns.T.contiguous(), None, shape)
+
+    def combined(self, kind: type[layers.Layer], a: Value, b: Value, *fields: object) -> Value:
+        """A layer of two values of one shape."""
+        if a.shape != b.shape:
+            a, b = self._broadcast(a, b)
+        if a.held != b.held:
+            a, b = self.features(a), self.features(b)
+        return self.add(kind, [a, b], a.held, a.shape, *fields)
+
+    def _broadcast(self, a: Value, b: Value) -> tuple[Value, Value]:
+        shape = tuple(torch.broadcast_shapes(a.shape, b.shape))
+
+        def expanded(x: Value) -> Value:
+            if x.shape == shape:
+                return x
+            missing = (1,) * (len(shape) - len(x.shape))
+            return self.linear(x, lambda basis: basis.reshape(len(basis), *missing, *x.shape).expand(-1, *shape), shape)
+
+        return expanded(a), expanded(b)

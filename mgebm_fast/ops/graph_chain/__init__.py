@@ -1,0 +1,165 @@
+"""graph_chain: K Langevin steps of an energy given as a graph of layers in one native call, or its ∇E; CPU, float32.
+
+    E(x) = layers[-1](… layers[0](x));   for k in 0 … K − 1:   x ← langevin_step(x, ∇E(x))
+
+Convolutions, dense layers, pooling, norms of a sample, residual additions, sixteen functions (`layers`). Results do not
+depend on threads, on the batch that a sample is in or on the layout of x.
+"""
+
+from __future__ import annotations
+
+from typing import NoReturn
+
+import torch
+from torch import Tensor
+
+from ... import native
+from ..backend import choose, register
+from ..conv_chain import _IDLE, _NOWHERE
+from ..conv_chain.scratch import Scratch
+from ..counters import Counters, seed_or_fresh
+from ..langevin_step import langevin_step_reference
+from ..state import addresses, check_mask, why_not_plain
+from ..update import Update, check_steps, prepare
+from .layers import Graph
+from .program import Program
+
+OP = "graph_chain"
+register("graph_chain", cpu=True, traced=False)
+
+
+class GraphChain:
+    """A graph with its constants packed for the native engine.
+
+    Raises ValueError where the graph is too large for it, TypeError for constants that are no plain tensors.
+    """
+
+    def __init__(self, graph: Graph) -> None:
+        tensors = [tensor for _, tensor in graph.tensors()]
+        addresses(OP, *tensors)
+        self._x = graph.x
+        # A function may hide a NaN (ReLU makes it 0): every gradient of such weights is NaN, as autograd's are.
+        self._finite = all(bool(torch.linalg.vector_norm(t, torch.inf).isfinite()) for t in tensors if t.numel())
+        with torch.no_grad():
+            self._program = Program(graph)
+        self._arguments = self._program.arguments
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError(f"{OP}: a chain holds addresses and cannot be copied or pickled; make another")
+
+    def _call(
+        self, x: Tensor, gradient: Tensor | None, mask: Tensor | None, steps: int, numbers: Update, place: Counters
+    ) -> None:
+        module = native.module()
+        arguments = [
+            *self._arguments, *addresses(OP, x, gradient, mask), x.shape[0], steps, self._x.channels, self._x.pixels,
+            numbers.arguments, place.native_arguments,
+        ]  # fmt: skip
+        threads = torch.get_num_threads()
+        workspace = Scratch(module.graph_chain_workspace(*arguments, 0, threads))
+        module.graph_chain_cpu(*arguments, workspace.address, threads)
+
+    def _check(self, x: Tensor) -> None:
+        """Raw addresses go to native code: nothing but a plain float32 CPU tensor of the right shape may pass."""
+        if not isinstance(x, Tensor) or x.dtype != torch.float32:
+            got = x.dtype if isinstance(x, Tensor) else type(x).__name__
+            raise TypeError(f"{OP}: x must be a float32 tensor, got {got}")
+        if x.device.type != "cpu":
+            raise ValueError(f"{OP}: x must be on the CPU, got a tensor on {x.device}")
+        elements = self._x.channels * self._x.pixels
+        if x.dim() == 0 or x.shape[1:].numel() != elements:
+            raise ValueError(f"{OP}: x must have {elements} elements a sample, got {tuple(x.shape)}")
+        addresses(OP, x.resolve_neg())
+
+    def gradient(self, x: Tensor) -> Tensor:  # (N, ...) float32, any layout -> the same, contiguous
+        """∇E(x), float32."""
+        self._check(x)
+        x = x.detach().resolve_neg().contiguous()
+        out = torch.empty_like(x)
+        if not self._finite:
+            out.fill_(torch.nan)
+        elif x.shape[0]:
+            self._call(x, out, None, 0, _IDLE, _NOWHERE)
+        return out
+
+    def advance_(self, x: Tensor, steps: int, numbers: Update, place: Counters, mask: Tensor | None = None) -> None:
+        """`steps` Langevin steps on x in place; `place` has the counters of the first, `mask` is as in `check_mask`."""
+        self._check(x)
+        check_steps(steps, OP)
+        ids = place.sample_tensor
+        if ids is not None and ids.dim() and ids.shape[0] != x.shape[0]:
+            raise ValueError(f"{OP}: first_sample must hold one id a sample, {x.shape[0]}, got {ids.shape[0]}")
+        state = x if x.is_contiguous() and not x.is_neg() else x.resolve_neg().contiguous()
+        if mask is not None:
+            mask = check_mask(mask, x, OP).expand(x.shape).contiguous()
+        if x.shape[0] and steps:
+            if self._finite:
+                self._call(state, None, mask, steps, numbers, place)
+            else:
+                state.masked_fill_(mask if mask is not None else torch.ones((), dtype=torch.bool), torch.nan)
+        if state is not x:
+            x.copy_(state)
+
+
+def graph_chain(
+    graph: Graph,
+    x: Tensor,  # (N, ...) float32
+    *,
+    steps: int,
+    step_size: float | None = None,
+    noise_scale: float = 1.0,
+    drift: float | None = None,
+    noise_std: float | None = None,
+    reference_std: float | None = None,
+    reference_mean: float = 0.0,
+    grad_clamp: float | None = None,
+    clamp: tuple[float, float] | None = None,
+    mask: Tensor | None = None,
+    seed: int | Tensor | None = None,
+    first_sample: int | Tensor = 0,
+    first_step: int | Tensor = 0,
+    stream: int = 0,
+    backend: str = "auto",
+) -> Tensor:
+    """The state `steps` steps after x, a new contiguous tensor.
+
+        for k in 0 … K − 1:   x ← `langevin_step_`(x, ∇E(x), …) at step first_step + k
+
+    Args:
+        graph: the energy (`layers.Graph`); `gradient.energy_graph` reads one from a module or callable.
+        step_size … mask, seed … stream: as in `langevin_step_`; first_step a number or a 0-dim int64 tensor.
+        backend: "native", or "reference": float64 gradients by autograd, x rounded to float32 at each step.
+
+    Raises: TypeError, ValueError, BackendError.
+    """
+    seed = seed_or_fresh(seed, x, OP)
+    if backend == "auto" and why_not_plain(x.resolve_neg()):
+        backend = "reference"
+    backend = choose(OP, backend, x.device)
+    check_steps(steps, OP)
+    numbers, mask, place = prepare(
+        OP, x, mask, steps=steps, step_size=step_size, noise_scale=noise_scale, drift=drift, noise_std=noise_std,
+        reference_std=reference_std, reference_mean=reference_mean, grad_clamp=grad_clamp, clamp=clamp, seed=seed,
+        first_sample=first_sample, step=first_step, stream=stream,
+    )  # fmt: skip
+    out = x.detach().clone(memory_format=torch.contiguous_format)
+    if backend == "reference":
+        graph_chain_reference(graph, out, steps=steps, numbers=numbers, place=place, mask=mask)
+    else:
+        GraphChain(graph).advance_(out, steps, numbers, place, mask)
+    return out
+
+
+def gradient_reference(graph: Graph, x: Tensor) -> Tensor:  # -> float64, the shape of x
+    """∇E by autograd in float64."""
+    with torch.enable_grad():
+        leaf = x.detach().double().requires_grad_()
+        return torch.autograd.grad(graph.energies(leaf).sum(), leaf)[0]
+
+
+def graph_chain_reference(
+    graph: Graph, x: Tensor, *, steps: int, numbers: Update, place: Counters, mask: Tensor | None = None
+) -> None:
+    """The steps in place: gradients in float64, the state rounded to float32 after each."""
+    for here in place.steps(0, steps):
+        langevin_step_reference(x, gradient_reference(graph, x), mask, numbers, here)

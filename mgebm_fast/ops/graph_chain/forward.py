@@ -1,0 +1,187 @@
+"""The forward pass of a graph as steps."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from ..conv_chain import windows
+from . import layers
+from .layers import Graph
+from .packing import affine_vectors, gather_tables, norm_vectors, packed, padded, ravel, tap_numbers, vector
+from .steps import MAX_NORM_CHANNELS, Buffer, Step
+
+
+class ForwardPass:
+    """The steps that make each value of a graph, and what the backward pass will read.
+
+    A convolution takes the addition and the function that follow it into its own step.
+    """
+
+    def __init__(self, graph: Graph) -> None:
+        self._graph = graph
+        self.buffers: list[Buffer] = []
+        self.steps: list[Step] = []
+        self._value: dict[int, int] = {}  # of a value, its buffer
+        self._kept: dict[int, int] = {}  # of a norm or a max pool, what its backward pass reads
+        self._slopes: dict[int, dict[str, object]] = {}  # of a function's value, what multiplies by its slope
+        self._consumers = graph.consumers()
+        self.state = self._value[0] = self._map(graph.x)
+        self._forward()
+
+    # ---- buffers ----
+
+    def _map(self, shape: layers.Map) -> int:
+        return self._new(shape.pixels, padded(shape.channels))
+
+    def _new(self, pixels: int, depth: int, of: int | None = None) -> int:
+        if pixels * depth >= 2**31:
+            raise ValueError("graph_chain: a map must have fewer than 2**31 elements a sample")
+        self.buffers.append(Buffer(pixels, depth, of))
+        return len(self.buffers) - 1
+
+    def _step(self, kind: str, **fields: object) -> None:
+        self.steps.append(Step(kind, **fields))  # type: ignore[arg-type]
+
+    def _forward(self) -> None:
+        graph = self._graph
+        # The addition that a convolution is computed with: its later operand of those that feed nothing else.
+        joined: dict[int, int] = {}
+        for value, layer in enumerate(graph.layers, 1):
+            if isinstance(layer, layers.Add) and layer.factor == 1.0 and layer.inputs[0] != layer.inputs[1]:
+                own = [v for v in layer.inputs if v and self._consumers[v] == [value]]
+                own = [v for v in own if isinstance(graph.layers[v - 1], layers.Convolution)]
+                if own:
+                    joined[value] = max(own)
+        for value, layer in enumerate(graph.layers, 1):
+            if value in self._value or value in joined.values():
+                continue
+            self._value[value] = self._map(layer.out)
+            if value in joined:
+                convolution = graph.layers[joined[value] - 1]
+                assert isinstance(convolution, layers.Convolution)
+                other = next(v for v in layer.inputs if v != joined[value])
+                self._forward_Convolution(convolution, value, self._value[other])
+            else:
+                getattr(self, f"_forward_{type(layer).__name__}")(layer, value)
+
+    def _make(self, kind: str, value: int, **fields: object) -> None:
+        """The step that gives `value`, and with it the function that follows it, where there is one."""
+        buffer = self._value[value]
+        follower = next((v for v in self._consumers[value] if self._pointwise(v) is not None), None)
+        if follower is None:
+            self._step(kind, out=buffer, **fields)
+            return
+        layer = self._pointwise(follower)
+        assert layer is not None
+        self._value[follower] = self._map(layer.out)
+        keep = buffer if self._consumers[value] != [follower] else -1
+        self._step(kind, out=self._value[follower], keep=keep, **self._applied(layer, follower), **fields)
+
+    def _pointwise(self, value: int) -> layers.Pointwise | None:
+        layer = self._graph.layers[value - 1] if value else None
+        return layer if isinstance(layer, layers.Pointwise) else None
+
+    def _applied(self, layer: layers.Pointwise, value: int) -> dict[str, object]:
+        """A function in the forward pass, its slope kept for the backward one; a leaky ReLU's value shows its slope."""
+        fields = {"function": layer.function, "a": layer.a, "b": layer.b}
+        if layer.function == "leaky_relu" and layer.a >= 0:
+            self._slopes[value] = {"function": layer.function, "a": layer.a, "slope": self._value[value]}
+            return fields
+        if layer.function == "leaky_relu":
+            fields["function"] = "any_leaky_relu"
+        kept = self._map(layer.out)
+        self._slopes[value] = {"slope": kept}
+        return fields | {"slope": kept}
+
+    def _forward_Convolution(self, layer: layers.Convolution, value: int, second: int = -1) -> None:
+        self._make(
+            "convolve", value, source=self._source(layer), second=second, bias=vector(layer.bias),
+            **self._products(layer),
+        )  # fmt: skip
+
+    def _products(self, layer: layers.Convolution) -> dict[str, object]:
+        outputs, inputs, *kernel = layer.weight.shape
+        taps = math.prod(kernel)
+        table = windows.forward_windows(*self._geometry(layer))
+        offsets = [ravel(row, kernel) for row in table.rows]
+        weights = packed(layer.weight, offsets, inputs, outputs, taps, inputs * taps)
+        return {"windows": table, "weights": weights, "rows": len(offsets), "inputs": inputs, "outputs": outputs}
+
+    def _geometry(self, layer: layers.Convolution) -> tuple:
+        size = self._graph.value(layer.inputs[0]).size
+        kernel = tuple(layer.weight.shape[2:])
+        # A kernel that makes a map of size () reads all of it at once.
+        out = layer.out.size or (1,) * len(size)
+        return size, out, kernel, layer.stride, layer.padding, layer.dilation
+
+    def _forward_Gather(self, layer: layers.Gather, value: int) -> None:
+        table, weights = gather_tables(layer.axes, self._graph.value(layer.inputs[0]).size)
+        self._make("gather", value, source=self._source(layer), windows=table, weights=weights)
+
+    def _source(self, layer: layers.Layer, which: int = 0) -> int:
+        return self._value[layer.inputs[which]]
+
+    def _forward_MaxPool(self, layer: layers.MaxPool, value: int) -> None:
+        table = windows.forward_windows(*self._pool_geometry(layer))
+        which = self._map(layer.out)
+        self._kept[value] = which
+        self._step(
+            "max_pool", source=self._source(layer), out=self._value[value], keep=which, windows=table,
+            weights=tap_numbers(table, layer.kernel),
+        )  # fmt: skip
+
+    def _pool_geometry(self, layer: layers.MaxPool) -> tuple:
+        size = self._graph.value(layer.inputs[0]).size
+        return size, layer.out.size, layer.kernel, layer.stride, layer.padding, layer.dilation
+
+    def _forward_Pointwise(self, layer: layers.Pointwise, value: int) -> None:
+        self._step("pointwise", source=self._source(layer), out=self._value[value], **self._applied(layer, value))
+
+    def _forward_Affine(self, layer: layers.Affine, value: int) -> None:
+        scale, shift, per_element = affine_vectors(layer.scale, layer.shift, layer.out)
+        self._make("affine", value, source=self._source(layer), weights=scale, bias=shift, per_element=per_element)
+
+    def _forward_Add(self, layer: layers.Add, value: int) -> None:
+        self._make("add", value, source=self._source(layer), second=self._source(layer, 1), factor=layer.factor)
+
+    def _forward_Multiply(self, layer: layers.Multiply, value: int) -> None:
+        self._make("multiply", value, source=self._source(layer), second=self._source(layer, 1))
+
+    def _forward_GroupNorm(self, layer: layers.GroupNorm, value: int) -> None:
+        if layer.out.channels > MAX_NORM_CHANNELS:
+            raise ValueError(
+                f"graph_chain: a norm must have at most {MAX_NORM_CHANNELS} channels, got {layer.out.channels}"
+            )
+        self._kept[value] = self._new(2, padded(layer.out.channels))
+        weight, bias, per_element = norm_vectors(layer)
+        self._make(
+            "norm", value, source=self._source(layer), second=self._kept[value], weights=weight, bias=bias,
+            per_element=per_element, inputs=layer.out.channels, groups=layer.groups, eps=layer.eps,
+        )  # fmt: skip
+
+    def _forward_LogSumExp(self, layer: layers.LogSumExp, value: int) -> None:
+        channels = self._graph.value(layer.inputs[0]).channels
+        self._step("log_sum_exp", source=self._source(layer), out=self._value[value], inputs=channels)
+
+    def _forward_Slice(self, layer: layers.Slice, value: int) -> None:
+        self._clear(self._value[value])
+        self._step(
+            "copy", source=self._source(layer), out=self._value[value], outputs=layer.out.channels,
+            from_channel=layer.start,
+        )  # fmt: skip
+
+    def _forward_Concat(self, layer: layers.Concat, value: int) -> None:
+        self._clear(self._value[value])
+        to = 0
+        for which, source in enumerate(layer.inputs):
+            channels = self._graph.value(source).channels
+            self._step(
+                "copy", source=self._source(layer, which), out=self._value[value], outputs=channels, to_channel=to
+            )
+            to += channels
+
+    def _clear(self, buffer: int) -> None:
+        zeros = torch.zeros(self.buffers[buffer].depth)
+        self._step("fill", out=buffer, bias=zeros)

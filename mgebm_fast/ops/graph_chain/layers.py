@@ -1,0 +1,288 @@
+"""What an energy is made of as a graph: layers over feature maps, each with its float64 reference.
+
+A value is a map (channels, *size) a sample; a vector of features is a map of one pixel, size (). Value 0 is x, value
+i + 1 what layers[i] gives; the last value is the energy, one channel of one pixel.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+Size = tuple[int, ...]
+# One output of a dimension: its (input index, weight) pairs.
+Axis = tuple[tuple[tuple[int, float], ...], ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Map:
+    """The shape of a value."""
+
+    channels: int
+    size: Size
+
+    @property
+    def pixels(self) -> int:
+        return math.prod(self.size)
+
+
+@dataclasses.dataclass(frozen=True)
+class Layer:
+    """`inputs`: the values that it reads; `out`: what it gives; `name`: of the module and op, for messages."""
+
+    inputs: tuple[int, ...]
+    out: Map
+    name: str
+
+    def reference(self, *inputs: Tensor) -> Tensor:  # (N, C, *size) -> (N, C', *size')
+        raise NotImplementedError
+
+
+@dataclasses.dataclass(frozen=True)
+class Convolution(Layer):
+    """W * x + b, any number of dimensions; a kernel of x's size without padding makes a map one pixel."""
+
+    weight: Tensor  # (out, in, *kernel)
+    bias: Tensor | None  # (out,)
+    stride: Size
+    padding: Size
+    dilation: Size
+
+    def reference(self, *inputs: Tensor) -> Tensor:
+        (x,) = inputs
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        weight = self.weight.to(x.dtype)
+        if x.dim() == 2:
+            return F.linear(x, weight, bias)
+        convolve = (F.conv1d, F.conv2d, F.conv3d)[x.dim() - 3]
+        return convolve(x, weight, bias, self.stride, self.padding, self.dilation).reshape(len(x), *self.shape)
+
+    @property
+    def shape(self) -> Size:
+        return (self.out.channels, *self.out.size)
+
+    def scaled(self, scale: Tensor | None, shift: Tensor | None) -> Convolution:
+        """Followed by a scale and a shift of each channel."""
+        weight, bias = self.weight, self.bias
+        if scale is not None:
+            weight = weight * scale.reshape(-1, *[1] * (weight.dim() - 1))
+            bias = None if bias is None else bias * scale
+        if shift is not None:
+            bias = shift if bias is None else bias + shift
+        return dataclasses.replace(self, weight=weight, bias=bias)
+
+
+@dataclasses.dataclass(frozen=True)
+class Gather(Layer):
+    """Each output pixel a weighted sum of pixels, dimension by dimension: average pooling, sums and means over pixels,
+    upsampling, padding, cropping, flips."""
+
+    axes: tuple[Axis, ...]  # one a dimension of x
+    drops: bool = False  # whether the map that it gives is one pixel, size ()
+
+    def reference(self, *inputs: Tensor) -> Tensor:
+        (x,) = inputs
+        for dim, axis in enumerate(self.axes):
+            matrix = x.new_zeros(len(axis), x.shape[dim + 2])
+            for output, taps in enumerate(axis):
+                for at, weight in taps:
+                    matrix[output, at] += weight
+            x = torch.tensordot(x, matrix, ([dim + 2], [1])).movedim(-1, dim + 2)
+        return x.flatten(1) if self.drops else x
+
+
+@dataclasses.dataclass(frozen=True)
+class MaxPool(Layer):
+    """The greatest value of each window, the first of them where several are."""
+
+    kernel: Size
+    stride: Size
+    padding: Size
+    dilation: Size
+
+    def reference(self, *inputs: Tensor) -> Tensor:
+        (x,) = inputs
+        pool = (F.max_pool1d, F.max_pool2d, F.max_pool3d)[x.dim() - 3]
+        x = F.pad(x, [p for p in reversed(self.padding) for _ in (0, 1)], value=-math.inf)
+        out = pool(x, self.kernel, self.stride, 0, self.dilation)
+        for dim, length in enumerate(self.out.size):
+            out = out.narrow(dim + 2, 0, length)
+        return out
+
+
+@dataclasses.dataclass(frozen=True)
+class Pointwise(Layer):
+    """A function of each number."""
+
+    function: str  # a key of FUNCTIONS
+    a: float = 0.0
+    b: float = 0.0
+
+    def reference(self, *inputs: Tensor) -> Tensor:
+        return FUNCTIONS[self.function][1](inputs[0], self.a, self.b)
+
+
+@dataclasses.dataclass(frozen=True)
+class Affine(Layer):
+    """x · scale + shift, each (C,) or (C, *size); None: 1 and 0."""
+
+    scale: Tensor | None
+    shift: Tensor | None
+
+    @property
+    def of_channels(self) -> bool:
+        return all(t is None or t.dim() == 1 for t in (self.scale, self.shift))
+
+    def reference(self, *inputs: Tensor) -> Tensor:
+        (x,) = inputs
+        for tensor, combine in ((self.scale, torch.mul), (self.shift, torch.add)):
+            if tensor is not None:
+                tensor = tensor.to(x.dtype)
+                x = combine(x, tensor if tensor.dim() == x.dim() - 1 else tensor.reshape(-1, *[1] * (x.dim() - 2)))
+        return x
+
+
+@dataclasses.dataclass(frozen=True)
+class Add(Layer):
+    """inputs[0] + factor · inputs[1]."""
+
+    factor: float = 1.0
+
+    def reference(self, *inputs: Tensor) -> Tensor:
+        return inputs[0] + self.factor * inputs[1]
+
+
+@dataclasses.dataclass(frozen=True)
+class Multiply(Layer):
+    """inputs[0] · inputs[1], of one shape."""
+
+    def reference(self, *inputs: Tensor) -> Tensor:
+        return inputs[0] * inputs[1]
+
+
+@dataclasses.dataclass(frozen=True)
+class GroupNorm(Layer):
+    """(x − mean) / √(var + eps) · weight + bias over a group of channels and all pixels of a sample; one group over
+    features is a layer norm, as many as channels an instance norm."""
+
+    groups: int
+    eps: float
+    weight: Tensor | None  # (C,) or (C, *size), as bias
+    bias: Tensor | None
+
+    def reference(self, *inputs: Tensor) -> Tensor:
+        (x,) = inputs
+        grouped = x.reshape(len(x), self.groups, -1)
+        mean, variance = grouped.mean(2, keepdim=True), grouped.var(2, keepdim=True, correction=0)
+        x = ((grouped - mean) / torch.sqrt(variance + self.eps)).reshape(x.shape)
+        return Affine((0,), self.out, "", self.weight, self.bias).reference(x)
+
+
+@dataclasses.dataclass(frozen=True)
+class LogSumExp(Layer):
+    """log Σ exp over the channels of one pixel."""
+
+    def reference(self, *inputs: Tensor) -> Tensor:
+        return torch.logsumexp(inputs[0], 1, keepdim=True)
+
+
+@dataclasses.dataclass(frozen=True)
+class Slice(Layer):
+    """Channels start … start + out.channels − 1."""
+
+    start: int
+
+    def reference(self, *inputs: Tensor) -> Tensor:
+        return inputs[0][:, self.start : self.start + self.out.channels]
+
+
+@dataclasses.dataclass(frozen=True)
+class Concat(Layer):
+    """The channels of all inputs, in order."""
+
+    def reference(self, *inputs: Tensor) -> Tensor:
+        return torch.cat(inputs, 1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Graph:
+    """An energy: x's shape, and its layers, each reading values before it."""
+
+    x: Map
+    layers: tuple[Layer, ...]
+
+    def value(self, index: int) -> Map:
+        return self.x if index == 0 else self.layers[index - 1].out
+
+    def consumers(self) -> list[list[int]]:
+        """Of each value, the values that are computed from it."""
+        found: list[list[int]] = [[] for _ in range(len(self.layers) + 1)]
+        for place, layer in enumerate(self.layers):
+            for value in dict.fromkeys(layer.inputs):
+                found[value].append(place + 1)
+        return found
+
+    def folded(self) -> Graph:
+        """The same energy, with scales and shifts of channels right after a convolution in its weights."""
+        consumers, found = self.consumers(), list[Layer]()
+        now = {0: 0}  # value -> the same one in the new graph
+        for value, layer in enumerate(self.layers, 1):
+            inputs = tuple(now[v] for v in layer.inputs)
+            before = found[inputs[0] - 1] if inputs[0] else None
+            alone = value < len(self.layers) and consumers[layer.inputs[0]] == [value]
+            if isinstance(layer, Affine) and isinstance(before, Convolution) and alone and layer.of_channels:
+                found[inputs[0] - 1] = before.scaled(layer.scale, layer.shift)
+                now[value] = inputs[0]
+            else:
+                found.append(dataclasses.replace(layer, inputs=inputs))
+                now[value] = len(found)
+        return Graph(self.x, tuple(found))
+
+    def energies(self, x: Tensor) -> Tensor:  # (N, C, *size) -> (N,), in x's dtype
+        """By the layers' references."""
+        values = [x.reshape(len(x), self.x.channels, *self.x.size)]
+        for layer in self.layers:
+            values.append(layer.reference(*(values[i] for i in layer.inputs)))
+        return values[-1].reshape(len(x))
+
+    def tensors(self) -> list[tuple[str, Tensor]]:
+        """The constants of every layer, with its name."""
+        return [
+            (layer.name, value)
+            for layer in self.layers
+            for value in (getattr(layer, field.name) for field in dataclasses.fields(layer))
+            if isinstance(value, Tensor)
+        ]
+
+
+def _power(x: Tensor, a: float, b: float) -> Tensor:
+    return x ** int(a)
+
+
+# Name -> (its number in graph_chain.h, its reference of (x, a, b)).
+FUNCTIONS: dict[str, tuple[int, Callable[[Tensor, float, float], Tensor]]] = {
+    "leaky_relu": (1, lambda x, a, b: F.leaky_relu(x, a)),
+    "silu": (2, lambda x, a, b: F.silu(x)),
+    "elu": (3, lambda x, a, b: b * F.elu(x, a)),
+    "gelu": (4, lambda x, a, b: F.gelu(x)),
+    "gelu_tanh": (5, lambda x, a, b: F.gelu(x, approximate="tanh")),
+    "softplus": (6, lambda x, a, b: F.softplus(x, a, b)),
+    "tanh": (7, lambda x, a, b: torch.tanh(x)),
+    "sigmoid": (8, lambda x, a, b: torch.sigmoid(x)),
+    "mish": (9, lambda x, a, b: F.mish(x)),
+    "abs": (10, lambda x, a, b: x.abs()),
+    "power": (11, _power),
+    "clamp": (12, lambda x, a, b: x.clamp(a, b)),
+    "hardtanh": (13, lambda x, a, b: F.hardtanh(x, a, b)),
+    "exp": (14, lambda x, a, b: x.exp()),
+    "log": (15, lambda x, a, b: x.log()),
+    "sin": (16, lambda x, a, b: x.sin()),
+    "cos": (17, lambda x, a, b: x.cos()),
+    "sqrt": (18, lambda x, a, b: x.sqrt()),
+    "any_leaky_relu": (19, lambda x, a, b: F.leaky_relu(x, a)),  # also with a < 0
+}

@@ -1,0 +1,248 @@
+"""A graph as a program: its layers forward, then backward to x, as steps over buffers.
+
+The energy's value is never needed, its gradient alone: what no gradient reads is not computed. On the backward pass a
+step takes the slope of the function before it with it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+
+from ..conv_chain import windows
+from . import layers
+from .forward import ForwardPass
+from .layers import Graph
+from .packing import affine_vectors, gather_tables, norm_vectors, packed, padded, ravel, tap_numbers, transposed
+from .steps import BUFFERS, FINISHING, MAX_BUFFERS, MAX_STEPS, Buffer, Step
+
+
+class Program(ForwardPass):
+    """The steps that give dE/dx of a graph, with its constants packed; `state` and `slope`: the buffers of x and dE/dx.
+
+    Raises ValueError where the graph is larger than the engine takes.
+    """
+
+    def __init__(self, graph: Graph) -> None:
+        super().__init__(graph.folded())
+        self._grad: dict[int, int] = {}  # of a value, its gradient so far
+        self._backward()
+        if 0 not in self._grad:
+            raise ValueError("graph_chain: the energy must depend on x, got a graph that does not")
+        self.slope = self._grad[0]
+        self._drop_unused()
+        self.sample_floats = self._place()
+        if len(self.steps) > MAX_STEPS or len(self.buffers) > MAX_BUFFERS:
+            raise ValueError(f"graph_chain: a program has at most {MAX_STEPS} steps, got {len(self.steps)}")
+
+    def _backward(self) -> None:
+        last = len(self._graph.layers)
+        start = self._map(self._graph.value(last))
+        self._step("fill", out=start, bias=torch.ones(self.buffers[start].depth))
+        self._grad[last] = start
+        for value in range(last, 0, -1):
+            if value in self._grad:
+                layer = self._graph.layers[value - 1]
+                getattr(self, f"_backward_{type(layer).__name__}")(layer, value, self._grad.pop(value))
+
+    def _give(self, value: int, layer_value: int, kind: str, **fields: object) -> None:
+        """One more share of the gradient of `value`, which layer_value's step gives; with it the slope of the function
+        that gave `value`, where it is the last share."""
+        function = self._pointwise(value)
+        earlier = value in self._grad
+        joins = kind in FINISHING and "slope" not in fields and (not earlier or kind == "convolve")
+        if function is not None and joins and self._is_last(value, layer_value):
+            if earlier:
+                fields["second"] = self._grad.pop(value)
+            fields |= self._slopes[value]
+            value = function.inputs[0]
+        others = [g for v, g in self._grad.items() if v != value] + [fields.get(name) for name in BUFFERS]
+        if value in self._grad and self._grad[value] in others:
+            # It is read by others, or by this step: a copy of its own.
+            own = self._map(self._graph.value(value))
+            self._step("affine", source=self._grad[value], out=own)
+            self._grad[value] = own
+        accumulate = value in self._grad
+        if not accumulate:
+            self._grad[value] = self._map(self._graph.value(value))
+        self._step(kind, out=self._grad[value], accumulate=accumulate, **fields)
+
+    def _is_last(self, value: int, layer_value: int) -> bool:
+        """Whether all that reads `value` but `layer_value` has given its share of the gradient."""
+        return all(v >= layer_value for v in self._consumers[value])
+
+    def _share(self, value: int, layer_value: int, grad: int) -> None:
+        """One more share of the gradient of `value` that is the whole of `grad`."""
+        if value in self._grad:
+            self._give(value, layer_value, "affine", source=grad)
+        else:
+            self._grad[value] = grad
+
+    def _backward_Convolution(self, layer: layers.Convolution, value: int, grad: int) -> None:
+        dense = self._is_dense(layer)
+        self._give(layer.inputs[0], value, "convolve", **self._transposed_products(layer, grad))
+        if dense:
+            self._view_as_features(self.steps[-1])
+
+    def _is_dense(self, layer: layers.Convolution) -> bool:
+        size = self._graph.value(layer.inputs[0]).size
+        return bool(size) and tuple(layer.weight.shape[2:]) == size and not any(layer.padding)
+
+    def _transposed_products(self, layer: layers.Convolution, grad: int) -> dict[str, object]:
+        outputs, inputs, *kernel = layer.weight.shape
+        taps = math.prod(kernel)
+        if self._is_dense(layer):
+            # All pixels at once, as the features of one.
+            depth = padded(inputs)
+            flat = F.pad(layer.weight.detach().float().flatten(2).transpose(1, 2), (0, depth - inputs))
+            flat = flat.reshape(outputs, taps * depth).contiguous()
+            table = windows.forward_windows((), (), (), (), (), ())
+            weights = packed(flat, [0], outputs, taps * depth, taps * depth, 1)
+            return {
+                "source": grad, "windows": table, "weights": weights, "rows": 1, "inputs": outputs,
+                "outputs": taps * depth,
+            }  # fmt: skip
+        table = windows.backward_windows(*self._geometry(layer))
+        offsets = [ravel(row, kernel) for row in table.rows]
+        weights = packed(layer.weight, offsets, outputs, inputs, inputs * taps, taps)
+        return {
+            "source": grad, "windows": table, "weights": weights, "rows": len(offsets), "inputs": outputs,
+            "outputs": inputs,
+        }  # fmt: skip
+
+    def _view_as_features(self, step: Step) -> None:
+        """The buffers of a dense layer's backward pass as maps of one pixel."""
+        for name in ("out", "second", "slope"):
+            buffer = getattr(step, name)
+            if buffer >= 0:
+                held = self.buffers[buffer]
+                view = self._new(1, held.pixels * held.depth, buffer if held.of is None else held.of)
+                setattr(step, name, view)
+
+    def _backward_Gather(self, layer: layers.Gather, value: int, grad: int) -> None:
+        (source,) = layer.inputs
+        size = self._graph.value(source).size
+        axes = [transposed(axis, length) for axis, length in zip(layer.axes, size, strict=True)]
+        table, weights = gather_tables(axes, tuple(map(len, layer.axes)))
+        self._give(source, value, "gather", source=grad, windows=table, weights=weights)
+
+    def _backward_MaxPool(self, layer: layers.MaxPool, value: int, grad: int) -> None:
+        table = windows.backward_windows(*self._pool_geometry(layer))
+        self._give(
+            layer.inputs[0], value, "max_pool_back", source=grad, second=self._kept[value], windows=table,
+            weights=tap_numbers(table, layer.kernel),
+        )  # fmt: skip
+
+    def _backward_Pointwise(self, layer: layers.Pointwise, value: int, grad: int) -> None:
+        self._give(layer.inputs[0], value, "pointwise", source=grad, **self._slopes[value])
+
+    def _backward_Affine(self, layer: layers.Affine, value: int, grad: int) -> None:
+        scale, _, per_element = affine_vectors(layer.scale, None, layer.out)
+        if scale is None:
+            self._share(layer.inputs[0], value, grad)
+        else:
+            self._give(layer.inputs[0], value, "affine", source=grad, weights=scale, per_element=per_element)
+
+    def _backward_Add(self, layer: layers.Add, value: int, grad: int) -> None:
+        self._share(layer.inputs[0], value, grad)
+        if layer.factor == 1.0:
+            self._share(layer.inputs[1], value, grad)
+        else:
+            scale = torch.full((padded(layer.out.channels),), layer.factor)
+            self._give(layer.inputs[1], value, "affine", source=grad, weights=scale)
+
+    def _backward_Multiply(self, layer: layers.Multiply, value: int, grad: int) -> None:
+        for which, other in ((0, 1), (1, 0)):
+            self._give(layer.inputs[which], value, "multiply", source=grad, second=self._source(layer, other))
+
+    def _backward_GroupNorm(self, layer: layers.GroupNorm, value: int, grad: int) -> None:
+        weight, _, per_element = norm_vectors(layer)
+        self._give(
+            layer.inputs[0], value, "norm_back", source=grad, second=self._kept[value], third=self._source(layer),
+            weights=weight, per_element=per_element, inputs=layer.out.channels, groups=layer.groups,
+        )  # fmt: skip
+
+    def _backward_LogSumExp(self, layer: layers.LogSumExp, value: int, grad: int) -> None:
+        channels = self._graph.value(layer.inputs[0]).channels
+        self._give(layer.inputs[0], value, "softmax", source=self._source(layer), second=grad, inputs=channels)
+
+    def _backward_Slice(self, layer: layers.Slice, value: int, grad: int) -> None:
+        (source,) = layer.inputs
+        if source not in self._grad:
+            self._grad[source] = self._map(self._graph.value(source))
+            self._clear(self._grad[source])
+        self._give(source, value, "copy", source=grad, outputs=layer.out.channels, to_channel=layer.start)
+
+    def _backward_Concat(self, layer: layers.Concat, value: int, grad: int) -> None:
+        start = 0
+        for source in layer.inputs:
+            channels = self._graph.value(source).channels
+            if source not in self._grad:
+                self._grad[source] = self._map(self._graph.value(source))
+                self._clear(self._grad[source])
+            self._give(source, value, "copy", source=grad, outputs=channels, from_channel=start)
+            start += channels
+
+    # ---- what is left to do of it, and where ----
+
+    def _root(self, buffer: int) -> int:
+        of = self.buffers[buffer].of
+        return buffer if of is None else of
+
+    def _drop_unused(self) -> None:
+        """Take out the steps whose results nothing reads on the way to dE/dx."""
+        wanted, kept = {self._root(self.slope)}, []
+        for step in reversed(self.steps):
+            if {self._root(b) for b in step.writes()} & wanted:
+                wanted |= {self._root(b) for b in step.reads()}
+                kept.append(step)
+        self.steps = kept[::-1]
+
+    def _place(self) -> int:
+        """Offsets such that no two buffers share memory while both are alive; the floats of a sample in all."""
+        end = len(self.steps)
+        state, slope = self.state, self._root(self.slope)
+        used: dict[int, Buffer] = {}
+        for at, step in enumerate(self.steps):
+            for index in step.reads() | step.writes():
+                root = self.buffers[self._root(index)]
+                if self._root(index) not in used:
+                    used[self._root(index)] = root
+                    root.first = at
+                root.last = at
+        for index in (state, slope):
+            used.setdefault(index, self.buffers[index]).last = end
+        used[state].first = 0
+        placed: list[Buffer] = []
+        for buffer in sorted(used.values(), key=lambda b: -b.pixels * b.depth):
+            offset = 0
+            alive = (b for b in placed if b.first <= buffer.last and buffer.first <= b.last)
+            for other in sorted(alive, key=lambda b: b.offset):
+                if other.offset - offset >= buffer.pixels * buffer.depth:
+                    break
+                offset = max(offset, other.offset + other.pixels * other.depth)
+            buffer.offset = offset
+            placed.append(buffer)
+        for buffer in self.buffers:
+            if buffer.of is not None:
+                buffer.offset = self.buffers[buffer.of].offset
+        self._number([*used])
+        return max(b.offset + b.pixels * b.depth for b in placed)
+
+    def _number(self, roots: Sequence[int]) -> None:
+        """Keep the buffers that are used, under new numbers."""
+        held = [i for i, b in enumerate(self.buffers) if i in roots or (b.of is not None and b.of in roots)]
+        number = {-1: -1} | {old: new for new, old in enumerate(held)}
+        for step in self.steps:
+            for name in (*BUFFERS, "out"):
+                setattr(step, name, number[getattr(step, name)])
+        self.state, self.slope = number[self.state], number[self.slope]
+        self.buffers = [self.buffers[i] for i in held]
+
+    @property
+    def arguments(self) -> tuple[list[tuple], list[tuple], int, int, int]:
+        buffers = [(b.offset, b.pixels, b.depth) for b in self.buffers]
+        return buffers, [step.arguments for step in self.steps], self.sample_floats, self.state, self.slope

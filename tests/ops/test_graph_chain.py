@@ -1,0 +1,320 @@
+"""graph_chain against its float64 reference on random graphs, and what it promises: no bit depends on threads, the
+split of a batch or of the steps."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import random
+
+import pytest
+import torch
+from torch import Tensor
+
+import mgebm_fast as mg
+from mgebm_fast import native
+from mgebm_fast.ops.graph_chain import GraphChain, gradient_reference, graph_chain, layers
+from mgebm_fast.ops.graph_chain.layers import FUNCTIONS, Graph, Map
+
+pytestmark = pytest.mark.skipif(not native.available(), reason="the compiled module is not built")
+
+NUMBERS = {
+    "leaky_relu": (0.2, 0.0), "any_leaky_relu": (-0.3, 0.0), "elu": (1.3, 0.9), "softplus": (1.5, 20.0),
+    "power": (3.0, 0.0), "clamp": (-0.7, 0.8), "hardtanh": (-0.7, 0.8),
+}  # fmt: skip
+DOMAIN = {"log", "sqrt"}  # of positive numbers: given a softplus first
+MILD = [name for name in FUNCTIONS if name not in {"exp", "log", "sqrt", "power"}]
+
+
+class Maker:
+    """A random graph, layer by layer."""
+
+    def __init__(self, seed: int) -> None:
+        self.draw = random.Random(seed)
+        self.generator = torch.Generator().manual_seed(seed)
+        dims = self.draw.choice([0, 1, 2, 2, 2, 3])
+        size = tuple(self.draw.randint(3, {1: 20, 2: 9, 3: 5}[dims]) for _ in range(dims))
+        self.x = Map(self.draw.choice([1, 2, 3, 17]), size)
+        self.layers: list[layers.Layer] = []
+        self.shapes = [self.x]
+
+    def normal(self, *shape: int) -> Tensor:
+        return torch.randn(shape, generator=self.generator)
+
+    def add(self, kind: type, inputs: tuple[int, ...], out: Map, *fields: object) -> int:
+        self.layers.append(kind(inputs, out, kind.__name__, *fields))
+        self.shapes.append(out)
+        return len(self.layers)
+
+    def convolve(self, at: int, channels: int, *, same: bool = False) -> int:
+        shape = self.shapes[at]
+        dims = len(shape.size)
+        if same:
+            kernel, stride, padding, dilation = (3,) * dims, (1,) * dims, (1,) * dims, (1,) * dims
+        else:
+            kernel = tuple(self.draw.randint(1, min(4, n)) for n in shape.size)
+            stride = tuple(self.draw.choice([1, 1, 2]) for _ in kernel)
+            padding = tuple(self.draw.randint(0, k - 1) for k in kernel)
+            dilation = tuple(self.draw.choice([1, 1, 2]) if (k - 1) * 2 < n else 1 for k, n in zip(kernel, shape.size))
+        size = tuple(
+            (n + 2 * p - d * (k - 1) - 1) // s + 1
+            for n, k, s, p, d in zip(shape.size, kernel, stride, padding, dilation)
+        )
+        weight = self.normal(channels, shape.channels, *kernel) / max(1, weight_fan(shape.channels, kernel)) ** 0.5
+        bias = self.normal(channels) if self.draw.random() < 0.7 else None
+        return self.add(layers.Convolution, (at,), Map(channels, size), weight, bias, stride, padding, dilation)
+
+    def function(self, at: int) -> int:
+        name = self.draw.choice(list(FUNCTIONS))
+        if name in DOMAIN:
+            at = self.add(layers.Pointwise, (at,), self.shapes[at], "softplus", 1.0, 20.0)
+        if name in ("exp", "power"):
+            at = self.add(layers.Pointwise, (at,), self.shapes[at], "tanh")
+        return self.add(layers.Pointwise, (at,), self.shapes[at], name, *NUMBERS.get(name, (0.0, 0.0)))
+
+    def more(self, at: int) -> int:
+        shape = self.shapes[at]
+        kind = self.draw.choice(
+            ["conv", "conv", "act", "act", "res", "pool", "max", "norm", "affine", "mul", "cut", "cat"]
+        )
+        if kind == "conv":
+            return self.convolve(at, self.draw.choice([1, 5, 16, 20, 33]))
+        if kind == "act":
+            return self.function(at)
+        if kind == "res":  # a block with a skip, the function before the convolutions
+            inner = self.convolve(self.function(at), shape.channels, same=True)
+            inner = self.convolve(self.function(inner), shape.channels, same=True)
+            return self.add(layers.Add, (inner, at), shape, self.draw.choice([1.0, 1.0, -0.5]))
+        if kind == "pool" and shape.size:
+            axes = []
+            for n in shape.size:
+                axis = []
+                for _ in range(self.draw.randint(1, n)):
+                    start = self.draw.randint(0, n - 1)
+                    taps = range(start, min(n, start + self.draw.randint(0, 3)))
+                    axis.append(tuple((at_, self.draw.uniform(-1, 1)) for at_ in taps))
+                axes.append(tuple(axis))
+            return self.add(layers.Gather, (at,), Map(shape.channels, tuple(map(len, axes))), tuple(axes))
+        if kind == "max" and shape.size and min(shape.size) >= 3:
+            kernel = (2,) * len(shape.size)
+            pad = self.draw.choice([0, 1])
+            size = tuple((n + 2 * pad - 2) // 2 + 1 for n in shape.size)
+            return self.add(
+                layers.MaxPool,
+                (at,),
+                Map(shape.channels, size),
+                kernel,
+                kernel,
+                (pad,) * len(kernel),
+                (1,) * len(kernel),
+            )
+        if kind == "norm" and shape.pixels * shape.channels > 3:
+            groups = self.draw.choice([g for g in (1, shape.channels) if g * 2 <= shape.channels * shape.pixels])
+            parts = (
+                (None, None) if self.draw.random() < 0.3 else (self.normal(shape.channels), self.normal(shape.channels))
+            )
+            return self.add(layers.GroupNorm, (at,), shape, groups, 1e-2, *parts)
+        if kind == "affine":
+            whole = self.draw.random() < 0.5
+            form = (shape.channels, *shape.size) if whole else (shape.channels,)
+            return self.add(
+                layers.Affine, (at,), shape, self.normal(*form), self.draw.choice([None, self.normal(*form)])
+            )
+        if kind == "mul":
+            return self.add(layers.Multiply, (at, self.add(layers.Pointwise, (at,), shape, "sigmoid")), shape)
+        if kind == "cut" and shape.channels > 2:
+            start = self.draw.randint(0, shape.channels - 2)
+            return self.add(layers.Slice, (at,), Map(self.draw.randint(1, shape.channels - start), shape.size), start)
+        if kind == "cat":
+            other = self.convolve(at, 3, same=True)
+            return self.add(layers.Concat, (other, at, at), Map(3 + 2 * shape.channels, shape.size))
+        return at
+
+    def graph(self) -> Graph:
+        at = 0
+        for _ in range(self.draw.randint(1, 7)):
+            at = self.more(at)
+        shape = self.shapes[at]
+        ones = (1,) * len(shape.size)
+        features = self.draw.choice([1, 6])
+        weight = self.normal(features, shape.channels, *shape.size) / (shape.channels * shape.pixels) ** 0.5
+        at = self.add(layers.Convolution, (at,), Map(features, ()), weight, None, ones, (0,) * len(ones), ones)
+        if features > 1:
+            self.add(layers.LogSumExp, (at,), Map(1, ()))
+        return Graph(self.x, tuple(self.layers))
+
+
+def weight_fan(channels: int, kernel: tuple[int, ...]) -> int:
+    fan = channels
+    for k in kernel:
+        fan *= k
+    return fan
+
+
+def state_of(graph: Graph, samples: int, seed: int = 0) -> Tensor:
+    return torch.randn(samples, graph.x.channels, *graph.x.size, generator=torch.Generator().manual_seed(seed))
+
+
+def float32_error(graph: Graph, x: Tensor, exact: Tensor) -> float:
+    """The error of torch's own float32 on the same layers."""
+    leaf = x.clone().requires_grad_()
+    own = torch.autograd.grad(graph.energies(leaf).sum(), leaf)[0]
+    return float((own.double() - exact).norm())
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_gradient_of_random_graphs(seed: int) -> None:
+    graph = Maker(seed).graph()
+    x = state_of(graph, 1 + seed % 5, seed)
+    exact = gradient_reference(graph, x)
+    got = GraphChain(graph).gradient(x)
+    error = float((got.double() - exact).norm())
+    # Twice torch's own rounding, or that of a few operations where torch's happens to be smaller.
+    assert error <= 2 * float32_error(graph, x, exact) + 3e-6 * float(exact.norm()) + 1e-7, graph
+
+
+@pytest.mark.parametrize("isa", ["portable", "avx2", "avx512"])
+def test_gradient_by_each_instruction_set(isa: str) -> None:
+    module, before = native.module(), native.isa()
+    if not module.set_isa(isa):
+        pytest.skip(f"this CPU has no {isa}")
+    try:
+        for seed in range(100, 106):
+            graph = Maker(seed).graph()
+            x = state_of(graph, 3, seed)
+            exact = gradient_reference(graph, x)
+            error = float((GraphChain(graph).gradient(x).double() - exact).norm())
+            assert error <= 2 * float32_error(graph, x, exact) + 3e-6 * float(exact.norm()) + 1e-7
+    finally:
+        assert module.set_isa(before)
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_functions_and_their_slopes(name: str) -> None:
+    """On a grid from −30 to 30, against float64; what float32 cannot hold (e³⁰ is fine) is not asked."""
+    a, b = NUMBERS.get(name, (0.0, 0.0))
+    points = torch.linspace(-30, 30, 2403)[None]
+    points = points[points != 0][None]
+    if name in DOMAIN:
+        points = points.abs()
+    flat = Map(points.shape[1], ())
+    once = layers.Pointwise((0,), flat, "f", name, a, b)
+    # E = Σ f(x)²/2 has the gradient f(x) f′(x); Σ f(x) has f′(x).
+    ones = layers.Convolution((1,), Map(1, ()), "sum", torch.ones(1, points.shape[1]), None, (), (), ())
+    slope = Graph(flat, (once, ones))
+    both = Graph(flat, (once, layers.Pointwise((1,), flat, "square", "power", 2.0), ones_from(2, points.shape[1])))
+    for graph in (slope, both):
+        exact = gradient_reference(graph, points)
+        scale = exact.abs().clamp_min(1.0)
+        assert float(((GraphChain(graph).gradient(points).double() - exact).abs() / scale).max()) < 2e-6
+
+
+def ones_from(value: int, features: int) -> layers.Convolution:
+    return layers.Convolution((value,), Map(1, ()), "sum", torch.ones(1, features), None, (), (), ())
+
+
+def chain(graph: Graph, x: Tensor, steps: int = 3, **more: object) -> Tensor:
+    numbers = {"step_size": 0.05, "reference_std": 1.5, "grad_clamp": 5.0, "clamp": (-3.0, 3.0), "seed": 7, **more}
+    return graph_chain(graph, x, steps=steps, **numbers)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("seed", [3, 4, 8, 11, 17, 200])
+def test_no_bit_depends_on_threads_batch_or_split(seed: int) -> None:
+    graph = Maker(seed).graph()
+    x = state_of(graph, 21, seed)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        whole = chain(graph, x)
+        torch.set_num_threads(3)
+        assert torch.equal(chain(graph, x), whole)
+        assert torch.equal(chain(graph, x[:2]), whole[:2])  # fewer samples than threads
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(torch.cat([chain(graph, x[:5]), chain(graph, x[5:], first_sample=5)]), whole)
+    state = x
+    for k in range(3):
+        state = chain(graph, state, 1, first_step=k)
+    assert torch.equal(state, whole)
+    ids = torch.arange(21).flip(0)
+    assert torch.equal(chain(graph, x.flip(0), first_sample=ids), whole.flip(0))
+
+
+def test_large_maps_are_shared_by_threads() -> None:
+    """A few samples of a large map: every step is shared out, with the same bits."""
+    weight = torch.randn(48, 3, 3, 3) / 5
+    second = torch.randn(48, 48, 3, 3) / 20
+    size, ones = (40, 40), (1, 1)
+    graph = Graph(Map(3, size), (
+        layers.Convolution((0,), Map(48, size), "a", weight, torch.randn(48), ones, ones, ones),
+        layers.Pointwise((1,), Map(48, size), "f", "silu"),
+        layers.Convolution((2,), Map(48, size), "b", second, None, ones, ones, ones),
+        layers.GroupNorm((3,), Map(48, size), "n", 4, 1e-5, None, None),
+        layers.Pointwise((4,), Map(48, size), "f", "gelu"),
+        layers.Convolution((5,), Map(1, ()), "s", torch.randn(1, 48, *size), None, ones, (0, 0), ones),
+    ))  # fmt: skip
+    x = torch.randn(1, 3, *size)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        one = chain(graph, x, grad_clamp=None)
+        torch.set_num_threads(2)
+        assert torch.equal(chain(graph, x, grad_clamp=None), one)
+    finally:
+        torch.set_num_threads(before)
+    exact = chain(graph, x, grad_clamp=None, backend="reference")
+    assert float((one - exact).norm()) < 1e-5 * float(exact.norm())
+
+
+@pytest.mark.parametrize("seed", [1, 2, 5, 9])
+def test_chain_against_the_reference(seed: int) -> None:
+    graph = Maker(seed).graph()
+    x = state_of(graph, 4, seed)
+    mask = torch.rand(x.shape, generator=torch.Generator().manual_seed(seed)) < 0.7
+    got, exact = (chain(graph, x, mask=mask, backend=backend) for backend in ("native", "reference"))
+    assert torch.equal(got[~mask], x[~mask])
+    assert float((got - exact).norm()) < 1e-4 * float(exact.norm())
+
+
+def test_layouts_and_views() -> None:
+    graph = next(g for g in (Maker(s).graph() for s in range(50)) if len(g.x.size) == 2 and g.x.channels > 1)
+    x = state_of(graph, 4)
+    plain = chain(graph, x)
+    assert torch.equal(chain(graph, x.to(memory_format=torch.channels_last)), plain)
+    assert torch.equal(chain(graph, torch.cat([x, x], 1)[:, : x.shape[1]]), plain)
+    packed = GraphChain(graph)
+    assert torch.equal(packed.gradient(x.to(memory_format=torch.channels_last)), packed.gradient(x))
+    assert packed.gradient(x[:0]).shape == x[:0].shape
+
+
+def test_refusals() -> None:
+    graph = Maker(1).graph()
+    packed = GraphChain(graph)
+    with pytest.raises(TypeError, match="float32"):
+        packed.gradient(state_of(graph, 2).double())
+    with pytest.raises(ValueError, match="elements a sample"):
+        packed.gradient(torch.zeros(2, 1 + graph.x.channels * graph.x.pixels))
+    for copier in (copy.deepcopy, pickle.dumps):
+        with pytest.raises(TypeError, match="cannot be copied or pickled"):
+            copier(packed)
+    lost = Graph(
+        Map(2, ()), (layers.Convolution((0,), Map(1, ()), "w", torch.tensor([[1.0, torch.nan]]), None, (), (), ()),)
+    )
+    assert torch.isnan(GraphChain(lost).gradient(torch.zeros(3, 2))).all()
+
+
+def test_law_of_a_gaussian() -> None:
+    """E = ‖x‖²/2σ² by graph: the discretised chain's own variance, δ²/(1 − (1 − δ²/2σ²)²), within five deviations."""
+    sigma, delta = 0.7, 0.4
+    graph = Graph(Map(2, ()), (
+        layers.Pointwise((0,), Map(2, ()), "square", "power", 2.0),
+        layers.Convolution((1,), Map(1, ()), "sum", torch.full((1, 2), 0.5 / sigma**2), None, (), (), ()),
+    ))  # fmt: skip
+    x = graph_chain(graph, torch.zeros(20_000, 2), steps=200, step_size=delta, seed=3)
+    expected = delta**2 / (1 - (1 - delta**2 / (2 * sigma**2)) ** 2)
+    assert abs(float(x.var()) / expected - 1) < 5 * (2 / x.numel()) ** 0.5
+    assert abs(float(x.mean())) < 5 * (expected / x.numel()) ** 0.5
+
+
+def test_public_name() -> None:
+    assert mg.ops.graph_chain is graph_chain
