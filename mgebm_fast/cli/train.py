@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import shlex
 from pathlib import Path
@@ -9,8 +10,18 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ..errors import ConfigError
-from .options import INTERRUPTED, Device, Threads, configured, find_rank_device, load_run_data, one_voice, use_threads
+from ..errors import CheckpointError, ConfigError
+from .options import (
+    INTERRUPTED,
+    Device,
+    Threads,
+    configured,
+    find_rank_device,
+    load_run_data,
+    one_voice,
+    open_run,
+    use_threads,
+)
 from .outputs import check_place
 
 if TYPE_CHECKING:
@@ -42,6 +53,13 @@ def train(
         list[str] | None,
         typer.Option("--set", metavar="KEY=VALUE", help="Change a key of the configuration; may be repeated."),
     ] = None,
+    start: Annotated[
+        str | None,
+        typer.Option("--from", metavar="RUN", help="Start from the weights of a run, a checkpoint or a model file."),
+    ] = None,
+    with_optimiser: Annotated[
+        bool, typer.Option("--from-optimiser", help="Beside --from: take the optimiser's state as well.")
+    ] = False,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint of the run.")] = False,
     strict: Annotated[bool, typer.Option("--strict", help="Refuse data with unreadable images.")] = False,
     device: Device = "auto",
@@ -60,6 +78,8 @@ def train(
       mgebm train my_config.toml --data photos/ --out runs/mine
       mgebm train --out runs/mine --resume
       mgebm train cifar10 --set rollback.attempts=3
+      mgebm train --from runs/digits --data letters.npy --set optimiser.lr=1e-3 --out runs/letters
+      mgebm train cifar10 --from runs/cars --set sizes=1,2,4,8,16,32 --out runs/finer
 
     --set takes TOML values: steps=2000, sizes=[1,4,16], flips=true, langevin.noise_std=0.02; `none` clears an optional
     key. Keys of every preset: steps (parameter updates), langevin.steps, seed, batch_size, checkpoint_every,
@@ -68,6 +88,10 @@ def train(
     Ctrl-C saves a checkpoint and says how to go on, and so do SIGTERM, SIGHUP, SIGUSR1, SIGUSR2 and SIGXCPU; --resume
     then gives, bit for bit, the run that was never stopped. With --resume the configuration is the run's own; only what
     --set, --data and --precision name is changed.
+
+    --from starts from what was trained before, on other data, or with a finer size on top: each size takes the net of
+    its size there, and what was taken and what is new is printed. A net of that size with other layers, other channels
+    or another value_range is refused. Without PRESET the configuration is that run's, but for --set and --data.
 
     A run that diverges stops, with advice; with rollback.attempts=3 it goes back to its last good checkpoint up to
     three times, and on from there with other noise and half the learning rate. docs/configuration.md says what counts.
@@ -101,9 +125,14 @@ def train(
     place = find_rank_device(device)
     with distributed.joined(place) as ranks, one_voice(ranks):
         with ranks.together():
-            chosen, folder = _configure(config, out, resume)
+            chosen, folder = _configure(config, out, resume, start)
             changes = [*(settings or []), *([] if precision is None else [f"precision={precision}"])]
             stored = resume and (folder / "config.toml").exists()
+            if start is not None:
+                source = os.path.abspath(start)
+                chosen = dataclasses.replace(chosen, start_from=source, start_optimiser=with_optimiser)
+            elif with_optimiser:
+                raise ConfigError("--from-optimiser: must be beside --from RUN")
             chosen = configured(chosen, data, changes, stored=stored)
             if threads is None and place.type == "cpu":
                 use_threads(threads_for(build_model(chosen), chosen.batch_size))
@@ -135,10 +164,13 @@ def _fit(
     hardware = f"{_named(device)}{f', {ranks.size} ranks' if ranks.size > 1 else ''}"
     typer.echo(f"{config.name}: {_described(data, config)}, on {hardware}", err=True)
     console = Console(stderr=True)
-    return fit(
-        config, out=folder, data=data, resume=resume, device=device, console=console, resume_command=command,
-        ranks=ranks,
-    )  # fmt: skip
+    try:
+        return fit(
+            config, out=folder, data=data, resume=resume, device=device, console=console, resume_command=command,
+            ranks=ranks,
+        )  # fmt: skip
+    except CheckpointError as error:
+        raise (error.at("--from") if error.where == "from" else error) from None
 
 
 def _what_next(folder: Path, config: TrainConfig) -> str:
@@ -168,14 +200,20 @@ def _named(device: torch.device) -> str:
     )
 
 
-def _configure(config: str | None, out: Path | None, resume: bool) -> tuple[TrainConfig, Path]:
+def _configure(config: str | None, out: Path | None, resume: bool, start: str | None) -> tuple[TrainConfig, Path]:
     """The configuration before overrides, and the run folder."""
     from ..learning import load_config
     from ..learning.run.folder import check_inside
 
-    if config is None and (out is None or not resume):
-        raise ConfigError("preset: must be given (`mgebm presets` lists them), or --out DIR with --resume")
+    if start is not None and resume:
+        raise ConfigError("--from: must be left out beside --resume, whose run knows where it began")
     given = None if config is None else load_config(config)
+    if start is not None and given is None:
+        _, given = open_run(Path(start))
+        if given is None:
+            raise ConfigError(f"preset: must be given where --from is a model file alone, {start}")
+    if given is None and (out is None or not resume):
+        raise ConfigError("preset: must be given (`mgebm presets` lists them), or --out DIR with --resume")
     folder = Path("runs") / given.name if given is not None and out is None else Path(out or "")
     if resume and (folder / "config.toml").exists():
         check_inside(folder)

@@ -15,6 +15,7 @@ from ..checks import is_int
 from ..data import Clips, ImageData
 from ..errors import ConfigError
 from ..models import MultiGrid
+from . import start
 from .config.method import METHODS, load_data
 from .config.train_config import TrainConfig
 from .config.values import merge
@@ -78,6 +79,8 @@ class MultiGridTrainer:
                     resume_command = "the same trainer: .resume(), then .fit()"
             config = _parted(merge(config, overrides), ranks)
             built = model is None
+            if not built and config.start_from is not None:
+                raise ConfigError(f"start_from: must be none where a model is given, got {config.start_from!r}")
             method = METHODS[config.method]
             if model is None:
                 model = method.build_model(config)
@@ -105,6 +108,7 @@ class MultiGridTrainer:
         batches = Batches(
             self.data, config.batch_size, seed=config.seed, flips=config.flips, places=places, ahead=ahead
         )
+        self._begun = False
         with ranks.together():
             self.rule = method.rule(self.model, config, images=len(self.data))
             self._loop = Loop(
@@ -132,7 +136,15 @@ class MultiGridTrainer:
         stop = self.config.steps if steps is None else steps
         if not is_int(stop, 0):
             raise ValueError(f"fit: steps must be an int >= 0 or None, got {steps!r}")
+        self._begin()
         return self._loop.run(stop)
+
+    def _begin(self) -> None:
+        """Before the first update: the weights that training starts from, where they are another run's."""
+        if self.iteration == 0 and self.config.start_from is not None and not self._begun:
+            with self._loop.ranks.together():
+                start.begin(self.rule, self.config, self._loop.voice.say)
+        self._begun = True
 
     def step(self, batch: Tensor) -> dict[str, float]:  # (N, C, S, S) uint8, or float32 in value_range units
         """One update from a batch of the caller's; the numbers that a record of the metrics holds.
@@ -150,6 +162,7 @@ class MultiGridTrainer:
             raise ValueError(f"step: batch must have shape (N, {wanted}), got {tuple(batch.shape)}")
         if batch.is_floating_point() and not bool(torch.isfinite(batch).all()):
             raise ValueError("step: batch must be finite, got NaN or infinite pixels")
+        self._begin()
         metrics = self.rule.update(batch, self._loop.iteration, detail=True)
         self._loop.iteration += 1
         return metrics

@@ -119,8 +119,9 @@ def _shared_config(model: Any) -> Any:
     if model.origin is None:
         return None
     config = model.origin.config
-    path = Path(config.data)
-    return dataclasses.replace(config, data=path.name) if path.is_absolute() else config
+    paths = {"data": config.data, "start_from": config.start_from}
+    shared = {key: Path(path).name for key, path in paths.items() if path is not None and Path(path).is_absolute()}
+    return dataclasses.replace(config, **shared)
 
 
 def card(model: Any, training: Any, name: str, figures: Mapping[str, Any] | None, picture: bool) -> str:
@@ -152,6 +153,7 @@ def card(model: Any, training: Any, name: str, figures: Mapping[str, Any] | None
             f"| data | {training.data}{classes}{count} |",
             f"| method | {training.method} |",
             f"| updates | {training.steps}, batches of {training.batch_size} |",
+            *([f"| starts from | {training.start_from} |"] if training.start_from else []),
             f"| seed | {training.seed} |", "",
             "Trained again, with the configuration beside this file:", "",
             f"    mgebm train {TRAINING} --data {training.data} --out runs/{training.name}", "",

@@ -288,3 +288,19 @@ def test_a_preset_and_a_toml_file_name_data_as_the_option_does(mgebm, tmp_path, 
     taken = mgebm("train", "mine.toml", *TINY, "--set", "steps=0", "--data", "builtin:digits", "--out", "run")
     assert taken.exit_code == 0, taken.output
     assert mgebm("train", "--out", "earlier", "--resume").exit_code == 0  # a run keeps the set that it began with
+
+
+def test_a_run_starts_from_another(mgebm, trained, pictures, tmp_path):
+    result = mgebm("train", "--from", trained, "--data", pictures, "--set", "batch_size=2", "--out", tmp_path / "tuned")
+    assert result.exit_code == 0, result.output
+    assert f"weights of {trained}: taken: size 2, 4, 8" in "".join(result.stderr.splitlines())
+    config = load_config(tmp_path / "tuned" / "config.toml")
+    assert config.start_from == str(trained) and config.width == 0.1 and config.data == str(pictures)
+    for arguments, words in (
+        (("digits", "--from", trained, "--set", "width=0.3"), "--from: layers of size 2 must be"),
+        (("digits", "--from", f"{trained}x"), "does not exist"),
+        (("--from", trained, "--resume"), "--from: must be left out beside --resume"),
+        (("digits", "--from-optimiser"), "--from-optimiser: must be beside --from RUN"),
+    ):
+        assert words in one_line(mgebm("train", *arguments, "--out", tmp_path / "no")), arguments
+        assert not (tmp_path / "no").exists()

@@ -81,6 +81,8 @@ class TrainConfig:
     precision: str = key(
         "auto", Choice(PRECISIONS), "precision of the gradient inside chains: auto is 16 bits where that pays"
     )
+    start_from: Any = key(None, Maybe(Text()), "run, checkpoint or model file whose weights training starts from")
+    start_optimiser: bool = key(False, Flag(), "take the optimiser's state of `start_from` as well")
     langevin: LangevinConfig = dataclasses.field(default_factory=lambda: LangevinConfig(drift=1.0, noise_std=0.03))
     optimiser: OptimiserConfig = dataclasses.field(default_factory=OptimiserConfig)
     stabilise: StabiliseConfig = dataclasses.field(default_factory=StabiliseConfig)

@@ -71,7 +71,7 @@ class ModelRule(UpdateRule):
         self.model.set_state(snapshot["model"], False, "snapshot")
         if self.average is not None:
             self.average.restore(snapshot["average"])
-        self._restore_optimisers(snapshot["optimiser"], "snapshot")
+        self.restore_optimisers(snapshot["optimiser"], "snapshot")
 
     def read(self, folder: Path) -> None:
         self.model.load_weights(folder, ema=False)
@@ -79,9 +79,10 @@ class ModelRule(UpdateRule):
             stored = checkpoint.read_tensors(folder / MODEL_FILE)
             self.average.restore({k.removeprefix(EMA): v for k, v in stored.items() if k.startswith(EMA)})
         path = folder / OPTIMISER_FILE
-        self._restore_optimisers(checkpoint.read_tensors(path), str(path))
+        self.restore_optimisers(checkpoint.read_tensors(path), str(path))
 
-    def _restore_optimisers(self, stored: dict[str, Tensor], where: str) -> None:
+    def restore_optimisers(self, stored: dict[str, Tensor], where: str) -> None:
+        """Take the state that `_optimiser_tensors` gave; an optimiser without any begins afresh."""
         known = self.named_optimisers()
         tensors: dict[str, dict[str, Tensor]] = {}
         for key, value in stored.items():
