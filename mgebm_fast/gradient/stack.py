@@ -82,6 +82,7 @@ def _read(energy: Any, x: Tensor) -> Stack:
         raise Unreadable(f"{type(energy).__name__} is not an EnergyNet or nn.Sequential")
     if x.dtype != torch.float32:
         raise Unreadable(f"x is {x.dtype}")
+    builder = Builder(x)
     if reason := why_not_read(energy):
         raise Unreadable(reason)
     tensors = [*energy.named_parameters(), *((n, b) for n, b in energy.named_buffers() if b.is_floating_point())]
@@ -90,7 +91,6 @@ def _read(energy: Any, x: Tensor) -> Stack:
             raise Unreadable(f"{path} is {tensor.dtype} on {tensor.device}")
         if reason := why_not_plain(tensor):
             raise Unreadable(f"{path} is {reason}")
-    builder = Builder(x)
     if isinstance(energy, EnergyNet):
         return _read_energy_net(energy, x, builder)
     for path, module in _flat(energy):
