@@ -6,11 +6,14 @@ step takes the slope of the function before it with it.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from ..conv_chain import windows
 from . import layers
@@ -18,6 +21,8 @@ from .forward import ForwardPass
 from .layers import Graph
 from .packing import affine_vectors, gather_tables, norm_vectors, packed, padded, ravel, tap_numbers, transposed
 from .steps import BUFFERS, FINISHING, MAX_BUFFERS, MAX_STEPS, Buffer, Step
+
+_LINEAR = (layers.Convolution, layers.Gather, layers.Affine, layers.Add, layers.Slice, layers.Concat)
 
 
 class Program(ForwardPass):
@@ -40,13 +45,36 @@ class Program(ForwardPass):
 
     def _backward(self) -> None:
         last = len(self._graph.layers)
-        start = self._map(self._graph.value(last))
-        self._step("fill", out=start, bias=torch.ones(self.buffers[start].depth))
-        self._grad[last] = start
-        for value in range(last, 0, -1):
-            if value in self._grad:
-                layer = self._graph.layers[value - 1]
+        # Gradients that are the same for every sample, as above the last function, are known now.
+        known = {last: torch.ones(1)}
+        for value in range(last, -1, -1):
+            layer = self._graph.layers[value - 1] if value else None
+            constant = known.pop(value, None)
+            if constant is not None:
+                if layer is not None and isinstance(layer, _LINEAR) and value not in self._grad:
+                    for source, share in self._constant_shares(layer, constant):
+                        known[source] = known[source] + share if source in known else share
+                    continue
+                _, bias, per_element = affine_vectors(None, _uniform(constant), self._graph.value(value))
+                self._give(value, value, "fill", bias=bias, per_element=per_element)
+            if layer is not None and value in self._grad:
                 getattr(self, f"_backward_{type(layer).__name__}")(layer, value, self._grad.pop(value))
+
+    def _constant_shares(self, layer: layers.Layer, constant: Tensor) -> list[tuple[int, Tensor]]:
+        """What a linear layer passes on of a gradient (C, *size) to the values that it reads."""
+        sources = list(dict.fromkeys(layer.inputs))
+        maps = [self._graph.value(source) for source in sources]
+        with torch.inference_mode(False), torch.enable_grad():
+            plain: dict[str, Any] = {
+                name: tensor.clone()  # autograd keeps no tensor that was made in inference mode
+                for name, tensor in vars(layer).items()
+                if isinstance(tensor, Tensor) and tensor.is_inference()
+            }
+            layer = dataclasses.replace(layer, **plain)
+            at = [torch.zeros(1, m.channels, *m.size, requires_grad=True) for m in maps]
+            out = layer.reference(*(at[sources.index(source)] for source in layer.inputs))
+            shares = torch.autograd.grad(out, at, constant.reshape(out.shape))
+        return [(source, share[0]) for source, share in zip(sources, shares, strict=True)]
 
     def _give(self, value: int, layer_value: int, kind: str, **fields: object) -> None:
         """One more share of the gradient of `value`, which layer_value's step gives; with it the slope of the function
@@ -246,3 +274,8 @@ class Program(ForwardPass):
     def arguments(self) -> tuple[list[tuple], list[tuple], int, int, int]:
         buffers = [(b.offset, b.pixels, b.depth) for b in self.buffers]
         return buffers, [step.arguments for step in self.steps], self.sample_floats, self.state, self.slope
+
+
+def _uniform(constant: Tensor) -> Tensor:  # (C, *size) -> (C,) where all pixels are equal
+    pixels = constant.flatten(1) if constant.dim() > 1 else constant[:, None]
+    return pixels[:, 0] if bool((pixels == pixels[:, :1]).all()) else constant

@@ -317,6 +317,15 @@ def test_few_steps_and_callbacks_keep_to_autograd() -> None:
     assert seen == list(range(40))
 
 
+@pytest.mark.parametrize("name", ["residual", "MLP", "an MLP on images"])
+def test_inference_mode(name: str) -> None:
+    shape, make = CASES[name]
+    net, x, options = make(), torch.randn(3, *shape), {"steps": MIN_STEPS, "step_size": 0.1, "seed": 1}
+    expected = mg.langevin_sample(net, x, **options)
+    with torch.inference_mode():
+        assert torch.equal(mg.langevin_sample(net, x, **options), expected)
+
+
 def test_weights_that_are_not_finite() -> None:
     net = CASES["MLP"][1]()
     with torch.no_grad():
