@@ -24,6 +24,7 @@ from .export import export
 from .inpaint import inpaint
 from .options import INTERRUPTED
 from .presets import presets
+from .report import report
 from .sample import sample
 from .score import score
 from .train import train
@@ -143,7 +144,21 @@ def about(
     """
 
 
-for command in (train, sample, score, inpaint, evaluate, classify, compare, diagnose, export, bench, presets, doctor):
+for command in (
+    train,
+    sample,
+    score,
+    inpaint,
+    evaluate,
+    classify,
+    compare,
+    diagnose,
+    export,
+    report,
+    bench,
+    presets,
+    doctor,
+):
     app.command()(command)
 
 

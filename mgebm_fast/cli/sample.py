@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from . import recordings
 from .options import Device, Precision, RunPath, Threads, find_rank_device, one_voice, open_run, use_threads
 from .outputs import IMAGE_FILES, check_out, check_place
 
@@ -107,7 +106,11 @@ def sample(
             num = num or (1 if recorded else 64)
             if best is not None:
                 _check_best(model, run, best, num, interpolate)
-            files = recordings.check(recorded, out, num, grids) if recorded else IMAGE_FILES
+            files: tuple[str, ...] = IMAGE_FILES
+            if recorded:
+                from ..evaluation import recordings
+
+                files = recordings.check(recorded, out, num, grids)
             kind = check_out(out, overwrite, grids, files, attempt=False)
             _check_group(model, first_sample)
             if generator or interpolate is not None:

@@ -1,0 +1,252 @@
+"""A run, or several side by side, as one HTML page that needs nothing beside it: pictures, curves, facts."""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Mapping, Sequence
+from html import escape
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from ..data import ImageData
+from ..errors import DataError
+from ..learning import Run
+from ..learning.run.folder import SAMPLES
+from ..models import Model
+from ..pictures import image_grid
+
+MOST_BYTES = 4_500_000  # of all pictures of a page
+MOST_PICTURES = 16  # of a run, evenly spread over its updates
+NEIGHBOURS = 12  # samples that are set beside their nearest training images
+_POINTS = 400  # of a curve
+_CHUNK = 2048  # training images that are compared at a time
+_COLOURS = ("#1f4e8c", "#b5512b", "#1f7a4c", "#7a4ca0", "#b08a00", "#3a8fb7", "#c2408a", "#666666")
+_NO_CURVE = {"step", "seconds_per_update", "rollbacks", "diverged_at"}
+_TITLES = {
+    "gap": "energy gap: data minus samples", "energy_observed": "energy of data",
+    "energy_synthesised": "energy of samples", "gradient_to_noise": "gradient to noise of a step",
+    "gradient_norm": "gradient norm", "noise_factor": "factor of the noise", "lr_factor": "factor of the learning rate",
+}  # fmt: skip
+
+_STYLE = """
+:root { color: #222; background: #fff; font: 15px/1.45 system-ui, sans-serif }
+body { margin: 0 auto; padding: 1rem; max-width: 1600px } h1 { font-size: 1.4rem } h2 { font-size: 1.15rem; margin: 0 }
+h3 { font-size: 1rem; margin: 1.2rem 0 .3rem } table { border-collapse: collapse; width: 100% }
+.runs { display: grid; gap: 2rem; grid-template-columns: repeat(auto-fit, minmax(min(100%, 400px), 1fr)) }
+section { min-width: 0 } td { padding: .1rem .6rem .1rem 0; vertical-align: top; overflow-wrap: anywhere }
+td:first-child { color: #666; white-space: nowrap } img { max-width: 100% }
+.curves { display: grid; gap: .6rem; grid-template-columns: repeat(auto-fit, minmax(min(100%, 260px), 1fr)) }
+figure { margin: 0 } figcaption { font-size: .85rem } svg { width: 100%; height: auto; display: block }
+input[type=range] { width: 100% }
+pre { white-space: pre-wrap; overflow-wrap: anywhere; background: #f5f5f5; padding: .6rem; font-size: .85rem }
+.note { color: #666; font-size: .9rem } .key { white-space: nowrap; margin-right: .7rem }
+"""
+
+_SCRIPT = """
+for (const box of document.querySelectorAll('.slider')) {
+  const range = box.querySelector('input'), images = box.querySelectorAll('img'), label = box.querySelector('output');
+  const show = () => images.forEach((image, i) => {
+    image.hidden = i != range.value;
+    if (i == range.value) label.textContent = image.alt;
+  });
+  range.addEventListener('input', show); show();
+}
+"""
+
+
+def page(runs: Sequence[Run], *, seed: int = 0) -> str:
+    """The HTML of a page on `runs`: facts, samples of every grid as training went, curves, samples beside their nearest
+    training images, the configuration, and what to do next.
+
+    Pictures are spread over training so that all of them take at most `MOST_BYTES`. What a run lacks is said in its
+    place: a model, records, pictures, or data that are not there any more.
+    """
+    budget = MOST_BYTES // len(runs)
+    sections = "\n".join(_section(run, budget, seed) for run in runs)
+    title = escape(", ".join(run.path.resolve().name for run in runs))
+    return (
+        f'<!doctype html>\n<html lang="en">\n<meta charset="utf-8">\n<title>{title}</title>\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        f'<style>{_STYLE}</style>\n<h1>{title}</h1>\n<div class="runs">\n{sections}\n</div>\n'
+        f"<script>{_SCRIPT}</script>\n"
+    )
+
+
+def _section(run: Run, budget: int, seed: int) -> str:
+    records = run.metrics()
+    parts = [
+        f"<section>\n<h2>{escape(run.path.resolve().name)}</h2>",
+        f'<p class="note">{escape(run.config.description)}</p>',
+        _table(_facts(run, records)),
+        "<h3>Samples as training went</h3>",
+        _slider(run, budget),
+        "<h3>Curves</h3>",
+        _curves(records),
+        "<h3>Samples, and the training image nearest to each</h3>",
+        _neighbours(run, seed),
+        f"<details><summary>Configuration</summary><pre>{escape(run.config.to_toml())}</pre></details>",
+        f"<h3>Next</h3>\n<pre>{escape(_next(run))}</pre>\n</section>",
+    ]
+    return "\n".join(parts)
+
+
+def _facts(run: Run, records: Sequence[Mapping[str, float]]) -> dict[str, Any]:
+    config, made = run.config, int(records[-1]["step"]) if records else 0
+    paces = [record["seconds_per_update"] for record in records if "seconds_per_update" in record]
+    facts: dict[str, Any] = {
+        "method": config.method,
+        "data": Path(config.data).name + (f", {', '.join(map(str, config.classes))}" if config.classes else ""),
+        "sizes": " → ".join(map(str, config.sizes)),
+        "updates": f"{made} of {config.steps}" + ("" if run.finished else ", not finished"),
+        "batch, seed": f"{config.batch_size}, {config.seed}",
+    }
+    if paces:
+        facts["time"] = f"{np.mean(paces) * made / 60:.1f} minutes, {np.mean(paces):.3g} s an update"
+    if rollbacks := max((int(record.get("rollbacks", 0)) for record in records), default=0):
+        facts["rollbacks"] = rollbacks
+    if config.start_from is not None:
+        facts["started from"] = Path(config.start_from).name
+    return facts
+
+
+def _table(rows: Mapping[str, Any]) -> str:
+    cells = "".join(f"<tr><td>{escape(key)}</td><td>{escape(str(value))}</td></tr>" for key, value in rows.items())
+    return f"<table>{cells}</table>"
+
+
+def _slider(run: Run, budget: int) -> str:
+    """The pictures of the run, one shown at a time; fewer where they are large."""
+    pictures = sorted((run.path / SAMPLES).glob("step_*.png"))
+    if not pictures:
+        return '<p class="note">No pictures yet: sample_every says how often one is made.</p>'
+    size = max(path.stat().st_size for path in pictures)
+    count = max(1, min(MOST_PICTURES, len(pictures), int(budget * 0.7) // size))
+    chosen = [pictures[i] for i in np.linspace(len(pictures) - 1, 0, count).round().astype(int)[::-1]]
+    images = "".join(
+        f'<img alt="update {int(path.stem.removeprefix("step_"))}" src="{_uri(_bounded(path, budget))}"'
+        f"{'' if path is chosen[-1] else ' hidden'}>"
+        for path in chosen
+    )
+    last = len(chosen) - 1
+    return (
+        f'<div class="slider"><label><output>update {int(chosen[-1].stem.removeprefix("step_"))}</output>'
+        f'<input type="range" min="0" max="{last}" value="{last}" aria-label="update"></label>{images}</div>'
+    )
+
+
+def _bounded(path: Path, budget: int) -> bytes:
+    """A picture's file, or where it is larger than the budget a smaller version of it."""
+    from PIL import Image
+
+    data = path.read_bytes()
+    while len(data) * 4 / 3 > budget:
+        with Image.open(io.BytesIO(data)) as image:
+            half = image.resize((max(1, image.width // 2), max(1, image.height // 2)), Image.Resampling.BOX)
+        buffer = io.BytesIO()
+        half.save(buffer, "PNG", optimize=True)
+        data = buffer.getvalue()
+    return data
+
+
+def _uri(data: bytes) -> str:
+    return f"data:image/png;base64,{base64.b64encode(data).decode()}"
+
+
+def _curves(records: Sequence[Mapping[str, float]]) -> str:
+    """One chart for each kind of figure, a line for each size (or other part) that has it."""
+    charts: dict[str, dict[str, list[tuple[float, float]]]] = {}
+    for record in records:
+        for key, value in record.items():
+            if key not in _NO_CURVE and isinstance(value, (int, float)) and np.isfinite(value):
+                part, _, kind = key.rpartition("/")
+                charts.setdefault(kind, {}).setdefault(part.replace("_", " "), []).append((record["step"], value))
+    if not charts:
+        return '<p class="note">No records yet.</p>'
+    order = [kind for kind in _TITLES if kind in charts] + sorted(charts.keys() - _TITLES.keys())
+    return f'<div class="curves">{"".join(_chart(kind, charts[kind]) for kind in order)}</div>'
+
+
+def _chart(kind: str, lines: Mapping[str, Sequence[tuple[float, float]]]) -> str:
+    wide, high, left, bottom = 300, 150, 52, 18
+    every = np.array([point for line in lines.values() for point in line])
+    (first, low), (last, top) = every.min(0), every.max(0)
+    low, top = (low, top) if top > low else (low - 0.5, top + 0.5)
+    across = (wide - left - 6) / max(last - first, 1e-9)
+    down = (high - bottom - 8) / (top - low)
+    drawn, keys = [], []
+    for i, (part, line) in enumerate(lines.items()):
+        thinned = [line[j] for j in np.unique(np.linspace(0, len(line) - 1, min(len(line), _POINTS)).astype(int))]
+        points = " ".join(f"{left + (x - first) * across:.1f},{8 + (top - y) * down:.1f}" for x, y in thinned)
+        colour = _COLOURS[i % len(_COLOURS)]
+        drawn.append(f'<polyline fill="none" stroke="{colour}" stroke-width="1.4" points="{points}"/>')
+        if part:
+            keys.append(f'<span class="key" style="color:{colour}">{escape(part)}</span>')
+    ticks = "".join(
+        f'<text x="{left - 4}" y="{8 + (top - y) * down + 3:.1f}" text-anchor="end">{y:.3g}</text>' for y in (low, top)
+    )
+    if low < 0 < top:
+        zero = 8 + top * down
+        ticks += f'<line x1="{left}" x2="{wide}" y1="{zero:.1f}" y2="{zero:.1f}" stroke="#bbb" stroke-dasharray="3 3"/>'
+    ends = f'<text x="{left}" y="{high - 4}">{first:g}</text>'
+    ends += f'<text x="{wide - 4}" y="{high - 4}" text-anchor="end">{last:g}</text>'
+    title = escape(_TITLES.get(kind, kind.replace("_", " ")))
+    return (
+        f'<figure><figcaption>{title}<br>{"".join(keys)}</figcaption><svg viewBox="0 0 {wide} {high}" role="img" '
+        f'aria-label="{title}" font-size="10" fill="#666"><path d="M{left} 4V{high - bottom}H{wide}" fill="none" '
+        f'stroke="#999"/>{"".join(drawn)}{ticks}{ends}</svg></figure>'
+    )
+
+
+def _neighbours(run: Run, seed: int) -> str:
+    """A row of samples over a row of the training images nearest to them by pixel distance."""
+    try:
+        model, data = run.model(), run.data("train")
+    except (DataError, OSError, ValueError, ImportError) as error:
+        return f'<p class="note">None: {escape(str(error))}</p>'
+    if not isinstance(data, ImageData):
+        return '<p class="note">Not of recordings, whose data are one clip.</p>'
+    samples = _drawn(model, seed)
+    nearest = _nearest(samples, data.images)
+    rows = np.concatenate([samples, data.images[nearest]])
+    picture = image_grid(rows, columns=len(samples), scale=max(1, -(-40 // samples.shape[-1])))
+    buffer = io.BytesIO()
+    from PIL import Image
+
+    Image.fromarray(picture).save(buffer, "PNG")
+    words = f"samples of seed {seed} above, training images below"
+    return f'<figure><img alt="{words}" src="{_uri(buffer.getvalue())}"><figcaption>{words}</figcaption></figure>'
+
+
+def _nearest(images: np.ndarray, train: np.ndarray) -> list[int]:
+    """The index of the training image nearest to each image, by the sum of squared differences."""
+    queries = images.reshape(len(images), -1).astype(np.float32)
+    found = []
+    for start in range(0, len(train), _CHUNK):
+        block = train[start : start + _CHUNK].reshape(-1, queries.shape[1]).astype(np.float32)
+        apart = np.stack([((block - query) ** 2).sum(1, dtype=np.float64) for query in queries])
+        found.append((apart.min(1), apart.argmin(1) + start))
+    which = np.argmin([apart for apart, _ in found], 0)
+    return [int(found[chunk][1][i]) for i, chunk in enumerate(which)]
+
+
+def _drawn(model: Model, seed: int) -> np.ndarray:
+    drawn = model.sample(NEIGHBOURS, seed=seed)
+    assert isinstance(drawn, torch.Tensor)
+    return model.to_uint8(drawn).cpu().numpy()
+
+
+def _next(run: Run) -> str:
+    import shlex
+
+    where = shlex.quote(str(run.path))
+    if not run.finished:
+        return f"mgebm train --out {where} --resume"
+    return "\n".join([
+        f"mgebm sample {where} --num 64 --out samples.png",
+        f"mgebm evaluate {where}    # KID and FID, which training does not measure",
+        f"mgebm diagnose {where}    # whether the chains mix",
+    ])  # fmt: skip

@@ -1,0 +1,96 @@
+"""`mgebm report`: one page that needs nothing beside it, whole in a narrow window, and small."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+
+import numpy as np
+import pytest
+from helpers.console import one_line
+from PIL import Image
+
+from mgebm_fast.evaluation import page as module
+from mgebm_fast.evaluation.page import page
+from mgebm_fast.learning import Run
+
+
+@pytest.fixture(scope="module")
+def written(mgebm, trained, tmp_path_factory):
+    out = tmp_path_factory.mktemp("page") / "deep" / "both.html"
+    result = mgebm("report", trained, trained / "checkpoints" / "step_000002", "--out", out)
+    assert result.exit_code == 0, result.output
+    assert f"{out}, " in result.stderr
+    return out
+
+
+def test_a_page_holds_pictures_curves_facts_and_nothing_from_elsewhere(written, trained):
+    text = written.read_text()
+    assert len(text) < 5e6 and text.count("<section>") == 2
+    assert not re.findall(r'(?:src|href)="(?!data:)', text) and "http" not in text.replace("http-equiv", "")
+    for words in (
+        "energy gap",
+        "gradient norm",
+        "samples of seed 0 above, training images below",
+        "2 of 2",
+        "multigrid",
+    ):
+        assert words in text, words
+    pictures = sorted((trained / "samples").glob("*.png"))
+    first = text.partition("</section>")[0]
+    assert first.count('<img alt="update ') == len(pictures) and first.count(" hidden>") == len(pictures) - 1
+    assert "size 8</span>" in first and first.count("<polyline") >= 3
+    assert "steps = 2" in first and "mgebm sample" in first
+
+
+def test_what_a_run_lacks_is_said_and_names_are_escaped(run):
+    broken = run.with_name("a<b>&c")
+    run.rename(broken)
+    shutil.rmtree(broken / "samples")
+    (broken / "metrics.jsonl").unlink()
+    (broken / "model.safetensors").unlink()
+    shutil.rmtree(broken / "checkpoints")
+    text = page([Run(broken)])
+    assert "a&lt;b&gt;&amp;c" in text and "<b>" not in text
+    for words in ("No pictures yet", "No records yet", "has no model to use", "not finished", "--resume"):
+        assert words in text, words
+
+
+def test_the_nearest_training_images_are_found_in_every_chunk(monkeypatch):
+    train = np.random.default_rng(0).integers(0, 256, (25, 1, 4, 4), dtype=np.uint8)
+    monkeypatch.setattr(module, "_CHUNK", 10)
+    assert module._nearest(train[[3, 24, 11]] // 2 * 2, train) == [3, 24, 11]
+
+
+def test_many_large_pictures_are_thinned_out(run, monkeypatch):
+    noise = np.random.default_rng(0).integers(0, 256, (300, 300, 3), dtype=np.uint8)
+    for step in range(3, 60):
+        Image.fromarray(noise).save(run / "samples" / f"step_{step:06d}.png")
+    monkeypatch.setattr(module, "MOST_BYTES", 1_000_000)
+    text = page([Run(run)])
+    assert len(text) < 1_100_000 and text.count('<img alt="update ') >= 2 and 'alt="update 59"' in text
+    monkeypatch.setattr(module, "MOST_BYTES", 100_000)  # less than one of them
+    assert len(page([Run(run)])) < 200_000
+
+
+def test_other_inputs_are_refused(mgebm, trained, tmp_path):
+    assert "--out: must end in .html" in one_line(mgebm("report", trained, "--out", tmp_path / "x.pdf"))
+    assert "does not exist" in one_line(mgebm("report", tmp_path / "none", "--out", tmp_path / "x.html"))
+    assert not (tmp_path / "x.html").exists()
+
+
+@pytest.mark.skipif(shutil.which("chromium") is None, reason="no headless chromium")
+def test_nothing_is_cut_off_in_a_narrow_window_and_the_slider_works(written, tmp_path):
+    probe = (
+        "<script>const box = document.querySelector('.slider'), range = box.querySelector('input');"
+        "range.value = 0; range.dispatchEvent(new Event('input'));"
+        "document.title = [document.documentElement.scrollWidth <= innerWidth, box.querySelector('output').textContent,"
+        " box.querySelectorAll('img:not([hidden])').length].join(' ');</script>"
+    )
+    path = tmp_path / "probe.html"
+    path.write_text(written.read_text() + probe)
+    command = ["chromium", "--headless", "--no-sandbox", "--disable-gpu", "--window-size=400,900", "--dump-dom"]
+    done = subprocess.run([*command, path.as_uri()], capture_output=True, text=True, timeout=60)
+    assert re.search(r"<title>true update \d+ 1</title>", done.stdout), done.stdout[:300] + done.stderr[-300:]
+    assert "CONSOLE" not in done.stderr
