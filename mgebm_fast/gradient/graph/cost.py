@@ -1,9 +1,10 @@
-"""Which of the plans that can run a stack of convolutions on a CPU is the fastest for so many samples.
+"""Which of the plans that can run a stack of convolutions on a CPU is the fastest.
 
 The native engine of stacks works on blocks of sixteen samples, that of graphs on rows of samples and pixels alike, and
-the conv plan by torch's convolutions. Measured with AVX2 on nets of 2 to 64 pixels a side, batches of 1 to 32
-(`mgebm bench chains`): below sixteen samples the graph is the fastest on all of them, up to 5 times the engine of
-stacks, which can be four times slower than the conv plan there; from sixteen samples on the two engines are level.
+the conv plan by torch's convolutions. Where samples are independent the net alone decides, so that the bits of a sample
+do not depend on the batch that it is in: up to maps of 8×8 pixels the engine of stacks is up to twice as fast, and fast
+enough with a single sample; on larger maps the two are level from sixteen samples on, and below the engine of stacks is
+up to eight times slower, which is slower than torch's convolutions. (`pytest bench/ops`, AVX2.)
 """
 
 from __future__ import annotations
@@ -13,16 +14,16 @@ import math
 from ..stack import Stack
 
 BLOCK = 16  # samples of a block of the engine of stacks
-SMALL_MAP = 64  # pixels: up to here a block that is not full costs less than torch's calls do
+SMALL_MAP = 64  # pixels
 
 
 def fastest(stack: Stack, samples: int, precision: str) -> tuple[str, str]:
     """("native" | "graph" | "conv", why not "native")."""
-    if samples >= BLOCK or precision != "fp32":
+    largest = max(math.prod(size) for stage in stack.stages for size in (stage.in_size, stage.out_size))
+    if precision != "fp32" or largest <= SMALL_MAP:
         return "native", ""
     if not any(stage.norm is not None for stage in stack.stages):
-        return "graph", f"the engine of stacks takes blocks of {BLOCK} samples, x has {samples}"
-    largest = max(math.prod(size) for stage in stack.stages for size in (stage.in_size, stage.out_size))
-    if largest <= SMALL_MAP:
+        return "graph", f"the engine of stacks is made for maps of up to {SMALL_MAP} pixels, one here has {largest}"
+    if samples >= BLOCK:
         return "native", ""
     return "conv", f"with batch statistics the native engine takes blocks of {BLOCK} samples, x has {samples}"
