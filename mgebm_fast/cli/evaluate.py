@@ -11,6 +11,7 @@ from .options import (
     Json,
     RunPath,
     Threads,
+    collapse_of,
     fingerprint_of,
     load_images,
     open_model,
@@ -56,6 +57,8 @@ def evaluate(
         load_images(source, size, channels, classes, split=split, like=like) for split in ("train", "held_out")
     )
     result = measure(model, train, held_out, num=num, seed=seed)
+    if words := collapse_of(run):
+        result["notes"].append(words)
     if json:
         print_json(result)
         return

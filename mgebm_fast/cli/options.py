@@ -120,6 +120,14 @@ def open_run(path: Path) -> tuple[Path, TrainConfig | None]:
     return file, None if run is None else run.config
 
 
+def collapse_of(path: Path) -> str:
+    """What to say of a run whose model is the best from before a collapse; "" of any other."""
+    from ..learning.run import stored_run
+
+    run = stored_run.find(path).run
+    return "" if run is None else run.collapse
+
+
 @contextlib.contextmanager
 def named_options(*names: str, data: str = "--data") -> Iterator[None]:
     """Inside, an error of the data, or of an argument in `names`, is raised as one of the command's option."""

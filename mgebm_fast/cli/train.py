@@ -77,7 +77,7 @@ def train(
       mgebm train digits --set steps=200 --set langevin.steps=10 --set seed=1
       mgebm train my_config.toml --data photos/ --out runs/mine
       mgebm train --out runs/mine --resume
-      mgebm train cifar10 --set rollback.attempts=3
+      mgebm train cifar10 --set rollback.attempts=0
       mgebm train --from runs/digits --data letters.npy --set optimiser.lr=1e-3 --out runs/letters
       mgebm train cifar10 --from runs/cars --set sizes=1,2,4,8,16,32 --out runs/finer
 
@@ -93,8 +93,9 @@ def train(
     its size there, and what was taken and what is new is printed. A net of that size with other layers, other channels
     or another value_range is refused. Without PRESET the configuration is that run's, but for --set and --data.
 
-    A run that diverges stops, with advice; with rollback.attempts=3 it goes back to its last good checkpoint up to
-    three times, and on from there with other noise and half the learning rate. docs/configuration.md says what counts.
+    A run that diverges or collapses goes back to its last good checkpoint, up to rollback.attempts times, and on from
+    there with other noise and half the learning rate. After that it stops with advice and an exit code that is not 0;
+    model.safetensors is then the best state from before. docs/configuration.md says what counts.
 
     Several processes or GPUs train together under torchrun, each on its part of every batch:
     torchrun --nproc-per-node 2 -m mgebm_fast train digits --out runs/digits
@@ -110,9 +111,10 @@ def train(
       config.toml                  the whole configuration
       metrics.jsonl, tensorboard/  one line, one point every log_every updates
       samples/                     pictures of every grid beside the data
-      checkpoints/                 safetensors and JSON, each written atomically
+      checkpoints/                 safetensors and JSON, written atomically; best: nearest to held-out images
       model.safetensors            the trained model
       model.json                   its length and checksum
+      collapse.json                only after a collapse: the model is the best from before it
       data.json                    names and checksums of the images that it learnt from
     """
     from ..learning import build_model
@@ -158,16 +160,17 @@ def _fit(
             check_place(folder, folder=True)
     with ranks.together():
         data = load_run_data(config, split="train", strict=strict)
+        held_out = None
         if config.method != "spatial-temporal":  # a recording has no held-out part
             # The held-out part is not trained on, but its bad images are reported, or refused, now and not after hours.
-            load_run_data(config, split="held_out", strict=strict)
+            held_out = load_run_data(config, split="held_out", strict=strict)
     hardware = f"{_named(device)}{f', {ranks.size} ranks' if ranks.size > 1 else ''}"
     typer.echo(f"{config.name}: {_described(data, config)}, on {hardware}", err=True)
     console = Console(stderr=True)
     try:
         return fit(
             config, out=folder, data=data, resume=resume, device=device, console=console, resume_command=command,
-            ranks=ranks,
+            ranks=ranks, held_out=held_out,
         )  # fmt: skip
     except CheckpointError as error:
         raise (error.at("--from") if error.where == "from" else error) from None

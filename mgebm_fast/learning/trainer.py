@@ -27,6 +27,7 @@ from .run.loop import Loop, Outcome
 
 # Where a model and a configuration are both given, these must agree.
 _SHARED = ("sizes", "channels", "norm", "value_range")
+_MEASURED = 64  # images that the best state is chosen by, at most
 _COLOURS_KEPT = 65536
 
 
@@ -114,6 +115,7 @@ class MultiGridTrainer:
             self._loop = Loop(
                 self.rule, batches, config, out=folder, console=console, resume_command=resume_command, ranks=ranks
             )
+            self.measure_against(None)
 
     @property
     def iteration(self) -> int:
@@ -145,6 +147,14 @@ class MultiGridTrainer:
             with self._loop.ranks.together():
                 start.begin(self.rule, self.config, self._loop.voice.say)
         self._begun = True
+
+    def measure_against(self, held_out: ImageData | Clips | None) -> None:
+        """Choose the best state (`run.watch.measured`) by these images, as many as a batch holds, evenly spread; by the
+        training images where there are none."""
+        data = self.data if held_out is None or len(held_out) < 2 else held_out
+        count = min(_MEASURED, self.config.batch_size, len(data))
+        images = data.batch([i * len(data) // count for i in range(count)])
+        self._loop.reference = self.model.from_uint8(images) if images.dtype == torch.uint8 else images
 
     def step(self, batch: Tensor) -> dict[str, float]:  # (N, C, S, S) uint8, or float32 in value_range units
         """One update from a batch of the caller's; the numbers that a record of the metrics holds.
@@ -202,11 +212,12 @@ def train(
     quiet: bool = False,
     resume_command: str | None = None,
     ranks: Ranks | None = None,
+    held_out: ImageData | Clips | None = None,
 ) -> Outcome:
     """What `mgebm train` does: check the folder, read the data, build the model, and fit or go on.
 
-    `data` replaces what `config.data` names; `strict` refuses data with an image that cannot be read. Under torchrun
-    the processes train together.
+    `data` replaces what `config.data` names; the best state is chosen by the images `held_out`, by default those of
+    training; `strict` refuses data with an image that cannot be read. Under torchrun the processes train together.
     """
     place = None if device is None else torch.device(device)
     with joined(place) if ranks is None else contextlib.nullcontext(ranks) as group:
@@ -219,6 +230,7 @@ def train(
             None, data, config, out=out, device=device, console=console, quiet=quiet, resume_command=resume_command,
             ranks=group,
         )  # fmt: skip
+        trainer.measure_against(held_out)
         if resume:
             trainer.resume()
         return trainer.fit()

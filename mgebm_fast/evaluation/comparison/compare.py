@@ -81,7 +81,8 @@ def compare(
                     console=console, quiet=console is None, resume_command=resume_command,
                 )  # fmt: skip
             except DivergenceError as error:
-                failed = str(error)
+                if not Run(entry.folder).collapse:  # else its model is the best from before: measured, with a note
+                    failed = str(error)
             else:
                 if not outcome.finished:
                     raise Interrupted(entry.title)
@@ -193,6 +194,7 @@ def measured(
     metrics = run.metrics()
     return _identity(entry) | {
         "figures": figures | timing(metrics),
+        **({"collapse": run.collapse} if run.collapse else {}),
         "rollbacks": int(max((record.get("rollbacks", 0) for record in metrics), default=0)),
         "real": real,
         "inpainting": lengths,

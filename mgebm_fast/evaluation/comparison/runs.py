@@ -90,7 +90,8 @@ def state(entry: Entry) -> str:
             )
     checkpoints = listed(entry.folder / "checkpoints")
     behind = bool(checkpoints) and step_of(checkpoints[-1]) < entry.config.steps
-    return "finished" if Run(entry.folder).finished and not behind else "unfinished"
+    run = Run(entry.folder)
+    return "finished" if run.collapse or (run.finished and not behind) else "unfinished"
 
 
 def check_data(entry: Entry, training: ImageData) -> None:

@@ -164,6 +164,8 @@ def legend(rows: Sequence[dict[str, Any]], records: Sequence[dict[str, Any]]) ->
     )
     paragraphs = [text, f"Feature space: {measured['feature_space']}."]
     for record in records:
+        if collapse := record.get("collapse"):
+            paragraphs.append(f"{record['preset']}, seed {record['seed']}: {collapse}.")
         if times := record.get("rollbacks"):
             paragraphs.append(
                 f"{record['preset']}, seed {record['seed']}: diverged and went back {times} time"

@@ -63,11 +63,28 @@ class StabiliseConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class WatchConfig:
+    """`[watch]`: what counts as a collapse, besides numbers that are not finite and the bounds of `[rollback]`."""
+
+    on: bool = key(True, Flag(), "look for run-away energies, collapsed samples and unlike batches, and keep the best")
+    gap_growth: float = key(
+        8.0,
+        _NOT_NEGATIVE,
+        "bound on the mean gap of 20 updates, in multiples of its highest before; 0: no bound",
+    )
+    gap_wall: float = key(0.25, Real(0, 1), "bound on the same mean, as a share of 1 / energy_l2; 0: no bound")
+    clamped: float = key(0.9, Real(0, 1), "bound on the rms gradient of a chain over grad_clamp; 0: no bound")
+    saturated: float = key(0.5, Real(0, 1), "bound on the share of pixels at the ends beyond the data's; 0: no bound")
+    spread: float = key(3.0, _NOT_NEGATIVE, "bound on the factor between stds of samples and data; 0: no bound")
+    patience: int = key(3, Whole(1, MOST_UPDATES), "records in a row of the last three before they count")
+
+
+@dataclasses.dataclass(frozen=True)
 class RollbackConfig:
-    """`[rollback]`: what a diverging run does. At the default it stops with an error."""
+    """`[rollback]`: what a diverging run does."""
 
     attempts: int = key(
-        0, Whole(0, MAX_ATTEMPT), "times that a run which diverges goes back to its last good state; 0: it stops"
+        2, Whole(0, MAX_ATTEMPT), "times that a run which diverges goes back to its last good state; 0: it stops"
     )
     lr_factor: float = key(0.5, Real(0, 1, above=True), "each time, learning rates are multiplied by this, for good")
     gap_ratio: Any = key(

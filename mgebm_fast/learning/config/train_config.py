@@ -29,7 +29,15 @@ from .keys import (
     key,
     pick,
 )
-from .sections import METHOD_TABLES, LangevinConfig, OptimiserConfig, RollbackConfig, StabiliseConfig, tables
+from .sections import (
+    METHOD_TABLES,
+    LangevinConfig,
+    OptimiserConfig,
+    RollbackConfig,
+    StabiliseConfig,
+    WatchConfig,
+    tables,
+)
 from .toml import written
 
 
@@ -86,6 +94,7 @@ class TrainConfig:
     langevin: LangevinConfig = dataclasses.field(default_factory=lambda: LangevinConfig(drift=1.0, noise_std=0.03))
     optimiser: OptimiserConfig = dataclasses.field(default_factory=OptimiserConfig)
     stabilise: StabiliseConfig = dataclasses.field(default_factory=StabiliseConfig)
+    watch: WatchConfig = dataclasses.field(default_factory=WatchConfig)
     rollback: RollbackConfig = dataclasses.field(default_factory=RollbackConfig)
     options: Any = None
 
@@ -149,7 +158,7 @@ def sections() -> dict[str, type]:
     """The tables of a configuration, by name: those of every run, and those of the methods."""
     common = {
         "langevin": LangevinConfig, "optimiser": OptimiserConfig, "stabilise": StabiliseConfig,
-        "rollback": RollbackConfig,
+        "watch": WatchConfig, "rollback": RollbackConfig,
     }  # fmt: skip
     return {**common, **tables()}
 

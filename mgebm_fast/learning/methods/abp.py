@@ -181,6 +181,10 @@ class ABPRule(ModelRule):
         hidden = f", {metrics['hidden/error']:.3f} where hidden" if "hidden/error" in metrics else ""
         return f"residual {metrics['generator/residual']:.3f} a pixel{hidden}"
 
+    def samples(self, count: int) -> Tensor:
+        with self.averaged_weights(), torch.no_grad():
+            return self.model.generate(count, seed=self.config.seed)
+
     def panels(self, observed: Tensor) -> tuple[list[tuple[str, Tensor]], int]:
         """Samples; training images as they are, as they were shown where a part was hidden, and as g(z) has them."""
         n, to_uint8 = len(observed), self.model.to_uint8

@@ -30,6 +30,8 @@ _OF_GRID = {
     "energy_synthesised": "energy of synthesised images",
     "gradient_norm": "gradient",
 }
+# Numbers of a grid that records alone have.
+_OF_RECORD = ("gradient_to_noise", "gradient_clamped", "saturated", "spread")
 _OF_LESSON = {"generator/loss": "loss", "generator/gradient_norm": "gradient"}
 
 
@@ -150,7 +152,7 @@ class ContrastiveRule(ModelRule):
             spoilt = (torch.stack(list(measured.values())).isfinite().all() & (learned.healthy == 1)).logical_not()
             details = self.details(learned, made[0]) if detail else {}
             if detail:
-                measured.update(self._gradients_to_noise(made[0].images))
+                measured.update(self._of_samples(made[0].images, self.observed(batch)[1:]))
             lesson = self.teach(made, iteration, spoilt)
             if lesson is not None:
                 of_lesson = dict(zip(_OF_LESSON, (lesson.loss, norm(lesson.gradients)), strict=True))
@@ -271,8 +273,8 @@ class ContrastiveRule(ModelRule):
             metrics[f"size_{size}/energy_synthesised"] = on_chain
             metrics[f"size_{size}/gap"] = on_real - on_chain
             metrics[f"size_{size}/gradient_norm"] = length
-            if (ratio := f"size_{size}/gradient_to_noise") in found:
-                metrics[ratio] = found[ratio]
+            names = (f"size_{size}/{name}" for name in _OF_RECORD)
+            metrics.update({name: found[name] for name in names if name in found})
             if self.annealed:
                 metrics[f"size_{size}/noise_factor"] = factor
         metrics["lr_factor"] = schedule
@@ -281,19 +283,31 @@ class ContrastiveRule(ModelRule):
             metrics["generator/gradient_norm"] = found["generator/gradient_norm"]
         return metrics
 
-    def _gradients_to_noise(self, images: Sequence[Tensor]) -> dict[str, Tensor]:
-        """Root mean square of what the gradient moves a pixel by in a step, over that of the noise, where there is."""
-        ratios = {}
-        for size, chain, net, x in zip(
-            self.model.sizes[1:], self.model.langevin, self.model.active_nets, images, strict=True
+    def _of_samples(self, images: Sequence[Tensor], observed: Sequence[Tensor]) -> dict[str, Tensor]:
+        """What is watched in samples (`run.watch`), 0-dim each:
+
+        gradient_to_noise: rms of what the gradient moves a pixel by in a step, over that of the noise, where there is
+        gradient_clamped: rms of the gradient over langevin.grad_clamp, where there is
+        saturated: share of pixels at the ends of value_range, less that of the data, where chains are clamped
+        spread: std of all pixels, over that of the data
+        """
+        found, (low, high) = {}, self.model.value_range
+        for size, chain, net, x, real in zip(
+            self.model.sizes[1:], self.model.langevin, self.model.active_nets, images, observed, strict=True
         ):
             numbers = chain.update()
-            if numbers.noise_std == 0:
-                continue
-            force = energy_gradient(net, x, precision=self.precision).clamp(-numbers.grad_clamp, numbers.grad_clamp)
-            force = force + (x - numbers.reference_mean) * numbers.inverse_variance
-            ratios[f"size_{size}/gradient_to_noise"] = numbers.drift * force.square().mean().sqrt() / numbers.noise_std
-        return ratios
+            if numbers.noise_std or math.isfinite(numbers.grad_clamp):
+                force = energy_gradient(net, x, precision=self.precision).clamp(-numbers.grad_clamp, numbers.grad_clamp)
+                if math.isfinite(numbers.grad_clamp):
+                    found[f"size_{size}/gradient_clamped"] = force.square().mean().sqrt() / numbers.grad_clamp
+                if numbers.noise_std:
+                    force = force + (x - numbers.reference_mean) * numbers.inverse_variance
+                    moved = numbers.drift * force.square().mean().sqrt()
+                    found[f"size_{size}/gradient_to_noise"] = moved / numbers.noise_std
+            if chain.clamp is not None:
+                found[f"size_{size}/saturated"] = _at_ends(x, *chain.clamp) - _at_ends(real, *chain.clamp)
+            found[f"size_{size}/spread"] = x.std(correction=0) / real.std(correction=0).clamp_min(1e-3 * (high - low))
+        return found
 
     def headline(self, metrics: Mapping[str, float]) -> str:
         gaps = " ".join(f"{metrics[f'size_{size}/gap']:+.3f}" for size in self.model.sizes[1:])
@@ -313,6 +327,19 @@ class ContrastiveRule(ModelRule):
     def named_optimisers(self) -> dict[str, torch.optim.Optimizer]:
         return {str(grid): optimiser for grid, optimiser in enumerate(self.optimisers, start=1)}
 
+    def samples(self, count: int) -> Tensor | None:
+        with self.averaged_weights():
+            chains = getattr(self.model, "bank", None)
+            if chains is not None and len(chains):
+                return chains[:count]
+            return self.model.sample(count, seed=self.config.seed, precision="auto", return_grids=True)[-1]
+
     def before_stored(self, iteration: int) -> None:
         """What is stored samples as its last update did."""
         self.arrange(max(0, iteration - 1))
+
+
+def _at_ends(x: Tensor, low: float, high: float) -> Tensor:
+    """The share of pixels within a thousandth of the range from its ends."""
+    margin = 1e-3 * (high - low)
+    return ((x <= low + margin) | (x >= high - margin)).float().mean()

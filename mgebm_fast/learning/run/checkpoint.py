@@ -24,6 +24,7 @@ from ...errors import CheckpointError, DivergenceError
 from ...models.storage import MOST_JSON, STATE_FILE, check_regular, fault_of
 
 STATE = STATE_FILE
+BEST = "best"  # beside the numbered ones: the state of the lowest measure, which pruning leaves alone
 FORMAT = "mgebm_fast.checkpoint"
 VERSION = 2  # 1 had no checksum of state.json itself
 # Bounds on |entry| of what optimisers keep: gradients and their means, and the means of their squares.
@@ -155,12 +156,12 @@ def clean(root: Path) -> None:
     if not files.is_folder(root):
         return
     for path in list(root.iterdir()):
-        if path.name.startswith(".step_") and path.name.endswith(".tmp.old"):
+        if path.name.startswith((".step_", f".{BEST}.")) and path.name.endswith(".tmp.old"):
             target = root / path.name[1:].partition(".")[0]
             if not target.exists():
                 os.rename(path, target)
                 continue
-        if path.name.startswith(".step_") and ".tmp" in path.name:
+        if path.name.startswith((".step_", f".{BEST}.")) and ".tmp" in path.name:
             files.remove(path)
 
 

@@ -3,6 +3,7 @@
 config.toml, data.json                   the configuration, and the fingerprint of the data
 metrics.jsonl, tensorboard/, samples/    records and pictures
 checkpoints/, model.safetensors          states, the trained model, and model.json with its checksum
+collapse.json                            only where the run collapsed: the model is the best from before it
 """
 
 from __future__ import annotations
@@ -26,7 +27,8 @@ from .records import METRICS, TENSORBOARD, Mark, NoRecorder, Recorder
 from .rule import UpdateRule
 
 CONFIG, CHECKPOINTS, SAMPLES, DATA = "config.toml", "checkpoints", "samples", "data.json"
-_FILES, _FOLDERS = (CONFIG, DATA, METRICS, MODEL, storage.CHECKSUM_FILE), (CHECKPOINTS, SAMPLES, TENSORBOARD)
+COLLAPSE = "collapse.json"  # beside a model from before a collapse: when, why, and of which update the model is
+_FILES, _FOLDERS = (CONFIG, DATA, METRICS, MODEL, COLLAPSE, storage.CHECKSUM_FILE), (CHECKPOINTS, SAMPLES, TENSORBOARD)
 
 
 class NoFolder:
@@ -48,6 +50,9 @@ class NoFolder:
 
     def save_model(self, rule: UpdateRule, iteration: int, *, final: bool) -> None:
         """The model to sample from, at the end, and where there is one already: it does not fall behind."""
+
+    def save_before_collapse(self, rule: UpdateRule, iteration: int, at: int, why: str) -> None:
+        """The best model of a run that collapsed, and a file that says so."""
 
     def draw(self, step: int, panels: Sequence[tuple[str, Tensor]], across: int) -> None:
         """The picture of update `step`."""
@@ -109,6 +114,13 @@ class RunFolder(NoFolder):
     def save_model(self, rule: UpdateRule, iteration: int, *, final: bool) -> None:
         if self.writes and (final or (self.path / MODEL).exists()):
             storage.write_checked(self.path / MODEL, lambda path: rule.write_model(path, iteration))
+            files.remove(self.path / COLLAPSE)
+
+    def save_before_collapse(self, rule: UpdateRule, iteration: int, at: int, why: str) -> None:
+        if self.writes:
+            record = {"update": at, "model": iteration, "why": why}
+            files.write_bytes(self.path / COLLAPSE, (json.dumps(record) + "\n").encode())
+            storage.write_checked(self.path / MODEL, lambda path: rule.write_model(path, iteration))
 
     def draw(self, step: int, panels: Sequence[tuple[str, Tensor]], across: int) -> None:
         if self.writes:
@@ -154,6 +166,19 @@ def check_inside(run: Path) -> None:
     for name in _FOLDERS:
         if os.path.lexists(run / name) and not files.is_folder(run / name):
             raise CheckpointError(f"{run / name}: must be a folder, got a symbolic link or a file")
+
+
+def read_collapse(run: Path) -> str:
+    """What to say of a model that is the best from before a collapse; "" for any other."""
+    path = run / COLLAPSE
+    if not os.path.lexists(path) or not (run / MODEL).is_file():
+        return ""
+    with checkpoint.damage_named(path, "no record of a collapse"):
+        record = json.loads(files.read_regular(path, storage.MOST_JSON))
+        return (
+            f"the run collapsed at update {int(record['update'])}; its model is that of update {int(record['model'])}, "
+            "the best from before the collapse"
+        )
 
 
 def read_fingerprint(run: Path) -> dict[str, Any] | None:

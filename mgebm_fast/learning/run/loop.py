@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from torch import Tensor
 
 from ...errors import ConfigError, DivergenceError
 from ..config.train_config import TrainConfig
@@ -17,9 +18,10 @@ from .distributed import RankLost, Ranks
 from .feed import Batches
 from .folder import CONFIG, MODEL, SAMPLES, NoFolder, RunFolder, is_new
 from .interrupts import StopRequests
-from .progress import Progress, Voice, duration
+from .progress import Pace, Progress, Voice, duration
 from .records import Mark, NoRecorder
 from .rule import UpdateRule
+from .watch import measured
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,9 +60,10 @@ class Loop:
         self.folder: NoFolder = NoFolder() if out is None else RunFolder(out, writes=self.ranks.first)
         self.voice = Voice(console if self.ranks.first else None)
         self.iteration = 0
-        self.states = rollback.states_of(self.folder, rollback.History(config.rollback), config.keep_checkpoints)
+        self.states = rollback.states_of(self.folder, rollback.History(config), config.keep_checkpoints)
         self.history = self.states.history
         self.recorder = NoRecorder()
+        self.reference: Tensor | None = None  # held-out images in the model's units, for the measure of states
         self._mark: Mark | None = None  # of the records at the checkpoint that was resumed
         self._resume_command = resume_command or f"mgebm train {out}/{CONFIG} --out {out} --resume"
 
@@ -261,11 +264,9 @@ class Loop:
         config = self.config
         logged = _due(done, config.log_every) or done == stop
         begin = time.monotonic()
-        metrics = self.rule.update(self.batches.batch(self.iteration), self.iteration, detail=logged)
-        if self.history.on:
-            self.history.watch.check(metrics, done)
+        metrics = self._watched_update(done, logged)
         pace.add(time.monotonic() - begin)
-        stops = self.ranks.stops()
+        stops, watched = self.ranks.stops(), self.history.watch.bounds.on
         good, drawn = _due(done, config.checkpoint_every), _due(done, config.sample_every) or done == stop
         saved = good or done == stop or stops
         if saved:
@@ -274,6 +275,9 @@ class Loop:
         progress.update(done, self.rule.headline(metrics), logged=logged)
         if logged or drawn or saved:
             with self.ranks.together():
+                measure = measured(self.rule, self.reference) if good and watched and self.ranks.first else None
+                if measure is not None:
+                    metrics["held_out/energy_distance"] = measure
                 if logged:
                     self.recorder.add(done, {**metrics, "seconds_per_update": pace.take()})
                 if drawn and self.folder.writes:
@@ -281,7 +285,18 @@ class Loop:
                 if saved:
                     self.recorder.synchronise()
                     self._save(final=done == stop, good=good)
+                    if good and watched:
+                        self.states.offer(done, measure, self.rule, self._state(good=True))
         return stops
+
+    def _watched_update(self, done: int, logged: bool) -> dict[str, float]:
+        """Update number `done`; RunAway where the watch finds a collapse, on all ranks alike."""
+        batch, watch = self.batches.batch(self.iteration), self.history.watch
+        if self.ranks.size == 1:
+            watch.check_batch(batch, done)
+        metrics = self.rule.update(batch, self.iteration, detail=logged)
+        watch.check_together(self.ranks, metrics, done, logged)
+        return metrics
 
     def _save(self, *, final: bool, good: bool = False) -> None:
         self._keep(good=good)
@@ -313,30 +328,14 @@ class Loop:
         return f"the last checkpoint, {last}, is whole; {first}go on with: {self._resume_command}"
 
     def _diverged(self, error: DivergenceError) -> DivergenceError:
+        """The error that ends the run, which then has its best state as its model."""
         self.ranks.failed = not self.ranks.first  # all ranks averaged the same numbers
-        last = self.folder.last_checkpoint
-        good = f"the last good checkpoint is {last}" if last else "there is no checkpoint yet"
-        more = "" if self.history.on else "; rollback.attempts lets a run go back and try again by itself"
-        return DivergenceError(
-            f"{error}; stopped at update {self.iteration + 1}, which was not saved; {self.history.describe()}{good}. "
-            "A smaller optimiser.lr, optimiser.grad_clip_norm, stabilise.energy_l2 or spectral_norm keep training in "
-            f"bounds{more}"
-        )
-
-
-class Pace:
-    """Mean seconds an update since the last record."""
-
-    def __init__(self) -> None:
-        self._seconds, self._updates = 0.0, 0
-
-    def add(self, seconds: float) -> None:
-        self._seconds, self._updates = self._seconds + seconds, self._updates + 1
-
-    def take(self) -> float:
-        mean = self._seconds / max(1, self._updates)
-        self._seconds, self._updates = 0.0, 0
-        return mean
+        at, best = self.iteration + 1, None
+        if self.ranks.first and self.history.watch.bounds.on:
+            best = self.states.enter_best(self.rule)
+        if best is not None:
+            self.folder.save_before_collapse(self.rule, best, at, str(error))
+        return DivergenceError(self.history.last_words(error, at, best, self.folder))
 
 
 def _due(done: int, every: int) -> bool:

@@ -99,6 +99,21 @@ class Progress:
         return f"{1 / seconds:.1f} updates/s" if seconds < 1 else f"{seconds:.1f} s/update"
 
 
+class Pace:
+    """Mean seconds an update since the last record."""
+
+    def __init__(self) -> None:
+        self._seconds, self._updates = 0.0, 0
+
+    def add(self, seconds: float) -> None:
+        self._seconds, self._updates = self._seconds + seconds, self._updates + 1
+
+    def take(self) -> float:
+        mean = self._seconds / max(1, self._updates)
+        self._seconds, self._updates = 0.0, 0
+        return mean
+
+
 def duration(seconds: float) -> str:
     """3725 -> "1 h 2 min"; the two largest units, minutes and seconds below an hour."""
     seconds = round(seconds)

@@ -22,14 +22,16 @@ from typing import Any
 
 from ... import files
 from ...errors import CheckpointError, DivergenceError
-from ..config.sections import RollbackConfig
+from ..config.train_config import TrainConfig
 from . import checkpoint
-from .folder import CHECKPOINTS, NoFolder
+from .folder import CHECKPOINTS, MODEL, NoFolder
 from .resuming import Found
 from .rule import UpdateRule
+from .watch import RunAway, Watch
 
-WINDOW = 100  # updates in the running mean of a gap; also the warm-up before gap_ratio applies
-_GAP = "/gap"
+_ADVICE = (  # where a number was not finite
+    "a smaller optimiser.lr, optimiser.grad_clip_norm, stabilise.energy_l2 or spectral_norm keep training in bounds"
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,54 +44,6 @@ class Rollback:
     why: str
 
 
-class RunAway(DivergenceError):
-    """The energies of observed and of synthesised images part; every number is finite still."""
-
-
-class Watch:
-    """Looks for run-away in what updates measure, a = |mean E(observed) − mean E(synthesised)| of every grid:
-
-        a > gap_max, or
-        a > gap_ratio · m        where WINDOW updates came before; m: running mean of a in those,
-                                 m ← m + (a − m) / min(WINDOW, t) with the t-th
-
-    A method without energies has no such numbers, and nothing is looked for.
-    """
-
-    def __init__(self, config: RollbackConfig) -> None:
-        self.config = config
-        self.count = 0
-        self.means: dict[str, float] = {}
-
-    def check(self, metrics: Mapping[str, float], update: int) -> None:
-        """Take in what update number `update` (from 1) measured; RunAway where it is out of bounds."""
-        gaps = {name.removesuffix(_GAP): abs(value) for name, value in metrics.items() if name.endswith(_GAP)}
-        highest, ratio = self.config.gap_max, self.config.gap_ratio
-        for grid, gap in gaps.items():
-            bounds = []
-            if highest is not None:
-                bounds.append((highest, "rollback.gap_max"))
-            if ratio is not None and self.count >= WINDOW and (mean := self.means[grid]) > 0:
-                bounds.append((ratio * mean, f"{ratio:g} times its running mean, rollback.gap_ratio"))
-            for bound, name in bounds:
-                if gap > bound:
-                    raise RunAway(
-                        f"training: the mean energies of observed and synthesised images ran away from each other at "
-                        f"update {update}: {gap:.3g} apart at {grid.replace('_', ' ')}, more than {bound:.3g} ({name})"
-                    )
-        self.count += 1
-        share = 1 / min(WINDOW, self.count)
-        for grid, gap in gaps.items():
-            before = self.means.get(grid, 0.0)
-            self.means[grid] = before + (gap - before) * share
-
-    def state(self) -> dict[str, Any]:
-        return {"count": self.count, "means": dict(self.means)}
-
-    def restore(self, state: Mapping[str, Any]) -> None:
-        self.count, self.means = int(state.get("count", 0)), dict(state.get("means", {}))
-
-
 # A good state in memory: updates made, what the rule gave, what the watch gave.
 Kept = tuple[int, Any, dict[str, Any]]
 
@@ -97,8 +51,8 @@ Kept = tuple[int, Any, dict[str, Any]]
 class History:
     """How often a run went back, and what it watches: the part of a run's state that is about divergence."""
 
-    def __init__(self, config: RollbackConfig) -> None:
-        self.config = config
+    def __init__(self, config: TrainConfig) -> None:
+        self.config = config.rollback
         self.made: list[Rollback] = []
         self.watch = Watch(config)
 
@@ -117,7 +71,7 @@ class History:
 
     def state(self, *, good: bool) -> dict[str, Any]:
         """What a checkpoint's state says of it: nothing where there is nothing to say."""
-        if not self.on and not self.made:
+        if not self.on and not self.made and not self.watch.bounds.on:
             return {}
         made = [dataclasses.asdict(entry) for entry in self.made]
         return {"rollback": {"good": good, "made": made, "watch": self.watch.state()}}
@@ -128,9 +82,20 @@ class History:
         self.made = [Rollback(**entry) for entry in stored.get("made", [])]
         self.watch.restore(stored.get("watch", {}))
 
-    def describe(self) -> str:
-        """How often the run went back, for the final error message; empty where it never did."""
-        return f"the run went back {self._times} before; " if self.made else ""
+    def last_words(self, error: DivergenceError, at: int, best: int | None, folder: NoFolder) -> str:
+        """What a run that ends at update `at` says: what happened, at which net, what to change, what there is."""
+        before = f"the run went back {self._times} before; " if self.made else ""
+        last = folder.last_checkpoint
+        good = f"the last good checkpoint is {last}" if last else "there is no checkpoint yet"
+        net, advice = (error.net, error.advice) if isinstance(error, RunAway) else ("the net that it names", _ADVICE)
+        model = "No state was measured yet, so there is no model to keep"
+        if best is not None:
+            name = "The trainer's model" if folder.path is None else str(folder.path / MODEL)
+            model = f"{name} is that of update {best}, the best from before the collapse"
+        return (
+            f"{error}; stopped at update {at}, which was not saved; {before}{good}. What to change for {net}: "
+            f"{advice}; rollback.attempts lets a run go back more than {self.config.attempts} times. {model}"
+        )
 
     def describe_end(self) -> str:
         """The rollbacks of a run that finished, for its last message; empty where there were none."""
@@ -143,18 +108,40 @@ class History:
 
 
 class MemoryStates:
-    """The good states of a run without a folder: copies in memory, oldest first, the newest `most` of them."""
+    """The good states of a run without a folder: copies in memory, oldest first, the newest `most` of them; and the
+    best, whatever its age."""
 
     def __init__(self, history: History, most: int) -> None:
         self.history, self.most = history, most
         self._kept: list[Kept] = []
+        self._best: tuple[int, float | None, Any] | None = None  # updates made, measure, what the rule gave
 
     def known(self) -> bool:
         """Whether there is a state to go back to."""
         return bool(self._kept)
 
     def forget(self) -> None:
-        self._kept = []
+        self._kept, self._best = [], None
+
+    def best(self) -> tuple[int, float | None] | None:
+        """The updates made in the best state so far, and its measure; None where there is none."""
+        return None if self._best is None else self._best[:2]
+
+    def offer(self, iteration: int, measure: float | None, rule: UpdateRule, state: Mapping[str, Any]) -> None:
+        """Keep the present state as the best, where its measure is the lowest; without a measure the newest is best."""
+        best = self.best()
+        if best is None or measure is None or best[1] is None or measure < best[1]:
+            self._keep_best(iteration, measure, rule, state)
+
+    def _keep_best(self, iteration: int, measure: float | None, rule: UpdateRule, state: Mapping[str, Any]) -> None:
+        self._best = iteration, measure, rule.snapshot()
+
+    def enter_best(self, rule: UpdateRule) -> int | None:
+        """Take over the best state; the updates made in it, None where there is none."""
+        if self._best is None:
+            return None
+        rule.restore(self._best[2])
+        return self._best[0]
 
     def keep(self, iteration: int, rule: UpdateRule) -> None:
         """Keep the state after `iteration` updates."""
@@ -182,6 +169,25 @@ class FolderStates(MemoryStates):
     def __init__(self, folder: NoFolder, history: History, most: int) -> None:
         super().__init__(history, most)
         self.folder = folder
+
+    def best(self) -> tuple[int, float | None] | None:
+        with contextlib.suppress(CheckpointError):
+            state = checkpoint.read(self._place())
+            return int(state["iteration"]), state["measure"]
+        return None
+
+    def _place(self) -> Path:
+        return (self.folder.path or Path()) / CHECKPOINTS / checkpoint.BEST
+
+    def _keep_best(self, iteration: int, measure: float | None, rule: UpdateRule, state: Mapping[str, Any]) -> None:
+        if self.folder.writes:
+            checkpoint.write(self._place(), lambda path: rule.write(path, iteration), {**state, "measure": measure})
+
+    def enter_best(self, rule: UpdateRule) -> int | None:
+        best = self.best()
+        if best is not None:
+            rule.read(self._place())
+        return None if best is None else best[0]
 
     def known(self) -> bool:
         return not self.folder.writes or bool(good_states(self.folder.checkpoints()))

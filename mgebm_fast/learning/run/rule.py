@@ -46,6 +46,10 @@ class UpdateRule(abc.ABC):
     def panels(self, observed: Tensor) -> tuple[list[tuple[str, Tensor]], int]:
         """Titled uint8 images of the model, always from the same noise, beside `observed`; and how many to a row."""
 
+    def samples(self, count: int) -> Tensor | None:
+        """Samples in the model's units, at most `count`, always from the same noise; None where that costs too much."""
+        return None
+
     @abc.abstractmethod
     def write(self, folder: Path, iteration: int) -> None:
         """The files of a checkpoint after `iteration` updates: all that later updates depend on."""

@@ -17,7 +17,7 @@ from ..config.method import load_data
 from ..config.train_config import TrainConfig
 from ..config.values import from_dict
 from . import checkpoint, records
-from .folder import CHECKPOINTS, CONFIG, MODEL, check_inside, read_fingerprint
+from .folder import CHECKPOINTS, CONFIG, MODEL, check_inside, read_collapse, read_fingerprint
 
 
 class Run:
@@ -51,6 +51,11 @@ class Run:
     def finished(self) -> bool:
         """Whether training reached its end and left the final model."""
         return (self.path / MODEL).is_file() and self._checkpoint is None
+
+    @property
+    def collapse(self) -> str:
+        """One sentence where the final model is the best from before a collapse; "" otherwise."""
+        return "" if self._checkpoint else read_collapse(self.path)
 
     def model_file(self) -> Path:
         """The final model, else that of the newest undamaged checkpoint; CheckpointError when there is none yet.

@@ -17,9 +17,8 @@ from mgebm_fast import noise
 from mgebm_fast.cli import app
 from mgebm_fast.errors import ConfigError, DivergenceError
 from mgebm_fast.learning import MultiGridTrainer, Run
-from mgebm_fast.learning.config.sections import RollbackConfig
 from mgebm_fast.learning.run import checkpoint, records
-from mgebm_fast.learning.run.rollback import WINDOW, RunAway, Watch
+from mgebm_fast.learning.run.watch import WINDOW, RunAway, Watch
 
 BANK = {"scales": [2.0], "orientations": 2}
 COUPLED = {"langevin": {"steps": 3, "step_size": 0.3, "reference_std": 1.0}, "value_range": [-4.0, 4.0]}
@@ -283,7 +282,7 @@ def test_a_run_that_does_not_diverge_is_the_same_with_and_without(run, tmp_path,
     for name, attempts in (("off", 0), ("on", 3)):
         run(tmp_path / name, attempts=attempts, **FAMILIES[family]).fit()
     same_run(tmp_path / "off", tmp_path / "on")
-    assert "rollback" not in checkpoint.read(tmp_path / "off/checkpoints/step_000006")
+    assert checkpoint.read(tmp_path / "off/checkpoints/step_000006")["rollback"]["made"] == []
 
 
 def test_energies_that_run_away_are_brought_back(run, tmp_path):
@@ -322,7 +321,7 @@ def gaps(*values):
 
 def test_run_away_is_seen_against_the_running_mean():
     numbers = np.random.default_rng(0).normal(size=WINDOW)
-    watch = Watch(RollbackConfig(attempts=1, gap_ratio=20.0))
+    watch = Watch(tiny_config(rollback={"attempts": 1, "gap_ratio": 20.0}))
     for update, number in enumerate(numbers, start=1):
         watch.check(gaps(1e6 * (update == 3), number), update)  # a young run may do as it likes
     mean = np.abs(numbers).mean()
@@ -334,9 +333,9 @@ def test_run_away_is_seen_against_the_running_mean():
     assert watch.state() == stored
     for update in range(101, 600):  # growth by a hundredth an update is followed, and no run-away
         watch.check(gaps(1.0, mean * 1.01 ** (update - 100)), update)
-    Watch(RollbackConfig(attempts=1, gap_ratio=None)).check(gaps(1e30), 1)
+    Watch(tiny_config(rollback={"attempts": 1, "gap_ratio": None})).check(gaps(1e30), 1)
     with pytest.raises(RunAway, match="update 1: 5 apart at size 2, more than 4 "):
-        Watch(RollbackConfig(attempts=1, gap_max=4.0)).check(gaps(5.0), 1)
+        Watch(tiny_config(rollback={"attempts": 1, "gap_max": 4.0})).check(gaps(5.0), 1)
 
 
 def test_no_attempt_has_the_counters_of_another():

@@ -1,0 +1,267 @@
+"""What is watched in a run so that it cannot collapse unseen, and the measure by which its best state is kept.
+
+Everything here reads numbers that updates measure anyway: it draws nothing, and changes no arithmetic of training.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...errors import DivergenceError
+from ..config.train_config import TrainConfig
+from .distributed import Ranks
+from .rule import UpdateRule
+
+WINDOW = 100  # updates in the running mean of a gap; also the warm-up before bounds relative to the past apply
+_FAST = 20  # updates in the running mean that shows where a gap stands now
+# In energies: growth below these is no run-away, whatever the gap was before. Without L2 energies have no scale.
+_LEAST_GAP, _LEAST_FREE_GAP = 1.0, 100.0
+_LEAST_CHANGE = 0.05  # of the range of pixels: a batch within this of the running mean is like the others
+_IMAGES = 1.5  # images that may be unlike the others in a batch without it being so
+_DEVIATIONS = 12.0  # mean absolute deviations beyond which a batch is unlike the others
+_GAP = "/gap"
+
+_ADVICE = {
+    "gap": (
+        "optimiser.lr (halve it, of this net alone if others hold), stabilise.energy_l2 (the wall of the gap is at "
+        "1/energy_l2), or stabilise.data_noise, which must be at least the chain's own noise"
+    ),
+    "clamped": (
+        "optimiser.lr, or stabilise.noise_anneal (less annealing: gradients grow while the noise falls) and "
+        "langevin.grad_clamp"
+    ),
+    "saturated": "langevin.drift or optimiser.lr; stabilise.data_noise_clamp must be true where chains are clamped",
+    "spread": "langevin.noise_std or langevin.drift, optimiser.lr, or stabilise.data_noise",
+    "batch": "the data (a damaged file, an array with other units); `mgebm train --strict` refuses unreadable images",
+    "generator": "the generator's learning rate, or the step size of inference",
+}
+
+
+class RunAway(DivergenceError):
+    """A run is collapsing: every number is finite still. `net` names what shows it, `kind` which watch it was."""
+
+    def __init__(self, message: str, net: str = "", kind: str = "gap") -> None:
+        super().__init__(message)
+        self.net, self.kind = net, kind
+
+    @property
+    def advice(self) -> str:
+        return _ADVICE[self.kind]
+
+
+class Watch:
+    """Looks for a collapse in what updates measure. Per grid, with a = |mean E(observed) − mean E(synthesised)|,
+
+        a > rollback.gap_max, or a > rollback.gap_ratio · m     m: running mean of a over WINDOW updates
+        f > watch.gap_growth · max(h, 1)  (without L2: 100)      f: running mean of a over 20 updates; h: the highest f
+                                                                at least WINDOW updates ago
+        f > watch.gap_wall / energy_l2                          at |gap| = 1/energy_l2 the loss cannot fall further
+        g > watch.clamped                                       g: root mean square of the chain's gradient over
+                                                                langevin.grad_clamp
+        s > s(data) + watch.saturated                           s: share of pixels at an end of value_range
+        r or 1/r > watch.spread                                 r: std of the samples' pixels over that of the data
+
+    the last three over `watch.patience` records in a row. Bounds relative to the past begin after 2·WINDOW updates, the
+    others but gap_max after WINDOW. A generator's residual and its latent variables are bounded as f is. A batch is
+    refused before it is learnt from if it is not finite, or if mean or std of its pixels leave those of the batches
+    before it by 12 mean absolute deviations, and by 5 % of the range and what one image and a half can do.
+
+    The state is plain numbers, exact in JSON, so that a resumed run trips where the uninterrupted one does.
+    """
+
+    def __init__(self, config: TrainConfig) -> None:
+        self.count = self.batches = 0
+        self.means: dict[str, float] = {}  # of gaps
+        self.levels: dict[str, list[float]] = {}  # mean now, its peak in this block, in the last, in those before
+        self.strikes: dict[str, int] = {}  # records in a row out of bounds
+        self.of_batches: dict[str, list[float]] = {}  # running mean and mean absolute deviation
+        self.rollback, self.bounds, self.value_range = config.rollback, config.watch, config.value_range
+        self.wall, self.least_gap = None, _LEAST_GAP if config.stabilise.energy_l2 else _LEAST_FREE_GAP
+        if config.stabilise.energy_l2 and config.watch.gap_wall:
+            self.wall = config.watch.gap_wall / config.stabilise.energy_l2
+
+    # batches
+
+    def check_batch(self, batch: Tensor, update: int) -> None:
+        """RunAway where a batch is unlike those before it; taken in otherwise."""
+        if not self.bounds.on or batch.numel() < 2:
+            return
+        low, high = (0.0, 255.0) if batch.dtype == torch.uint8 else self.value_range
+        std, mean = (float(number) / (high - low) for number in torch.std_mean(batch.float(), correction=0))
+        least = max(_LEAST_CHANGE, _IMAGES / len(batch))
+        if not (math.isfinite(mean) and math.isfinite(std)):
+            raise RunAway(f"training: the batch of update {update} has pixels that are not finite", "the data", "batch")
+        count = self.batches
+        for name, value in (("mean", mean), ("std", std)):
+            centre, deviation = self.of_batches.get(name, [value, 0.0])
+            distance = abs(value - centre)
+            if count >= WINDOW and distance > max(_DEVIATIONS * deviation, least):
+                raise RunAway(
+                    f"training: the batch of update {update} is unlike those before it: the {name} of its pixels is "
+                    f"{value:.3g} of the range, where it was {centre:.3g} ± {deviation:.2g}",
+                    "the data",
+                    "batch",
+                )
+            share = 1 / min(WINDOW, count + 1)
+            self.of_batches[name] = [centre + (value - centre) * share, deviation + (distance - deviation) * share]
+        self.batches = count + 1
+
+    # measurements
+
+    def check(self, metrics: Mapping[str, float], update: int) -> None:
+        """Take in what update number `update` (from 1) measured; RunAway where it is out of bounds."""
+        if not self.bounds.on:
+            return
+        gaps = {name.removesuffix(_GAP): abs(value) for name, value in metrics.items() if name.endswith(_GAP)}
+        for grid, gap in gaps.items():
+            self._check_gap(grid, gap, update)
+        self.count += 1
+        share = 1 / min(WINDOW, self.count)
+        for grid, gap in gaps.items():
+            before = self.means.get(grid, 0.0)
+            self.means[grid] = before + (gap - before) * share
+            self._check_level(grid, gap, update, "gap", self.wall)
+        for name in ("generator/residual", "latent/mean_square"):
+            if name in metrics:
+                self._check_level(name, abs(metrics[name]), update, "generator", None)
+        self._check_samples(metrics, update)
+
+    def check_together(self, ranks: Ranks, metrics: Mapping[str, float], update: int, logged: bool) -> None:
+        """`check` for all ranks alike: what records alone have is of one rank's part, and there the first decides."""
+        if ranks.size == 1 or not logged:
+            return self.check(metrics, update)
+        said = ""
+        try:
+            self.check(metrics, update)
+        except RunAway as error:
+            said = "\n".join((error.net, error.kind, str(error)))
+        if said := ranks.tell(said):
+            net, kind, words = said.split("\n", 2)
+            raise RunAway(words, net, kind)
+
+    def _check_gap(self, grid: str, gap: float, update: int) -> None:
+        highest, ratio, bounds = self.rollback.gap_max, self.rollback.gap_ratio, []
+        if highest is not None:
+            bounds.append((highest, "rollback.gap_max"))
+        if ratio is not None and self.count >= WINDOW and (mean := self.means[grid]) > 0:
+            bounds.append((ratio * mean, f"{ratio:g} times its running mean, rollback.gap_ratio"))
+        for bound, name in bounds:
+            if gap > bound:
+                raise self._ran_away(grid, gap, bound, name, update)
+
+    def _check_level(self, name: str, value: float, update: int, kind: str, wall: float | None) -> None:
+        """`value` of this update against the highest running mean that it had before, and against a wall."""
+        mean, peak, last, highest = self.levels.get(name, [value, 0.0, 0.0, 0.0])
+        mean += (value - mean) / min(_FAST, self.count)
+        growth, least = self.bounds.gap_growth, _LEAST_GAP if kind == "generator" else self.least_gap
+        if growth and self.count > 2 * WINDOW and mean > (bound := growth * max(highest, least)):
+            raise self._ran_away(name, mean, bound, f"{growth:g} times its highest before, watch.gap_growth", update)
+        if wall is not None and self.count > WINDOW and mean > wall:
+            share = f"{self.bounds.gap_wall:g} of the wall that stabilise.energy_l2 sets, watch.gap_wall"
+            raise self._ran_away(name, mean, wall, share, update)
+        peak = max(peak, mean)
+        if self.count % WINDOW == 0:  # the block of updates that ends here counts as past when the next has ended
+            peak, last, highest = 0.0, peak, max(highest, last)
+        self.levels[name] = [mean, peak, last, highest]
+
+    def _ran_away(self, name: str, value: float, bound: float, which: str, update: int) -> RunAway:
+        if "/" in name:
+            words = f"training: {name} ran away at update {update}: {value:.3g}, more than {bound:.3g} ({which})"
+            return RunAway(words, "the generator", "generator")
+        grid = name.replace("_", " ")
+        return RunAway(
+            "training: the mean energies of observed and synthesised images ran away from each other at update "
+            f"{update}: {value:.3g} apart at {grid}, more than {bound:.3g} ({which})",
+            f"the net of {grid}",
+        )
+
+    def _check_samples(self, metrics: Mapping[str, float], update: int) -> None:
+        """What records alone have: gradients at their bound, saturated pixels, and spread."""
+        found = {}
+        for name, value in metrics.items():
+            grid, _, what = name.partition("/")
+            if what == "gradient_clamped" and self.bounds.clamped and value > self.bounds.clamped:
+                found[name] = (
+                    "clamped",
+                    f"the gradient of its chain is at {value:.0%} of langevin.grad_clamp, more than "
+                    f"{self.bounds.clamped:.0%} (watch.clamped)",
+                )
+            elif what == "saturated" and self.bounds.saturated and value > self.bounds.saturated:
+                found[name] = (
+                    "saturated",
+                    f"{value:.0%} more of its samples' pixels than of the data's are at the ends of value_range, where "
+                    f"{self.bounds.saturated:.0%} may be (watch.saturated)",
+                )
+            elif what == "spread" and self.bounds.spread:
+                apart = value if value >= 1 else 1 / max(value, 1e-30)
+                if not apart <= self.bounds.spread:
+                    found[name] = (
+                        "spread",
+                        f"the std of its samples' pixels is {value:.3g} times the data's, more than a factor of "
+                        f"{self.bounds.spread:g} away (watch.spread)",
+                    )
+        counts = {name: self.strikes.get(name, 0) + 1 for name in found} if self.count > WINDOW else {}
+        if any(name.endswith("/spread") for name in metrics):  # a record, and not an update between records
+            self.strikes = counts
+            for name, times in counts.items():
+                if times >= self.bounds.patience:
+                    kind, words = found[name]
+                    grid = name.partition("/")[0].replace("_", " ")
+                    raise RunAway(f"training: {grid} collapses at update {update}: {words}", f"the net of {grid}", kind)
+
+    # what a checkpoint holds of it
+
+    def state(self) -> dict[str, Any]:
+        return {
+            "count": self.count, "means": dict(self.means), "levels": {k: list(v) for k, v in self.levels.items()},
+            "strikes": dict(self.strikes), "batches": self.batches,
+            "of_batches": {k: list(v) for k, v in self.of_batches.items()},
+        }  # fmt: skip
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        self.count, self.means = int(state.get("count", 0)), dict(state.get("means", {}))
+        self.levels = {k: list(v) for k, v in state.get("levels", {}).items()}
+        self.strikes = dict(state.get("strikes", {}))
+        self.batches = int(state.get("batches", 0))
+        self.of_batches = {k: list(v) for k, v in state.get("of_batches", {}).items()}
+
+
+def measured(rule: UpdateRule, reference: Tensor | None) -> float | None:
+    """The measure of a state: the energy distance of as many samples to the images `reference`, in the model's units;
+    inf where chains diverge, None where there are no samples to have cheaply."""
+    if reference is None or len(reference) < 2:
+        return None
+    try:
+        samples = rule.samples(len(reference))
+    except DivergenceError:
+        return math.inf
+    if samples is None or len(samples) < 2:
+        return None
+    distance = energy_distance(samples, reference)
+    return distance if math.isfinite(distance) else math.inf
+
+
+def energy_distance(samples: Tensor, images: Tensor) -> float:  # (N, C, S, S) float32 each, any lengths above 1
+    """How far a set of images is from another, with no feature net: the unbiased energy distance
+
+        2 mean |φ(x) − φ(y)| − mean |φ(x) − φ(x′)| − mean |φ(y) − φ(y′)|
+
+    of φ = (pixels, their differences to the neighbours below and to the right). 0 in the mean for two sets of one law;
+    its own noise can make it negative. Source: Székely and Rizzo, "Energy statistics" (2013).
+    """
+    x, y = (_features(images.float().cpu()) for images in (samples, images))
+    return float(2 * torch.cdist(x, y).mean() - _within(x) - _within(y))
+
+
+def _features(images: Tensor) -> Tensor:  # (N, C, *size) -> (N, d)
+    steps = [images.diff(dim=dim) for dim in range(2, images.dim())]
+    return torch.cat([part.flatten(1) for part in (images, *steps)], 1)
+
+
+def _within(x: Tensor) -> Tensor:
+    return torch.cdist(x, x).sum() / (len(x) * (len(x) - 1))

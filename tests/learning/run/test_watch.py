@@ -1,0 +1,148 @@
+"""The watch: planted failures are seen before samples are mud, healthy runs are not stopped, and the best is kept."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from helpers.training import tiny_config, tiny_data
+
+from mgebm_fast.errors import DivergenceError
+from mgebm_fast.learning import MultiGridTrainer, Run
+from mgebm_fast.learning.run import checkpoint
+from mgebm_fast.learning.run.watch import RunAway, Watch, energy_distance
+
+HEALTHY = {"gradient_clamped": 0.6, "saturated": 0.1, "spread": 1.1, "gradient_to_noise": 7.0}
+
+
+def watching(**changes):
+    return Watch(tiny_config(stabilise={"energy_l2": 0.02}, watch=changes))
+
+
+def feed(watch, gaps, **of_record):
+    """The update that trips, None where none does; every 20th has a record."""
+    for update, gap in enumerate(gaps, start=1):
+        record = {f"size_8/{k}": v for k, v in {**HEALTHY, **of_record}.items()} if update % 20 == 0 else {}
+        watch.check({"size_8/gap": gap, **record}, update)
+
+
+def healthy(n=4000, seed=0):
+    """Gaps as the 8×8 net of a colour run has them: noise whose scale triples as noise anneals, with single spikes."""
+    draw = np.random.default_rng(seed)
+    gaps = draw.normal(scale=0.3, size=n) * np.linspace(1, 3, n)
+    gaps[draw.integers(150, n, 5)] *= 4
+    return gaps
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_a_healthy_run_is_never_stopped(seed):
+    feed(watching(), healthy(seed=seed))
+
+
+def test_the_collapse_that_was_recorded_is_seen_early():
+    """The 8×8 net of cifar10 at 32×32: from −0.4 to −37 within 150 updates, the wall of energy_l2 = 0.02 at 50."""
+    slide = -0.4 * (37 / 0.4) ** (np.arange(150) / 150)
+    with pytest.raises(RunAway, match=r"size 8, more than .*watch.gap") as error:
+        feed(watching(), [*healthy(1000) / 2, *slide])
+    assert (
+        1000 < int(str(error.value).split("update ")[1].split(":")[0]) <= 1120
+        and error.value.net == "the net of size 8"
+    )
+    slow = -0.4 * 1.002 ** np.arange(4000)  # too slow for its own history: the wall is for that
+    with pytest.raises(RunAway, match=r"more than 12.5 \(0.25 of the wall"):
+        feed(watching(gap_growth=0.0), slow)
+
+
+@pytest.mark.parametrize(
+    ("of_record", "key"),
+    [({"gradient_clamped": 0.95}, "clamped"), ({"saturated": 0.6}, "saturated"), ({"spread": 0.2}, "spread"),
+     ({"spread": 3.5}, "spread"), ({"spread": float("nan")}, "spread")],
+)  # fmt: skip
+def test_what_records_show_counts_three_times_in_a_row(of_record, key):
+    with pytest.raises(RunAway, match=rf"size 8 collapses at update 160: .*\(watch\.{key}\)"):
+        feed(watching(), healthy(400), **of_record)
+    feed(watching(**{key: 0.0}), healthy(400), **of_record)
+    feed(watching(on=False), healthy(400) * 1e6, **of_record)
+
+
+def test_a_resumed_watch_trips_where_the_other_does():
+    series = [*healthy(700), *(-np.geomspace(0.4, 40, 120))]
+    whole, again = watching(), watching()
+    feed(again, series[:650])
+    stored = json.loads(json.dumps(again.state()))
+    again = watching()
+    again.restore(stored)
+    found = []
+    for watch, begin in ((whole, 0), (again, 650)):
+        with pytest.raises(RunAway) as error:
+            for update, gap in enumerate(series[begin:], start=begin + 1):
+                watch.check({"size_8/gap": gap}, update)
+        found.append(str(error.value))
+    assert found[0] == found[1]
+
+
+def batches(n, size=64):
+    return (
+        torch.from_numpy(np.random.default_rng(i).integers(60, 200, (size, 1, 4, 4), dtype=np.uint8)) for i in range(n)
+    )
+
+
+@pytest.mark.parametrize("bad", [0, 255])
+def test_a_corrupted_batch_is_refused_before_it_is_learnt_from(bad):
+    watch = watching()
+    for update, batch in enumerate(batches(150), start=1):
+        watch.check_batch(batch, update)
+    one = next(batches(1))
+    one[0] = bad  # one odd image is no corrupted batch
+    watch.check_batch(one, 151)
+    with pytest.raises(RunAway, match="the batch of update 152 is unlike those before it"):
+        watch.check_batch(torch.full_like(one, bad), 152)
+    spoilt = one / 128 - 1
+    spoilt[3, 0, 1, 2] = float("nan")
+    with pytest.raises(RunAway, match="pixels that are not finite"):
+        watch.check_batch(spoilt, 1)
+
+
+def test_the_energy_distance():
+    draw = torch.Generator().manual_seed(0)
+    x, y = (torch.randn(64, 3, 8, 8, generator=draw) for _ in range(2))
+    mud = torch.zeros_like(x) + torch.randn(64, 3, 1, 1, generator=draw)
+    assert abs(energy_distance(x, y)) < 0.2 < 5 < energy_distance(mud, y)
+
+
+COLLAPSING = {
+    "stabilise": {"energy_l2": 0.01}, "optimiser": {"lr": 0.3}, "steps": 3000, "checkpoint_every": 20, "log_every": 10,
+    "sample_every": 0, "keep_checkpoints": 1, "width": 0.1, "rollback": {"attempts": 1, "lr_factor": 1.0},
+}  # fmt: skip
+
+
+def test_a_run_that_collapses_leaves_its_best_model_and_says_so(tmp_path):
+    trainer = MultiGridTrainer(
+        None, tiny_data(), tiny_config(**COLLAPSING), out=tmp_path / "r", device="cpu", quiet=True
+    )
+    with pytest.raises(
+        DivergenceError, match=r"went back 1 time.*What to change for the net of size \d: .*best from before"
+    ):
+        trainer.fit()
+    run = Run(tmp_path / "r")
+    state = checkpoint.read(tmp_path / "r/checkpoints/best")
+    assert run.finished and f"that of update {state['iteration']}, the best from before" in run.collapse
+    measures = [r["held_out/energy_distance"] for r in run.metrics() if "held_out/energy_distance" in r]
+    assert state["measure"] <= min(measures)
+    best = checkpoint.read_tensors(tmp_path / "r/checkpoints/best/model.safetensors")
+    final = checkpoint.read_tensors(tmp_path / "r/model.safetensors")
+    assert all(torch.equal(final[name], best[name]) for name in final)
+
+
+def test_the_best_outlives_pruning_and_a_finished_run_is_no_collapse(tmp_path, trainer):
+    out = tmp_path / "r"
+    ours = trainer(out=out, keep_checkpoints=1, steps=12)
+    ours.fit(2)
+    state = checkpoint.read(out / "checkpoints/best")
+    assert state["iteration"] == 2
+    ours._loop.states.offer = lambda *a: None  # nothing better comes
+    ours.fit()
+    assert checkpoint.read(out / "checkpoints/best") == state and Run(out).collapse == "" and Run(out).finished
+    assert len(checkpoint.listed(out / "checkpoints")) == 1
