@@ -16,6 +16,7 @@ TINY = {
     "sample_every": 3,
     "log_every": 1,
     "langevin": {"steps": 3, "drift": 1.0, "noise_std": 0.03},
+    "rollback": {"attempts": 0},
 }
 
 

@@ -31,7 +31,7 @@ def test_contents(trainer, tmp_path):
         "tensorboard",
     ]  # fmt: skip
     assert load_config(out / "config.toml") == ours.config
-    assert [p.name for p in sorted((out / "checkpoints").iterdir())] == ["step_000004", "step_000006"]
+    assert [p.name for p in sorted((out / "checkpoints").iterdir())] == ["best", "step_000004", "step_000006"]
     assert [p.name for p in sorted((out / "samples").iterdir())] == ["step_000003.png", "step_000006.png"]
     assert Image.open(out / "samples/step_000006.png").size[0] > 100
     lines = words.getvalue().splitlines()
@@ -148,7 +148,7 @@ def test_a_second_signal_aborts(trainer, tmp_path):
     with pytest.raises(KeyboardInterrupt):
         ours.fit()
     assert signal.getsignal(signal.SIGINT) is before
-    assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["step_000002"]
+    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["best", "step_000002"]
 
 
 def test_a_full_disk(trainer, tmp_path, monkeypatch):
@@ -165,7 +165,7 @@ def test_a_full_disk(trainer, tmp_path, monkeypatch):
         OSError, match=r"disk is full.*step_000002, is whole; free some space and go on with: mgebm train"
     ):
         ours.fit()
-    assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["step_000002"]
+    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["best", "step_000002"]
     assert checkpoint.read(tmp_path / "checkpoints/step_000002")["iteration"] == 2
     monkeypatch.undo()
     went_on = trainer(out=tmp_path)
