@@ -22,8 +22,8 @@ NUMBERS = {
     "leaky_relu": (0.2, 0.0), "any_leaky_relu": (-0.3, 0.0), "elu": (1.3, 0.9), "softplus": (1.5, 20.0),
     "power": (3.0, 0.0), "clamp": (-0.7, 0.8), "hardtanh": (-0.7, 0.8),
 }  # fmt: skip
-DOMAIN = {"log", "sqrt"}  # of positive numbers: given a softplus first
-MILD = [name for name in FUNCTIONS if name not in {"exp", "log", "sqrt", "power"}]
+DOMAIN = {"log", "sqrt", "root"}  # of positive numbers: given a softplus first
+MILD = [name for name in FUNCTIONS if name not in {"exp", "log", "sqrt", "root", "power"}]
 
 
 class Maker:

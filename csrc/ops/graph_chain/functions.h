@@ -41,16 +41,28 @@ MG_INLINE Vector exponential(Vector x) {
   p = p * r * r + r + 1.0f;
   return p * (Vector)((whole + 127) << 23);
 }
+// e^x - 1 with e = e^x; near 0 by its series, where the difference would cancel.
+MG_INLINE Vector less_one(Vector x, Vector e) {
+  Vector p = 1.0f / 720.0f * x + 1.0f / 120.0f;
+  p = p * x + 1.0f / 24.0f;
+  p = p * x + 1.0f / 6.0f;
+  p = p * x + 0.5f;
+  p = p * x + 1.0f;
+  return x < 0.25f && x > -0.25f ? p * x : e - 1.0f;
+}
 MG_INLINE Vector sigmoid(Vector z) { return 1.0f / (1.0f + exponential(-z)); }
-MG_INLINE Vector hyperbolic_tangent(Vector z) { return 1.0f - 2.0f / (1.0f + exponential(2.0f * z)); }
+MG_INLINE Vector hyperbolic_tangent(Vector z) {
+  const Vector m = less_one(2.0f * z, exponential(2.0f * z));
+  return m / (m + 2.0f);
+}
 
 MG_INLINE Both<Vector> silu_both(Vector z) {
   const Vector s = sigmoid(z), v = z * s;
   return {v, s + v * (1.0f - s)};
 }
 MG_INLINE Both<Vector> elu_both(Vector z, float a, float b) {
-  const Vector e = exponential(z < 0.0f ? z : Vector{});
-  return {z > 0.0f ? b * z : b * (a * (e - 1.0f)), z > 0.0f ? b + Vector{} : b * (a * e)};
+  const Vector low = z < 0.0f ? z : Vector{}, e = exponential(low);
+  return {z > 0.0f ? b * z : b * (a * less_one(low, e)), z > 0.0f ? b + Vector{} : b * (a * e)};
 }
 
 // z Phi(z), Phi by Abramowitz and Stegun 7.1.26 to 1e-7; the density's exponential serves both.
@@ -183,9 +195,9 @@ static inline F16 value_and_slope(const GraphStep& s, F16 z, F16* slope) {
     case Function::kCos:
       return lanes(z, slope, [](float v) { return Both<float>{__builtin_cosf(v), -__builtin_sinf(v)}; });
     default:
-      return lanes(z, slope, [](float v) {
+      return lanes(z, slope, [zero = s.function == Function::kRoot](float v) {
         const float root = __builtin_sqrtf(v);
-        return Both<float>{root, 0.5f / root};
+        return Both<float>{root, zero && root == 0.0f ? 0.0f : 0.5f / root};
       });
   }
 }

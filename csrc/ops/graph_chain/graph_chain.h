@@ -64,6 +64,7 @@ enum class Function : int {
   kCos = 17,
   kSqrt = 18,
   kAnyLeaky = 19,  // kLeaky, also with a < 0, whose value does not show the slope
+  kRoot = 20,      // kSqrt, slope 0 at 0: of the sum of squares of a vector's norm
 };
 
 struct GraphStep {

@@ -47,7 +47,7 @@ def read_graph(energy: Callable[[Tensor], Tensor], x: Tensor) -> Graph | str:
         return "torch.autocast is on"
     if reason := _hooked(energy):
         return reason
-    probe = torch.randn(_SAMPLES, *x.shape[1:], generator=torch.Generator().manual_seed(1))
+    probe = noise_like(_SAMPLES, x, 1)
     recorder = _Recorder(energy, probe)
     try:
         with torch.inference_mode(False), frozen_parameters(energy), torch.enable_grad(), recorder:
@@ -61,6 +61,12 @@ def read_graph(energy: Callable[[Tensor], Tensor], x: Tensor) -> Graph | str:
         if recorder.reason:
             return recorder.reason
         return f"its own code raises {type(error).__name__} on {_SAMPLES} samples: {' '.join(str(error).split())[:200]}"
+
+
+def noise_like(samples: int, x: Tensor, seed: int) -> Tensor:  # -> (samples, ...) float32, on the CPU
+    """Normal draws of x's sample shape, whatever torch's default dtype and device are."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(samples, *x.shape[1:], generator=generator, dtype=torch.float32, device="cpu")
 
 
 def _hooked(energy: Any) -> str:
@@ -86,10 +92,13 @@ class _Recorder(TorchDispatchMode):
         # Values by where their tensor lies in memory: autograd may hand out another object for the same tensor.
         self._values: dict[tuple, Value | str] = {_key(x): self._builder.x}
         self._kept: list[Any] = [x]  # so that no memory is given out twice
-        self._made: set[int] = set()  # storages of tensors that ops made meanwhile
+        self._made: set[int] = {x.untyped_storage()._cdata}  # storages of tensors that ops made meanwhile
+        self._tracked: set[tuple] = set()  # keys of tensors that autograd followed, for weights outside of modules
         self.reason = ""
 
     def finish(self, out: Any) -> Graph:
+        if self.reason:  # the energy's own code caught the refusal and went on another way
+            raise Unreadable(self.reason)
         if not isinstance(out, Tensor) or tuple(out.shape) != (_SAMPLES,) or out.dtype != torch.float32:
             got = tuple(out.shape) if isinstance(out, Tensor) else type(out).__name__
             raise Unreadable(f"it returns {got} for {_SAMPLES} samples")
@@ -107,23 +116,51 @@ class _Recorder(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
-        out = func(*args, **kwargs)
         try:
-            self._note(func, args, kwargs, out)
+            self._refuse(func, args, kwargs)
+            noted = self._as_it_is(func, args)
+            out = func(*args, **kwargs)
+            self._note(func, noted, kwargs, out)
         except Unreadable as reason:
             self.reason = self.reason or self._located(str(reason))
             raise Unreadable(self.reason) from None
         return out
 
-    def _note(self, func: Any, args: tuple, kwargs: dict, out: Any) -> None:
+    def _refuse(self, func: Any, args: tuple, kwargs: dict) -> None:
+        """Before an op runs: what would leave a trace outside of the reading, or hides from autograd."""
         name = func._schema.name.split("::")[1]
-        tensors = [t for t in tree_flatten((args, kwargs))[0] if isinstance(t, Tensor)]
-        found = [self._values.get(_key(t)) for t in tensors]
-        made = [t for t in tree_flatten(out)[0] if isinstance(t, Tensor)]
+        tensors = _tensors((args, kwargs))
         if torch.Tag.nondeterministic_seeded in func.tags and name not in ("dropout", "feature_dropout"):
             raise Unreadable(f"{name} is random")
+        written = [
+            value
+            for argument, value in (*zip(func._schema.arguments, args, strict=False), *_named_arguments(func, kwargs))
+            if argument.alias_info is not None and argument.alias_info.is_write
+        ]
+        if any(t.untyped_storage()._cdata not in self._made for t in _tensors(written)):
+            raise Unreadable(f"{name} writes into a tensor that was there before")
+        for tensor in tensors:
+            key = _key(tensor)
+            if key not in self._values:
+                continue
+            if tensor.requires_grad:
+                self._tracked.add(key)
+            elif key in self._tracked or name == "detach":
+                raise Unreadable(f"{name} is of a detached tensor: its gradient stops there")
+
+    def _as_it_is(self, func: Any, args: tuple) -> tuple:
+        """The arguments, with a copy of a constant that the op writes into."""
+        if func._schema.is_mutable and args and isinstance(args[0], Tensor) and _key(args[0]) not in self._values:
+            return args[0].clone(), *args[1:]
+        return args
+
+    def _note(self, func: Any, args: tuple, kwargs: dict, out: Any) -> None:
+        name = func._schema.name.split("::")[1]
+        tensors, made = _tensors((args, kwargs)), _tensors(out)
+        found = [self._values.get(_key(t)) for t in tensors]
+        self._made |= {t.untyped_storage()._cdata for t in made} - {t.untyped_storage()._cdata for t in tensors}
         if all(value is None for value in found):
-            self._note_constant(func, name, tensors, made)
+            self._kept.append(made)
             return
         if not torch.is_grad_enabled():
             raise Unreadable(f"{name} runs without gradients (torch.no_grad, or a custom autograd.Function)")
@@ -137,13 +174,17 @@ class _Recorder(TorchDispatchMode):
         count = sum(layer.name.startswith(f"{plain} ") for layer in builder.layers)
         builder.name = f"{plain} {count + 1}"
         rule_args, rule_kwargs = tree_map_only(Tensor, self._constant_or_value, (args, kwargs))
-        results = RULES[plain](builder, out[0] if plain.startswith(_SEVERAL) else out, *rule_args, **rule_kwargs)
+        with torch.device("cpu"):  # whatever torch's default device is
+            results = RULES[plain](builder, out[0] if plain.startswith(_SEVERAL) else out, *rule_args, **rule_kwargs)
         if inplace:
-            self._forget_views(tensors[0])
+            self._forget_views(made[0])
         self._kept.append(out)
         values = results if isinstance(results, list) else [results]
         for place, tensor in enumerate(made):
-            self._values[_key(tensor)] = values[place] if place < len(values) else f"a second result of {name} is used"
+            known = values[place] if place < len(values) else f"a second result of {name} is used"
+            if isinstance(known, Value) and not known.merged and tuple(tensor.shape) != (_SAMPLES, *known.shape):
+                raise Unreadable(f"{builder.name} gives {tuple(tensor.shape)} for {_SAMPLES} samples")
+            self._values[_key(tensor)] = known
 
     def _constant_or_value(self, tensor: Tensor) -> Any:
         value = self._values.get(_key(tensor))
@@ -152,14 +193,6 @@ class _Recorder(TorchDispatchMode):
         if tensor.dtype not in (torch.float32, torch.int64) or why_not_plain(tensor):
             raise Unreadable(f"{self._builder.name} has a constant that is {tensor.dtype}, {why_not_plain(tensor)}")
         return tensor.detach()
-
-    def _note_constant(self, func: Any, name: str, tensors: list[Tensor], made: list[Tensor]) -> None:
-        if func._schema.is_mutable:
-            written = tensors[: sum(bool(a.alias_info and a.alias_info.is_write) for a in func._schema.arguments)]
-            if any(t.untyped_storage()._cdata not in self._made for t in written):
-                raise Unreadable(f"{name} writes into a tensor that was there before")
-        self._kept.append(made)
-        self._made |= {t.untyped_storage()._cdata for t in made} - {t.untyped_storage()._cdata for t in tensors}
 
     def _forget_views(self, written: Tensor) -> None:
         """After an op in place other views of its memory hold what no layer gave."""
@@ -187,6 +220,14 @@ def _named(energy: Any) -> Iterable[tuple[str, nn.Module]]:
     if isinstance(energy, nn.Module):
         return energy.named_modules()
     return ((f"{type(module).__name__}", module) for module in modules_of(energy))
+
+
+def _tensors(tree: Any) -> list[Tensor]:
+    return [leaf for leaf in tree_flatten(tree)[0] if isinstance(leaf, Tensor)]
+
+
+def _named_arguments(func: Any, kwargs: dict) -> list[tuple[Any, Any]]:
+    return [(argument, kwargs[argument.name]) for argument in func._schema.arguments if argument.name in kwargs]
 
 
 def _key(tensor: Tensor) -> tuple:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable
 from typing import Any
@@ -255,12 +256,15 @@ def _batch_norm(b: GraphBuilder, out: Tensor, x: Any, weight: Any, bias: Any, *r
     numbers = [r for r in rest if not isinstance(r, (Tensor, type(None), bool))]
     eps = numbers[-1]
     training = next((r for r in rest if isinstance(r, bool)), False)
-    if x.merged:  # an instance norm: every channel of every sample by itself
+    if x.merged and training:  # an instance norm: every channel of every sample by itself
         channels = x.held.channels
         weight, bias = (None if t is None else t.detach()[:channels] for t in (weight, bias))
-        return b.add(layers.GroupNorm, [x], x.held, x.shape, channels, eps, weight, bias)
+        normed = b.add(layers.GroupNorm, [x], x.held, x.shape, channels, eps, weight, bias)
+        return dataclasses.replace(normed, merged=True)
     if training or rest[0] is None:
         raise Unreadable(f"{b.name} takes the statistics of the batch")
+    if x.merged:
+        raise Unreadable(f"{b.name} is an instance norm by running statistics")
     scale, shift = _affine_of(weight, bias, rest[0], rest[1], eps)
     if x.flattened:
         raise Unreadable(f"{b.name} normalises every pixel of a flattened map by itself")

@@ -79,7 +79,7 @@ def _mean(b: GraphBuilder, out: Tensor, x: Any, dims: Any = None, keepdim: bool 
 def _norm(b: GraphBuilder, out: Tensor, x: Any, order: Any = 2, dims: Any = None, *rest: Any, **more: Any) -> Value:
     if order not in (2, None):
         raise Unreadable(f"{b.name} of order {order}")
-    return b.pointwise(_reduced(b, out, b.pointwise(value(b, x), "power", 2), dims, mean=False), "sqrt")
+    return b.pointwise(_reduced(b, out, b.pointwise(value(b, x), "power", 2), dims, mean=False), "root")
 
 
 @rule("logsumexp")
@@ -160,7 +160,7 @@ def _by_dimension(b: GraphBuilder, out: Tensor, x: Any, apply: Any) -> Value:
     x = _spatial(b, x, out.dim() - 2)
     axes = []
     for dim, n in enumerate(x.held.size):
-        matrix = apply(dim, torch.eye(n)[:, None])[:, 0]  # (input, output)
+        matrix = apply(dim, torch.eye(n, dtype=torch.float32, device="cpu")[:, None])[:, 0]  # (input, output)
         axes.append(
             tuple(
                 tuple((at, float(matrix[at, o])) for at in range(n) if matrix[at, o] != 0)
@@ -186,7 +186,8 @@ def _resized(mode: str) -> Any:
 
 
 for _dim in (1, 2, 3):
-    rule(f"upsample_nearest{_dim}d", f"_upsample_nearest_exact{_dim}d")(_resized("nearest"))
+    rule(f"upsample_nearest{_dim}d")(_resized("nearest"))
+    rule(f"_upsample_nearest_exact{_dim}d")(_resized("nearest-exact"))
 for _name in ("upsample_linear1d", "upsample_bilinear2d", "upsample_trilinear3d"):
     rule(_name)(_resized("linear"))
 

@@ -76,6 +76,12 @@ class GraphBuilder:
         tensor = torch.as_tensor(value, dtype=torch.float32).detach()
         if tensor.dim() == 0:
             return tensor.expand(x.held.channels).clone()
+        if (
+            tensor.dim() == len(x.shape) + 1
+            and tensor.shape[0] == self.samples
+            and torch.equal(tensor, tensor[:1].expand_as(tensor))
+        ):  # as of torch.zeros(len(x))
+            tensor = tensor[:1]
         if tensor.dim() > len(x.shape) + 1 or (tensor.dim() == len(x.shape) + 1 and tensor.shape[0] != 1):
             raise Unreadable(
                 f"{self.name} has a constant of shape {tuple(tensor.shape)}, which differs from sample to sample"
@@ -132,7 +138,7 @@ class GraphBuilder:
             return dataclasses.replace(x, shape=shape)
         if len(shape) > 1 and shape[0] == x.held.channels and math.prod(shape[1:]) == x.held.pixels:
             # The same pixels in the same order, in other rows.
-            return dataclasses.replace(x, held=Map(x.held.channels, shape[1:]), shape=shape)
+            return self.add(layers.Affine, [x], Map(x.held.channels, shape[1:]), shape, None, None)
         if len(shape) == 1:
             return dataclasses.replace(x, shape=shape)
         return dataclasses.replace(self.features(x), shape=shape)

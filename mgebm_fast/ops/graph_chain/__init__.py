@@ -2,7 +2,7 @@
 
     E(x) = layers[-1](… layers[0](x));   for k in 0 … K − 1:   x ← langevin_step(x, ∇E(x))
 
-Convolutions, dense layers, pooling, norms of a sample, residual additions, sixteen functions (`layers`). Results do not
+Convolutions, dense layers, pooling, norms of a sample, residual additions, functions (`layers`). Results do not
 depend on threads, on the batch that a sample is in or on the layout of x.
 """
 
@@ -40,7 +40,7 @@ class GraphChain:
         self._x = graph.x
         # A function may hide a NaN (ReLU makes it 0): every gradient of such weights is NaN, as autograd's are.
         self._finite = all(bool(torch.linalg.vector_norm(t, torch.inf).isfinite()) for t in tensors if t.numel())
-        with torch.no_grad():
+        with torch.no_grad(), torch.device("cpu"):  # whatever torch's default device is
             self._program = Program(graph)
         self._arguments = self._program.arguments
 

@@ -183,5 +183,5 @@ class ForwardPass:
             to += channels
 
     def _clear(self, buffer: int) -> None:
-        zeros = torch.zeros(self.buffers[buffer].depth)
+        zeros = torch.zeros(self.buffers[buffer].depth, dtype=torch.float32)
         self._step("fill", out=buffer, bias=zeros)

@@ -235,6 +235,7 @@ class Graph:
             inputs = tuple(now[v] for v in layer.inputs)
             before = found[inputs[0] - 1] if inputs[0] else None
             alone = value < len(self.layers) and consumers[layer.inputs[0]] == [value]
+            alone = alone and self.value(layer.inputs[0]) == layer.out
             if isinstance(layer, Affine) and isinstance(before, Convolution) and alone and layer.of_channels:
                 found[inputs[0] - 1] = before.scaled(layer.scale, layer.shift)
                 now[value] = inputs[0]
@@ -247,7 +248,8 @@ class Graph:
         """By the layers' references."""
         values = [x.reshape(len(x), self.x.channels, *self.x.size)]
         for layer in self.layers:
-            values.append(layer.reference(*(values[i] for i in layer.inputs)))
+            value = layer.reference(*(values[i] for i in layer.inputs))
+            values.append(value.reshape(len(x), layer.out.channels, *layer.out.size))
         return values[-1].reshape(len(x))
 
     def tensors(self) -> list[tuple[str, Tensor]]:
@@ -285,4 +287,5 @@ FUNCTIONS: dict[str, tuple[int, Callable[[Tensor, float, float], Tensor]]] = {
     "cos": (17, lambda x, a, b: x.cos()),
     "sqrt": (18, lambda x, a, b: x.sqrt()),
     "any_leaky_relu": (19, lambda x, a, b: F.leaky_relu(x, a)),  # also with a < 0
+    "root": (20, lambda x, a, b: x.masked_fill(x == 0, 1).sqrt().masked_fill(x == 0, 0)),  # slope 0 at 0
 }

@@ -46,7 +46,7 @@ class Program(ForwardPass):
     def _backward(self) -> None:
         last = len(self._graph.layers)
         # Gradients that are the same for every sample, as above the last function, are known now.
-        known = {last: torch.ones(1)}
+        known = {last: torch.ones(1, dtype=torch.float32)}
         for value in range(last, -1, -1):
             layer = self._graph.layers[value - 1] if value else None
             constant = known.pop(value, None)
@@ -71,7 +71,7 @@ class Program(ForwardPass):
                 if isinstance(tensor, Tensor) and tensor.is_inference()
             }
             layer = dataclasses.replace(layer, **plain)
-            at = [torch.zeros(1, m.channels, *m.size, requires_grad=True) for m in maps]
+            at = [torch.zeros(1, m.channels, *m.size, dtype=torch.float32, requires_grad=True) for m in maps]
             out = layer.reference(*(at[sources.index(source)] for source in layer.inputs))
             shares = torch.autograd.grad(out, at, constant.reshape(out.shape))
         return [(source, share[0]) for source, share in zip(sources, shares, strict=True)]
@@ -179,7 +179,7 @@ class Program(ForwardPass):
         if layer.factor == 1.0:
             self._share(layer.inputs[1], value, grad)
         else:
-            scale = torch.full((padded(layer.out.channels),), layer.factor)
+            scale = torch.full((padded(layer.out.channels),), layer.factor, dtype=torch.float32)
             self._give(layer.inputs[1], value, "affine", source=grad, weights=scale)
 
     def _backward_Multiply(self, layer: layers.Multiply, value: int, grad: int) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
+import torch
 from torch import Tensor
 
 from ..conv_chain import windows
@@ -100,4 +101,8 @@ class Step:
 
 
 def _address(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()
+    if tensor is None:
+        return 0
+    if tensor.dtype != torch.float32 or tensor.device.type != "cpu" or not tensor.is_contiguous():
+        raise TypeError(f"graph_chain: a step's numbers must be contiguous float32 on the CPU, got {tensor.dtype}")
+    return tensor.data_ptr()

@@ -1,0 +1,170 @@
+"""Readings that would be nearly right, or leave something behind: what is refused, and what is read as torch has it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import mgebm_fast as mg
+from mgebm_fast import native
+from mgebm_fast.gradient.autograd import AutogradPlan
+from mgebm_fast.gradient.base import GradientPlan
+from mgebm_fast.gradient.graph import MIN_STEPS
+from mgebm_fast.gradient.plan import plan
+
+pytestmark = pytest.mark.skipif(not native.available(), reason="the compiled module is not built")
+
+Energy = Callable[[Tensor], Tensor]
+
+
+def quadratic(x: Tensor) -> Tensor:
+    return 0.5 * x.flatten(1).pow(2).sum(1)
+
+
+def plan_of(energy: Energy, x: Tensor) -> GradientPlan:
+    return plan(energy, x, steps=MIN_STEPS)
+
+
+def points(n: int = 5, d: int = 6) -> Tensor:
+    return torch.randn(n, d, generator=torch.Generator().manual_seed(0))
+
+
+_normed = torch.nn.InstanceNorm2d(1, affine=True, track_running_stats=True)
+_normed(2 + 3 * torch.randn(16, 1, 2, 3))
+_normed.eval()
+_outside = torch.nn.Parameter(torch.eye(6) / 2)
+
+
+@pytest.mark.parametrize(
+    "energy",
+    [
+        lambda x: quadratic(x) + 0.004 * (x.detach() * x).sum(1),
+        lambda x: quadratic(x) + 0.004 * (x.data * x).sum(1),
+        lambda x: quadratic(x) + 0.004 * ((x @ _outside).sigmoid().detach() * x).sum(1),
+        lambda x: quadratic(x) * (1 + 0.003 * float(x.detach().numpy().mean() > 0)),
+        lambda x: quadratic(x) * (1 + 0.003 * len(x)),
+        lambda x: quadratic(x) * (3 if len(x) == 5 else 1),
+        lambda x: quadratic(x) + 0.005 * (x * x.flip(0)).sum(1),
+        lambda x: _normed(x.reshape(-1, 1, 2, 3)).pow(3).sum((1, 2, 3)),
+        lambda x: quadratic(x) * (1.005 if x.requires_grad else 1),
+    ],
+    ids="detach data outside_weight numpy samples one_size coupled running_instance_norm requires_grad".split(),
+)
+def test_a_reading_that_is_nearly_right_is_none(energy: Energy) -> None:
+    assert plan_of(energy, points()).explain().plan == "autograd"
+
+
+def test_an_energy_that_catches_the_refusal_is_not_read() -> None:
+    def energy(x: Tensor) -> Tensor:
+        try:
+            return quadratic(x) + 1e-5 * torch.where(x > 0, x, 0).sum(1)
+        except Exception:
+            return quadratic(x)
+
+    report = plan_of(energy, points()).explain()
+    assert report.plan == "autograd" and "gt" in report.why_not_faster[-1]
+
+
+def test_what_was_trusted_without_a_gradient_is_compared_again() -> None:
+    head = torch.nn.Linear(6, 1, bias=False)
+    torch.nn.init.zeros_(head.weight)
+    apart = 1.0
+
+    def energy(x: Tensor) -> Tensor:
+        return head(x)[:, 0] * (apart if x.requires_grad else 1.0)
+
+    assert plan_of(energy, points()).explain().plan == "graph"
+    torch.nn.init.ones_(head.weight)
+    apart = 3.0
+    assert plan_of(energy, points()).explain().plan == "autograd"
+
+
+def test_weights_outside_of_modules_are_read() -> None:
+    made = plan_of(lambda x: (x @ _outside).sigmoid().sum(1), points())
+    assert made.explain().plan == "graph"
+
+
+@pytest.mark.parametrize("shape", [(4, 6), (3, 3, 8, 8)])
+def test_energies_that_would_make_a_graph_that_does_not_fit_run_by_autograd(shape: tuple[int, ...]) -> None:
+    """x as one sample of a batch of one: pairs of all samples."""
+    x = torch.randn(shape)
+
+    def energy(x: Tensor) -> Tensor:
+        flat = x.flatten(1)
+        return (flat[:, None] - flat[None]).pow(2).sum((1, 2))
+
+    assert plan_of(energy, x).explain().plan == "autograd"
+    assert mg.langevin_sample(energy, x, steps=MIN_STEPS, step_size=0.01, seed=0).isfinite().all()
+
+
+def test_a_refused_reading_draws_no_random_numbers_and_writes_into_no_tensor() -> None:
+    seen = torch.zeros(())
+
+    def noisy(x: Tensor) -> Tensor:
+        return quadratic(x + torch.randn(6))
+
+    def counting(x: Tensor) -> Tensor:
+        seen.add_(1)
+        return quadratic(x)
+
+    before = torch.get_rng_state()
+    assert plan_of(noisy, points()).explain().plan == "autograd"
+    assert torch.equal(torch.get_rng_state(), before)
+    assert plan_of(counting, points()).explain().plan == "autograd"
+    assert seen == 0
+
+
+def agrees(energy: Energy, x: Tensor) -> None:
+    made = plan_of(energy, x)
+    assert made.explain().plan == "graph", made.explain()
+    torch.testing.assert_close(made.gradient(x), AutogradPlan(energy, "test").gradient(x), rtol=1e-5, atol=1e-6)
+
+
+def test_the_slope_of_a_norm_is_zero_at_zero() -> None:
+    x = torch.cat([torch.zeros(2, 6), points()])
+    agrees(lambda x: (x.norm(dim=1) - 2) ** 2, x)
+    agrees(lambda x: F.relu(x).norm(dim=1) + quadratic(x), -x.abs())
+
+
+def test_functions_keep_their_precision_near_zero() -> None:
+    x = points() * 1e-5
+    for function in (torch.tanh, F.elu):
+        made = plan_of(lambda x, function=function: function(x).pow(2).sum(1), x)
+        torch.testing.assert_close(made.gradient(x), 2 * x, rtol=1e-4, atol=0)
+
+
+_conv1d = torch.nn.Conv1d(3, 4, 5, stride=2)
+
+
+@pytest.mark.parametrize(
+    "energy",
+    [
+        lambda x: F.silu(x).flatten(2).mean(-1).pow(2).sum(1),
+        lambda x: _conv1d(x.flatten(2)).pow(2).sum((1, 2)),
+        lambda x: F.max_pool2d(x, 2).flatten(2).sum(2).pow(2).sum(1),
+        lambda x: x.pow(2).mean(-1).mean(-1).mean(-1),
+        lambda x: F.interpolate(x, size=13, mode="nearest-exact").pow(2).sum((1, 2, 3)),
+        lambda x: sum((quadratic(x - i) for i in range(3)), torch.zeros(len(x))),
+        lambda x: torch.zeros(len(x)).add_(quadratic(x)),
+    ],
+    ids="pixels conv1d pooled one_by_one exact zeros accumulated".split(),
+)
+def test_other_shapes_of_the_same_numbers(energy: Energy) -> None:
+    agrees(energy, torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(0)))
+
+
+def test_defaults_of_torch_do_not_matter() -> None:
+    x = points()
+    try:
+        torch.set_default_dtype(torch.float64)
+        agrees(lambda x: x[:, 1].sin() + quadratic(x), x)
+        torch.set_default_dtype(torch.float32)
+        torch.set_default_device("meta")
+        agrees(lambda x: x[:, 1].sin() + quadratic(x), x)
+    finally:
+        torch.set_default_dtype(torch.float32)
+        torch.set_default_device(None)
