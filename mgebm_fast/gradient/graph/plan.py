@@ -23,6 +23,7 @@ from ..base import GradientPlan, PlanReport
 from ..holding import frozen_parameters
 from ..stack import Stack, example_input, reread
 from .recorder import noise_like, read_graph
+from .state import as_before
 
 # Reading an energy and packing its weights costs about as much as this many steps save.
 MIN_STEPS = 16
@@ -119,6 +120,11 @@ def plan_of_stack(stack: Stack, energy: Any, where: str, why: str) -> GraphPlan:
 def plan_of(energy: Any, x: Tensor, where: str) -> GraphPlan | str:
     """The plan of an energy that is read from its own code, compared with autograd the first time that it is read in
     this form; or the reason, naming the module and the op, why there is none."""
+    with as_before(energy):
+        return _plan_of(energy, x, where)
+
+
+def _plan_of(energy: Any, x: Tensor, where: str) -> GraphPlan | str:
     if not native.available():
         return f"the compiled module did not load: {native.load_error}"
     shape = x.shape

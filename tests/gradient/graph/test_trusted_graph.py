@@ -168,3 +168,31 @@ def test_defaults_of_torch_do_not_matter() -> None:
     finally:
         torch.set_default_dtype(torch.float32)
         torch.set_default_device(None)
+
+
+class Counting(torch.nn.Module):
+    """Anneals with its calls, and takes the mean of the first batch that it sees."""
+
+    calls, mean = 0, None
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        if self.mean is None:
+            self.mean = x.mean(0)
+        return quadratic(x - self.mean) * self.calls
+
+
+def test_what_python_code_counts_or_caches_is_as_before() -> None:
+    module, calls = Counting(), 0
+
+    def energy(x: Tensor) -> Tensor:
+        nonlocal calls
+        calls += 1
+        return quadratic(x) * calls
+
+    assert plan_of(module, points()).explain().plan == "autograd"
+    assert "calls" not in vars(module) and module.mean is None
+    assert plan_of(energy, points()).explain().plan == "autograd"
+    assert calls == 0
+    assert plan_of(module.forward, points()).explain().plan == "autograd"
+    assert module.calls == 0

@@ -1,0 +1,64 @@
+"""What Python code keeps from call to call, which reading an energy must not move: counters, flags, cached values."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from ..reach import modules_of
+
+_PLAIN = (bool, int, float, complex, str, type(None))
+
+
+@contextlib.contextmanager
+def as_before(energy: Any) -> Iterator[None]:
+    """At the end numbers, strings and Nones are what they were at the start: attributes of the energy, of its modules
+    and of the object whose method it is, and variables of its closure. Attributes that came are taken away."""
+    owners = [*modules_of(energy), *_called(energy)]
+    notes = [
+        (values, {name: value if isinstance(value, _PLAIN) else _Kept for name, value in values.items()})
+        for owner in owners
+        if not isinstance(owner, torch.jit.ScriptModule) and isinstance(values := getattr(owner, "__dict__", 0), dict)
+    ]
+    cells = [cell for owner in owners for cell in getattr(owner, "__closure__", None) or ()]
+    closed = [(cell, value) for cell in cells if isinstance(value := _contents(cell), _PLAIN)]
+    try:
+        yield
+    finally:
+        for values, before in notes:
+            for name in values.keys() - before.keys():
+                del values[name]
+            values.update({n: v for n, v in before.items() if v is not _Kept and values.get(n, _Kept) is not v})
+        for cell, value in closed:
+            if _contents(cell) is not value:
+                cell.cell_contents = value
+
+
+class _Kept:
+    """Stands for what is no plain value and is left alone."""
+
+
+def _called(energy: Any) -> list[Any]:
+    """The callable, and what it calls in turn."""
+    found: list[Any] = []
+    while energy is not None and all(energy is not other for other in found):
+        found.append(energy)
+        if isinstance(energy, functools.partial):
+            energy = energy.func
+        elif (owner := getattr(energy, "__self__", None)) is not None:
+            found.append(energy.__func__ if hasattr(energy, "__func__") else owner)
+            energy = owner
+        else:
+            energy = getattr(energy, "__wrapped__", None)
+    return found
+
+
+def _contents(cell: Any) -> Any:
+    try:
+        return cell.cell_contents
+    except ValueError:  # not assigned yet
+        return _Kept
