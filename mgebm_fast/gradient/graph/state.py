@@ -31,7 +31,7 @@ def as_before(energy: Any) -> Iterator[None]:
     finally:
         for values, before in notes:
             for name in values.keys() - before.keys():
-                del values[name]
+                values.pop(name, None)  # another thread may have taken it away
             values.update({n: v for n, v in before.items() if v is not _Kept and values.get(n, _Kept) is not v})
         for cell, value in closed:
             if _contents(cell) is not value:
