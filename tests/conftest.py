@@ -64,7 +64,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if not torch.cuda.is_available():
         config.hook.pytest_deselected(items=gpu)
         config.stash[LEFT_OUT] = len(gpu)
-        if WORKER:
+        if hasattr(config, "workeroutput"):
             config.workeroutput["left out"] = len(gpu)
         items[:] = rest
         return

@@ -86,10 +86,10 @@ def main(rank: int, folder: Path) -> None:
     diverging = trainer("diverging", steps=40)
     synthesise = diverging.rule.synthesise
 
-    def diverge(observed, iteration, first_sample):
+    def diverge(observed, iteration, *more):
         if rank == 1 and iteration == 3:
             raise DivergenceError("the chain of sample 5")
-        return synthesise(observed, iteration, first_sample)
+        return synthesise(observed, iteration, *more)
 
     diverging.rule.synthesise = diverge
     with ended("diverging"):
@@ -98,10 +98,10 @@ def main(rank: int, folder: Path) -> None:
     back = trainer("back", rollback={"attempts": 1, "lr_factor": 0.25}, **VARIANTS["batch statistics"])
     once = back.rule.synthesise
 
-    def diverge_once(observed, iteration, first_sample):
+    def diverge_once(observed, iteration, *more):
         if rank == 1 and iteration == 4 and back.rule.attempt == 0:
             raise DivergenceError("the chain of sample 5")
-        return once(observed, iteration, first_sample)
+        return once(observed, iteration, *more)
 
     back.rule.synthesise = diverge_once
     back.fit()

@@ -12,6 +12,7 @@ from torch.overrides import TorchFunctionMode
 from mgebm_fast import noise, ops
 from mgebm_fast.errors import DivergenceError
 from mgebm_fast.gradient import native
+from mgebm_fast.gradient.graph import plan as graphs
 from mgebm_fast.learning import MultiGridTrainer, build_model
 from mgebm_fast.learning.methods.multigrid import MultiGridRule
 from mgebm_fast.learning.methods.optim import state_tensors
@@ -199,8 +200,10 @@ class Looks(TorchFunctionMode):
 @pytest.mark.parametrize("detail", [True, False])
 @pytest.mark.parametrize("norm", ["none", "batch"])
 def test_the_numbers_of_an_update_are_read_once(trainer, norm, detail, monkeypatch):
-    # The native plan, of CPUs alone, checks the weights that it packs: no device waits for that.
+    # The native plans, of CPUs alone, check the weights that they pack: no device waits for that.
     monkeypatch.setattr(native, "not_finite", lambda stack: "")
+    monkeypatch.setattr(graphs, "not_finite", lambda graph: "")
+    monkeypatch.setattr(graphs, "GraphChain", lambda graph: SimpleNamespace(gradient=torch.zeros_like))
     monkeypatch.setattr(native, "ConvChain", lambda stages, head, bfloat: SimpleNamespace(gradient=torch.zeros_like))
     ours = trainer(norm=norm, optimiser={"grad_clip_norm": 1.0, "grad_rescale_max": 1.0}, stabilise={"ema": 0.9})
     images = [torch.rand(8, 1, size, size) for size in ours.config.sizes[1:]]
@@ -250,7 +253,7 @@ def test_a_run_that_diverges_names_the_last_good_checkpoint(trainer, tmp_path):
     with pytest.raises(DivergenceError, match=r"stopped at update 3, which was not saved; .*step_000002") as caught:
         ours.fit()
     assert "grid 2" in str(caught.value)
-    assert [p.name for p in (tmp_path / "run/checkpoints").iterdir()] == ["step_000002"]
+    assert [p.name for p in (tmp_path / "run/checkpoints").iterdir()] == ["best", "step_000002"]
 
 
 @pytest.mark.filterwarnings("ignore:.*the fp16 gradient overflowed")

@@ -51,11 +51,10 @@ class GraphPlan(GradientPlan):
         self._pack(graph)
 
     def _pack(self, graph: Graph) -> None:
-        for name, tensor in graph.tensors():
-            if tensor.numel() and not math.isfinite(torch.linalg.vector_norm(tensor.float(), math.inf)):
-                raise DivergenceError(
-                    f"{self._where}: the energy's weights must be finite, got NaN or infinite values in {name}"
-                )
+        if name := not_finite(graph):
+            raise DivergenceError(
+                f"{self._where}: the energy's weights must be finite, got NaN or infinite values in {name}"
+            )
         self._form = form_of(graph)
         self._chain = GraphChain(graph)
         self._layers = len(graph.layers)
@@ -81,6 +80,14 @@ class GraphPlan(GradientPlan):
         return PlanReport(
             "graph", self.precision, f"{native.isa()}, {self._layers} layers", "all steps in one call", why
         )
+
+
+def not_finite(graph: Graph) -> str:
+    """The first layer of a graph with a constant that is not finite; an empty string where all are."""
+    for name, tensor in graph.tensors():
+        if tensor.numel() and not math.isfinite(torch.linalg.vector_norm(tensor.float(), math.inf)):
+            return name
+    return ""
 
 
 def form_of(graph: Graph) -> tuple[Hashable, ...]:

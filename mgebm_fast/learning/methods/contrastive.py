@@ -152,7 +152,9 @@ class ContrastiveRule(ModelRule):
             spoilt = (torch.stack(list(measured.values())).isfinite().all() & (learned.healthy == 1)).logical_not()
             details = self.details(learned, made[0]) if detail else {}
             if detail:
-                measured.update(self._of_samples(made[0].images, self.observed(batch)[1:]))
+                # The first part of the batch: the same however parts are shared out to ranks.
+                part = batch[: len(made[0].images[0])]
+                measured.update(self._of_samples(made[0].images, self.observed(part)[1:]))
             lesson = self.teach(made, iteration, spoilt)
             if lesson is not None:
                 of_lesson = dict(zip(_OF_LESSON, (lesson.loss, norm(lesson.gradients)), strict=True))

@@ -144,10 +144,10 @@ def test_ranks_go_back_together(ranks, ends, trainer, tmp_path):
     one = trainer(out=tmp_path / "one", **changes)
     synthesise = one.rule.synthesise
 
-    def diverge_once(observed, iteration, first_sample):
+    def diverge_once(observed, iteration, *more):
         if iteration == 4 and one.rule.attempt == 0:
             raise DivergenceError("the chain of sample 5")
-        return synthesise(observed, iteration, first_sample)
+        return synthesise(observed, iteration, *more)
 
     one.rule.synthesise = diverge_once
     one.fit()
