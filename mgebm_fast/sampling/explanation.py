@@ -49,13 +49,17 @@ class Explanation:
 
 
 def explained(energy: Any, x: Tensor, plan: GradientPlan, chain: str, update: str = "", graph: str = "") -> Explanation:
-    """The explanation of a prepared chain on (energy, x). One gradient of at most four samples is computed, so that
-    what a run refuses of the energy is refused here too."""
+    """The explanation of a prepared chain on (energy, x). One gradient is computed, so that what a run refuses of the
+    energy is refused here too: of four samples, or of all where the energy takes no fewer, as one with labels."""
     report = plan.explain()
     if update and not update.startswith(plan.backends or ("-",)):  # the plan then gives the gradient alone
         report = dataclasses.replace(report, steps="")
     if len(x):
         devices = [x.device] if x.device.type == "cuda" else []
         with frozen_parameters(energy), torch.random.fork_rng(devices):
-            plan.gradient(torch.nan_to_num(x[:4].detach(), 0.0, 0.0, 0.0))
+            finite = torch.nan_to_num(x.detach(), 0.0, 0.0, 0.0)
+            try:
+                plan.gradient(finite[:4])
+            except Exception:
+                plan.gradient(finite)
     return Explanation(chain, report, str(x.device), update, graph, coupling(energy, x), randomness(energy, x))

@@ -270,6 +270,12 @@ def test_explain_says_numbers_plan_and_backend():
     assert "reference backend, named" in dynamics.explain(multigrid_net(4), images(size=4), backend="reference").update
 
 
+def test_explain_takes_energies_of_a_fixed_batch():
+    labels = torch.arange(6.0)
+    said = Langevin(20, step_size=0.1).explain(lambda x: x.square().sum(1) * labels, torch.rand(6, 2))
+    assert said.plan == "autograd"
+
+
 def test_what_explain_says_is_true_and_what_a_run_refuses_it_refuses():
     dynamics, x = Langevin(3, step_size=0.1), torch.rand(4, 3)
     linear = torch.nn.Sequential(torch.nn.Linear(3, 1), torch.nn.Dropout(0.5), torch.nn.Flatten(0))
