@@ -81,7 +81,9 @@ def compare(
                     console=console, quiet=console is None, resume_command=resume_command,
                 )  # fmt: skip
             except DivergenceError as error:
-                if not Run(entry.folder).collapse:  # else its model is the best from before: measured, with a note
+                if not (
+                    entry.folder.is_dir() and Run(entry.folder).collapse
+                ):  # else its model is the best from before: measured, with a note
                     failed = str(error)
             else:
                 if not outcome.finished:
