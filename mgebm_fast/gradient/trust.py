@@ -7,8 +7,8 @@ from torch import nn
 from ..nets import EnergyNet, Negative
 from ..nets.layers import BatchStatistics, ConvLayer, LinearHead, SpectralWeight
 
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-_GLOBAL_HOOKS = tuple(f"_global{name}" for name in _HOOKS)
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+GLOBAL_HOOKS = tuple(f"_global{name}" for name in HOOKS)
 # The code of the classes that are read, as imported: a method replaced on a class later makes another net.
 _READ = (
     nn.Module, nn.Sequential, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear, nn.Flatten, nn.BatchNorm1d, nn.BatchNorm2d,
@@ -21,7 +21,7 @@ _CODE = [(kind, name, getattr(kind, name)) for kind in _READ for name in _METHOD
 
 def why_not_read(energy: nn.Module) -> str:
     """Why the modules of an energy may run other code than their classes'; an empty string where they do not."""
-    if any(getattr(nn.modules.module, name, None) for name in _GLOBAL_HOOKS):
+    if any(getattr(nn.modules.module, name, None) for name in GLOBAL_HOOKS):
         return "hooks are registered for all modules"
     for kind, name, code in _CODE:
         if getattr(kind, name) is not code:
@@ -29,7 +29,7 @@ def why_not_read(energy: nn.Module) -> str:
     for path, module in energy.named_modules():
         kind = type(module)
         where = f"layer {path} ({kind.__name__})" if path else "the net"
-        if any(getattr(module, hook, None) for hook in _HOOKS):
+        if any(getattr(module, hook, None) for hook in HOOKS):
             return f"{where} has hooks"
         for name in vars(module):
             if callable(getattr(kind, name, None)):

@@ -23,8 +23,8 @@ struct GraphBuffer {
 };
 
 // Sixteen numbers z of a step become f(z) in `out`, z itself in `keep` and f'(z) in `slope`, where those are given. On
-// the way back there is no function, and z is multiplied by what `slope` holds; a leaky ReLU's slope is the sign of
-// what it holds.
+// the backward pass there is no function, and z is multiplied by what `slope` holds; a leaky ReLU's slope is the sign
+// of what it holds.
 enum class GraphKind : int {
   kConvolve = 0,   // W * in + bias + second
   kGather = 1,     // sum over taps of weights[tap] in: pooling, upsampling, padding, and their transposes

@@ -39,7 +39,7 @@ struct Group {
 };
 
 // What every step does with the sixteen numbers z that it made: z itself into `keep`, f(z) into `out` with f'(z) into
-// `slope`; without a function, and for a leaky ReLU on the way back, z times what `slope` holds.
+// `slope`; without a function, and for a leaky ReLU on the backward pass, z times what `slope` holds.
 struct Finish {
   const GraphStep& s;
   float *out, *keep, *slope;

@@ -15,7 +15,7 @@ from torch import Tensor
 from ... import native
 from ...errors import BackendError, DivergenceError
 from ...ops.counters import Counters
-from ...ops.graph_chain import GraphChain, layers
+from ...ops.graph_chain import GraphChain, gradient_reference, layers
 from ...ops.graph_chain.layers import Graph, Map
 from ...ops.update import Update
 from ..autograd import AutogradPlan
@@ -217,7 +217,5 @@ def _compared(energy: Any, graph: Graph, plan: GraphPlan, probe: Tensor) -> tupl
 
 def _where(graph: Graph, probe: Tensor, own: Tensor, apart: float) -> str:
     """Whether the layers themselves, in torch, disagree: then it is the reading, else the engine."""
-    from ...ops.graph_chain import gradient_reference
-
     by_layers = float((gradient_reference(graph, probe).float() - own).norm())
     return " (by its layers, in float64, too)" if by_layers > apart / 2 else " (in the engine)"

@@ -24,14 +24,12 @@ from ...ops.state import why_not_plain
 from ..holding import frozen_parameters
 from ..reach import modules_of
 from ..stages import Unreadable
+from ..trust import GLOBAL_HOOKS, HOOKS
 from .rules import RULES
 from .shapes import _view  # noqa: F401  (the rules of shapes)
 from .values import GraphBuilder, Value
 
 _SAMPLES = 3
-_HOOKS = (
-    "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks",
-)  # fmt: skip
 # Ops whose first result alone is the layer's.
 _SEVERAL = ("native_", "_native_", "cudnn_batch_norm", "_batch_norm", "max_pool", "log_sigmoid_forward")
 
@@ -71,10 +69,10 @@ def noise_like(samples: int, x: Tensor, seed: int) -> Tensor:  # -> (samples, ..
 
 def _hooked(energy: Any) -> str:
     """Why modules run code of the user's around their own, which a chain of native steps would not run."""
-    if any(getattr(nn.modules.module, f"_global{name}", None) for name in _HOOKS):
+    if any(getattr(nn.modules.module, name, None) for name in GLOBAL_HOOKS):
         return "hooks are registered for all modules"
     for module in modules_of(energy):
-        for name in _HOOKS:
+        for name in HOOKS:
             for hook in (getattr(module, name, None) or {}).values():
                 # The weight and spectral norms of torch.nn.utils compute weights in a hook.
                 if not type(hook).__module__.startswith("torch.nn.utils"):
@@ -238,10 +236,7 @@ def _as_features(graph: Graph) -> Graph:
     """x as features where only layers read it that take all of its elements: they lie in memory in that order."""
     readers = [layer for layer in graph.layers if 0 in layer.inputs]
     size = graph.x.size
-    if not size or not all(
-        isinstance(layer, layers.Convolution) and tuple(layer.weight.shape[2:]) == size and not any(layer.padding)
-        for layer in readers
-    ):
+    if not all(isinstance(layer, layers.Convolution) and layer.covers(size) for layer in readers):
         return graph
     return Graph(
         Map(graph.x.channels * graph.x.pixels, ()),

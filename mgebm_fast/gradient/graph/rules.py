@@ -191,16 +191,7 @@ def _add(b: GraphBuilder, out: Tensor, x: Any, y: Any, *, alpha: float = 1) -> V
 
 
 def _shifted(b: GraphBuilder, out: Tensor, x: Value, by: Any) -> Value:
-    return b.affine(_grown(b, out, x), None, by)
-
-
-def _grown(b: GraphBuilder, out: Tensor, x: Value) -> Value:
-    """x expanded to the shape of an op's result, as a constant with more elements makes it."""
-    shape = shape_of(out)
-    if shape == x.shape:
-        return x
-    missing = (1,) * (len(shape) - len(x.shape))
-    return b.linear(x, lambda basis: basis.reshape(len(basis), *missing, *x.shape).expand(-1, *shape), shape)
+    return b.affine(b.expanded(x, shape_of(out)), None, by)
 
 
 @rule("sub")
@@ -226,7 +217,7 @@ def _mul(b: GraphBuilder, out: Tensor, x: Any, y: Any) -> Value:
         return b.pointwise(x, "power", 2) if x == y else b.combined(layers.Multiply, x, y)
     if not isinstance(x, Value):
         x, y = y, x
-    return b.affine(_grown(b, out, x), y)
+    return b.affine(b.expanded(x, shape_of(out)), y)
 
 
 @rule("div")
@@ -236,7 +227,7 @@ def _div(b: GraphBuilder, out: Tensor, x: Any, y: Any, *, rounding_mode: Any = N
     if isinstance(y, Value):
         y = b.pointwise(y, "power", -1)
         return _mul(b, out, x, y)
-    return b.affine(_grown(b, out, x), 1.0 / y)
+    return b.affine(b.expanded(x, shape_of(out)), 1.0 / y)
 
 
 # ---- norms ----

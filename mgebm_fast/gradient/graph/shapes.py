@@ -233,11 +233,7 @@ def _view(b: GraphBuilder, out: Tensor, x: Any, *rest: Any) -> Value:
 
 @rule("expand")
 def _expand(b: GraphBuilder, out: Tensor, x: Any, size: Any, *, implicit: bool = False) -> Value:
-    x, shape = value(b, x), shape_of(out)
-    if shape == x.shape:
-        return x
-    missing = (1,) * (len(shape) - len(x.shape))
-    return b.linear(x, lambda basis: basis.reshape(len(basis), *missing, *x.shape).expand(-1, *shape), shape)
+    return b.expanded(value(b, x), shape_of(out))
 
 
 def _applied(name: str) -> Any:

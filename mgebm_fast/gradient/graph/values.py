@@ -119,18 +119,12 @@ class GraphBuilder:
         if not x.is_map:
             return x
         if x.held.pixels == 1:
-            return self._relabelled(x, Map(x.held.channels, ()), x.shape)
+            axes = tuple((((0, 1.0),),) for _ in x.held.size)
+            return self.add(layers.Gather, [x], Map(x.held.channels, ()), x.shape, axes, True)
         elements = math.prod(x.shape)
         if elements * elements > MAX_MATRIX:
             raise Unreadable(f"{self.name} is done to single elements of a map of shape {x.shape}")
         return self.dense(x, torch.eye(elements), None, x.shape)
-
-    def _relabelled(self, x: Value, held: Map, shape: tuple[int, ...]) -> Value:
-        """The same numbers under another shape: a layer that changes nothing."""
-        axes = tuple((((0, 1.0),),) for _ in x.held.size)
-        if x.held.size and not held.size:
-            return self.add(layers.Gather, [x], held, shape, axes, True)
-        raise Unreadable(f"{self.name} makes {shape} of {x.shape}")
 
     def viewed(self, x: Value, shape: tuple[int, ...]) -> Value:
         """x under another shape of as many elements in the same order."""
@@ -154,19 +148,15 @@ class GraphBuilder:
 
     def combined(self, kind: type[layers.Layer], a: Value, b: Value, *fields: object) -> Value:
         """A layer of two values of one shape."""
-        if a.shape != b.shape:
-            a, b = self._broadcast(a, b)
+        shape = tuple(torch.broadcast_shapes(a.shape, b.shape))
+        a, b = self.expanded(a, shape), self.expanded(b, shape)
         if a.held != b.held:
             a, b = self.features(a), self.features(b)
         return self.add(kind, [a, b], a.held, a.shape, *fields)
 
-    def _broadcast(self, a: Value, b: Value) -> tuple[Value, Value]:
-        shape = tuple(torch.broadcast_shapes(a.shape, b.shape))
-
-        def expanded(x: Value) -> Value:
-            if x.shape == shape:
-                return x
-            missing = (1,) * (len(shape) - len(x.shape))
-            return self.linear(x, lambda basis: basis.reshape(len(basis), *missing, *x.shape).expand(-1, *shape), shape)
-
-        return expanded(a), expanded(b)
+    def expanded(self, x: Value, shape: tuple[int, ...]) -> Value:
+        """x broadcast to (N, *shape)."""
+        if x.shape == shape:
+            return x
+        missing = (1,) * (len(shape) - len(x.shape))
+        return self.linear(x, lambda basis: basis.reshape(len(basis), *missing, *x.shape).expand(-1, *shape), shape)

@@ -10,7 +10,6 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Sequence
-from typing import NoReturn
 
 import torch
 import torch.nn.functional as F
@@ -18,11 +17,12 @@ from torch import Tensor
 
 from ... import native
 from ..backend import choose, register
-from ..counters import Counters, check, seed_or_fresh
+from ..counters import Counters, seed_or_fresh
 from ..langevin_step import langevin_step_reference
-from ..state import addresses, check_mask, why_not_plain
+from ..state import addresses, why_not_plain
 from ..update import Update, check_steps, prepare
 from . import resident, windows
+from .packed import PackedChain, pack
 from .scratch import Scratch
 
 OP = "conv_chain"
@@ -31,7 +31,6 @@ ACTIVATIONS = {"none": 0, "leaky_relu": 1, "relu": 1, "silu": 2, "elu": 3}
 MAX_STAGES = 32
 MAX_PIXELS = 2**31  # of a map: the tables of windows are int32
 _EDGE_CHANNELS = 4
-_IDLE = Update(0.0, 0.0, 0.0, 0.0, math.inf, -math.inf, math.inf)
 
 
 def has_bfloat() -> bool:
@@ -52,11 +51,13 @@ class _Stage:
     held: tuple[Tensor | Scratch | windows.Windows, ...]
 
 
-class ConvChain:
+class ConvChain(PackedChain):
     """A stack with its weights packed for the instruction set in use; `bfloat` as its convolutions' operands.
 
     The first convolution, the sums, the statistics and the state are float32 in either case.
     """
+
+    op = OP
 
     def __init__(self, stages: Sequence[windows.StageLike], head: Tensor, *, bfloat: bool = False) -> None:
         if not 1 <= len(stages) <= MAX_STAGES:
@@ -86,9 +87,6 @@ class ConvChain:
         self._smallest = min((math.prod(stage.out_size) for stage in stages if stage.norm is not None), default=2)
         self._channels = stages[0].weight.shape[1]
 
-    def __reduce__(self) -> NoReturn:
-        raise TypeError(f"{OP}: a chain holds addresses and cannot be copied or pickled; make another")
-
     def _pack(self, stage: windows.StageLike, *, first: bool) -> _Stage:
         weight = stage.weight.detach().float().contiguous()
         outputs, inputs = weight.shape[:2]
@@ -96,7 +94,7 @@ class ConvChain:
         taps = math.prod(kernel)
         geometry = (stage.in_size, stage.out_size, kernel, stage.stride, stage.padding, stage.dilation)
         forward = windows.forward_windows(*geometry)
-        offsets = [_ravel(row, kernel) for row in forward.rows]
+        offsets = [windows.ravel(row, kernel) for row in forward.rows]
         # The first stage reads the state, which is float32 and not padded.
         ahead = self._packed(weight, offsets, inputs, outputs, taps, inputs * taps, whole=not first)
         if first:
@@ -104,7 +102,7 @@ class ConvChain:
             behind = self._packed_edge(weight, backward)
         else:
             backward = windows.backward_windows(*geometry)
-            offsets = [_ravel(row, kernel) for row in backward.rows]
+            offsets = [windows.ravel(row, kernel) for row in backward.rows]
             behind = self._packed(weight, offsets, outputs, inputs, inputs * taps, taps, whole=True)
         bias = _padded(weight.new_zeros(outputs) if stage.bias is None else stage.bias.detach().float(), 0)
         norm = stage.norm
@@ -129,14 +127,7 @@ class ConvChain:
         bfloat = self.bfloat and whole
         unit = 32 if bfloat else 16
         depth = -(-inputs // unit) * unit if whole else inputs
-        strips = -(-outputs // 16)
-        packed = Scratch(strips * len(rows) * depth * 16 * (2 if bfloat else 4))
-        offsets = torch.tensor(rows, dtype=torch.int64, device="cpu")
-        native.module().conv_chain_pack(
-            source.data_ptr(), packed.address, bfloat, offsets.data_ptr(), len(rows), inputs, depth, outputs,
-            input_stride, output_stride, torch.get_num_threads(),
-        )  # fmt: skip
-        return packed
+        return pack(source, rows, inputs, outputs, (input_stride, output_stride), depth=depth, bfloat=bfloat)
 
     def _packed_edge(self, weight: Tensor, edge: windows.Windows) -> Scratch:
         """The edge's weights: strip = four channels of x, lane = 4 (channel mod 4) + pixel of the run."""
@@ -144,7 +135,7 @@ class ConvChain:
         kernel = tuple(weight.shape[2:])
         flat = torch.cat([weight.flatten(2), weight.new_zeros(outputs, inputs, 1)], 2)  # the last tap is none
         none = math.prod(kernel)
-        index = [[none if tap < 0 else _ravel((*row[:-1], tap), kernel) for tap in row[-1]] for row in edge.rows]
+        index = [[none if tap < 0 else windows.ravel((*row[:-1], tap), kernel) for tap in row[-1]] for row in edge.rows]
         pixels = windows.EDGE_PIXELS
         chosen = flat[:, :, torch.tensor(index, dtype=torch.int64, device=flat.device).reshape(-1)]
         dense = chosen.reshape(outputs, inputs, len(edge.rows), pixels).permute(2, 0, 1, 3)  # row, out, in, pixel
@@ -167,44 +158,13 @@ class ConvChain:
         workspace = Scratch(module.conv_chain_workspace(*arguments, 0, threads))
         module.conv_chain_cpu(*arguments, workspace.address, threads)
 
-    def _check(self, x: Tensor) -> None:
-        """Raw addresses go to native code: nothing but a plain float32 CPU tensor of the right shape may pass."""
-        if not isinstance(x, Tensor) or x.dtype != torch.float32:
-            got = x.dtype if isinstance(x, Tensor) else type(x).__name__
-            raise TypeError(f"{OP}: x must be a float32 tensor, got {got}")
-        if x.device.type != "cpu":
-            raise ValueError(f"{OP}: x must be on the CPU, got a tensor on {x.device}")
+    def _check_shape(self, x: Tensor) -> None:
         if tuple(x.shape[1:]) != (self._channels, *self._size) or x.dim() == 0:
             expected = ", ".join(map(str, (self._channels, *self._size)))
             raise ValueError(f"{OP}: x must have shape (N, {expected}), got {tuple(x.shape)}")
-        addresses(OP, x.resolve_neg())
         if 0 < x.shape[0] * self._smallest <= 1:
             shape = tuple(x.shape)
             raise ValueError(f"{OP}: batch statistics need more than one value a channel, got x of shape {shape}")
-
-    def gradient(self, x: Tensor) -> Tensor:  # (N, C, *size) float32, any layout -> the same, contiguous
-        """∇E(x), float32."""
-        self._check(x)
-        x = x.detach().resolve_neg().contiguous()
-        out = torch.empty_like(x)
-        if x.shape[0]:
-            self._call(x, out, None, 0, _IDLE, _NOWHERE)
-        return out
-
-    def advance_(self, x: Tensor, steps: int, numbers: Update, place: Counters, mask: Tensor | None = None) -> None:
-        """`steps` Langevin steps on x in place; `place` has the counters of the first, `mask` is as in `check_mask`."""
-        self._check(x)
-        check_steps(steps, OP)
-        ids = place.sample_tensor
-        if ids is not None and ids.dim() and ids.shape[0] != x.shape[0]:
-            raise ValueError(f"{OP}: first_sample must hold one id a sample, {x.shape[0]}, got {ids.shape[0]}")
-        state = x if x.is_contiguous() and not x.is_neg() else x.resolve_neg().contiguous()
-        if mask is not None:
-            mask = check_mask(mask, x, OP).expand(x.shape).contiguous()
-        if x.shape[0] and steps:
-            self._call(state, None, mask, steps, numbers, place)
-        if state is not x:
-            x.copy_(state)
 
 
 def conv_chain(
@@ -301,13 +261,6 @@ def _activate(h: Tensor, name: str, slope: float) -> Tensor:
     return F.silu(h) if name == "silu" else F.elu(h)
 
 
-def _ravel(index: Sequence, size: Sequence[int]) -> int:
-    flat = 0
-    for at, length in zip(index, size, strict=True):
-        flat = flat * length + int(at)
-    return flat
-
-
 def _copy(tensor: Tensor) -> Tensor:
     return tensor.detach().to(torch.float32, copy=True).contiguous()
 
@@ -317,6 +270,3 @@ def _padded(tensor: Tensor, dim: int) -> Tensor:
     missing = -tensor.shape[dim] % 16
     pads = [0, 0] * (tensor.dim() - 1 - dim) + [0, missing]
     return F.pad(tensor.detach().float(), pads).contiguous()
-
-
-_NOWHERE = check(OP, 1, 1, torch.device("cpu"), seed=0, first_sample=0, step=0, stream=0)

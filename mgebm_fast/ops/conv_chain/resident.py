@@ -19,13 +19,12 @@ from torch import Tensor
 from ... import native
 from ..backend import launch_place
 from ..counters import Counters
-from ..counters import check as check_counters
 from ..edge_step import NO_BAD_STEP
 from ..update import Update
+from .packed import IDLE, nowhere
 from .resident_layout import WARPS, Layout, slope_of
 from .windows import StageLike
 
-_IDLE = Update(0.0, 0.0, 0.0, 0.0, math.inf, -math.inf, math.inf)
 MAX_NETS, MAX_STAGES = 4, 8  # kResidentNets, kResidentStages of resident_params.h
 MAX_SAMPLES = 16
 _HEAD_LOG2 = 1.0
@@ -49,12 +48,6 @@ class Limits:
 
 
 H100 = Limits(shared_bytes=232448, blocks=132)
-
-
-@functools.cache
-def _nowhere(device: torch.device) -> Counters:
-    """Counters of a launch that draws nothing."""
-    return check_counters("conv_chain", 1, 1, device, seed=0, first_sample=0, step=0, stream=0)
 
 
 @functools.cache
@@ -178,7 +171,7 @@ def launch(chains: Sequence[ResidentChain], nets: Sequence[tuple[Any, ...]], x: 
 def launch_gradient(chain: ResidentChain, x: Tensor, out: Tensor, bad_step: Tensor) -> None:
     """out ← ∇E(x); both contiguous."""
     if x.shape[0]:
-        net = chain.arguments(x, out, steps=0, numbers=_IDLE, place=_nowhere(x.device), gradient=out)
+        net = chain.arguments(x, out, steps=0, numbers=IDLE, place=nowhere(x.device), gradient=out)
         launch([chain], [net], x, bad_step)
 
 

@@ -174,7 +174,7 @@ def _classes(table: windows.Windows, kernel: Sequence[int]) -> list[_Class]:
     """The classes of the CPU's table: all taps are inside the map."""
     first_tap, first_output = table.first_tap.tolist(), table.first_output.tolist()
     pixels, base, output = table.tap_pixel.tolist(), table.base.tolist(), table.output.tolist()
-    rows = [_ravel(table.rows[row], kernel) for row in table.tap_weight.tolist()]
+    rows = [windows.ravel(table.rows[row], kernel) for row in table.tap_weight.tolist()]
     classes = []
     for c in range(len(first_tap) - 1):
         taps = slice(first_tap[c], first_tap[c + 1])
@@ -226,10 +226,3 @@ def _makespan(classes: Sequence[_Class], samples: int, tile_rows: int, columns: 
                 loads[unit % WARPS] += tall * steps
                 unit += 1
     return max(loads)
-
-
-def _ravel(index: Sequence[int], size: Sequence[int]) -> int:
-    flat = 0
-    for at, length in zip(index, size, strict=True):
-        flat = flat * length + int(at)
-    return flat

@@ -98,6 +98,14 @@ class Windows:
         return len(self.first_tap) - 1, len(self.output), *(table.data_ptr() for table in tables)
 
 
+def ravel(index: Sequence[Any], size: Sequence[int]) -> int:
+    """The place of an index in row-major order."""
+    flat = 0
+    for at, length in zip(index, size, strict=True):
+        flat = flat * length + int(at)
+    return flat
+
+
 def axis_of(found: list[list[tuple[Any, int]]]) -> _Axis:
     """From the (key, input) pairs of each output; an output that reads nothing has base 0."""
     classes: _Axis = {}
@@ -148,7 +156,7 @@ def product(axes: Sequence[_Axis], read_size: Sequence[int], out_size: Sequence[
     weights: list[int] = []
     bases, outputs = [], []
 
-    def ravel(parts: Sequence[Sequence[int]], size: Sequence[int]) -> np.ndarray:
+    def products(parts: Sequence[Sequence[int]], size: Sequence[int]) -> np.ndarray:
         total = np.zeros((1,) * len(parts), dtype=np.int64)
         for axis, part in enumerate(parts):
             shape = [1] * len(parts)
@@ -158,11 +166,11 @@ def product(axes: Sequence[_Axis], read_size: Sequence[int], out_size: Sequence[
 
     for classes in itertools.product(*(axis.items() for axis in axes)):
         taps = [taps for taps, _ in classes]
-        pixels += ravel([[offset for _, offset in part] for part in taps], read_size).tolist()
+        pixels += products([[offset for _, offset in part] for part in taps], read_size).tolist()
         for keys in itertools.product(*([key for key, _ in part] for part in taps)):
             weights.append(rows.setdefault(keys, len(rows)))
-        outputs.append(ravel([[output for output, _ in places] for _, places in classes], out_size))
-        bases.append(ravel([[base for _, base in places] for _, places in classes], read_size))
+        outputs.append(products([[output for output, _ in places] for _, places in classes], out_size))
+        bases.append(products([[base for _, base in places] for _, places in classes], read_size))
         first_tap.append(len(weights))
         first_output.append(first_output[-1] + len(outputs[-1]))
 

@@ -8,18 +8,16 @@ depend on threads, on the batch that a sample is in or on the layout of x.
 
 from __future__ import annotations
 
-from typing import NoReturn
-
 import torch
 from torch import Tensor
 
 from ... import native
 from ..backend import choose, register
-from ..conv_chain import _IDLE, _NOWHERE
+from ..conv_chain.packed import PackedChain
 from ..conv_chain.scratch import Scratch
 from ..counters import Counters, seed_or_fresh
 from ..langevin_step import langevin_step_reference
-from ..state import addresses, check_mask, why_not_plain
+from ..state import addresses, why_not_plain
 from ..update import Update, check_steps, prepare
 from .layers import Graph
 from .program import Program
@@ -28,11 +26,13 @@ OP = "graph_chain"
 register("graph_chain", cpu=True, traced=False)
 
 
-class GraphChain:
+class GraphChain(PackedChain):
     """A graph with its constants packed for the native engine.
 
     Raises ValueError where the graph is too large for it, TypeError for constants that are no plain tensors.
     """
+
+    op = OP
 
     def __init__(self, graph: Graph) -> None:
         tensors = [tensor for _, tensor in graph.tensors()]
@@ -44,12 +44,13 @@ class GraphChain:
             self._program = Program(graph)
         self._arguments = self._program.arguments
 
-    def __reduce__(self) -> NoReturn:
-        raise TypeError(f"{OP}: a chain holds addresses and cannot be copied or pickled; make another")
-
     def _call(
         self, x: Tensor, gradient: Tensor | None, mask: Tensor | None, steps: int, numbers: Update, place: Counters
     ) -> None:
+        if not self._finite:
+            moved = torch.ones_like(x, dtype=torch.bool) if mask is None else mask
+            (x if gradient is None else gradient).masked_fill_(moved, torch.nan)
+            return
         module = native.module()
         arguments = [
             *self._arguments, *addresses(OP, x, gradient, mask), x.shape[0], steps, self._x.channels, self._x.pixels,
@@ -59,46 +60,10 @@ class GraphChain:
         workspace = Scratch(module.graph_chain_workspace(*arguments, 0, threads))
         module.graph_chain_cpu(*arguments, workspace.address, threads)
 
-    def _check(self, x: Tensor) -> None:
-        """Raw addresses go to native code: nothing but a plain float32 CPU tensor of the right shape may pass."""
-        if not isinstance(x, Tensor) or x.dtype != torch.float32:
-            got = x.dtype if isinstance(x, Tensor) else type(x).__name__
-            raise TypeError(f"{OP}: x must be a float32 tensor, got {got}")
-        if x.device.type != "cpu":
-            raise ValueError(f"{OP}: x must be on the CPU, got a tensor on {x.device}")
+    def _check_shape(self, x: Tensor) -> None:
         elements = self._x.channels * self._x.pixels
         if x.dim() == 0 or x.shape[1:].numel() != elements:
             raise ValueError(f"{OP}: x must have {elements} elements a sample, got {tuple(x.shape)}")
-        addresses(OP, x.resolve_neg())
-
-    def gradient(self, x: Tensor) -> Tensor:  # (N, ...) float32, any layout -> the same, contiguous
-        """∇E(x), float32."""
-        self._check(x)
-        x = x.detach().resolve_neg().contiguous()
-        out = torch.empty_like(x)
-        if not self._finite:
-            out.fill_(torch.nan)
-        elif x.shape[0]:
-            self._call(x, out, None, 0, _IDLE, _NOWHERE)
-        return out
-
-    def advance_(self, x: Tensor, steps: int, numbers: Update, place: Counters, mask: Tensor | None = None) -> None:
-        """`steps` Langevin steps on x in place; `place` has the counters of the first, `mask` is as in `check_mask`."""
-        self._check(x)
-        check_steps(steps, OP)
-        ids = place.sample_tensor
-        if ids is not None and ids.dim() and ids.shape[0] != x.shape[0]:
-            raise ValueError(f"{OP}: first_sample must hold one id a sample, {x.shape[0]}, got {ids.shape[0]}")
-        state = x if x.is_contiguous() and not x.is_neg() else x.resolve_neg().contiguous()
-        if mask is not None:
-            mask = check_mask(mask, x, OP).expand(x.shape).contiguous()
-        if x.shape[0] and steps:
-            if self._finite:
-                self._call(state, None, mask, steps, numbers, place)
-            else:
-                state.masked_fill_(mask if mask is not None else torch.ones((), dtype=torch.bool), torch.nan)
-        if state is not x:
-            x.copy_(state)
 
 
 def graph_chain(

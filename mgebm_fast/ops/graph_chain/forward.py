@@ -9,7 +9,7 @@ import torch
 from ..conv_chain import windows
 from . import layers
 from .layers import Graph
-from .packing import affine_vectors, gather_tables, norm_vectors, packed, padded, ravel, tap_numbers, vector
+from .packing import affine_vectors, gather_tables, norm_vectors, packed, padded, tap_numbers, vector
 from .steps import MAX_NORM_CHANNELS, Buffer, Step
 
 
@@ -105,7 +105,7 @@ class ForwardPass:
         outputs, inputs, *kernel = layer.weight.shape
         taps = math.prod(kernel)
         table = windows.forward_windows(*self._geometry(layer))
-        offsets = [ravel(row, kernel) for row in table.rows]
+        offsets = [windows.ravel(row, kernel) for row in table.rows]
         weights = packed(layer.weight, offsets, inputs, outputs, taps, inputs * taps)
         return {"windows": table, "weights": weights, "rows": len(offsets), "inputs": inputs, "outputs": outputs}
 

@@ -66,6 +66,10 @@ class Convolution(Layer):
     def shape(self) -> Size:
         return (self.out.channels, *self.out.size)
 
+    def covers(self, size: Size) -> bool:
+        """Whether it reads all of a map of this size at once: a dense layer on it."""
+        return bool(size) and tuple(self.weight.shape[2:]) == size and not any(self.padding)
+
     def scaled(self, scale: Tensor | None, shift: Tensor | None) -> Convolution:
         """Followed by a scale and a shift of each channel."""
         weight, bias = self.weight, self.bias

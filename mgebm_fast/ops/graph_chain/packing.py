@@ -9,12 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ... import native
 from ..conv_chain import windows
+from ..conv_chain.packed import STRIP, pack
 from ..conv_chain.scratch import Scratch
 from . import layers
-
-STRIP = 16
 
 
 def padded(channels: int) -> int:
@@ -22,17 +20,15 @@ def padded(channels: int) -> int:
 
 
 def vector(tensor: Tensor | None) -> Tensor | None:  # (C,) -> filled up to whole strips, a copy
-    return (
-        None if tensor is None else F.pad(tensor.detach().float(), (0, -tensor.shape[0] % STRIP)).contiguous().clone()
-    )
+    if tensor is None:
+        return None
+    return F.pad(tensor.detach().float(), (0, -tensor.shape[0] % STRIP)).contiguous().clone()
 
 
 Vectors = tuple[Tensor | None, Tensor | None, bool]  # scale, shift, and whether they hold a number an element
 
 
-def affine_vectors(
-    scale: Tensor | None, shift: Tensor | None, out: layers.Map
-) -> tuple[Tensor | None, Tensor | None, bool]:
+def affine_vectors(scale: Tensor | None, shift: Tensor | None, out: layers.Map) -> Vectors:
     """Both as vectors, or both as [pixel][depth] where one of them is a map."""
     per_element = any(t is not None and t.dim() > 1 for t in (scale, shift)) and out.pixels > 1
 
@@ -73,14 +69,7 @@ def transposed(axis: layers.Axis, length: int) -> layers.Axis:
 
 
 def tap_numbers(table: windows.Windows, kernel: layers.Size) -> Tensor:
-    return torch.tensor([ravel(row, kernel) for row in table.rows], dtype=torch.float32)
-
-
-def ravel(index: Sequence, size: Sequence[int]) -> int:
-    flat = 0
-    for at, length in zip(index, size, strict=True):
-        flat = flat * length + int(at)
-    return flat
+    return torch.tensor([windows.ravel(row, kernel) for row in table.rows], dtype=torch.float32)
 
 
 def packed(
@@ -88,10 +77,4 @@ def packed(
 ) -> Scratch:
     """[strip][row][channel][16] of float32."""
     source = source.detach().float().contiguous()
-    packed = Scratch(-(-outputs // STRIP) * len(rows) * inputs * STRIP * 4)
-    offsets = torch.tensor(rows, dtype=torch.int64)
-    native.module().conv_chain_pack(
-        source.data_ptr(), packed.address, False, offsets.data_ptr(), len(rows), inputs, inputs, outputs, input_stride,
-        output_stride, torch.get_num_threads(),
-    )  # fmt: skip
-    return packed
+    return pack(source, rows, inputs, outputs, (input_stride, output_stride), depth=inputs, bfloat=False)

@@ -19,7 +19,7 @@ from ..conv_chain import windows
 from . import layers
 from .forward import ForwardPass
 from .layers import Graph
-from .packing import affine_vectors, gather_tables, norm_vectors, packed, padded, ravel, tap_numbers, transposed
+from .packing import affine_vectors, gather_tables, norm_vectors, packed, padded, tap_numbers, transposed
 from .steps import BUFFERS, FINISHING, MAX_BUFFERS, MAX_STEPS, Buffer, Step
 
 _LINEAR = (layers.Convolution, layers.Gather, layers.Affine, layers.Add, layers.Slice, layers.Concat)
@@ -110,19 +110,14 @@ class Program(ForwardPass):
             self._grad[value] = grad
 
     def _backward_Convolution(self, layer: layers.Convolution, value: int, grad: int) -> None:
-        dense = self._is_dense(layer)
         self._give(layer.inputs[0], value, "convolve", **self._transposed_products(layer, grad))
-        if dense:
+        if layer.covers(self._graph.value(layer.inputs[0]).size):
             self._view_as_features(self.steps[-1])
-
-    def _is_dense(self, layer: layers.Convolution) -> bool:
-        size = self._graph.value(layer.inputs[0]).size
-        return bool(size) and tuple(layer.weight.shape[2:]) == size and not any(layer.padding)
 
     def _transposed_products(self, layer: layers.Convolution, grad: int) -> dict[str, object]:
         outputs, inputs, *kernel = layer.weight.shape
         taps = math.prod(kernel)
-        if self._is_dense(layer):
+        if layer.covers(self._graph.value(layer.inputs[0]).size):
             # All pixels at once, as the features of one.
             depth = padded(inputs)
             flat = F.pad(layer.weight.detach().float().flatten(2).transpose(1, 2), (0, depth - inputs))
@@ -134,7 +129,7 @@ class Program(ForwardPass):
                 "outputs": taps * depth,
             }  # fmt: skip
         table = windows.backward_windows(*self._geometry(layer))
-        offsets = [ravel(row, kernel) for row in table.rows]
+        offsets = [windows.ravel(row, kernel) for row in table.rows]
         weights = packed(layer.weight, offsets, outputs, inputs, inputs * taps, taps)
         return {
             "source": grad, "windows": table, "weights": weights, "rows": len(offsets), "inputs": outputs,
