@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from ..nets import EnergyNet
+from ..nets import ScoreNet
 
 
 def _taps_inside(inputs: int, outputs: int, kernel: int, stride: int, padding: int) -> int:
@@ -13,15 +13,14 @@ def _taps_inside(inputs: int, outputs: int, kernel: int, stride: int, padding: i
     return sum(min(inputs, start + kernel) - max(0, start) for start in starts)
 
 
-def macs_inside(net: EnergyNet) -> int:
+def macs_inside(net: ScoreNet) -> int:
     """Multiply-accumulates of one sample's forward pass, without those whose factor is the padding's zero.
 
-    `EnergyNet.macs` counts them all, as the papers do; a small map has many, on 2×2 pixels five taps in nine.
+    `ScoreNet.macs` counts them all, as the papers do; a small map has many, on 2×2 pixels five taps in nine.
     """
-    total, size = 0, net.size
-    for layer in net.convolutions:
+    total = 0
+    for layer, size in net.placed():
         top = tuple(layer.map_size(s) for s in size)
         taps = [_taps_inside(i, o, layer.kernel, layer.stride, layer.padding) for i, o in zip(size, top, strict=True)]
         total += layer.weight.shape[0] * layer.weight.shape[1] * math.prod(taps)
-        size = top
     return total + (net.head.weight.numel() if net.head is not None else 0)

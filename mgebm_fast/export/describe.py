@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..errors import Refused
 from ..models import CoopNets, EnergyModel, GenerativeConvNet, SingleGrid, SpatialTemporal
-from ..nets import EnergyNet
+from ..nets import ResidualNet, ScoreNet
 from . import plain
 
 _ACTIVATIONS = {"leaky_relu": "LeakyReLU", "relu": "ReLU", "silu": "SiLU", "elu": "ELU", "none": "Identity"}
@@ -57,9 +57,9 @@ def start_of(model: EnergyModel) -> str:
     return model.start if isinstance(model, SingleGrid) else "colours"
 
 
-def _nets(model: EnergyModel) -> list[EnergyNet]:
+def _nets(model: EnergyModel) -> list[ScoreNet]:
     model.energy_nets("exported")
-    return [net for net in model.active_nets if isinstance(net, EnergyNet)]
+    return [net for net in model.active_nets if isinstance(net, ScoreNet)]
 
 
 def _activation(name: str) -> str:
@@ -68,13 +68,16 @@ def _activation(name: str) -> str:
     return _ACTIVATIONS[name]
 
 
-def _plain_net(net: EnergyNet) -> dict[str, Any]:
+def _plain_net(net: ScoreNet) -> dict[str, Any]:
     config = net.config()
+    if isinstance(net, ResidualNet):
+        layers = {name: config[name] for name in ("stages", "depth", "head")}
+    else:
+        layers = {"layers": config["layers"], "norm": "batch" if net.norm == "batch" else "none"}
     return {
         "size": config["size"],
         "channels": config["channels"],
-        "layers": config["layers"],
-        "norm": "batch" if config["norm"] == "batch" else "none",
+        **layers,
         "activation": _activation(config["activation"]),
         "negative_slope": config["negative_slope"],
         "features": 0 if net.head is None else net.head.weight.shape[1],
@@ -88,7 +91,7 @@ def plain_tensors(model: EnergyModel, *, start: bool = False) -> dict[str, Tenso
     found: dict[str, Tensor] = {}
     for net in _nets(model):
         target: Any = plain.Energy(_plain_net(net))
-        convolutions = [layer for layer in target if hasattr(layer, "stride") and hasattr(layer, "weight")]
+        convolutions: list[Any] = [m for m in target.modules() if isinstance(m, torch.nn.modules.conv._ConvNd)]
         norms = [layer for layer in target if isinstance(layer, torch.nn.modules.batchnorm._BatchNorm)]
         for i, (source, layer) in enumerate(zip(net.convolutions, convolutions, strict=True)):
             layer.weight.copy_(source.effective_weight())
@@ -99,6 +102,8 @@ def plain_tensors(model: EnergyModel, *, start: bool = False) -> dict[str, Tenso
                 norms[i].bias.copy_(source.norm.bias)
         if net.head is not None and net.head.bias is not None:
             target[-1].weight.copy_(net.head.effective_weight())
+            if isinstance(net, ResidualNet) and net.head_kind == "sum":  # the plain net takes the mean
+                target[-1].weight.mul_(net.top_pixels)
             target[-1].bias.copy_(net.head.bias)
         found.update({f"size_{net.size[-1]}.{name}": t.clone() for name, t in target.state_dict().items()})
     if start:

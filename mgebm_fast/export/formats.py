@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import inspect
 import io
 import json
 import logging
@@ -13,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .. import files
 from ..errors import Refused
@@ -101,11 +102,13 @@ def _example(described: Mapping[str, Any]) -> Tensor:
 def how_to_load(energies: plain.Energies, described: Mapping[str, Any], path: str) -> str:
     """Python that rebuilds the net of every size from torch.nn alone, as `nets`: the energy at a size, of block means x
     there, is −nets[size](x).sum(1)."""
-    lines = ["from safetensors.torch import load_file", "from torch import nn", "", f'weights = load_file("{path}")']
+    lines = ["from safetensors.torch import load_file", "from torch import Tensor, nn", "", ""]
+    if any(isinstance(module, plain.Residual) for module in energies.modules()):
+        lines += [inspect.getsource(plain.Residual), ""]
+    lines.append(f'weights = load_file("{path}")')
     lines.append("nets = {")
     for net, modules in zip(described["nets"], energies.values(), strict=True):
-        layers = ", ".join(f"nn.{layer!r}" for layer in modules.children())
-        lines.append(f"    {net['size'][-1]}: nn.Sequential({layers}),")
+        lines.append(f"    {net['size'][-1]}: {_code(nn.Sequential(*modules.children()))},")
     lines += [
         "}",
         "for size, net in nets.items():",
@@ -113,6 +116,14 @@ def how_to_load(energies: plain.Energies, described: Mapping[str, Any], path: st
         "    net.load_state_dict({k.removeprefix(prefix): w for k, w in weights.items() if k.startswith(prefix)})",
     ]
     return "\n".join(lines) + "\n"
+
+
+def _code(module: nn.Module) -> str:
+    """The Python that makes a module, or one like it."""
+    if not isinstance(module, (nn.Sequential, plain.Residual)):
+        return f"nn.{module!r}"
+    name = "nn.Sequential" if isinstance(module, nn.Sequential) else "Residual"
+    return f"{name}({', '.join(map(_code, module.children()))})"
 
 
 def _state_dict(energies: plain.Energies, described: Any, tensors: Any, out: Path) -> dict[Path, bytes]:

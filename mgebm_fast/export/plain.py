@@ -20,25 +20,76 @@ class Energy(nn.Sequential):
     """E(x) = −f(x), one number an image, low where data are likely; f is the net's only output, or the sum of all."""
 
     def __init__(self, net: dict) -> None:
-        ndim, channels = len(net["size"]), net["channels"]
-        layers: list[nn.Module] = []
-        convolution = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[ndim - 1]
-        normalise = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)[ndim - 1]
-        batch = net["norm"] == "batch"  # statistics of the batch, in the sampler too: they couple its samples
-        for outputs, kernel, stride in net["layers"]:
-            layers.append(convolution(channels, outputs, kernel, stride, kernel // 2, bias=not batch))
-            if batch:
-                layers.append(normalise(outputs, track_running_stats=False))
-            activation = getattr(nn, net["activation"])
-            layers.append(activation(net["negative_slope"]) if activation is nn.LeakyReLU else activation())
-            channels = outputs
-        layers.append(nn.Flatten())
-        if net["features"]:
-            layers.append(nn.Linear(net["features"], 1))
-        super().__init__(*layers)
+        super().__init__(*layers_of(net))
 
     def forward(self, x: Tensor) -> Tensor:  # (N, C, *size) -> (N,)
         return -super().forward(x).sum(1)
+
+
+def stacked_layers(net: dict) -> list[nn.Module]:
+    """Convolutions one after the other, each with its norm and activation, and a linear layer or none."""
+    ndim, channels = len(net["size"]), net["channels"]
+    layers: list[nn.Module] = []
+    convolution = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[ndim - 1]
+    normalise = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)[ndim - 1]
+    batch = net["norm"] == "batch"  # statistics of the batch, in the sampler too: they couple its samples
+    for outputs, kernel, stride in net["layers"]:
+        layers.append(convolution(channels, outputs, kernel, stride, kernel // 2, bias=not batch))
+        if batch:
+            layers.append(normalise(outputs, track_running_stats=False))
+        activation = getattr(nn, net["activation"])
+        layers.append(activation(net["negative_slope"]) if activation is nn.LeakyReLU else activation())
+        channels = outputs
+    layers.append(nn.Flatten())
+    if net["features"]:
+        layers.append(nn.Linear(net["features"], 1))
+    return layers
+
+
+class Residual(nn.Module):
+    """x ↦ s(x) + body(x); s is the identity, or a convolution where the channels change."""
+
+    def __init__(self, body: nn.Module, shortcut: nn.Module) -> None:
+        super().__init__()
+        self.body, self.shortcut = body, shortcut
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.shortcut(x) + self.body(x)
+
+
+def residual_layers(net: dict) -> list[nn.Module]:
+    """A convolution, stages of residual blocks with average pooling between them, and a linear layer."""
+    ndim, inputs = len(net["size"]), net["stages"][0]
+    convolution = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[ndim - 1]
+    halve = (nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d)[ndim - 1]
+
+    def activation() -> nn.Module:
+        kind = getattr(nn, net["activation"])
+        return kind(net["negative_slope"]) if kind is nn.LeakyReLU else kind()
+
+    layers: list[nn.Module] = [convolution(net["channels"], inputs, 3, 1, 1)]
+    for stage, outputs in enumerate(net["stages"]):
+        if stage:
+            layers.append(halve(2))
+        for _ in range(net["depth"]):
+            body = nn.Sequential(
+                activation(),
+                convolution(inputs, outputs, 3, 1, 1),
+                activation(),
+                convolution(outputs, outputs, 3, 1, 1),
+            )
+            shortcut = nn.Identity() if inputs == outputs else convolution(inputs, outputs, 1)
+            layers.append(Residual(body, shortcut))
+            inputs = outputs
+    layers.append(activation())
+    if net["head"] != "linear":
+        layers.append((nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d)[ndim - 1](1))
+    return [*layers, nn.Flatten(), nn.Linear(net["features"], 1)]
+
+
+def layers_of(net: dict) -> list[nn.Module]:
+    """The layers of a net; in an exported script one of the functions above."""
+    return residual_layers(net) if "stages" in net else stacked_layers(net)
 
 
 class Energies(nn.ModuleDict):

@@ -24,9 +24,16 @@ from torch import Tensor, nn
 def script(model: Mapping[str, Any], name: str) -> str:
     """The source of a sampler of `model` (`describe.plain_model`); its weights are in `name`.safetensors beside it."""
     start = f"start_{model['start']}"
-    parts = [plain.Energy, plain.Energies, *([plain.Generator] if "generator" in model else []), getattr(plain, start)]
+    kinds = {"stages" in net for net in model["nets"]}
+    layers: dict[bool, list[Any]] = {True: [plain.Residual, plain.residual_layers], False: [plain.stacked_layers]}
+    parts: list[Any] = [plain.Energy, *(part for kind in kinds for part in layers[kind])]
+    if len(kinds) > 1:
+        parts.append(plain.layers_of)
+    parts += [plain.Energies, *([plain.Generator] if "generator" in model else []), getattr(plain, start)]
     parts += [plain.langevin, plain.cascade, plain.load]
     sources = [inspect.getsource(part) for part in parts]
+    if len(kinds) == 1:
+        sources.insert(parts.index(plain.Energies), f"layers_of = {layers[kinds.pop()][-1].__name__}\n")
     sources.append(f"start = {start}\n")
     sources += [inspect.getsource(part) for part in (plain.sample, plain.save, plain.main)]
     shape = ", ".join(map(str, model["shape"]))

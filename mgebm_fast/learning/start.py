@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..errors import CheckpointError
 from ..models import EnergyModel, Model
 from ..models.latent import Generates
-from ..nets import EnergyNet
+from ..nets import ScoreNet
 from .config.train_config import TrainConfig
 from .methods.model_rule import OPTIMISER_FILE, ModelRule
 from .run import checkpoint, stored_run
@@ -105,11 +105,12 @@ def _parts(model: Model) -> Iterator[tuple[str, nn.Module]]:
 
 
 def _of_any_size(net: nn.Module) -> bool:
-    return isinstance(net, EnergyNet) and net.head is None
+    return isinstance(net, ScoreNet) and net.any_size
 
 
 def _described(net: Any, part: str, other: str) -> dict[str, Any]:
-    return {key: value for key, value in net.config().items() if key != "size" or part == other}
+    described = {"class": type(net).__name__, **net.config()}
+    return {key: value for key, value in described.items() if key != "size" or part == other}
 
 
 def _same(name: str, ours: Any, theirs: Any, where: str) -> None:

@@ -67,10 +67,15 @@ class GenerativeConvNet(OneNet):
         self._register_rows("bank", *self.sample_shape(size))
         self.depth = depth
 
+    def _stack(self, what: str) -> EnergyNet:
+        (net,) = self.energy_nets(what, EnergyNet)
+        assert isinstance(net, EnergyNet)
+        return net
+
     @property
     def layers(self) -> int:
         """How many layers the whole net has."""
-        return len(self.energy_nets("grown")[0].specs)
+        return len(self._stack("grown").specs)
 
     @property
     def depth(self) -> int:
@@ -79,7 +84,7 @@ class GenerativeConvNet(OneNet):
 
     @depth.setter
     def depth(self, depth: int | None) -> None:
-        net = self.energy_nets("grown")[0]
+        net = self._stack("grown")
         count = len(net.specs)
         depth = count if depth is None else depth
         if not is_int(depth, 1) or depth > count:
@@ -107,7 +112,7 @@ class GenerativeConvNet(OneNet):
 
     def at_size(self, size: int) -> GenerativeConvNet:
         """This model for images of another size, with its weights and no bank. ValueError where a head fits one."""
-        net = self.energy_nets("resized")[0]
+        net = self._stack("resized")
         if net.head is not None and not self._tied and size != self.sizes[-1]:
             raise ValueError(
                 f"size: must be {self.sizes[-1]}, the size that this model was trained at, for a net with a linear "
@@ -147,7 +152,7 @@ class Frame(GenerativeConvNet):
         super().__init__(size, **{"head": "linear", **arguments})
         self.leapfrog_steps = leapfrog_steps
         self.exact(1)  # raises for wrong numbers
-        net = self.energy_nets("frozen")[0]
+        net = self._stack("frozen")
         if net.head is None:
             raise ValueError("Frame: nets must have a linear head, which holds λ, got head='sum'")
         for name, parameter in net.named_parameters():

@@ -14,7 +14,7 @@ from .. import noise, ops
 from ..errors import CheckpointError, DivergenceError, Refused
 from ..gradient import frozen_parameters
 from ..gradient.plan import Energy
-from ..nets import EnergyNet, multigrid_net
+from ..nets import EnergyNet, ResidualNet, ScoreNet, from_config, multigrid_net
 from ..nets.energy_net import NORMS
 from ..sampling.corrected import Corrected
 from ..sampling.coupling import coupling
@@ -23,6 +23,8 @@ from ..sampling.metropolis import squares
 from .model import Model
 
 AnyEnergyModel = TypeVar("AnyEnergyModel", bound="EnergyModel")
+# Nets that are stored with their configuration; a subclass has code of its own.
+_OWN_NETS: tuple[type[ScoreNet], ...] = (EnergyNet, ResidualNet)
 
 
 class EnergyModel(Model):
@@ -39,7 +41,8 @@ class EnergyModel(Model):
             training. Default 100.
         seed: of the initial weights; each net draws from a seed of its own.
         nets: energies to use in place of the built ones, any modules (N, C, s, s) -> (N,). A file holds the weights of
-            modules that are no `EnergyNet`, and no code: `load_weights` takes them into a model built with such nets.
+            modules that are no `EnergyNet` or `ResidualNet`, and no code: `load_weights` takes them into a model built
+            with such nets.
 
     State: parameters of the nets, and the buffer `colours` (M, C) float32, the stored distribution of 1×1 images.
     """
@@ -51,7 +54,7 @@ class EnergyModel(Model):
         channels: int = 3,
         langevin: Langevin | Sequence[Langevin] | None = None,
         width: float = 1.0,
-        norm: str = "batch",
+        norm: str | None = None,
         variant: str = "B",
         activation: str | None = None,
         spectral_norm: bool = False,
@@ -185,12 +188,15 @@ class EnergyModel(Model):
         model.load_state_dict({**own, **{f"nets.{name}": tensor for name, tensor in frozen.items()}})
         return model.to(self.colours.device)
 
-    def energy_nets(self, what: str) -> list[EnergyNet]:
-        """The nets, which must be `EnergyNet`s to be `what`, else ValueError."""
-        nets = [net for net in self.nets if isinstance(net, EnergyNet) and type(net) is EnergyNet]
+    def energy_nets(self, what: str, *kinds: type[ScoreNet]) -> list[ScoreNet]:
+        """The nets, which must be of the package's classes, of `kinds` where some are given, to be `what`, else
+        ValueError."""
+        kinds = kinds or _OWN_NETS
+        nets = [net for net in self.nets if isinstance(net, ScoreNet) and type(net) in kinds]
         if len(nets) < len(self.nets):
-            other = next(type(net).__name__ for net in self.nets if type(net) is not EnergyNet)
-            raise ValueError(f"{self.kind}: nets must be EnergyNets to be {what}, got {other}")
+            other = next(type(net).__name__ for net in self.nets if type(net) not in kinds)
+            names = " or ".join(f"{kind.__name__}s" for kind in kinds)
+            raise ValueError(f"{self.kind}: nets must be {names} to be {what}, got {other}")
         return nets
 
     def config(self) -> dict[str, Any]:
@@ -223,7 +229,7 @@ class EnergyModel(Model):
             "variant": config["variant"],
             "value_range": tuple(config["value_range"]),
             "batch_size": config["batch_size"],
-            "nets": [EnergyNet.from_config(net) for net in config["nets"]],
+            "nets": [from_config(net) for net in config["nets"]],
         }
 
 
@@ -234,7 +240,7 @@ def norm_of(net: nn.Module) -> str:
 
 
 def _described(net: nn.Module) -> dict[str, Any]:
-    """What an `EnergyNet` is rebuilt from; of a module of another class its name, which holds no code."""
-    if type(net) is EnergyNet:
+    """What a net of the package is rebuilt from; of a module of another class its name, which holds no code."""
+    if isinstance(net, ScoreNet) and type(net) in _OWN_NETS:
         return net.config()
     return {"module": f"{type(net).__module__}.{type(net).__qualname__}"}

@@ -1,9 +1,11 @@
-"""Nets: bottom-up ConvNets with one energy a sample, the published architectures, and top-down generators."""
+"""Nets: bottom-up nets with one energy a sample, the published architectures, and top-down generators."""
 
 from .energy_net import ConvSpec, EnergyNet
 from .generator import DeconvSpec, Generator, generator_layers
-from .multigrid import VARIANTS, compact_layers, multigrid_layers, multigrid_net
+from .multigrid import VARIANTS, compact_layers, from_config, multigrid_layers, multigrid_net, residual_stages
 from .negative import Negative, negative
+from .residual import ResidualNet
+from .score_net import ScoreNet
 
 __all__ = [
     "VARIANTS",
@@ -12,9 +14,13 @@ __all__ = [
     "EnergyNet",
     "Generator",
     "Negative",
+    "ResidualNet",
+    "ScoreNet",
     "compact_layers",
+    "from_config",
     "generator_layers",
     "multigrid_layers",
     "multigrid_net",
     "negative",
+    "residual_stages",
 ]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import itertools
 import math
@@ -10,11 +9,12 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ..checks import is_number, one_of, positive_int
 from ..errors import Refused
-from .layers import ACTIVATIONS, BatchStatistics, ConvLayer, LinearHead, SpectralWeight
+from .layers import ACTIVATIONS, ConvLayer, LinearHead
+from .score_net import ScoreNet
 
 NORMS = ("batch", "frozen", "none")
 HEADS = ("linear", "sum")
@@ -42,7 +42,7 @@ def _described(layer: nn.Module | None) -> tuple[ConvSpec, str, float] | None:
     return None if spec is None else (spec, layer.activation, layer.negative_slope)
 
 
-class EnergyNet(nn.Module):
+class EnergyNet(ScoreNet):
     """E(x) = −f(x), f = head(layer_L(… layer_1(x))), layer = activation(norm(conv(x))).
 
     Args:
@@ -59,10 +59,10 @@ class EnergyNet(nn.Module):
         ndim: number of spatial dimensions, 1, 2 or 3.
         seed: Xavier-uniform weights are drawn from it; biases are zero.
 
-    Input (N, channels, *size) float; output (N,) energies, low where data are likely. Train and eval mode make no
-    difference. What changes in a forward (running statistics, power iteration of the spectral norm) changes only
-    inside `observing()`.
+    Input (N, channels, *size) float; output (N,) energies, low where data are likely.
     """
+
+    name = "EnergyNet"
 
     def __init__(
         self,
@@ -78,23 +78,14 @@ class EnergyNet(nn.Module):
         ndim: int = 2,
         seed: int = 0,
     ) -> None:
-        super().__init__()
-        one_of(norm, NORMS, "norm", "EnergyNet")
-        one_of(activation, ACTIVATIONS, "activation", "EnergyNet")
-        one_of(head, HEADS, "head", "EnergyNet")
-        if ndim not in (1, 2, 3):
-            raise ValueError(f"EnergyNet: ndim must be 1, 2 or 3, got {ndim!r}")
-        positive_int(channels, "channels", "EnergyNet")
-        self.size = (size,) * ndim if isinstance(size, int) else tuple(size)
-        if len(self.size) != ndim:
-            raise ValueError(f"EnergyNet: size must have {ndim} entries, got {self.size}")
-        for length in self.size:
-            positive_int(length, "size", "EnergyNet")
+        one_of(norm, NORMS, "norm", self.name)
+        one_of(activation, ACTIVATIONS, "activation", self.name)
+        one_of(head, HEADS, "head", self.name)
+        super().__init__(size, channels, ndim)
         self.specs = tuple(layers)
         if not self.specs:
             raise ValueError("EnergyNet: layers must hold at least one ConvSpec, got none")
-        self.channels, self.norm = channels, norm
-        self.spectral_norm, self.head_kind, self.ndim = spectral_norm, head, ndim
+        self.norm, self.spectral_norm, self.head_kind = norm, spectral_norm, head
 
         inputs, top = channels, self.size
         self.layers = nn.ModuleList()
@@ -110,10 +101,7 @@ class EnergyNet(nn.Module):
         for length in top:
             features *= length
         self.head = LinearHead(features, spectral_norm) if head == "linear" else None
-        generator = torch.Generator().manual_seed(seed)
-        for module in self._weighted():
-            module.reset(generator)
-        self._input_shape = torch.Size((channels, *self.size))
+        self._reset(seed)
 
     @property
     def activation(self) -> str:
@@ -140,45 +128,12 @@ class EnergyNet(nn.Module):
         for layer in self.convolutions:
             layer.negative_slope = slope
 
-    @property
-    def convolutions(self) -> list[ConvLayer]:
-        """The layers below the head, bottom first."""
-        return [layer for layer in self.layers if isinstance(layer, ConvLayer)]
-
-    def _weighted(self) -> Iterator[SpectralWeight]:
-        return (module for module in self.modules() if isinstance(module, SpectralWeight))
-
-    def check_input(self, x: Tensor) -> None:
-        """Raise ValueError unless x has the shape that this net takes."""
-        if x.shape[1:] != self._input_shape and (
-            self.head is not None or x.dim() != self.ndim + 2 or x.shape[1] != self.channels
-        ):
-            expected = ", ".join(map(str, self._input_shape))
-            raise ValueError(f"EnergyNet: x must have shape (N, {expected}), got {tuple(x.shape)}")
-
-    def score(self, x: Tensor) -> Tensor:  # (N, C, *size) -> (N,)
-        """f(x), high where data are likely: the head's value on the top map."""
-        self.check_input(x)
+    def placed(self) -> Iterator[tuple[ConvLayer, tuple[int, ...]]]:
+        size = self.size
         for layer in self.layers:
-            x = layer(x)
-        return x.flatten(1).sum(1) if self.head is None else self.head(x)
-
-    def forward(self, x: Tensor) -> Tensor:  # (N, C, *size) -> (N,)
-        """The energies −f(x)."""
-        return -self.score(x)
-
-    @contextlib.contextmanager
-    def observing(self) -> Iterator[EnergyNet]:
-        """Inside, a forward is one on observed data: running statistics and power iterations follow it."""
-        followers = [m for m in self.modules() if isinstance(m, (SpectralWeight, BatchStatistics))]
-        before = [module.observe for module in followers]
-        for module in followers:
-            module.observe = True
-        try:
-            yield self
-        finally:
-            for module, value in zip(followers, before, strict=True):
-                module.observe = value
+            if isinstance(layer, ConvLayer):
+                yield layer, size
+                size = tuple(layer.map_size(s) for s in size)
 
     @torch.no_grad()
     def freeze_norm(self) -> EnergyNet:
@@ -188,13 +143,9 @@ class EnergyNet(nn.Module):
         those of the batch. Weights divided by a spectral norm are stored divided. A net without batch statistics
         gives a copy of itself.
         """
-        config = self.config()
-        if self.norm == "batch":
-            config.update(norm="frozen", spectral_norm=False)
-        net = EnergyNet.from_config(config)
         if self.norm != "batch":
-            net.load_state_dict(self.state_dict())
-            return net.to(next(self.parameters()).device)
+            return self.copied()
+        net = EnergyNet.from_config({**self.config(), "norm": "frozen", "spectral_norm": False})
         for source, target in zip(self.convolutions, net.convolutions, strict=True):
             assert source.norm is not None and target.bias is not None  # what "batch" and "frozen" mean
             scale, shift = source.norm.scale_and_shift()
@@ -206,19 +157,7 @@ class EnergyNet(nn.Module):
             net.head.bias.copy_(self.head.bias)
         return net.to(next(self.parameters()).device)
 
-    def macs(self) -> int:
-        """Multiply-accumulates of one sample's forward pass."""
-        total, size = 0, self.size
-        for layer in self.convolutions:
-            total += layer.macs(size)
-            size = tuple(layer.map_size(s) for s in size)
-        return total + (self.head.weight.numel() if self.head is not None else 0)
-
     def config(self) -> dict[str, Any]:
-        """What `from_config` rebuilds this architecture from, in plain JSON types.
-
-        ValueError where a layer was changed by hand since, so that no other net is stored in this one's name.
-        """
         for index, (spec, layer) in enumerate(itertools.zip_longest(self.specs, self.layers)):
             if spec is None or _described(layer) != (spec, self.activation, self.negative_slope):
                 raise ValueError(
@@ -239,6 +178,5 @@ class EnergyNet(nn.Module):
 
     @classmethod
     def from_config(cls, config: dict[str, Any], *, seed: int = 0) -> EnergyNet:
-        """The architecture that `config()` described, with fresh weights."""
         rest = {key: value for key, value in config.items() if key != "layers"}
         return cls(layers=[ConvSpec(*layer) for layer in config["layers"]], seed=seed, **rest)

@@ -18,7 +18,7 @@ from mgebm_fast.export.describe import plain_model, plain_tensors
 from mgebm_fast.export.script import script
 from mgebm_fast.models import CoopNets, Frame, GenerativeConvNet, GeneratorModel, MultiGrid, SingleGrid, SpatialTemporal
 from mgebm_fast.models.latent import Inference
-from mgebm_fast.nets import ConvSpec, DeconvSpec, Generator
+from mgebm_fast.nets import ConvSpec, DeconvSpec, EnergyNet, Generator, ResidualNet
 
 STILL = mg.Langevin(3, drift=0.5, noise_std=0.0, reference_std=2.0, reference_mean=0.25, grad_clamp=0.5, clamp=(-1, 1))
 SHARED = {"channels": 1, "langevin": STILL, "value_range": (-1.0, 1.0)}
@@ -42,6 +42,14 @@ MODELS = {
     "MultiGrid": lambda: coloured(MultiGrid((1, 2, 4), **SMALL, batch_size=3)),
     "spectral": lambda: coloured(MultiGrid((1, 4), **{**SMALL, "spectral_norm": True, "activation": "silu"})),
     "batch": lambda: coloured(MultiGrid((1, 2, 4), **{**SMALL, "norm": "batch"}, batch_size=4)),
+    "residual": lambda: coloured(MultiGrid((1, 4, 8), **{**SMALL, "variant": "residual", "spectral_norm": True})),
+    "pooled": lambda: coloured(
+        MultiGrid(
+            (1, 8),
+            **SHARED,
+            nets=[ResidualNet(8, 1, [3, 4], depth=2, activation="leaky_relu", negative_slope=0.1, head="sum")],
+        )
+    ),
     "bank": lambda: banked(SingleGrid(4, start="bank", sample_steps=2, **SMALL)),
     "GenerativeConvNet": lambda: GenerativeConvNet(6, LAYERS, depth=1, sample_steps=4, **SHARED),
     "Frame": lambda: Frame(6, layers=LAYERS, sample_steps=2, **SHARED),
@@ -136,24 +144,44 @@ def test_a_sampler_runs_where_mgebm_fast_is_not(tmp_path):
     assert "mgebm_fast" not in (tmp_path / "grid.py").read_text()
 
 
-def test_a_state_dict_says_how_it_is_loaded(tmp_path):
-    model = MODELS["MultiGrid"]()
-    export(model, "state-dict", tmp_path / "weights.safetensors")
-    with safe_open(tmp_path / "weights.safetensors", "pt") as file:
-        metadata = file.metadata()
+@pytest.mark.parametrize("kind", ["residual", "mixed"])
+def test_a_samplers_file_has_the_layers_that_its_nets_need(kind, tmp_path):
+    model = MODELS["residual"]()
+    if kind == "mixed":
+        nets = [EnergyNet(4, 1, LAYERS, norm="none"), model.nets[1]]
+        model = coloured(MultiGrid((1, 4, 8), **SHARED, nets=nets, batch_size=5))
+    export(model, "sampler", tmp_path / "x.py")
+    source = (tmp_path / "x.py").read_text()
+    assert ("def stacked_layers" in source) == ("def layers_of" in source) == (kind == "mixed")
+    names = {"__name__": "x"}
+    exec(compile(source, "x.py", "exec"), names)
+    energies, stored = names["load"](names["MODEL"], tmp_path / "x.safetensors")
     x = images(model)
-    save_file({"x": x, "energies": energies_of(model, x)}, tmp_path / "known.safetensors")
-    check = (
-        "known = load_file('known.safetensors')\n"
-        "energy = -nets[4](known['x']).sum(1)\n"
-        "assert (energy - known['energies'][:, 1]).abs().max() < 1e-5\n"
-    )
-    run(metadata["how_to_load"] + check, tmp_path)
-    assert json.loads(metadata["model"])["kind"] == "MultiGrid"
+    torch.testing.assert_close(energies(x), energies_of(model, x), rtol=1e-4, atol=1e-5)
+    drawn = names["sample"](names["MODEL"], energies, stored, 5)
+    torch.testing.assert_close(drawn, model.sample(5, precision="fp32"), rtol=1e-4, atol=1e-4)
+
+
+def test_a_state_dict_says_how_it_is_loaded(tmp_path):
+    code = ""
+    for kind, finest in (("MultiGrid", 4), ("residual", 8)):
+        model = MODELS[kind]()
+        export(model, "state-dict", tmp_path / f"{kind}.safetensors")
+        with safe_open(tmp_path / f"{kind}.safetensors", "pt") as file:
+            metadata = file.metadata()
+        x = images(model)
+        save_file({"x": x, "energies": energies_of(model, x)}, tmp_path / f"{kind}-known.safetensors")
+        code += metadata["how_to_load"] + (
+            f"known = load_file('{kind}-known.safetensors')\n"
+            f"energy = -nets[{finest}](known['x']).sum(1)\n"
+            "assert (energy - known['energies'][:, 1]).abs().max() < 1e-5\n"
+        )
+        assert json.loads(metadata["model"])["kind"] == "MultiGrid"
+    run(code, tmp_path)
 
 
 def test_torchscript_is_the_energies_of_any_number_of_images(tmp_path):
-    for kind in ("MultiGrid", "video"):
+    for kind in ("MultiGrid", "residual", "pooled", "video"):
         model = MODELS[kind]()
         export(model, "torchscript", tmp_path / "x.pt")
         traced = torch.jit.load(tmp_path / "x.pt")
@@ -167,12 +195,14 @@ def test_onnx_is_the_energies_of_any_number_of_images(tmp_path):
     onnx = pytest.importorskip("onnx")
     from onnx.reference import ReferenceEvaluator
 
-    model = MODELS["MultiGrid"]()
-    export(model, "onnx", tmp_path / "x.onnx")
-    session = ReferenceEvaluator(onnx.load(tmp_path / "x.onnx"))
-    for n in (1, 5):
-        (found,) = session.run(None, {"x": images(model, n).numpy()})
-        torch.testing.assert_close(torch.from_numpy(found), energies_of(model, images(model, n)), rtol=1e-4, atol=1e-5)
+    for kind in ("MultiGrid", "residual"):
+        model = MODELS[kind]()
+        export(model, "onnx", tmp_path / "x.onnx")
+        session = ReferenceEvaluator(onnx.load(tmp_path / "x.onnx"))
+        for n in (1, 5):
+            (found,) = session.run(None, {"x": images(model, n).numpy()})
+            expected = energies_of(model, images(model, n))
+            torch.testing.assert_close(torch.from_numpy(found), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_onnx_says_how_to_get_it(tmp_path, monkeypatch):
@@ -218,7 +248,10 @@ def test_models_that_cannot_leave_are_refused_by_name(tmp_path):
             "got a Frame with Hamiltonian",
         ),
         (MultiGrid((1, 2, 4), **SMALL), "be trained, with colours that chains start from"),
-        (MultiGrid((1, 4), **SMALL, nets=[torch.nn.Flatten(0)]), "must be EnergyNets to be exported, got Flatten"),
+        (
+            MultiGrid((1, 4), **SMALL, nets=[torch.nn.Flatten(0)]),
+            "must be EnergyNets or ResidualNets to be exported, got Flatten",
+        ),
     ]
     for model, words in cases:
         with pytest.raises(ValueError, match=words):

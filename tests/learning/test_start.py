@@ -90,6 +90,7 @@ def test_what_does_not_fit_is_refused_by_name_and_nothing_is_written(trained, tm
     file = shutil.copy(trained / "model.safetensors", tmp_path / "alone.safetensors")
     cases = [
         (trained, {"width": 0.2}, r"from: layers of size 2 must be .*, as in .*small, got"),
+        (trained, {"variant": "residual"}, "from: class of size 2 must be EnergyNet, as in .*small, got ResidualNet"),
         (trained, {"activation": "silu"}, "from: activation of size 2 must be leaky_relu, as in .*, got silu"),
         (trained, {"value_range": [0.0, 1.0]}, r"from: value_range must be \(-1.0, 1.0\), as in .*, got \(0.0, 1.0\)"),
         (trained, {"sizes": [1, 8]}, "from: must have a net of size 8, got .*, which has size 2, size 4"),

@@ -136,7 +136,7 @@ def test_any_energies_may_stand_in_for_the_nets():
     m = MultiGrid((1, 2, 4), channels=1, nets=[Quadratic(), Quadratic()], langevin=SHORT, value_range=(-1.0, 1.0))
     m.set_colours(torch.zeros(1, 1))
     assert m.norm == "none" and m.sample(3).shape == (3, 1, 4, 4)
-    with pytest.raises(ValueError, match="nets must be EnergyNets to be frozen, got Quadratic"):
+    with pytest.raises(ValueError, match="nets must be EnergyNets or ResidualNets to be frozen, got Quadratic"):
         m.freeze_norm()
 
 

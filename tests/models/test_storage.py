@@ -37,12 +37,16 @@ def file(tmp_path):
     return path
 
 
-@pytest.mark.parametrize("norm, spectral_norm", [("batch", False), ("none", True)])
-def test_a_stored_model_samples_the_same(tmp_path, norm, spectral_norm):
-    m = model(norm=norm, spectral_norm=spectral_norm, langevin=[SHORT, Langevin(3, step_size=0.1)])
+@pytest.mark.parametrize(
+    ("norm", "more"),
+    [("batch", {}), ("none", {"spectral_norm": True}), (None, {"variant": "residual", "spectral_norm": True})],
+)
+def test_a_stored_model_samples_the_same(tmp_path, norm, more):
+    m = model(norm=norm, langevin=[SHORT, Langevin(3, step_size=0.1)], **more)
     m.save(tmp_path / "m.safetensors")
     loaded = MultiGrid.load(tmp_path / "m.safetensors")
     assert loaded.config() == m.config() and same_weights(loaded.state_dict(), m.state_dict())
+    assert [type(net) for net in loaded.nets] == [type(net) for net in m.nets]
     assert torch.equal(loaded.sample(5, seed=3), m.sample(5, seed=3))
 
 

@@ -260,7 +260,7 @@ def test_a_layer_of_nothing_is_refused(arguments):
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (dict(variant="C"), "variant must be one of A, B, compact, got 'C'"),
+        (dict(variant="C"), "variant must be one of A, B, compact, residual, got 'C'"),
         (dict(size=0), "size must be a positive int"),
         (dict(width=-1.0), "width must be a finite number > 0"),
         (dict(norm="frozen"), "then freeze_norm"),

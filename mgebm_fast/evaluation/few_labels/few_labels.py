@@ -15,7 +15,7 @@ from ... import noise
 from ...data import ImageData
 from ...errors import Refused
 from ...models import Model
-from ...nets import EnergyNet
+from ...nets import ScoreNet, from_config
 from . import readout
 from .net_features import energy_features, energy_nets, read_maps, scaled_down
 from .readout import Scale
@@ -196,7 +196,7 @@ def _contenders(
         inputs = [scaled_down(model, d.images) for d in (train, held_out)]
         if fine_tune:
 
-            def learned(draw: int, nets: Sequence[EnergyNet] = nets) -> Sequence[EnergyNet]:
+            def learned(draw: int, nets: Sequence[ScoreNet] = nets) -> Sequence[ScoreNet]:
                 return nets
 
             predict = _end_to_end(learned, inputs, known, reference)
@@ -206,7 +206,7 @@ def _contenders(
             continue
         first[key] = name
 
-        def begin(draw: int, nets: Sequence[EnergyNet] = nets) -> list[EnergyNet]:
+        def begin(draw: int, nets: Sequence[ScoreNet] = nets) -> list[ScoreNet]:
             device = next(nets[0].parameters()).device
             seeds = np.random.SeedSequence([seed, draw]).generate_state(len(nets), np.uint32)
             return [_fresh(net, int(s)).to(device) for net, s in zip(nets, seeds, strict=True)]
@@ -233,7 +233,7 @@ def _contenders(
 
 
 def _end_to_end(
-    begin: Callable[[int], Sequence[EnergyNet]], inputs: list[list[Tensor]], known: np.ndarray, reference: np.ndarray
+    begin: Callable[[int], Sequence[ScoreNet]], inputs: list[list[Tensor]], known: np.ndarray, reference: np.ndarray
 ) -> Callable[[np.ndarray, int], np.ndarray]:
     def predict(labelled: np.ndarray, draw: int) -> np.ndarray:
         train, test = inputs
@@ -244,8 +244,9 @@ def _end_to_end(
     return predict
 
 
-def _fresh(net: EnergyNet, seed: int) -> EnergyNet:
+def _fresh(net: ScoreNet, seed: int) -> ScoreNet:
     """The layers of a net with random weights; of one whose statistics were folded in, as it was before that."""
     config = net.config()
-    config["norm"] = "batch" if net.norm == "frozen" else net.norm
-    return EnergyNet.from_config(config, seed=seed)
+    if net.norm == "frozen":
+        config["norm"] = "batch"
+    return from_config(config, seed=seed)

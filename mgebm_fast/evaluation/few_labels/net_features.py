@@ -12,18 +12,20 @@ from torch import Tensor, nn
 
 from ... import ops
 from ...models import Model
-from ...nets import EnergyNet
+from ...nets import ScoreNet
 
 MAP = 4  # larger maps are averaged to this many cells a side
 _BATCH = 256
 
 
-def energy_nets(model: nn.Module) -> list[EnergyNet]:
+def energy_nets(model: nn.Module) -> list[ScoreNet]:
     """The model's energy nets, coarse to fine; ValueError where it has none whose layers can be read."""
     nets = list(getattr(model, "nets", ()))
-    if not nets or not all(isinstance(net, EnergyNet) for net in nets):
+    if not nets or not all(isinstance(net, ScoreNet) for net in nets):
         got = type(nets[0]).__name__ if nets else f"a {type(model).__name__}, which has no energy"
-        raise ValueError(f"energy_features: model must have energy nets of the class EnergyNet, got {got}")
+        raise ValueError(
+            f"energy_features: model must have energy nets of the classes EnergyNet and ResidualNet, got {got}"
+        )
     if any(net.ndim != 2 for net in nets):
         raise ValueError(f"energy_features: model must be of images, got one of {nets[0].ndim}-dimensional data")
     return nets
@@ -41,7 +43,7 @@ def energy_features(
     than 4×4 cells is averaged to 4×4. A net with batch statistics is read under its running ones (`freeze_norm`), so
     that an image's features do not depend on its batch. Nothing of the model changes.
 
-    ValueError for a model with no EnergyNet (a generator alone), one of videos or sounds, or images of another shape
+    ValueError for a model with no such net (a generator alone), one of videos or sounds, or images of another shape
     or dtype. Source: the learned feature maps of all grids as a classifier's input, Gao et al. (CVPR 2018).
     """
     nets = [net.freeze_norm() if net.norm == "batch" else net for net in energy_nets(model)]

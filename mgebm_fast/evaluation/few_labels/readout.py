@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...nets import EnergyNet
+from ...nets import ScoreNet, from_config
 from .net_features import read_maps, top_map
 
 FOLDS = 5
@@ -94,7 +94,7 @@ class NetClassifier(nn.Module):
     The top maps are scaled as frozen ones are, by what the nets compute before training; the linear map starts at 0.
     """
 
-    def __init__(self, nets: Sequence[EnergyNet], classes: int, scale: Scale) -> None:
+    def __init__(self, nets: Sequence[ScoreNet], classes: int, scale: Scale) -> None:
         super().__init__()
         self.nets = nn.ModuleList(nets)
         self.scale = scale
@@ -109,7 +109,7 @@ class NetClassifier(nn.Module):
 
 
 def net_predictions(
-    nets: Sequence[EnergyNet],  # where training begins; they are left as they are
+    nets: Sequence[ScoreNet],  # where training begins; they are left as they are
     reference: Sequence[Tensor],  # inputs of images whose labels nobody looks at, one (N, C, s, s) a net
     labelled: Sequence[Tensor],
     labels: np.ndarray,
@@ -126,7 +126,7 @@ def net_predictions(
     """
     classes, targets = np.unique(labels, return_inverse=True)
     device = labelled[0].device
-    copies = [EnergyNet.from_config(net.config()).to(device) for net in nets]
+    copies = [from_config(net.config()).to(device) for net in nets]
     for copy, net in zip(copies, nets, strict=True):
         copy.load_state_dict(net.state_dict())
         copy.requires_grad_(True)
@@ -156,12 +156,12 @@ def net_predictions(
 
 
 @torch.no_grad()
-def readable(nets: Sequence[EnergyNet], reference: Sequence[Tensor]) -> list[EnergyNet]:
+def readable(nets: Sequence[ScoreNet], reference: Sequence[Tensor]) -> list[ScoreNet]:
     """The nets under statistics that no batch changes; those of `reference` where they have seen nothing yet."""
-    out: list[EnergyNet] = []
+    out: list[ScoreNet] = []
     for net, x in zip(nets, reference, strict=True):
         if net.norm == "batch" and not all(int(layer.norm.observed) for layer in net.convolutions if layer.norm):
-            net = EnergyNet.from_config(net.config()).to(x.device)
+            net = from_config(net.config()).to(x.device)
             net.load_state_dict(nets[len(out)].state_dict())
             with net.observing():
                 net(x)

@@ -9,6 +9,7 @@ from typing import Any
 
 from ...errors import ConfigError, InputError
 from ...gradient import PRECISIONS
+from ...nets import VARIANTS
 from ...nets.layers import ACTIVATIONS
 from ...sampling import Langevin
 from .keys import (
@@ -62,7 +63,7 @@ class TrainConfig:
         fixed=True,
     )
     width: float = key(1.0, Real(0, 64, above=True), "multiplies hidden channels", fixed=True)
-    variant: str = key("compact", Choice(("A", "B", "compact")), "family of nets", fixed=True)
+    variant: str = key("compact", Choice(VARIANTS), "family of nets", fixed=True)
     norm: str = key("none", Choice(("batch", "none")), "normalisation of the nets", fixed=True)
     activation: Any = key(
         None,

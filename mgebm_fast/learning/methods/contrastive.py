@@ -16,7 +16,7 @@ from ...errors import DivergenceError
 from ...gradient import energy_gradient
 from ...models import EnergyModel
 from ...models.energies import norm_of
-from ...nets import EnergyNet
+from ...nets import ScoreNet
 from ...sampling import graphs
 from ..config.keys import pick
 from ..config.train_config import TrainConfig
@@ -238,7 +238,7 @@ class ContrastiveRule(ModelRule):
         return noisy.clamp_(*self.config.value_range) if self.config.stabilise.data_noise_clamp else noisy
 
     def _energies(self, net: nn.Module, real: Tensor, chain: Tensor) -> tuple[Tensor, Tensor]:
-        observing: Any = net.observing() if isinstance(net, EnergyNet) else contextlib.nullcontext()
+        observing: Any = net.observing() if isinstance(net, ScoreNet) else contextlib.nullcontext()
         if norm_of(net) != "batch":
             with observing:
                 on_real, on_chain = net(torch.cat([real, chain])).split([len(real), len(chain)])

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ... import noise
 from ...models import MultiGrid
-from ...nets import EnergyNet
+from ...nets import ScoreNet
 from ...sampling.graphs import Graph
 from ..config.method import Method, register
 from ..config.train_config import TrainConfig
@@ -53,7 +53,7 @@ def build_model(config: TrainConfig) -> MultiGrid:
 def describe_model(model: MultiGrid) -> dict[str, Any]:
     """The configuration keys that a given model settles. ValueError where its chains cannot be written as keys."""
     first = model.nets[0]
-    built = isinstance(first, EnergyNet)  # a module of one's own says nothing of these keys
+    built = isinstance(first, ScoreNet)  # a module of one's own says nothing of these keys
     clamps = {chain.clamp for chain in model.langevin}
     if clamps not in ({None}, {model.value_range}):
         raise ValueError(

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ...errors import CheckpointError
-from ...nets import EnergyNet
+from ...nets import ScoreNet
 from ..config.keys import pick
 from ..config.sections import OptimiserConfig
 
@@ -87,14 +87,11 @@ def step(
 
 
 def map_areas(net: nn.Module) -> dict[int, float]:
-    """id(parameter) -> pixels of the feature map of the layer that owns it, for the convolutions of an `EnergyNet`."""
+    """id(parameter) -> pixels of the feature map of the layer that owns it, for the convolutions of a `ScoreNet`."""
     areas: dict[int, float] = {}
-    if not isinstance(net, EnergyNet):
-        return areas
-    size = net.size
-    for layer in net.convolutions:
-        size = tuple(layer.map_size(length) for length in size)
-        areas.update({id(parameter): float(math.prod(size)) for parameter in layer.parameters()})
+    for layer, size in net.placed() if isinstance(net, ScoreNet) else ():
+        area = float(math.prod(layer.map_size(length) for length in size))
+        areas.update({id(parameter): area for parameter in layer.parameters()})
     return areas
 
 

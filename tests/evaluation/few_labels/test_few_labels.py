@@ -82,7 +82,7 @@ def test_features_refuse_what_has_none():
     with pytest.raises(ValueError, match="a GeneratorModel, which has no energy"):
         energy_features(alone, bytes_of(2))
     foreign = SingleGrid(8, channels=1, nets=[torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 1))])
-    with pytest.raises(ValueError, match="of the class EnergyNet, got Sequential"):
+    with pytest.raises(ValueError, match="of the classes EnergyNet and ResidualNet, got Sequential"):
         energy_features(foreign, bytes_of(2))
     for wrong in (bytes_of(2, size=4), bytes_of(2, 3), bytes_of(2).astype(np.float32)):
         with pytest.raises(ValueError, match=r"must be uint8 \(N, 1, 8, 8\), got"):
