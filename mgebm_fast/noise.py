@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import enum
 import math
+import threading
 
 import torch
 from torch import Tensor
@@ -83,6 +84,23 @@ def check_seed(seed: int, where: str) -> int:
     return seed
 
 
+def is_eager() -> bool:
+    """Whether torch's calls run as they are written: no compiler, dispatch mode or transform takes them up."""
+    compiled = torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack()
+    return not compiled and torch._C._functorch.peek_interpreter_stack() is None
+
+
+class _Scratch(threading.local):
+    """One number a thread: seeds are drawn in place, since making a tensor costs twice as much as the draw."""
+
+    def __init__(self) -> None:
+        with torch.inference_mode(False):  # a tensor of inference mode could not be written outside
+            self.number = torch.empty((), dtype=torch.int64, device="cpu")
+
+
+_scratch, _CPU = _Scratch(), torch.device("cpu")
+
+
 def resolve_seed(
     seed: int | Tensor | None, generator: torch.Generator | None, device: torch.device, where: str
 ) -> int | Tensor:
@@ -99,11 +117,14 @@ def resolve_seed(
             raise ValueError(f"{where}: seed and generator exclude each other, got both")
         return seed
     captured = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-    source = generator.device if generator is not None else device if captured else torch.device("cpu")
+    source = generator.device if generator is not None else device if captured else _CPU
     if captured and source.type != "cuda":
         raise ValueError(f"{where}: generator must be on {device} while a CUDA graph is captured, got {source}")
+    on_cpu = source is _CPU or source.type == "cpu"
+    if on_cpu and is_eager():
+        return _scratch.number.random_(2**63 - 1, generator=generator).item()  # the number that randint would draw
     drawn = torch.randint(2**63 - 1, (), dtype=torch.int64, device=source, generator=generator)
-    if source.type == "cpu" and not torch.compiler.is_compiling() and type(drawn) is Tensor:  # no fake tensor
+    if on_cpu and not torch.compiler.is_compiling() and type(drawn) is Tensor:  # no fake tensor
         return int(drawn)
     return drawn.to(device)
 

@@ -43,5 +43,5 @@ def presets(
 
 
 def _toml(value: object) -> str:
-    """A default as a TOML file writes it; `none` where the key is left out."""
-    return "none" if value is None else json_module.dumps(value, ensure_ascii=False)
+    """A default as a TOML file writes it."""
+    return json_module.dumps(value, ensure_ascii=False)

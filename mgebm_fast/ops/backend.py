@@ -16,6 +16,7 @@ from torch import Tensor
 from .. import native
 from ..checks import one_of
 from ..errors import BackendError
+from ..noise import is_eager
 
 BACKENDS = ("auto", "reference", "native", "triton")
 
@@ -97,11 +98,7 @@ def past_dispatcher(*tensors: Tensor) -> bool:
 
     The dispatcher costs a custom in-place op some 80 µs a call, several times a small update itself.
     """
-    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
-        return False
-    if torch._C._functorch.peek_interpreter_stack() is not None:
-        return False
-    return all(type(tensor) is Tensor for tensor in tensors)
+    return is_eager() and all(type(tensor) is Tensor for tensor in tensors)
 
 
 def launch_place(tensor: Tensor) -> tuple[int, ...]:

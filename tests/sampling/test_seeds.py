@@ -1,12 +1,17 @@
 """Seeds that nobody gives: every call has noise of its own, which torch's generator governs."""
 
 import math
+import threading
 
 import numpy as np
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
 
 import mgebm_fast as mg
+from mgebm_fast import noise
+from mgebm_fast.noise import resolve_seed
 from mgebm_fast.sampling.cascade import cascade
 from mgebm_fast.sampling.diagnostics import Recorder
 
@@ -55,6 +60,34 @@ def test_calls_without_a_seed_differ_and_torch_s_seed_repeats_them(name):
         run(x, seed=1, generator=own)
     with pytest.raises(TypeError, match=r"generator must be a torch\.Generator or None, got int"):
         run(x, generator=3)
+
+
+def test_drawn_seeds_are_the_numbers_of_randint():
+    cpu, own, other = torch.device("cpu"), torch.Generator().manual_seed(4), torch.Generator().manual_seed(4)
+    torch.manual_seed(3)
+    expected = [int(torch.randint(2**63 - 1, ())) for _ in range(3)]
+    torch.manual_seed(3)
+    assert [resolve_seed(None, None, cpu, "x") for _ in range(3)] == expected
+    assert resolve_seed(None, own, cpu, "x") == int(torch.randint(2**63 - 1, (), generator=other))
+
+
+def test_a_seed_can_be_drawn_in_any_thread_and_mode():
+    cpu, places, seeds = torch.device("cpu"), {noise._scratch.number.data_ptr()}, []
+
+    def draw():
+        with torch.inference_mode():  # the first draw of this thread
+            seeds.append(resolve_seed(None, None, cpu, "x"))
+        seeds.append(resolve_seed(None, None, cpu, "x"))
+        places.add(noise._scratch.number.data_ptr())
+
+    thread = threading.Thread(target=draw)
+    thread.start()
+    thread.join()
+    assert len(places) == 2 and len(set(seeds)) == 2  # no thread writes the number of another
+    with FakeTensorMode():
+        assert isinstance(resolve_seed(None, None, cpu, "x"), FakeTensor)
+    with FlopCounterMode(display=False):
+        assert isinstance(resolve_seed(None, None, cpu, "x"), int)
 
 
 def test_explain_draws_nothing_and_a_recorder_draws_its_own():

@@ -166,7 +166,7 @@ class PerGrid(Kind):
 
 @dataclasses.dataclass(frozen=True)
 class Maybe(Kind):
-    """`kind`, or nothing: the key is left out of the file, and `none` clears it on the command line."""
+    """`kind`, or nothing, which TOML has no value for: the string "none" in a file, `none` on the command line."""
 
     kind: Kind
 
@@ -177,11 +177,13 @@ class Maybe(Kind):
     def read(self, value: Any) -> Any:
         return None if value is None or value == "none" else self.kind.read(value)
 
+    def shown(self, value: Any) -> Any:
+        return "none" if value is None else value
+
 
 @dataclasses.dataclass(frozen=True)
 class Auto(Kind):
-    """`kind`, or chosen by other keys: the key is then left out of the file, and `auto` clears it. For kinds of which
-    "none" is a value."""
+    """`kind`, or chosen by other keys: "auto". For kinds of which "none" is a value."""
 
     kind: Kind
 

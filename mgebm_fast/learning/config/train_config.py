@@ -145,10 +145,10 @@ class TrainConfig:
         return tuple(chains)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain TOML types; keys that hold none are left out."""
-        values = dataclasses.asdict(self)
-        options = values.pop("options")
-        return _plain(values if options is None else {**values, self.method: options})
+        """Plain TOML types, from which `from_dict` makes this configuration again. Keys that hold nothing by default
+        and hold nothing here are left out."""
+        values = _plain(self)
+        return values if self.options is None else {**values, self.method: _plain(self.options)}
 
     def to_toml(self) -> str:
         return written(self.to_dict())
@@ -208,7 +208,16 @@ def per_grid_keys() -> list[str]:
     ]
 
 
-def _plain(values: Any) -> Any:
-    if isinstance(values, dict):
-        return {name: _plain(value) for name, value in values.items() if value is not None}
-    return [_plain(value) for value in values] if isinstance(values, (list, tuple)) else values
+def _plain(section: Any) -> dict[str, Any]:
+    values: dict[str, Any] = {}
+    for field in dataclasses.fields(section):
+        value = getattr(section, field.name)
+        if "kind" not in field.metadata:  # a table; that of the method's own keys has another name
+            values |= {field.name: _plain(value)} if field.name != "options" else {}
+        elif value is not None or field.default is not None:
+            values[field.name] = _listed(field.metadata["kind"].shown(value))
+    return values
+
+
+def _listed(value: Any) -> Any:
+    return [_listed(entry) for entry in value] if isinstance(value, (list, tuple)) else value

@@ -72,8 +72,11 @@ def merge(config: TrainConfig, changes: Mapping[str, Any], where: str = "config"
     values, given = config.to_dict(), set()
     for name, value in changes.items():
         if isinstance(value, Mapping) and name in sections():
-            values[name] = {**values.get(name, {}), **value}
-            given |= {f"{name}.{leaf}" for leaf, entry in value.items() if entry is not None}
+            read = {
+                leaf: _read(_kind(f"{name}.{leaf}", where), f"{name}.{leaf}", v, where) for leaf, v in value.items()
+            }
+            values[name] = {**values.get(name, {}), **read}
+            given |= {f"{name}.{leaf}" for leaf, entry in read.items() if entry is not None}
         else:
             values[name] = _read(_kind(name, where), name, value, where)
             given.add(name)
@@ -86,8 +89,8 @@ _BY_RANK = ("stabilise.noise_anneal", "stabilise.noise_anneal_share")
 
 def _settled(values: dict[str, Any], given: set[str], before: tuple[int, ...]) -> dict[str, Any]:
     """`values` after the keys `given` were set: without the form of the chain that a newly given one replaces,
-    without the table of a method that was left, without keys that hold none, and with lists that had an entry for
-    each net of the sizes `before` fitted to new sizes."""
+    without the table of a method that was left, and with lists that had an entry for each net of the sizes `before`
+    fitted to new sizes."""
     for name in tables().keys() - {values["method"]}:
         if not any(key.startswith(f"{name}.") for key in given):
             values.pop(name, None)
@@ -109,11 +112,7 @@ def _settled(values: dict[str, Any], given: set[str], before: tuple[int, ...]) -
                 else:
                     fitted = [value[_nearest_size(size, before[1:])] for size in sizes[1:]]
                 values[section][leaf] = fitted
-    return {
-        name: {k: v for k, v in value.items() if v is not None} if isinstance(value, dict) else value
-        for name, value in values.items()
-        if value is not None
-    }
+    return values
 
 
 def _nearest_size(size: int, among: Sequence[int]) -> int:

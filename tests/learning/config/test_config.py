@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 
@@ -18,8 +19,18 @@ from mgebm_fast.learning import (
     merge,
     preset_names,
 )
+from mgebm_fast.learning.config.keys import Auto, Maybe
+from mgebm_fast.learning.config.sections import tables
 from mgebm_fast.learning.config.toml import written
+from mgebm_fast.learning.config.train_config import all_keys
 from mgebm_fast.learning.config.values import from_dict
+
+# A value for optional keys that hold nothing by default and need nothing beside them.
+EXAMPLE = {
+    "activation": {"activation": "relu"}, "start_from": {"start_from": "runs/x"},
+    "langevin.reference_std": {"langevin": {"reference_std": 2.0}}, "pcd.bank_size": {"pcd": {"bank_size": 10}},
+    "rollback.gap_max": {"rollback": {"gap_max": 5.0}},
+}  # fmt: skip
 
 COMMON = ("steps", "seed", "batch_size", "checkpoint_every", "sample_every", "width", "sizes")
 
@@ -91,6 +102,36 @@ def test_override_of_a_section_and_its_clearing():
     assert [chain.steps for chain in config.dynamics()] == [10, 20, 30]
     assert config.optimiser.grad_clip_norm == 2.0
     assert apply_overrides(config, ["optimiser.grad_clip_norm=none"]).optimiser.grad_clip_norm is None
+
+
+OPTIONAL = [name for name, (_, field) in all_keys().items() if isinstance(field.metadata["kind"], (Auto, Maybe))]
+
+
+@pytest.mark.parametrize("name", OPTIONAL)
+def test_a_key_that_is_cleared_stays_so_in_a_file(name):
+    """Whatever the key's default: what is written is what is read, by --set, TOML and the state of a checkpoint."""
+    section, _, leaf = name.rpartition(".")
+    method = section if section in tables() else "multigrid"
+    chain = {"step_size": 0.1} if leaf in ("drift", "noise_std") else {"drift": 1.0, "noise_std": 0.1}
+    config = from_dict({"method": method, "langevin": chain})
+    config = config if leaf in ("drift", "noise_std", "step_size") else merge(config, EXAMPLE.get(name, {}))
+    word = "auto" if isinstance(all_keys()[name][1].metadata["kind"], Auto) else "none"
+    for cleared in (
+        apply_overrides(config, [f"{name}={word}"]),
+        merge(config, {section: {leaf: word}} if section else {leaf: word}),
+        merge(config, {section: {leaf: None}} if section else {leaf: None}),
+    ):
+        owner = cleared.options if section in tables() else getattr(cleared, section) if section else cleared
+        assert getattr(owner, leaf) is None
+        assert from_dict(tomllib.loads(cleared.to_toml())) == cleared
+        assert from_dict(json.loads(json.dumps(cleared.to_dict()))) == cleared
+
+
+def test_none_in_a_file_with_a_base_takes_nothing_else_away():
+    config = merge(load_preset("digits"), {"langevin": {"step_size": "none", "grad_clamp": "none"}})
+    assert config.langevin.drift == 1.0 and config.langevin.grad_clamp is None
+    with pytest.raises(ConfigError, match=r"config: langevin\.drift must be a number > 0, .*, got 'x'"):
+        merge(config, {"langevin": {"drift": "x"}})
 
 
 def test_a_new_form_of_the_chain_replaces_the_old():

@@ -196,3 +196,9 @@ def test_data_of_a_run(trainer, tmp_path):
     trainer(out=tmp_path, channels=1, sizes=[1, 2, 4, 8], data=load("digits", size=8, channels=1)).fit(1)
     run = Run(tmp_path)
     assert len(run.data()) == 1437 and len(run.data("held_out")) == 360
+
+
+def test_a_run_whose_bound_was_cleared_goes_on_without_it(trainer, tmp_path):
+    trainer(out=tmp_path, steps=1, rollback={"gap_ratio": "none"}).fit()
+    for config in (load_config(tmp_path / "config.toml"), Run(tmp_path / "checkpoints/step_000001").config):
+        assert config.rollback.gap_ratio is None
