@@ -9,7 +9,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from . import data, evaluation, gradient, learning, models, nets, noise, ops, pictures, sampling
+    from . import data, energies, evaluation, gradient, learning, models, nets, noise, ops, pictures, sampling
     from .errors import BackendError, CheckpointError, ConfigError, DataError, DivergenceError
     from .learning import MultiGridTrainer, load
     from .models import MultiGrid
@@ -18,7 +18,9 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-_MODULES = ("data", "evaluation", "gradient", "learning", "models", "nets", "noise", "ops", "pictures", "sampling")
+_MODULES = (
+    "data", "energies", "evaluation", "gradient", "learning", "models", "nets", "noise", "ops", "pictures", "sampling",
+)  # fmt: skip
 _NAMES = {
     "BackendError": "errors",
     "CheckpointError": "errors",
@@ -49,6 +51,7 @@ __all__ = [
     "MultiGrid",
     "MultiGridTrainer",
     "data",
+    "energies",
     "evaluation",
     "gradient",
     "langevin_sample",

@@ -27,7 +27,7 @@ LAYERS = [
     ["models"],
     ["sampling"],
     ["gradient"],
-    ["nets", "ops"],
+    ["nets", "ops", "energies"],
     ["kernels"],
     ["data"],
     ["native", "noise", "files", "pictures", "tables"],
