@@ -47,14 +47,19 @@ class AutogradPlan(GradientPlan):
         self._ones: Tensor | None = None
 
     def gradient(self, x: Tensor) -> Tensor:  # (N, ...) -> (N, ...)
+        if torch.is_grad_enabled() and not torch.is_inference_mode_enabled():
+            return self._gradient(x)
         with torch.inference_mode(False), torch.enable_grad():
-            leaf = x.detach().requires_grad_()
-            energies = ask(self._energy, leaf, self._where)
-            self._check(energies, leaf)
-            ones = self._ones
-            if ones is None or ones.shape != energies.shape or ones.dtype != energies.dtype:
-                ones = self._ones = torch.ones_like(energies)
-            (gradient,) = torch.autograd.grad(energies, leaf, ones, allow_unused=True)
+            return self._gradient(x)
+
+    def _gradient(self, x: Tensor) -> Tensor:
+        leaf = x.detach().requires_grad_()
+        energies = ask(self._energy, leaf, self._where)
+        self._check(energies, leaf)
+        ones = self._ones
+        if ones is None or ones.shape != energies.shape or ones.dtype != energies.dtype:
+            ones = self._ones = torch.ones_like(energies)
+        (gradient,) = torch.autograd.grad(energies, leaf, ones, allow_unused=True)
         if gradient is None:
             raise ValueError(f"{self._where}: energy must depend on x, got a value whose graph does not reach x")
         return gradient

@@ -44,7 +44,10 @@ def frozen_parameters(energy: Callable[..., Any]) -> Iterator[None]:
     `requires_grad=False` meanwhile, which keeps less memory; with others, which may be training them, they are left
     alone: the gradient in x is the same.
     """
-    modules = list(modules_of(energy))
+    modules = [module for module in modules_of(energy) if _moves(module)]
+    if not modules:  # frozen already, and without buffers
+        yield
+        return
     alone = threading.active_count() == 1
     with _lock, torch.no_grad():
         for module in modules:
@@ -81,6 +84,13 @@ def untouched(energy: Callable[..., Any]) -> Iterator[None]:
             with torch.no_grad():
                 for module, note in notes:
                     _restore(module, note)
+
+
+def _moves(module: nn.Module) -> bool:
+    """Whether a chain could change a module: it has a buffer, or a parameter that is not frozen."""
+    if len(module._buffers):
+        return True
+    return any(parameter is not None and parameter.requires_grad for parameter in module._parameters.values())
 
 
 def _note(module: nn.Module, held: _Held) -> _Held:

@@ -40,7 +40,8 @@ def plan(
     if precision not in PRECISIONS:
         near = suggest(str(precision), PRECISIONS)
         raise ValueError(f"{where}: precision must be one of {', '.join(PRECISIONS)}, got {precision!r}{near}")
-    stack: Stack | str = f"x is {reason}" if (reason := why_not_plain(x)) else read(energy, x)
+    plain = why_not_plain(x)
+    stack: Stack | str = f"x is {plain}" if plain else read(energy, x)
     if isinstance(stack, Stack) and isinstance(energy, nn.Module) and (reason := why_not_trusted(energy, stack, x)):
         warnings.warn(
             f"{where}: {type(energy).__name__} looks like a stack of convolutions, but {reason}; it runs by autograd",
@@ -52,7 +53,7 @@ def plan(
             raise BackendError(
                 f"{where}: precision {precision!r} needs a stack of convolutions, and the energy is none: {stack}"
             )
-        made = _graph_plan(energy, x, where, steps)
+        made = f"x is {plain}" if plain else _graph_plan(energy, x, where, steps)
         return AutogradPlan(energy, where, (stack, made), x.device.type) if isinstance(made, str) else made
     if precision == "auto":
         precision = conv.auto_precision(x.device.type, len(stack.stages))
@@ -77,8 +78,6 @@ def plan(
 
 def _graph_plan(energy: Energy, x: Tensor, where: str, steps: int) -> GradientPlan | str:
     """An energy by its own code's graph, or why not."""
-    if reason := why_not_plain(x):
-        return f"x is {reason}"
     if x.device.type != "cpu":
         return "other energies are read as graphs for CPU tensors alone"
     if steps < graph.MIN_STEPS:

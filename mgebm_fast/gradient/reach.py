@@ -37,11 +37,12 @@ def modules_of(energy: Any) -> Iterator[nn.Module]:
     queue = collections.deque([energy])
     while queue and len(keep) < _MOST:
         value = queue.popleft()
-        if isinstance(value, _LEAVES) or id(value) in seen:
+        module = isinstance(value, nn.Module)
+        if id(value) in seen or (not module and isinstance(value, _LEAVES)):
             continue
         seen.add(id(value))
         keep.append(value)
-        if isinstance(value, nn.Module):
+        if module:
             yield value
         queue.extend(_held_by(value))
 
@@ -49,7 +50,7 @@ def modules_of(energy: Any) -> Iterator[nn.Module]:
 def _held_by(value: Any) -> Iterable[Any]:
     kind: Any = type(value)
     if isinstance(value, nn.Module):
-        children = [child for child in value._modules.values() if child is not None]
+        children = list(value._modules.values())
         if _of_a_library(kind):
             return children
         return children + [held for name, held in vars(value).items() if name not in _OWN]

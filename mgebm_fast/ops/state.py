@@ -117,6 +117,9 @@ def mask_strides(mask: Tensor, x: Tensor) -> tuple[int, int, int]:
 
 def dense_copy(x: Tensor) -> Tensor:
     """A copy that may be updated in place: channels-last stays so, any other layout becomes contiguous."""
+    dense = x.is_contiguous() or strides(x) is not None
+    layout = torch.preserve_format if dense else torch.contiguous_format
+    if not torch.is_inference_mode_enabled():
+        return x.detach().clone(memory_format=layout)
     with torch.inference_mode(False), torch.no_grad():
-        layout = torch.contiguous_format if strides(x) is None else torch.preserve_format
         return x.detach().clone(memory_format=layout)

@@ -18,6 +18,9 @@ from ..ops.counters import counter
 from ..ops.update import number
 
 
+_PLAIN = (int, float, type(None))
+
+
 def pair(value: Any) -> Any:
     """A (low, high) as a tuple of Python's numbers."""
     if isinstance(value, (list, tuple, Tensor, np.ndarray)) and np.ndim(value) == 1:
@@ -28,8 +31,10 @@ def pair(value: Any) -> Any:
 def as_numbers_(described: Any, *pairs: str) -> None:
     """Every field of a frozen dataclass as Python's number, those named in `pairs` as a tuple of two; in place."""
     for field in dataclasses.fields(described):
-        convert = pair if field.name in pairs else number
-        object.__setattr__(described, field.name, convert(getattr(described, field.name)))
+        value = getattr(described, field.name)
+        if type(value) not in _PLAIN:
+            convert = pair if field.name in pairs else number
+            object.__setattr__(described, field.name, convert(value))
 
 
 def count(value: Any, name: str, where: str) -> int:

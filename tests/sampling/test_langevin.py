@@ -240,6 +240,12 @@ def test_a_gradient_that_turns_nan_is_a_divergence_in_spite_of_the_clamp():
         )
 
 
+@pytest.mark.parametrize("entries", [2, 0])
+def test_large_finite_states_are_no_divergence(entries):
+    x = torch.full((2, entries), 3e38)  # whose sum is no float32
+    assert torch.equal(langevin_sample(lambda x: 0 * x.sum(1), x, steps=1, drift=0.1, noise_std=0.0), x)
+
+
 def test_a_start_that_is_not_finite_is_named_as_such():
     x = images()
     x[1, 2, 3, 4] = float("nan")

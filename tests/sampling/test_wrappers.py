@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn.utils.parametrizations import spectral_norm
 
 import mgebm_fast as mg
-from mgebm_fast.gradient import frozen_parameters
+from mgebm_fast.gradient import frozen_parameters, holding
 from mgebm_fast.gradient.reach import modules_of
 from mgebm_fast.sampling.coupling import coupling, randomness
 
@@ -160,6 +160,17 @@ def test_threads_may_sample_one_module(training):
     assert not failures
     assert all(torch.equal(value, before[key]) for key, value in net.state_dict().items())
     assert all(p.requires_grad for p in net.parameters())
+
+
+def test_what_a_chain_cannot_change_is_not_held(monkeypatch):
+    net = nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3), nn.Linear(3, 1))
+    net[2].requires_grad_(False)
+    noted = []
+    monkeypatch.setattr(holding, "_note", lambda module, held: noted.append(module))
+    with holding.frozen_parameters(net):
+        assert not any(p.requires_grad for p in net.parameters())
+    assert noted == [net[0], net[1]]
+    assert [p.requires_grad for p in net.parameters()] == [True] * 4 + [False] * 2
 
 
 def test_holds_nest_and_end_with_an_error():
