@@ -51,11 +51,11 @@ _NOISY = ("langevin.noise_scale=1.0", "langevin.reference_std=50.0")
 
 
 def _cpu(full: bool) -> list[Case]:
-    steps = 10
+    steps = 10 if full else 4
     return [
-        _chain("64", 64, 32, steps),
+        _chain("4", 4, 100, 30),  # the shortest first
         _chain("16", 16, 64, steps),
-        _chain("4", 4, 100, 30),
+        _chain("64", 64, 32, steps),
         Case("chains", "cascade", 32, steps, LADDER),
         _chain("64-none", 64, 32, steps, norm="none", full=True),
         _chain("16-none", 16, 64, steps, norm="none", full=True),

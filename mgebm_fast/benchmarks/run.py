@@ -36,9 +36,10 @@ def run_case(
     contenders: Sequence[Contender] | None = None,
     rounds: int = 5,
     seconds: float = 20.0,
+    least: int = 3,
     tell: Tell = lambda text: None,
 ) -> list[Row]:
-    """One row a contender. `seconds` bounds the timing, after three rounds; `tell` hears what is being done.
+    """One row a contender. `seconds` bounds the timing, after `least` rounds; `tell` hears what is being done.
 
     A contender whose gradient is wrong, whose package is missing or that runs out of memory has a row without figures.
     """
@@ -77,7 +78,7 @@ def run_case(
 
     wall = frozenset(contender.name for contender in contenders if contender.wall)
     timings = measure(
-        runs, device, rounds=rounds, seconds=seconds, wall=wall, failed=failed,
+        runs, device, rounds=rounds, seconds=seconds, least=least, wall=wall, failed=failed,
         before=lambda name: tell(f"{case.name}: timing {name}"),
     )  # fmt: skip
     busy: dict[str, float] = {}

@@ -15,6 +15,7 @@ import torch
 COPY_BYTES = 1 << 28
 # Small kernels are timed in batches that last about this long, so that the clock's own cost vanishes.
 BATCH_SECONDS = 2e-3
+_LONG_PRODUCT = 4.0  # seconds
 MATRIX_SIZE = {"cpu": 2048, "cuda": 8192}
 Run = Callable[[], object]
 
@@ -75,17 +76,19 @@ def measure(
     *,
     rounds: int = 21,
     seconds: float = float("inf"),
+    least: int = 3,
     wall: frozenset[str] = frozenset(),
     failed: Callable[[str, Exception], object] | None = None,
     before: Callable[[str], object] = lambda name: None,
 ) -> dict[str, Timing]:
     """Times every contender in turn (A B C A B C …), so that a drift of the machine's speed affects all alike.
 
-    Rounds end early, after three at least, once `seconds` have passed. Names in `wall` are timed by the host's clock.
-    A contender that raises while it warms up is left out and reported to `failed`, where that is given; `before`
-    gets the name whose turn it is.
+    Rounds end early, after `least`, once `seconds` have passed. Names in `wall` are timed by the host's clock. A call
+    that is long enough by itself is timed right after the warm-up, and is the first round. A contender that raises
+    while it warms up is left out and reported to `failed`, where that is given; `before` gets the name to be timed.
     """
-    repeats = {}
+    repeats: dict[str, int] = {}
+    times: dict[str, list[float]] = {}
     for name, run in contenders.items():
         before(name)
         try:
@@ -97,12 +100,14 @@ def measure(
             failed(name, error)
             continue
         repeats[name] = max(1, round(BATCH_SECONDS / max(once, 1e-9)))
-    times: dict[str, list[float]] = {name: [] for name in repeats}
+        times[name] = [once] if repeats[name] == 1 else []
     began = time.perf_counter()
     for done in range(rounds):
-        if done >= 3 and time.perf_counter() - began > seconds:
+        if done >= least and time.perf_counter() - began > seconds:
             break
         for name, count in repeats.items():
+            if len(times[name]) > done:
+                continue
             before(name)
             times[name].append(seconds_of(contenders[name], count, device, wall=name in wall))
     return {name: _summary(values) for name, values in times.items()}
@@ -143,6 +148,11 @@ def matrix_rate(device: str, precision: str, size: int | None = None) -> float:
     before = matmul.allow_tf32, cudnn.allow_tf32
     matmul.allow_tf32 = cudnn.allow_tf32 = precision == "tf32"
     try:
+        if kind == "cpu" and dtype != torch.float32:
+            # A 16-bit type that the CPU only emulates takes half a minute a large product: measured on a small one.
+            probe = torch.randn(size // 8, size // 8).to(dtype)
+            seconds = measure({"mm": lambda: torch.mm(probe, probe)}, device, rounds=1)["mm"].median
+            size = size // 8 if seconds * 8**3 > _LONG_PRODUCT else size
         a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
         pixels = a.T.reshape(1, size, size, 1).contiguous(memory_format=torch.channels_last)
         weight = b.T.reshape(size, size, 1, 1)
@@ -151,9 +161,7 @@ def matrix_rate(device: str, precision: str, size: int | None = None) -> float:
             "conv": lambda: torch.nn.functional.conv2d(pixels, weight),
         }
         with torch.no_grad():
-            # A 16-bit type that the CPU only emulates takes seconds a product: time it once.
-            slow = seconds_of(contenders["mm"], 1, device) > 1.0
-            timings = measure(contenders, device, rounds=1 if slow else 7, failed=lambda name, error: None)
+            timings = measure(contenders, device, rounds=7, seconds=2.0, failed=lambda name, error: None)
             best = min(timing.median for timing in timings.values())
     finally:
         matmul.allow_tf32, cudnn.allow_tf32 = before

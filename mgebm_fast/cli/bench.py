@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import math
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -17,6 +19,8 @@ if TYPE_CHECKING:
     from ..benchmarks.report import Row
 
 _LOG_WIDTH = 100
+_EMULATED = 8.0  # times slower than float32: 16 bits are emulated
+_SILENCE = 5.0  # seconds after which a log file is told again what is being done
 _TABLES = ("chains", "training", "ops")
 
 
@@ -50,7 +54,7 @@ def bench(
 
     \b
     Examples:
-      mgebm bench                              chains, the quick way
+      mgebm bench                              chains, the quick way: a minute or two on two cores
       mgebm bench training                     whole training iterations
       mgebm bench --only cascade --against compile_bf16
       mgebm bench --full --csv results --plot  everything, with CSV files and pictures
@@ -64,8 +68,9 @@ def bench(
       % peak      of the matrix rate measured here in the same precision
       ∇ off       relative distance of the gradient from float64, checked before anything is timed
 
-    A contender with a wrong gradient, or whose package is missing, gets no figure and a line that says why. Leave the
-    machine alone while it measures. docs/benchmarks.md says what each contender is.
+    A contender with a wrong gradient, or whose package is missing, gets no figure and a line that says why. Without
+    --full, chains of the larger nets take 4 steps for 10, and timing ends after 8 seconds a case or one round. Leave
+    the machine alone while it measures. docs/benchmarks.md says what each contender is.
     """
     import json as json_module
 
@@ -121,7 +126,7 @@ def _measure(
 
     from ..benchmarks import picture
     from ..benchmarks.report import console_table, write_csv
-    from ..benchmarks.run import run_case
+    from ..benchmarks.run import choose, run_case
     from ..benchmarks.timing import ceilings, device_name
 
     with _Progress(len(chosen) + 1) as progress:
@@ -135,13 +140,22 @@ def _measure(
         rates = ", ".join(f"{name} {rate / 1e9:,.0f} GFLOP/s" for name, rate in peak.items() if name != "copy")
         best = f"; at best {rates}; copy {peak['copy'] / 1e9:,.1f} GB/s" if peak else ""
         out.print(f"{device_name(device)}{best}\n", highlight=False, soft_wrap=True)
+    if peak.get("bf16", math.inf) < peak.get("fp32", 0.0) / _EMULATED and contenders == choose():
+        left_out = [contender.name for contender in contenders if contender.precision == "bf16"]
+        contenders = [contender for contender in contenders if contender.name not in left_out]
+        typer.echo(
+            f"{', '.join(left_out)}: left out, this CPU has no arithmetic of 16 bits and takes minutes for a chain; "
+            f"--against {left_out[0]} measures it",
+            err=True,
+        )
     rows: list[Row] = []
-    rounds, seconds = (3, 5.0) if tiny else (11, 180.0) if full else (5, 20.0)
+    rounds, seconds, least = (3, 5.0, 3) if tiny else (11, 180.0, 3) if full else (5, 8.0, 1)
     for done, case in enumerate(chosen, start=1):
         with _Progress(len(chosen) + 1, done) as progress:
             measured = run_case(
-                case, device=device, contenders=contenders, rounds=rounds, seconds=seconds, tell=progress.tell
-            )
+                case, device=device, contenders=contenders, rounds=rounds, seconds=seconds, least=least,
+                tell=progress.tell,
+            )  # fmt: skip
         rows += measured
         if not quiet:
             out.print(console_table(measured))
@@ -167,7 +181,7 @@ def _note(row: Row) -> str:
 
 
 def _plan(explained: str) -> str:
-    return explained.partition("gradient: ")[2].partition("; update")[0]
+    return explained.partition("gradient: ")[2].partition("\n")[0]
 
 
 def _ops(csv: Path | None, pictures: Path | None, quiet: bool) -> list[dict[str, Any]]:
@@ -214,7 +228,8 @@ def _list(found: list[Case], json: bool) -> None:
 
 
 class _Progress:
-    """A bar over the cases with what is being done now, on a terminal; nothing in a log file."""
+    """What is being done now: a bar over the cases on a terminal; in a log file a line where that changes, and where
+    one thing takes long."""
 
     def __init__(self, total: int, done: int = 0) -> None:
         from rich.console import Console
@@ -224,9 +239,16 @@ class _Progress:
         columns = (BarColumn(bar_width=20), TextColumn("{task.description}"), TimeElapsedColumn())
         self._bar = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
         self._task = self._bar.add_task("", total=total, completed=done)
+        self._told: dict[str, int] = {}  # how often a text came
+        self._last, self._where = -math.inf, f"{done + 1}/{total}"
 
     def tell(self, text: str) -> None:
         self._bar.update(self._task, description=text)
+        self._told[text] = times = self._told.get(text, 0) + 1
+        now = time.monotonic()
+        if self._bar.disable and (times == 1 or now - self._last > _SILENCE):
+            typer.echo(f"{self._where}  {text}{'' if times == 1 else f', {times}'}", err=True)
+            self._last = now
 
     def advance(self) -> None:
         self._bar.advance(self._task)

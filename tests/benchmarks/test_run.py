@@ -6,7 +6,7 @@ import dataclasses
 
 import pytest
 
-from mgebm_fast.benchmarks import cases, contenders, run_case
+from mgebm_fast.benchmarks import cases, contenders, run_case, timing
 from mgebm_fast.benchmarks.busy import covered
 from mgebm_fast.benchmarks.contenders import CONTENDERS, Contender
 from mgebm_fast.benchmarks.report import Row, console_table, read_csv, write_csv
@@ -80,6 +80,14 @@ def test_contenders_take_turns_and_rounds_end_with_the_time():
     assert turns == ["a", "b"] * 5  # the warm-up and four rounds
     assert all(timing.rounds == 4 and timing.low <= timing.median <= timing.high for timing in timings.values())
     assert measure(runs, "cpu", rounds=50, seconds=0.0)["a"].rounds == 3
+    assert measure(runs, "cpu", rounds=50, seconds=0.0, least=1)["a"].rounds == 1
+
+
+def test_a_long_call_is_its_own_first_round(monkeypatch):
+    monkeypatch.setattr(timing, "BATCH_SECONDS", 0.0)  # every call is long
+    calls = []
+    found = measure({"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, "cpu", rounds=2)
+    assert found["a"].rounds == found["b"].rounds == 2 and calls == ["a", "a", "b", "b", "a", "b"]
 
 
 def test_a_contender_that_raises_is_left_out():

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import sys
 
 import pytest
 from helpers.console import one_line
 
 from mgebm_fast.benchmarks import ops, picture, timing
+from mgebm_fast.benchmarks.cases import Case
 from mgebm_fast.benchmarks.contenders import CONTENDERS
 from mgebm_fast.benchmarks.report import read_csv
 
@@ -26,8 +28,22 @@ def test_a_table_and_its_file(mgebm, tmp_path):
     assert result.exit_code == 0, result.output
     for name in ("mgebm_auto", "mgebm_fp32", "plain_loop", "seed_loop", "bf16_cast_loop"):
         assert name in result.stdout
+        for doing in ("checking", "timing"):  # no terminal: a line for each, at least once
+            assert f"2/2  4: {doing} {name}\n" in result.stderr
     rows = read_csv(tmp_path / "new" / "chains.csv")
     assert [row.contender for row in rows if row.ok][:3] == ["mgebm_auto", "mgebm_fp32", "plain_loop"]
+
+
+def test_a_loop_whose_precision_the_cpu_only_emulates_is_left_out_unless_it_is_named(mgebm, monkeypatch):
+    monkeypatch.setattr(timing, "ceilings", lambda device: {"fp32": 9e9, "bf16": 1e9, "copy": 1e9})
+    tiny = Case("chains", "4", 4, 1, (4,), width=0.25)
+    monkeypatch.setattr(sys.modules[Case.__module__], "cases", lambda *a, **named: [tiny])
+    result = mgebm("bench", "--json", "--device", "cpu")
+    names = [row["contender"] for row in json.loads(result.stdout)["rows"]]
+    assert names == ["mgebm_auto", "mgebm_fp32", "plain_loop", "seed_loop"]
+    assert "bf16_cast_loop: left out" in result.stderr
+    named = mgebm("bench", "--json", "--device", "cpu", "--against", "bf16_cast_loop")
+    assert "bf16_cast_loop" in named.stdout and "left out" not in named.stderr
 
 
 def test_json_is_one_object_on_stdout(mgebm):

@@ -19,11 +19,13 @@ from .rule import UpdateRule
 
 WINDOW = 100  # updates in the running mean of a gap; also the warm-up before bounds relative to the past apply
 _FAST = 20  # updates in the running mean that shows where a gap stands now
-# In energies: growth below these is no run-away, whatever the gap was before. Without L2 energies have no scale.
+# In energies: gaps below these have not run away, whatever they were before; nets whose gap is 0.003 in the mean have
+# single ones of 0.2 in healthy runs. The second is of growth alone: without L2 energies have no scale.
 _LEAST_GAP, _LEAST_FREE_GAP = 1.0, 100.0
 _LEAST_CHANGE = 0.05  # of the range of pixels: a batch within this of the running mean is like the others
 _IMAGES = 1.5  # images that may be unlike the others in a batch without it being so
 _DEVIATIONS = 12.0  # mean absolute deviations beyond which a batch is unlike the others
+_OF_BATCHES = {"mean": "mean of its pixels", "std": "std of its pixels", "step": "mean step between its neighbours"}
 _GAP = "/gap"
 
 _ADVICE = {
@@ -57,7 +59,8 @@ class RunAway(DivergenceError):
 class Watch:
     """Looks for a collapse in what updates measure. Per grid, with a = |mean E(observed) − mean E(synthesised)|,
 
-        a > rollback.gap_max, or a > rollback.gap_ratio · m     m: running mean of a over WINDOW updates
+        a > rollback.gap_max
+        a > max(rollback.gap_ratio · m, 1)                      m: running mean of a over WINDOW updates
         f > watch.gap_growth · max(h, 1)  (without L2: 100)      f: running mean of a over 20 updates; h: the highest f
                                                                 at least WINDOW updates ago
         f > watch.gap_wall / energy_l2                          at |gap| = 1/energy_l2 the loss cannot fall further
@@ -68,8 +71,9 @@ class Watch:
 
     the last three over `watch.patience` records in a row. Bounds relative to the past begin after 2·WINDOW updates, the
     others but gap_max after WINDOW. A generator's residual and its latent variables are bounded as f is. A batch is
-    refused before it is learnt from if it is not finite, or if mean or std of its pixels leave those of the batches
-    before it by 12 mean absolute deviations, and by 5 % of the range and what one image and a half can do.
+    refused before it is learnt from if it is not finite, or if the mean of its pixels, their std, or the mean step
+    between neighbours leaves that of the batches before it by 12 mean absolute deviations, and by 5 % of the range and
+    what one image and a half can do.
 
     The state is plain numbers, exact in JSON, so that a resumed run trips where the uninterrupted one does.
     """
@@ -92,17 +96,22 @@ class Watch:
         if not self.bounds.on or batch.numel() < 2:
             return
         low, high = (0.0, 255.0) if batch.dtype == torch.uint8 else self.value_range
-        std, mean = (float(number) / (high - low) for number in torch.std_mean(batch.float(), correction=0))
+        pixels = batch.float()
+        std, mean = torch.std_mean(pixels, correction=0)
+        steps = pixels.diff(dim=-1).abs().mean() if batch.dim() > 1 and batch.shape[-1] > 1 else std
+        shares = {
+            name: float(number) / (high - low) for name, number in (("mean", mean), ("std", std), ("step", steps))
+        }
         least = max(_LEAST_CHANGE, _IMAGES / len(batch))
-        if not (math.isfinite(mean) and math.isfinite(std)):
+        if not all(map(math.isfinite, shares.values())):
             raise RunAway(f"training: the batch of update {update} has pixels that are not finite", "the data", "batch")
         count = self.batches
-        for name, value in (("mean", mean), ("std", std)):
+        for name, value in shares.items():
             centre, deviation = self.of_batches.get(name, [value, 0.0])
             distance = abs(value - centre)
             if count >= WINDOW and distance > max(_DEVIATIONS * deviation, least):
                 raise RunAway(
-                    f"training: the batch of update {update} is unlike those before it: the {name} of its pixels is "
+                    f"training: the batch of update {update} is unlike those before it: the {_OF_BATCHES[name]} is "
                     f"{value:.3g} of the range, where it was {centre:.3g} ± {deviation:.2g}",
                     "the data",
                     "batch",
@@ -149,7 +158,7 @@ class Watch:
         if highest is not None:
             bounds.append((highest, "rollback.gap_max"))
         if ratio is not None and self.count >= WINDOW and (mean := self.means[grid]) > 0:
-            bounds.append((ratio * mean, f"{ratio:g} times its running mean, rollback.gap_ratio"))
+            bounds.append((max(ratio * mean, _LEAST_GAP), f"{ratio:g} times its running mean, rollback.gap_ratio"))
         for bound, name in bounds:
             if gap > bound:
                 raise self._ran_away(grid, gap, bound, name, update)

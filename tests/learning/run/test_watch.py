@@ -105,6 +105,24 @@ def test_a_corrupted_batch_is_refused_before_it_is_learnt_from(bad):
         watch.check_batch(spoilt, 1)
 
 
+def test_shuffled_bytes_are_unlike_images_of_the_same_mean_and_std():
+    watch, ramp = watching(), torch.arange(0, 256, 4, dtype=torch.uint8).view(1, 1, 1, 64).expand(16, 1, 4, 64)
+    shuffled = ramp[..., torch.randperm(64, generator=torch.Generator().manual_seed(0))]
+    for update in range(1, 151):
+        watch.check_batch(ramp, update)
+    with pytest.raises(RunAway, match=r"batch of update 151 .*: the mean step between its neighbours is 0\.\d+ of the"):
+        watch.check_batch(shuffled, 151)
+    watch.check_batch(ramp, 151)
+
+
+def test_a_gap_of_a_net_that_has_hardly_any_may_grow_to_one():
+    watch = watching()
+    feed(watch, [0.003] * 150)
+    watch.check({"size_8/gap": 0.9}, 151)  # 300 times the mean, and nothing: nets of size 2 do that
+    with pytest.raises(RunAway, match=r"1\.1 apart at size 8, more than 1 \(30 times its running mean"):
+        watch.check({"size_8/gap": 1.1}, 152)
+
+
 def test_the_energy_distance():
     draw = torch.Generator().manual_seed(0)
     x, y = (torch.randn(64, 3, 8, 8, generator=draw) for _ in range(2))
