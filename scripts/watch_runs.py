@@ -29,6 +29,7 @@ from mgebm_fast.learning import Run
 from mgebm_fast.learning.run.feed import Batches
 
 SMALL = "--set width=0.25 --set batch_size=16 --set log_every=10 --set checkpoint_every=100"
+FEW = "--set steps=300 --set langevin.steps=10"
 DIGITS = f"digits --set steps=1200 {SMALL}"
 COLOUR = f"cifar10 --set sizes=1,2,4,8 --set steps=1000 {SMALL}"
 
@@ -73,13 +74,17 @@ HEALTHY = [
     Case("digits-cd", (f"digits-cd --set steps=3000 {SMALL}",)),
     Case("digits-short-run", (f"digits-short-run --set steps=600 {SMALL}",)),
     Case("digits-single-grid", (f"digits-single-grid --set steps=500 {SMALL}",)),
-    Case("chimes", ("chimes",)),
-    Case("fire", ("fire --set steps=250",)),
-    Case("texture", ("texture --set steps=250",)),
-    Case("object", ("object --set steps=250",)),
-    Case("frame", ("frame",)),
-    Case("faces-abp", ("faces-abp --set steps=400",)),
-    Case("texture-abp", ("texture-abp --set steps=250",)),
+    Case(
+        "chimes", (f"chimes {FEW} --set spatial-temporal.size=4096 --set spatial-temporal.layers=[[16,65,8],[16,9,4]]",)
+    ),
+    Case(
+        "fire", (f"fire {FEW} --set spatial-temporal.size=8,16,16 --set spatial-temporal.layers=[[12,5,2],[24,3,2]]",)
+    ),
+    Case("texture", (f"texture {FEW} --set sizes=1,24 --set generative-convnet.layers=[[12,7,2],[16,5,2],[16,3,1]]",)),
+    Case("object", (f"object {FEW} --set generative-convnet.layers=[[8,3,1],[16,3,2],[32,3,2]]",)),
+    Case("frame", (f"frame {FEW} --set sizes=1,24 --set frame.orientations=4 --set frame.scales=2.0",)),
+    Case("faces-abp", ("faces-abp --set steps=300 --set batch_size=12",)),
+    Case("texture-abp", ("texture-abp --set steps=300 --set sizes=1,24 --set batch_size=8 --set abp.infer_steps=6",)),
 ]
 FOREVER = range(400, 10**9)
 PLANTED = [

@@ -111,6 +111,16 @@ def test_a_part_that_is_missing_is_made_again_and_equal(copy, compared, mgebm):
     assert timeless[0] == timeless[1]
 
 
+def test_a_model_from_before_a_collapse_is_measured_and_the_table_says_so(copy, mgebm):
+    record = {"update": 9, "model": 2, "why": "the gap of size 8 grew"}
+    (copy / "digits" / "seed-1" / "collapse.json").write_text(json.dumps(record))
+    (copy / "digits" / "seed-1.json").unlink()
+    runs = json.loads(mgebm(*ARGUMENTS, "--json", "--out", copy).stdout)["runs"]
+    words = "the run collapsed at update 9; its model is that of update 2, the best from before the collapse"
+    assert [run.get("collapse") for run in runs] == [None, words, None, None] and runs[1]["figures"]["kid"] is not None
+    assert f"digits, seed 1: {words}." in (copy / "table.md").read_text()
+
+
 def test_an_unfinished_run_goes_on(copy, compared, mgebm):
     run = copy / "digits" / "seed-0"
     shutil.rmtree(run)

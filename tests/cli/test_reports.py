@@ -11,6 +11,7 @@ import pytest
 from helpers.console import one_line
 
 from mgebm_fast import __version__, doctor, native
+from mgebm_fast.evaluation import features
 from mgebm_fast.learning import preset_names
 
 COMMANDS = ("train", "sample", "evaluate", "bench", "presets", "doctor")
@@ -26,6 +27,18 @@ def test_evaluate_prints_one_object_on_stdout(mgebm, trained):
         assert f"{name}_real" in figures
     assert set(figures["class_shares"]) == set("0123456789")
     assert figures["confident_share_noise"] <= 0.02
+
+
+def test_evaluate_says_that_a_model_is_from_before_a_collapse(mgebm, run, monkeypatch):
+    monkeypatch.setattr(features.feature_space, "__kwdefaults__", {"seed": 0, "visits": 64})
+    (run / "collapse.json").write_text(json.dumps({"update": 9, "model": 2, "why": "the gap of size 8 grew"}))
+    words = "the run collapsed at update 9; its model is that of update 2, the best from before the collapse"
+    assert words in json.loads(mgebm("evaluate", run, "--num", 8, "--json").stdout)["notes"]
+    assert words in " ".join(mgebm("evaluate", run, "--num", 8).stdout.split())
+    alone = json.loads(mgebm("evaluate", run / "checkpoints/step_000001", "--num", 8, "--json").stdout)
+    assert words not in alone["notes"]  # a checkpoint is what it is
+    (run / "collapse.json").write_text("{}")
+    assert "collapse.json" in one_line(mgebm("evaluate", run, "--num", 8))
 
 
 def test_a_model_file_alone_needs_data_and_people_get_tables(mgebm, trained, tmp_path):
