@@ -29,6 +29,7 @@ from mgebm_fast.learning import Run
 from mgebm_fast.learning.run.feed import Batches
 
 SMALL = "--set width=0.25 --set batch_size=16 --set log_every=10 --set checkpoint_every=100"
+ST, GC = "spatial-temporal", "generative-convnet"
 FEW = "--set steps=300 --set langevin.steps=10"
 DIGITS = f"digits --set steps=1200 {SMALL}"
 COLOUR = f"cifar10 --set sizes=1,2,4,8 --set steps=1000 {SMALL}"
@@ -136,6 +137,8 @@ def row(case: Case, out: Path) -> str:
     which = sorted(
         {w for line in trips for w in re.findall(r"(?:watch|rollback)\.(?!attempts|lr)\w+|finite|unlike", line)}
     )
+    if not (out / "config.toml").exists():
+        return f"| {case.name} | {code}: {lines[-1]} |"
     opened = Run(out)
     model = re.findall(r"that of update (\d+)", opened.collapse) or [str(opened.config.steps)]
     back = sum("rollback " in line for line in lines)

@@ -151,7 +151,7 @@ def _value(text: str, kind: Kind) -> Any:
             parsed = parse(f"value = {candidate}")
         except ValueError:
             continue
-        if list(parsed) == ["value"]:
+        if list(parsed) == ["value"] and (isinstance(parsed["value"], list) or not isinstance(inner, Many)):
             return parsed["value"]
     if isinstance(inner, Many) and isinstance(inner.kind, Text):
         return [word.strip() for word in text.strip("[]").split(",") if word.strip()]

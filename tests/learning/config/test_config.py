@@ -97,6 +97,14 @@ def test_override(override, key, value):
     assert from_dict(tomllib.loads(changed.to_toml())) == changed
 
 
+def test_a_list_of_one_needs_no_brackets():
+    changed = apply_overrides(load_preset("frame"), ["frame.scales=2.5", "frame.thresholds=[0.1]"])
+    assert (changed.options.scales, changed.options.thresholds) == ((2.5,), (0.1,))
+    assert apply_overrides(load_preset("chimes"), ["spatial-temporal.size=4096"]).options.size == (4096,)
+    with pytest.raises(ConfigError, match=r"sizes must be a list, each a whole number .*, got 'x'"):
+        apply_overrides(changed, ["sizes=x"])
+
+
 def test_override_of_a_section_and_its_clearing():
     config = apply_overrides(load_preset("digits"), ["langevin.steps=10,20,30", "optimiser.grad_clip_norm=2"])
     assert [chain.steps for chain in config.dynamics()] == [10, 20, 30]
@@ -196,7 +204,7 @@ def test_annealed_noise_goes_by_rank(sizes, expected):
         ("sizes=[1,3,4]", r"each dividing the next.*got \[1, 3, 4\] \(3 does not divide 4\)"),
         ("sizes=[2,4]", "sizes must start at 1"),
         ("stabilise.noise_anneal_share=0", "noise_anneal_share must be a number > 0 and <= 1"),
-        ("sizes=8", "sizes must be a list"),
+        ("sizes=8", "sizes must start at 1"),
         ("value_range=[1,0]", r"low < high, got \[1.0, 0.0\]"),
         ("batch_size=1000000000000", "batch_size must be a whole number >= 1 and <= 65536, got 1000000000000"),
         ("frame.orientations=2147483648", "frame.orientations must be .* <= 256"),
