@@ -1,14 +1,22 @@
-"""∇E by autograd: right for every differentiable module or callable."""
+"""∇E by autograd, as it is or compiled by torch: right for every differentiable module or callable."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+import math
+import weakref
+from collections.abc import Callable, Hashable, MutableMapping
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..errors import BackendError
 from .base import GradientPlan, PlanReport
+from .holding import frozen_parameters
 from .reach import modules_of
+
+INDUCTOR = "inductor"  # what compile=True is
 
 _NAMES = {torch.float64: "fp64", torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 
@@ -54,7 +62,7 @@ class AutogradPlan(GradientPlan):
 
     def _gradient(self, x: Tensor) -> Tensor:
         leaf = x.detach().requires_grad_()
-        energies = ask(self._energy, leaf, self._where)
+        energies = self._ask(leaf)
         self._check(energies, leaf)
         ones = self._ones
         if ones is None or ones.shape != energies.shape or ones.dtype != energies.dtype:
@@ -63,6 +71,9 @@ class AutogradPlan(GradientPlan):
         if gradient is None:
             raise ValueError(f"{self._where}: energy must depend on x, got a value whose graph does not reach x")
         return gradient
+
+    def _ask(self, leaf: Tensor) -> Tensor:
+        return ask(self._energy, leaf, self._where)
 
     def refresh(self) -> None:
         """Nothing to do: every call runs the energy as it is."""
@@ -96,3 +107,90 @@ class AutogradPlan(GradientPlan):
                 f"{self._where}: energy must be differentiable in x, got a value without a graph "
                 "(is there a detach, a no_grad or a round trip through numpy in it?)"
             )
+
+
+# Largest ‖difference‖ / ‖gradient‖ of a compiled gradient that is trusted, against the energy's own code in float32.
+_COMPILED_BOUNDS = {"fp32": 0.01, "bf16": 0.15, "fp16": 0.05}
+_TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+# energy -> what of its compiled gradients was compared
+_compared: MutableMapping[Any, set[Hashable]] = weakref.WeakKeyDictionary()
+
+
+class CompiledPlan(AutogradPlan):
+    """`AutogradPlan` with the energy's code and its backward pass compiled by torch.compile; in 16 bits by autocast.
+
+    Code that torch compiled once serves later plans: torch keeps it, and guards it by what it depends on.
+    """
+
+    def __init__(
+        self,
+        energy: Callable[[Tensor], Tensor],
+        x: Tensor,
+        where: str,
+        precision: str,
+        compiler: str,
+        reasons: tuple[str, ...] = (),
+    ) -> None:
+        super().__init__(energy, where, reasons, x.device.type)
+        self.precision, self.compiler = precision, compiler
+        self._compiled: Any = None  # holds the energy, and goes where a chain is captured and needs it no more
+        self._compare(x)
+
+    def gradient(self, x: Tensor) -> Tensor:  # (N, ...) -> (N, ...)
+        with torch.inference_mode(False), torch.enable_grad(), self._autocast():
+            return self._gradient(x)
+
+    def _autocast(self) -> Any:
+        if self.precision == "fp32":
+            return contextlib.nullcontext()
+        return torch.autocast(self._device, _TYPES[self.precision])
+
+    def _ask(self, leaf: Tensor) -> Tensor:
+        if self._compiled is None:
+            self._compiled = torch.compile(self._energy, backend=self.compiler)
+        return ask(self._compiled, leaf, self._where)
+
+    def refresh(self) -> None:
+        self._compiled = None
+
+    def explain(self) -> PlanReport:
+        how = f"torch.compile, {self.compiler}{'' if self.precision == 'fp32' else ', torch.autocast'}"
+        return PlanReport("compiled", self.precision, how, why_not_faster=self._reasons)
+
+    def _compare(self, x: Tensor) -> None:
+        """Compare the gradient at x with that of the energy's own code, the first time for an energy and a form of x.
+
+        BackendError: the code cannot be compiled, or its gradient is another one.
+        """
+        key = (tuple(x.shape), x.device, self.precision, self.compiler)
+        try:
+            known = _compared.setdefault(self._energy, set())
+        except TypeError:  # a callable without weak references
+            known = set()
+        if key in known or not x.numel():
+            return
+        plain = AutogradPlan(self._energy, self._where)
+        with frozen_parameters(self._energy):
+            own, again = plain.gradient(x), plain.gradient(x)  # its own errors come first
+            try:
+                got = self.gradient(x).float()
+            except (MemoryError, torch.OutOfMemoryError):
+                raise
+            except Exception as error:
+                said = " ".join(str(error).split())[:300]
+                raise BackendError(
+                    f"{self._where}: compile={self.compiler!r} needs an energy that torch.compile takes, and for "
+                    f"{INDUCTOR!r} a C++ compiler (the variable CXX names one): {type(error).__name__}: {said}"
+                ) from error
+        if not torch.equal(own.nan_to_num(), again.nan_to_num()):
+            raise BackendError(
+                f"{self._where}: compile={self.compiler!r} needs an energy that is the same at every call; this one is "
+                "random, so that its compiled gradient cannot be compared with its own"
+            )
+        apart, size, bound = float((own - got).norm()), float(own.norm()), _COMPILED_BOUNDS[self.precision]
+        if not apart <= bound * size + 1e-6 * float(x.norm()) and math.isfinite(size):
+            raise BackendError(
+                f"{self._where}: the compiled gradient must be the energy's own, got one that is "
+                f"{apart / max(size, 1e-30):.2g} away from it, more than {bound}"
+            )
+        known.add(key)

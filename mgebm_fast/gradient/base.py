@@ -17,7 +17,7 @@ from ..ops.update import Update
 class PlanReport:
     """Which plan computes ∇E, how, and why no faster one does."""
 
-    plan: str  # native | graph | resident | fused | dense | conv | autograd
+    plan: str  # native | graph | resident | fused | dense | conv | compiled | autograd
     precision: str  # of the operands: fp32, bf16, fp16; under autograd what the energy itself computes in
     how: str = ""
     steps: str = ""  # how the plan makes Langevin steps itself; empty where it gives the gradient alone

@@ -5,13 +5,13 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 
+import torch
 from torch import Tensor, nn
 
 from ..errors import BackendError, suggest
 from ..ops.state import why_not_plain
-from . import conv, cuda, graph, resident
+from . import autograd, conv, cuda, graph, resident
 from . import native as engine
-from .autograd import AutogradPlan
 from .base import GradientPlan
 from .holding import frozen_parameters
 from .stack import Stack, read
@@ -22,10 +22,17 @@ PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 
 
 def plan(
-    energy: Energy, x: Tensor, precision: str = "auto", where: str = "gradient", *, steps: int = 1
+    energy: Energy,
+    x: Tensor,
+    precision: str = "auto",
+    where: str = "gradient",
+    *,
+    steps: int = 1,
+    compile: bool | str = False,
 ) -> GradientPlan:
     """The plan for `energy` on tensors like x. `where` names the caller in error messages; `steps`: how many steps are
-    made with it in one go, since reading any energy as a graph pays from some on.
+    made with it in one go, since reading any energy as a graph pays from some on; `compile`: whether what only autograd
+    can take goes through torch.compile, or by which of its backends.
 
     precision: "fp32" is float32 throughout; "bf16" and "fp16" are 16-bit operands of the convolutions, which need an
     energy that `stack.read` can read: BackendError, with the reason, where it cannot. "auto" is fp16 on CUDA (bf16 for
@@ -40,6 +47,7 @@ def plan(
     if precision not in PRECISIONS:
         near = suggest(str(precision), PRECISIONS)
         raise ValueError(f"{where}: precision must be one of {', '.join(PRECISIONS)}, got {precision!r}{near}")
+    compiler = compiler_of(compile, where)
     plain = why_not_plain(x)
     stack: Stack | str = f"x is {plain}" if plain else read(energy, x)
     if isinstance(stack, Stack) and isinstance(energy, nn.Module) and (reason := why_not_trusted(energy, stack, x)):
@@ -49,12 +57,18 @@ def plan(
         )
         stack = f"its reading is not trusted: {reason}"
     if isinstance(stack, str):
+        if compiler and precision in ("bf16", "fp16"):
+            return autograd.CompiledPlan(energy, x, where, precision, compiler, (stack,))
         if precision in ("bf16", "fp16"):
             raise BackendError(
                 f"{where}: precision {precision!r} needs a stack of convolutions, and the energy is none: {stack}"
             )
         made = f"x is {plain}" if plain else _graph_plan(energy, x, where, steps)
-        return AutogradPlan(energy, where, (stack, made), x.device.type) if isinstance(made, str) else made
+        if not isinstance(made, str):
+            return made
+        if compiler:
+            return autograd.CompiledPlan(energy, x, where, "fp32", compiler, (stack, made))
+        return autograd.AutogradPlan(energy, where, (stack, made), x.device.type)
     if precision == "auto":
         precision = conv.auto_precision(x.device.type, len(stack.stages))
     if x.device.type == "cuda":
@@ -74,6 +88,17 @@ def plan(
     if faster == "conv":
         return conv.ConvPlan(stack, energy, precision, reason)
     return engine.NativePlan(stack, energy, precision, where)
+
+
+def compiler_of(compile: bool | str, where: str) -> str:
+    """The backend of torch.compile that an argument `compile` means; an empty string for none."""
+    if isinstance(compile, bool):
+        return autograd.INDUCTOR if compile and not torch.compiler.is_compiling() else ""
+    known = (autograd.INDUCTOR, *torch.compiler.list_backends(exclude_tags=()))
+    if compile not in known:
+        near = suggest(str(compile), known)
+        raise ValueError(f"{where}: compile must be True, False or a backend of torch.compile, got {compile!r}{near}")
+    return compile
 
 
 def _graph_plan(energy: Energy, x: Tensor, where: str, steps: int) -> GradientPlan | str:

@@ -17,7 +17,6 @@ from ..checks import positive_int
 from ..ops.counters import counter
 from ..ops.update import number
 
-
 _PLAIN = (int, float, type(None))
 
 

@@ -37,6 +37,7 @@ class Chain:
     # Of a plan that may overflow: the first step whose gradient did, else NO_BAD_STEP; 0-dim int64 on the device.
     bad_step: Tensor | None = None
     together: int = 1  # steps that are made between two looks at the state
+    compile: bool | str = False
 
     def place_at(self, k: int) -> counters.Counters:
         """The noise counters of the chain's k-th step."""
@@ -75,7 +76,7 @@ class Chain:
 
     def planned(self, x: Tensor) -> Chain:
         """The same chain with a new plan for tensors like x, that has the energy's present weights."""
-        made = plan(self.energy, x, self.precision, self.where, steps=self.together)
+        made = plan(self.energy, x, self.precision, self.where, steps=self.together, compile=self.compile)
         return dataclasses.replace(self, plan=made, bad_step=bad_step_cell(made, x.device))
 
     def refreshed(self, x: Tensor) -> Chain:

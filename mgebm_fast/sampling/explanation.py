@@ -26,7 +26,7 @@ class Explanation:
 
     @property
     def plan(self) -> str:
-        """native, graph, resident, fused, dense, conv or autograd."""
+        """native, graph, resident, fused, dense, conv, compiled or autograd."""
         return self.gradient.plan
 
     @property

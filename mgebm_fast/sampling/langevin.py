@@ -71,6 +71,7 @@ class Langevin:
         precision: str = "auto",
         backend: str = "auto",
         graph: Graph = None,
+        compile: bool | str = False,
         callback: Callback | None = None,
         where: str = "langevin_sample",
     ) -> Tensor:
@@ -81,7 +82,8 @@ class Langevin:
         chain = prepare(
             energy, x, self.steps, self.update(), mask=mask, seed=seed, generator=generator, first_sample=first_sample,
             first_step=first_step, stream=stream, precision=precision, backend=backend,
-            graph=session_of(graph, callback, where), together=None if callback is None else 1, where=where,
+            graph=session_of(graph, callback, where), together=None if callback is None else 1, compile=compile,
+            where=where,
         )  # fmt: skip
         return chain.run(x, self.steps, callback)
 
@@ -99,6 +101,7 @@ class Langevin:
         stream: int = 0,
         precision: str = "auto",
         backend: str = "auto",
+        compile: bool | str = False,
     ) -> Iterator[tuple[int, Tensor]]:
         """Yields (step, copy of the state) after every `every` steps, and after the last one.
 
@@ -111,7 +114,7 @@ class Langevin:
         chain = prepare(
             energy, x, self.steps, self.update(), mask=mask, seed=seed, generator=generator, first_sample=first_sample,
             first_step=first_step, stream=stream, precision=precision, backend=backend, together=every,
-            where="trajectory",
+            compile=compile, where="trajectory",
         )  # fmt: skip
         return chain.snapshots(x, self.steps, every)
 
@@ -124,13 +127,14 @@ class Langevin:
         precision: str = "auto",
         backend: str = "auto",
         graph: bool | None = None,
+        compile: bool | str = False,
     ) -> Explanation:
         """What a chain on (energy, x) would run, and why: the numbers of the update, the gradient's plan and its
         precision with why a faster one does not run, the update's backend, whether a CUDA graph holds the chain, and
         whether the samples of a batch are coupled. Raises what a run would raise of its arguments; draws no noise."""
         prepared = prepare(
             energy, x, self.steps, self.update(), mask=mask, seed=0, precision=precision, backend=backend, graph=graph,
-            where="explain",
+            compile=compile, where="explain",
         )  # fmt: skip
         chain, graph_of = prepared.chain, prepared.graph
         numbers = chain.numbers
@@ -170,6 +174,7 @@ def langevin_sample(
     precision: str = "auto",
     backend: str = "auto",
     graph: bool | None = None,
+    compile: bool | str = False,
     callback: Callback | None = None,
 ) -> Tensor:
     """Run a Langevin chain on each sample of x: a drop-in for a hand-written loop.
@@ -192,6 +197,9 @@ def langevin_sample(
         graph: None: on CUDA devices the chain of a stack of convolutions is captured in a CUDA graph at its
             second run, and replayed from then on. True: that of any module (its code must not wait for the device), or
             an error that says why not. False: no graph. Results are the same bit for bit.
+        compile: True: an energy that only autograd can take runs through torch.compile, with "bf16" or "fp16" as
+            `precision` in 16 bits by torch.autocast. Its gradient at x is compared with the energy's own once. Or the
+            name of one of torch.compile's backends.
         callback: callback(step, x) after each step, with step = first_step + k and x the live state; copy it to
             keep it.
 
@@ -204,6 +212,7 @@ def langevin_sample(
     Raises:
         TypeError, ValueError: an argument is not as above, or the energy does not return shape (N,).
         DivergenceError: the chain became non-finite; the message names the step.
+        BackendError: a precision, a backend or compile was asked for and cannot be had; the message says why.
         BatchTooLargeError: the batch does not fit in memory, and batch statistics couple its samples. Other batches
             are split, with a warning.
     """
@@ -213,5 +222,6 @@ def langevin_sample(
     )  # fmt: skip
     return dynamics(
         energy, x, mask=mask, seed=seed, generator=generator, first_sample=first_sample, first_step=first_step,
-        stream=stream, precision=precision, backend=backend, graph=graph, callback=callback,
+        stream=stream, precision=precision, backend=backend, graph=graph, compile=compile,
+        callback=callback,
     )  # fmt: skip

@@ -125,6 +125,7 @@ def prepare(
     backend: str = "auto",
     graph: graphs.Graph = False,
     together: int | None = None,
+    compile: bool | str = False,
     where: str = "langevin_sample",
 ) -> Prepared:
     """Check every argument of a chain of `steps` steps on tensors like x, and resolve its gradient and backend.
@@ -146,16 +147,16 @@ def prepare(
     backend = ops.choose("langevin_step", backend, x.device)
     session = graphs.session_of(graph, where=where)
     together = steps if together is None else min(together, steps)
-    slot = graphs.slot_for(energy, x, mask, place, session, steps, numbers, precision, backend)
+    slot = graphs.slot_for(energy, x, mask, place, session, steps, numbers, precision, backend, compile)
     if isinstance(slot, graphs.Slot) and slot.refresh():
         made = slot.static.plan
     else:
-        made = plan(energy, x, precision, where, steps=together)
+        made = plan(energy, x, precision, where, steps=together, compile=compile)
         if isinstance(slot, graphs.Slot):
             slot = graphs.why_not_plan(made, session) or slot
     graphs.insist(session, slot, where)
     cell = bad_step_cell(made, x.device)
-    chain = Chain(energy, numbers, made, precision, mask, place, backend, where, cell, together)
+    chain = Chain(energy, numbers, made, precision, mask, place, backend, where, cell, together, compile)
     return Prepared(chain, slot, session)
 
 

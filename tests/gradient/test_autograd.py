@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 
+import mgebm_fast as mg
 from mgebm_fast.errors import BackendError
 from mgebm_fast.gradient import energy_gradient, frozen_parameters, plan
 from mgebm_fast.gradient.autograd import AutogradPlan
@@ -135,3 +136,100 @@ def test_refresh_has_nothing_to_do():
         net[1].weight.mul_(2)
     chosen.refresh()
     torch.testing.assert_close(chosen.gradient(x), energy_gradient(net, x))
+
+
+# compile=True. torch.compile itself takes seconds: its part is played here, and it runs in the last test.
+
+
+class Attention(torch.nn.Module):
+    """No graph of the engine's: attention over points."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner, self.outer = torch.nn.Linear(3, 4), torch.nn.Linear(4, 1)
+
+    def forward(self, x):
+        h = self.inner(x)
+        return self.outer(torch.softmax(h @ h.mT, -1) @ h).sum((1, 2))
+
+
+def points(n=5):
+    return torch.randn(n, 6, 3, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture
+def compilations(monkeypatch):
+    """Energies as they are compiled; what is in `wrong` replaces them."""
+    made, wrong = [], []
+
+    def compiled(energy, backend):
+        made.append((energy, backend))
+        return wrong[0] if wrong else lambda x: energy(x)
+
+    monkeypatch.setattr(torch, "compile", compiled)
+    return made, wrong
+
+
+def test_what_only_autograd_takes_is_compiled_and_compared_once(compilations, monkeypatch):
+    net, chain = Attention(), mg.Langevin(20, drift=0.1, noise_std=0.1)
+    expected = chain(net, points(), seed=3)
+    assert torch.equal(chain(net, points(), seed=3, compile=True), expected)
+    assert compilations[0] == [(net, "inductor")]
+    compared = []
+    plain = AutogradPlan.gradient
+    monkeypatch.setattr(AutogradPlan, "gradient", lambda self, x: compared.append(len(x)) or plain(self, x))
+    chain(net, points(), seed=3, compile=True)
+    assert compared == []
+    chain(net, points(4), seed=3, compile=True)
+    assert compared == [4, 4]
+    explained = chain.explain(net, points(), compile=True)
+    assert (explained.plan, explained.precision) == ("compiled", "fp32") and "torch.compile, inductor" in str(explained)
+    states = list(chain.trajectory(net, points(), seed=3, every=10, compile=True))
+    assert torch.equal(states[-1][1], expected)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_compiled_chains_run_in_16_bits_by_autocast(compilations, precision):
+    net, chain = Attention(), mg.Langevin(4, drift=0.1, noise_std=0.1)
+    with pytest.raises(BackendError, match="needs a stack of convolutions"):
+        chain(net, points(), seed=3, precision=precision)
+    expected, got = chain(net, points(), seed=3), chain(net, points(), seed=3, precision=precision, compile=True)
+    assert 0 < float((got - expected).abs().max()) < 0.1 and got.dtype is torch.float32
+    assert chain.explain(net, points(), precision=precision, compile=True).precision == precision
+
+
+def test_what_the_engine_reads_is_not_compiled(compilations):
+    net = torch.nn.Sequential(torch.nn.Linear(3, 8), torch.nn.SiLU(), torch.nn.Linear(8, 1), torch.nn.Flatten(0))
+    x = points()[:, 0]
+    assert mg.Langevin(20, step_size=0.1).explain(net, x, compile=True).plan == "graph"
+    assert mg.Langevin(2, step_size=0.1).explain(net, x, compile=True).plan == "compiled"
+    assert [energy for energy, _ in compilations[0]] == [net]
+
+
+def test_compiled_code_that_is_wrong_or_cannot_be_had_is_an_error(compilations):
+    def cannot(x):
+        raise RuntimeError("InvalidCxxCompiler: no working C++ compiler found")
+
+    cases = [
+        (lambda x: 1.05 * Attention()(x), "the compiled gradient must be the energy's own, got one that is .* away"),
+        (cannot, "compile='inductor' needs an energy that torch.compile takes, .* a C.. compiler .*InvalidCxxCompiler"),
+    ]
+    for wrong, words in cases:
+        compilations[1][:] = [wrong]
+        with pytest.raises(BackendError, match=words):
+            mg.langevin_sample(Attention(), points(), steps=2, step_size=0.1, compile=True)
+    compilations[1].clear()
+    with pytest.raises(BackendError, match="this one is random"):
+        mg.langevin_sample(lambda x: torch.rand(len(x)) * x.sum((1, 2)), points(), steps=2, step_size=0.1, compile=True)
+    with pytest.raises(ValueError, match="return one energy a sample"):  # the energy's own fault
+        mg.langevin_sample(lambda x: x.sum(), points(), steps=2, step_size=0.1, compile=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_torch_compile_itself(backend):
+    net, chain = Attention(), mg.Langevin(3, drift=0.1, noise_std=0.1)
+    got = chain(net, points(), seed=3, compile=backend)
+    torch.testing.assert_close(got, chain(net, points(), seed=3), rtol=1e-4, atol=1e-5)
+    with pytest.raises(ValueError, match="compile must be True, False or a backend of torch.compile, got 'inductr'"):
+        chain(net, points(), compile="inductr")
