@@ -7,6 +7,7 @@
 
 #include "ops/conv_chain/conv_chain.h"
 #include "ops/conv_chain/resident_params.h"
+#include "ops/conv_learn/conv_learn.h"
 #include "ops/graph_chain/graph_chain.h"
 #include "ops/langevin_step.h"
 #include "ops/noise.h"
@@ -19,14 +20,15 @@
   X(langevin_step, LangevinStepParams, CPU_AND_CUDA) \
   X(pyramid, PyramidParams, CPU_AND_CUDA)            \
   X(upsample, UpsampleParams, CPU_AND_CUDA)          \
-  X(graph_chain, GraphChainParams, CPU)
+  X(graph_chain, GraphChainParams, CPU)              \
+  X(conv_learn, ConvLearnParams, CPU)
 // Ops compiled also for the instruction sets that multiply bfloat16.
 #define MGEBM_BFLOAT_OPS(X) X(conv_chain, ConvChainParams, CPU)
 // Ops whose params on a GPU are other than those on a CPU.
 #define MGEBM_RESIDENT_OPS(X) X(conv_chain, ResidentParams, CPU_AND_CUDA)
 #define MGEBM_OPS(X) MGEBM_FLOAT_OPS(X) MGEBM_BFLOAT_OPS(X)
 // Ops that need scratch memory: <op>_workspace says how many bytes.
-#define MGEBM_FLOAT_WORKSPACES(X) X(graph_chain, GraphChainParams)
+#define MGEBM_FLOAT_WORKSPACES(X) X(graph_chain, GraphChainParams) X(conv_learn, ConvLearnParams)
 #define MGEBM_BFLOAT_WORKSPACES(X) X(conv_chain, ConvChainParams)
 #define MGEBM_WORKSPACES(X) MGEBM_FLOAT_WORKSPACES(X) MGEBM_BFLOAT_WORKSPACES(X)
 

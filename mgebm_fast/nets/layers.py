@@ -59,6 +59,13 @@ class BatchStatistics(nn.Module):
         self.observed += 1
         return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, True, BN_MOMENTUM, BN_EPS)
 
+    @torch.no_grad()
+    def follow(self, mean: Tensor, variance: Tensor, values: int) -> None:
+        """Take in the mean and the biased variance of each channel over so many observed values."""
+        self.observed += 1
+        self.running_mean.lerp_(mean, BN_MOMENTUM)
+        self.running_var.lerp_(variance * (values / (values - 1)), BN_MOMENTUM)
+
     def scale_and_shift(self) -> tuple[Tensor, Tensor]:
         """The affine map that this norm is under its running statistics: `y = scale x + shift`."""
         if int(self.observed) == 0:

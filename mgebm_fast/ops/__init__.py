@@ -4,6 +4,7 @@ from .backend import BACKENDS, TABLE, choose, unavailable
 from .batch_norm_act import batch_norm_act, batch_norm_act_backward
 from .bias_act import bias_act, bias_act_backward
 from .conv_chain import conv_chain
+from .conv_learn import conv_learn
 from .dense_chain import DenseNet, dense_chain_, dense_net, dense_net_of
 from .edge_step import NO_BAD_STEP, EdgeWeights, edge_step_, edge_weights
 from .graph_chain import graph_chain
@@ -26,6 +27,7 @@ __all__ = [
     "choose",
     "coefficients",
     "conv_chain",
+    "conv_learn",
     "graph_chain",
     "dense_chain_",
     "dense_net",

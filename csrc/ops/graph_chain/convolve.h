@@ -79,46 +79,63 @@ static void products_of_run(const float* const* rows, int count, int depth, int 
   }
 }
 
-// W * in + bias + second.
-static void convolve(const Group& g, const GraphStep& s) {
-  const GraphBuffer &in = g.buffer(s.in), &out = g.buffer(s.out);
-  const Windows& w = s.windows;
-  const int strips = (s.outputs + 15) / 16;
-  const int64_t strip_size = 16LL * s.rows * s.inputs;
+// What a product reads: windows over maps of `depth` floats a pixel, of which `inputs` are channels, and packed
+// weights.
+struct Product {
+  const Windows& windows;
+  const float* weights;
+  int rows, inputs, outputs, depth;
+};
+
+// W * in. in(sample): its map; out(sample, pixel): what takes (strip, its sixteen numbers).
+template <typename Samples, typename In, typename Out>
+MG_INLINE void each_product(const Samples& g, const Product& p, const In& in, const Out& out) {
+  const Windows& w = p.windows;
+  const int strips = (p.outputs + 15) / 16;
+  const int64_t strip_size = 16LL * p.rows * p.inputs;
   each_run(g, w, kRunRows, [&](int c, int64_t start, int count) {
     alignas(64) float tile[kRunRows * kTileWidth];
     const float* rows[kRunRows];
-    int sample[kRunRows];
-    int64_t to[kRunRows];
+    int sample[kRunRows], pixel[kRunRows];
     const int first = w.first_output[c], outputs = w.first_output[c + 1] - first;
     for (int r = 0; r < count; ++r) {
       const int64_t i = start + r;
       sample[r] = static_cast<int>(i / outputs);
       const int output = first + static_cast<int>(i % outputs);
-      rows[r] = g.at(s.in, sample[r]) + static_cast<int64_t>(w.base[output]) * in.depth;
-      to[r] = static_cast<int64_t>(w.output[output]) * out.depth;
+      rows[r] = in(sample[r]) + static_cast<int64_t>(w.base[output]) * p.depth;
+      pixel[r] = w.output[output];
     }
     const Taps taps{w.tap_pixel + w.first_tap[c], w.tap_weight + w.first_tap[c], w.first_tap[c + 1] - w.first_tap[c]};
     for (int strip = 0; strip < strips; strip += kWideAtOnce) {
       const int wide = strips - strip < kWideAtOnce ? strips - strip : kWideAtOnce;
-      const float* weights = s.weights + strip * strip_size;
+      const float* weights = p.weights + strip * strip_size;
       if (wide == kWideAtOnce) {
-        products_of_run<kWideAtOnce>(rows, count, in.depth, s.inputs, taps, weights, strip_size, tile);
+        products_of_run<kWideAtOnce>(rows, count, p.depth, p.inputs, taps, weights, strip_size, tile);
       } else {
-        products_of_run<1>(rows, count, in.depth, s.inputs, taps, weights, strip_size, tile);
+        products_of_run<1>(rows, count, p.depth, p.inputs, taps, weights, strip_size, tile);
       }
       for (int r = 0; r < count; ++r) {
-        const Finish finish(g, s, sample[r]);
-        const float* second = s.second < 0 ? nullptr : g.at(s.second, sample[r]);
-        for (int i = 0; i < wide; ++i) {
-          const int64_t at = to[r] + 16 * (strip + i);
-          F16 z = load(tile + r * kTileWidth + 16 * i);
-          if (s.bias) z = z + load(s.bias + 16 * (strip + i));
-          finish(at, second ? z + load(second + at) : z);
-        }
+        const auto take = out(sample[r], pixel[r]);
+        for (int i = 0; i < wide; ++i) take(strip + i, load(tile + r * kTileWidth + 16 * i));
       }
     }
   });
+}
+
+// W * in + bias + second.
+static void convolve(const Group& g, const GraphStep& s) {
+  const int in_depth = g.buffer(s.in).depth, out_depth = g.buffer(s.out).depth;
+  each_product(
+      g, {s.windows, s.weights, s.rows, s.inputs, s.outputs, in_depth}, [&](int sample) { return g.at(s.in, sample); },
+      [&](int sample, int pixel) {
+        const Finish finish(g, s, sample);
+        const float* second = s.second < 0 ? nullptr : g.at(s.second, sample);
+        return [=, &s](int strip, F16 z) {
+          const int64_t at = static_cast<int64_t>(pixel) * out_depth + 16 * strip;
+          if (s.bias) z = z + load(s.bias + 16 * strip);
+          finish(at, second ? z + load(second + at) : z);
+        };
+      });
 }
 
 }  // namespace mgebm::MGEBM_ISA

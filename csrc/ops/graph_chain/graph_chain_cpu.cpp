@@ -228,7 +228,7 @@ void graph_chain_cpu(const GraphChainParams& p, int threads) {
       const int count = static_cast<int>(smaller(plan.room, p.samples - first));
       const int all = plan.shared ? omp_get_num_threads() : 1;
       const int mine = plan.shared ? me : 0;
-      run_chain({p, interrupt, me == 0, all, mine, first, count, plan.room, buffers}, ids, stop);
+      run_chain({{interrupt, me == 0, all, mine}, p, first, count, plan.room, buffers}, ids, stop);
       if (plan.shared) first += plan.room;
     }
     __atomic_fetch_add(&done, 1, __ATOMIC_RELAXED);

@@ -6,21 +6,11 @@
 
 namespace mgebm::MGEBM_ISA {
 
-// A group of samples with the threads that run it: one thread with a group of its own, or all threads on every step.
-struct Group {
-  const GraphChainParams& p;
+// The threads that run a pass together.
+struct Team {
   Interrupt& interrupt;
   bool caller;  // whether this is the thread that called, which alone may ask Python for signals
   int threads, thread;
-  int64_t first;    // sample
-  int count, room;  // samples, and how many the buffers have room for
-  float* base;
-
-  float* at(int buffer, int sample) const {
-    const GraphBuffer& b = p.buffers.at[buffer];
-    return base + b.offset * room + static_cast<int64_t>(sample) * b.pixels * b.depth;
-  }
-  const GraphBuffer& buffer(int index) const { return p.buffers.at[index]; }
 
   // body(i) for this thread's share of 0 ... pieces - 1; all have done theirs when it returns. Once an interrupt was
   // asked for, the rest is left out and the call's numbers are dropped.
@@ -32,10 +22,27 @@ struct Group {
       if (interrupt.asked()) break;
       body(i);
     }
+    meet();
+  }
+  void meet() const {
     if (threads > 1) {
 #pragma omp barrier
     }
   }
+};
+
+// A group of samples with the threads that run it: one thread with a group of its own, or all threads on every step.
+struct Group : Team {
+  const GraphChainParams& p;
+  int64_t first;    // sample
+  int count, room;  // samples, and how many the buffers have room for
+  float* base;
+
+  float* at(int buffer, int sample) const {
+    const GraphBuffer& b = p.buffers.at[buffer];
+    return base + b.offset * room + static_cast<int64_t>(sample) * b.pixels * b.depth;
+  }
+  const GraphBuffer& buffer(int index) const { return p.buffers.at[index]; }
 };
 
 // What every step does with the sixteen numbers z that it made: z itself into `keep`, f(z) into `out` with f'(z) into
@@ -83,8 +90,8 @@ MG_INLINE void each_strip(const Group& g, const GraphStep& s, const Body& body) 
 
 // Rows of one class of windows: at most `most` pairs of (sample, output) a piece. body(class, first, count): output
 // `first_output[class] + i % outputs` of sample i / outputs, for i in first ... first + count - 1.
-template <typename Body>
-MG_INLINE void each_run(const Group& g, const Windows& w, int most, const Body& body) {
+template <typename Samples, typename Body>
+MG_INLINE void each_run(const Samples& g, const Windows& w, int most, const Body& body) {
   int64_t pieces = 0;
   for (int c = 0; c < w.classes; ++c) {
     const int64_t rows = static_cast<int64_t>(w.first_output[c + 1] - w.first_output[c]) * g.count;

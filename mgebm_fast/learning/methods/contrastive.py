@@ -3,23 +3,20 @@
 from __future__ import annotations
 
 import abc
-import contextlib
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ... import noise, ops
 from ...errors import DivergenceError
 from ...gradient import energy_gradient
 from ...models import EnergyModel
-from ...models.energies import norm_of
-from ...nets import ScoreNet
 from ...sampling import graphs
 from ..config.keys import pick
 from ..config.train_config import TrainConfig
+from .contrast import contrast
 from .model_rule import ModelRule
 from .optim import build_optimiser, condition_, map_areas, norm, rate_factor, step
 from .synthesis import GridLearned, Learned, Lesson, Synthesis
@@ -197,13 +194,8 @@ class ContrastiveRule(ModelRule):
         for net, parameters, real, chain in zip(
             self.model.active_nets, self.parameters, images, synthesis.images, strict=True
         ):
-            on_real, on_chain = self._energies(net, real, chain)
-            loss = on_real.mean() - on_chain.mean()
-            if weight := self.config.stabilise.energy_l2:
-                loss = loss + weight * (on_real.square().mean() + on_chain.square().mean())
-            some = torch.autograd.grad(loss, parameters, allow_unused=True)
-            gradients = [torch.zeros_like(p) if g is None else g for p, g in zip(parameters, some, strict=True)]
-            grids.append(GridLearned(self.tied(gradients), on_real.detach().mean(), on_chain.detach().mean()))
+            gradients, on_real, on_chain = contrast(net, parameters, real, chain, self.config.stabilise.energy_l2)
+            grids.append(GridLearned(self.tied(gradients), on_real, on_chain))
         return synthesis, grids
 
     def _apply(self, learned: Learned, lesson: Lesson | None, iteration: int, spoilt: Tensor) -> float:
@@ -236,16 +228,6 @@ class ContrastiveRule(ModelRule):
         # Chains are clamped. Unclamped data noise would let the net tell data from samples by their range alone, and
         # energies would diverge.
         return noisy.clamp_(*self.config.value_range) if self.config.stabilise.data_noise_clamp else noisy
-
-    def _energies(self, net: nn.Module, real: Tensor, chain: Tensor) -> tuple[Tensor, Tensor]:
-        observing: Any = net.observing() if isinstance(net, ScoreNet) else contextlib.nullcontext()
-        if norm_of(net) != "batch":
-            with observing:
-                on_real, on_chain = net(torch.cat([real, chain])).split([len(real), len(chain)])
-            return on_real, on_chain
-        with observing:
-            on_real = net(real)
-        return on_real, net(chain)
 
     # metrics
 

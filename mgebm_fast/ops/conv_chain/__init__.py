@@ -234,7 +234,7 @@ def gradient_reference(stages: Sequence[windows.StageLike], head: Tensor, x: Ten
             if stage.norm is not None:
                 scale, shift = stage.norm.weight.detach().double(), stage.norm.bias.detach().double()
                 h = F.batch_norm(h, None, None, scale, shift, True, 0.0, stage.norm.eps)
-            h = _activate(h, stage.activation, stage.slope)
+            h = activate(h, stage.activation, stage.slope)
         return torch.autograd.grad((h * head.detach().double()).sum(), leaf)[0]
 
 
@@ -253,7 +253,7 @@ def conv_chain_reference(
         langevin_step_reference(x, gradient_reference(stages, head, x), mask, numbers, here)
 
 
-def _activate(h: Tensor, name: str, slope: float) -> Tensor:
+def activate(h: Tensor, name: str, slope: float) -> Tensor:
     if name in ("leaky_relu", "relu"):
         return F.leaky_relu(h, slope)
     if name == "none":

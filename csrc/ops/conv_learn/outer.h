@@ -1,0 +1,142 @@
+// Gradients of weights: sums of outer products over (sample, pixel) pairs. For *_cpu.cpp files only.
+//
+// A lane is one tap of one input channel. Sixteen outputs of some lanes are summed in registers over the rows of a
+// chunk; chunks are added up in order, so that no tiling and no share of a thread changes a bit.
+#pragma once
+
+#include "ops/graph_chain/convolve.h"
+
+namespace mgebm::MGEBM_ISA {
+
+constexpr int kChunkRows = 128;
+
+// Lanes with what they read, from where a row begins to read, and where their sums are kept.
+struct LaneTile {
+  int count = 0;
+  int64_t from[kRowsAtOnce];
+  float* to[kRowsAtOnce];
+};
+
+// to[j][16 s + i] += sum over r of rows[r][from[j]] g[r][16 s + i], for the first lanes of a tile
+template <int kLanes, int kWide>
+MG_INLINE void outer_products(const float* const* rows, int count, const int64_t* from, const float* g,
+                              float* const* to) {
+  F16 sum[kLanes][kWide];
+  for (int j = 0; j < kLanes; ++j) {
+    for (int s = 0; s < kWide; ++s) sum[j][s] = all(0.0f);
+  }
+  for (int r = 0; r < count; ++r, g += 16 * kWide) {
+    const float* row = rows[r];
+    F16 column[kWide];
+    for (int s = 0; s < kWide; ++s) column[s] = load(g + 16 * s);
+#pragma GCC unroll 16
+    for (int j = 0; j < kLanes; ++j) {
+      const F16 broadcast = all(row[from[j]]);
+#pragma GCC unroll 2
+      for (int s = 0; s < kWide; ++s) sum[j][s] = multiply_add(broadcast, column[s], sum[j][s]);
+    }
+  }
+  for (int j = 0; j < kLanes; ++j) {
+    for (int s = 0; s < kWide; ++s) store(to[j] + 16 * s, load(to[j] + 16 * s) + sum[j][s]);
+  }
+}
+
+template <int kLanes, int kWide>
+MG_INLINE void outer_products_of(const float* const* rows, int count, const LaneTile& tile, int first, const float* g) {
+  int left = tile.count - first;
+  for (; left >= kLanes; left -= kLanes, first += kLanes) {
+    outer_products<kLanes, kWide>(rows, count, tile.from + first, g, tile.to + first);
+  }
+  if constexpr (kLanes > 1) {
+    outer_products_of<(kLanes > 4 ? 4 : kLanes - 1), kWide>(rows, count, tile, first, g);
+  }
+}
+
+template <int kWide>
+static void flush(const float* const* rows, int count, const float* g, LaneTile& tile) {
+  outer_products_of<kRowsAtOnce, kWide>(rows, count, tile, 0, g);
+  tile.count = 0;
+}
+
+// What a weight's gradient is made of: maps of `depth` floats a pixel, `inputs` of them channels, and the upstream.
+struct Outer {
+  const Windows& windows;
+  const float *in, *upstream;
+  int in_pixels, depth, inputs, rows;  // rows of taps
+  int out_pixels, strips;
+  int64_t samples;
+  float* to;  // (rows, inputs, strips 16)
+};
+
+// Lanes first ... last - 1 of some strips, for the rows of one chunk.
+template <int kWide>
+static void outer_strips(const Outer& o, const Taps& taps, const float* const* rows, const float* const* upstream,
+                         int count, int strip, int64_t first, int64_t last) {
+  alignas(64) float g[kChunkRows * 16 * kWide];
+  for (int r = 0; r < count; ++r) {
+    for (int s = 0; s < kWide; ++s) store(g + (r * kWide + s) * 16, load(upstream[r] + 16 * (strip + s)));
+  }
+  LaneTile tile;
+  for (int t = 0; t < taps.count; ++t) {
+    const int64_t lane = static_cast<int64_t>(taps.weight[t]) * o.inputs;
+    const int64_t begin = larger(0, first - lane), end = smaller(o.inputs, last - lane);
+    for (int64_t c = begin; c < end; ++c) {
+      tile.from[tile.count] = static_cast<int64_t>(taps.pixel[t]) * o.depth + c;
+      tile.to[tile.count++] = o.to + ((lane + c) * o.strips + strip) * 16;
+      if (tile.count == kRowsAtOnce) flush<kWide>(rows, count, g, tile);
+    }
+  }
+  flush<kWide>(rows, count, g, tile);
+}
+
+// The sums of all rows, this thread's share of the lanes.
+static void outer_sums(const Team& team, const Outer& o) {
+  const int64_t lanes = static_cast<int64_t>(o.rows) * o.inputs;
+  if (lanes == 0) return;  // nothing but padding is read
+  const int columns = (o.strips + kWideAtOnce - 1) / kWideAtOnce;
+  // Whole tiles of lanes of each column of strips.
+  const int64_t tiles = (lanes + kRowsAtOnce - 1) / kRowsAtOnce;
+  const int64_t begin = columns * tiles * team.thread / team.threads;
+  const int64_t end = columns * tiles * (team.thread + 1) / team.threads;
+  const auto each_column = [&](const auto& body) {
+    for (int column = static_cast<int>(begin / tiles); column < columns && column * tiles < end; ++column) {
+      const int64_t first = larger(0, begin - column * tiles) * kRowsAtOnce;
+      const int64_t last = smaller(smaller(tiles, end - column * tiles) * kRowsAtOnce, lanes);
+      const int strip = column * kWideAtOnce;
+      body(strip, o.strips - strip < kWideAtOnce ? o.strips - strip : kWideAtOnce, first, last);
+    }
+  };
+  each_column([&](int strip, int wide, int64_t first, int64_t last) {
+    for (int64_t lane = first; lane < last; ++lane) {
+      for (int s = 0; s < wide; ++s) store(o.to + (lane * o.strips + strip + s) * 16, all(0.0f));
+    }
+  });
+  const Windows& w = o.windows;
+  for (int c = 0; c < w.classes; ++c) {
+    const int first_output = w.first_output[c], outputs = w.first_output[c + 1] - first_output;
+    const Taps taps{w.tap_pixel + w.first_tap[c], w.tap_weight + w.first_tap[c], w.first_tap[c + 1] - w.first_tap[c]};
+    const int64_t all_rows = outputs * o.samples;
+    for (int64_t start = 0; start < all_rows && taps.count; start += kChunkRows) {
+      if (team.caller) team.interrupt.poll();
+      if (team.interrupt.asked()) break;
+      const int count = static_cast<int>(smaller(kChunkRows, all_rows - start));
+      const float *rows[kChunkRows], *upstream[kChunkRows];
+      for (int r = 0; r < count; ++r) {
+        const int64_t sample = (start + r) / outputs;
+        const int output = first_output + static_cast<int>((start + r) % outputs);
+        rows[r] = o.in + (sample * o.in_pixels + w.base[output]) * o.depth;
+        upstream[r] = o.upstream + (sample * o.out_pixels + w.output[output]) * o.strips * 16;
+      }
+      each_column([&](int strip, int wide, int64_t first, int64_t last) {
+        if (wide == kWideAtOnce) {
+          outer_strips<kWideAtOnce>(o, taps, rows, upstream, count, strip, first, last);
+        } else {
+          outer_strips<1>(o, taps, rows, upstream, count, strip, first, last);
+        }
+      });
+    }
+  }
+  team.meet();
+}
+
+}  // namespace mgebm::MGEBM_ISA

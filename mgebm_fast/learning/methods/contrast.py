@@ -1,0 +1,106 @@
+"""What one net learns from observed and synthesised images: mean energies, and the gradient of their difference."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from ... import native
+from ...gradient.stack import Stack, read
+from ...models.energies import norm_of
+from ...nets import EnergyNet
+from ...nets.score_net import ScoreNet
+from ...ops.conv_learn import conv_learn
+
+Contrast = tuple[list[Tensor], Tensor, Tensor]  # a gradient a parameter, and the two mean energies, 0-dim
+
+
+def contrast(
+    net: nn.Module, parameters: list[nn.Parameter], observed: Tensor, synthesised: Tensor, energy_l2: float
+) -> Contrast:
+    """The gradients of mean E(observed) − mean E(synthesised) + energy_l2 · mean(E(observed)² + E(synthesised)²), and
+    the two means.
+
+    With norm="batch" observed and synthesised images are normalised apart; running statistics and power iterations
+    follow the observed ones. An `EnergyNet` on a CPU with AVX2 or more learns in the native engine, others by autograd.
+    """
+    stack = readable(net, observed, synthesised)
+    if isinstance(stack, Stack):
+        assert isinstance(net, EnergyNet)
+        return _by_engine(net, stack, parameters, observed, synthesised, energy_l2)
+    on_observed, on_synthesised = _energies(net, observed, synthesised)
+    loss = on_observed.mean() - on_synthesised.mean()
+    if energy_l2:
+        loss = loss + energy_l2 * (on_observed.square().mean() + on_synthesised.square().mean())
+    found = torch.autograd.grad(loss, parameters, allow_unused=True)
+    return _filled(parameters, found), on_observed.detach().mean(), on_synthesised.detach().mean()
+
+
+def readable(net: nn.Module, observed: Tensor, synthesised: Tensor) -> Stack | str:
+    """The net as the native engine learns it; or why it learns by autograd."""
+    if observed.device.type != "cpu":
+        return "it is not on a CPU"
+    if reason := native.why_not():
+        return reason
+    if native.isa() == "portable":
+        return "without AVX2 torch is faster"
+    if type(net) is not EnergyNet:
+        return f"{type(net).__name__} is not an EnergyNet"
+    return read(net, min(observed, synthesised, key=len))
+
+
+def _by_engine(
+    net: EnergyNet, stack: Stack, parameters: list[nn.Parameter], observed: Tensor, synthesised: Tensor,
+    energy_l2: float,
+) -> Contrast:  # fmt: skip
+    n, m = len(observed), len(synthesised)
+    share = observed.new_tensor([1 / n, -1 / m]).repeat_interleave(torch.tensor([n, m]))
+    # Where there is a spectral norm, a weight is a function of the parameter, and the first forward moves it.
+    with net.observing():
+        weights = [layer.effective_weight() for layer in net.convolutions]
+        head = None if net.head is None else net.head.effective_weight()
+    stages = [
+        dataclasses.replace(stage, weight=weight.detach()) for stage, weight in zip(stack.stages, weights, strict=True)
+    ]
+    bias = None if net.head is None else net.head.bias
+    found = conv_learn(
+        stages,
+        stack.head if head is None else -head.detach().reshape(stack.head.shape),
+        torch.cat([observed, synthesised]),
+        share,
+        energy_l2 * share.abs(),
+        bias=0.0 if bias is None else -float(bias.detach()),
+        split=n if net.norm == "batch" else None,
+    )
+    made: list[tuple[Tensor | None, Tensor | None]] = [
+        (head, -found.head.reshape(1, -1)),
+        (bias, -found.bias.reshape(1)),
+    ]
+    for layer, weight, stage, of_stage in zip(net.convolutions, weights, stages, found.stages, strict=True):
+        made += [(weight, of_stage.weight), (layer.bias, of_stage.bias)]
+        if layer.norm is not None and of_stage.norm is not None:
+            made += [(layer.norm.weight, of_stage.norm.weight), (layer.norm.bias, of_stage.norm.bias)]
+            layer.norm.follow(of_stage.norm.mean, of_stage.norm.variance, n * math.prod(stage.out_size))
+    outputs, upstream = zip(*((t, g) for t, g in made if t is not None and t.requires_grad), strict=True)
+    some = torch.autograd.grad(outputs, parameters, upstream, allow_unused=True)
+    return _filled(parameters, some), found.energies[:n].mean(), found.energies[n:].mean()
+
+
+def _filled(parameters: list[nn.Parameter], gradients: Sequence[Tensor | None]) -> list[Tensor]:
+    return [torch.zeros_like(p) if g is None else g for p, g in zip(parameters, gradients, strict=True)]
+
+
+def _energies(net: nn.Module, observed: Tensor, synthesised: Tensor) -> tuple[Tensor, Tensor]:
+    with net.observing() if isinstance(net, ScoreNet) else contextlib.nullcontext():
+        if norm_of(net) != "batch":
+            on_observed, on_synthesised = net(torch.cat([observed, synthesised])).split(
+                [len(observed), len(synthesised)]
+            )
+            return on_observed, on_synthesised
+        on_observed = net(observed)
+    return on_observed, net(synthesised)

@@ -1,0 +1,238 @@
+"""conv_learn: energies of a stack of convolutions and the gradients in its weights, in one native call; CPU, float32.
+
+    z_l = W_l * h_{l−1} + b_l;   h_l = a_l(z_l), or a_l of z_l's batch normalisation;   E = ⟨head, h_L⟩ + bias
+    L = Σ_i linear_i E_i + square_i E_i²
+
+No bit depends on threads, nor, but for batch statistics, a sample's energy on its batch.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .. import native
+from .backend import choose, register
+from .conv_chain import ACTIVATIONS, MAX_STAGES, activate, windows
+from .conv_chain.packed import STRIP, pack
+from .conv_chain.scratch import Scratch
+from .state import addresses, why_not_plain
+
+OP = "conv_learn"
+register(OP, cpu=True, traced=False)
+
+
+@dataclasses.dataclass(frozen=True)
+class NormGradients:
+    """dL of the scale and the shift of batch statistics; and of z over the samples before `split` the mean and the
+    biased variance."""
+
+    weight: Tensor
+    bias: Tensor
+    mean: Tensor
+    variance: Tensor
+
+
+@dataclasses.dataclass(frozen=True)
+class StageGradients:
+    """dL of one stage's tensors, in their shapes; None for what it does not have."""
+
+    weight: Tensor
+    bias: Tensor | None
+    norm: NormGradients | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Learnt:
+    """What `conv_learn` gives."""
+
+    energies: Tensor  # (N,)
+    stages: tuple[StageGradients, ...]
+    head: Tensor  # (C_top, *top size)
+    bias: Tensor  # ()
+
+
+def conv_learn(
+    stages: Sequence[windows.StageLike],
+    head: Tensor,  # (C_top, *top size): dE/dh_L
+    x: Tensor,  # (N, C, *size) float32
+    linear: Tensor,  # (N,) float32
+    square: Tensor,  # (N,) float32
+    *,
+    bias: float = 0.0,
+    split: int | None = None,
+    backend: str = "auto",
+) -> Learnt:
+    """The energies of x, and the gradients of L = Σ linear E + square E² in every weight, bias and norm, and the head.
+
+    Args:
+        bias: what every energy has added to it.
+        split: with batch statistics, samples from here on are normalised apart from those before it; None: all
+            together.
+        backend: "native", "reference" (float64 by autograd, rounded at the end) or "auto".
+
+    Raises: TypeError, ValueError, BackendError.
+    """
+    split = _check(stages, head, x, linear, square, split)
+    if backend == "auto" and any(why_not_plain(t) for t in (x, linear, square, head)):
+        backend = "reference"
+    if choose(OP, backend, x.device) == "reference":
+        return conv_learn_reference(stages, head, x, linear, square, bias, split)
+    tensors = [tensor for stage in stages for tensor in windows.tensors_of(stage, OP)]
+    addresses(OP, head, *tensors)
+    with torch.no_grad():
+        return _native(stages, head, x, linear, square, bias, split)
+
+
+def _check(
+    stages: Sequence[windows.StageLike], head: Tensor, x: Tensor, linear: Tensor, square: Tensor, split: int | None
+) -> int:
+    if not 1 <= len(stages) <= MAX_STAGES:
+        raise ValueError(f"{OP}: stages must be 1 to {MAX_STAGES}, got {len(stages)}")
+    for name, tensor in (("x", x), ("linear", linear), ("square", square)):
+        if not isinstance(tensor, Tensor) or tensor.dtype != torch.float32:
+            got = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
+            raise TypeError(f"{OP}: {name} must be a float32 tensor, got {got}")
+    shape = (stages[0].weight.shape[1], *stages[0].in_size)
+    if tuple(x.shape[1:]) != shape or not len(x):
+        raise ValueError(f"{OP}: x must have shape (N, {', '.join(map(str, shape))}), N ≥ 1, got {tuple(x.shape)}")
+    for name, tensor in (("linear", linear), ("square", square)):
+        if tuple(tensor.shape) != (len(x),):
+            raise ValueError(f"{OP}: {name} must have one number a sample, {len(x)}, got shape {tuple(tensor.shape)}")
+    top = (stages[-1].weight.shape[0], *stages[-1].out_size)
+    if tuple(head.shape) != top:
+        raise ValueError(f"{OP}: head must be {top}, as the last map is, got {tuple(head.shape)}")
+    if split is None:
+        split = len(x)
+    if not 0 < split <= len(x):
+        raise ValueError(f"{OP}: split must be 1 to {len(x)}, the number of samples, got {split}")
+    parts = [split, len(x) - split] if split < len(x) else [split]
+    smallest = min((math.prod(stage.out_size) for stage in stages if stage.norm is not None), default=2)
+    if min(parts) * smallest <= 1:
+        raise ValueError(f"{OP}: batch statistics need more than one value a channel, got {min(parts)} samples")
+    return split
+
+
+class _Native:
+    """One stage for the native call: its arguments, and the buffers that they point into."""
+
+    def __init__(self, stage: windows.StageLike, first: bool) -> None:
+        weight = stage.weight.detach().contiguous()
+        outputs, inputs = weight.shape[:2]
+        kernel = tuple(weight.shape[2:])
+        self.stage, self.taps = stage, math.prod(kernel)
+        geometry = (stage.in_size, stage.out_size, kernel, stage.stride, stage.padding, stage.dilation)
+        forward, backward = windows.forward_windows(*geometry), windows.backward_windows(*geometry)
+        self.rows = [windows.ravel(row, kernel) for row in forward.rows]
+        ahead = pack(
+            weight, self.rows, inputs, outputs, (self.taps, inputs * self.taps), depth=inputs, bfloat=False
+        )  # fmt: skip
+        behind: Scratch | None = None
+        if not first:
+            rows = [windows.ravel(row, kernel) for row in backward.rows]
+            behind = pack(weight, rows, outputs, inputs, (inputs * self.taps, self.taps), depth=outputs, bfloat=False)
+        width = -(-outputs // STRIP) * STRIP
+        norm = stage.norm
+        given = (stage.bias,) if norm is None else (None, norm.weight, norm.bias)
+        vectors = [_filled(vector, width, weight) for vector in given]
+        # Of the weight, and of the bias or the norm's; of the norm's weight, mean and variance.
+        self.found = [weight.new_empty(len(self.rows), inputs, width)]
+        self.found += [weight.new_empty(width) for _ in range(1 if norm is None else 4)]
+        conv = (
+            forward.arguments, backward.arguments, ahead.address, len(forward.rows),
+            0 if behind is None else behind.address, len(backward.rows),
+            *addresses(OP, *vectors, *[None] * (3 - len(vectors))),
+            0.0 if norm is None else norm.eps, 0.0 if stage.activation == "relu" else stage.slope,
+            ACTIVATIONS[stage.activation], math.prod(stage.in_size), math.prod(stage.out_size), inputs, outputs,
+        )  # fmt: skip
+        self.arguments = (conv, *addresses(OP, *self.found, *[None] * (5 - len(self.found))))
+        self.held = (forward, backward, ahead, behind, vectors)
+
+    def gradients(self) -> StageGradients:
+        weight, *vectors = self.found
+        outputs, inputs = self.stage.weight.shape[:2]
+        taps = weight.new_zeros(self.taps, inputs, outputs)  # one that always lies outside the map has no row
+        taps[self.rows] = weight[:, :, :outputs]
+        shift, *rest = (vector[:outputs] for vector in vectors)
+        of_weight = taps.permute(2, 1, 0).contiguous().reshape(self.stage.weight.shape)
+        if self.stage.norm is None:
+            return StageGradients(of_weight, None if self.stage.bias is None else shift, None)
+        # Batch statistics take a bias off again.
+        bias = None if self.stage.bias is None else torch.zeros_like(shift)
+        return StageGradients(of_weight, bias, NormGradients(rest[0], shift, *rest[1:]))
+
+
+def _native(
+    stages: Sequence[windows.StageLike], head: Tensor, x: Tensor, linear: Tensor, square: Tensor, bias: float,
+    split: int,
+) -> Learnt:  # fmt: skip
+    x, linear, square = (tensor.detach().resolve_neg().contiguous() for tensor in (x, linear, square))
+    packed = [_Native(stage, first=index == 0) for index, stage in enumerate(stages)]
+    outputs = head.shape[0]
+    # (C, *top) -> (pixel, channel), padded to whole strips
+    flat = F.pad(head.detach().flatten(1).T, (0, -outputs % STRIP)).contiguous()
+    energies, of_head = torch.empty_like(linear), torch.empty_like(flat)
+    arguments = [
+        [stage.arguments for stage in packed], *addresses(OP, flat), bias,
+        *addresses(OP, x, linear, square, energies, of_head), len(x), split,
+    ]  # fmt: skip
+    threads = torch.get_num_threads()
+    workspace = Scratch(native.module().conv_learn_workspace(*arguments, 0, threads))
+    native.module().conv_learn_cpu(*arguments, workspace.address, threads)
+    of_bias = torch.addcmul(linear.double(), square.double(), energies.double(), value=2).sum().float()
+    gradient = of_head[:, :outputs].T.reshape(head.shape).contiguous()
+    return Learnt(energies, tuple(stage.gradients() for stage in packed), gradient, of_bias)
+
+
+def _filled(vector: Tensor | None, width: int, like: Tensor) -> Tensor:
+    """float32, filled up with zeros."""
+    out = like.new_zeros(width)
+    if vector is not None:
+        out[: len(vector)] = vector.detach()
+    return out
+
+
+def conv_learn_reference(
+    stages: Sequence[windows.StageLike], head: Tensor, x: Tensor, linear: Tensor, square: Tensor, bias: float,
+    split: int, dtype: torch.dtype = torch.float64,
+) -> Learnt:  # fmt: skip
+    """By autograd in `dtype`, rounded to float32 at the end."""
+    convolve = (F.conv1d, F.conv2d, F.conv3d)[x.dim() - 3]
+
+    def leaf(tensor: Tensor | None) -> Tensor | None:
+        return None if tensor is None else tensor.detach().to(dtype, copy=True).requires_grad_()
+
+    with torch.enable_grad():
+        h, top, shift = x.detach().to(dtype), leaf(head), leaf(torch.tensor(bias))
+        leaves: list[list[Tensor | None]] = []
+        moments: list[tuple[Tensor, ...]] = []
+        assert top is not None and shift is not None
+        for stage in stages:
+            norm = stage.norm
+            scales = (None, None) if norm is None else (norm.weight, norm.bias)
+            weight, b, gamma, beta = tensors = [leaf(t) for t in (stage.weight, stage.bias, *scales)]
+            assert weight is not None
+            leaves.append(tensors)
+            h = convolve(h, weight, b, stage.stride, stage.padding, stage.dilation)
+            z, dims = h.detach()[:split], [d for d in range(h.dim()) if d != 1]
+            moments.append((z.mean(dims).float(), z.var(dims, correction=0).float()))
+            if norm is not None:
+                parts = (part for part in (h[:split], h[split:]) if len(part))
+                h = torch.cat([F.batch_norm(part, None, None, gamma, beta, True, 0.0, norm.eps) for part in parts])
+            h = activate(h, stage.activation, stage.slope)
+        energies = (h * top).flatten(1).sum(1) + shift
+        loss = (linear.to(dtype) * energies + square.to(dtype) * energies.square()).sum()
+        given = [tensor for tensors in leaves for tensor in tensors if tensor is not None]
+        *found, of_head, of_bias = torch.autograd.grad(loss, [*given, top, shift])
+    rest = iter(gradient.float() for gradient in found)
+    gradients = []
+    for (_, b, gamma, _), of_z in zip(leaves, moments, strict=True):
+        of_weight, of_b = next(rest), None if b is None else next(rest)
+        of_norm = None if gamma is None else NormGradients(next(rest), next(rest), *of_z)
+        gradients.append(StageGradients(of_weight, of_b, of_norm))
+    return Learnt(energies.detach().float(), tuple(gradients), of_head.float(), of_bias.float())

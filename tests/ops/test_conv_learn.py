@@ -1,0 +1,164 @@
+"""conv_learn: energies and weight gradients against float64 autograd, and what they do not depend on."""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+import signal
+
+import pytest
+import torch
+from helpers.stacks import images, make
+
+from mgebm_fast import native
+from mgebm_fast.ops.conv_learn import Learnt, conv_learn, conv_learn_reference
+
+pytestmark = pytest.mark.skipif(not native.available(), reason="the compiled module is not built")
+ACTIVATIONS = [("leaky_relu", 0.2), ("leaky_relu", -0.5), ("relu", 0.0), ("silu", 1.0), ("elu", 1.0), ("none", 1.0)]
+
+
+def tensors(found: Learnt) -> dict[str, torch.Tensor]:
+    """All that was found, by name."""
+    named = {"energies": found.energies, "head": found.head, "bias": found.bias}
+    for index, stage in enumerate(found.stages):
+        for part in filter(None, (stage, stage.norm)):
+            for field in dataclasses.fields(part):
+                value = getattr(part, field.name)
+                if isinstance(value, torch.Tensor):
+                    named[f"{index} {type(part).__name__} {field.name}"] = value
+    return named
+
+
+def upstream(samples: int, seed: int = 3) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    sign = torch.ones(samples)
+    sign[samples // 2 :] = -1
+    return sign / samples, 0.02 * torch.rand(samples, generator=generator) / samples
+
+
+def random_stack(draw: random.Random):
+    dims = draw.choice([1, 2, 2, 3])
+    size = tuple(draw.randint(3, {1: 24, 2: 10, 3: 6}[dims]) for _ in range(dims))
+    channels, smallest, layers = draw.choice([1, 2, 3, 17]), min(size), []
+    dilation = draw.choice([1, 1, 2])
+    for _ in range(draw.randint(1, 4)):
+        kernel = draw.randint(1, max(1, min(5, (smallest - 1) // dilation + 1)))
+        stride, padding = draw.choice([1, 1, 2, 3]), draw.randint(0, kernel // 2 + 1)
+        layers.append((draw.choice([5, 16, 33, 40]), kernel, stride, padding))
+        smallest = (smallest + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1
+    activation, slope = draw.choice(ACTIVATIONS)
+    norm = draw.random() < 0.5
+    seed = draw.randint(0, 10**6)
+    stages, head = make(
+        size, channels, layers, norm=norm, activation=activation, slope=slope, dilation=dilation, seed=seed
+    )
+    return stages, head, channels, size
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_random_stacks_are_as_near_to_float64_as_torch_is(seed, isa):
+    draw = random.Random(seed)
+    stages, head, channels, size = random_stack(draw)
+    # Of two or three values statistics leave almost nothing but rounding errors.
+    few = [1, 2, 3] if not stages[0].norm else [2, 3] if stages[-1].out_size > (2,) else [32]
+    samples = draw.choice([*few, 64])
+    split = samples // 2 if stages[0].norm and samples > 3 else samples
+    x = images(samples, channels, size)
+    arguments = (stages, head, x, *upstream(samples), 0.3, split)
+    expected = tensors(conv_learn_reference(*arguments))
+    by_torch = tensors(conv_learn_reference(*arguments, torch.float32))
+    found = tensors(conv_learn(*arguments[:5], bias=0.3, split=split))
+    assert found.keys() == expected.keys()
+    largest = max(value.norm() for value in expected.values())
+    for name, value in expected.items():
+        assert found[name].shape == value.shape, name
+        # Torch may happen to be exact; and what cancels to nothing is rounding errors of larger numbers.
+        bound = 2 * (by_torch[name] - value).norm() + 4e-6 * value.norm() + 1e-7 * largest
+        assert (found[name] - value).norm() <= bound, name
+
+
+@pytest.mark.parametrize("norm", [False, True], ids=["plain", "batch"])
+def test_no_bit_depends_on_threads(norm, isa, threads):
+    stages, head = make((9, 9), 3, [(24, 5, 2, 2), (40, 3, 1, 1), (16, 3, 1, 1)], norm=norm)
+    x = images(14, 3, (9, 9))
+    runs = []
+    for count in (1, 2, 3):
+        threads(count)
+        runs.append(tensors(conv_learn(stages, head, x, *upstream(14), split=7)))
+    for run in runs[1:]:
+        assert all(torch.equal(run[name], value) for name, value in runs[0].items())
+
+
+def test_an_energy_does_not_depend_on_its_batch_nor_on_the_layout_of_x():
+    stages, head = make((8, 8), 3, [(24, 3, 1, 1), (20, 3, 2, 1)], activation="silu")
+    x = images(40, 3, (8, 8))
+    whole = conv_learn(stages, head, x, *upstream(40))
+    for first, last in ((0, 1), (5, 9), (30, 40)):
+        part = conv_learn(stages, head, x[first:last], *(u[first:last] for u in upstream(40)))
+        assert torch.equal(part.energies, whole.energies[first:last])
+    other = conv_learn(stages, head, x.to(memory_format=torch.channels_last), *upstream(40))
+    assert all(torch.equal(value, tensors(whole)[name]) for name, value in tensors(other).items())
+
+
+def test_batches_before_and_after_the_split_are_normalised_apart():
+    stages, head = make((4, 4), 2, [(8, 3, 1, 1)], norm=True)
+    x = torch.cat([images(5, 2, (4, 4)), 3 + images(7, 2, (4, 4), seed=2)])
+    found = conv_learn(stages, head, x, *upstream(12), split=5)
+    for part in (slice(0, 5), slice(5, 12)):
+        alone = conv_learn(stages, head, x[part], *(u[part] for u in upstream(12)))
+        torch.testing.assert_close(found.energies[part], alone.energies, rtol=1e-5, atol=1e-5)
+    first = conv_learn(stages, head, x[:5], *(u[:5] for u in upstream(12))).stages[0].norm
+    assert torch.equal(found.stages[0].norm.mean, first.mean)
+    assert torch.equal(found.stages[0].norm.variance, first.variance)
+
+
+@pytest.mark.parametrize("where", ["x", "weight", "bias"])
+def test_what_is_not_finite_shows_also_behind_a_relu(where):
+    stages, head = make((4, 4), 2, [(8, 3, 1, 1), (8, 3, 1, 1)], activation="relu", slope=0.0)
+    x = images(3, 2, (4, 4))
+    {"x": x, "weight": stages[0].weight, "bias": stages[1].bias}[where].view(-1)[0] = -torch.inf
+    found = conv_learn(stages, head, x, *upstream(3))
+    assert found.energies[0].isnan() and found.bias.isnan() and found.stages[0].weight.isnan().any()
+
+
+def test_a_signal_ends_the_call():
+    stages, head = make((64, 64), 3, [(64, 3, 1, 1), (64, 3, 1, 1)])
+    x = images(32, 3, (64, 64))
+
+    def handler(*_):
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGALRM, handler)
+    try:
+        signal.setitimer(signal.ITIMER_REAL, 0.06)
+        with pytest.raises(KeyboardInterrupt):
+            for _ in range(1000):
+                conv_learn(stages, head, x, *upstream(32))
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+BAD = {
+    "x must be a float32": lambda a: a | {"x": a["x"].double()},
+    "x must have shape": lambda a: a | {"x": a["x"][:, :1]},
+    "linear must have one number a sample, 4": lambda a: a | {"linear": a["linear"][:3]},
+    "head must be": lambda a: a | {"head": a["head"][:3]},
+    "split must be 1 to 4": lambda a: a | {"split": 5},
+    "stages must be 1 to": lambda a: a | {"stages": []},
+}
+
+
+@pytest.mark.parametrize("message", BAD)
+def test_bad_input_is_named(message):
+    stages, head = make((4, 4), 2, [(8, 3, 1, 1)])
+    linear, square = upstream(4)
+    given = {"stages": stages, "head": head, "x": images(4, 2, (4, 4)), "linear": linear, "square": square}
+    with pytest.raises((TypeError, ValueError), match=message):
+        conv_learn(**BAD[message](given))
+
+
+def test_one_value_a_channel_has_no_statistics():
+    stages, head = make((3, 3), 2, [(8, 3, 1, 0)], norm=True)
+    with pytest.raises(ValueError, match="more than one value a channel"):
+        conv_learn(stages, head, images(3, 2, (3, 3)), *upstream(3), split=2)
