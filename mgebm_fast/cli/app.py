@@ -23,7 +23,7 @@ from .evaluate import evaluate
 from .export import export
 from .inpaint import inpaint
 from .options import INTERRUPTED
-from .presets import presets
+from .presets import models, presets
 from .report import report
 from .sample import sample
 from .score import score
@@ -156,6 +156,7 @@ for command in (
     export,
     report,
     bench,
+    models,
     presets,
     doctor,
 ):

@@ -27,7 +27,13 @@ INTERRUPTED = 130  # the exit code of a command that Ctrl-C ended
 
 MOST_THREADS = max(64, 4 * (os.cpu_count() or 1))  # many more than cores end in a crash of OpenMP
 
-RunPath = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder, a checkpoint folder or a model file.")]
+RunPath = Annotated[
+    Path,
+    typer.Argument(
+        metavar="RUN",
+        help="A run folder, a checkpoint folder, a model file, or the name of a shipped model (`mgebm models`).",
+    ),
+]
 Device = Annotated[str, typer.Option(help="cpu, cuda or cuda:N; auto takes CUDA where torch finds it.")]
 Json = Annotated[bool, typer.Option("--json", help="Print exactly one JSON object on stdout.")]
 Precision = Annotated[str, typer.Option(help="Precision of the gradient: auto, fp32, bf16 or fp16.")]
@@ -243,11 +249,12 @@ def configured(config: TrainConfig, data: str | None, settings: Sequence[str], *
 
 def fingerprint_of(run: Path, source: str, config: TrainConfig | None) -> dict[str, Any] | None:
     """What a run says of the data that it learnt from, where `source` is their place and anything is known of them."""
-    from ..learning import Run
+    from ..learning.run import stored_run
 
     if config is None or os.path.abspath(source) != os.path.abspath(config.data):
         return None
-    return Run(run if run.is_dir() else run.parent).fingerprint()
+    found = stored_run.find(run).run
+    return None if found is None else found.fingerprint()
 
 
 def source_of(run: Path, data: str | None, config: TrainConfig | None) -> str:

@@ -1,4 +1,4 @@
-"""`mgebm presets`: what there is to train, and the keys of a configuration."""
+"""`mgebm presets`: what there is to train, and the keys of a configuration; `mgebm models`: what is trained already."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import json as json_module
 from typing import Annotated
 
 import typer
+
+from .options import Json, print_json
 
 
 def presets(
@@ -40,6 +42,36 @@ def presets(
         typer.echo(f"{config.name}\n    {config.description}")
         typer.echo(f"    {config.method} on {config.data}, {config.steps} updates, {config.time}")
         typer.echo(f"    {METHODS[config.method].about}")
+
+
+def models(json: Json = False) -> None:
+    """List the trained models that come with the package; their names stand for runs.
+
+    \b
+    Examples:
+      mgebm models
+      mgebm sample digits --num 64 --out samples.png
+      mgebm evaluate digits
+
+    A file or folder of the same name in the working folder comes first: `builtin:digits` is the model in any folder.
+    The card of each says what it was trained on, how, and what was measured.
+    """
+    from ..learning import Run
+    from ..learning.run.stored_run import SHIPPED, shipped_names
+
+    entries = []
+    for name in shipped_names():
+        run, card = Run(SHIPPED / name), SHIPPED / name / "README.md"
+        size = run.model_file().stat().st_size
+        shown = {key: getattr(run.config, key) for key in ("data", "sizes", "channels", "steps", "description")}
+        entries.append({"name": name, **shown, "bytes": size, "card": str(card)})
+    if json:
+        print_json(entries)
+        return
+    for entry in entries:
+        side = entry["sizes"][-1]
+        typer.echo(f"{entry['name']}\n    {side}×{side}, learnt from {entry['data']}, {entry['bytes'] / 1e6:.1f} MB")
+        typer.echo(f"    {entry['card']}")
 
 
 def _toml(value: object) -> str:

@@ -117,9 +117,11 @@ def train(
       collapse.json                only after a collapse: the model is the best from before it
       data.json                    names and checksums of the images that it learnt from
     """
+    from ..data.builtin import BUILT_IN_PREFIX
     from ..learning import build_model
     from ..learning.run import distributed
     from ..learning.run.heap import keep_freed_memory
+    from ..learning.run.stored_run import SHIPPED, located
     from ..learning.run.threads import threads_for
 
     keep_freed_memory()
@@ -131,7 +133,8 @@ def train(
             changes = [*(settings or []), *([] if precision is None else [f"precision={precision}"])]
             stored = resume and (folder / "config.toml").exists()
             if start is not None:
-                source = os.path.abspath(start)
+                found = located(start)
+                source = BUILT_IN_PREFIX + found.name if found.parent == SHIPPED else os.path.abspath(start)
                 chosen = dataclasses.replace(chosen, start_from=source, start_optimiser=with_optimiser)
             elif with_optimiser:
                 raise ConfigError("--from-optimiser: must be beside --from RUN")

@@ -247,16 +247,19 @@ class Model(Pretrained, nn.Module, abc.ABC):
                     f"{name!r}, {got}"
                 )
 
-    def save(self, path: str | os.PathLike, *, ema: Mapping[str, Tensor] | None = None) -> None:
+    def save(self, path: str | os.PathLike, *, ema: Mapping[str, Tensor] | None = None, half: bool = False) -> None:
         """Write one .safetensors file, configuration included; no file is left half-written.
 
         `ema`: averages of some of the state's tensors, by their names in `state_dict()`; `load` prefers them.
+        `half`: float32 tensors are stored rounded to float16, in half the bytes; `load` widens them again.
         """
         tensors = dict(self.state_dict())
         unknown = [name for name in ema or {} if name not in tensors]
         if unknown:
             raise ValueError(f"save: ema must hold names of the model's state, got {unknown[0]!r}")
         tensors.update({storage.EMA + name: tensor for name, tensor in (ema or {}).items()})
+        if half:
+            tensors = {n: t.half() if t.dtype == torch.float32 else t for n, t in tensors.items()}
         storage.write(path, _apart(tensors), self.config(), self.kind)
 
     @classmethod
@@ -314,7 +317,8 @@ class Model(Pretrained, nn.Module, abc.ABC):
                 raise CheckpointError(f"{where}: tensor {name!r} is {fault}")
             got, want = tuple(state[name].shape), tuple(expected[name].shape)
             fits = got[1:] == want[1:] and len(got) == len(want) if name in self._of_any_length else got == want
-            if not fits or state[name].dtype != expected[name].dtype:
+            halved = state[name].dtype == torch.float16 and expected[name].dtype == torch.float32
+            if not fits or not (halved or state[name].dtype == expected[name].dtype):
                 wanted = f"{want} {expected[name].dtype}"
                 raise CheckpointError(f"{where}: tensor {name!r} must be {wanted}, got {got} {state[name].dtype}")
         self.load_state_dict(state)

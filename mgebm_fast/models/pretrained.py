@@ -26,8 +26,9 @@ class Pretrained:
     """Of a `Model`: how it is written as such a folder, and read from one."""
 
     def save_pretrained(
-        self, folder: str | os.PathLike, *, figures: Mapping[str, Any] | None = None, samples: int = 64
-    ) -> list[Path]:
+        self, folder: str | os.PathLike, *, figures: Mapping[str, Any] | None = None, samples: int = 64,
+        half: bool = False,
+    ) -> list[Path]:  # fmt: skip
         """Write a folder as the Hugging Face hub has them; the files written.
 
         config.json, model.safetensors (and model.json, its checksum), samples.png, and README.md, a model card with the
@@ -37,8 +38,9 @@ class Pretrained:
         Args:
             figures: for the card, as `evaluation.evaluate` returns them. Default: the last record of training.
             samples: in the picture; 0: no picture.
+            half: store float32 tensors rounded to float16. The picture and `figures` are of the model as it is.
         """
-        return _save(self, Path(folder), figures, samples)
+        return _save(self, Path(folder), figures, samples, half)
 
     @classmethod
     def from_pretrained(
@@ -58,14 +60,14 @@ class Pretrained:
         return model
 
 
-def _save(model: Any, folder: Path, figures: Mapping[str, Any] | None, samples: int) -> list[Path]:
+def _save(model: Any, folder: Path, figures: Mapping[str, Any] | None, samples: int, half: bool) -> list[Path]:
     if folder.exists() and not folder.is_dir():
         raise FileExistsError(f"save_pretrained: folder must be a folder or new, got the file {folder}")
     picture = _picture(model, samples) if samples else None
     training = _shared_config(model)
     files.make_folder(folder.parent)
     with files.folder_beside(folder) as temporary:
-        storage.write_checked(temporary / storage.MODEL_FILE, model.save)
+        storage.write_checked(temporary / storage.MODEL_FILE, lambda path: model.save(path, half=half))
         described = {"model_type": "mgebm_fast", "kind": model.kind, **model.config()}
         files.write_bytes(temporary / CONFIG, (json.dumps(described, indent=1) + "\n").encode())
         if picture is not None:
@@ -137,7 +139,7 @@ def card(model: Any, training: Any, name: str, figures: Mapping[str, Any] | None
         lines += [f"![Samples of seed {_SEED}, not chosen]({SAMPLES})", ""]
     lines += [
         "## Use", "", "```python", "import mgebm_fast as mg", "",
-        f'model = mg.models.Model.from_pretrained("{name}")',
+        f'model = mg.load("{name}")',
         "pictures = model.to_uint8(model.sample(16, seed=0))", "```", "",
     ]  # fmt: skip
     lines += ["## Training", ""]

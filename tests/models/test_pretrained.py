@@ -36,7 +36,7 @@ def test_a_folder_gives_the_model_back(tmp_path):
     assert torch.equal(mg.load(tmp_path / "deep" / "mine").sample(3), model().sample(3))
     text = (tmp_path / "deep" / "mine" / "README.md").read_text()
     assert text.startswith("---\nlibrary_name: mgebm_fast\n") and "| kid | 0.0123457 |" in text and "notes" not in text
-    assert "![Samples" in text and 'from_pretrained("mine")' in text and "Not recorded" in text
+    assert "![Samples" in text and 'mg.load("mine")' in text and "Not recorded" in text
 
 
 def test_a_card_tells_how_a_run_was_trained_without_this_machines_paths(tmp_path):

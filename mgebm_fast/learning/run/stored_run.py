@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from ...data.builtin import BUILT_IN_PREFIX
 from ...errors import BackendError, CheckpointError, Refused, suggest
 from ...models import Model, storage
 from ..config.files import load_config
@@ -19,15 +20,30 @@ from ..config.values import from_dict
 from . import checkpoint, records
 from .folder import CHECKPOINTS, CONFIG, MODEL, check_inside, read_collapse, read_fingerprint
 
+SHIPPED = Path(__file__).resolve().parents[2] / "shipped"
+
+
+def shipped_names() -> list[str]:
+    """The trained models that come with the package."""
+    return sorted(file.parent.name for file in SHIPPED.glob(f"*/{MODEL}"))
+
+
+def located(path: str | os.PathLike[str]) -> Path:
+    """The folder of a shipped model where `path` is its name and nothing here has that name, or is its name after
+    "builtin:"; else `path` as it is."""
+    name = os.fspath(path).removeprefix(BUILT_IN_PREFIX)
+    explicit = name != os.fspath(path)
+    return SHIPPED / name if name in shipped_names() and (explicit or not os.path.lexists(name)) else Path(path)
+
 
 class Run:
     """An existing run: its configuration, checkpoints, metrics, model and data.
 
-    `path` is the run's folder or one of its checkpoints; CheckpointError where it is neither.
+    `path` is the run's folder, one of its checkpoints or the name of a shipped model; CheckpointError where it is none.
     """
 
     def __init__(self, path: str | Path) -> None:
-        self.path = Path(path)
+        self.path = located(path)
         self._checkpoint: Path | None = None
         check_inside(self.path)
         if (self.path / checkpoint.STATE).is_file() and not (self.path / CONFIG).is_file():
@@ -112,13 +128,14 @@ class Found(NamedTuple):
 
 
 def find(path: str | os.PathLike[str]) -> Found:
-    """The model that `path`, a run's folder, a checkpoint's or a model file, means.
+    """The model that `path` means: a run's folder, a checkpoint's, a model file or the name of a shipped model.
 
     CheckpointError where there is nothing at `path`, with the nearest name, or no model.
     """
-    path = Path(path)
+    path = located(path)
     if not path.exists():
-        names = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
+        names = shipped_names() if path.parent == Path() else []
+        names += [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
         raise CheckpointError(f"run: {path} does not exist{suggest(path.name, names)}")
     folder = path if path.is_dir() else path.parent
     if any((folder / name).is_file() for name in (CONFIG, checkpoint.STATE)):
@@ -163,7 +180,8 @@ def load(run: str | os.PathLike[str], *, device: str | torch.device = "auto", em
 
     Args:
         run: a run's folder (its final model, else that of its newest whole checkpoint, with a warning where newer ones
-            are damaged), a checkpoint's folder, or a model file.
+            are damaged), a checkpoint's folder, a model file, or the name of a model that comes with the package,
+            where nothing in the working folder has that name (`builtin:digits` means the package's in any folder).
         device: "auto": CUDA where torch finds it, else the CPU.
         ema: take the averaged weights where the run keeps them.
 
