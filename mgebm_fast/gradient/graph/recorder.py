@@ -14,7 +14,9 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map_only
 
@@ -25,6 +27,7 @@ from ..holding import frozen_parameters
 from ..reach import modules_of
 from ..stages import Unreadable
 from ..trust import GLOBAL_HOOKS, HOOKS
+from .extremes import _extreme  # noqa: F401  (the rules of greatest values)
 from .rules import RULES
 from .shapes import _view  # noqa: F401  (the rules of shapes)
 from .values import GraphBuilder, Value
@@ -48,7 +51,7 @@ def read_graph(energy: Callable[[Tensor], Tensor], x: Tensor) -> Graph | str:
     probe = noise_like(_SAMPLES, x, 1)
     recorder = _Recorder(energy, probe)
     try:
-        with torch.inference_mode(False), frozen_parameters(energy), torch.enable_grad(), recorder:
+        with torch.inference_mode(False), frozen_parameters(energy), torch.enable_grad(), recorder, _CircularPads():
             out = energy(probe)
         return recorder.finish(out)
     except Unreadable as reason:
@@ -163,7 +166,11 @@ class _Recorder(TorchDispatchMode):
         if not torch.is_grad_enabled():
             raise Unreadable(f"{name} runs without gradients (torch.no_grad, or a custom autograd.Function)")
         if reason := next((value for value in found if isinstance(value, str)), None):
-            raise Unreadable(reason)
+            if any(t.is_floating_point() for t in made):
+                raise Unreadable(reason)
+            self._values.update(dict.fromkeys(map(_key, made), reason))  # as the indices of a pool, which are reshaped
+            self._kept.append(out)
+            return
         inplace = func._schema.is_mutable
         plain = name.rstrip("_") if inplace and not name.startswith("_") else name
         if plain not in RULES or any(t.dtype != torch.float32 for t in made[:1]):
@@ -212,6 +219,22 @@ class _Recorder(TorchDispatchMode):
                 )
             frame = frame.f_back
         return reason
+
+
+class _CircularPads(TorchFunctionMode):
+    """Pads a map with its other side by an index of its pixels; torch does it by writes into new memory."""
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        kwargs = kwargs or {}
+        if func is not F.pad or "circular" not in (kwargs.get("mode"), *args[2:3]):
+            return func(*args, **kwargs)
+        x, pads = [*args, *(kwargs[name] for name in ("input", "pad") if name in kwargs)][:2]
+        for place in range(len(pads) // 2):
+            n, before, after = x.shape[-1 - place], pads[2 * place], pads[2 * place + 1]
+            if max(before, after) > n:
+                return func(*args, **kwargs)  # which refuses it
+            x = x.index_select(-1 - place, torch.arange(-before, n + after) % n)
+        return x
 
 
 def _named(energy: Any) -> Iterable[tuple[str, nn.Module]]:

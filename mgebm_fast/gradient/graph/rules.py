@@ -52,16 +52,38 @@ def _convolution(b: GraphBuilder, out: Tensor, x: Any, weight: Any, bias: Any, *
     stride, padding, dilation, transposed, _, groups = geometry
     if transposed:
         raise Unreadable(f"{b.name} is transposed")
-    if groups != 1:
-        raise Unreadable(f"{b.name} has groups={groups}")
     dims = weight.dim() - 2
     if x.flattened or len(x.held.size) != dims:
         raise Unreadable(f"{b.name} takes {dims} spatial dimensions of a tensor of shape {x.shape}")
     stride, padding, dilation = (tuple(v) * (dims if len(v) == 1 else 1) for v in (stride, padding, dilation))
     shape = shape_of(out)
+    if groups != 1:
+        return _grouped(b, x, shape, weight.detach(), bias, groups, (stride, padding, dilation))
     return b.add(
         layers.Convolution, [x], Map(shape[0], shape[1:]), shape, weight.detach(), bias, stride, padding, dilation
     )
+
+
+def _grouped(
+    b: GraphBuilder, x: Value, shape: tuple[int, ...], weight: Tensor, bias: Any, groups: int, geometry: Any
+) -> Value:
+    """A convolution of several groups as convolutions of as many of them as make sixteen channels, the depth of the
+    engine's tiles, with zeros between one group and another."""
+    inputs, outputs = weight.shape[1], weight.shape[0] // groups
+    together = next(m for m in range(1, groups + 1) if groups % m == 0 and (m * inputs >= 16 or m == groups))
+    parts = []
+    for first in range(0, groups, together):
+        block = weight.new_zeros(together * outputs, together * inputs, *weight.shape[2:])
+        for g in range(together):
+            rows = slice((first + g) * outputs, (first + g + 1) * outputs)
+            block[g * outputs : (g + 1) * outputs, g * inputs : (g + 1) * inputs] = weight[rows]
+        part, own = x, None if bias is None else bias.detach()[first * outputs : (first + together) * outputs]
+        if together < groups:
+            held = Map(together * inputs, x.held.size)
+            part = b.add(layers.Slice, [x], held, (together * inputs, *x.held.size), first * inputs)
+        out = (together * outputs, *shape[1:])
+        parts.append(b.add(layers.Convolution, [part], Map(out[0], out[1:]), out, block, own, *geometry))
+    return parts[0] if len(parts) == 1 else b.add(layers.Concat, parts, Map(shape[0], shape[1:]), shape)
 
 
 @rule("addmm")
@@ -126,6 +148,31 @@ def _relu6(b: GraphBuilder, out: Tensor, x: Any) -> Value:
 @rule("reciprocal")
 def _reciprocal(b: GraphBuilder, out: Tensor, x: Any) -> Value:
     return b.pointwise(value(b, x), "power", -1)
+
+
+@rule("log1p")
+def _log1p(b: GraphBuilder, out: Tensor, x: Any) -> Value:
+    return b.pointwise(b.affine(value(b, x), None, 1.0), "log")
+
+
+@rule("expm1")
+def _expm1(b: GraphBuilder, out: Tensor, x: Any) -> Value:
+    return b.affine(b.pointwise(value(b, x), "exp"), None, -1.0)
+
+
+@rule("rsqrt")
+def _rsqrt(b: GraphBuilder, out: Tensor, x: Any) -> Value:
+    return b.pointwise(b.pointwise(value(b, x), "sqrt"), "power", -1)
+
+
+@rule("hardsigmoid")
+def _hardsigmoid(b: GraphBuilder, out: Tensor, x: Any) -> Value:
+    return b.pointwise(b.affine(value(b, x), 1 / 6, 0.5), "hardtanh", 0.0, 1.0)
+
+
+@rule("hardswish")
+def _hardswish(b: GraphBuilder, out: Tensor, x: Any) -> Value:
+    return b.combined(layers.Multiply, value(b, x), _hardsigmoid(b, out, x))
 
 
 @rule("elu")

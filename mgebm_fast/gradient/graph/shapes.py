@@ -249,7 +249,19 @@ def _applied(name: str) -> Any:
     return apply
 
 
-for _name in ("permute", "transpose", "flip", "roll", "index_select", "cumsum", "diff", "tril", "triu"):
+@rule("index_select")
+def _index_select(b: GraphBuilder, out: Tensor, x: Any, dim: int, index: Any) -> Value:
+    x, which = value(b, x), constant(b, index)
+    place = dim % out.dim() - 1
+    if place < 0:
+        raise Unreadable(f"{b.name} takes some samples of the batch")
+    if not x.is_map or x.flattened or place == 0:
+        return b.linear(x, lambda basis: basis.index_select(place + 1, which), shape_of(out))
+    taken = tuple(((at, 1.0),) for at in which.reshape(-1).tolist())
+    return b.gather(x, tuple(taken if d == place - 1 else _identity(n) for d, n in enumerate(x.held.size)))
+
+
+for _name in ("permute", "transpose", "flip", "roll", "cumsum", "diff", "tril", "triu"):
     rule(_name)(_applied(_name))
 
 

@@ -123,6 +123,21 @@ IMAGES = {
         nn.utils.parametrizations.weight_norm(nn.Conv2d(3, 4, 3)), nn.SiLU(), nn.Flatten(), nn.Linear(144, 1),
         nn.Flatten(0),
     ),
+    "grouped convolutions": lambda: sequential(
+        nn.Conv2d(3, 24, 3), nn.SiLU(), nn.Conv2d(24, 24, 3, padding=1, groups=24), nn.Hardswish(),
+        nn.Conv2d(24, 36, 3, stride=2, groups=3, bias=False), nn.Hardsigmoid(), nn.Conv2d(36, 6, 1, groups=2),
+        nn.Flatten(), nn.Linear(24, 1), nn.Flatten(0),
+    ),
+    "pads with the other side": lambda: sequential(
+        nn.Conv2d(3, 6, 3, padding=(2, 1), padding_mode="circular"), nn.SiLU(), nn.AdaptiveMaxPool2d((5, 2)),
+        nn.Flatten(), nn.Linear(60, 1), nn.Flatten(0),
+    ),
+    "greatest pixels": lambda: lambda x: (
+        x.amax((2, 3)).square().sum(1) + x.flatten(1).min(1)[0] + x.amin(2).exp().sum((1, 2)) + x[:, :2].amax((1, 2, 3))
+    ),
+    "logarithms near 1": lambda: lambda x: (
+        (torch.log1p(x * x) + torch.expm1(x) + torch.rsqrt(1 + x * x)).sum((1, 2, 3))
+    ),
     "a shared layer": lambda: (lambda conv: lambda x: torch.relu(conv(torch.relu(conv(x)))).sum((1, 2, 3)))(
         sequential(nn.Conv2d(3, 3, 3, padding=1))
     ),
@@ -136,9 +151,24 @@ POINTS = {
     "distance from a shell": (3, lambda: lambda x: (x.norm(dim=1) - 2) ** 2),
     "gated": (5, lambda: (torch.manual_seed(3), Gated())[1]),
     "partial": (3, lambda: functools.partial(lambda a, x: a * F.softplus(x).sum(1), 0.3)),
+    "greatest features": (11, lambda: lambda x: (
+        x.amax(1) - 2 * torch.min(x[:, 3:], 1)[0] + torch.maximum(x, 0.3 * x * x).sum(1)
+        + torch.minimum(x, torch.tensor(0.1)).square().sum(1)
+    )),
     "stacked": (2, lambda: lambda x: torch.stack([x[:, 0] * 2, x[:, 1] - x[:, 0]], 1).pow(2).sum(1).sqrt()),
 }  # fmt: skip
+OTHERS = {
+    "a sequence": ((3, 8), lambda: sequential(
+        nn.Conv1d(3, 4, 5, padding=2, padding_mode="circular"), nn.SiLU(), nn.MaxPool1d(3, 2, 1), nn.Flatten(),
+        nn.Linear(16, 1), nn.Flatten(0),
+    )),
+    "a volume": ((2, 4, 4, 4), lambda: sequential(
+        nn.Conv3d(2, 4, 3, groups=2, padding=1), nn.SiLU(), nn.MaxPool3d(2), nn.Flatten(), nn.Linear(32, 1),
+        nn.Flatten(0),
+    )),
+}  # fmt: skip
 CASES = {name: ((3, 8, 8), make) for name, make in IMAGES.items()}
+CASES |= OTHERS
 CASES |= {name: ((size,), make) for name, (size, make) in POINTS.items()}
 
 

@@ -1,0 +1,79 @@
+"""Rules of greatest and least values: over pixels by pools, over features and of two tensors as y + relu(x − y).
+
+Where several are the greatest, torch's gradient is shared among them by some ops, here it goes to one.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from ...ops.graph_chain import layers
+from ...ops.graph_chain.layers import Map
+from ..stages import Unreadable
+from .rules import _add, _sub, rule, shape_of, value
+from .shapes import _dims, _numbers, _spatial
+from .values import GraphBuilder, Value
+
+_MOST = 64  # features whose greatest is taken
+
+
+@rule("maximum", "minimum")
+def _maximum(b: GraphBuilder, out: Tensor, x: Any, y: Any) -> Value:
+    least = b.name.startswith("minimum")
+    above = b.pointwise(_sub(b, out, y, x) if least else _sub(b, out, x, y), "leaky_relu", 0.0)
+    return _sub(b, out, y, above) if least else _add(b, out, y, above)
+
+
+@rule("amax", "amin", "max", "min")
+def _extreme(b: GraphBuilder, out: Any, x: Any, dims: Any = None, keepdim: bool = False) -> Value:
+    if dims is None:
+        raise Unreadable(f"{b.name} is over the batch")
+    x, shape = value(b, x), shape_of(out if isinstance(out, Tensor) else out[0])
+    places, least = _dims(dims, x), b.name.split()[0].endswith("min")
+    x = b.affine(x, -1.0) if least else x
+    if x.is_map and x.flattened and places == list(range(len(x.shape))):  # all of its elements
+        x = Value(x.index, x.held, x.map_shape)
+        places = list(range(len(x.shape)))
+    if x.is_map and not x.flattened:
+        kernel = tuple(n if dim + 1 in places else 1 for dim, n in enumerate(x.held.size))
+        x = _pooled(b, x, kernel)
+        if places[0] == 0 and x.held.pixels == 1:
+            x, places = b.viewed(b.features(x), (x.held.channels,)), [0]
+    if 0 in places:
+        x = _of_features(b, x, places)
+    x = b.viewed(x, shape)
+    return b.affine(x, -1.0) if least else x
+
+
+def _pooled(b: GraphBuilder, x: Value, kernel: tuple[int, ...]) -> Value:
+    """The greatest of windows side by side."""
+    held = Map(x.held.channels, tuple(n // k for n, k in zip(x.held.size, kernel, strict=True)))
+    none, ones = (0,) * len(kernel), (1,) * len(kernel)
+    return b.add(layers.MaxPool, [x], held, (held.channels, *held.size), kernel, kernel, none, ones)
+
+
+def _of_features(b: GraphBuilder, x: Value, places: list[int]) -> Value:
+    """The greatest of all features, by halves."""
+    if x.is_map or len(places) < len(x.shape) or x.held.channels > _MOST:
+        raise Unreadable(f"{b.name} is over channels of a tensor of shape {x.shape}")
+    while (count := x.held.channels) > 1:
+        half = count // 2
+        first, second = (b.add(layers.Slice, [x], Map(half, ()), (half,), at) for at in (0, half))
+        above = b.pointwise(b.combined(layers.Add, first, second, -1.0), "leaky_relu", 0.0)
+        greater = b.combined(layers.Add, second, above, 1.0)
+        if count % 2:
+            last = b.add(layers.Slice, [x], Map(1, ()), (1,), 2 * half)
+            greater = b.add(layers.Concat, [greater, last], Map(half + 1, ()), (half + 1,))
+        x = greater
+    return x
+
+
+@rule("adaptive_max_pool2d", "adaptive_max_pool3d")
+def _adaptive_max_pool(b: GraphBuilder, out: Any, x: Any, size: Any) -> Value:
+    dims = out[0].dim() - 2
+    x, size = _spatial(b, x, dims), _numbers(size, dims)
+    if any(n % length for n, length in zip(x.held.size, size, strict=True)):
+        raise Unreadable(f"{b.name} has windows of several lengths")
+    return _pooled(b, x, tuple(n // length for n, length in zip(x.held.size, size, strict=True)))
