@@ -13,7 +13,9 @@ from .outputs import check_place
 
 def report(
     runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Run folders, side by side in this order.")],
-    out: Annotated[Path, typer.Option(metavar="X.html", help="The page.")] = Path("report.html"),
+    out: Annotated[
+        Path, typer.Option(metavar="X.html|X.png", help="The page, or its samples beside training images alone.")
+    ] = Path("report.html"),
     seed: Annotated[int, typer.Option(min=0, help="Seed of the samples beside training images.")] = 0,
     threads: Threads = None,
 ) -> None:
@@ -23,6 +25,7 @@ def report(
     Examples:
       mgebm report runs/digits
       mgebm report runs/digits runs/letters --out both.html
+      mgebm report runs/digits --out neighbours.png
 
     \b
     On the page, for each run:
@@ -34,15 +37,27 @@ def report(
 
     It takes less than 5 MB, whatever the number of runs: pictures are left out evenly where there are many. KID and FID
     are not measured while training; `mgebm evaluate` does.
+
+    X.png is a picture of 16 samples of one run, each over the training image that is nearest to it.
     """
-    if out.suffix.lower() not in (".html", ".htm"):
-        raise ValueError(f"--out: must end in .html, got {out}")
+    picture = out.suffix.lower() == ".png"
+    if not picture and out.suffix.lower() not in (".html", ".htm"):
+        raise ValueError(f"--out: must end in .html or .png, got {out}")
+    if picture and len(runs) > 1:
+        raise ValueError(f"run: must be one for a picture, got {len(runs)}")
     check_place(out)
     use_threads(threads)
-    from ..evaluation.page import page
+    from ..evaluation.page import neighbours, page
     from ..files import make_folder, write_bytes
     from ..learning import Run
+    from ..pictures import save_png
 
+    if picture:
+        drawn = neighbours(Run(runs[0]), 16, rows=2, seed=seed)
+        make_folder(out.parent)
+        save_png(out, drawn)
+        typer.echo(f"{runs[0]}: {out}, samples of seed {seed} over the training images nearest to them", err=True)
+        return
     text = page([Run(path) for path in runs], seed=seed).encode()
     make_folder(out.parent)
     write_bytes(out, text)

@@ -16,7 +16,6 @@ from ..data import ImageData
 from ..errors import DataError
 from ..learning import Run
 from ..learning.run.folder import SAMPLES
-from ..models import Model
 from ..pictures import image_grid
 
 MOST_BYTES = 4_500_000  # of all pictures of a page
@@ -202,23 +201,32 @@ def _chart(kind: str, lines: Mapping[str, Sequence[tuple[float, float]]]) -> str
 
 
 def _neighbours(run: Run, seed: int) -> str:
-    """A row of samples over a row of the training images nearest to them by pixel distance."""
+    """`neighbours` as a figure, or why there is none."""
     try:
-        model, data = run.model(), run.data("train")
+        picture = neighbours(run, NEIGHBOURS, seed=seed)
     except (DataError, OSError, ValueError, ImportError) as error:
         return f'<p class="note">None: {escape(str(error))}</p>'
-    if not isinstance(data, ImageData):
-        return '<p class="note">Not of recordings, whose data are one clip.</p>'
-    samples = _drawn(model, seed)
-    nearest = _nearest(samples, data.images)
-    rows = np.concatenate([samples, data.images[nearest]])
-    picture = image_grid(rows, columns=len(samples), scale=max(1, -(-40 // samples.shape[-1])))
     buffer = io.BytesIO()
     from PIL import Image
 
     Image.fromarray(picture).save(buffer, "PNG")
     words = f"samples of seed {seed} above, training images below"
     return f'<figure><img alt="{words}" src="{_uri(buffer.getvalue())}"><figcaption>{words}</figcaption></figure>'
+
+
+def neighbours(run: Run, num: int, *, rows: int = 1, seed: int = 0) -> np.ndarray:
+    """A picture (H, W, 3) uint8 of `num` samples, not chosen, in `rows` rows, each over a row of the training images
+    that are nearest to them by pixel distance. ValueError of a run whose data are one recording."""
+    model, data = run.model(), run.data("train")
+    if not isinstance(data, ImageData):
+        raise ValueError("run: must have learnt from images, got one of recordings, whose data are one clip")
+    drawn = model.sample(num, seed=seed)
+    assert isinstance(drawn, torch.Tensor)
+    samples = model.to_uint8(drawn).cpu().numpy()
+    nearest = data.images[_nearest(samples, data.images)]
+    columns = -(-num // rows)
+    parts = [part[i : i + columns] for i in range(0, num, columns) for part in (samples, nearest)]
+    return image_grid(np.concatenate(parts), columns=columns, scale=max(1, -(-40 // samples.shape[-1])))
 
 
 def _nearest(images: np.ndarray, train: np.ndarray) -> list[int]:
@@ -231,12 +239,6 @@ def _nearest(images: np.ndarray, train: np.ndarray) -> list[int]:
         found.append((apart.min(1), apart.argmin(1) + start))
     which = np.argmin([apart for apart, _ in found], 0)
     return [int(found[chunk][1][i]) for i, chunk in enumerate(which)]
-
-
-def _drawn(model: Model, seed: int) -> np.ndarray:
-    drawn = model.sample(NEIGHBOURS, seed=seed)
-    assert isinstance(drawn, torch.Tensor)
-    return model.to_uint8(drawn).cpu().numpy()
 
 
 def _next(run: Run) -> str:

@@ -94,3 +94,20 @@ def test_nothing_is_cut_off_in_a_narrow_window_and_the_slider_works(written, tmp
     done = subprocess.run([*command, path.as_uri()], capture_output=True, text=True, timeout=60)
     assert re.search(r"<title>true update \d+ 1</title>", done.stdout), done.stdout[:300] + done.stderr[-300:]
     assert "CONSOLE" not in done.stderr
+
+
+def test_a_picture_has_each_sample_over_its_nearest_training_image(mgebm, trained, tmp_path):
+    out = tmp_path / "deep" / "near.png"
+    result = mgebm("report", trained, "--out", out, "--seed", 3)
+    assert result.exit_code == 0, result.output
+    run = Run(trained)
+    model, images = run.model(), run.data("train").images
+    samples = model.to_uint8(model.sample(16, seed=3)).numpy()
+    drawn = np.asarray(Image.open(out))
+    assert drawn.shape == (4 * 42 + 2, 8 * 42 + 2, 3)
+    for k in (0, 7, 13):
+        row, column = 2 * (k // 8), k % 8
+        cells = [drawn[2 + 42 * r :, 2 + 42 * column :, 0][:40:5, :40:5] for r in (row, row + 1)]
+        apart = ((images[:, 0].astype(int) - samples[k, 0]) ** 2).sum((1, 2))
+        assert np.array_equal(cells[0], samples[k, 0]) and np.array_equal(cells[1], images[apart.argmin(), 0])
+    assert mgebm("report", trained, trained, "--out", out).exit_code == 2
