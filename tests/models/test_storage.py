@@ -50,6 +50,21 @@ def test_a_stored_model_samples_the_same(tmp_path, norm, more):
     assert torch.equal(loaded.sample(5, seed=3), m.sample(5, seed=3))
 
 
+def test_half_stores_rounded_weights_in_half_the_bytes(tmp_path):
+    m = model()
+    m.save(tmp_path / "half.safetensors", half=True)
+    m.save(tmp_path / "full.safetensors")
+    stored, loaded = load_file(tmp_path / "half.safetensors"), MultiGrid.load(tmp_path / "half.safetensors")
+    for name, value in m.state_dict().items():
+        rounded = value.half().float() if value.dtype == torch.float32 else value
+        assert torch.equal(loaded.state_dict()[name], rounded) and loaded.state_dict()[name].dtype == value.dtype
+        assert stored[name].dtype == (torch.float16 if value.dtype == torch.float32 else value.dtype)
+    bytes_of = [
+        sum(t.nbytes for t in load_file(tmp_path / f"{name}.safetensors").values()) for name in ("half", "full")
+    ]
+    assert bytes_of[0] < 0.52 * bytes_of[1]
+
+
 def test_a_frozen_model_survives(tmp_path):
     m = model()
     for size, net in zip(m.sizes[1:], m.nets, strict=True):
