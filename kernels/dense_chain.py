@@ -28,7 +28,7 @@ from torch import Tensor
 
 from .bias_act import activate, activation_code, times_slope
 from .edge_step import note_bad, step_number
-from .langevin_step import bounded, drifted
+from .langevin_step import bounded, drifted, table_arguments, tabled
 from .philox import OPTIONS, box_muller, counter_arguments, counter_words, philox, seed_words
 
 SAMPLES, COLUMNS = 16, 64  # of a tile of samples, and of a layer at a time; widths are multiples of COLUMNS
@@ -188,7 +188,7 @@ def dense_chain_kernel(
     slope2,
     slope3,
     slope4,
-    drift,
+    drift,  # a number, or with TABLE the address of drift, noise_std and 1/sigma^2, of all steps or of each
     noise_std,
     inv_variance,
     reference_mean,
@@ -210,6 +210,7 @@ def dense_chain_kernel(
     CLAMP_HI: tl.constexpr,
     MASKED: tl.constexpr,
     NOTING: tl.constexpr,
+    TABLE: tl.constexpr,  # 0: none, 1: one for all steps, 2: by step
     LAYERS: tl.constexpr,
     ELEMENTS: tl.constexpr,  # D_0
     P0: tl.constexpr,
@@ -257,7 +258,7 @@ def dense_chain_kernel(
         sample = tl.expand_dims(sample, 1)
         quad = tl.expand_dims(tl.arange(0, IN // 4), 0).to(tl.uint32)
 
-    for _ in range(steps):
+    for k in range(steps):
         for block in range(part, P1 // WIDTH, SPLIT):
             sums = first_layer(state, weight1, block * WIDTH, IN, P0, WIDTH)
             if LAYERS == 1:
@@ -291,14 +292,18 @@ def dense_chain_kernel(
 
         if NOTING:
             note_bad(bad_step, gradient, inside, number)
-        value = drifted(state, gradient, drift, inv_variance, reference_mean, grad_clamp, CLIP)
+        if TABLE:
+            own_drift, own_noise_std, own_inv_variance = tabled(drift + (3 * k if TABLE == 2 else 0))
+        else:
+            own_drift, own_noise_std, own_inv_variance = drift, noise_std, inv_variance
+        value = drifted(state, gradient, own_drift, own_inv_variance, reference_mean, grad_clamp, CLIP)
         if NOISY:
             w0, w1, w2, w3 = philox(quad, sample, number.to(tl.uint32), stream.to(tl.uint32), k0, k1)
             z0, z1 = box_muller(w0, w1)
             z2, z3 = box_muller(w2, w3)
             normal = tl.reshape(tl.join(tl.join(z0, z2), tl.join(z1, z3)), (ROWS, IN))
             fits = tl.broadcast_to(sample_fits, (ROWS,)) & ((number >> 32) == 0)
-            std = tl.where(fits, noise_std, float("nan"))
+            std = tl.where(fits, own_noise_std, float("nan"))
             value = tl.fma(tl.broadcast_to(tl.expand_dims(std, 1), (ROWS, IN)), normal, value)
         value = bounded(value, clamp_lo, clamp_hi, CLAMP_LO, CLAMP_HI)
         if MASKED:
@@ -327,6 +332,7 @@ def dense_chain_(
     grad_clamp: float | None = None,
     clamp_lo: float | None = None,
     clamp_hi: float | None = None,
+    table: Tensor | None = None,  # (K or 1, 1, 3) float32: before drift, noise_std and inv_variance
     mask: Tensor | None = None,  # bool, x's shape, contiguous
     bad_step: Tensor | None = None,
     split: int = 1,
@@ -368,9 +374,7 @@ def dense_chain_(
             scale if isinstance(scale, Tensor) else float(scale),
             *(float(slope) for slope in slopes),
             *[0.0] * (4 - layers),
-            float(drift),
-            float(noise_std),
-            float(inv_variance),
+            *table_arguments(drift, noise_std, inv_variance, table),
             float(reference_mean),
             0.0 if grad_clamp is None else float(grad_clamp),
             0.0 if clamp_lo is None else float(clamp_lo),
@@ -383,6 +387,7 @@ def dense_chain_(
             CLAMP_HI=clamp_hi is not None,
             MASKED=mask is not None,
             NOTING=bad_step is not None,
+            TABLE=0 if table is None else 1 + (table.shape[0] > 1),
             LAYERS=layers,
             ELEMENTS=elements,
             **{f"P{i}": size for i, size in enumerate(sizes + [0] * (4 - layers))},

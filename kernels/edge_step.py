@@ -29,7 +29,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .bias_act import sum_of
-from .langevin_step import Strides, bounded, drifted
+from .langevin_step import Strides, bounded, drifted, table_arguments, tabled
 from .philox import OPTIONS, box_muller, counter_arguments, counter_words, philox, seed_words
 
 PIXELS = 256  # of a program, by channel: 64 blocks of four phases, 128 of one or two
@@ -70,7 +70,7 @@ def edge_step_kernel(
     mask_channel,
     mask_spatial,
     unscale,
-    drift,
+    drift,  # a number, or with TABLE the address of drift, noise_std and 1/sigma^2
     noise_std,
     inv_variance,
     reference_mean,
@@ -92,6 +92,7 @@ def edge_step_kernel(
     CLAMP_HI: tl.constexpr,
     MASKED: tl.constexpr,
     NOTING: tl.constexpr,
+    TABLE: tl.constexpr,
     X_FLAT: tl.constexpr,  # x is contiguous
     CHANNELS_INNER: tl.constexpr,  # upstream is channels-last
     CHANNELS: tl.constexpr,
@@ -194,6 +195,8 @@ def edge_step_kernel(
         at = safe_n * x_sample + c.to(tl.int64) * x_channel + (h * WIDTH + w).to(tl.int64) * x_spatial
         x_at = x + (tl.expand_dims(at, 1) + lane * x_spatial)
     old = tl.load(x_at, mask=within, other=0.0)
+    if TABLE:
+        drift, noise_std, inv_variance = tabled(drift)
     value = drifted(old, gradient, drift, inv_variance, reference_mean, grad_clamp, CLIP)
     if NOISY:
         k0, k1 = seed_words(seed, seed_high, SEED_ON_DEVICE)
@@ -250,6 +253,7 @@ def edge_step_(
     grad_clamp: float | None = None,
     clamp_lo: float | None = None,
     clamp_hi: float | None = None,
+    table: Tensor | None = None,  # (1, 1, 3) float32: before drift, noise_std and inv_variance
     mask: Tensor | None = None,
     mask_strides: Strides | None = None,  # (sample, channel, spatial)
     bad_step: Tensor | None = None,  # one int64
@@ -281,9 +285,7 @@ def edge_step_(
             *x_strides,
             *(mask_strides or (0, 0, 0)),
             unscale if isinstance(unscale, Tensor) else float(unscale),
-            float(drift),
-            float(noise_std),
-            float(inv_variance),
+            *table_arguments(drift, noise_std, inv_variance, table),
             float(reference_mean),
             0.0 if grad_clamp is None else float(grad_clamp),
             0.0 if clamp_lo is None else float(clamp_lo),
@@ -296,6 +298,7 @@ def edge_step_(
             CLAMP_HI=clamp_hi is not None,
             MASKED=mask is not None,
             NOTING=bad_step is not None,
+            TABLE=table is not None,
             X_FLAT=flat,
             CHANNELS_INNER=not upstream.is_contiguous() or out_height * out_width == 1,
             CHANNELS=channels,

@@ -53,6 +53,17 @@ def offsets(channel, site, channel_stride, spatial_stride, BY_QUAD: tl.constexpr
 
 
 @triton.jit
+def tabled(at):
+    """drift, noise_std and 1/sigma^2 from memory."""
+    return tl.load(at), tl.load(at + 1), tl.load(at + 2)
+
+
+def table_arguments(drift: float, noise_std: float, inv_variance: float, table: Tensor | None) -> tuple:
+    """What a kernel takes for these three: numbers, or the table in the place of the first."""
+    return float(drift) if table is None else table, float(noise_std), float(inv_variance)
+
+
+@triton.jit
 def drifted(old, gradient, drift, inv_variance, reference_mean, grad_clamp, CLIP: tl.constexpr):
     """The state before its noise."""
     if CLIP:
@@ -89,10 +100,10 @@ def langevin_step_kernel(
     mask_sample,
     mask_channel,
     mask_spatial,
-    drift,
+    drift,  # a number, or with TABLE the table's address: drift, noise_std, 1/sigma^2 of each sample, or of all
     noise_std,
     inv_variance,
-    reference_mean,
+    reference_mean,  # a number, or with MEANS the address of those of each element
     grad_clamp,
     clamp_lo,
     clamp_hi,
@@ -109,6 +120,8 @@ def langevin_step_kernel(
     CLAMP_LO: tl.constexpr,
     CLAMP_HI: tl.constexpr,
     MASKED: tl.constexpr,
+    TABLE: tl.constexpr,  # 0: none, 1: one for all samples, 2: by sample
+    MEANS: tl.constexpr,  # as TABLE
     X_FLAT: tl.constexpr,
     GRAD_FLAT: tl.constexpr,
     MASK_FLAT: tl.constexpr,
@@ -167,6 +180,15 @@ def langevin_step_kernel(
     old = tl.load(x_at, mask=inside)
     gradient = tl.load(grad_at, mask=inside).to(tl.float32)
 
+    if TABLE:
+        drift, noise_std, inv_variance = tabled(drift + (3 * n if TABLE == 2 else 0))
+    if MEANS:
+        means = reference_mean + (n * elements if MEANS == 2 else 0)
+        if X_FLAT:
+            means += first_quad * 4 + lane
+        else:
+            means += offsets(channel, site, spatial, 1, QUADS_IN_CHANNEL, QUADS)
+        reference_mean = tl.load(means, mask=inside)
     value = drifted(old, gradient, drift, inv_variance, reference_mean, grad_clamp, CLIP)
     if NOISY:
         k0, k1 = seed_words(seed, seed_high, SEED_ON_DEVICE)
@@ -208,6 +230,8 @@ def langevin_step_(
     grad_clamp: float | None = None,
     clamp_lo: float | None = None,
     clamp_hi: float | None = None,
+    table: Tensor | None = None,  # (1, N or 1, 3) float32, contiguous: before drift, noise_std and inv_variance
+    means: Tensor | None = None,  # (N or 1, C, *spatial) float32, contiguous: before reference_mean
     mask: Tensor | None = None,  # bool or uint8, False or 0 holds a pixel
     mask_strides: Strides | None = None,  # 0 where the mask is broadcast; None: the mask is contiguous, of x's shape
     seed: int | Tensor = 0,
@@ -246,10 +270,8 @@ def langevin_step_(
             *x_strides,
             *grad_strides,
             *mask_strides,
-            float(drift),
-            float(noise_std),
-            float(inv_variance),
-            float(reference_mean),
+            *table_arguments(drift, noise_std, inv_variance, table),
+            float(reference_mean) if means is None else means,
             0.0 if grad_clamp is None else float(grad_clamp),
             0.0 if clamp_lo is None else float(clamp_lo),
             0.0 if clamp_hi is None else float(clamp_hi),
@@ -259,6 +281,8 @@ def langevin_step_(
             CLAMP_LO=clamp_lo is not None,
             CLAMP_HI=clamp_hi is not None,
             MASKED=mask is not None,
+            TABLE=0 if table is None else 1 + (table.shape[1] > 1),
+            MEANS=0 if means is None else 1 + (means.shape[0] > 1),
             X_FLAT=x_strides == dense,
             GRAD_FLAT=grad_strides == dense and not channels_inner,
             MASK_FLAT=mask_flat and not channels_inner,

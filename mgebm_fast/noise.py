@@ -122,7 +122,8 @@ def resolve_seed(
         raise ValueError(f"{where}: generator must be on {device} while a CUDA graph is captured, got {source}")
     on_cpu = source is _CPU or source.type == "cpu"
     if on_cpu and is_eager():
-        return _scratch.number.random_(2**63 - 1, generator=generator).item()  # the number that randint would draw
+        drawn = _scratch.number.random_(2**63 - 1, generator=generator)  # the number that randint would draw
+        return int(drawn.item())
     drawn = torch.randint(2**63 - 1, (), dtype=torch.int64, device=source, generator=generator)
     if on_cpu and not torch.compiler.is_compiling() and type(drawn) is Tensor:  # no fake tensor
         return int(drawn)

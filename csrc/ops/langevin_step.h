@@ -15,13 +15,38 @@ struct LangevinStepCoefficients {
   MGEBM_FIELDS(drift, noise_std, inverse_variance, reference_mean, grad_clamp, low, high)
 };
 
+// The numbers of a chain: the same for all, or in memory, where they may differ by step, sample and element and where a
+// replayed graph sees them change.
+struct LangevinStepNumbers {
+  LangevinStepCoefficients all;
+  const float* at;             // [step][sample][3]: drift, noise_std, 1 / sigma^2; null: those of `all`
+  int64_t by_step, by_sample;  // from one step or sample to the next, in floats; 0 where they are the same
+  const float* mean;           // m of each element, in (channel, spatial) order; null: that of `all`
+  int64_t mean_by_sample;      // from one sample to the next; 0 where they are the same
+  MGEBM_FIELDS(all, at, by_step, by_sample, mean, mean_by_sample)
+};
+
+// Of the chain's k-th step.
+MG_HD LangevinStepCoefficients coefficients_of(const LangevinStepNumbers& numbers, int64_t k, int64_t sample) {
+  LangevinStepCoefficients found = numbers.all;
+  if (numbers.at) {
+    const float* const at = numbers.at + k * numbers.by_step + sample * numbers.by_sample;
+    found.drift = at[0], found.noise_std = at[1], found.inverse_variance = at[2];
+  }
+  return found;
+}
+
+MG_HD const float* means_of(const LangevinStepNumbers& numbers, int64_t sample) {
+  return numbers.mean ? numbers.mean + sample * numbers.mean_by_sample : nullptr;
+}
+
 struct LangevinStepParams {
   float* x;
   const void* grad;
   const uint8_t* mask;  // null: every pixel is updated; else 0 holds a pixel. Strides are 0 where broadcast
   int64_t samples, channels, spatial;
   Strides x_strides, grad_strides, mask_strides;
-  LangevinStepCoefficients update;
+  LangevinStepNumbers update;
   GradType grad_type;
   Counters counters;
   MGEBM_FIELDS(x, grad, mask, samples, channels, spatial, x_strides, grad_strides, mask_strides, grad_type, update,

@@ -29,16 +29,28 @@ void run(const LangevinStepCoefficients& k, float* __restrict__ x, const Gradien
 }
 
 template <typename Gradient>
+void run_tethered(LangevinStepCoefficients k, float* __restrict__ x, const Gradient* __restrict__ gradient,
+                  const float* __restrict__ mean, const float* __restrict__ normal, int64_t count) {
+#pragma omp simd
+  for (int64_t i = 0; i < count; ++i) {
+    LangevinStepCoefficients here = k;
+    here.reference_mean = mean[i];
+    x[i] = langevin_step_update(here, x[i], load_gradient(gradient + i), normal[i]);
+  }
+}
+
+template <typename Gradient>
 struct Sample {
   const LangevinStepParams& p;
   float* x;
   const Gradient* gradient;
   const uint8_t* mask;
+  const float* mean;
 };
 
 // Any strides, any mask: element i of the block is logical element first + i.
 template <typename Gradient>
-void run_strided(const LangevinStepCoefficients& k, const Sample<Gradient>& s, int64_t first, const float* normal,
+void run_strided(LangevinStepCoefficients k, const Sample<Gradient>& s, int64_t first, const float* normal,
                  int64_t count) {
   const LangevinStepParams& p = s.p;
   for (int64_t i = 0; i < count; ++i) {
@@ -46,6 +58,7 @@ void run_strided(const LangevinStepCoefficients& k, const Sample<Gradient>& s, i
     if (s.mask && !s.mask[c * p.mask_strides.channel + at * p.mask_strides.spatial]) continue;
     float& value = s.x[c * p.x_strides.channel + at * p.x_strides.spatial];
     const Gradient* g = s.gradient + c * p.grad_strides.channel + at * p.grad_strides.spatial;
+    if (s.mean) k.reference_mean = s.mean[first + i];
     value = langevin_step_update(k, value, load_gradient(g), normal[i]);
   }
 }
@@ -67,11 +80,9 @@ void langevin_step_typed(const LangevinStepParams& p, int threads) {
   const bool same_layout =
       p.x_strides.channel == p.grad_strides.channel && p.x_strides.spatial == p.grad_strides.spatial;
   const bool same_mask = p.mask && p.mask_strides.channel == p.spatial && p.mask_strides.spatial == 1;
-  const bool tiled = same_layout && !contiguous && !p.mask && p.channels <= kBlockElements;
+  const bool tiled = same_layout && !contiguous && !p.mask && !p.update.mean && p.channels <= kBlockElements;
   const int64_t tile = tiled ? kBlockElements / p.channels * p.channels : kBlockElements;
   const int64_t blocks = (elements + tile - 1) / tile;
-  const LangevinStepCoefficients k = p.update;
-  const bool noisy = p.update.noise_std != 0.0f;
   threads = threads_for(p.samples * elements, threads);
 #pragma omp parallel num_threads(threads) if (threads > 1)
   {
@@ -82,10 +93,11 @@ void langevin_step_typed(const LangevinStepParams& p, int threads) {
       const int64_t count = elements - first < tile ? elements - first : tile;
       const Sample<Gradient> s{p, p.x + sample * p.x_strides.sample,
                                static_cast<const Gradient*>(p.grad) + sample * p.grad_strides.sample,
-                               p.mask ? p.mask + sample * p.mask_strides.sample : nullptr};
+                               p.mask ? p.mask + sample * p.mask_strides.sample : nullptr, means_of(p.update, sample)};
+      const LangevinStepCoefficients k = coefficients_of(p.update, 0, sample);
       const SampleKey key = sample_key(p.counters, sample);
       alignas(64) float normal[kBlockElements + 4];
-      if (!noisy) {
+      if (k.noise_std == 0.0f) {
         for (int64_t i = 0; i < count; ++i) normal[i] = 0.0f;
       } else if (tiled) {
         const int64_t pixel = first / p.channels, pixels = count / p.channels;
@@ -95,9 +107,11 @@ void langevin_step_typed(const LangevinStepParams& p, int threads) {
         noise_quads<Distribution::kNormal>(key, static_cast<uint32_t>(first / 4), static_cast<int>((count + 3) / 4),
                                            normal);
       }
-      if (tiled || (contiguous && same_layout && !p.mask)) {
+      if (contiguous && same_layout && s.mean && !p.mask) {
+        run_tethered(k, s.x + first, s.gradient + first, s.mean + first, normal, count);
+      } else if (tiled || (contiguous && same_layout && !p.mask)) {
         run(k, s.x + first, s.gradient + first, normal, count);
-      } else if (contiguous && same_layout && same_mask) {
+      } else if (contiguous && same_layout && same_mask && !s.mean) {
         run_masked(k, s.x + first, s.gradient + first, s.mask + first, normal, count);
       } else {
         run_strided(k, s, first, normal, count);

@@ -23,8 +23,9 @@ __device__ __forceinline__ Gradients load_quad(const Gradient* at) {
   return {load_gradient(&a), load_gradient(&b), load_gradient(&c), load_gradient(&d)};
 }
 
-__device__ __forceinline__ Quad normals_or_nan(const LangevinStepParams& p, int64_t sample, int64_t quad) {
-  if (p.update.noise_std == 0.0f) return {0.0f, 0.0f, 0.0f, 0.0f};
+__device__ __forceinline__ Quad normals_or_nan(const LangevinStepParams& p, const LangevinStepCoefficients& k,
+                                               int64_t sample, int64_t quad) {
+  if (k.noise_std == 0.0f) return {0.0f, 0.0f, 0.0f, 0.0f};
   const SampleKey key = sample_key(p.counters, sample);
   Quad q = normals_of(words_at(key, static_cast<uint32_t>(quad)));
   if (!key.valid) q.v0 = q.v1 = q.v2 = q.v3 = __int_as_float(0x7FC00000);
@@ -33,15 +34,15 @@ __device__ __forceinline__ Quad normals_or_nan(const LangevinStepParams& p, int6
 
 template <typename Gradient>
 __global__ void __launch_bounds__(kThreads) langevin_step_contiguous_kernel(const LangevinStepParams p) {
-  const LangevinStepCoefficients k = p.update;
   const int64_t quads = p.channels * p.spatial / 4;
   const int64_t stride = static_cast<int64_t>(gridDim.x) * kThreads;
   for (int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x; i < p.samples * quads; i += stride) {
     const auto [sample, quad] = split(i, quads);
+    const LangevinStepCoefficients k = coefficients_of(p.update, 0, sample);
     float4* const at = reinterpret_cast<float4*>(p.x) + i;
     float4 x = *at;
     const Gradients g = load_quad(static_cast<const Gradient*>(p.grad) + 4 * i);
-    const Quad q = normals_or_nan(p, sample, quad);
+    const Quad q = normals_or_nan(p, k, sample, quad);
     x.x = langevin_step_update(k, x.x, g.g0, q.v0);
     x.y = langevin_step_update(k, x.y, g.g1, q.v1);
     x.z = langevin_step_update(k, x.z, g.g2, q.v2);
@@ -51,8 +52,8 @@ __global__ void __launch_bounds__(kThreads) langevin_step_contiguous_kernel(cons
 }
 
 template <typename Gradient>
-__device__ __forceinline__ void update_element(const LangevinStepParams& p, const LangevinStepCoefficients& k,
-                                               int64_t sample, int64_t element, float normal) {
+__device__ __forceinline__ void update_element(const LangevinStepParams& p, LangevinStepCoefficients k, int64_t sample,
+                                               int64_t element, float normal) {
   if (element >= p.channels * p.spatial) return;
   const auto [c, s] = split(element, p.spatial);
   const Strides& xs = p.x_strides;
@@ -61,17 +62,18 @@ __device__ __forceinline__ void update_element(const LangevinStepParams& p, cons
   if (p.mask && !p.mask[sample * ms.sample + c * ms.channel + s * ms.spatial]) return;
   float* const x = p.x + sample * xs.sample + c * xs.channel + s * xs.spatial;
   const Gradient* const g = static_cast<const Gradient*>(p.grad) + sample * gs.sample + c * gs.channel + s * gs.spatial;
+  if (const float* const mean = means_of(p.update, sample)) k.reference_mean = mean[element];
   *x = langevin_step_update(k, *x, load_gradient(g), normal);
 }
 
 template <typename Gradient>
 __global__ void __launch_bounds__(kThreads) langevin_step_strided_kernel(const LangevinStepParams p) {
-  const LangevinStepCoefficients k = p.update;
   const int64_t quads = (p.channels * p.spatial + 3) / 4;
   const int64_t stride = static_cast<int64_t>(gridDim.x) * kThreads;
   for (int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x; i < p.samples * quads; i += stride) {
     const auto [sample, quad] = split(i, quads);
-    const Quad q = normals_or_nan(p, sample, quad);
+    const LangevinStepCoefficients k = coefficients_of(p.update, 0, sample);
+    const Quad q = normals_or_nan(p, k, sample, quad);
     update_element<Gradient>(p, k, sample, 4 * quad + 0, q.v0);
     update_element<Gradient>(p, k, sample, 4 * quad + 1, q.v1);
     update_element<Gradient>(p, k, sample, 4 * quad + 2, q.v2);
@@ -83,7 +85,8 @@ template <typename Gradient>
 bool takes_vectors(const LangevinStepParams& p) {
   const bool contiguous = p.x_strides.spatial == 1 && p.x_strides.channel == p.spatial && p.grad_strides.spatial == 1 &&
                           p.grad_strides.channel == p.spatial;
-  return contiguous && !p.mask && p.channels * p.spatial % 4 == 0 && reinterpret_cast<uintptr_t>(p.x) % 16 == 0 &&
+  return contiguous && !p.mask && !p.update.mean && p.channels * p.spatial % 4 == 0 &&
+         reinterpret_cast<uintptr_t>(p.x) % 16 == 0 &&
          reinterpret_cast<uintptr_t>(p.grad) % (4 * sizeof(Gradient)) == 0;
 }
 

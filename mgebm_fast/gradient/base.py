@@ -53,6 +53,10 @@ class GradientPlan(abc.ABC):
     def gradient(self, x: Tensor) -> Tensor:
         """∇E(x) of each sample, the shape of x; x is left untouched and needs no `requires_grad`."""
 
+    def takes(self, numbers: Update) -> bool:
+        """Whether `advance_` makes steps with these numbers, which may vary."""
+        return True
+
     def advance_(self, x: Tensor, place: Counters, steps: int, numbers: Update, mask: Tensor | None) -> None:
         """`steps` Langevin steps on x in place, `place` with the counters of the first; for `backends` alone."""
         raise NotImplementedError

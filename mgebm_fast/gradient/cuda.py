@@ -154,6 +154,9 @@ class FusedPlan(GradientPlan):
             if self._dense is not None:
                 self._dense.load(stack, self._unscale)
 
+    def takes(self, numbers: Update) -> bool:
+        return not numbers.by_sample  # the kernels read one set of numbers a step
+
     def advance_(self, x: Tensor, place: counters.Counters, steps: int, numbers: Update, mask: Tensor | None) -> None:
         """`steps` Langevin steps on x in place; `place` has the counters of the first."""
         self._check(x)
@@ -167,9 +170,10 @@ class FusedPlan(GradientPlan):
             peaks = torch.zeros(steps, dtype=torch.float32, device=x.device) if self._checks_top else None
             places = place.steps(0, steps)
             for k, here in enumerate(places):
+                own = numbers.steps(k, k + 1)
                 upstream = self._upstream(x, first_input, None if peaks is None else peaks[k])
                 edge_step.launch(
-                    x, upstream, self._edge, self._unscale, 1.0, mask, self.bad_step, numbers, here, self._backend
+                    x, upstream, self._edge, self._unscale, 1.0, mask, self.bad_step, own, here, self._backend
                 )
             if peaks is not None:
                 note_bad_steps_(self.bad_step, peaks, places)

@@ -235,9 +235,9 @@ def dense_chain_(
         raise ValueError(f"{OP}: scale must be finite and > 0, got {scale}")
     check_bad_step(bad_step, x, OP)
     numbers, mask, placed = prepare(
-        OP, x, mask, steps=steps, step_size=step_size, noise_scale=noise_scale, drift=drift, noise_std=noise_std,
-        reference_std=reference_std, reference_mean=reference_mean, grad_clamp=grad_clamp, clamp=clamp, seed=seed,
-        first_sample=first_sample, step=first_step, stream=stream,
+        OP, x, mask, varies=False, steps=steps, step_size=step_size, noise_scale=noise_scale, drift=drift,
+        noise_std=noise_std, reference_std=reference_std, reference_mean=reference_mean, grad_clamp=grad_clamp,
+        clamp=clamp, seed=seed, first_sample=first_sample, step=first_step, stream=stream,
     )  # fmt: skip
     if mask is not None:
         mask = mask.expand(x.shape).contiguous()
@@ -301,6 +301,7 @@ def launch(
             steps=steps,
             scale=scale,
             **numbers.triton_arguments,
+            table=numbers.table,
             mask=mask,
             bad_step=bad_step,
             split=split,
@@ -329,7 +330,7 @@ def dense_chain_reference(
         here = dataclasses.replace(placed, step=placed.step + k, step_tensor=tensor)
         if bad_step is not None:
             note_bad_step_(bad_step, grad, here.step if tensor is None else tensor)
-        langevin_step_reference(x, grad, mask, numbers, here)
+        langevin_step_reference(x, grad, mask, numbers.steps(k, k + 1), here)
 
 
 def dense_gradient(x: Tensor, net: DenseNet) -> Tensor:

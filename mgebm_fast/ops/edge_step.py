@@ -198,7 +198,8 @@ def edge_step_(
         raise ValueError(f"{OP}: unscale must be finite, got {unscale}")
     check_bad_step(bad_step, x, OP)
     numbers, mask, placed = prepare(
-        OP, x, mask, step_size=step_size, noise_scale=noise_scale, drift=drift, noise_std=noise_std,
+        OP, x, mask, varies=False, step_size=step_size, noise_scale=noise_scale, drift=drift,
+        noise_std=noise_std,
         reference_std=reference_std, reference_mean=reference_mean, grad_clamp=grad_clamp, clamp=clamp, seed=seed,
         first_sample=first_sample, step=step, stream=stream,
     )  # fmt: skip
@@ -297,6 +298,7 @@ def launch(
             taps=weights.taps,
             unscale=unscale if unscale_tensor is None else unscale_tensor,
             **numbers.triton_arguments,
+            table=numbers.table,
             mask=mask,
             mask_strides=None if mask is None else mask_strides(mask, x),
             bad_step=bad_step,

@@ -13,7 +13,7 @@ from . import counters
 from .backend import choose, launch_place, past_dispatcher, register
 from .noise import noise_reference
 from .state import addresses, check_state, dimensions, mask_strides, strides, why_not_plain
-from .update import Update, prepare, update
+from .update import Number, Update, prepare, update
 
 OP = "langevin_step_"
 register("langevin_step", cpu=True, cuda=True, triton=True)
@@ -37,12 +37,12 @@ def langevin_step_(
     x: Tensor,  # (N, C, *spatial) float32, contiguous or channels-last
     grad: Tensor,  # the same shape, float32 | float16 | bfloat16
     *,
-    step_size: float | None = None,
-    noise_scale: float = 1.0,
-    drift: float | None = None,
-    noise_std: float | None = None,
-    reference_std: float | None = None,
-    reference_mean: float = 0.0,
+    step_size: Number | None = None,
+    noise_scale: Number = 1.0,
+    drift: Number | None = None,
+    noise_std: Number | None = None,
+    reference_std: Number | None = None,
+    reference_mean: float | Tensor = 0.0,
     grad_clamp: float | None = None,
     clamp: tuple[float, float] | None = None,
     mask: Tensor | None = None,
@@ -62,7 +62,9 @@ def langevin_step_(
     Args:
         x: the state; every dimension after (N, C) is spatial. Values in the model's pixel units.
         grad: ∇E(x), energy per pixel unit, without the reference's part.
-        reference_std, reference_mean: σ and m of the Gaussian reference N(m, σ²I); None: no reference.
+        reference_std, reference_mean: σ and m of the Gaussian reference N(m, σ²I); None: no reference. A tensor m that
+            broadcasts to x is a mean for each element: a tether to given images.
+        step_size, noise_scale, drift, noise_std, reference_std: a tensor (N,) or (1, N) is a value a sample.
         grad_clamp, clamp: bounds on the gradient's entries and on the result; None: none.
         mask: bool, broadcastable to x, True = updated; held pixels keep their bits and are not clamped.
         seed, first_sample, step, stream: the noise's place, as in `noise`; tensors must be on x's device. Without a
@@ -85,7 +87,7 @@ def langevin_step_(
     ):
         numbers = update(
             step_size=step_size, noise_scale=noise_scale, drift=drift, noise_std=noise_std,
-            reference_std=reference_std, reference_mean=reference_mean, grad_clamp=grad_clamp, clamp=clamp,
+            reference_std=reference_std, reference_mean=reference_mean, grad_clamp=grad_clamp, clamp=clamp, x=x,
         )  # fmt: skip
         if _launch_small(x, grad, numbers, seed, first_sample, step, stream):
             return x
@@ -101,7 +103,8 @@ def langevin_step_(
         launch(x, grad, mask, numbers, placed, backend)
         torch.autograd.graph.increment_version(x)
     else:
-        torch.ops.mgebm_fast.langevin_step_(x, grad, mask, *numbers.arguments, *placed.arguments, backend)
+        tensors = numbers.table, numbers.means
+        torch.ops.mgebm_fast.langevin_step_(x, grad, mask, *numbers.arguments, *tensors, *placed.arguments, backend)
     return x
 
 
@@ -133,8 +136,8 @@ def _launch_small(
         return False
     strides = (elements, elements, 1)
     native.module().langevin_step_cpu(
-        x.data_ptr(), grad.data_ptr(), 0, samples, 1, elements, strides, strides, (0, 0, 0), 0, numbers.arguments,
-        (seed, first_sample, step, stream, 0, 0, 0, False), torch.get_num_threads(),
+        x.data_ptr(), grad.data_ptr(), 0, samples, 1, elements, strides, strides, (0, 0, 0), 0,
+        numbers.native_arguments, (seed, first_sample, step, stream, 0, 0, 0, False), torch.get_num_threads(),
     )  # fmt: skip
     torch._C._increment_version((x,))
     return True
@@ -144,10 +147,11 @@ def _launch_small(
     "mgebm_fast::langevin_step_",
     mutates_args=("x",),
     schema="(Tensor(a0!) x, Tensor grad, Tensor? mask, float drift, float noise_std, float inverse_variance, "
-    f"float reference_mean, float grad_clamp, float low, float high, {counters.SCHEMA}, str backend) -> ()",
+    "float reference_mean, float grad_clamp, float low, float high, Tensor? table, Tensor? means, "
+    f"{counters.SCHEMA}, str backend) -> ()",
 )
 def _langevin_step(x, grad, mask, *arguments):
-    numbers, placed, backend = Update(*arguments[:7]), counters.Counters(*arguments[7:-1]), arguments[-1]
+    numbers, placed, backend = Update(*arguments[:9]), counters.Counters(*arguments[9:-1]), arguments[-1]
     launch(x, grad, mask, numbers, placed, backend)
 
 
@@ -171,6 +175,7 @@ def launch(
             x,
             grad,
             **numbers.triton_arguments,
+            **numbers.triton_tensors,
             mask=mask,
             mask_strides=None if mask is None else mask_strides(mask, x),
             **placed.reference_arguments,
@@ -188,7 +193,7 @@ def _launch_native(x: Tensor, grad: Tensor, mask: Tensor | None, numbers: Update
         strides(grad),
         (0, 0, 0) if mask is None else mask_strides(mask, x),
         GRAD_TYPES[grad.dtype],
-        numbers.arguments,
+        numbers.native_arguments,
         placed.native_arguments,
         *launch_place(x),
     )
@@ -202,11 +207,12 @@ def langevin_step_reference(
     state, force = x.double(), grad.double()
     if not math.isinf(numbers.grad_clamp):
         force = force.clamp(-numbers.grad_clamp, numbers.grad_clamp)
-    force = force + (state - numbers.reference_mean) * numbers.inverse_variance
-    result = state - numbers.drift * force
-    if numbers.noise_std:
+    drift, noise_std, inverse_variance, mean = numbers.columns(x)
+    force = force + (state - mean) * inverse_variance
+    result = state - drift * force
+    if isinstance(noise_std, Tensor) or noise_std:
         normal = noise_reference(samples, channels * spatial, placed, "normal", x.device)
-        result = result + numbers.noise_std * normal.reshape(x.shape)
+        result = result + noise_std * normal.reshape(x.shape)
     if not (math.isinf(numbers.low) and math.isinf(numbers.high)):
         result = result.clamp(numbers.low, numbers.high)
     result = result.float()

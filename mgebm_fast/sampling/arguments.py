@@ -28,12 +28,17 @@ def pair(value: Any) -> Any:
 
 
 def as_numbers_(described: Any, *pairs: str) -> None:
-    """Every field of a frozen dataclass as Python's number, those named in `pairs` as a tuple of two; in place."""
+    """Every field of a frozen dataclass as Python's number, those named in `pairs` as a tuple of two; in place.
+
+    A list becomes a tuple, which can be hashed."""
     for field in dataclasses.fields(described):
         value = getattr(described, field.name)
-        if type(value) not in _PLAIN:
-            convert = pair if field.name in pairs else number
-            object.__setattr__(described, field.name, convert(value))
+        if type(value) in _PLAIN:
+            continue
+        value = (pair if field.name in pairs else number)(value)
+        if isinstance(value, list):
+            value = tuple(number(entry) for entry in value)
+        object.__setattr__(described, field.name, value)
 
 
 def count(value: Any, name: str, where: str) -> int:

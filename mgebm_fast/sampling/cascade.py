@@ -137,7 +137,7 @@ def cascade(
             nets[grid - 1],
             x,
             langevin.steps,
-            langevin.update(),
+            langevin,
             mask=cells,
             where=name(grid),
             **placing(grid),
@@ -155,12 +155,13 @@ def cascade(
     ids = isinstance(first_sample, Tensor) and first_sample.dim() > 0
     slot = None  # in a pipeline each grid has a graph of its own
     if session.on is None:
-        rest = tuple(sizes), tuple(dynamics), purpose, ids
+        numbers = [langevin.update(form(grid)[0], name(grid)) for grid, langevin in zip(grids, dynamics, strict=True)]
+        rest = tuple(sizes), tuple((d.steps, n.form) for d, n in zip(dynamics, numbers, strict=True)), purpose, ids
         slot = graphs.slot_for_cascade(nets, start, held, session, *rest, **options)
     if slot is not None:
         slot.refresh()
         places = [place_of(form(g)[0], dynamics[g - 1].steps, where=name(g), **placing(g)) for g in grids]
-        results = slot.run(session, build, start, held, places)
+        results = slot.run(session, build, start, held, places, numbers)
         if results is not None:
             return results
 

@@ -45,8 +45,9 @@ class Chain:
 
     def advance_(self, x: Tensor, start: int, stop: int) -> None:
         """Steps start … stop − 1 of the chain, on x in place."""
-        if self.backend in self.plan.backends:
-            self.plan.advance_(x, self.place_at(start), stop - start, self.numbers, self.mask)
+        numbers = self.numbers.steps(start, stop)
+        if self.backend in self.plan.backends and self.plan.takes(numbers):
+            self.plan.advance_(x, self.place_at(start), stop - start, numbers, self.mask)
             return
         # The ∞-norm of each gradient keeps inf and NaN; a clamp on x would hide them.
         peaks = None if self.bad_step is None else x.new_empty(stop - start)
@@ -56,7 +57,7 @@ class Chain:
                 gradient = check_grad(self.plan.gradient(x), x, self.where)
                 if peaks is not None:
                     torch.linalg.vector_norm(gradient, float("inf"), out=peaks[k])
-                launch(x, gradient, self.mask, self.numbers, place, self.backend)
+                launch(x, gradient, self.mask, numbers.steps(k, k + 1), place, self.backend)
         if peaks is not None and self.bad_step is not None:
             note_bad_steps_(self.bad_step, peaks, places)
 

@@ -1,8 +1,9 @@
 """Whole chains at fixed addresses, which a CUDA graph captures once and replays for every batch and after every update.
 
-A static chain reads its start, its mask and its noise counters (seed, first sample, first step) from buffers of its own
-and leaves the state in one; weights are refreshed inside the plan, in place. So nothing of a call is baked into a graph
-but shapes and the dynamics: what differs in those has a graph of its own. `run_once` is plain code: on a CPU, where the
+A static chain reads its start, its mask, its noise counters (seed, first sample, first step) and the numbers of its
+steps (drift, noise, reference) from buffers of its own and leaves the state in one; weights are refreshed inside the
+plan, in place. So nothing of a call is baked into a graph but shapes and bounds: what differs in those has a graph of
+its own. `run_once` is plain code: on a CPU, where the
 tests run it, it is the chain itself.
 
 A chain is captured when it is asked for the second time; a chain that is run once pays nothing for graphs.

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..errors import Refused
 from ..gradient.plan import Energy
-from ..ops.update import Update, update
+from ..ops import varying
+from ..ops.update import Number, Update, update
 from .arguments import as_numbers_, count
 from .chain import Callback, Ids
 from .explanation import Explanation, explained
@@ -31,31 +33,57 @@ class Langevin:
         grad_clamp: c, a bound on every entry of ∇E; None: none.
         clamp: (low, high), bounds on the pixels after every step; None: none.
 
+    `step_size`, `noise_scale`, `drift`, `noise_std` and `reference_std` may also be a schedule of K values (a list; a
+    1-D tensor or array), a value a sample (a tensor (N,)), or both, (K, N) with either dimension 1 where it does not
+    vary. `reference_mean` may be a tensor that broadcasts to x: the reference is then a tether to given images. In
+    parts of a chain (`first_step`) a schedule is that of the part.
+
     Source: Xie, Lu, Zhu, Wu (ICML 2016), §3; the decoupled form is that of IGEBM and of short-run chains.
     """
 
     steps: int
-    step_size: float | None = None
-    noise_scale: float = 1.0
-    drift: float | None = None
-    noise_std: float | None = None
-    reference_std: float | None = None
-    reference_mean: float = 0.0
+    step_size: Any = None  # float, or what varies (`ops.varying`), as the next four
+    noise_scale: Any = 1.0
+    drift: Any = None
+    noise_std: Any = None
+    reference_std: Any = None
+    reference_mean: Any = 0.0  # float or tensor
     grad_clamp: float | None = None
     clamp: tuple[float, float] | None = None
 
     def __post_init__(self) -> None:
         as_numbers_(self, "clamp")
         count(self.steps, "steps", "Langevin")
-        numbers = self.update()
-        if numbers.drift == 0:
-            raise Refused("drift", "be > 0", numbers.drift, "Langevin")
+        fields = self._numbers()
+        for name in self.varying:
+            value = fields[name]
+            if name != "reference_mean":
+                positive = name in ("step_size", "reference_std")
+                varying.values_of(value, name, "Langevin", positive=positive)
+                fields[name] = 1.0
+            elif self.reference_std is None:
+                raise Refused(name, "be given with reference_std", "a tensor alone", "Langevin")
+            else:
+                fields[name] = 0.0
+        if update(where="Langevin", **fields).drift == 0:
+            raise Refused("drift", "be > 0", 0.0, "Langevin")
 
-    def update(self) -> Update:
-        """The checked numbers of one step, in the decoupled form."""
+    def _numbers(self) -> dict[str, Any]:
         fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         del fields["steps"]
-        return update(where="Langevin", **fields)
+        return fields
+
+    @property
+    def varying(self) -> tuple[str, ...]:
+        """The names of the numbers that differ from step to step, sample to sample or element to element."""
+        return tuple(name for name, value in self._numbers().items() if name != "clamp" and varying.is_varying(value))
+
+    def update(self, x: Tensor | None = None, where: str = "Langevin") -> Update:
+        """The checked numbers, in the decoupled form, for chains on tensors like x; without x none may vary."""
+        if x is None and self.varying:
+            name = self.varying[0]
+            raise Refused(name, "be a number here, the same for all", "one that varies", where)
+        return update(where=where, x=x, steps=self.steps, **self._numbers())
 
     def __call__(
         self,
@@ -80,7 +108,7 @@ class Langevin:
         In a training loop leave `seed` out: every call then has noise of its own.
         """
         chain = prepare(
-            energy, x, self.steps, self.update(), mask=mask, seed=seed, generator=generator, first_sample=first_sample,
+            energy, x, self.steps, self, mask=mask, seed=seed, generator=generator, first_sample=first_sample,
             first_step=first_step, stream=stream, precision=precision, backend=backend,
             graph=session_of(graph, callback, where), together=None if callback is None else 1, compile=compile,
             where=where,
@@ -112,7 +140,7 @@ class Langevin:
         every = count(every, "every", "trajectory")
         # Not a generator function itself, so that wrong arguments raise here and not at the first next().
         chain = prepare(
-            energy, x, self.steps, self.update(), mask=mask, seed=seed, generator=generator, first_sample=first_sample,
+            energy, x, self.steps, self, mask=mask, seed=seed, generator=generator, first_sample=first_sample,
             first_step=first_step, stream=stream, precision=precision, backend=backend, together=every,
             compile=compile, where="trajectory",
         )  # fmt: skip
@@ -133,14 +161,16 @@ class Langevin:
         precision with why a faster one does not run, the update's backend, whether a CUDA graph holds the chain, and
         whether the samples of a batch are coupled. Raises what a run would raise of its arguments; draws no noise."""
         prepared = prepare(
-            energy, x, self.steps, self.update(), mask=mask, seed=0, precision=precision, backend=backend, graph=graph,
+            energy, x, self.steps, self, mask=mask, seed=0, precision=precision, backend=backend, graph=graph,
             compile=compile, where="explain",
         )  # fmt: skip
         chain, graph_of = prepared.chain, prepared.graph
         numbers = chain.numbers
-        parts = [f"{self.steps} steps", f"drift {numbers.drift:g}", f"noise_std {numbers.noise_std:g}"]
+        parts = [f"{self.steps} steps", f"drift {_shown(numbers, 0)}", f"noise_std {_shown(numbers, 1)}"]
         if self.reference_std is not None:
-            parts.append(f"reference N({self.reference_mean:g}, {self.reference_std:g}²)")
+            mean = f"{self.reference_mean:g}" if numbers.means is None else f"tensor {tuple(numbers.means.shape)}"
+            std = "of varying std" if varying.is_varying(self.reference_std) else f"{self.reference_std:g}²"
+            parts.append(f"reference N({mean}, {std})")
         if self.grad_clamp is not None:
             parts.append(f"gradient clipped at ±{self.grad_clamp:g}")
         if self.clamp is not None:
@@ -152,17 +182,28 @@ class Langevin:
         return explained(energy, x, chain.plan, ", ".join(parts), f"{chain.backend} backend, {why}", captured)
 
 
+def _shown(numbers: Update, index: int) -> str:
+    """The drift (0) or noise_std (1), as `explain` has it."""
+    if numbers.table is None:
+        return f"{numbers.arguments[index]:g}"
+    low, high = numbers.table[..., index].aminmax()
+    if low == high:
+        return f"{float(low):g}"
+    kinds = [kind for kind, count in zip(("step", "sample"), numbers.table.shape) if count > 1]
+    return f"{float(low):g} to {float(high):g} by {' and '.join(kinds)}"
+
+
 def langevin_sample(
     energy: Energy,
     x: Tensor,  # (N, C, *spatial) float32, any layout
     *,
     steps: int,
-    step_size: float | None = None,
-    noise_scale: float = 1.0,
-    drift: float | None = None,
-    noise_std: float | None = None,
-    reference_std: float | None = None,
-    reference_mean: float = 0.0,
+    step_size: Number | None = None,
+    noise_scale: Number = 1.0,
+    drift: Number | None = None,
+    noise_std: Number | None = None,
+    reference_std: Number | None = None,
+    reference_mean: float | Tensor = 0.0,
     grad_clamp: float | None = None,
     clamp: tuple[float, float] | None = None,
     mask: Tensor | None = None,
@@ -185,7 +226,7 @@ def langevin_sample(
         energy: a module or any callable (N, ...) -> (N,), the energies, low where data are likely, without the
             reference's part. Its parameters need no gradient during the chain; train and eval mode are left alone.
         x: the start, in the model's pixel units; left untouched.
-        steps … clamp: the dynamics, as in `Langevin`.
+        steps … clamp: the dynamics, as in `Langevin`; its numbers may be schedules, or a value a sample.
         mask: bool, broadcastable to x, True = updated; held pixels keep their bits. Noise counters do not change.
         seed, first_sample, first_step, stream: the noise of sample i at step k is a function of (seed,
             first_sample + i, first_step + k, stream, pixel) alone. So 30 steps are 10 and then 20 with first_step=10,

@@ -126,7 +126,8 @@ def of_part(chain: Chain, x: Tensor, rows: slice) -> Chain:
     mask = chain.mask
     if mask is not None and mask.shape[0] > 1:
         mask = mask[rows]
-    return dataclasses.replace(chain, mask=mask, place=_placed(chain.place, rows)).planned(x[rows])
+    numbers = chain.numbers.part(rows)
+    return dataclasses.replace(chain, mask=mask, place=_placed(chain.place, rows), numbers=numbers).planned(x[rows])
 
 
 def _placed(place: counters.Counters, rows: slice) -> counters.Counters:

@@ -7,6 +7,7 @@ import functools
 import math
 import warnings
 from collections.abc import Iterator
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -60,6 +61,12 @@ def settle(chain: Chain, x: Tensor, origin: Tensor, start: int, stop: int) -> Ch
     )
 
 
+class Dynamics(Protocol):
+    """What describes a chain: its numbers for tensors like x."""
+
+    def update(self, x: Tensor, where: str) -> Update: ...
+
+
 @dataclasses.dataclass(frozen=True)
 class Prepared:
     """A chain to run, and whether a graph holds it."""
@@ -73,7 +80,7 @@ class Prepared:
         chain = self.chain
         if callback is None and isinstance(self.graph, graphs.Slot):
             build = functools.partial(StaticChain, chain, x, steps)
-            results = self.graph.run(self.session, build, x, chain.mask, chain.place)
+            results = self.graph.run(self.session, build, x, chain.mask, chain.place, chain.numbers)
             if results is not None:
                 return results[0]
         state = dense_copy(x)
@@ -113,7 +120,7 @@ def prepare(
     energy: Energy,
     x: Tensor,  # (N, ...) float32, any layout
     steps: int,
-    numbers: Update,
+    dynamics: Dynamics,
     *,
     mask: Tensor | None = None,
     seed: int | Tensor | None = None,
@@ -142,12 +149,13 @@ def prepare(
     if x.dim() == 0:
         raise ValueError(f"{where}: x must have shape (N, ...), got a 0-dim tensor")
     counted = arguments.place(seed, generator, first_sample, first_step, x.device, where)
+    numbers = dynamics.update(x, where)
     place = place_of(x, steps, stream=stream, where=where, **counted)
     mask = None if mask is None else check_mask(mask, x, where)
     backend = ops.choose("langevin_step", backend, x.device)
     session = graphs.session_of(graph, where=where)
     together = steps if together is None else min(together, steps)
-    slot = graphs.slot_for(energy, x, mask, place, session, steps, numbers, precision, backend, compile)
+    slot = graphs.slot_for(energy, x, mask, place, session, steps, numbers.form, precision, backend, compile)
     if isinstance(slot, graphs.Slot) and slot.refresh():
         made = slot.static.plan
     else:

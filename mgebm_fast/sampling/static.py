@@ -13,6 +13,7 @@ from torch import Tensor
 from ..ops import counters
 from ..ops.edge_step import NO_BAD_STEP
 from ..ops.state import dense_copy
+from ..ops.update import Update
 from .chain import Chain
 
 
@@ -39,19 +40,21 @@ class StaticChain:
             self._ids = self._counters[1] if ids is None or ids.dim() == 0 else ids.clone()
             self._mask = None if chain.mask is None else chain.mask.clone()
             self.healthy = torch.ones((), dtype=torch.bool, device=x.device)
+            self._numbers = chain.numbers.in_memory(x.device)
         place = dataclasses.replace(
             chain.place, seed=0, seed_tensor=self._counters[0], first_sample=0, sample_tensor=self._ids, step=0,
             step_tensor=self._counters[2],
         )  # fmt: skip
         self.plan, self._energy = chain.plan, weakref.ref(chain.energy)
-        self._chain = dataclasses.replace(chain, energy=_gone, mask=self._mask, place=place)
+        self._chain = dataclasses.replace(chain, energy=_gone, mask=self._mask, place=place, numbers=self._numbers)
 
     def refresh(self) -> None:
         """The energy's present weights, at the addresses of the old ones."""
         self.plan.refresh()
 
-    def load(self, x: Tensor | None, mask: Tensor | None, place: counters.Counters) -> None:
-        """The start, the mask and the counters of the next run. None of x and mask: they are written from elsewhere."""
+    def load(self, x: Tensor | None, mask: Tensor | None, place: counters.Counters, numbers: Update) -> None:
+        """The start, the mask, the counters and the numbers of the next run. None of x and mask: they are written from
+        elsewhere."""
         if x is not None:
             self.x.copy_(x)
         if mask is not None and self._mask is not None:
@@ -63,10 +66,11 @@ class StaticChain:
         )
         for buffer, number, tensor in sources:
             buffer.fill_(number) if tensor is None else buffer.copy_(tensor)
+        self._numbers.load(numbers)
 
     def enter(self, x: Tensor, mask: Tensor | None) -> None:
         """The start and the mask, as part of what is captured."""
-        self.load(x, mask, self._chain.place)
+        self.load(x, mask, self._chain.place, self._numbers)
 
     def run_once(self) -> None:
         energy = self._energy()
@@ -104,13 +108,19 @@ class StaticCascade:
         for chain in self.chains:
             chain.refresh()
 
-    def load(self, start: Tensor, held: tuple[Tensor, Tensor] | None, places: Sequence[counters.Counters]) -> None:
+    def load(
+        self,
+        start: Tensor,
+        held: tuple[Tensor, Tensor] | None,
+        places: Sequence[counters.Counters],
+        numbers: Sequence[Update],
+    ) -> None:
         self._start.copy_(start)
         if held is not None and self._held is not None:
             self._held[0].copy_(held[0])
             self._held[1].copy_(held[1])
-        for chain, place in zip(self.chains, places, strict=True):
-            chain.load(None, None, place)
+        for chain, place, own in zip(self.chains, places, numbers, strict=True):
+            chain.load(None, None, place, own)
 
     def run_once(self) -> None:
         def advance(grid: int, x: Tensor, cells: Tensor | None) -> Tensor:

@@ -12,7 +12,7 @@ import math
 import pytest
 import torch
 from helpers.cases import thorough
-from helpers.resident_host import IDLE, advanced, gradient, launch, loaded, place_of, random_stack, rounded_gradient
+from helpers.resident_host import advanced, gradient, launch, loaded, place_of, random_stack, rounded_gradient
 
 from mgebm_fast.gradient.stack import read
 from mgebm_fast.nets import multigrid_net
@@ -108,9 +108,10 @@ def test_numbers_from_memory_vary_by_step():
     stack = compact(4)
     x = torch.rand(3, 3, 4, 4, generator=torch.Generator().manual_seed(0))
     laws = [dataclasses.replace(LAW, noise_std=0.05 / (1 + k), drift=0.01 * k) for k in range(3)]
-    table = torch.tensor([law.arguments for law in laws])
+    table = torch.tensor([[law.arguments[:3]] for law in laws])
     chain, out = loaded(stack.stages, stack.head, 2), torch.empty_like(x)
-    net = chain.arguments(x, out, steps=3, numbers=IDLE, place=place_of(x), numbers_at=table)
+    varying = dataclasses.replace(LAW, drift=math.nan, noise_std=math.nan, inverse_variance=math.nan, table=table)
+    net = chain.arguments(x, out, steps=3, numbers=varying, place=place_of(x))
     assert launch([chain], [net], 3) == NO_BAD_STEP
     for step, law in enumerate(laws):
         x = advanced(stack.stages, stack.head, x, law, samples=2, steps=1, step=step)

@@ -1,11 +1,16 @@
 from __future__ import annotations
 
+import dataclasses
+import math
+
 import pytest
 import torch
 from torch import nn
 
 from mgebm_fast import ops
 from mgebm_fast.gradient import stack
+from mgebm_fast.ops import counters, dense_chain
+from mgebm_fast.ops.update import update
 
 OP = "dense_chain"
 FORM = dict(drift=0.045, noise_std=0.3)
@@ -70,6 +75,29 @@ def test_steps_are_langevin_steps(backend):
     assert torch.equal(got, held)
     assert torch.equal(ops.dense_chain_(x.clone(), net, steps=0, backend=name, **FORM), x)
     assert ops.dense_chain_(x[:0], net, steps=2, backend=name, **FORM).shape == (0, 3, 2, 2)
+
+
+def test_numbers_from_memory_vary_by_step(backend):
+    """What a captured chain reads: a table of all steps, or of one for all."""
+    name, device = backend
+    net, x = small(device=device)
+    place = counters.check("f", 5, 12, x.device, seed=3, first_sample=7, step=6, stream=0, steps=3)
+    law = update(drift=0.045, noise_std=0.3, reference_std=2.0, grad_clamp=0.5)
+    rows = [(0.045, 0.3, 0.25), (0.03, 0.2, 0.5), (0.01, 0.0, 0.0)]
+
+    def advance(x, numbers, steps, place):
+        dense_chain.launch(x, net, steps, 8.0, None, None, numbers, place, 1, name)
+        return x
+
+    for table in (rows, rows[:1]):
+        memory = torch.tensor(table, device=device)[:, None]
+        numbers = dataclasses.replace(law, drift=math.nan, noise_std=math.nan, inverse_variance=math.nan, table=memory)
+        got, want = advance(x.clone(), numbers, 3, place), x.clone()
+        for k, here in enumerate(place.steps(0, 3)):
+            drift, noise_std, inverse_variance = table[k % len(table)]
+            step = dataclasses.replace(law, drift=drift, noise_std=noise_std, inverse_variance=inverse_variance)
+            advance(want, step, 1, here)
+        torch.testing.assert_close(got, want, rtol=0, atol=1e-6)
 
 
 def test_new_values_in_place():

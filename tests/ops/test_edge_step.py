@@ -5,6 +5,8 @@ import torch
 from torch.nn import functional
 
 from mgebm_fast import ops
+from mgebm_fast.ops import counters, edge_step
+from mgebm_fast.ops.update import update
 
 OP = "edge_step"
 CASES = [  # x, kernel, stride, padding, K
@@ -63,6 +65,19 @@ def test_mask_and_device_numbers(backend):
     held = dict(unscale=torch.tensor(0.5, device=device), step=torch.tensor(9, device=device), mask=mask)
     got = ops.edge_step_(x, upstream, weights, seed=1, backend=name, **held, **FORM)
     assert torch.equal(got, torch.where(mask, plain, before))
+
+
+def test_numbers_from_memory(backend):
+    """What a captured chain reads."""
+    name, device = backend
+    x, upstream, weights = case(*CASES[0], device=device)
+    place = counters.check("f", 3, 192, x.device, seed=3, first_sample=7, step=6, stream=0)
+    law = update(reference_std=50.0, grad_clamp=4.0, **FORM)
+    got, want = x.clone(), x.clone()
+    for state, numbers in ((got, law.in_memory(x.device)), (want, law)):
+        edge_step.launch(state, upstream, weights, None, 0.5, None, None, numbers, place, name)
+    assert not torch.equal(got, x)
+    torch.testing.assert_close(got, want, rtol=0, atol=2e-5)  # the reference's numbers are float64
 
 
 def test_the_first_bad_step_is_kept(backend):

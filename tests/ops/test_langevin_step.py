@@ -240,8 +240,31 @@ def test_bad_arguments_are_named(x, arguments, message):
 
 def test_opcheck_and_compile():
     x, grad = inputs((2, 3, 4, 4))
-    arguments = (x, grad, None, 0.1, 0.2, 0.0, 0.0, 1.0, 0.0, 255.0, 1, None, 0, None, 0, None, 0, "reference")
+    arguments = (
+        x,
+        grad,
+        None,
+        0.1,
+        0.2,
+        0.0,
+        0.0,
+        1.0,
+        0.0,
+        255.0,
+        None,
+        None,
+        1,
+        None,
+        0,
+        None,
+        0,
+        None,
+        0,
+        "reference",
+    )
     torch.library.opcheck(torch.ops.mgebm_fast.langevin_step_.default, arguments)
+    varying = (*arguments[:10], torch.rand(1, 2, 3), torch.rand(x.shape), *arguments[12:])
+    torch.library.opcheck(torch.ops.mgebm_fast.langevin_step_.default, varying)
 
     def two_steps(x, grad):
         for k in range(2):

@@ -54,7 +54,8 @@ def traced(monkeypatch):
         return trace
 
     def launch(x, grad, mask, numbers, placed, backend):
-        torch.ops.mgebm_fast.langevin_step_(x, grad, mask, *numbers.arguments, *placed.arguments, backend)
+        tensors = numbers.table, numbers.means
+        torch.ops.mgebm_fast.langevin_step_(x, grad, mask, *numbers.arguments, *tensors, *placed.arguments, backend)
 
     monkeypatch.setattr(graphs, "DEVICES", ("cpu",))
     monkeypatch.setattr(graphs.Lane, "record", record)

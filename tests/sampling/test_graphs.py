@@ -64,11 +64,19 @@ def test_other_shapes_and_dynamics_are_other_graphs_and_the_oldest_go(traced, mo
     for n in range(1, graphs.KEPT + 3):
         assert same(net, images(n)) and same(net, images(n))
     assert len(traced) == graphs.KEPT + 2 and len(slots(net)) == graphs.KEPT
-    # Annealed noise: no chain comes a second time, and none is captured.
-    before = len(traced)
+
+
+def test_one_graph_serves_annealed_chains(traced):
+    """Step sizes and noise are read from memory: training that anneals them captures a chain once."""
+    net, x = net_of(), images()
     for call in range(5):
-        assert same(net, images(), Langevin(3, step_size=0.3, noise_scale=1.0 - call / 9))
-    assert len(traced) == before
+        assert same(net, x, Langevin(3, step_size=0.3, noise_scale=1.0 - call / 9, reference_std=1.0 + call))
+    assert len(traced) == 1
+    for call in range(4):  # a schedule, a value a sample and a tether are other graphs
+        steps, samples = torch.linspace(0.1, 0.3 + call, 3), torch.linspace(0.1, 1.0 + call, len(x))
+        law = Langevin(3, step_size=steps, noise_scale=samples, reference_std=0.5, reference_mean=x + call)
+        assert same(net, x, law)
+    assert len(traced) == 2
 
 
 def test_a_callback_runs_without_a_graph(traced):
@@ -125,13 +133,12 @@ def test_a_static_chain_run_as_plain_code_is_the_chain():
     from mgebm_fast.sampling.static import StaticChain
 
     net = net_of()
-    numbers = DYNAMICS.update()
-    static = StaticChain(prepare(net, images(), 3, numbers, first_sample=1).chain, images(), 3)
+    static = StaticChain(prepare(net, images(), 3, DYNAMICS, first_sample=1).chain, images(), 3)
     for call in range(3):
         change_(net)
         x, where = images(seed=call), {"seed": call, "first_sample": 3 * call, "first_step": 2**31 + call}
-        chain = prepare(net, x, 3, numbers, **where).chain
+        chain = prepare(net, x, 3, DYNAMICS, **where).chain
         static.refresh()
-        static.load(x, None, chain.place)
+        static.load(x, None, chain.place, chain.numbers)
         static.run_once()
         assert torch.equal(static.results()[0], DYNAMICS(net, x, **where)) and bool(static.healthy)

@@ -54,7 +54,7 @@ struct ConvChainParams {
   const uint8_t* mask;  // (samples, elements), 0 holds; or null
   int64_t samples, steps;
   int channels, pixels, row;  // of x; row: length of its last dimension
-  LangevinStepCoefficients update;
+  LangevinStepNumbers update;
   Counters counters;  // of the first step
   void* workspace;
   MGEBM_FIELDS(stages, bfloat, head, x, gradient, mask, samples, steps, channels, pixels, row, update, counters,

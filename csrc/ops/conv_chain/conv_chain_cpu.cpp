@@ -21,7 +21,7 @@ namespace mgebm::MGEBM_ISA {
 namespace {
 
 template <typename T>
-void gradient(const Engine<T>& e, const SampleKey& key) {
+void gradient(const Engine<T>& e, const SampleKey& key, int64_t k) {
   const ConvChainParams& p = e.p;
   for (int l = 0; l < p.stages.count; ++l) {
     const ConvStage& stage = p.stages.at[l];
@@ -51,7 +51,7 @@ void gradient(const Engine<T>& e, const SampleKey& key) {
         Weights{stage.backward_weights, stage.backward_rows, e.kept[l - 1].strips},
         [&](int block, int pixel, int strip, float* tile) { finish_backward(e, l - 1, block, pixel, strip, tile); });
   }
-  edge(e, key);
+  edge(e, key, k);
 }
 
 // Channels that pad a strip or a tile are read as inputs and must be zero.
@@ -88,7 +88,7 @@ void run_chain(const Engine<T>& e, bool* stop) {
   read_state(e);
   clear_padding(e);
   if (p.gradient) {
-    gradient(e, key);
+    gradient(e, key, 0);
     if (!stops(e, 0, stop)) write_state(e, e.dx, p.gradient);
   } else {
     int64_t k = 0;
@@ -96,7 +96,7 @@ void run_chain(const Engine<T>& e, bool* stop) {
       const int64_t step = first_step + k;
       key.step = static_cast<uint32_t>(step);
       key.valid &= (static_cast<uint64_t>(step) >> 32) == 0;
-      gradient(e, key);
+      gradient(e, key, k);
     }
     // An interrupted chain leaves x as it was.
     if (k == p.steps && !stops(e, k, stop)) write_state(e, e.x, p.x);

@@ -442,13 +442,12 @@ class Resident {
 
   MG_BODY void update(const ResidentNet& net, int64_t first, int64_t k) {
     const int elements = net.channels * net.pixels, quads = (elements + 3) / 4;
-    const LangevinStepCoefficients numbers =
-        net.numbers_at ? reinterpret_cast<const LangevinStepCoefficients*>(net.numbers_at)[net.numbers_vary ? k : 0]
-                       : net.numbers;
     const float unscale = *number(net, net.unscale);
     spread(net.samples * quads, [&](const Warp& warp, int i) {
       const int s = i / quads, quad = i % quads;
       if (first + s >= p_.samples) return;
+      LangevinStepCoefficients numbers = coefficients_of(net.numbers, k, first + s);
+      const float* const mean = means_of(net.numbers, first + s);
       SampleKey key = sample_key(net.counters, first + s);
       const int64_t step = (net.counters.step_at ? *net.counters.step_at : net.counters.step) + k;
       key.step = static_cast<uint32_t>(step);
@@ -468,6 +467,7 @@ class Resident {
         if (!is_finite(slope)) warp.lower(p_.bad_step, step);
         if (net.mask && !net.mask[(first + s) * elements + element]) continue;
         const float x = warp.template load<float>(static_cast<uint32_t>(net.x) + at);
+        if (mean) numbers.reference_mean = mean[element];
         store_state(warp, net, s, element / net.pixels, element % net.pixels,
                     langevin_step_update(numbers, x, slope, normal[j]));
       }

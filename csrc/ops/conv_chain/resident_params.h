@@ -46,12 +46,10 @@ struct ResidentNet {
   float* gradient;      // or null: dE/dx at the start alone
   const uint8_t* mask;  // (samples, elements), 0 holds; or null
   int64_t steps;
-  LangevinStepCoefficients numbers;
-  const float* numbers_at;  // or null: the seven numbers in memory, of all steps or (numbers_vary) of each
-  bool numbers_vary;
+  LangevinStepNumbers numbers;
   Counters counters;  // of the first step
   MGEBM_FIELDS(memory, image_bytes, head, unscale, x, x_map, dx, zero, channels, pixels, size, samples, stages, from,
-               factor, out, gradient, mask, steps, numbers, numbers_at, numbers_vary, counters)
+               factor, out, gradient, mask, steps, numbers, counters)
 };
 
 struct ResidentParams {

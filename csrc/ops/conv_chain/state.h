@@ -40,11 +40,12 @@ static void write_state(const Engine<T>& e, const float* from, float* to) {
 // Four neighbouring elements, a quad of noise, of a block of samples; slope[j]: dE/dx of element 4 quad + j.
 template <typename T>
 static void update_quad(const Engine<T>& e, int block, int64_t quad, int count, const float (*slope)[16],
-                        const SampleKey& key) {
+                        const SampleKey& key, int64_t k) {
   alignas(64) uint32_t words[4][16];
   alignas(64) float normal[4][16] = {};
-  const LangevinStepCoefficients k = e.p.update;
-  if (k.noise_std != 0.0f) {
+  const LangevinStepNumbers& numbers = e.p.update;
+  const LangevinStepCoefficients all = coefficients_of(numbers, k, 0);
+  if (all.noise_std != 0.0f || numbers.by_sample) {
     philox_samples(key, static_cast<uint32_t>(quad), e.ids + 16 * block, words);
 #pragma omp simd
     for (int i = 0; i < 16; ++i) {
@@ -55,6 +56,20 @@ static void update_quad(const Engine<T>& e, int block, int64_t quad, int count, 
       for (int i = 0; i < 64; ++i) normal[i / 16][i % 16] = __builtin_nanf("");
     }
   }
+  if (numbers.by_sample || numbers.mean) {
+    for (int i = 0; i < 16; ++i) {
+      const int64_t sample = smaller(16 * block + i, e.p.samples - 1);
+      const float* mean = means_of(numbers, sample);
+      LangevinStepCoefficients own = coefficients_of(numbers, k, sample);
+      for (int j = 0; j < count; ++j) {
+        const int64_t element = 4 * quad + j, at = (block * e.elements() + element) * 16 + i;
+        if (e.p.mask && !e.mask[at]) continue;
+        if (mean) own.reference_mean = mean[element];
+        e.x[at] = langevin_step_update(own, e.x[at], slope[j][i], normal[j][i]);
+      }
+    }
+    return;
+  }
   for (int j = 0; j < count; ++j) {
     const int64_t at = (block * e.elements() + 4 * quad + j) * 16;
     float* __restrict__ here = e.x + at;
@@ -62,19 +77,19 @@ static void update_quad(const Engine<T>& e, int block, int64_t quad, int count, 
       const uint8_t* held = e.mask + at;
 #pragma omp simd
       for (int i = 0; i < 16; ++i) {
-        const float value = langevin_step_update(k, here[i], slope[j][i], normal[j][i]);
+        const float value = langevin_step_update(all, here[i], slope[j][i], normal[j][i]);
         here[i] = held[i] ? value : here[i];
       }
     } else {
 #pragma omp simd
-      for (int i = 0; i < 16; ++i) here[i] = langevin_step_update(k, here[i], slope[j][i], normal[j][i]);
+      for (int i = 0; i < 16; ++i) here[i] = langevin_step_update(all, here[i], slope[j][i], normal[j][i]);
     }
   }
 }
 
 // dE/dx from dE/dz_0, and with it the update: the outputs are runs of four pixels, a strip four channels of each.
 template <typename T>
-static void edge(const Engine<T>& e, const SampleKey& key) {
+static void edge(const Engine<T>& e, const SampleKey& key, int64_t k) {
   const ConvChainParams& p = e.p;
   const ConvStage& stage = p.stages.at[0];
   const int runs = (p.row + kEdgePixels - 1) / kEdgePixels;  // a row of pixels
@@ -90,7 +105,7 @@ static void edge(const Engine<T>& e, const SampleKey& key) {
                if (channel >= p.channels) break;
                const int64_t element = static_cast<int64_t>(channel) * p.pixels + first;
                if (e.fused()) {
-                 update_quad(e, block, element / 4, 4, slope + kEdgePixels * c, key);
+                 update_quad(e, block, element / 4, 4, slope + kEdgePixels * c, key, k);
                  continue;
                }
                float* out = e.dx + (block * e.elements() + element) * 16;
@@ -107,7 +122,7 @@ static void edge(const Engine<T>& e, const SampleKey& key) {
     const int64_t quad = unit % quads;
     const float* slope = e.dx + (block * e.elements() + 4 * quad) * 16;
     update_quad(e, block, quad, static_cast<int>(smaller(4, e.elements() - 4 * quad)),
-                reinterpret_cast<const float (*)[16]>(slope), key);
+                reinterpret_cast<const float (*)[16]>(slope), key, k);
   });
 }
 

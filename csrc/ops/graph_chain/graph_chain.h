@@ -97,7 +97,7 @@ struct GraphChainParams {
   const uint8_t* mask;    // (samples, channels, pixels), 0 holds; or null
   int64_t samples, count;
   int channels, pixels;  // of x
-  LangevinStepCoefficients update;
+  LangevinStepNumbers update;
   Counters counters;  // of the first step
   void* workspace;
   MGEBM_FIELDS(buffers, steps, sample_floats, state, slope, x, gradient, mask, samples, count, channels, pixels, update,

@@ -75,24 +75,26 @@ void write(const Group& g, int buffer, float* to) {
 }
 
 // Elements first ... first + count - 1 of one sample, in (channel, pixel) order; normal[i]: of element first + i.
-void update_elements(const Group& g, int sample, int64_t first, int count, const float* normal) {
+void update_elements(const Group& g, int64_t k, int sample, int64_t first, int count, const float* normal) {
   const GraphChainParams& p = g.p;
   const int depth = g.buffer(p.state).depth, upstream = g.buffer(p.slope).depth;
-  const LangevinStepCoefficients k = p.update;
+  LangevinStepCoefficients own = coefficients_of(p.update, k, g.first + sample);
+  const float* mean = means_of(p.update, g.first + sample);
   float* x = g.at(p.state, sample);
   const float* slope = g.at(p.slope, sample);
   const uint8_t* mask = p.mask ? p.mask + (g.first + sample) * p.channels * p.pixels + first : nullptr;
   int64_t c = first / p.pixels, pixel = first % p.pixels;
   for (int i = 0; i < count; ++i) {
     float& value = x[pixel * depth + c];
-    const float next = langevin_step_update(k, value, slope[pixel * upstream + c], normal[i]);
+    if (mean) own.reference_mean = mean[first + i];
+    const float next = langevin_step_update(own, value, slope[pixel * upstream + c], normal[i]);
     if (!mask || mask[i]) value = next;
     if (++pixel == p.pixels) pixel = 0, ++c;
   }
 }
 
 // Of samples with few elements: a quad of sixteen samples at once.
-void update_small(const Group& g, const SampleKey& key, const uint64_t* ids) {
+void update_small(const Group& g, int64_t k, const SampleKey& key, const uint64_t* ids) {
   const GraphChainParams& p = g.p;
   const int elements = p.channels * p.pixels, quads = (elements + 3) / 4;
   g.share((g.count + 15) / 16, [&](int64_t block) {
@@ -100,7 +102,7 @@ void update_small(const Group& g, const SampleKey& key, const uint64_t* ids) {
     for (int quad = 0; quad < quads; ++quad) {
       alignas(64) uint32_t words[4][16];
       alignas(64) float normal[16][4] = {};
-      if (p.update.noise_std != 0.0f) {
+      if (p.update.at || p.update.all.noise_std != 0.0f) {
         philox_samples(key, static_cast<uint32_t>(quad), ids + first, words);
 #pragma omp simd
         for (int i = 0; i < 16; ++i) {
@@ -112,12 +114,12 @@ void update_small(const Group& g, const SampleKey& key, const uint64_t* ids) {
         }
       }
       const int count = elements - 4 * quad < 4 ? elements - 4 * quad : 4;
-      for (int i = 0; i < some; ++i) update_elements(g, first + i, 4 * quad, count, normal[i]);
+      for (int i = 0; i < some; ++i) update_elements(g, k, first + i, 4 * quad, count, normal[i]);
     }
   });
 }
 
-void update_large(const Group& g, const SampleKey& key, const uint64_t* ids) {
+void update_large(const Group& g, int64_t k, const SampleKey& key, const uint64_t* ids) {
   const GraphChainParams& p = g.p;
   const int64_t elements = static_cast<int64_t>(p.channels) * p.pixels;
   const int64_t blocks = (elements + kBlockElements - 1) / kBlockElements;
@@ -126,12 +128,12 @@ void update_large(const Group& g, const SampleKey& key, const uint64_t* ids) {
     const int64_t first = i % blocks * kBlockElements;
     const int count = static_cast<int>(smaller(kBlockElements, elements - first));
     alignas(64) float normal[kBlockElements] = {};
-    if (p.update.noise_std != 0.0f) {
+    if (p.update.at || p.update.all.noise_std != 0.0f) {
       SampleKey mine = key;
       mine.sample = static_cast<uint32_t>(ids[sample]);
       noise_quads<Distribution::kNormal>(mine, static_cast<uint32_t>(first / 4), (count + 3) / 4, normal);
     }
-    update_elements(g, sample, first, count, normal);
+    update_elements(g, k, sample, first, count, normal);
   });
 }
 
@@ -163,7 +165,7 @@ void run_chain(const Group& g, uint64_t* ids, bool* stop) {
     key.valid &= (static_cast<uint64_t>(step) >> 32) == 0;
     for (int i = 0; i < p.steps.count; ++i) run_step(g, p.steps.at[i]);
     if (p.gradient) continue;
-    small ? update_small(g, key, ids) : update_large(g, key, ids);
+    small ? update_small(g, k, key, ids) : update_large(g, k, key, ids);
   }
   // An interrupted chain leaves x as it was.
   if (stops(g, k, stop)) return;

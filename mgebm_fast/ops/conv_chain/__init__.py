@@ -20,7 +20,7 @@ from ..backend import choose, register
 from ..counters import Counters, seed_or_fresh
 from ..langevin_step import langevin_step_reference
 from ..state import addresses, why_not_plain
-from ..update import Update, check_steps, prepare
+from ..update import Number, Update, check_steps, prepare
 from . import resident, windows
 from .packed import PackedChain, pack
 from .scratch import Scratch
@@ -152,7 +152,7 @@ class ConvChain(PackedChain):
         stages = [stage.arguments for stage in self._stages]
         arguments = [
             stages, self.bfloat, *addresses(OP, self._head, x, gradient, mask), x.shape[0], steps, self._channels,
-            math.prod(self._size), self._size[-1], numbers.arguments, place.native_arguments,
+            math.prod(self._size), self._size[-1], numbers.native_arguments, place.native_arguments,
         ]  # fmt: skip
         threads = torch.get_num_threads()
         workspace = Scratch(module.conv_chain_workspace(*arguments, 0, threads))
@@ -174,12 +174,12 @@ def conv_chain(
     *,
     steps: int,
     bfloat: bool = False,
-    step_size: float | None = None,
-    noise_scale: float = 1.0,
-    drift: float | None = None,
-    noise_std: float | None = None,
-    reference_std: float | None = None,
-    reference_mean: float = 0.0,
+    step_size: Number | None = None,
+    noise_scale: Number = 1.0,
+    drift: Number | None = None,
+    noise_std: Number | None = None,
+    reference_std: Number | None = None,
+    reference_mean: float | Tensor = 0.0,
     grad_clamp: float | None = None,
     clamp: tuple[float, float] | None = None,
     mask: Tensor | None = None,
@@ -249,8 +249,8 @@ def conv_chain_reference(
     mask: Tensor | None = None,
 ) -> None:
     """The steps in place: gradients in float64, the state rounded to float32 after each."""
-    for here in place.steps(0, steps):
-        langevin_step_reference(x, gradient_reference(stages, head, x), mask, numbers, here)
+    for k, here in enumerate(place.steps(0, steps)):
+        langevin_step_reference(x, gradient_reference(stages, head, x), mask, numbers.steps(k, k + 1), here)
 
 
 def activate(h: Tensor, name: str, slope: float) -> Tensor:

@@ -133,7 +133,6 @@ class ResidentChain:
         place: Counters,
         gradient: Tensor | None = None,
         mask: Tensor | None = None,
-        numbers_at: Tensor | None = None,  # float32 (7,) or (steps, 7)
     ) -> tuple[Any, ...]:
         """The fields of `ResidentNet`: a chain from `start`, at this size or a smaller one, into `out`.
 
@@ -143,8 +142,7 @@ class ResidentChain:
         return (
             self.memory.data_ptr(), *self.layout.arguments, start.data_ptr(), (*[1] * (3 - len(factor)), *factor),
             out.data_ptr(), 0 if gradient is None else gradient.data_ptr(), 0 if mask is None else mask.data_ptr(),
-            steps, numbers.arguments, 0 if numbers_at is None else numbers_at.data_ptr(),
-            numbers_at is not None and numbers_at.dim() > 1, place.native_arguments,
+            steps, numbers.native_arguments, place.native_arguments,
         )  # fmt: skip
 
 

@@ -18,7 +18,7 @@ from ..conv_chain.scratch import Scratch
 from ..counters import Counters, seed_or_fresh
 from ..langevin_step import langevin_step_reference
 from ..state import addresses, why_not_plain
-from ..update import Update, check_steps, prepare
+from ..update import Number, Update, check_steps, prepare
 from .layers import Graph
 from .program import Program
 
@@ -54,7 +54,7 @@ class GraphChain(PackedChain):
         module = native.module()
         arguments = [
             *self._arguments, *addresses(OP, x, gradient, mask), x.shape[0], steps, self._x.channels, self._x.pixels,
-            numbers.arguments, place.native_arguments,
+            numbers.native_arguments, place.native_arguments,
         ]  # fmt: skip
         threads = torch.get_num_threads()
         workspace = Scratch(module.graph_chain_workspace(*arguments, 0, threads))
@@ -71,12 +71,12 @@ def graph_chain(
     x: Tensor,  # (N, ...) float32
     *,
     steps: int,
-    step_size: float | None = None,
-    noise_scale: float = 1.0,
-    drift: float | None = None,
-    noise_std: float | None = None,
-    reference_std: float | None = None,
-    reference_mean: float = 0.0,
+    step_size: Number | None = None,
+    noise_scale: Number = 1.0,
+    drift: Number | None = None,
+    noise_std: Number | None = None,
+    reference_std: Number | None = None,
+    reference_mean: float | Tensor = 0.0,
     grad_clamp: float | None = None,
     clamp: tuple[float, float] | None = None,
     mask: Tensor | None = None,
@@ -126,5 +126,5 @@ def graph_chain_reference(
     graph: Graph, x: Tensor, *, steps: int, numbers: Update, place: Counters, mask: Tensor | None = None
 ) -> None:
     """The steps in place: gradients in float64, the state rounded to float32 after each."""
-    for here in place.steps(0, steps):
-        langevin_step_reference(x, gradient_reference(graph, x), mask, numbers, here)
+    for k, here in enumerate(place.steps(0, steps)):
+        langevin_step_reference(x, gradient_reference(graph, x), mask, numbers.steps(k, k + 1), here)
