@@ -1,4 +1,4 @@
-"""Annealing: chains on a ring of eight modes, at a temperature that falls from 30 to 1, beside chains that stay at 1.
+"""Annealing: chains on a ring of eight modes, at a temperature that falls from 60 to 1, beside chains that stay at 1.
 
     python examples/annealing.py annealing.png
 
@@ -35,11 +35,11 @@ def main() -> None:
     args = parser.parse_args()
 
     start, levels, panels = torch.zeros(args.num, 2) + MODES[0], 12, []
-    for title, highest in (("cold", 1.0), ("annealed", 30.0)):
+    for title, highest in (("cold", 1.0), ("annealed", 60.0)):
         energy, x = Tempered(ring, highest), start
         for level in range(levels):
             energy.temperature = highest ** (1 - level / (levels - 1))
-            x = mg.langevin_sample(energy, x, steps=args.steps, step_size=0.1, seed=0, first_step=level * args.steps)
+            x = mg.langevin_sample(energy, x, steps=args.steps, step_size=0.15, seed=0, first_step=level * args.steps)
         found = torch.cdist(x, MODES).argmin(1).unique().numel()
         print(f"{title}: {found} of {len(MODES)} modes")
         panels.append((f"{title}: {found} of 8 modes", picture(x)))

@@ -13,7 +13,7 @@ from typing import Any
 from . import __version__
 
 REBUILD = "pip install --force-reinstall --no-deps ."
-LIBRARIES = ("torch", "numpy", "pillow", "safetensors", "scikit-learn", "scikit-image", "torchmetrics", "tensorboard")
+LIBRARIES = ("torch", "numpy", "pillow", "safetensors", "scikit-learn", "scikit-image", "tensorboard")
 # package: (what it is for, how to get it)
 OPTIONAL = {
     "triton": ("Triton kernels on NVIDIA GPUs", 'pip install "mgebm_fast[triton]"'),

@@ -14,7 +14,7 @@ import mgebm_fast as mg
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 SMALL = {  # options, and images across and down in the picture
-    "annealing": (["--num", "400", "--steps", "40"], None),
+    "annealing": (["--num", "400"], None),
     "guidance": (["--num", "2", "--steps", "2", "--epochs", "1"], (2, 10)),
     "inpainting": (["--num", "2"], (2, 5)),
     "inverse_problem": (["--num", "2", "--samples", "2", "--steps", "2"], (2, 5)),

@@ -5,12 +5,13 @@ from __future__ import annotations
 import dataclasses
 import os
 import shlex
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ..errors import CheckpointError, ConfigError
+from ..errors import CheckpointError, ConfigError, DivergenceError
 from .options import (
     INTERRUPTED,
     Device,
@@ -62,6 +63,12 @@ def train(
     ] = False,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint of the run.")] = False,
     strict: Annotated[bool, typer.Option("--strict", help="Refuse data with unreadable images.")] = False,
+    report: Annotated[
+        bool, typer.Option("--report", help="Write report.html in the run folder whenever pictures are drawn.")
+    ] = False,
+    logger: Annotated[
+        str, typer.Option(metavar="NAME", help="Where records go beside metrics.jsonl: tensorboard, wandb or trackio.")
+    ] = "tensorboard",
     device: Device = "auto",
     threads: Threads = None,
     precision: Annotated[
@@ -78,6 +85,7 @@ def train(
       mgebm train my_config.toml --data photos/ --out runs/mine
       mgebm train --out runs/mine --resume
       mgebm train cifar10 --set rollback.attempts=0
+      mgebm train digits --report --logger trackio
       mgebm train --from runs/digits --data letters.npy --set optimiser.lr=1e-3 --out runs/letters
       mgebm train cifar10 --from runs/cars --set sizes=1,2,4,8,16,32 --out runs/finer
 
@@ -96,6 +104,9 @@ def train(
     A run that diverges or collapses goes back to its last good checkpoint, up to rollback.attempts times, and on from
     there with other noise and half the learning rate. After that it stops with advice and an exit code that is not 0;
     model.safetensors is then the best state from before. docs/configuration.md says what counts.
+
+    --report keeps a page on the run up to date, report.html in its folder: samples, curves, configuration, as of
+    `mgebm report`. --logger sends the records to wandb or trackio, where installed, in place of TensorBoard's files.
 
     Several processes or GPUs train together under torchrun, each on its part of every batch:
     torchrun --nproc-per-node 2 -m mgebm_fast train digits --out runs/digits
@@ -141,23 +152,29 @@ def train(
             chosen = configured(chosen, data, changes, stored=stored)
             if threads is None and place.type == "cpu":
                 use_threads(threads_for(build_model(chosen), chosen.batch_size))
-        outcome = _fit(chosen, folder, resume, strict, place, _how_to_resume(folder, device, threads, ranks), ranks)
+        options: dict[str, Any] = {"resume": resume, "strict": strict, "logger": logger}
+        if report:
+            options["after_pictures"] = lambda: _write_report(folder)
+        extra = [*(["--report"] if report else []), *([] if logger == "tensorboard" else ["--logger", logger])]
+        options["resume_command"] = shlex.join([*_how_to_resume(folder, device, threads, ranks), *extra])
+        outcome = _fit(chosen, folder, place, ranks, options)
         if outcome.finished and ranks.first:
             typer.echo(_what_next(folder, chosen), err=True)
     if not outcome.finished:
         raise typer.Exit(INTERRUPTED)
 
 
-def _fit(
-    config: TrainConfig, folder: Path, resume: bool, strict: bool, device: torch.device, command: str, ranks: Ranks
-) -> Outcome:
+def _fit(config: TrainConfig, folder: Path, device: torch.device, ranks: Ranks, options: Mapping[str, Any]) -> Outcome:
     from rich.console import Console
 
     from ..learning import check_new
     from ..learning import train as fit
+    from ..learning.run import loggers
 
+    resume, strict = options["resume"], options["strict"]
     with ranks.together():
         if ranks.first:
+            loggers.logger(options["logger"])  # a package that is missing is reported before anything is written
             if not resume:
                 check_new(folder)
             check_place(folder, folder=True)
@@ -172,11 +189,22 @@ def _fit(
     console = Console(stderr=True)
     try:
         return fit(
-            config, out=folder, data=data, resume=resume, device=device, console=console, resume_command=command,
-            ranks=ranks, held_out=held_out,
-        )  # fmt: skip
+            config, out=folder, data=data, device=device, console=console, ranks=ranks, held_out=held_out, **options
+        )
     except CheckpointError as error:
         raise (error.at("--from") if error.where == "from" else error) from None
+
+
+def _write_report(folder: Path) -> None:
+    """The page of `mgebm report`, atomically; training goes on where samples of the moment are not finite."""
+    from ..evaluation.page import page
+    from ..files import write_bytes
+    from ..learning import Run
+
+    try:
+        write_bytes(folder / "report.html", page([Run(folder)]).encode())
+    except DivergenceError as error:
+        typer.echo(f"no report: {error}", err=True)
 
 
 def _what_next(folder: Path, config: TrainConfig) -> str:
@@ -235,7 +263,7 @@ def _configure(config: str | None, out: Path | None, resume: bool, start: str | 
     return given, folder
 
 
-def _how_to_resume(folder: Path, device: str, threads: int | None, ranks: Ranks) -> str:
+def _how_to_resume(folder: Path, device: str, threads: int | None, ranks: Ranks) -> list[str]:
     command = ["mgebm"]
     if ranks.size > 1:
         here = int(os.environ.get("LOCAL_WORLD_SIZE", ranks.size))
@@ -244,4 +272,4 @@ def _how_to_resume(folder: Path, device: str, threads: int | None, ranks: Ranks)
     command += ["train", "--out", str(folder), "--resume"]
     command += [] if device == "auto" else ["--device", device]
     command += [] if threads is None else ["--threads", str(threads)]
-    return shlex.join(command)
+    return command

@@ -1,57 +1,15 @@
-"""Distances between sets: FID and KID of feature vectors (torchmetrics), and pixel distance to the nearest image."""
+"""Distances between sets: FID and KID of feature vectors, and pixel distance to the nearest image."""
 
 from __future__ import annotations
 
-import functools
-import importlib
 import math
-import warnings
-from typing import Any
-from unittest import mock
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 KID_SUBSETS = 100
 KID_SUBSET_SIZE = 250
-
-
-@functools.cache
-def _metrics() -> tuple[Any, Any]:
-    """torchmetrics' FID and KID classes.
-
-    torchmetrics imports torchvision wherever its metadata says that it is installed, and fails with it where
-    torchvision was built for another torch (a CPU torch beside the default torchvision wheel). Neither metric
-    needs it, so a torchvision that does not import is hidden while torchmetrics loads.
-    """
-    from lightning_utilities.core.imports import RequirementCache
-
-    installed = RequirementCache.__bool__
-
-    def without_torchvision(self: Any) -> bool:
-        return not str(self.requirement).startswith(("torchvision", "torch_fidelity")) and installed(self)
-
-    try:
-        importlib.import_module("torchvision")
-        usable = installed
-    except Exception:  # absent, or its operators fail to register: RuntimeError, OSError, AttributeError, ...
-        usable = without_torchvision
-    with mock.patch.object(RequirementCache, "__bool__", usable):
-        from torchmetrics.image.fid import FrechetInceptionDistance
-        from torchmetrics.image.kid import KernelInceptionDistance
-    return FrechetInceptionDistance, KernelInceptionDistance
-
-
-class _Identity(nn.Module):
-    """A feature extractor for torchmetrics that passes features through: they are computed once, outside."""
-
-    def __init__(self, num_features: int) -> None:
-        super().__init__()
-        self.num_features = num_features
-
-    def forward(self, features: Tensor) -> Tensor:
-        return features
 
 
 def alike(features: Tensor) -> bool:  # (N, D)
@@ -83,11 +41,18 @@ def fid(
     the same. A collapsed `other`, all of whose rows are the same, has a distance: its Σ' is 0.
     """
     _check("fid", reference, other)
-    metric = _metrics()[0](feature=_Identity(reference.shape[1]))
-    metric.update(reference, real=True)
-    metric.update(other, real=False)
-    # the product of two covariances has rounding-size negative eigenvalues, which can pull a zero below zero
-    return max(0.0, _finite("fid", float(metric.compute())))
+    reference, other = reference.double(), other.double()
+    apart = (reference.mean(0) - other.mean(0)).square().sum()
+    first, second = torch.cov(reference.T, correction=1), torch.cov(other.T, correction=1)
+    if first.dim() == 0:  # of one feature
+        first, second = first.reshape(1, 1), second.reshape(1, 1)
+    if not bool(torch.isfinite(first).all() and torch.isfinite(second).all()):
+        return _finite("fid", math.inf)
+    # tr (ΣΣ')^½ by the symmetric Σ^½ Σ' Σ^½, whose eigenvalues are real; rounding makes some of those at 0 negative
+    values, vectors = torch.linalg.eigh(first)
+    root = vectors * values.clamp(min=0).sqrt() @ vectors.T
+    product = torch.linalg.eigvalsh(root @ second @ root).clamp(min=0).sqrt().sum()
+    return max(0.0, _finite("fid", float(apart + first.trace() + second.trace() - 2 * product)))
 
 
 def _finite(op: str, value: float) -> float:
@@ -112,14 +77,18 @@ def kid(
     fewest = min(len(reference), len(other))
     if not 2 <= subset_size <= fewest:
         raise ValueError(f"kid: subset_size must be in [2, {fewest}], the images of the smaller set, got {subset_size}")
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Metric `Kernel Inception Distance` will save")
-        metric = _metrics()[1](feature=_Identity(reference.shape[1]), subsets=KID_SUBSETS, subset_size=subset_size)
-    metric.update(reference, real=True)
-    metric.update(other, real=False)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return _finite("kid", float(metric.compute()[0]))
+    reference, other = reference.double(), other.double()
+    draw = torch.Generator().manual_seed(seed)
+    found = []
+    for _ in range(KID_SUBSETS):
+        x, y = (part[torch.randperm(len(part), generator=draw)[:subset_size]] for part in (reference, other))
+        within = sum(_kernel(part, part).fill_diagonal_(0).sum() for part in (x, y)) / (subset_size * (subset_size - 1))
+        found.append(within - 2 * _kernel(x, y).mean())
+    return _finite("kid", float(torch.stack(found).mean()))
+
+
+def _kernel(x: Tensor, y: Tensor) -> Tensor:  # (N, D), (M, D) -> (N, M)
+    return (x @ y.T / x.shape[1] + 1).pow(3)
 
 
 def nearest_distance(

@@ -194,12 +194,9 @@ def pick_length(
 
 def _measure(x: Tensor, fill: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
     """(error, PSNR) of each image, values in [0, 1]."""
-    from torchmetrics.functional.image import peak_signal_noise_ratio
-
     hidden = mask.double()
     error = ((x - fill).abs() * hidden).sum((1, 2, 3)) / (hidden.sum((1, 2, 3)) * x.shape[1])
-    psnr = [peak_signal_noise_ratio(b[None], a[None], data_range=1.0) for a, b in zip(x, fill, strict=True)]
-    return error, torch.stack(psnr)
+    return error, -10 * (x - fill).square().mean((1, 2, 3)).log10()
 
 
 def _as_rgb(images: Tensor) -> Tensor:

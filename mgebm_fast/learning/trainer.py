@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +21,11 @@ from .config.method import METHODS, load_data
 from .config.train_config import TrainConfig
 from .config.values import merge
 from .methods.multigrid import describe_model
+from .run import loggers
 from .run.distributed import Ranks, joined
 from .run.feed import Batches
 from .run.folder import check_new
+from .run.loggers import TENSORBOARD
 from .run.loop import Loop, Outcome
 
 # Where a model and a configuration are both given, these must agree.
@@ -213,15 +216,20 @@ def train(
     resume_command: str | None = None,
     ranks: Ranks | None = None,
     held_out: ImageData | Clips | None = None,
+    logger: str = TENSORBOARD,
+    after_pictures: Callable[[], None] | None = None,
 ) -> Outcome:
     """What `mgebm train` does: check the folder, read the data, build the model, and fit or go on.
 
     `data` replaces what `config.data` names; the best state is chosen by the images `held_out`, by default those of
-    training; `strict` refuses data with an image that cannot be read. Under torchrun the processes train together.
+    training; `strict` refuses data with an image that cannot be read. Records go to `logger` beside metrics.jsonl:
+    "tensorboard", "wandb" or "trackio". `after_pictures` is called whenever pictures of the samples, and all else that
+    is due after that update, are written. Under torchrun the processes train together.
     """
     place = None if device is None else torch.device(device)
     with joined(place) if ranks is None else contextlib.nullcontext(ranks) as group:
         with group.together():
+            chosen = loggers.logger(logger) if group.first else None
             if not resume and group.first:
                 check_new(Path(out))
             if not isinstance(data, (Clips, ImageData)):
@@ -231,6 +239,8 @@ def train(
             ranks=group,
         )  # fmt: skip
         trainer.measure_against(held_out)
+        trainer._loop.folder.logger = chosen
+        trainer._loop.after_pictures = after_pictures
         if resume:
             trainer.resume()
         return trainer.fit()

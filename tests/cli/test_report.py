@@ -15,6 +15,8 @@ from mgebm_fast.evaluation import page as module
 from mgebm_fast.evaluation.page import page
 from mgebm_fast.learning import Run
 
+from .conftest import TINY
+
 
 @pytest.fixture(scope="module")
 def written(mgebm, trained, tmp_path_factory):
@@ -111,3 +113,44 @@ def test_a_picture_has_each_sample_over_its_nearest_training_image(mgebm, traine
         apart = ((images[:, 0].astype(int) - samples[k, 0]) ** 2).sum((1, 2))
         assert np.array_equal(cells[0], samples[k, 0]) and np.array_equal(cells[1], images[apart.argmin(), 0])
     assert mgebm("report", trained, trained, "--out", out).exit_code == 2
+
+
+def test_training_keeps_the_page_and_logs_where_it_is_told(mgebm, trained, tmp_path, monkeypatch):
+    """A page at each time of pictures, atomically, of what is there by then; the model is that of a run without it."""
+    import sys
+    import types
+
+    from mgebm_fast import files
+
+    calls, pages = [], []
+    service = types.SimpleNamespace(
+        init=lambda **options: calls.append("init") or object(),
+        log=lambda values, step: calls.append(step),
+        finish=lambda: calls.append("finish"),
+    )
+    monkeypatch.setitem(sys.modules, "trackio", service)
+    write = files.write_bytes
+
+    def watched(path, content, **options):
+        if path.name == "report.html":
+            pages.append(content.decode())
+        return write(path, content, **options)
+
+    monkeypatch.setattr(files, "write_bytes", watched)
+    out = tmp_path / "watched"
+    settings = (*TINY, "--set", "checkpoint_every=1", "--set", "sample_every=1", "--set", "log_every=1")
+    result = mgebm("train", "digits", *settings, "--report", "--logger", "trackio", "--out", out)
+    assert result.exit_code == 0, result.output
+    assert len(pages) == 2 and "1 of 2, not finished" in pages[0] and "<td>2 of 2</td>" in pages[1]
+    assert (out / "report.html").read_text() == pages[1] and pages[1].count('<img alt="update ') == 2
+    assert calls == ["init", 1, 2, "finish"] and not (out / "tensorboard").exists()
+    assert (out / "model.safetensors").read_bytes() == (trained / "model.safetensors").read_bytes()
+
+
+def test_a_logger_that_is_missing_is_reported_before_anything_is_written(mgebm, tmp_path, monkeypatch):
+    import sys
+
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    result = mgebm("train", "digits", *TINY, "--logger", "wandb", "--out", tmp_path / "run")
+    assert result.exit_code == 2 and not (tmp_path / "run").exists()
+    assert "--logger: wandb must be installed (pip install wandb)" in one_line(result)

@@ -23,7 +23,8 @@ from ...models import storage
 from ...models.storage import MODEL_FILE as MODEL
 from ..config.train_config import TrainConfig
 from . import checkpoint
-from .records import METRICS, TENSORBOARD, Mark, NoRecorder, Recorder
+from .loggers import TENSORBOARD, Logger
+from .records import METRICS, Mark, NoRecorder, Recorder
 from .rule import UpdateRule
 
 CONFIG, CHECKPOINTS, SAMPLES, DATA = "config.toml", "checkpoints", "samples", "data.json"
@@ -37,6 +38,7 @@ class NoFolder:
     path: Path | None = None
     writes = False
     owned = False  # whether what lies in it is this run's
+    logger: Logger | None = None  # of the records; TensorBoard where there is none
 
     def claim(self, config: TrainConfig, fingerprint: Mapping[str, Any], iteration: int) -> Any:
         """A context in which the folder is this run's: new, or the run's own, and no other process's."""
@@ -104,7 +106,7 @@ class RunFolder(NoFolder):
         return self._claimed(config, fingerprint, iteration) if self.writes else contextlib.nullcontext()
 
     def recorder(self, step: int, rollbacks: int, mark: Mark | None) -> NoRecorder:
-        return Recorder(self.path, step, rollbacks, mark) if self.writes else NoRecorder()
+        return Recorder(self.path, step, rollbacks, mark, self.logger) if self.writes else NoRecorder()
 
     def save(self, rule: UpdateRule, iteration: int, state: Mapping[str, Any]) -> None:
         if self.writes:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +65,7 @@ class Loop:
         self.history = self.states.history
         self.recorder = NoRecorder()
         self.reference: Tensor | None = None  # held-out images in the model's units, for the measure of states
+        self.after_pictures: Callable[[], None] | None = None  # on the first rank, when all of the update is written
         self._mark: Mark | None = None  # of the records at the checkpoint that was resumed
         self._resume_command = resume_command or f"mgebm train {out}/{CONFIG} --out {out} --resume"
 
@@ -287,6 +289,8 @@ class Loop:
                     self._save(final=done == stop, good=good)
                     if good and watched:
                         self.states.offer(done, measure, self.rule, self._state(good=True))
+                if drawn and self.folder.writes and self.after_pictures is not None:
+                    self.after_pictures()
         return stops
 
     def _watched_update(self, done: int, logged: bool) -> dict[str, float]:

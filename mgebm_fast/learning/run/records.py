@@ -1,4 +1,4 @@
-"""What a run writes down as it goes: metrics.jsonl, and the same numbers for TensorBoard."""
+"""What a run writes down as it goes: metrics.jsonl, and the same numbers for a logger."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from typing import Any, BinaryIO
 
 from ... import files
 from ...errors import CheckpointError
+from .loggers import Logger, TensorBoard
 
 METRICS = "metrics.jsonl"
-TENSORBOARD = "tensorboard"
 _MOST = 1 << 32  # bytes of a metrics file
 _LONGEST = 1 << 20  # bytes of a line
 
@@ -44,27 +44,26 @@ class NoRecorder:
 
 
 class Recorder(NoRecorder):
-    """One line of JSON a record, flushed at once, and one TensorBoard scalar a number.
+    """One line of JSON a record, flushed at once, and the same to `logger`, TensorBoard by default.
 
     `step` counts the updates made. Opening at step s drops what earlier runs wrote after s, a torn last line
     included, so that a resumed run doubles nothing; and records of going back beyond the first `rollbacks` ones.
     `mark` is what the file was like at the checkpoint: where it is not, `notice` says what is done about it.
     """
 
-    def __init__(self, folder: Path, step: int, rollbacks: int = 0, mark: Mark | None = None) -> None:
-        self._folder = folder
+    def __init__(
+        self, folder: Path, step: int, rollbacks: int = 0, mark: Mark | None = None, logger: Logger | None = None
+    ) -> None:
+        self._folder, self._logger = folder, logger or TensorBoard()
         self._open(step, rollbacks, mark)
 
     def _open(self, step: int, rollbacks: int, mark: Mark | None) -> None:
-        from torch.utils.tensorboard import SummaryWriter
-
         path = self._folder / METRICS
         self.notice = truncate(path, step, rollbacks, mark)
         actual: dict[str, Any] = files.fingerprint(path) if path.exists() else {"bytes": 0, "crc32": "0"}
         self._bytes, self._crc = actual["bytes"], int(actual["crc32"], 16)
         self._file = path.open("ab")
-        purge = step + 1 if (self._folder / TENSORBOARD).is_dir() else None
-        self._board = SummaryWriter(str(self._folder / TENSORBOARD), purge_step=purge, max_queue=1000)
+        self._logger.start(self._folder, step)
 
     def rewind(self, step: int, rollbacks: int) -> None:
         """Drop what was written after `step`, and records of going back beyond the first `rollbacks` ones."""
@@ -77,8 +76,7 @@ class Recorder(NoRecorder):
         self._file.write(line)
         self._file.flush()
         self._bytes, self._crc = self._bytes + len(line), zlib.crc32(line, self._crc)
-        for name, value in values.items():
-            self._board.add_scalar(name, value, step)
+        self._logger.log(step, values)
 
     def mark(self) -> Mark:
         """What the file is like now, for the state of a checkpoint."""
@@ -87,13 +85,13 @@ class Recorder(NoRecorder):
     def synchronise(self) -> None:
         """Have everything on the disk before a checkpoint that counts on it."""
         files.synchronise_file(self._file.fileno())
-        self._board.flush()
+        self._logger.flush()
 
     def close(self) -> None:
         try:
             self._file.close()
         finally:
-            self._board.close()
+            self._logger.close()
 
 
 def truncate(path: Path, step: int, rollbacks: int = 0, mark: Mark | None = None) -> str:
