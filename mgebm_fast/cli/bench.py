@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -20,7 +19,6 @@ if TYPE_CHECKING:
 
 _LOG_WIDTH = 100
 _EMULATED = 8.0  # times slower than float32: 16 bits are emulated
-_SILENCE = 5.0  # seconds after which a log file is told again what is being done
 _TABLES = ("chains", "training", "ops")
 
 
@@ -235,20 +233,18 @@ class _Progress:
         from rich.console import Console
         from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
+        from ..learning.run.progress import Lines
+
         console = Console(stderr=True)
         columns = (BarColumn(bar_width=20), TextColumn("{task.description}"), TimeElapsedColumn())
         self._bar = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
         self._task = self._bar.add_task("", total=total, completed=done)
-        self._told: dict[str, int] = {}  # how often a text came
-        self._last, self._where = -math.inf, f"{done + 1}/{total}"
+        self._lines = Lines(f"{done + 1}/{total}  ") if not console.is_terminal else None
 
     def tell(self, text: str) -> None:
         self._bar.update(self._task, description=text)
-        self._told[text] = times = self._told.get(text, 0) + 1
-        now = time.monotonic()
-        if self._bar.disable and (times == 1 or now - self._last > _SILENCE):
-            typer.echo(f"{self._where}  {text}{'' if times == 1 else f', {times}'}", err=True)
-            self._last = now
+        if self._lines is not None:
+            self._lines.tell(text)
 
     def advance(self) -> None:
         self._bar.advance(self._task)

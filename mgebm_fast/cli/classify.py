@@ -73,6 +73,7 @@ def classify(
     from ..evaluation.few_labels.net_features import energy_nets
     from ..evaluation.few_labels.report import format_few_labels, plot_few_labels
     from ..files import write_bytes
+    from ..learning.run.progress import working
 
     models, sources, like = {}, {}, None
     for run in runs:
@@ -100,10 +101,10 @@ def classify(
     train, held_out = (
         load_images(source, size, channels, classes, split=split, like=like) for split in ("train", "held_out")
     )
-    with named_options("labels", "data", "draws", "seed"), Console(stderr=True).status("reading features") as status:
+    with named_options("labels", "data", "draws", "seed"), working("reading features") as tell:
         result = few_labels(
             models, train, held_out, labels=wanted, draws=draws, seed=seed, fine_tune=fine_tune,
-            progress=lambda name, done, total: status.update(f"{done + 1} of {total}: {name}"),
+            progress=lambda name, done, total: tell(f"{done + 1} of {total}: {name}"),
         )  # fmt: skip
     if json:
         print_json(result)

@@ -63,6 +63,7 @@ def diagnose(
     from ..evaluation.diagnosis import diagnose as measure
     from ..evaluation.diagnosis import format_diagnosis
     from ..files import write_bytes
+    from ..learning.run.progress import working
     from ..models import EnergyModel, Model, SpatialTemporal
 
     source, config = open_run(run)
@@ -71,7 +72,7 @@ def diagnose(
         raise ValueError(f"run: must have chains to diagnose, got {run}, whose samples a generator makes alone")
     report_changed_data(run, config)
     num = num or (8 if isinstance(model, SpatialTemporal) else 64)
-    with Console(stderr=True).status(f"running {num} chains a grid"):
+    with working(f"running {num} chains a grid"):
         diagnosis = measure(model, num=num, steps=steps, seed=seed)
     figures = {"run": str(run), "num": num, "seed": seed, **diagnosis.figures()}
     text = json_module.dumps(figures, allow_nan=False, ensure_ascii=False)

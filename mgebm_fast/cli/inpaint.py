@@ -93,6 +93,7 @@ def inpaint(
 
     from ..evaluation.inpainting import PickedLength, pick_length
     from ..evaluation.inpainting import inpaint as fill
+    from ..learning.run.progress import working
     from ..models.occlusions import KINDS, occlusion, read_mask
 
     model, config = open_model(run, device, "inpaint")
@@ -123,16 +124,16 @@ def inpaint(
         if training is None and length is not None:
             raise ValueError(f"--length: auto must have images that {run} was trained on, but {why}")
         notes += [] if training is not None else [f"length 1, a sample's: {why}"]
-    with Console(stderr=True).status(f"filling {len(chosen)} images") as status:
+    with working(f"filling {len(chosen)} images") as tell:
         picked = PickedLength(1.0 if asked is None else asked)
         if training is not None:
             typer.echo(
                 f"picking the length of the chains on {len(training)} training images (--length 1 does not)", err=True
             )
             picked = pick_length(
-                model, training, mask if given is None else given, seed=seed, precision=precision, report=status.update
+                model, training, mask if given is None else given, seed=seed, precision=precision, report=tell
             )
-            status.update(f"filling {len(chosen)} images")
+            tell(f"filling {len(chosen)} images")
         hidden = occlusion(mask, len(chosen), size, seed=seed) if given is None else given
         result = fill(model, images.batch(chosen), hidden, seed=seed, length=picked.length, precision=precision)
 

@@ -205,9 +205,9 @@ def _stage(words: str, key: str, seconds: dict[str, float], progress: bool) -> I
     """Time a stage, and show it on standard error while it runs."""
     started = time.perf_counter()
     if progress:
-        from rich.console import Console
+        from ..learning.run.progress import working
 
-        with Console(stderr=True).status(words):
+        with working(words):
             yield
     else:
         yield

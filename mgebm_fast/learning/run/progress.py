@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import errno
 import os
 import sys
 import time
+from collections.abc import Callable, Iterator
 from types import TracebackType
 from typing import Any
 
 from rich.console import Console
+
+_SILENCE = 5.0  # seconds after which a log file is told again what is being done
 
 
 def _broken_pipe() -> None:
@@ -122,3 +126,31 @@ def duration(seconds: float) -> str:
     if seconds < 3600:
         return f"{seconds // 60} min {seconds % 60} s"
     return f"{seconds // 3600} h {seconds % 3600 // 60} min"
+
+
+class Lines:
+    """What is being done, for a log file: a line where that changes, and again where one thing takes long."""
+
+    def __init__(self, head: str = "") -> None:
+        self._voice = Voice(Console(stderr=True))
+        self._head, self._times, self._last = head, collections.Counter[str](), 0.0
+
+    def tell(self, text: str) -> None:
+        self._times[text] += 1
+        times, now = self._times[text], time.monotonic()
+        if times == 1 or now - self._last > _SILENCE:
+            self._voice.say(f"{self._head}{text}{'' if times == 1 else f', {times}'}")
+            self._last = now
+
+
+@contextlib.contextmanager
+def working(words: str) -> Iterator[Callable[[str], None]]:
+    """A spinner beside what is being done, on a terminal; lines in a log file. Gives what changes the words."""
+    console = Console(stderr=True)
+    if console.is_terminal:
+        with console.status(words) as status:
+            yield status.update
+    else:
+        lines = Lines()
+        lines.tell(words)
+        yield lines.tell
