@@ -80,7 +80,7 @@ POSTERIOR = "mgebm_fast/models/latent.py"
 STARTS = "mgebm_fast/learning/methods/baselines.py"
 BANKS = "mgebm_fast/learning/methods/banks.py"
 LAYERS = "mgebm_fast/nets/layers.py"
-CONTRASTIVE = "mgebm_fast/learning/methods/contrastive.py"
+CONTRAST = "mgebm_fast/learning/methods/contrast.py"
 CONVNET_RULE = "mgebm_fast/learning/methods/convnet.py"
 FRAME_RULE = "mgebm_fast/learning/methods/frame.py"
 COOPERATIVE_RULE = "mgebm_fast/learning/methods/cooperative.py"
@@ -176,8 +176,8 @@ MUTATIONS = (
     Mutation("hidden-pixels-infer", "python", POSTERIOR, "rest = rest * self.seen", "rest = rest * 1.0", LATENT),
     # where chains of training start
     Mutation(
-        "learning-sign", "python", CONTRASTIVE, "loss = on_real.mean() - on_chain.mean()",
-        "loss = on_chain.mean() - on_real.mean()", BASELINES,
+        "learning-sign", "python", CONTRAST, "observed.new_tensor([1 / n, -1 / m])",
+        "observed.new_tensor([-1 / n, 1 / m])", BASELINES,
     ),
     Mutation("bank-not-stored", "python", STARTS, "self.model.bank[made.ids] = made.images[0]", "return", BASELINES),
     Mutation("restart-ignored", "python", BANKS, "draw[:, 0] <= self.restart", "draw[:, 0] <= 0", BASELINES),

@@ -14,6 +14,7 @@ from mgebm_fast.errors import DivergenceError
 from mgebm_fast.gradient import native
 from mgebm_fast.gradient.graph import plan as graphs
 from mgebm_fast.learning import MultiGridTrainer, build_model
+from mgebm_fast.learning.methods import contrast
 from mgebm_fast.learning.methods.multigrid import MultiGridRule
 from mgebm_fast.learning.methods.optim import state_tensors
 from mgebm_fast.learning.methods.synthesis import Synthesis
@@ -205,6 +206,7 @@ def test_the_numbers_of_an_update_are_read_once(trainer, norm, detail, monkeypat
     monkeypatch.setattr(graphs, "not_finite", lambda graph: "")
     monkeypatch.setattr(graphs, "GraphChain", lambda graph: SimpleNamespace(gradient=torch.zeros_like))
     monkeypatch.setattr(native, "ConvChain", lambda stages, head, bfloat: SimpleNamespace(gradient=torch.zeros_like))
+    monkeypatch.setattr(contrast, "readable", lambda *_: "what GPUs run is tested")
     ours = trainer(norm=norm, optimiser={"grad_clip_norm": 1.0, "grad_rescale_max": 1.0}, stabilise={"ema": 0.9})
     images = [torch.rand(8, 1, size, size) for size in ours.config.sizes[1:]]
     ours.rule.synthesise = lambda *arguments: Synthesis(images)  # chains have a host sync of their own

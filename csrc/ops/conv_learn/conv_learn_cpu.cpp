@@ -208,7 +208,8 @@ struct Learner : Team {
     });
     each_sum(l, 0, [&](int64_t c, int batch, double sum, double rows) {
       const float variance = static_cast<float>(rows > 0 ? sum / rows : 0);
-      scale(l, batch, 1)[c] = 1.0f / square_root(variance + s.eps);
+      // A variance beyond float32 would make all outputs 0: NaN instead, so that the update is seen to have failed.
+      scale(l, batch, 1)[c] = variance <= 0x1.fffffep127f ? 1.0f / square_root(variance + s.eps) : __builtin_nanf("");
       if (batch == 0) out.variance[c] = variance;
     });
   }
