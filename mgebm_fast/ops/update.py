@@ -286,15 +286,11 @@ def _varying(numbers: Sequence[Any], clamp: Any, x: Tensor, steps: int, where: s
     sigma = found["reference_std"]
     columns = (found["drift"], found["noise_std"], 0.0 if sigma is None else 1.0 / sigma**2)
     wide = [torch.as_tensor(column, dtype=torch.float64, device=x.device) for column in columns]
-    table = torch.stack(torch.broadcast_tensors(*(column.reshape(_table_shape(column)) for column in wide)), -1)
+    table = torch.stack(torch.broadcast_tensors(*map(torch.atleast_2d, wide)), -1)
     return dataclasses.replace(
         checked, drift=math.nan, noise_std=math.nan, inverse_variance=math.nan, table=table.float().contiguous(),
         means=means, reference_mean=math.nan if tethered else checked.reference_mean,
     )  # fmt: skip
-
-
-def _table_shape(column: Tensor) -> tuple[int, ...]:
-    return (1, 1) if column.dim() == 0 else tuple(column.shape)
 
 
 def check_steps(steps: int, where: str) -> None:

@@ -126,8 +126,11 @@ def cascade(
         stream = noise.stream(purpose, grid)
         return {"seed": seed, "first_sample": first_sample, "first_step": steps[grid - 1], "stream": stream}
 
+    def shape(grid: int) -> tuple[int, ...]:
+        return (*start.shape[:2], *(sizes[grid],) * rank)
+
     def form(grid: int) -> tuple[Tensor, Tensor | None]:
-        x = start.new_empty((*start.shape[:2], *(sizes[grid],) * rank))
+        x = start.new_empty(shape(grid))
         return x, None if held is None else updated_cells(held[1], sizes[grid])
 
     def chain_of(grid: int) -> Chain:
@@ -155,7 +158,8 @@ def cascade(
     ids = isinstance(first_sample, Tensor) and first_sample.dim() > 0
     slot = None  # in a pipeline each grid has a graph of its own
     if session.on is None:
-        numbers = [langevin.update(form(grid)[0], name(grid)) for grid, langevin in zip(grids, dynamics, strict=True)]
+        like = start.new_empty(())  # of an x only the shape and the device count: it takes no memory
+        numbers = [d.update(like.expand(shape(g)), name(g)) for g, d in zip(grids, dynamics, strict=True)]
         rest = tuple(sizes), tuple((d.steps, n.form) for d, n in zip(dynamics, numbers, strict=True)), purpose, ids
         slot = graphs.slot_for_cascade(nets, start, held, session, *rest, **options)
     if slot is not None:

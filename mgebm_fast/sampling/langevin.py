@@ -55,7 +55,7 @@ class Langevin:
         as_numbers_(self, "clamp")
         count(self.steps, "steps", "Langevin")
         fields = self._numbers()
-        for name in self.varying:
+        for name in _varying(fields):
             value = fields[name]
             if name != "reference_mean":
                 positive = name in ("step_size", "reference_std")
@@ -76,14 +76,14 @@ class Langevin:
     @property
     def varying(self) -> tuple[str, ...]:
         """The names of the numbers that differ from step to step, sample to sample or element to element."""
-        return tuple(name for name, value in self._numbers().items() if name != "clamp" and varying.is_varying(value))
+        return _varying(self._numbers())
 
     def update(self, x: Tensor | None = None, where: str = "Langevin") -> Update:
         """The checked numbers, in the decoupled form, for chains on tensors like x; without x none may vary."""
-        if x is None and self.varying:
-            name = self.varying[0]
-            raise Refused(name, "be a number here, the same for all", "one that varies", where)
-        return update(where=where, x=x, steps=self.steps, **self._numbers())
+        numbers = self._numbers()
+        if x is None and (names := _varying(numbers)):
+            raise Refused(names[0], "be a number here, the same for all", "one that varies", where)
+        return update(where=where, x=x, steps=self.steps, **numbers)
 
     def __call__(
         self,
@@ -180,6 +180,10 @@ class Langevin:
         why = "named" if backend != "auto" else f"the fastest that is usable for {x.device.type} tensors"
         captured = f"no, because {graph_of}" if isinstance(graph_of, str) else graph_of.explain()
         return explained(energy, x, chain.plan, ", ".join(parts), f"{chain.backend} backend, {why}", captured)
+
+
+def _varying(numbers: dict[str, Any]) -> tuple[str, ...]:
+    return tuple(name for name, value in numbers.items() if name != "clamp" and varying.is_varying(value))
 
 
 def _shown(numbers: Update, index: int) -> str:
