@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -139,7 +139,7 @@ class Update:
 
 
 # A number of the update, or what varies in its place: `varying` says how.
-Number = float | Sequence[float] | Tensor
+Number: TypeAlias = float | Sequence[float] | Tensor
 
 
 def number(value: Any) -> Any:
