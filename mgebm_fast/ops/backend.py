@@ -39,18 +39,22 @@ def register(op: str, *, cpu: bool = False, cuda: bool = False, triton: bool = F
     TABLE[op] = Layers(cpu, cuda, triton, traced)
 
 
-@functools.cache
-def why_no_triton() -> str:
-    """Why Triton kernels cannot be used here; an empty string when they can (on CUDA tensors, or interpreted)."""
+def _why_no_triton() -> str:
     if importlib.util.find_spec("triton") is None:
         return 'triton is not installed: pip install "mgebm_fast[triton]"'
+    if torch.cuda.is_available():
+        return ""
     from triton import knobs
 
     if knobs.runtime.interpret:
         return ""
-    if not torch.cuda.is_available():
-        return "torch finds no CUDA device here (TRITON_INTERPRET=1 runs the kernels on CPU tensors, slowly, for tests)"
-    return ""
+    return "torch finds no CUDA device here (TRITON_INTERPRET=1 runs the kernels on CPU tensors, slowly, for tests)"
+
+
+@functools.cache
+def why_no_triton() -> str:
+    """Why Triton kernels cannot be used here; an empty string when they can (on CUDA tensors, or interpreted)."""
+    return _why_no_triton()
 
 
 def unavailable(op: str, backend: str, device: torch.device) -> str:
@@ -61,7 +65,7 @@ def unavailable(op: str, backend: str, device: torch.device) -> str:
     if backend == "triton":
         if not layers.triton:
             return f"{op} has no Triton kernel"
-        reason = why_no_triton()
+        reason = _why_no_triton() if torch.compiler.is_compiling() else why_no_triton()  # a trace passes caches by
         if not reason and device.type == "cpu":
             from triton import knobs
 

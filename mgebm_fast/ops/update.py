@@ -207,20 +207,22 @@ def update(
     x: what the chain of `steps` steps is made on; without it no number may vary (`varying`), since shapes depend on it.
     """
     numbers = (step_size, noise_scale, drift, noise_std, reference_std, reference_mean, grad_clamp, clamp)
-    try:
-        return _update(*numbers, where)
-    except TypeError:  # what cannot be hashed, or is no number of Python's
-        *given, bounds = numbers
-        if isinstance(bounds, (list, tuple, Tensor, np.ndarray)):
-            bounds = tuple(map(number, bounds))
-        plain: list[Any] = [number(value) for value in given]
-        if x is None or not any(map(varying.is_varying, plain)):
-            return _update.__wrapped__(*plain, bounds, where)
-        return _varying(plain, bounds, x, steps, where)
+    if not torch.compiler.is_compiling():  # a trace passes caches by
+        try:
+            return _cached(where, *numbers)
+        except TypeError:  # what cannot be hashed, or is no number of Python's
+            pass
+    *given, bounds = numbers
+    if isinstance(bounds, (list, tuple, Tensor, np.ndarray)):
+        bounds = tuple(map(number, bounds))
+    plain: list[Any] = [*map(number, given), bounds]
+    if x is None or not any(map(varying.is_varying, plain[:-1])):
+        return _update(where, *plain)
+    return _varying(plain, x, steps, where)
 
 
-@functools.lru_cache(maxsize=256, typed=True)
 def _update(
+    where: str,
     step_size: float | None,
     noise_scale: float,
     drift: float | None,
@@ -229,9 +231,7 @@ def _update(
     reference_mean: float,
     grad_clamp: float | None,
     clamp: tuple[float, float] | None,
-    where: str,
 ) -> Update:
-    """Checked once: a loop calls with the same numbers every step."""
     drift, noise_std = coefficients(step_size, noise_scale, drift, noise_std, where)
     _check_number(reference_mean, "reference_mean", where, signed=True)
     if reference_std is not None:
@@ -260,9 +260,13 @@ def _update(
     )
 
 
-def _varying(numbers: Sequence[Any], clamp: Any, x: Tensor, steps: int, where: str) -> Update:
+# A loop calls with the same numbers every step: they are checked once.
+_cached = functools.lru_cache(maxsize=256, typed=True)(_update)
+
+
+def _varying(numbers: Sequence[Any], x: Tensor, steps: int, where: str) -> Update:
     """`_update` of numbers, in its order, of which one varies at least."""
-    step_size, noise_scale, drift, noise_std, reference_std, reference_mean, grad_clamp = numbers
+    step_size, noise_scale, drift, noise_std, reference_std, reference_mean, grad_clamp, clamp = numbers
     given = {"step_size": step_size, "noise_scale": noise_scale, "drift": drift, "noise_std": noise_std}
     given["reference_std"] = reference_std
     found: dict[str, Any] = {
@@ -271,8 +275,9 @@ def _varying(numbers: Sequence[Any], clamp: Any, x: Tensor, steps: int, where: s
     }
     # The checks of numbers: which go together, and those that do not vary.
     tethered = isinstance(reference_mean, (Tensor, np.ndarray))
-    plain = {name: 1.0 if isinstance(value, Tensor) else value for name, value in found.items()}
-    checked = _update.__wrapped__(*plain.values(), 0.0 if tethered else reference_mean, grad_clamp, clamp, where)
+    plain: dict[str, Any] = {name: 1.0 if isinstance(value, Tensor) else value for name, value in found.items()}
+    plain["reference_mean"] = 0.0 if tethered else reference_mean
+    checked = _update(where, **plain, grad_clamp=grad_clamp, clamp=clamp)
     means = None
     if tethered:
         if reference_std is None:

@@ -31,6 +31,14 @@ def is_varying(value: Any) -> bool:
     return isinstance(value, (list, tuple)) or (isinstance(value, (Tensor, np.ndarray)) and value.ndim > 0)
 
 
+def _check_tensor(value: Tensor, name: str, where: str) -> None:
+    # A compiler's tensors are none yet: the kernel asks when it runs.
+    if not torch.compiler.is_compiling() and (reason := why_not_plain(value.resolve_neg(), dispatched=True)):
+        raise TypeError(f"{where}: {name} must be a plain tensor, got {reason}")
+    if value.is_complex() or value.dtype == torch.bool:
+        raise TypeError(f"{where}: {name} must hold real numbers, got {value.dtype}")
+
+
 def values_of(value: Any, name: str, where: str, *, positive: bool = False) -> Tensor:
     """A varying number as float64, with the dimensions it was given; an error unless all are finite and ≥ 0.
 
@@ -44,10 +52,8 @@ def values_of(value: Any, name: str, where: str, *, positive: bool = False) -> T
         if value.dtype.kind not in "fiu":
             raise TypeError(f"{where}: {name} must hold real numbers, got an array of {value.dtype}")
         value = torch.from_numpy(value.astype(np.float64))
-    elif reason := why_not_plain(value.resolve_neg(), dispatched=True):
-        raise TypeError(f"{where}: {name} must be a plain tensor, got {reason}")
-    elif value.is_complex() or value.dtype == torch.bool:
-        raise TypeError(f"{where}: {name} must hold real numbers, got {value.dtype}")
+    else:
+        _check_tensor(value, name, where)
     found = value.detach().to(torch.float64)
     if not found.numel():
         raise Refused(name, "hold a value", f"an empty one of shape {tuple(found.shape)}", where)
@@ -91,10 +97,7 @@ def by_step_and_sample(
 
 def means_like(mean: Tensor, x: Tensor, where: str) -> Tensor:
     """A reference mean that broadcasts to x as contiguous float32 (N or 1, *x.shape[1:]), on x's device."""
-    if reason := why_not_plain(mean.resolve_neg(), dispatched=True):
-        raise TypeError(f"{where}: reference_mean must be a plain tensor, got {reason}")
-    if mean.is_complex() or mean.dtype == torch.bool:
-        raise TypeError(f"{where}: reference_mean must hold real numbers, got {mean.dtype}")
+    _check_tensor(mean, "reference_mean", where)
     if mean.device != x.device:
         raise Refused("reference_mean", f"be on {x.device}, as x is", f"a tensor on {mean.device}", where)
     shape = (1,) * (x.dim() - mean.dim()) + tuple(mean.shape)

@@ -1,5 +1,9 @@
 from __future__ import annotations
 
+import importlib.util
+import warnings
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -7,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mgebm_fast import native, ops
+from mgebm_fast.ops import backend as backends
 
 OP = "langevin_step"
 SHAPES = [(1,), (3, 5), (2, 3, 7), (2, 3, 5, 7), (3, 3, 8, 8), (1, 4, 16, 17), (2, 2, 3, 4, 5), (2, 3, 33, 32)]
@@ -271,8 +276,27 @@ def test_opcheck_and_compile():
             ops.langevin_step_(x, grad, step_size=0.3, seed=1, step=k)
         return x + 0
 
-    compiled = torch.compile(two_steps, backend="aot_eager", fullgraph=True)
-    assert torch.equal(compiled(x.clone(), grad), two_steps(x.clone(), grad))
+    def a_value_a_sample(x, grad):
+        sigma, mean = torch.linspace(0.1, 0.3, len(x)), torch.ones(x.shape[1:])
+        return ops.langevin_step_(x, grad, step_size=sigma, reference_std=sigma, reference_mean=mean, seed=1) + 0
+
+    for steps in (two_steps, a_value_a_sample):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")  # Dynamo warns where it comes upon a cache
+            compiled = torch.compile(steps, backend="aot_eager", fullgraph=True)(x.clone(), grad)
+        assert torch.equal(compiled, steps(x.clone(), grad))
+
+
+def test_a_trace_finds_triton_where_the_native_kernels_have_no_cuda_part(monkeypatch):
+    monkeypatch.setattr(native, "why_no_cuda", lambda: "a CPU wheel")
+    cuda = SimpleNamespace(is_available=lambda: True)
+    monkeypatch.setattr(backends, "torch", SimpleNamespace(cuda=cuda, compiler=torch.compiler))
+    device = torch.device("cuda")
+    choose = torch.compile(lambda x: x + len(ops.choose(OP, "auto", device)), backend="eager", fullgraph=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = choose(torch.zeros(()))
+    assert int(found) == len("reference" if importlib.util.find_spec("triton") is None else "triton")
 
 
 def test_an_update_of_what_a_graph_saved_is_noticed():
