@@ -38,7 +38,7 @@ ISA_FLAGS = {
     "avx2": "-mavx2 -mfma -mf16c",
     "avx512": AVX512,
 }
-# Sets that multiply bfloat16: the convolutions alone have use for them.
+# Sets that multiply bfloat16: the chains alone have use for them.
 BFLOAT_FLAGS = {"avx512bf16": f"{AVX512} -mavx512bf16", "amx": f"{AVX512} -mavx512bf16 -mamx-tile -mamx-bf16"}
 
 
@@ -116,6 +116,12 @@ def nvcc_version(nvcc: str) -> str:
     return match[1] if match else "unknown"
 
 
+def bfloat_ops() -> list[str]:
+    """The ops of op_table.h that are compiled for the sets that multiply bfloat16 as well."""
+    (line,) = re.findall(r"#define MGEBM_BFLOAT_OPS\(X\) (.*)", (CSRC / "op_table.h").read_text())
+    return re.findall(r"X\((\w+),", line)
+
+
 class NinjaBuild(build_ext):
     """Writes one build.ninja and runs it: each source is compiled once for each instruction set that it serves."""
 
@@ -177,7 +183,7 @@ class NinjaBuild(build_ext):
             compile_source("cxx", source, source.stem)
         for source in LOOPS:
             sets = dict(ISA_FLAGS) if x86 else {"portable": ""}
-            if bfloat and "Bf16" in source.read_text():
+            if bfloat and source.stem.removesuffix("_cpu") in bfloat_ops():
                 sets.update(BFLOAT_FLAGS)
             for isa, flags in sets.items():
                 name = f"{source.stem.removesuffix('_cpu')}_{isa}"

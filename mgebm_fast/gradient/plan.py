@@ -35,9 +35,10 @@ def plan(
     can take goes through torch.compile, or by which of its backends.
 
     precision: "fp32" is float32 throughout; "bf16" and "fp16" are 16-bit operands of the convolutions, which need an
-    energy that `stack.read` can read: BackendError, with the reason, where it cannot. "auto" is fp16 on CUDA (bf16 for
-    more than eight layers) and bf16 on CPUs that multiply it faster, where the energy can be read, else fp32. The
-    autograd plan is always fp32. float16 underflows, silently, where a deep net shrinks gradients.
+    energy that an engine reads (a stack of convolutions; bf16 on CPUs also any graph): BackendError, with the reason,
+    where none can. "auto" is fp16 on CUDA (bf16 for more than eight layers) and bf16 on CPUs that multiply it faster,
+    where the energy can be read, else fp32. The autograd plan is always fp32. float16 underflows, silently, where a
+    deep net shrinks gradients.
     """
     if not callable(energy):
         raise TypeError(f"{where}: energy must be a module or a callable x -> (N,), got {type(energy).__name__}")
@@ -57,17 +58,17 @@ def plan(
         )
         stack = f"its reading is not trusted: {reason}"
     if isinstance(stack, str):
-        if compiler and precision in ("bf16", "fp16"):
-            return autograd.CompiledPlan(energy, x, where, precision, compiler, (stack,))
-        if precision in ("bf16", "fp16"):
-            raise BackendError(
-                f"{where}: precision {precision!r} needs a stack of convolutions, and the energy is none: {stack}"
-            )
-        made = f"x is {plain}" if plain else _graph_plan(energy, x, where, steps)
+        narrow = precision in ("bf16", "fp16")
+        made = f"x is {plain}" if plain else _graph_plan(energy, x, where, precision, steps)
         if not isinstance(made, str):
             return made
         if compiler:
-            return autograd.CompiledPlan(energy, x, where, "fp32", compiler, (stack, made))
+            return autograd.CompiledPlan(energy, x, where, precision if narrow else "fp32", compiler, (stack, made))
+        if narrow:
+            raise BackendError(
+                f"{where}: no engine computes this energy in precision {precision!r} here: {stack}; {made}. "
+                "compile=True computes any energy in it"
+            )
         return autograd.AutogradPlan(energy, where, (stack, made), x.device.type)
     if precision == "auto":
         precision = conv.auto_precision(x.device.type, len(stack.stages))
@@ -84,7 +85,7 @@ def plan(
         return conv.ConvPlan(stack, energy, precision, f"the native engine cannot run: {reason}")
     faster, reason = graph.fastest(stack, x.shape[0], precision)
     if faster == "graph":
-        return graph.plan_of_stack(stack, energy, where, reason)
+        return graph.plan_of_stack(stack, energy, where, precision, reason)
     if faster == "conv":
         return conv.ConvPlan(stack, energy, precision, reason)
     return engine.NativePlan(stack, energy, precision, where)
@@ -101,13 +102,13 @@ def compiler_of(compile: bool | str, where: str) -> str:
     return compile
 
 
-def _graph_plan(energy: Energy, x: Tensor, where: str, steps: int) -> GradientPlan | str:
+def _graph_plan(energy: Energy, x: Tensor, where: str, precision: str, steps: int) -> GradientPlan | str:
     """An energy by its own code's graph, or why not."""
     if x.device.type != "cpu":
         return "other energies are read as graphs for CPU tensors alone"
-    if steps < graph.MIN_STEPS:
+    if steps < graph.MIN_STEPS and precision != "bf16":
         return f"it is read as a graph from {graph.MIN_STEPS} steps a call on, got {steps}"
-    made = graph.plan_of(energy, x, where)
+    made = graph.plan_of(energy, x, where, precision)
     return f"as a graph: {made}" if isinstance(made, str) else made
 
 

@@ -4,8 +4,11 @@ split of a batch or of the steps."""
 from __future__ import annotations
 
 import copy
+import dataclasses
+import functools
 import pickle
 import random
+from typing import Any
 
 import pytest
 import torch
@@ -216,6 +219,89 @@ def ones_from(value: int, features: int) -> layers.Convolution:
 def chain(graph: Graph, x: Tensor, steps: int = 3, **more: object) -> Tensor:
     numbers = {"step_size": 0.05, "reference_std": 1.5, "grad_clamp": 5.0, "clamp": (-3.0, 3.0), "seed": 7, **more}
     return graph_chain(graph, x, steps=steps, **numbers)  # type: ignore[arg-type]
+
+
+class Rounded(torch.autograd.Function):
+    """A convolution's products by bfloat16 operands, forward and backward, in float64."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, layer: layers.Convolution, backward_only: bool) -> Tensor:
+        ctx.layer, ctx.shape = layer, x.shape
+        return exactly(layer, x if backward_only else bfloat(x), weight if backward_only else bfloat(weight))
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        with torch.enable_grad():
+            x = torch.zeros(ctx.shape, dtype=torch.float64, requires_grad=True)
+            out = exactly(ctx.layer, x, bfloat(ctx.layer.weight.double()))
+            return torch.autograd.grad(out, x, bfloat(grad))[0], None, None, None
+
+
+def bfloat(t: Tensor) -> Tensor:
+    return t.bfloat16().double()
+
+
+def exactly(layer: layers.Convolution, x: Tensor, weight: Tensor) -> Tensor:
+    return layers.Convolution.reference(dataclasses.replace(layer, weight=weight, bias=None), x)
+
+
+def two_products() -> Graph:
+    """A strided convolution with padding and one over all of its map, curved between and after."""
+    draw = torch.Generator().manual_seed(5)
+    normal = functools.partial(torch.randn, generator=draw)
+    ones, none = (1, 1), (0, 0)
+    return Graph(Map(3, (9, 7)), (
+        layers.Convolution((0,), Map(20, (9, 7)), "a", normal(20, 3, 3, 3) / 5, normal(20), ones, ones, ones),
+        layers.Pointwise((1,), Map(20, (9, 7)), "f", "silu"),
+        layers.Convolution((2,), Map(50, (5, 4)), "b", normal(50, 20, 3, 3) / 13, normal(50), (2, 2), ones, ones),
+        layers.Pointwise((3,), Map(50, (5, 4)), "f", "tanh"),
+        layers.Convolution((4,), Map(40, ()), "c", normal(40, 50, 5, 4) / 31, normal(40), ones, none, ones),
+        layers.LogSumExp((5,), Map(1, ()), "e"),
+    ))  # fmt: skip
+
+
+@pytest.mark.parametrize("isa", ["portable", "avx2", "avx512bf16", "amx"])
+def test_products_in_bfloat16(isa: str) -> None:
+    """Against the same graph in float64 with operands rounded where the engine rounds them: all products but the one
+    that reads x."""
+    module, before = native.module(), native.isa()
+    if not module.set_isa(isa):
+        pytest.skip(f"this CPU has no {isa}")
+    try:
+        graph = two_products()
+        for samples in (1, 3, 40):
+            x = state_of(graph, samples)
+            exact = gradient_reference(graph, x)
+            at = x.double().requires_grad_()
+            values = [at]
+            for i, layer in enumerate(graph.layers):
+                inputs = [values[v] for v in layer.inputs]
+                if isinstance(layer, layers.Convolution):
+                    value = Rounded.apply(*inputs, layer.weight.double(), layer, i == 0)
+                    bias = layer.bias.double().reshape(-1, *[1] * len(layer.out.size))
+                    values.append(value.reshape(samples, layer.out.channels, *layer.out.size) + bias)
+                else:
+                    values.append(layer.reference(*inputs))
+            rounded = torch.autograd.grad(values[-1].sum(), at)[0]
+            got = GraphChain(graph, bfloat=True).gradient(x).double()
+            # A float32 that falls to the other side of a bfloat16's middle moves by a whole unit: a few do.
+            assert float((got - rounded).norm()) < 0.1 * float((rounded - exact).norm())
+            assert 1e-4 < float((got - exact).norm() / exact.norm()) < 0.02
+    finally:
+        assert module.set_isa(before)
+
+
+def test_no_bit_of_bfloat16_depends_on_threads_or_batch() -> None:
+    graph = two_products()
+    x, packed, before = state_of(graph, 37), GraphChain(graph, bfloat=True), torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        whole = packed.gradient(x)
+        torch.set_num_threads(3)
+        assert torch.equal(packed.gradient(x), whole)
+        assert torch.equal(packed.gradient(x[30:]), whole[30:]) and torch.equal(packed.gradient(x[:1]), whole[:1])
+    finally:
+        torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("seed", [3, 4, 8, 11, 17, 200])

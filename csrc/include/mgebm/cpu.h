@@ -6,6 +6,11 @@
 
 namespace mgebm::MGEBM_ISA {
 
+constexpr int64_t kAlign = 64;  // bytes of a cache line
+
+static inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+static inline int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
+
 // Below this many elements, starting threads costs more than the work itself.
 constexpr int64_t kGrainElements = 16384;
 

@@ -19,12 +19,14 @@ class Interrupt {
  public:
   bool asked() const { return __atomic_load_n(&asked_, __ATOMIC_RELAXED); }
 
-  void poll() {
-    if (!interrupted || asked()) return;
+  // Whether Python's signal handlers had their turn: they may have used the tile registers.
+  bool poll() {
+    if (!interrupted || asked()) return false;
     const int64_t time = now();
-    if (time - last_ < kIntervalNanoseconds) return;
+    if (time - last_ < kIntervalNanoseconds) return false;
     last_ = time;
     if (interrupted()) __atomic_store_n(&asked_, true, __ATOMIC_RELAXED);
+    return true;
   }
 
  private:

@@ -96,6 +96,12 @@ MG_INLINE F16 load(const Bf16* p) {
 MG_INLINE void store(Bf16* p, F16 a) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(a.v)));
 }
+#else
+MG_INLINE void store(Bf16* p, F16 a) {
+  float v[16];
+  store(v, a);
+  for (int i = 0; i < 16; ++i) p[i].bits = bfloat_of(v[i]);
+}
 #endif
 
 // out[j][i] <- in[i * stride + j]

@@ -53,4 +53,11 @@ MG_HD uint32_t as_bits(float value) {
 #endif
 }
 
+// A float's bfloat16: to nearest, ties to even; NaN stays one. Without branches, so that it vectorises.
+MG_HD uint16_t bfloat_of(float value) {
+  const uint32_t bits = as_bits(value);
+  const uint32_t rounded = (bits + 0x7FFF + (bits >> 16 & 1)) >> 16;
+  return static_cast<uint16_t>((bits & 0x7FFFFFFF) > 0x7F800000 ? bits >> 16 | 0x40 : rounded);
+}
+
 }  // namespace mgebm

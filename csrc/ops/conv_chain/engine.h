@@ -2,16 +2,14 @@
 // *_cpu.cpp files only.
 #pragma once
 
+#include "mgebm/cpu.h"
 #include "mgebm/interrupt.h"
 #include "ops/conv_chain/activation.h"
+#include "ops/conv_chain/tile.h"
 
 namespace mgebm::MGEBM_ISA {
 
-constexpr int64_t kAlign = 64;
-
 MG_INLINE int strips_of(int channels) { return (channels + 15) / 16; }
-MG_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
-MG_INLINE int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
 
 template <typename T>
 constexpr int kDepthUnit = sizeof(T) == 2 ? 32 : 16;
@@ -104,7 +102,7 @@ struct Engine {
   template <typename Body>
   MG_METHOD void share(int64_t count, const Body& body) const {
     const auto unless_asked = [&](int64_t i) {
-      if (thread == 0) interrupt.poll();
+      if (thread == 0 && interrupt.poll()) begin_tiles();
       if (!interrupt.asked()) body(i);
     };
     if (own) {

@@ -4,13 +4,6 @@
 namespace mgebm {
 namespace {
 
-// To nearest, ties to even; NaN stays one. Without branches, so that it vectorises.
-inline uint16_t bfloat_of(float value) {
-  const uint32_t bits = as_bits(value);
-  const uint32_t rounded = (bits + 0x7FFF + (bits >> 16 & 1)) >> 16;
-  return static_cast<uint16_t>((bits & 0x7FFFFFFF) > 0x7F800000 ? bits >> 16 | 0x40 : rounded);
-}
-
 inline void convert(float from, float& to) { to = from; }
 inline void convert(float from, uint16_t& to) { to = bfloat_of(from); }
 

@@ -74,7 +74,7 @@ struct Source {
   const S* at;
   int pixels, depth;
 
-  Rows rows() const { return kState ? Rows{16, 16LL * pixels, depth} : Rows{16LL * depth, 1, depth}; }
+  Rows rows() const { return kState ? Rows{16, 16LL * pixels, 1, depth} : Rows{16LL * depth, 1, depth, depth}; }
 };
 
 struct Weights {

@@ -17,10 +17,10 @@ struct Taps {
   int count;
 };
 
-// How inputs lie in memory, in elements: rows are samples.
+// How inputs lie in memory, in elements.
 struct Rows {
-  int64_t pixel, channel;  // from one pixel, or channel, to the next
-  int depth;               // channels
+  int64_t pixel, channel, row;  // from one pixel, channel or row to the next
+  int depth;                    // channels
 };
 
 // Sums start again from zero after this many channels at least, and the parts are added up: a rounding error then grows
@@ -37,7 +37,7 @@ MG_INLINE Taps part_of(const Taps& taps, int first, int step) {
 template <int kRows, int kWide, bool kSamplesInner>
 MG_INLINE void products(const float* a, const Rows& in, const Taps& part, const float* w, int64_t strip, bool first,
                         float* out) {
-  const int64_t row_stride = kSamplesInner ? 1 : in.depth;
+  const int64_t row_stride = kSamplesInner ? 1 : in.row;
   F16 sum[kRows][kWide];
   for (int r = 0; r < kRows; ++r) {
     for (int s = 0; s < kWide; ++s) sum[r][s] = all(0.0f);
@@ -77,7 +77,7 @@ constexpr int kRowsAtOnce = 2, kWideAtOnce = 1;
 template <int kRows, int kWide, bool kSamplesInner>
 MG_INLINE void products_of_rows(const float* a, const Rows& in, const Taps& part, const float* w, int64_t strip,
                                 int rows, bool first, float* out) {
-  const int64_t row_stride = kSamplesInner ? 1 : in.depth;
+  const int64_t row_stride = kSamplesInner ? 1 : in.row;
   for (; rows >= kRows; rows -= kRows, a += kRows * row_stride, out += kRows * kTileWidth) {
     products<kRows, kWide, kSamplesInner>(a, in, part, w, strip, first, out);
   }
@@ -129,7 +129,7 @@ MG_INLINE void bfloat_products(const Bf16* a, const Rows& in, const Taps& part, 
 #pragma GCC unroll 8
       for (int r = 0; r < kBfloatRows; ++r) {
         int32_t pair;
-        __builtin_memcpy(&pair, at + r * in.depth + k, sizeof pair);
+        __builtin_memcpy(&pair, at + r * in.row + k, sizeof pair);
         const __m512bh broadcast = reinterpret_cast<__m512bh>(_mm512_set1_epi32(pair));
 #pragma GCC unroll 2
         for (int s = 0; s < kWide; ++s) sum[r][s] = _mm512_dpbf16_ps(sum[r][s], broadcast, column[s]);
@@ -171,12 +171,12 @@ MG_INLINE void tile_products_2x2(const Bf16* a0, const Bf16* a1, const Rows& in,
     const int64_t at = taps.pixel[t] * in.pixel;
     const Bf16* weight = w + static_cast<int64_t>(taps.weight[t]) * in.depth * 16;
     for (int k = 0; k < in.depth; k += 32, weight += 512) {
-      _tile_loadd(4, a0 + at + k, in.depth * 2);
+      _tile_loadd(4, a0 + at + k, in.row * 2);
       _tile_loadd(6, weight, 64);
       _tile_dpbf16ps(0, 4, 6);
       _tile_loadd(7, weight + strip, 64);
       _tile_dpbf16ps(1, 4, 7);
-      _tile_loadd(5, a1 + at + k, in.depth * 2);
+      _tile_loadd(5, a1 + at + k, in.row * 2);
       _tile_dpbf16ps(2, 5, 6);
       _tile_dpbf16ps(3, 5, 7);
     }
@@ -195,7 +195,7 @@ MG_INLINE void tile_products_1x2(const Bf16* a, const Rows& in, const Taps& taps
     const int64_t at = taps.pixel[t] * in.pixel;
     const Bf16* weight = w + static_cast<int64_t>(taps.weight[t]) * in.depth * 16;
     for (int k = 0; k < in.depth; k += 32, weight += 512) {
-      _tile_loadd(4, a + at + k, in.depth * 2);
+      _tile_loadd(4, a + at + k, in.row * 2);
       _tile_loadd(6, weight, 64);
       _tile_dpbf16ps(0, 4, 6);
       _tile_loadd(7, weight + strip, 64);
@@ -215,9 +215,9 @@ MG_INLINE void tile_products_2x1(const Bf16* a0, const Bf16* a1, const Rows& in,
     const Bf16* weight = w + static_cast<int64_t>(taps.weight[t]) * in.depth * 16;
     for (int k = 0; k < in.depth; k += 32, weight += 512) {
       _tile_loadd(6, weight, 64);
-      _tile_loadd(4, a0 + at + k, in.depth * 2);
+      _tile_loadd(4, a0 + at + k, in.row * 2);
       _tile_dpbf16ps(0, 4, 6);
-      _tile_loadd(5, a1 + at + k, in.depth * 2);
+      _tile_loadd(5, a1 + at + k, in.row * 2);
       _tile_dpbf16ps(2, 5, 6);
     }
   }
@@ -258,7 +258,7 @@ static inline void tiles(const Bf16* const* a, [[maybe_unused]] const int* rows,
     const Taps part = part_of(taps, t, step);
     for (int i = 0; i < blocks; ++i) {
       for (int r = 0; r < rows[i]; r += kBfloatRows) {
-        const Bf16* at = a[i] + static_cast<int64_t>(r) * in.depth;
+        const Bf16* at = a[i] + r * in.row;
         if (strips == 2) {
           bfloat_products<2>(at, in, part, w, strip, t == 0, out[i] + r * kTileWidth);
         } else {
@@ -268,6 +268,29 @@ static inline void tiles(const Bf16* const* a, [[maybe_unused]] const int* rows,
     }
   }
 #endif
+}
+#else
+// The same sums in float32, for tests of what calls `tiles` on CPUs that do not multiply bfloat16.
+template <bool kState>
+static inline void tiles(const Bf16* const* a, const int* rows, int blocks, const Rows& in, const Taps& taps,
+                         const Bf16* w, int64_t strip, int strips, float (*out)[16 * kTileWidth]) {
+  const auto value = [](Bf16 v) { return as_float(static_cast<uint32_t>(v.bits) << 16); };
+  for (int i = 0; i < blocks; ++i) {
+    for (int row = 0; row < rows[i]; ++row) {
+      float* sum = out[i] + row * kTileWidth;
+      for (int column = 0; column < 16 * strips; ++column) sum[column] = 0.0f;
+      for (int t = 0; t < taps.count; ++t) {
+        const Bf16* at = a[i] + row * in.row + taps.pixel[t] * in.pixel;
+        for (int column = 0; column < 16 * strips; ++column) {
+          const Bf16* weight = w + column / 16 * strip + static_cast<int64_t>(taps.weight[t]) * in.depth * 16;
+          weight += 2 * (column % 16);
+          for (int k = 0; k < in.depth; k += 2, weight += 32) {
+            sum[column] += value(at[k]) * value(weight[0]) + value(at[k + 1]) * value(weight[1]);
+          }
+        }
+      }
+    }
+  }
 }
 #endif
 

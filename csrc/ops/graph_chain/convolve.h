@@ -4,6 +4,7 @@
 // own accumulator, and starts again every kPart channels: no tiling changes its value.
 #pragma once
 
+#include "mgebm/cpu.h"
 #include "ops/conv_chain/tile.h"
 #include "ops/graph_chain/team.h"
 
@@ -87,6 +88,29 @@ struct Product {
   int rows, inputs, outputs, depth;
 };
 
+// The rows of a run: where each reads, and what it gives.
+template <int kMost>
+struct Run {
+  const float* at[kMost];
+  int sample[kMost], pixel[kMost];
+
+  // in(sample): its map, of `depth` floats a pixel.
+  template <typename In>
+  MG_METHOD Run(const Windows& w, int c, int64_t start, int count, int depth, const In& in) {
+    const int first = w.first_output[c], outputs = w.first_output[c + 1] - first;
+    for (int r = 0; r < count; ++r) {
+      const int64_t i = start + r;
+      sample[r] = static_cast<int>(i / outputs);
+      const int output = first + static_cast<int>(i % outputs);
+      at[r] = in(sample[r]) + static_cast<int64_t>(w.base[output]) * depth;
+      pixel[r] = w.output[output];
+    }
+  }
+};
+MG_INLINE Taps taps_of(const Windows& w, int c) {
+  return {w.tap_pixel + w.first_tap[c], w.tap_weight + w.first_tap[c], w.first_tap[c + 1] - w.first_tap[c]};
+}
+
 // W * in. in(sample): its map; out(sample, pixel): what takes (strip, its sixteen numbers).
 template <typename Samples, typename In, typename Out>
 MG_INLINE void each_product(const Samples& g, const Product& p, const In& in, const Out& out) {
@@ -95,28 +119,88 @@ MG_INLINE void each_product(const Samples& g, const Product& p, const In& in, co
   const int64_t strip_size = 16LL * p.rows * p.inputs;
   each_run(g, w, kRunRows, [&](int c, int64_t start, int count) {
     alignas(64) float tile[kRunRows * kTileWidth];
-    const float* rows[kRunRows];
-    int sample[kRunRows], pixel[kRunRows];
-    const int first = w.first_output[c], outputs = w.first_output[c + 1] - first;
-    for (int r = 0; r < count; ++r) {
-      const int64_t i = start + r;
-      sample[r] = static_cast<int>(i / outputs);
-      const int output = first + static_cast<int>(i % outputs);
-      rows[r] = in(sample[r]) + static_cast<int64_t>(w.base[output]) * p.depth;
-      pixel[r] = w.output[output];
-    }
-    const Taps taps{w.tap_pixel + w.first_tap[c], w.tap_weight + w.first_tap[c], w.first_tap[c + 1] - w.first_tap[c]};
+    const Run<kRunRows> run(w, c, start, count, p.depth, in);
+    const Taps taps = taps_of(w, c);
     for (int strip = 0; strip < strips; strip += kWideAtOnce) {
       const int wide = strips - strip < kWideAtOnce ? strips - strip : kWideAtOnce;
       const float* weights = p.weights + strip * strip_size;
       if (wide == kWideAtOnce) {
-        products_of_run<kWideAtOnce>(rows, count, p.depth, p.inputs, taps, weights, strip_size, tile);
+        products_of_run<kWideAtOnce>(run.at, count, p.depth, p.inputs, taps, weights, strip_size, tile);
       } else {
-        products_of_run<1>(rows, count, p.depth, p.inputs, taps, weights, strip_size, tile);
+        products_of_run<1>(run.at, count, p.depth, p.inputs, taps, weights, strip_size, tile);
       }
       for (int r = 0; r < count; ++r) {
-        const auto take = out(sample[r], pixel[r]);
+        const auto take = out(run.sample[r], run.pixel[r]);
         for (int i = 0; i < wide; ++i) take(strip + i, load(tile + r * kTileWidth + 16 * i));
+      }
+    }
+  });
+}
+
+// ---- in bfloat16, sums in float32 ----
+
+constexpr int kBfloatRun = 32;  // rows: two blocks of `tiles`
+
+// Channels of a bfloat16 operand, and the bytes of a run's: the number of each tap, then the rows' inputs of each.
+MG_INLINE int bfloat_depth(int inputs) { return (inputs + kBfloatDepth - 1) / kBfloatDepth * kBfloatDepth; }
+MG_INLINE int64_t numbers_bytes(int taps) { return (4LL * taps + kAlign - 1) / kAlign * kAlign; }
+static inline int64_t bfloat_run_bytes(const GraphStep& s) {
+  if (!s.bfloat_weights) return 0;
+  int most = 0;
+  for (int c = 0; c < s.windows.classes; ++c) {
+    const int taps = taps_of(s.windows, c).count;
+    most = taps > most ? taps : most;
+  }
+  return numbers_bytes(most) + 2LL * kBfloatRun * most * bfloat_depth(s.inputs);
+}
+
+// to[tap][row][depth] <- what up to 16 rows read; zero where there is no channel or no row.
+static void gather_rows(const float* const* rows, int count, int in_depth, int inputs, const Taps& taps, Bf16* to) {
+  const int depth = bfloat_depth(inputs), whole = inputs / 16 * 16;
+  for (int t = 0; t < taps.count; ++t) {
+    const int64_t tap = static_cast<int64_t>(taps.pixel[t]) * in_depth;
+    for (int r = 0; r < 16; ++r, to += depth) {
+      if (r >= count) {
+        __builtin_memset(static_cast<void*>(to), 0, sizeof(Bf16) * depth);
+        continue;
+      }
+      const float* from = rows[r] + tap;
+      for (int k = 0; k < whole; k += 16) store(to + k, load(from + k));
+      for (int k = whole; k < depth; k += 16) {
+        float rest[16] = {};
+        for (int i = 0; k + i < inputs; ++i) rest[i] = from[k + i];
+        store(to + k, load(rest));
+      }
+    }
+  }
+}
+
+template <typename Out>
+static void each_bfloat_product(const Group& g, const GraphStep& s, const Out& out) {
+  const Windows& w = s.windows;
+  const int depth = bfloat_depth(s.inputs), in_depth = g.buffer(s.in).depth, strips = (s.outputs + 15) / 16;
+  const int64_t strip_size = 16LL * s.rows * depth;
+  const Bf16* weights = static_cast<const Bf16*>(s.bfloat_weights);
+  const Rows in{16LL * depth, 1, depth, depth};
+  each_run(g, w, kBfloatRun, [&](int c, int64_t start, int count) {
+    alignas(64) float tile[2][16 * kTileWidth];
+    const Run<kBfloatRun> run(w, c, start, count, in_depth, [&](int sample) { return g.at(s.in, sample); });
+    const Taps taps = taps_of(w, c);
+    int32_t* numbers = reinterpret_cast<int32_t*>(g.own);
+    for (int t = 0; t < taps.count; ++t) numbers[t] = t;
+    Bf16* packed = reinterpret_cast<Bf16*>(g.own + numbers_bytes(taps.count));
+    const int rows[2] = {count < 16 ? count : 16, count - 16}, blocks = count > 16 ? 2 : 1;
+    const Bf16* a[2] = {packed, packed + taps.count * in.pixel};
+    for (int i = 0; i < blocks; ++i) {
+      gather_rows(run.at + 16 * i, rows[i], in_depth, s.inputs, taps, packed + i * taps.count * in.pixel);
+    }
+    for (int strip = 0; strip < strips; strip += kStrips) {
+      const int wide = strips - strip < kStrips ? strips - strip : kStrips;
+      tiles<false>(a, rows, blocks, in, {numbers, taps.weight, taps.count}, weights + strip * strip_size, strip_size,
+                   wide, tile);
+      for (int r = 0; r < count; ++r) {
+        const auto take = out(run.sample[r], run.pixel[r]);
+        for (int i = 0; i < wide; ++i) take(strip + i, load(tile[r / 16] + r % 16 * kTileWidth + 16 * i));
       }
     }
   });
@@ -125,17 +209,19 @@ MG_INLINE void each_product(const Samples& g, const Product& p, const In& in, co
 // W * in + bias + second.
 static void convolve(const Group& g, const GraphStep& s) {
   const int in_depth = g.buffer(s.in).depth, out_depth = g.buffer(s.out).depth;
+  const auto out = [&](int sample, int pixel) {
+    const Finish finish(g, s, sample);
+    const float* second = s.second < 0 ? nullptr : g.at(s.second, sample);
+    return [=, &s](int strip, F16 z) {
+      const int64_t at = static_cast<int64_t>(pixel) * out_depth + 16 * strip;
+      if (s.bias) z = z + load(s.bias + 16 * strip);
+      finish(at, second ? z + load(second + at) : z);
+    };
+  };
+  if (s.bfloat_weights) return each_bfloat_product(g, s, out);
   each_product(
       g, {s.windows, s.weights, s.rows, s.inputs, s.outputs, in_depth}, [&](int sample) { return g.at(s.in, sample); },
-      [&](int sample, int pixel) {
-        const Finish finish(g, s, sample);
-        const float* second = s.second < 0 ? nullptr : g.at(s.second, sample);
-        return [=, &s](int strip, F16 z) {
-          const int64_t at = static_cast<int64_t>(pixel) * out_depth + 16 * strip;
-          if (s.bias) z = z + load(s.bias + 16 * strip);
-          finish(at, second ? z + load(second + at) : z);
-        };
-      });
+      out);
 }
 
 }  // namespace mgebm::MGEBM_ISA

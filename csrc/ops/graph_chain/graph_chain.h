@@ -14,6 +14,7 @@ namespace mgebm {
 
 constexpr int kMaxGraphSteps = 1024;
 constexpr int kMaxGraphBuffers = 1024;
+constexpr int kBfloatDepth = 32;  // channels of a tile
 
 // For every sample; offset in floats from where a sample's buffers begin, for a group of one.
 struct GraphBuffer {
@@ -73,8 +74,9 @@ struct GraphStep {
   bool accumulate;                          // what the step gives is added to what out holds
   Windows windows;
   const float* weights;
-  int rows;             // of packed weights
-  int inputs, outputs;  // channels
+  const void* bfloat_weights;  // of a product in bfloat16, in place of weights; channels filled up to kBfloatDepth
+  int rows;                    // of packed weights
+  int inputs, outputs;         // channels
   const float* bias;
   bool per_element;  // weights and bias hold a number an element, [pixel][depth]
   Function function;
@@ -83,8 +85,8 @@ struct GraphStep {
   int groups;
   float eps;
   int from_channel, to_channel;
-  MGEBM_FIELDS(kind, in, second, third, out, keep, slope, accumulate, windows, weights, rows, inputs, outputs, bias,
-               per_element, function, a, b, factor, groups, eps, from_channel, to_channel)
+  MGEBM_FIELDS(kind, in, second, third, out, keep, slope, accumulate, windows, weights, bfloat_weights, rows, inputs,
+               outputs, bias, per_element, function, a, b, factor, groups, eps, from_channel, to_channel)
 };
 
 struct GraphChainParams {

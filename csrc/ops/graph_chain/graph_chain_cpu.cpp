@@ -156,6 +156,7 @@ void run_chain(const Group& g, uint64_t* ids, bool* stop) {
   for (int i = 0; i < (g.room + 15) / 16 * 16; ++i) {
     ids[i] = sample_key(p.counters, g.first + smaller(i, g.count - 1)).sample;
   }
+  begin_tiles();
   read_state(g);
   const bool small = static_cast<int64_t>(p.channels) * p.pixels < 64;
   int64_t k = 0;
@@ -168,35 +169,40 @@ void run_chain(const Group& g, uint64_t* ids, bool* stop) {
     small ? update_small(g, k, key, ids) : update_large(g, k, key, ids);
   }
   // An interrupted chain leaves x as it was.
-  if (stops(g, k, stop)) return;
-  p.gradient ? write(g, p.slope, p.gradient) : write(g, p.state, p.x);
+  if (!stops(g, k, stop)) p.gradient ? write(g, p.slope, p.gradient) : write(g, p.state, p.x);
+  end_tiles();
 }
 
 struct Plan {
   bool shared;  // all threads on every step of one group after the other
   int threads, room;
+  int64_t own_bytes;  // of each thread
 };
 
 // A group's buffers in half of a core's L2, and rows enough for the matrix products of maps of one pixel.
 Plan plan_of(const GraphChainParams& p, int threads) {
   constexpr int64_t kMostSamples = 64;
   const int64_t bytes = larger(1, p.sample_floats * static_cast<int64_t>(sizeof(float)));
-  int64_t weights = 0;
+  int64_t weights = 0, own = 0;
   for (int i = 0; i < p.steps.count; ++i) {
     const GraphStep& s = p.steps.at[i];
-    if (s.kind == GraphKind::kConvolve) weights += 64LL * s.rows * s.inputs * ((s.outputs + 15) / 16);
+    if (s.kind != GraphKind::kConvolve) continue;
+    weights += (s.bfloat_weights ? 32LL : 64LL) * s.rows * s.inputs * ((s.outputs + 15) / 16);
+    own = larger(own, bfloat_run_bytes(s));
   }
+  own = (own + kAlign - 1) / kAlign * kAlign;
   // The weights are read once a group and step: that should be little beside what its samples' buffers are.
   int64_t room = smaller(larger(larger(chunk_bytes(), weights / 4) / bytes, 1), kMostSamples);
   room = smaller(room, (p.samples + threads - 1) / threads);
   // Whole tiles of rows.
-  if (room > kRowsAtOnce) room = room / kRowsAtOnce * kRowsAtOnce;
+  const int at_once = own ? kBfloatRun : kRowsAtOnce;
+  if (room > at_once) room = room / at_once * at_once;
   const int64_t groups = (p.samples + room - 1) / room;
   const int64_t rounds = (groups + threads - 1) / threads;
   const bool idle = 4 * groups < 3 * rounds * threads;
   if (threads > 1 && idle && bytes >= (256 << 10))
-    return {true, threads, static_cast<int>(smaller(p.samples, larger(1, weights / 4 / bytes)))};
-  return {false, static_cast<int>(smaller(threads, groups)), static_cast<int>(room)};
+    return {true, threads, static_cast<int>(smaller(p.samples, larger(1, weights / 4 / bytes))), own};
+  return {false, static_cast<int>(smaller(threads, groups)), static_cast<int>(room), own};
 }
 
 int64_t group_bytes(const GraphChainParams& p, int room) {
@@ -208,7 +214,7 @@ int64_t group_bytes(const GraphChainParams& p, int room) {
 
 int64_t graph_chain_workspace(const GraphChainParams& p, int threads) {
   const Plan plan = plan_of(p, threads);
-  return group_bytes(p, plan.room) * (plan.shared ? 1 : plan.threads);
+  return group_bytes(p, plan.room) * (plan.shared ? 1 : plan.threads) + plan.own_bytes * plan.threads;
 }
 
 void graph_chain_cpu(const GraphChainParams& p, int threads) {
@@ -222,6 +228,7 @@ void graph_chain_cpu(const GraphChainParams& p, int threads) {
   {
     const int me = omp_get_thread_num();
     char* const base = static_cast<char*>(p.workspace) + (plan.shared ? 0 : me * each);
+    char* const own = static_cast<char*>(p.workspace) + each * (plan.shared ? 1 : plan.threads) + me * plan.own_bytes;
     uint64_t* const ids = reinterpret_cast<uint64_t*>(base);
     float* const buffers = reinterpret_cast<float*>(base + (plan.room + 15) / 16 * 16 * sizeof(uint64_t));
     for (int64_t first = 0;;) {
@@ -230,7 +237,7 @@ void graph_chain_cpu(const GraphChainParams& p, int threads) {
       const int count = static_cast<int>(smaller(plan.room, p.samples - first));
       const int all = plan.shared ? omp_get_num_threads() : 1;
       const int mine = plan.shared ? me : 0;
-      run_chain({{interrupt, me == 0, all, mine}, p, first, count, plan.room, buffers}, ids, stop);
+      run_chain({{interrupt, me == 0, all, mine}, p, first, count, plan.room, buffers, own}, ids, stop);
       if (plan.shared) first += plan.room;
     }
     __atomic_fetch_add(&done, 1, __ATOMIC_RELAXED);

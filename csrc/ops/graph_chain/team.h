@@ -2,6 +2,7 @@
 #pragma once
 
 #include "mgebm/interrupt.h"
+#include "ops/conv_chain/tile.h"
 #include "ops/graph_chain/functions.h"
 
 namespace mgebm::MGEBM_ISA {
@@ -18,7 +19,7 @@ struct Team {
   MG_METHOD void share(int64_t pieces, const Body& body) const {
     const int64_t last = pieces * (thread + 1) / threads;
     for (int64_t i = pieces * thread / threads; i < last; ++i) {
-      if (caller) interrupt.poll();
+      if (caller && interrupt.poll()) begin_tiles();
       if (interrupt.asked()) break;
       body(i);
     }
@@ -37,6 +38,7 @@ struct Group : Team {
   int64_t first;    // sample
   int count, room;  // samples, and how many the buffers have room for
   float* base;
+  char* own;  // this thread's, for bfloat16 products: the operands of a run of rows
 
   float* at(int buffer, int sample) const {
     const GraphBuffer& b = p.buffers.at[buffer];

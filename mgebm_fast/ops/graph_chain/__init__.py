@@ -27,21 +27,23 @@ register("graph_chain", cpu=True, traced=False)
 
 
 class GraphChain(PackedChain):
-    """A graph with its constants packed for the native engine.
+    """A graph with its constants packed for the native engine; bfloat: its products in bfloat16, sums in float32.
+
+    On CPUs that do not multiply bfloat16 those are computed in float32 from rounded operands, slowly: for tests.
 
     Raises ValueError where the graph is too large for it, TypeError for constants that are no plain tensors.
     """
 
     op = OP
 
-    def __init__(self, graph: Graph) -> None:
+    def __init__(self, graph: Graph, *, bfloat: bool = False) -> None:
         tensors = [tensor for _, tensor in graph.tensors()]
         addresses(OP, *tensors)
         self._x = graph.x
         # A function may hide a NaN (ReLU makes it 0): every gradient of such weights is NaN, as autograd's are.
         self._finite = all(bool(torch.linalg.vector_norm(t, torch.inf).isfinite()) for t in tensors if t.numel())
         with torch.no_grad(), torch.device("cpu"):  # whatever torch's default device is
-            self._program = Program(graph)
+            self._program = Program(graph, bfloat)
         self._arguments = self._program.arguments
 
     def _call(

@@ -12,6 +12,18 @@ from .layers import Graph
 from .packing import affine_vectors, gather_tables, norm_vectors, packed, padded, tap_numbers, vector
 from .steps import MAX_NORM_CHANNELS, Buffer, Step
 
+# Below so many inputs most of a bfloat16 tile is zeros; and the operands of a run of rows are to stay in a cache.
+MIN_BFLOAT_INPUTS, MAX_BFLOAT_ROW = 8, 1 << 16
+
+
+def pixels_of(graph: Graph) -> set[int]:
+    """x, and the values that no convolution stands before: pixels of 0 to 255 would lose half a unit in bfloat16."""
+    found = {0}
+    for value, layer in enumerate(graph.layers, 1):
+        if not isinstance(layer, layers.Convolution) and found.issuperset(layer.inputs):
+            found.add(value)
+    return found
+
 
 class ForwardPass:
     """The steps that make each value of a graph, and what the backward pass will read.
@@ -19,8 +31,10 @@ class ForwardPass:
     A convolution takes the addition and the function that follow it into its own step.
     """
 
-    def __init__(self, graph: Graph) -> None:
+    def __init__(self, graph: Graph, bfloat: bool = False) -> None:
         self._graph = graph
+        self._bfloat = bfloat
+        self._pixels = pixels_of(graph)
         self.buffers: list[Buffer] = []
         self.steps: list[Step] = []
         self._value: dict[int, int] = {}  # of a value, its buffer
@@ -106,8 +120,15 @@ class ForwardPass:
         taps = math.prod(kernel)
         table = windows.forward_windows(*self._geometry(layer))
         offsets = [windows.ravel(row, kernel) for row in table.rows]
-        weights = packed(layer.weight, offsets, inputs, outputs, taps, inputs * taps)
-        return {"windows": table, "weights": weights, "rows": len(offsets), "inputs": inputs, "outputs": outputs}
+        bfloat = layer.inputs[0] not in self._pixels and self._pays_in_bfloat(taps, inputs)
+        weights = packed(layer.weight, offsets, inputs, outputs, (taps, inputs * taps), bfloat)
+        return {
+            "windows": table, "weights": weights, "bfloat": bfloat, "rows": len(offsets), "inputs": inputs,
+            "outputs": outputs,
+        }  # fmt: skip
+
+    def _pays_in_bfloat(self, taps: int, inputs: int) -> bool:
+        return self._bfloat and inputs >= MIN_BFLOAT_INPUTS and taps * inputs <= MAX_BFLOAT_ROW
 
     def _geometry(self, layer: layers.Convolution) -> tuple:
         size = self._graph.value(layer.inputs[0]).size

@@ -14,6 +14,8 @@ from ..conv_chain.packed import STRIP, pack
 from ..conv_chain.scratch import Scratch
 from . import layers
 
+BFLOAT_DEPTH = 32  # channels of a bfloat16 tile
+
 
 def padded(channels: int) -> int:
     return -(-channels // STRIP) * STRIP
@@ -73,8 +75,8 @@ def tap_numbers(table: windows.Windows, kernel: layers.Size) -> Tensor:
 
 
 def packed(
-    source: Tensor, rows: list[int], inputs: int, outputs: int, input_stride: int, output_stride: int
+    source: Tensor, rows: list[int], inputs: int, outputs: int, strides: tuple[int, int], bfloat: bool
 ) -> Scratch:
-    """[strip][row][channel][16] of float32."""
-    source = source.detach().float().contiguous()
-    return pack(source, rows, inputs, outputs, (input_stride, output_stride), depth=inputs, bfloat=False)
+    """[strip][row][channel][16] of float32, or of bfloat16 with channels in pairs, filled up to whole tiles."""
+    depth = -(-inputs // BFLOAT_DEPTH) * BFLOAT_DEPTH if bfloat else inputs
+    return pack(source.detach().float().contiguous(), rows, inputs, outputs, strides, depth=depth, bfloat=bfloat)

@@ -28,11 +28,13 @@ _LINEAR = (layers.Convolution, layers.Gather, layers.Affine, layers.Add, layers.
 class Program(ForwardPass):
     """The steps that give dE/dx of a graph, with its constants packed; `state` and `slope`: the buffers of x and dE/dx.
 
+    bfloat: products in bfloat16, with float32 sums, where they read what is no pixel of x and are large enough.
+
     Raises ValueError where the graph is larger than the engine takes.
     """
 
-    def __init__(self, graph: Graph) -> None:
-        super().__init__(graph.folded())
+    def __init__(self, graph: Graph, bfloat: bool = False) -> None:
+        super().__init__(graph.folded(), bfloat)
         self._grad: dict[int, int] = {}  # of a value, its gradient so far
         self._backward()
         if 0 not in self._grad:
@@ -123,17 +125,19 @@ class Program(ForwardPass):
             flat = F.pad(layer.weight.detach().float().flatten(2).transpose(1, 2), (0, depth - inputs))
             flat = flat.reshape(outputs, taps * depth).contiguous()
             table = windows.forward_windows((), (), (), (), (), ())
-            weights = packed(flat, [0], outputs, taps * depth, taps * depth, 1)
+            bfloat = self._pays_in_bfloat(1, outputs)
+            weights = packed(flat, [0], outputs, taps * depth, (taps * depth, 1), bfloat)
             return {
-                "source": grad, "windows": table, "weights": weights, "rows": 1, "inputs": outputs,
+                "source": grad, "windows": table, "weights": weights, "bfloat": bfloat, "rows": 1, "inputs": outputs,
                 "outputs": taps * depth,
             }  # fmt: skip
         table = windows.backward_windows(*self._geometry(layer))
         offsets = [windows.ravel(row, kernel) for row in table.rows]
-        weights = packed(layer.weight, offsets, outputs, inputs, inputs * taps, taps)
+        bfloat = self._pays_in_bfloat(taps, outputs)
+        weights = packed(layer.weight, offsets, outputs, inputs, (inputs * taps, taps), bfloat)
         return {
-            "source": grad, "windows": table, "weights": weights, "rows": len(offsets), "inputs": outputs,
-            "outputs": inputs,
+            "source": grad, "windows": table, "weights": weights, "bfloat": bfloat, "rows": len(offsets),
+            "inputs": outputs, "outputs": inputs,
         }  # fmt: skip
 
     def _view_as_features(self, step: Step) -> None:

@@ -196,3 +196,49 @@ def test_what_python_code_counts_or_caches_is_as_before() -> None:
     assert calls == 0
     assert plan_of(module.forward, points()).explain().plan == "autograd"
     assert module.calls == 0
+
+
+class Blocks(torch.nn.Module):
+    """A residual net of enough channels to gain by bfloat16."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(1)
+        self.first, self.second = torch.nn.Conv2d(3, 16, 3, padding=1), torch.nn.Conv2d(16, 16, 3, padding=1)
+        self.last, self.power = torch.nn.Linear(16, 1), 1.0
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.first(x)
+        h = F.avg_pool2d(h + self.second(F.silu(h)), 2)
+        return self.last(F.silu(h).mean((2, 3))).squeeze(1) ** self.power
+
+
+@pytest.fixture
+def multiplies_bfloat(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A CPU that is said to multiply bfloat16, faster than float32; the engine computes it all the same, slowly."""
+    for name in ("has_bfloat", "prefers_bfloat"):
+        monkeypatch.setattr(f"mgebm_fast.gradient.graph.plan.{name}", lambda: True)
+
+
+def test_bfloat16_is_taken_where_it_is_fast_and_checked(multiplies_bfloat: None) -> None:
+    net, x = Blocks(), torch.randn(5, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    made = plan_of(net, x)
+    assert (made.explain().plan, made.precision) == ("graph", "bf16")
+    assert "first convolution, functions and sums in fp32" in str(made.explain())
+    exact = AutogradPlan(net, "plan").gradient(x)
+    assert 1e-4 < float((made.gradient(x) - exact).norm() / exact.norm()) < 0.02
+    assert plan(net, x, "bf16").precision == "bf16"  # asked for by name: whatever the number of steps is
+    assert plan(net, x, "fp32", steps=MIN_STEPS).precision == "fp32"
+    assert plan_of(lambda x: quadratic(x), points()).precision == "fp32"  # nothing in it would gain
+    got = mg.langevin_sample(net, x, steps=20, step_size=0.1, seed=3, precision="bf16")
+    far = got - mg.langevin_sample(net, x, steps=20, step_size=0.1, seed=3, precision="fp32")
+    assert 0 < float(far.abs().max()) < 0.01
+
+
+def test_a_wrong_reading_does_not_hide_in_the_rounding_of_bfloat16(multiplies_bfloat: None) -> None:
+    net = Blocks()
+    energy = lambda x: net(x) * (1.03 if x.requires_grad else 1)  # noqa: E731
+    x = torch.randn(5, 3, 8, 8)
+    assert plan_of(energy, x).explain().plan == "autograd"
+    with pytest.raises(mg.BackendError, match="no engine computes this energy in precision 'bf16' here"):
+        plan(energy, x, "bf16")
