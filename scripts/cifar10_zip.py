@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Make `cifar10.zip`, the class folders that README and docs/results train on, of CIFAR-10's own archive.
+"""Make `cifar10.zip`, the class folders that docs/gallery.md and docs/results train on, of CIFAR-10's own archive.
 
   python scripts/cifar10_zip.py cifar-10-python.tar.gz cifar10.zip
 

@@ -20,7 +20,8 @@ from mgebm_fast.ops.backend import TABLE
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-DOCUMENTS = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").rglob("*.md"))]
+DOCS = ROOT / "docs"
+DOCUMENTS = [*sorted(ROOT.glob("*.md")), *sorted(DOCS.rglob("*.md"))]
 
 
 def fenced(text: str) -> list[tuple[str, str]]:
@@ -32,9 +33,9 @@ def code_blocks(text: str, language: str) -> list[str]:
     return [code for found, code in fenced(text) if found == language]
 
 
-def table(text: str, header: str) -> list[list[str]]:
-    """The cells of the table whose first header cell is `header`."""
-    lines = iter(text.splitlines())
+def table(page: str, header: str) -> list[list[str]]:
+    """The cells of the table of docs/`page` whose first header cell is `header`."""
+    lines = iter((DOCS / page).read_text(encoding="utf-8").splitlines())
     for line in lines:
         if line.startswith(f"| {header} |"):
             break
@@ -64,9 +65,8 @@ def commands(text: str) -> tuple[list[list[str]], list[list[str]]]:
 
 
 def test_the_loop_and_the_call_are_the_same_chain():
-    """The README's example runs, and with the call's own noise in place of randn the loop gives the call's samples."""
-    (code,) = [block for block in code_blocks(README, "python") if "langevin_sample" in block]
-    assert len(code.strip().splitlines()) <= 24
+    """The page's example runs, and with the call's own noise in place of randn the loop gives the call's samples."""
+    (code,) = code_blocks((DOCS / "migrating.md").read_text(encoding="utf-8"), "python")
     before, after = code.split("# after\n")
     torch.manual_seed(0)
     names: dict = {}
@@ -79,11 +79,14 @@ def test_the_loop_and_the_call_are_the_same_chain():
     torch.testing.assert_close(names["y"], loop, rtol=0, atol=1e-5)
 
 
-def test_the_training_example_runs():
-    (code,) = [block for block in code_blocks(README, "python") if "MultiGridTrainer" in block]
+def test_the_readme_is_short_and_its_code_runs():
+    (code,) = code_blocks(README, "python")
+    statements = [line for line in code.splitlines() if line and not line.startswith("#")]
+    assert len(statements) <= 10 and len(README.splitlines()) <= 100
     names: dict = {}
     exec(code, names)
     assert names["pictures"].shape == (16, 1, 8, 8) and names["pictures"].dtype == torch.uint8
+    assert names["energies"].shape == (16,) and names["x"].shape == (8, 3, 32, 32)
 
 
 BLOCKS = [
@@ -146,14 +149,20 @@ def test_the_examples_of_the_help_parse(name):
         parse(words)
 
 
-def test_the_readme_has_the_two_commands():
-    assert "pip install -e . && mgebm train digits --out runs/digits" in README
+def test_the_readme_has_the_two_commands(tmp_path, monkeypatch):
+    """The first needs nothing but the installation: a picture of the model that comes with the package."""
+    first, second = code_blocks(README, "")[0].splitlines()
+    assert first.startswith("pip install -e . && mgebm sample digits") and second.startswith("mgebm train digits")
+    monkeypatch.chdir(tmp_path)
+    (words,) = shell_commands(first)
+    result = CliRunner().invoke(app, words)
+    assert result.exit_code == 0 and (tmp_path / "digits.png").is_file(), result.output
     # .ci/run runs this very line
     assert 'pip install -e ".[test]" && pytest' in README.splitlines()
 
 
 def test_the_op_table_is_that_of_the_code():
-    rows = {cells[0].strip("`"): cells[1:] for cells in table(README, "op")}
+    rows = {cells[0].strip("`"): cells[1:] for cells in table("ops.md", "op")}
     assert rows.keys() == TABLE.keys()
     for op, (reference, *others) in rows.items():
         layers = TABLE[op]
@@ -162,7 +171,7 @@ def test_the_op_table_is_that_of_the_code():
 
 
 def test_the_preset_table_is_complete():
-    assert [cells[0].strip("`") for cells in table(README, "preset")] == preset_names()
+    assert [cells[0].strip("`") for cells in table("configuration.md", "preset")] == preset_names()
 
 
 def test_the_environment_table_is_complete():
@@ -170,7 +179,7 @@ def test_the_environment_table_is_complete():
     sources = [ROOT / "setup.py", *(ROOT / "mgebm_fast").rglob("*.py"), *(ROOT / "kernels").rglob("*.py")]
     pattern = re.compile(r"environ(?:\.get\(|\[)\"(MGEBM_\w+)\"")
     read = {name for path in sources for name in pattern.findall(path.read_text(encoding="utf-8"))}
-    assert {cells[0].strip("`") for cells in table(README, "variable")} == read
+    assert {cells[0].strip("`") for cells in table("cli.md", "variable")} == read
 
 
 def test_the_run_folder_table_is_what_training_leaves(tmp_path):
@@ -178,15 +187,14 @@ def test_the_run_folder_table_is_what_training_leaves(tmp_path):
     words = [word for setting in settings.split() for word in ("--set", setting)]
     result = CliRunner().invoke(app, ["train", "digits", *words, "--out", str(tmp_path / "run")])
     assert result.exit_code == 0, result.output
-    named = [name.rstrip("/") for cells in table(README, "file") for name in re.findall(r"`([^`]+)`", cells[0])]
+    named = [name.rstrip("/") for cells in table("cli.md", "file") for name in re.findall(r"`([^`]+)`", cells[0])]
     for name in named:
         assert (tmp_path / "run" / name).exists(), name
     assert {name.split("/")[0] for name in named} == {path.name for path in (tmp_path / "run").iterdir()}
 
 
 def test_the_key_table_is_that_of_the_code():
-    text = (ROOT / "docs" / "configuration.md").read_text(encoding="utf-8")
-    rows = [[cell.replace("\\|", "|") for cell in cells] for cells in table(text, "key")]
+    rows = [[cell.replace("\\|", "|") for cell in cells] for cells in table("configuration.md", "key")]
     assert rows == [[f"`{key}`", f"`{_toml(default)}`", kind, doc] for key, kind, default, doc in describe_keys()]
 
 
