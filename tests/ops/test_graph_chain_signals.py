@@ -39,7 +39,7 @@ def test_a_signal_ends_a_chain_and_x_is_as_it_was(samples: int, threads: int, si
     before, asked = x.clone(), []
 
     def handler(*_: object) -> None:
-        asked.append(time.perf_counter())
+        asked.append(1)
         raise KeyboardInterrupt
 
     own, count = signal.signal(signal.SIGINT, handler), torch.get_num_threads()
@@ -47,7 +47,7 @@ def test_a_signal_ends_a_chain_and_x_is_as_it_was(samples: int, threads: int, si
     try:
         torch.set_num_threads(threads)
         signal.setitimer(signal.ITIMER_REAL, 0.05)
-        started = time.perf_counter()
+        started = time.process_time()  # of all threads, so that other processes do not count
         with pytest.raises(KeyboardInterrupt):
             chain.advance_(x, 10**6, update(step_size=0.01, clamp=(-3.0, 3.0)), place())
     finally:
@@ -56,4 +56,5 @@ def test_a_signal_ends_a_chain_and_x_is_as_it_was(samples: int, threads: int, si
         signal.signal(signal.SIGINT, own)
         signal.signal(signal.SIGALRM, signal.SIG_DFL)
     assert torch.equal(x, before)
-    assert len(asked) == 1 and time.perf_counter() - started < 2  # 0.1 s on a quiet machine
+    assert len(asked) == 1
+    assert time.process_time() - started < 2 * threads  # 0.1 s a thread; the chain would take minutes
