@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -30,7 +31,7 @@ def check_grad(grad: Tensor, x: Tensor, where: str = OP) -> Tensor:
         raise TypeError(f"{where}: grad must be float32, float16 or bfloat16, got {grad.dtype}")
     if grad.device != x.device:
         raise ValueError(f"{where}: grad must be on {x.device}, as x is, got {grad.device}")
-    return grad if strides(grad) is not None else grad.contiguous()
+    return grad if grad.is_contiguous() or strides(grad) is not None else grad.contiguous()
 
 
 def langevin_step_(
@@ -100,7 +101,7 @@ def langevin_step_(
     )  # fmt: skip
     backend = choose("langevin_step", backend, x.device)
     if past_dispatcher(x, grad):
-        launch(x, grad, mask, numbers, placed, backend)
+        launcher(x, mask, backend)(grad, numbers, placed)
         torch.autograd.graph.increment_version(x)
     else:
         tensors = numbers.table, numbers.means
@@ -152,7 +153,7 @@ def _launch_small(
 )
 def _langevin_step(x, grad, mask, *arguments):
     numbers, placed, backend = Update(*arguments[:9]), counters.Counters(*arguments[9:-1]), arguments[-1]
-    launch(x, grad, mask, numbers, placed, backend)
+    launcher(x, mask, backend)(grad, numbers, placed)
 
 
 @_langevin_step.register_fake
@@ -160,43 +161,40 @@ def _(x, grad, mask, *arguments):
     return None
 
 
-def launch(
-    x: Tensor, grad: Tensor, mask: Tensor | None, numbers: Update, placed: counters.Counters, backend: str
-) -> None:
-    """Run the step on checked arguments, past the dispatcher: what a chain calls K times after checking once."""
+def launcher(
+    x: Tensor, mask: Tensor | None, backend: str
+) -> Callable[[Tensor, Update, counters.Counters], None]:  # of the gradient, the step's numbers and its counters
+    """The step on checked arguments, past the dispatcher: what a chain calls K times after checking once. What the
+    state and the mask say is read here."""
     if x.numel() == 0:
-        return
+        return lambda grad, numbers, placed: None
     if backend == "reference":
-        langevin_step_reference(x, grad, mask, numbers, placed)
-    elif backend == "triton":
+        return lambda grad, numbers, placed: langevin_step_reference(x, grad, mask, numbers, placed)
+    steps = (0, 0, 0) if mask is None else mask_strides(mask, x)
+    if backend == "triton":
         from ..kernels.langevin_step import langevin_step_ as kernel
 
-        kernel(
-            x,
-            grad,
-            **numbers.triton_arguments,
-            **numbers.triton_tensors,
-            mask=mask,
-            mask_strides=None if mask is None else mask_strides(mask, x),
-            **placed.reference_arguments,
-        )
-    else:
-        _launch_native(x, grad, mask, numbers, placed)
-
-
-def _launch_native(x: Tensor, grad: Tensor, mask: Tensor | None, numbers: Update, placed: counters.Counters) -> None:
+        return lambda grad, numbers, placed: kernel(
+            x, grad, **numbers.triton_arguments, **numbers.triton_tensors, mask=mask,
+            mask_strides=None if mask is None else steps, **placed.reference_arguments,
+        )  # fmt: skip
     module = native.module()
-    (module.langevin_step_cuda if x.is_cuda else module.langevin_step_cpu)(
-        *addresses(OP, x, grad, mask, dispatched=True),
-        *dimensions(x),
+    run = module.langevin_step_cuda if x.is_cuda else module.langevin_step_cpu
+    (at, mask_at), sizes, layout, place = (
+        addresses(OP, x, mask, dispatched=True),
+        dimensions(x),
         strides(x),
-        strides(grad),
-        (0, 0, 0) if mask is None else mask_strides(mask, x),
-        GRAD_TYPES[grad.dtype],
-        numbers.native_arguments,
-        placed.native_arguments,
-        *launch_place(x),
+        launch_place(x),
     )
+
+    def launch(grad: Tensor, numbers: Update, placed: counters.Counters) -> None:
+        (grad_at,) = addresses(OP, grad, dispatched=True)
+        run(
+            at, grad_at, mask_at, *sizes, layout, strides(grad), steps, GRAD_TYPES[grad.dtype],
+            numbers.native_arguments, placed.native_arguments, *place,
+        )  # fmt: skip
+
+    return launch
 
 
 def langevin_step_reference(

@@ -15,7 +15,7 @@ from ..gradient.cuda import note_bad_steps_
 from ..gradient.plan import Energy
 from ..ops import counters
 from ..ops.edge_step import NO_BAD_STEP
-from ..ops.langevin_step import check_grad, launch
+from ..ops.langevin_step import check_grad, launcher
 from ..ops.update import Update
 
 Callback = Callable[[int, Tensor], Any]
@@ -51,13 +51,13 @@ class Chain:
             return
         # The ∞-norm of each gradient keeps inf and NaN; a clamp on x would hide them.
         peaks = None if self.bad_step is None else x.new_empty(stop - start)
-        places = self.place.steps(start, stop)
+        places, launch = self.place.steps(start, stop), launcher(x, self.mask, self.backend)
         with frozen_parameters(self.energy):
             for k, place in enumerate(places):
                 gradient = check_grad(self.plan.gradient(x), x, self.where)
                 if peaks is not None:
                     torch.linalg.vector_norm(gradient, float("inf"), out=peaks[k])
-                launch(x, gradient, self.mask, numbers.steps(k, k + 1), place, self.backend)
+                launch(gradient, numbers.steps(k, k + 1), place)
         if peaks is not None and self.bad_step is not None:
             note_bad_steps_(self.bad_step, peaks, places)
 
