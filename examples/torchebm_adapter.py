@@ -1,7 +1,7 @@
 """TorchEBM, each way: our chain on their model and their sampler's arguments, and their samplers on our gradient.
 
-    pip install torchebm
-    python examples/torchebm_adapter.py
+pip install torchebm
+python examples/torchebm_adapter.py
 """
 
 import torch
@@ -52,7 +52,9 @@ def main() -> None:
 
     net = mg.nets.multigrid_net(8, channels=1, norm="none", variant="compact", width=0.5)
     model, x = Energy(net), torch.rand(16, 1, 8, 8)
-    print(f"our gradient is {float((model.gradient(x) - BaseModel.gradient(model, x)).abs().max()):.0e} from autograd's")
+    print(
+        f"our gradient is {float((model.gradient(x) - BaseModel.gradient(model, x)).abs().max()):.0e} from autograd's"
+    )
     vectors = Energy(lambda v: net(v.unflatten(1, (1, 8, 8))))  # all that their HMC takes
     hmc = HamiltonianMonteCarlo(vectors, step_size=0.2, n_leapfrog_steps=5)
     _, facts = hmc.sample(x=x.flatten(1), n_steps=20, return_diagnostics=True)

@@ -15,7 +15,7 @@ def table(title: str, rows: list[dict]) -> str:
     if not rows:
         return f"## {title}\n\nnot measured\n"
     columns = list(dict.fromkeys(key for row in rows for key in row))
-    body = markdown(columns, ([str(row.get(column, "")) for column in columns] for row in rows))
+    body = markdown(columns, (["; ".join(str(row.get(column, "")).splitlines()) for column in columns] for row in rows))
     return f"## {title}\n\n{body}\n"
 
 
@@ -38,7 +38,7 @@ def benches(path: Path) -> dict[str, list[dict]]:
             parts[line[2:].split()[0]] = lines = []
         elif parts:
             lines.append(line)
-    return {name: list(csv.DictReader(lines)) for name, lines in parts.items()}
+    return {name: list(csv.DictReader(f"{line}\n" for line in lines)) for name, lines in parts.items()}
 
 
 def progress(path: Path) -> list[dict]:

@@ -34,7 +34,9 @@ def test_torchebm_chains_are_ours(capsys):
         torch.testing.assert_close(
             ours(energy, START, seed=0, precision="fp32"), cold.sample(x=START, n_steps=5), rtol=0, atol=1e-6
         )
-    assert names["langevin"](samplers.LangevinDynamics(model, 0.02, noise_scale=0.5), 1).noise_std == pytest.approx((0.1,))
+    assert names["langevin"](samplers.LangevinDynamics(model, 0.02, noise_scale=0.5), 1).noise_std == pytest.approx(
+        (0.1,)
+    )
     with pytest.raises(ValueError, match="HeunIntegrator"):
         names["langevin"](samplers.LangevinDynamics(model, integrator="heun"), 1)
     names["main"]()
