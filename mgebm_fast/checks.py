@@ -38,8 +38,8 @@ def one_of(value: Any, options: Collection[str], name: str, where: str) -> None:
 
 
 def interval(value: Any, name: str, where: str) -> tuple[float, float]:
-    """(low, high) as floats; raises unless both are finite and low < high."""
+    """(low, high) as floats; raises unless low < high, both at most 1e30 in size and apart in float32."""
     low, high = map(float, value)
-    if not -math.inf < low < high < math.inf:
-        raise Refused(name, "be finite (low, high) with low < high", f"({low}, {high})", where)
+    if not -1e30 <= low < high <= 1e30 or high - low < 1e-6 * max(-low, high):
+        raise Refused(name, "be (low, high) with low < high in float32, within ±1e30", f"({low}, {high})", where)
     return low, high

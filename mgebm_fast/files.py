@@ -54,6 +54,13 @@ def write_bytes(path: str | os.PathLike[str], data: bytes | memoryview, *, durab
     return path
 
 
+def write_inside(path: Path, data: bytes) -> Path:
+    """`write_bytes` into a folder that is not trusted: a link at `path` is replaced, not followed."""
+    if path.is_symlink():
+        remove(path)
+    return write_bytes(path, data)
+
+
 def temporary_beside(path: Path) -> Path:
     """A name beside `path` for what is renamed to it when whole: a rename is atomic within one file system only."""
     return path.with_name(f".{path.name}.{os.getpid()}.tmp")

@@ -23,7 +23,9 @@ def test_bools_are_no_numbers():
     "f: kind must be one of cat, dog, got 'dgo' (did you mean 'dog'?)": lambda: checks.one_of(
         "dgo", ("cat", "dog"), "kind", "f"
     ),
-    "f: r must be finite (low, high) with low < high, got (1.0, 1.0)": lambda: checks.interval((1, 1), "r", "f"),
+    "f: r must be (low, high) with low < high in float32, within ±1e30, got (1.0, 1.0)": lambda: checks.interval(
+        (1, 1), "r", "f"
+    ),
 }.items())  # fmt: skip
 def test_errors_name_argument_bound_and_value(words, call):
     with pytest.raises(Refused) as caught:

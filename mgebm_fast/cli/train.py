@@ -196,14 +196,15 @@ def _fit(config: TrainConfig, folder: Path, device: torch.device, ranks: Ranks, 
 
 
 def _write_report(folder: Path) -> None:
-    """The page of `mgebm report`, atomically; training goes on where samples of the moment are not finite."""
+    """The page of `mgebm report`, atomically; training goes on where there can be none, as of samples of the moment
+    that are not finite."""
     from ..evaluation.page import page
-    from ..files import write_bytes
+    from ..files import write_inside
     from ..learning import Run
 
     try:
-        write_bytes(folder / "report.html", page([Run(folder)]).encode())
-    except DivergenceError as error:
+        write_inside(folder / "report.html", page([Run(folder)]).encode())
+    except (DivergenceError, OSError, ValueError) as error:
         typer.echo(f"no report: {error}", err=True)
 
 

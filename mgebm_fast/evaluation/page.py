@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import re
 from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
@@ -12,7 +13,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from .. import files
 from ..data import ImageData
+from ..data.foreign import reading
 from ..errors import DataError
 from ..learning import Run
 from ..learning.run.folder import SAMPLES
@@ -21,7 +24,10 @@ from ..pictures import image_grid
 MOST_BYTES = 4_500_000  # of all pictures of a page
 MOST_PICTURES = 16  # of a run, evenly spread over its updates
 NEIGHBOURS = 12  # samples that are set beside their nearest training images
+_MOST_PICTURE = 64 << 20  # bytes of a picture's file
+_PICTURE = re.compile(r"step_[0-9]{1,18}\.png")
 _POINTS = 400  # of a curve
+_LARGEST = 1e100  # of a number on a curve
 _CHUNK = 2048  # training images that are compared at a time
 _COLOURS = ("#1f4e8c", "#b5512b", "#1f7a4c", "#7a4ca0", "#b08a00", "#3a8fb7", "#c2408a", "#666666")
 _NO_CURVE = {"step", "seconds_per_update", "rollbacks", "diverged_at"}
@@ -119,35 +125,51 @@ def _table(rows: Mapping[str, Any]) -> str:
 
 def _slider(run: Run, budget: int) -> str:
     """The pictures of the run, one shown at a time; fewer where they are large."""
-    pictures = sorted((run.path / SAMPLES).glob("step_*.png"))
-    if not pictures:
-        return '<p class="note">No pictures yet: sample_every says how often one is made.</p>'
-    size = max(path.stat().st_size for path in pictures)
-    count = max(1, min(MOST_PICTURES, len(pictures), int(budget * 0.7) // size))
-    chosen = [pictures[i] for i in np.linspace(len(pictures) - 1, 0, count).round().astype(int)[::-1]]
+    folder = run.path / SAMPLES
+    named = [path for path in folder.iterdir() if _PICTURE.fullmatch(path.name)] if files.is_folder(folder) else []
+    sizes = {path: path.stat().st_size for path in named if files.is_regular(path)}
+    pictures = sorted((path for path, size in sizes.items() if 0 < size <= _MOST_PICTURE), key=_update)
+    left_out = [path.name for path in named if path not in pictures]
+    shown = []
+    if pictures:
+        count = max(1, min(MOST_PICTURES, len(pictures), int(budget * 0.7) // max(sizes[path] for path in pictures)))
+        for i in np.linspace(len(pictures) - 1, 0, count).round().astype(int)[::-1]:
+            try:
+                shown.append((_update(pictures[i]), _uri(_bounded(pictures[i], budget))))
+            except DataError:
+                left_out.append(pictures[i].name)
+    note = f'<p class="note">Left out, no pictures: {escape(", ".join(sorted(left_out)[:3]))}</p>' if left_out else ""
+    if not shown:
+        return note or '<p class="note">No pictures yet: sample_every says how often one is made.</p>'
+    last = len(shown) - 1
     images = "".join(
-        f'<img alt="update {int(path.stem.removeprefix("step_"))}" src="{_uri(_bounded(path, budget))}"'
-        f"{'' if path is chosen[-1] else ' hidden'}>"
-        for path in chosen
+        f'<img alt="update {update}" src="{uri}"{"" if i == last else " hidden"}>'
+        for i, (update, uri) in enumerate(shown)
     )
-    last = len(chosen) - 1
     return (
-        f'<div class="slider"><label><output>update {int(chosen[-1].stem.removeprefix("step_"))}</output>'
-        f'<input type="range" min="0" max="{last}" value="{last}" aria-label="update"></label>{images}</div>'
+        f'<div class="slider"><label><output>update {shown[last][0]}</output>'
+        f'<input type="range" min="0" max="{last}" value="{last}" aria-label="update"></label>{images}</div>{note}'
     )
+
+
+def _update(picture: Path) -> int:
+    return int(picture.stem.removeprefix("step_"))
 
 
 def _bounded(path: Path, budget: int) -> bytes:
-    """A picture's file, or where it is larger than the budget a smaller version of it."""
+    """A picture's file, or where it is larger than the budget a smaller version of it; DataError where it is none."""
     from PIL import Image
 
-    data = path.read_bytes()
-    while len(data) * 4 / 3 > budget:
-        with Image.open(io.BytesIO(data)) as image:
-            half = image.resize((max(1, image.width // 2), max(1, image.height // 2)), Image.Resampling.BOX)
-        buffer = io.BytesIO()
-        half.save(buffer, "PNG", optimize=True)
-        data = buffer.getvalue()
+    with reading(path, "a PNG picture", what="report"):
+        data = files.read_regular(path, _MOST_PICTURE)
+        with Image.open(io.BytesIO(data), formats=["PNG"]) as image:
+            image.verify()
+        while len(data) * 4 / 3 > budget:
+            with Image.open(io.BytesIO(data)) as image:
+                half = image.resize((max(1, image.width // 2), max(1, image.height // 2)), Image.Resampling.BOX)
+            buffer = io.BytesIO()
+            half.save(buffer, "PNG", optimize=True)
+            data = buffer.getvalue()
     return data
 
 
@@ -160,7 +182,7 @@ def _curves(records: Sequence[Mapping[str, float]]) -> str:
     charts: dict[str, dict[str, list[tuple[float, float]]]] = {}
     for record in records:
         for key, value in record.items():
-            if key not in _NO_CURVE and isinstance(value, (int, float)) and np.isfinite(value):
+            if key not in _NO_CURVE and abs(value) < _LARGEST:
                 part, _, kind = key.rpartition("/")
                 charts.setdefault(kind, {}).setdefault(part.replace("_", " "), []).append((record["step"], value))
     if not charts:

@@ -80,6 +80,11 @@ class EnergyModel(Model):
             raise ValueError(f"{self.kind}: nets must be {wanted}, got {len(nets)}")
         if others := [type(net).__name__ for net in nets if not isinstance(net, nn.Module)]:
             raise TypeError(f"{self.kind}: nets must be torch modules, got a {others[0]}")
+        for size, net in zip(self.sizes[1:], nets, strict=True):
+            if isinstance(net, ScoreNet):
+                takes, shape = (net.channels, *net.size), self.sample_shape(size)
+                if takes[: 1 if net.any_size else None] != shape[: 1 if net.any_size else None]:
+                    raise Refused(f"net of size {size}", f"take {shape}", f"{takes}", self.kind)
         self.nets = nn.ModuleList(nets)
         self.norm = next((found for found in map(norm_of, nets) if found != "none"), "none")
         paper = Langevin(steps=30, step_size=0.3, noise_scale=1.0, reference_std=50.0, clamp=self.value_range)

@@ -60,8 +60,8 @@ class SpatialTemporal(OneNet):
                 head=head, ndim=len(shape), seed=seed % 2**63,
             )  # fmt: skip
             nets = [net]
-        super().__init__(shape[-1], sample_steps=sample_steps, channels=channels, nets=nets, seed=seed, **arguments)
         self.shape, self.rate = shape, float(rate)
+        super().__init__(shape[-1], sample_steps=sample_steps, channels=channels, nets=nets, seed=seed, **arguments)
         self._register_rows("bank", channels, *shape)
 
     @property

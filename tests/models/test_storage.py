@@ -172,7 +172,8 @@ def test_nothing_is_ever_unpickled(tmp_path):
         ),
         (lambda config, tensors: config.update(sizes=[1, 3, 4]), "configuration is wrong: .*each must divide the next"),
         (lambda config, tensors: config.pop("langevin"), "configuration is wrong"),
-        (lambda config, tensors: config["nets"][0].update(size=[4, 4]), "tensor 'nets.0.* must be"),
+        (lambda config, tensors: config["nets"][0].update(size=[4, 4]), r"net of size 2 must take \(2, 2, 2\)"),
+        (lambda config, tensors: config.update(sizes=[1, 2, 1 << 30]), "net of size 1073741824 must take"),
         (lambda config, tensors: config.update(langevin=[{"steps": 0}] * 2), "configuration is wrong: .*steps must be"),
     ],
 )

@@ -22,9 +22,11 @@ import torch
 
 from ...data import ImageData
 from ...errors import DivergenceError
-from ...files import write_bytes
+from ...files import read_regular, write_inside
 from ...learning import Run, TrainConfig, train, work
+from ...learning.run.checkpoint import checksum
 from ...models.occlusions import KINDS, occlusion
+from ...models.storage import MOST_JSON
 from ..evaluate import Judges, evaluate, fit_judges
 from ..inpainting import inpaint, length_images, pick_length
 from .runs import Entry, check_data, state
@@ -99,8 +101,9 @@ def compare(
                 say(f"{head}: measuring")
                 try:
                     record = measured(entry, training, held_out, judges, settings, device) | {"conditions": wanted}
-                    text = json.dumps(record, allow_nan=False, ensure_ascii=False, indent=1)
-                    write_bytes(entry.figures, (text + "\n").encode())
+                    stored = record | {"crc32": checksum(record)}
+                    text = json.dumps(stored, allow_nan=False, ensure_ascii=False, indent=1)
+                    write_inside(entry.figures, (text + "\n").encode())
                 except DivergenceError as error:
                     failed = str(error)
         if failed is not None:
@@ -136,9 +139,10 @@ def _checksum(data: ImageData) -> str:
 def _stored(entry: Entry, wanted: dict[str, Any]) -> dict[str, Any] | None:
     """The record measured under these conditions; None where there is none, or a damaged one."""
     try:
-        record = json.loads(entry.figures.read_text(encoding="utf-8"))
-        return record if record["conditions"] == wanted and record.keys() >= {"figures", "preset"} else None
-    except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError):
+        record = json.loads(read_regular(entry.figures, MOST_JSON))
+        whole = record.pop("crc32") == checksum(record)
+        return record if whole and record["conditions"] == wanted else None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None
 
 

@@ -54,7 +54,7 @@ def write(folder: Path, fill: Callable[[Path], None], state: Mapping[str, Any]) 
         fill(temporary)
         written = {path.name: files.fingerprint(path) for path in sorted(temporary.iterdir())}
         record = {"format": FORMAT, "version": VERSION, **state, "files": written}
-        record["crc32"] = _checksum(record)
+        record["crc32"] = checksum(record)
         (temporary / STATE).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
         files.synchronise(temporary, inside=True)
         if os.path.lexists(folder):  # damaged, or written again at the same step: a rename cannot replace a full folder
@@ -73,7 +73,8 @@ def write(folder: Path, fill: Callable[[Path], None], state: Mapping[str, Any]) 
     return folder
 
 
-def _checksum(record: Mapping[str, Any]) -> str:
+def checksum(record: Mapping[str, Any]) -> str:
+    """CRC-32 of a record as JSON, 8 hex digits: the same for the record and for what is read from its file."""
     return f"{zlib.crc32(json.dumps(record, sort_keys=True, separators=(',', ':')).encode()):08x}"
 
 
@@ -89,7 +90,7 @@ def read(folder: Path) -> dict[str, Any]:
         known, version = state["format"] == FORMAT, state.get("version")
         if not known or version not in (1, VERSION):
             raise CheckpointError(f"written in format {state['format']} {version}, need {FORMAT} {VERSION}", path)
-        if version != 1 and state.pop("crc32", None) != _checksum(state):
+        if version != 1 and state.pop("crc32", None) != checksum(state):
             raise CheckpointError("damaged or changed, its checksum is not that of what was written", path)
         listed_files = dict(state["files"])
     for name, expected in listed_files.items():

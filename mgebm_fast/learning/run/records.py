@@ -173,6 +173,11 @@ def _record(line: bytes) -> dict[str, Any] | None:
         record = json.loads(line) if line.endswith(b"\n") else None
         if not isinstance(record, dict) or not isinstance(record["step"], int):
             return None
-        return record if isinstance(record.get("rollbacks", 0), int) else None
+        whole = isinstance(record.get("rollbacks", 0), int) and all(map(_is_number, record.values()))
+        return record if whole else None
     except (ValueError, KeyError, RecursionError):
         return None
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, float) or (isinstance(value, int) and abs(value) < 1 << 63)

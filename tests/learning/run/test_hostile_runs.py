@@ -16,7 +16,9 @@ from helpers.training import tiny_data
 from rich.console import Console
 
 from mgebm_fast import files
+from mgebm_fast.cli.train import _write_report
 from mgebm_fast.errors import CheckpointError, ConfigError, DivergenceError
+from mgebm_fast.evaluation.page import page
 from mgebm_fast.learning import Run
 from mgebm_fast.learning.run import checkpoint, interrupts, records
 from mgebm_fast.models import Model, MultiGrid
@@ -52,6 +54,38 @@ def test_a_linked_picture_is_replaced_and_a_linked_checkpoint_not_touched(traine
     ours.fit()
     assert mine.read_text() == "mine" and (elsewhere / "state.json").is_file()
     assert not (run / "samples/step_000006.png").is_symlink()
+
+
+def test_a_report_follows_nothing_and_shows_pictures_alone(run, tmp_path):
+    """Of links, pipes, huge, empty and damaged files, and files of other names, nothing is on the page of a run."""
+    names = [f"step_{name}.png" for name in ("000005", "000006", "000007", "000008", "000009")]
+    link, pipe, sparse, empty, text = (run / "samples" / name for name in names)
+    link.symlink_to(tmp_path / "outside.png")
+    (tmp_path / "outside.png").write_bytes((run / "samples" / "step_000004.png").read_bytes())
+    os.mkfifo(pipe)
+    with sparse.open("wb") as file:
+        file.truncate(10 << 30)
+    empty.touch()
+    text.write_text("no picture")
+    (run / "samples" / "step_x.png").write_text("of another program")
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write(
+            f'{{"step": 5, "seconds_per_update": null}}\n{{"step": 5, "size_8/gap": {"9" * 400}}}\n{{"step": 5}}\n'
+        )
+    with pytest.warns(UserWarning, match="2 of 7 records are damaged"):
+        found = page([Run(run)])
+    assert found.count('<img alt="update ') == 2 and 'alt="update 4"' in found
+    assert "Left out, no pictures: step_000005.png, step_000006.png, step_000007.png" in found
+
+
+def test_training_goes_on_where_there_can_be_no_report_and_writes_through_no_link(run, tmp_path, capsys):
+    (tmp_path / "mine").write_text("mine")
+    (run / "report.html").symlink_to(tmp_path / "mine")
+    _write_report(run)
+    assert (tmp_path / "mine").read_text() == "mine" and "<!doctype html>" in (run / "report.html").read_text()
+    (run / "config.toml").write_text("seed = -1")
+    _write_report(run)
+    assert capsys.readouterr().err.startswith("no report: ")
 
 
 @pytest.mark.parametrize("name", ["metrics.jsonl", "checkpoints/step_000004/state.json", "model.safetensors"])
