@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import warnings
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
 from ..data import ImageData
+from .platt import PlattSVC
 
 CONFIDENT = 0.9
 MAX_IMAGES = 3000
@@ -23,7 +22,7 @@ class Recogniser:
 
     name: str
     labels: tuple[str, ...]  # of each column of the probabilities
-    classifier: Any
+    classifier: PlattSVC
 
     def shares(
         self,
@@ -37,29 +36,23 @@ class Recogniser:
 
 
 def fit_recogniser(train: ImageData, *, seed: int = 0) -> Recogniser:
-    """`SVC(C=10, gamma="scale", probability=True, random_state=0)` on the flattened training pixels.
+    """`PlattSVC(C=10, random_state=0)` on the flattened training pixels.
 
     Its probabilities are Platt's sigmoids of the pairwise decision values, coupled over all pairs of classes; they
     stay undecided on what resembles no class, which calibrated one-against-rest scores do not. Larger sets are cut
     to a stratified 3,000 images and larger images averaged to 16×16, since its time grows with the square of the
     one and with the other. ValueError unless the labels have at least two classes.
     """
-    from sklearn.svm import SVC
-
     if train.labels is None or len(np.unique(train.labels)) < 2:
         raise ValueError("fit_recogniser: train must have labels of at least two classes, got fewer")
     chosen = _stratified(train.labels, MAX_IMAGES, seed)
     labels = train.labels[chosen]
-    with warnings.catch_warnings():
-        # removed in scikit-learn 1.11, which the package's requirements exclude
-        warnings.filterwarnings("ignore", message="The `probability` parameter was deprecated", category=FutureWarning)
-        classifier = SVC(C=10, gamma="scale", probability=True, random_state=0)
-        classifier.fit(_pixels(train.images[chosen]), labels)
+    classifier = PlattSVC(C=10, random_state=0).fit(_pixels(train.images[chosen]), labels)
     averaged = f" (averaged to {MAX_SIZE}×{MAX_SIZE})" if train.size > MAX_SIZE else ""
     of_all = f" of {len(train)}" if len(chosen) < len(train) else ""
     return Recogniser(
-        f"SVC(C=10, gamma='scale', probability=True, random_state=0) on the pixels{averaged} of {len(chosen)}{of_all} "
-        f"training images; recognised where some class has probability >= {CONFIDENT}",
+        f"support-vector classifier (C=10, gamma='scale', pairwise Platt probabilities) on the pixels{averaged} of "
+        f"{len(chosen)}{of_all} training images; recognised where some class has probability >= {CONFIDENT}",
         tuple(train.class_names[k] if k < len(train.class_names) else str(k) for k in classifier.classes_),
         classifier,
     )

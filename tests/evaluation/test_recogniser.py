@@ -8,7 +8,11 @@ import pytest
 from mgebm_fast import data
 from mgebm_fast.data import ImageData
 from mgebm_fast.evaluation import recogniser as module
+from mgebm_fast.evaluation.platt import PlattSVC
 from mgebm_fast.evaluation.recogniser import fit_recogniser
+
+# (A, B) of the pairs 0-1 and 0-2 of the training digits, by SVC(probability=True) of scikit-learn 1.9.1
+RECORDED = [(-4.254654185997669, 0.02322136978583299), (-4.115729781669489, -0.00612340138158414)]
 
 
 @pytest.fixture(scope="module")
@@ -19,7 +23,7 @@ def held_out() -> ImageData:
 @pytest.fixture(scope="module")
 def recogniser():
     with warnings.catch_warnings():
-        warnings.simplefilter("error")  # the deprecation that is known and pinned must not reach the user
+        warnings.simplefilter("error")
         return fit_recogniser(data.load("digits", size=8, channels=1, split="train"))
 
 
@@ -53,16 +57,29 @@ def test_recognised_pictures_count_for_their_own_class(recogniser, held_out):
         assert shares[str(k)] >= 0.97 * sum(shares.values())
 
 
-def test_probabilities_are_those_of_the_stated_classifier(recogniser, held_out):
+@pytest.mark.parametrize("classes", [2, 10])
+def test_probabilities_are_those_of_libsvm(classes, held_out):
+    """Equal to `SVC(probability=True)`, one class of a single image included, where scikit-learn still has it."""
     from sklearn.svm import SVC
 
+    if "probability" not in SVC().get_params():
+        pytest.skip("this scikit-learn has no probability=True")
     train = data.load("digits", size=8, channels=1, split="train")
+    chosen = np.flatnonzero(train.labels < classes)[:200]
+    pixels, labels = train.images[chosen].reshape(200, -1).astype(float), train.labels[chosen].copy()
+    if classes > 2:
+        labels[0] = 99
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
-        plain = SVC(C=10, gamma="scale", probability=True, random_state=0)
-        plain.fit(train.images.reshape(len(train), -1).astype(float), train.labels)
-    p = plain.predict_proba(held_out.images.reshape(len(held_out), -1).astype(float))
-    assert share(recogniser, held_out.images) == pytest.approx((p.max(1) >= 0.9).mean(), abs=1e-12)
+        theirs = SVC(C=10, gamma="scale", probability=True, random_state=0).fit(pixels, labels)
+    ours = PlattSVC(C=10, random_state=0).fit(pixels, labels)
+    others = held_out.images.reshape(len(held_out), -1).astype(float)
+    np.testing.assert_allclose(ours.predict_proba(others), theirs.predict_proba(others), rtol=0, atol=1e-12)
+
+
+def test_the_share_of_real_digits_is_that_on_record(recogniser, held_out):
+    assert share(recogniser, held_out.images) == pytest.approx(306 / 360, abs=1e-12)
+    np.testing.assert_allclose(recogniser.classifier.sigmoids[:2], RECORDED, rtol=1e-6)
 
 
 def coloured(n: int, size: int, classes: int = 3) -> ImageData:

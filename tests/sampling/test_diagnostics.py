@@ -47,6 +47,14 @@ def test_split_rhat_is_its_formula_and_sees_what_it_should():
     assert split_rhat(same * np.array([1, 1, 1, 5, 5, 5])) > 1.05  # the same mean, other spreads: folded draws
 
 
+def test_ess_and_rhat_are_those_on_record():
+    """By arviz 0.23.4 and 1.3.0 alike."""
+    pytest.importorskip("arviz")
+    y = autoregressive(0.5, 400, 6) + np.linspace(0, 1, 6)
+    found = [ess(y), split_rhat(y), split_rhat(y, method="split")]
+    np.testing.assert_allclose(found, [64.76992688803877, 1.0686362811656749, 1.0685144902985415], rtol=1e-9)
+
+
 def test_too_few_draws_say_nothing():
     pytest.importorskip("arviz")
     assert ess(np.zeros((3, 4))) is None and split_rhat(np.ones((50, 4))) is None
