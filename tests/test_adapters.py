@@ -1,4 +1,4 @@
-"""The adapters of examples/: the same chain by the other package's sampler and by ours, where that package is installed."""
+"""The adapters of examples/: one chain by the other package's sampler and by ours, where that package is installed."""
 
 from __future__ import annotations
 

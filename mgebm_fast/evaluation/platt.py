@@ -69,7 +69,7 @@ def _held_out_values(machine: Any, X: np.ndarray, signs: np.ndarray, seed: int) 
 
 
 def _shuffled(n: int, seed: int) -> np.ndarray:
-    """A permutation of n: Fisher-Yates by Mersenne Twister words, each brought into [0, n − i) as Lemire (2019) does."""
+    """A permutation of n: Fisher-Yates by Mersenne Twister words, brought into [0, n − i) as by Lemire (2019)."""
     spare = 64  # a word is refused once in 2³²/n
     words = iter(np.random.RandomState(seed).randint(0, 2**32, n + spare, dtype=np.uint32).tolist())
     order = list(range(n))
@@ -123,7 +123,7 @@ def _sigmoid(values: np.ndarray, signs: np.ndarray) -> tuple[float, float]:
 
 
 def _coupled(pairs: np.ndarray, classes: int) -> np.ndarray:  # (N, classes·(classes − 1)/2) -> (N, classes)
-    """The p that minimises Σ_{i≠j} (r_ji p_i − r_ij p_j)², with r_ij the pairwise probability of i, to 0.005/classes."""
+    """The p that minimises Σ_{i≠j} (r_ji p_i − r_ij p_j)², r_ij the pairwise probability of i; to 0.005/classes."""
     r = np.zeros((len(pairs), classes, classes))
     above = np.triu_indices(classes, 1)
     r[:, above[0], above[1]] = pairs
