@@ -7,18 +7,18 @@ import json
 import os
 import re
 import signal
-import subprocess
-import sys
 import time
 import zipfile
 
 import numpy as np
 import pytest
 import torch
+from helpers import forked
 from helpers.console import one_line
 from PIL import Image
 from safetensors.torch import load_file
 
+from mgebm_fast.cli import main
 from mgebm_fast.errors import DivergenceError
 from mgebm_fast.learning import load_config
 
@@ -263,14 +263,15 @@ def test_the_environment_shows_the_traceback(mgebm, tmp_path, monkeypatch):
 def test_ctrl_c_saves_says_how_to_go_on_and_exits_with_130(tmp_path, mgebm):
     out = tmp_path / "run"
     arguments = [word.replace("steps=2", "steps=100000") if word == "steps=2" else word for word in TINY]
-    command = [sys.executable, "-m", "mgebm_fast", "train", "digits", *arguments, "--out", str(out)]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    said = tmp_path / "said"
+    process = forked.start(said, main, ["train", "digits", *arguments, "--out", str(out)])
     deadline = time.monotonic() + 200  # an interrupt before the first update has nothing to resume
-    while not (out / "metrics.jsonl").exists() and time.monotonic() < deadline and process.poll() is None:
+    while not (out / "metrics.jsonl").exists() and time.monotonic() < deadline and process.is_alive():
         time.sleep(0.1)
-    process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=50)
-    assert process.returncode == 130, errors
+    os.kill(process.pid, signal.SIGINT)
+    process.join(200)
+    errors = said.read_text()
+    assert process.exitcode == 130, errors
     assert f"mgebm train --out {out} --resume" in errors and "Traceback" not in errors
     made = int(max((out / "checkpoints").iterdir()).name.removeprefix("step_"))
     assert made >= 1

@@ -1,5 +1,5 @@
-"""What test_distributed.py starts twice, `python -m tests.helpers.rank_program RANK FOLDER`: each rank goes through
-the same scenes, and leaves in FOLDER what a scene trained and, in rank_R.json, how it ended."""
+"""What test_distributed.py starts twice: each rank goes through the same scenes, and leaves in a folder what a scene
+trained and, in rank_R.json, how it ended."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ import io
 import json
 import os
 import signal
-import sys
 from pathlib import Path
 
 import torch
@@ -140,8 +139,3 @@ def main(rank: int, folder: Path) -> None:
         lost.fit()
     (folder / f"rank_{rank}.json").write_text(json.dumps(ends))
     os._exit(0)  # the group cannot be left in order with a rank gone
-
-
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    main(int(sys.argv[1]), Path(sys.argv[2]))

@@ -10,8 +10,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import forked, rank_program
 from helpers.rank_program import VARIANTS, part_values
 from helpers.training import tiny_config, tiny_data
+from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, Std
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+from typer.testing import CliRunner
 
 from mgebm_fast import ops
 from mgebm_fast.cli import app
@@ -33,17 +37,15 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("ranks")
     alone = MultiGridTrainer(None, tiny_data(), tiny_config(), out=folder / "alone", device="cpu", quiet=True)
     alone.fit(2)
-    command = [sys.executable, "-m", "tests.helpers.rank_program"]
-    pair = [
-        subprocess.Popen([*command, str(rank), str(folder)], env=ALONE, cwd=ROOT, stderr=subprocess.PIPE, text=True)
-        for rank in range(2)
-    ]
+    said = [folder / f"rank_{rank}.txt" for rank in range(2)]
+    pair = [forked.start(said[rank], rank_program.main, rank, folder) for rank in range(2)]
     try:
-        errors = [process.communicate(timeout=120)[1] for process in pair]
+        for process in pair:
+            process.join(300)
     finally:
         for process in pair:
             process.kill()
-    assert [process.returncode for process in pair] == [0, 0], "\n".join(errors)
+    assert [process.exitcode for process in pair] == [0, 0], "\n".join(path.read_text() for path in said)
     return folder
 
 
@@ -185,28 +187,25 @@ TINY = ["--set", "steps=3", "--set", "langevin.steps=2", "--set", "batch_size=8"
         "--device", "cpu", "--set", "norm=batch"]  # fmt: skip
 
 
-def test_the_command_under_torchrun(tmp_path):
-    from typer.testing import CliRunner
+def command_of_a_rank(arguments: list[str]) -> None:
+    torch.set_num_threads(1)
+    app(arguments, standalone_mode=False)
 
-    launch = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node",
-        "2",
-        "-m",
-        "mgebm_fast",
-    ]
-    two, one = tmp_path / "two", tmp_path / "one"
-    done = subprocess.run(
-        [*launch, "train", "digits", *TINY, "--out", str(two)], env=ALONE, capture_output=True, text=True, timeout=120
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stderr.count("1437 images of digits") == 1 and "2 ranks" in done.stderr
-    assert done.stderr.count("3 updates done") == 1
+
+def test_the_command_under_torchrun(tmp_path):
+    """torchrun's own launcher, of ranks that are forked."""
+    two, one, logs = tmp_path / "two", tmp_path / "one", tmp_path / "logs"
     result = CliRunner().invoke(app, ["train", "digits", *TINY, "--set", "batch_parts=2", "--out", str(one)])
-    assert result.exit_code == 0, result.output
+    assert result.exit_code == 0, result.output  # first: ranks then have all that training imports
+    launch = LaunchConfig(
+        min_nodes=1, max_nodes=1, nproc_per_node=2, run_id="pair", rdzv_backend="c10d", rdzv_endpoint="localhost:0",
+        max_restarts=0, monitor_interval=0.1, start_method="fork",
+        logs_specs=DefaultLogsSpecs(str(logs), redirects=Std.ALL),
+    )  # fmt: skip
+    elastic_launch(launch, command_of_a_rank)(["train", "digits", *TINY, "--out", str(two)])
+    said = "".join(path.read_text() for path in sorted(logs.rglob("stderr.log")))
+    assert said.count("1437 images of digits") == 1 and "2 ranks" in said
+    assert said.count("3 updates done") == 1
     same_bits(one, two, "step_000003")
     assert (one / "model.safetensors").read_bytes() == (two / "model.safetensors").read_bytes()
 

@@ -5,13 +5,11 @@ from __future__ import annotations
 import io
 import random
 import signal
-import subprocess
-import sys
 import time
-from pathlib import Path
 
 import pytest
 import torch
+from helpers import forked
 from helpers.runs import same_files, same_run
 from helpers.training import tiny_config, tiny_data
 from rich.console import Console
@@ -184,31 +182,18 @@ def test_more_steps_go_on(trainer, tmp_path):
     assert Run(tmp_path / "run").config.steps == 8
 
 
-KILLED = """
-import sys, torch
-torch.set_num_threads(1)
-sys.path[:0] = sys.argv[1:3]
-from mgebm_fast.learning import train
-from helpers.training import tiny_config, tiny_data
-train(tiny_config(**eval(sys.argv[3])), out=sys.argv[4], data=tiny_data(), device="cpu", quiet=True)
-"""
-
-
 def test_killed_at_a_random_moment(tmp_path):
-    here = Path(__file__).resolve().parents[2]
-    import mgebm_fast
-
-    root = str(Path(mgebm_fast.__file__).resolve().parent.parent)
     changes = dict(steps=40, checkpoint_every=3, sample_every=20, keep_checkpoints=2,
                    stabilise={"ema": 0.9, "data_noise": 0.03})  # fmt: skip
     killed, whole = ({"out": tmp_path / name, "data": tiny_data(), "device": "cpu", "quiet": True}
                      for name in ("killed", "whole"))  # fmt: skip
-    child = subprocess.Popen([sys.executable, "-c", KILLED, root, here, repr(changes), killed["out"]])
     metrics, target = tmp_path / "killed/metrics.jsonl", random.randint(1, 38)
-    while child.poll() is None and len(records.read(metrics)) < target:
+    child = forked.start(tmp_path / "said", lambda: train(tiny_config(**changes), **killed))
+    while child.is_alive() and len(records.read(metrics)) < target:
         time.sleep(0.001)
     child.kill()
-    assert child.wait() in (-signal.SIGKILL, 0)
+    child.join()
+    assert child.exitcode in (-signal.SIGKILL, 0), (tmp_path / "said").read_text()
     train(tiny_config(**changes), resume=True, **killed)
     train(tiny_config(**changes), **whole)
     same_files(tmp_path / "whole", tmp_path / "killed", "step_000040")
