@@ -14,6 +14,7 @@ from .options import (
     collapse_of,
     fingerprint_of,
     load_images,
+    named_options,
     open_model,
     print_json,
     source_of,
@@ -28,6 +29,13 @@ def evaluate(
     data: Annotated[
         str | None, typer.Option(metavar="NAME|PATH", help="Images to compare with. Default: those it was trained on.")
     ] = None,
+    features: Annotated[
+        str,
+        typer.Option(
+            metavar="NAME",
+            help="Feature space of FID, KID, precision and recall: auto, imagenet, inception or classifier.",
+        ),
+    ] = "auto",
     json: Json = False,
     device: Device = "auto",
     threads: Threads = None,
@@ -38,10 +46,13 @@ def evaluate(
     Examples:
       mgebm evaluate runs/digits --num 1000
       mgebm evaluate runs/digits --num 1000 --json > digits.json
+      mgebm evaluate runs/photos --features imagenet
 
-    KID and FID compare feature statistics (the feature space is named); lower is nearer. nearest_distance is the mean
-    pixel distance to the nearest training image: far below that of real held-out images it means copying. For labelled
-    data, confident_share is the share of samples that a classifier recognises with probability >= 0.9, and
+    KID and FID compare feature statistics (the feature space is named); lower is nearer. Colour images are judged by a
+    net that knows ImageNet where mgebm_fast[imagenet] is installed, others by a classifier trained here. precision is
+    the share of samples among the training images, recall the share of these among the samples. nearest_distance is
+    the mean pixel distance to the nearest training image: far below that of real held-out images it means copying.
+    For labelled data, confident_share is the share of samples that a classifier recognises with probability >= 0.9, and
     class_shares splits it by class. The *_real values are the same measures of as many held-out real images.
     """
     use_threads(threads)
@@ -56,7 +67,8 @@ def evaluate(
     train, held_out = (
         load_images(source, size, channels, classes, split=split, like=like) for split in ("train", "held_out")
     )
-    result = measure(model, train, held_out, num=num, seed=seed)
+    with named_options("features"):
+        result = measure(model, train, held_out, num=num, seed=seed, features=features)
     if words := collapse_of(run):
         result["notes"].append(words)
     if json:

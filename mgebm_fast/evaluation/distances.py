@@ -91,6 +91,31 @@ def _kernel(x: Tensor, y: Tensor) -> Tensor:  # (N, D), (M, D) -> (N, M)
     return (x @ y.T / x.shape[1] + 1).pow(3)
 
 
+def precision_recall(
+    reference: Tensor,  # (M, D) float64
+    other: Tensor,  # (N, D) float64
+    *,
+    neighbours: int = 3,
+) -> tuple[float, float]:
+    """(precision, recall): the share of `other` that lies in the support of `reference`, and the reverse.
+
+    The support of a set is the union of balls around its points, each out to the point's `neighbours`-th nearest other
+    one. Source: Kynkäänniemi et al., NeurIPS 2019. Both depend on the sizes of the sets: compare equal ones. ValueError
+    as `fid`, and for sets of no more than `neighbours`.
+    """
+    _check("precision_recall", reference, other)
+    fewest = min(len(reference), len(other))
+    if not 1 <= neighbours < fewest:
+        raise ValueError(f"precision_recall: neighbours must be in [1, {fewest - 1}], got {neighbours}")
+    reference, other = reference.double(), other.double()
+
+    def covered(points: Tensor, by: Tensor) -> float:
+        radii = torch.cdist(by, by).kthvalue(neighbours + 1).values  # the nearest of all is the point itself
+        return float((torch.cdist(points, by) <= radii).any(1).double().mean())
+
+    return covered(other, reference), covered(reference, other)
+
+
 def nearest_distance(
     images: np.ndarray,  # (N, C, *spatial) uint8
     train: np.ndarray,  # (M, C, *spatial) uint8

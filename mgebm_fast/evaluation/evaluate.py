@@ -13,9 +13,11 @@ import torch
 from torch import Tensor
 
 from ..data import ImageData
-from .distances import KID_SUBSET_SIZE, alike, fid, kid, nearest_distance
-from .features import FeatureSpace, classes_of, feature_space
+from .distances import KID_SUBSET_SIZE, alike, fid, kid, nearest_distance, precision_recall
+from .features import FeatureSpace, check_kind, classes_of, feature_space
 from .recogniser import Recogniser, fit_recogniser
+
+NEIGHBOURS = 3  # of the supports that precision and recall are measured by
 
 
 class Sampler(Protocol):
@@ -31,7 +33,7 @@ class Judges:
     """What samples are judged by, fitted to one data set: models that share them have comparable figures."""
 
     space: FeatureSpace
-    reference: Tensor  # (N, D) float64, the features of all training images
+    reference: Tensor  # (N, D) float64, the features of the training images, or of a choice (`FeatureSpace.most`)
     recogniser: Recogniser | None  # None where the data have fewer than two labels
     seconds: dict[str, float] = dataclasses.field(default_factory=dict)  # what fitting took, by stage
 
@@ -45,9 +47,9 @@ def fit_judges(
     """
     check_varied("fit_judges", train)
     seconds: dict[str, float] = {}
-    with _stage("training the feature space", "features", seconds, progress):
+    with _stage("the feature space", "features", seconds, progress):
         space = feature_space(features, train, held_out, seed=seed)
-        reference = space.extract(train.images)
+        reference = space.reference(train.images, seed)
     recogniser = None
     if len(classes_of(train)) > 1:
         with _stage("training the recogniser", "recogniser", seconds, progress):
@@ -63,7 +65,7 @@ def evaluate(
     num: int = 1000,
     seed: int = 0,
     device: str | torch.device | None = None,  # where the model is moved to for sampling; None leaves it
-    features: str = "auto",  # "auto", "inception", "classifier": see feature_space
+    features: str = "auto",  # "auto", "imagenet", "inception", "classifier": see feature_space
     judges: Judges | None = None,  # None: fitted here, as `fit_judges(train, held_out, seed=seed, features=features)`
     progress: bool = True,
 ) -> dict[str, Any]:
@@ -73,6 +75,7 @@ def evaluate(
       num, num_real           samples, and held-out images used (`num`, or all where there are fewer)
       feature_space           what FID and KID were computed in
       kid, fid                distance of the samples' features to those of the training images
+      precision, recall       share of the samples within the support of as many training images, and the reverse
       fid_matched             FID of the first num_real samples: with as many images as fid_real, so the same bias
       nearest_distance        mean over samples of the root mean square difference to the nearest training image,
                               per pixel on the 0–255 scale
@@ -80,8 +83,9 @@ def evaluate(
       class_shares            labelled data: label → share recognised as it; they add up to confident_share
       confident_share_noise   labelled data: the same share for uniform noise, which should be next to nothing
       recogniser, notes, seconds
-    and kid_real, fid_real, nearest_distance_real, confident_share_real, class_shares_real: the same of the
-    held-out images, null where there are none. Keys for labelled data are left out otherwise, `notes` says why.
+    and kid_real, fid_real, precision_real, recall_real, nearest_distance_real, confident_share_real,
+    class_shares_real: the same of the held-out images, null where there are none. Keys for labelled data are left out
+    otherwise, `notes` says why.
 
     Where the feature space does not tell the training images apart, kid and fid are null and a note says so; samples
     that are all the same image are measured, and noted.
@@ -90,6 +94,7 @@ def evaluate(
     different shapes, and fewer than two training images or ones that are all the same.
     """
     _check(train, held_out, num)
+    check_kind(features)
     started = time.perf_counter()
     seconds: dict[str, float] = {}
     notes: list[str] = []
@@ -158,7 +163,9 @@ def _set_distances(
     judges: Judges, samples: np.ndarray, real: np.ndarray, seed: int, notes: list[str]
 ) -> dict[str, float | None]:
     space, reference = judges.space, judges.reference
-    result: dict[str, float | None] = dict.fromkeys(["kid", "kid_real", "fid", "fid_real", "fid_matched"])
+    result: dict[str, float | None] = dict.fromkeys(
+        ["kid", "kid_real", "fid", "fid_real", "fid_matched", "precision", "precision_real", "recall", "recall_real"]
+    )
     if (samples == samples[:1]).all():
         notes.append("all samples are the same image")
     if alike(reference):
@@ -176,7 +183,19 @@ def _set_distances(
         result[f"fid{suffix}"] = fid(reference, features)
         if suffix != "_matched":
             result[f"kid{suffix}"] = kid(reference, features, subset_size=subset_size, seed=seed)
+            result |= _supports(reference, features, suffix, smallest, seed)
     return result
+
+
+def _supports(reference: Tensor, features: Tensor, suffix: str, num: int, seed: int) -> dict[str, float | None]:
+    """Precision and recall of the first `num` samples beside as many training images."""
+    if num <= NEIGHBOURS:
+        return {}
+    chosen = torch.randperm(len(reference), generator=torch.Generator().manual_seed(seed))[:num]
+    if alike(reference[chosen]):
+        return {}
+    precision, recall = precision_recall(reference[chosen], features[:num], neighbours=NEIGHBOURS)
+    return {f"precision{suffix}": precision, f"recall{suffix}": recall}
 
 
 def _recognised(

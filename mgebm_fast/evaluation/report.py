@@ -13,6 +13,13 @@ if TYPE_CHECKING:
 _ROWS = (
     ("fid", "FID", "{:.3f}", "lower is better; has a bias that grows as images get fewer"),
     ("kid", "KID", "{:.5f}", "lower is better; unbiased, near 0 for the data's own distribution"),
+    ("precision", "precision", "{:.3f}", "share of samples that training images surround; as near to real as possible"),
+    (
+        "recall",
+        "recall",
+        "{:.3f}",
+        "share of training images that samples surround; low: a part of the data is missing",
+    ),
     (
         "nearest_distance",
         "nearest distance",

@@ -5,7 +5,7 @@ import pytest
 import scipy.linalg
 import torch
 
-from mgebm_fast.evaluation.distances import fid, kid, nearest_distance
+from mgebm_fast.evaluation.distances import fid, kid, nearest_distance, precision_recall
 
 
 def features(n: int, d: int = 12, *, shift: float = 0.0, seed: int = 0) -> torch.Tensor:
@@ -123,3 +123,24 @@ def test_figures_are_those_of_torchmetrics_on_record():
     a, b = features(80, seed=1), features(60, shift=0.4, seed=2)
     assert fid(a, b) == pytest.approx(2.795921908834355, rel=1e-9)
     assert kid(a, b, subset_size=40, seed=3) == pytest.approx(0.6708529611447852, rel=1e-9)
+
+
+def test_precision_and_recall_by_hand():
+    real, samples = features(30, 3), features(25, 3, shift=0.8, seed=1)
+
+    def covered(points, by):
+        hits = 0
+        for p in points:
+            for i, centre in enumerate(by):
+                others = sorted(float((centre - other).norm()) for j, other in enumerate(by) if j != i)
+                if float((p - centre).norm()) <= others[2]:
+                    hits += 1
+                    break
+        return hits / len(points)
+
+    assert precision_recall(real, samples) == (covered(samples, real), covered(real, samples))
+    precision, recall = precision_recall(real, real[:5].repeat(5, 1) + 1e-9 * samples)  # faithful, and of few kinds
+    assert precision == 1 and recall < 0.5
+    assert precision_recall(real, real + 100) == (0, 0)
+    with pytest.raises(ValueError, match=r"neighbours must be in \[1, 2\], got 3"):
+        precision_recall(real, real[:3])

