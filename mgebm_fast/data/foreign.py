@@ -56,7 +56,8 @@ def reading(path: str | os.PathLike[str], expected: str, *, what: str = "load") 
 
 
 def reason(error: Exception) -> str:
-    """One line for a person."""
-    text = getattr(error, "strerror", None) or " ".join(str(error).split())
+    """One line for a person, of at most 200 characters of what the reader said: some quote the file."""
+    text = getattr(error, "strerror", None) or " ".join(str(error)[:2000].split())
+    text = text if len(text) <= 200 else f"{text[:200]} …"
     plain = isinstance(error, (OSError, ValueError)) and text
     return text if plain else f"{type(error).__name__}: {text}" if text else type(error).__name__

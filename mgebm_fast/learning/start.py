@@ -14,6 +14,7 @@ from ..models import EnergyModel, Model
 from ..models.latent import Generates
 from ..nets import ScoreNet
 from .config.train_config import TrainConfig
+from .config.values import from_dict
 from .methods.model_rule import OPTIMISER_FILE, ModelRule
 from .run import checkpoint, stored_run
 from .run.folder import CHECKPOINTS
@@ -133,8 +134,8 @@ def _optimiser_tensors(
     rule: ModelRule, config: TrainConfig, folder: Path, source: Model, taken: Taken
 ) -> dict[str, Tensor]:
     """The state of the optimisers of the parts that are taken, under the names that they have in `rule`."""
-    state = checkpoint.read(folder)
-    _same("optimiser.name", config.optimiser.name, state["config"]["optimiser"]["name"], str(folder))
+    theirs = from_dict(checkpoint.read(folder).get("config"), str(folder))
+    _same("optimiser.name", config.optimiser.name, theirs.optimiser.name, str(folder))
     names = {_optimiser_of(source, other): _optimiser_of(rule.model, part) for part, other in taken.parts.items()}
     found = {}
     for key, tensor in checkpoint.read_tensors(folder / OPTIMISER_FILE).items():

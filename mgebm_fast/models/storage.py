@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -139,6 +140,8 @@ def _check_written(path: Path) -> None:
             record = json.loads(files.read_regular(beside, MOST_JSON))
             if str(record["format"]).startswith(KEY):  # else it is a file of another program
                 known += record["files"] if name == CHECKSUM_FILE else [record["files"][MODEL_FILE]]
+                if not known:
+                    raise ValueError("it lists none")
         except Exception as error:
             raise CheckpointError(f"{beside}: damaged, cannot tell whether {MODEL_FILE} is whole ({error})") from None
     if not known:
@@ -182,7 +185,8 @@ def find(path: str | os.PathLike) -> Path:
     if os.path.lexists(path / MODEL_FILE):
         return check_regular(path / MODEL_FILE)
     checkpoints = path if path.name == "checkpoints" else path / "checkpoints"
-    every = sorted((p for p in checkpoints.glob("step_*") if p.name[5:].isdigit()), key=lambda p: int(p.name[5:]))
+    named = (path for path in checkpoints.glob("step_*") if re.fullmatch("step_[0-9]+", path.name))
+    every = sorted(named, key=lambda path: int(path.name[5:]))
     whole = [p for p in every if files.is_folder(p) and files.is_regular(p / MODEL_FILE)]
     if not whole:
         raise CheckpointError(f"no model here: neither {MODEL_FILE} nor checkpoints/step_*/{MODEL_FILE}", path)

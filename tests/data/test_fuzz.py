@@ -17,6 +17,7 @@ from helpers.archives import cifar_bytes, tar_bytes, zip_bytes
 from helpers.cases import thorough
 
 from mgebm_fast.data import load
+from mgebm_fast.data.foreign import reason
 from mgebm_fast.data.sound import load_sound
 from mgebm_fast.data.video import load_video
 from mgebm_fast.errors import DataError
@@ -125,5 +126,10 @@ def test_damage_is_one_sentence(name, samples, tmp_path):
                 read(path)
             except DataError as error:
                 refused += 1
-                assert "\n" not in str(error) and str(path.parent) in str(error) or file in str(error), error
+                words = str(error)
+                assert "\n" not in words and len(words) < 1000 and (str(path.parent) in words or file in words)
     assert refused > MUTATIONS // 20
+
+
+def test_a_reader_that_quotes_the_file_is_cut_short():
+    assert len(reason(ValueError("quoted " * 1000))) < 250

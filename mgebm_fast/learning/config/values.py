@@ -20,6 +20,8 @@ def from_dict(values: Mapping[str, Any], where: str = "config") -> TrainConfig:
     A `[langevin]` table starts from no form at all, so that it gives exactly one; without the table it is
     `LangevinConfig(drift=1.0, noise_std=0.03)`.
     """
+    if not isinstance(values, Mapping):
+        raise ConfigError(f"must be a table of keys, got {values!r}", where)
     read: dict[str, Any] = {}
     for name, value in values.items():
         section = sections().get(name)

@@ -20,6 +20,7 @@ from typing import Any
 from torch import Tensor
 
 from ... import files
+from ...checks import is_int, is_number
 from ...errors import CheckpointError, DivergenceError
 from ...models.storage import MOST_JSON, STATE_FILE, check_regular, fault_of
 
@@ -92,7 +93,10 @@ def read(folder: Path) -> dict[str, Any]:
             raise CheckpointError(f"written in format {state['format']} {version}, need {FORMAT} {VERSION}", path)
         if version != 1 and state.pop("crc32", None) != checksum(state):
             raise CheckpointError("damaged or changed, its checksum is not that of what was written", path)
-        listed_files = dict(state["files"])
+        listed_files, mark, measure = dict(state["files"]), state.get("metrics"), state.get("measure")
+        numbers = is_int(state["iteration"], 0) and (mark is None or is_int(mark["bytes"], 0))
+        if not numbers or not isinstance(state.get("rollback", {}), dict) or not is_number(measure or 0):
+            raise CheckpointError("iteration, metrics, rollback or measure is not what a run writes", path)
     for name, expected in listed_files.items():
         file = folder / name
         if name != Path(name).name or name in (".", ".."):

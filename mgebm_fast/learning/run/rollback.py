@@ -171,9 +171,10 @@ class FolderStates(MemoryStates):
         self.folder = folder
 
     def best(self) -> tuple[int, float | None] | None:
-        with contextlib.suppress(CheckpointError):
-            state = checkpoint.read(self._place())
-            return int(state["iteration"]), state["measure"]
+        if files.is_folder(self._place()):
+            with contextlib.suppress(CheckpointError):
+                state = checkpoint.read(self._place())
+                return int(state["iteration"]), state.get("measure")
         return None
 
     def _place(self) -> Path:

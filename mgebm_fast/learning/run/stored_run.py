@@ -48,7 +48,7 @@ class Run:
         check_inside(self.path)
         if (self.path / checkpoint.STATE).is_file() and not (self.path / CONFIG).is_file():
             self._checkpoint = self.path
-            self.config: TrainConfig = from_dict(checkpoint.read(self.path)["config"], str(self.path))
+            self.config: TrainConfig = from_dict(checkpoint.read(self.path).get("config"), str(self.path))
         elif (self.path / CONFIG).is_file():
             self.config = load_config(self.path / CONFIG)
         else:

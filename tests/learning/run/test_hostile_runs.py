@@ -21,7 +21,7 @@ from mgebm_fast.errors import CheckpointError, ConfigError, DivergenceError
 from mgebm_fast.evaluation.page import page
 from mgebm_fast.learning import Run
 from mgebm_fast.learning.run import checkpoint, interrupts, records
-from mgebm_fast.models import Model, MultiGrid
+from mgebm_fast.models import Model, MultiGrid, storage
 
 
 @pytest.fixture
@@ -129,6 +129,33 @@ def test_any_damage_of_a_state_is_one_error(run, text):
         checkpoint.read(run / "checkpoints/step_000004")
 
 
+def forged(folder, **change):
+    """The state of a checkpoint changed, with the checksum that belongs to the change."""
+    state = {**json.loads((folder / "state.json").read_text()), **change}
+    del state["crc32"]
+    (folder / "state.json").write_text(json.dumps({**state, "crc32": checkpoint.checksum(state)}))
+    return folder
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"metrics": []}, {"metrics": {"bytes": -1}}, {"iteration": 4.0}, {"rollback": []}, {"measure": "x"}],
+)
+def test_a_state_of_other_types_is_damaged_whatever_its_checksum_says(run, change):
+    with pytest.raises(CheckpointError, match="state.json"):
+        checkpoint.read(forged(run / "checkpoints" / "step_000004", **change))
+
+
+def test_the_configuration_of_a_checkpoint_is_a_table(run):
+    with pytest.raises(ConfigError, match="step_000004: must be a table of keys, got 'none'"):
+        Run(forged(run / "checkpoints" / "step_000004", config="none"))
+
+
+def test_numbers_of_checkpoints_are_digits(run):
+    (run / "checkpoints" / "step_²").mkdir()
+    assert storage.find(run / "checkpoints").parent.name == "step_000004"
+
+
 def test_files_of_a_state_lie_in_its_folder(run):
     path = run / "checkpoints/step_000004/state.json"
     state = json.loads(path.read_text())
@@ -176,6 +203,9 @@ def test_a_final_model_has_a_checksum(run):
     for load in (Run(run).model, lambda: MultiGrid.load(run), lambda: Model.load(file)):
         with pytest.raises(CheckpointError, match="model.safetensors: damaged, its checksum"):
             load()
+    (run / "model.json").write_text('{"format": "mgebm_fast.model", "version": 1, "files": []}')
+    with pytest.raises(CheckpointError, match="cannot tell whether model.safetensors is whole .it lists none"):
+        Model.load(file)
     (run / "model.json").unlink()
     assert Model.load(file).sizes == (1, 2, 4)  # of a run from before there were checksums
 
