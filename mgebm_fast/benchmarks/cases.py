@@ -16,10 +16,11 @@ TINY_WIDTH, TINY_BATCH, TINY_STEPS = 0.25, 8, 2
 class Case:
     """A chain of one published net (`sizes` of one entry) or a cascade, or the training iteration of a preset.
 
+    Of "peers": an energy that other packages take too, a residual net at the size in `sizes`, or one of points.
     `steps` are Langevin steps a grid in one timing; of a preset that is trained as it is, they are its own (0 here).
     """
 
-    table: str  # "chains" or "training"
+    table: str  # "chains", "training" or "peers"
     name: str
     batch: int
     steps: int = 0
@@ -48,6 +49,13 @@ def _chain(name: str, size: int, batch: int, steps: int, **more) -> Case:
 
 # The released chain with the noise and the reference of the paper, so that no part of the update is left out.
 _NOISY = ("langevin.noise_scale=1.0", "langevin.reference_std=50.0")
+
+
+def _peers(full: bool) -> list[Case]:
+    return [
+        Case("peers", "toy", 1024, 100, norm="none"),
+        Case("peers", "residual", 16, 20 if full else 16, (32,), norm="none"),
+    ]
 
 
 def _cpu(full: bool) -> list[Case]:
@@ -80,7 +88,7 @@ def _cuda(full: bool) -> list[Case]:
     ]
 
 
-TABLES = ("chains", "training")
+TABLES = ("chains", "training", "peers")
 
 
 def cases(
@@ -95,7 +103,8 @@ def cases(
 
     Raises ValueError for an unknown name.
     """
-    selected = [case for case in (_cuda if device.startswith("cuda") else _cpu)(full) if case.table in tables]
+    known = (_cuda if device.startswith("cuda") else _cpu)(full) + _peers(full)
+    selected = [case for case in known if case.table in tables]
     names = [case.name for case in selected]
     for name in only:
         one_of(name, names, "case", "bench")

@@ -5,11 +5,11 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..nets import EnergyNet
 from ..sampling import Langevin
 from ..sampling.explanation import Explanation
 from . import peers
@@ -26,15 +26,16 @@ class Contender:
     name: str
     what: str
     precision: str
-    loop: Callable[[EnergyNet, nn.Module], BoundLoop]
+    loop: Callable[[Any, nn.Module], BoundLoop]
     plain: Callable[[], Loop] | None = None  # the loop to use inside PlainTrainer; None where there is none
     ours: str = ""  # the precision to ask this package for; empty: not this package
+    package: str = ""  # the module that it needs, one of peers.PACKAGES
     slow: bool = False  # compiles or needs another package: measured on demand
     wall: bool = False  # runs outside torch's streams: timed by the host's clock
 
 
 def _ours(precision: str) -> Contender:
-    def loop(net: EnergyNet, plain: nn.Module) -> BoundLoop:
+    def loop(net: nn.Module, plain: nn.Module) -> BoundLoop:
         return lambda x, dynamics: dynamics(net, x, seed=SEED, precision=precision)
 
     what = "this package, as it chooses" if precision == "auto" else f"this package, {precision}"
@@ -42,10 +43,16 @@ def _ours(precision: str) -> Contender:
 
 
 def _baseline(name: str, what: str, precision: str, make: Callable[[], Loop], slow: bool = False) -> Contender:
-    def loop(net: EnergyNet, plain: nn.Module) -> BoundLoop:
+    def loop(net: nn.Module, plain: nn.Module) -> BoundLoop:
         return functools.partial(make(), plain)
 
     return Contender(name, what, precision, loop, plain=make, slow=slow)
+
+
+def _peer(
+    name: str, what: str, loop: Callable[[Any, nn.Module], BoundLoop], package: str, wall: bool = False
+) -> Contender:
+    return Contender(name, what, "fp32", loop, package=package, slow=True, wall=wall)
 
 
 CONTENDERS = {
@@ -58,13 +65,15 @@ CONTENDERS = {
         _baseline("bf16_cast_loop", "plain_loop, net cast to bf16", "bf16", lambda: bf16_cast_loop),
         _baseline("compile_fp32", "torch.compile of the step", "fp32", lambda: CompiledLoop(torch.float32), slow=True),
         _baseline("compile_bf16", "the same, net in bf16", "bf16", lambda: CompiledLoop(torch.bfloat16), slow=True),
-        Contender("torchebm", "TorchEBM's LangevinDynamics", "fp32", peers.torchebm_loop, slow=True),
-        Contender("posteriors", "posteriors' SGLD", "fp32", peers.posteriors_loop, slow=True),
-        Contender("jax_scan", "JAX, one jitted lax.scan", "fp32", peers.jax_loop, slow=True, wall=True),
+        _peer("torchebm", "TorchEBM's LangevinDynamics", peers.torchebm_loop, "torchebm"),
+        _peer("ebmkit", "ebmkit's LangevinDynamics", peers.ebmkit_loop, "ebm"),
+        _peer("posteriors", "posteriors' SGLD", peers.posteriors_loop, "posteriors"),
+        _peer("jax_scan", "JAX, one jitted lax.scan", peers.jax_loop, "jax", wall=True),
     )
 }
 OURS, BASELINE = "mgebm_auto", "plain_loop"
 QUICK = tuple(name for name, contender in CONTENDERS.items() if not contender.slow)
+PEERS = ("mgebm_auto", "mgebm_fp32", "plain_loop", "torchebm", "ebmkit", "posteriors")  # of nets that all can take
 
 
 def precision_of(contender: Contender, explained: Explanation | None, device: str) -> str:
@@ -77,6 +86,12 @@ def precision_of(contender: Contender, explained: Explanation | None, device: st
     if theirs and precision == "fp32" and device.startswith("cuda") and torch.backends.cudnn.allow_tf32:
         return "tf32"
     return precision
+
+
+def described(contender: Contender, explained: Explanation | None) -> str:
+    """What ran: of this package's chains what `explain` says, of another package's its version too."""
+    package = f" ({peers.version(contender.package)})" if contender.package else ""
+    return str(explained) if explained is not None else contender.what + package
 
 
 def explain(contender: Contender, net: nn.Module, x: Tensor, dynamics: Langevin) -> Explanation | None:

@@ -1,10 +1,11 @@
-"""The same chain in other packages, where they are installed: TorchEBM, posteriors, and a `lax.scan` in JAX.
+"""The same chain in other packages, where they are installed: TorchEBM, ebmkit, posteriors, a `lax.scan` in JAX.
 
 Each is a factory: (energy net, plain net of the same weights) -> loop(x, dynamics). ModuleNotFoundError where missing.
 """
 
 from __future__ import annotations
 
+import importlib.metadata
 import math
 import os
 import warnings
@@ -18,7 +19,13 @@ from ..nets import EnergyNet
 from ..sampling import Langevin
 
 BoundLoop = Callable[[Tensor, Langevin], Tensor]
-PACKAGES = {"torchebm": "torchebm==0.8.9", "posteriors": "posteriors==0.1.3", "jax": "jax"}
+PACKAGES = {"torchebm": "torchebm==0.8.9", "ebm": "ebmkit==0.16.0", "posteriors": "posteriors==0.1.3", "jax": "jax"}
+
+
+def version(module: str) -> str:
+    """`torchebm 0.8.9`: the distribution of a module of PACKAGES and the version that is installed."""
+    name = PACKAGES[module].partition("==")[0]
+    return f"{name} {importlib.metadata.version(name)}"
 
 
 def _potential(energy: nn.Module, x: Tensor, dynamics: Langevin) -> Tensor:
@@ -37,7 +44,7 @@ def _temperature(dynamics: Langevin) -> float:
     return numbers.noise_std**2 / (2 * numbers.drift)
 
 
-def torchebm_loop(net: EnergyNet, plain: nn.Module) -> BoundLoop:
+def torchebm_loop(net: nn.Module, plain: nn.Module) -> BoundLoop:
     """TorchEBM's LangevinDynamics: x − η∇U + √(2η)·noise_scale·ε, with its own clamp."""
     from torchebm.core import BaseModel
     from torchebm.samplers import LangevinDynamics
@@ -64,7 +71,21 @@ def torchebm_loop(net: EnergyNet, plain: nn.Module) -> BoundLoop:
     return loop
 
 
-def posteriors_loop(net: EnergyNet, plain: nn.Module) -> BoundLoop:
+def ebmkit_loop(net: nn.Module, plain: nn.Module) -> BoundLoop:
+    """ebmkit's LangevinDynamics: x − η∇U + σ·ε, with its own clamp; its bound on ∇U would bound the reference too."""
+    from ebm import LangevinDynamics
+
+    def loop(x: Tensor, dynamics: Langevin) -> Tensor:
+        numbers = dynamics.update()
+        _temperature(dynamics)
+        sampler = LangevinDynamics(numbers.drift, dynamics.steps, noise_scale=numbers.noise_std, clamp=dynamics.clamp)
+        plain.requires_grad_(False)
+        return sampler.sample(lambda images: _potential(plain, images, dynamics), x)
+
+    return loop
+
+
+def posteriors_loop(net: nn.Module, plain: nn.Module) -> BoundLoop:
     """posteriors' SGLD with the images as its parameters: x + lr ∇log p + √(2·T·lr)·ε; the clamp is ours to add."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of its import, about a later version of tensordict
@@ -88,11 +109,13 @@ def posteriors_loop(net: EnergyNet, plain: nn.Module) -> BoundLoop:
     return loop
 
 
-def jax_loop(net: EnergyNet, plain: nn.Module) -> BoundLoop:
+def jax_loop(net: nn.Module, plain: nn.Module) -> BoundLoop:
     """One jitted `lax.scan` over the steps, NHWC, XLA's own convolutions, in its default precision.
 
     Tensors pass by DLPack, without a copy through the host; a JAX without the GPU that x is on raises.
     """
+    if not isinstance(net, EnergyNet):
+        raise TypeError("written for stacks of convolutions alone")
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     import jax
     import jax.numpy as jnp

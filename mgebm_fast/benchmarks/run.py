@@ -11,8 +11,8 @@ from .. import __version__
 from ..checks import one_of
 from .busy import gpu_busy_percent
 from .cases import Case
-from .chains import ChainBench
-from .contenders import BASELINE, CONTENDERS, QUICK, Contender
+from .chains import ChainBench, PeerBench
+from .contenders import BASELINE, CONTENDERS, PEERS, QUICK, Contender
 from .gate import WrongGradientError
 from .loops import CompiledLoop
 from .report import Row
@@ -21,11 +21,15 @@ from .timing import Run, Timing, device_name, matrix_rate, measure
 Tell = Callable[[str], object]
 
 
-def choose(names: Sequence[str] = (), *, full: bool = False) -> list[Contender]:
-    """The contenders of these names and plain_loop; else those that need no compiler and no other package, or all."""
+def choose(names: Sequence[str] = (), *, full: bool = False, table: str = "") -> list[Contender]:
+    """The contenders of these names and plain_loop; else those that need no compiler and no other package, or all.
+
+    Of the table "peers" the other packages beside this one and plain_loop.
+    """
     for name in names:
         one_of(name, CONTENDERS, "contender", "bench")
-    wanted = {*names, BASELINE} if names else set(CONTENDERS) if full else set(QUICK)
+    usual = PEERS if table == "peers" else CONTENDERS if full else QUICK
+    wanted = {*names, BASELINE} if names else set(usual)
     return [contender for name, contender in CONTENDERS.items() if name in wanted]
 
 
@@ -43,7 +47,7 @@ def run_case(
 
     A contender whose gradient is wrong, whose package is missing or that runs out of memory has a row without figures.
     """
-    contenders = choose() if contenders is None else contenders
+    contenders = choose(table=case.table) if contenders is None else contenders
     tell(f"{case.name}: gradients in float64")
     CompiledLoop.forget()
     if device.startswith("cuda"):
@@ -53,7 +57,7 @@ def run_case(
 
         bench: ChainBench | TrainingBench = TrainingBench(case, device)
     else:
-        bench = ChainBench(case, device)
+        bench = (PeerBench if case.table == "peers" else ChainBench)(case, device)
     rows: dict[str, Row] = {}
     runs: dict[str, Run] = {}
     common = _common(case, bench, device)
@@ -92,7 +96,7 @@ def run_case(
 
 
 def _common(case: Case, bench, device: str) -> dict:
-    chains = case.table == "chains"
+    chains = case.table != "training"
     steps = [case.steps] if chains else [chain.steps for chain in bench.dynamics]
     return {
         "unit": "step" if chains else "update",

@@ -19,12 +19,13 @@ if TYPE_CHECKING:
 
 _LOG_WIDTH = 100
 _EMULATED = 8.0  # times slower than float32: 16 bits are emulated
-_TABLES = ("chains", "training", "ops")
+_TABLES = ("chains", "training", "peers", "ops")
 
 
 def bench(
     tables: Annotated[
-        list[str] | None, typer.Argument(metavar="[chains] [training] [ops]", help="Default: chains; --full: all.")
+        list[str] | None,
+        typer.Argument(metavar="[chains] [training] [peers] [ops]", help="Default: chains; --full: all."),
     ] = None,
     full: Annotated[
         bool, typer.Option("--full", help="All cases, contenders and tables, and more rounds; leave it alone for long.")
@@ -54,6 +55,7 @@ def bench(
     Examples:
       mgebm bench                              chains, the quick way: a minute or two on two cores
       mgebm bench training                     whole training iterations
+      mgebm bench peers                        a residual net and a toy, beside TorchEBM, ebmkit and posteriors
       mgebm bench --only cascade --against compile_bf16
       mgebm bench --full --csv results --plot  everything, with CSV files and pictures
       mgebm bench --list
@@ -82,9 +84,9 @@ def bench(
 
     place = str(find_device(device))
     if only and tables is None:
-        named = ["chains", "training"]
+        named = ["chains", "training", "peers"]
     chosen = cases([name for name in named if name != "ops"], device=place, only=only or (), full=full, tiny=tiny)
-    contenders = choose(against or (), full=full)
+    wanted = {case.table: choose(against or (), full=full, table=case.table) for case in chosen}
     if list_all:
         _list(cases(device=place, full=True), json)
         return
@@ -92,7 +94,7 @@ def bench(
         raise ValueError(f"--plot: {reason}")
     with_ops = _wants_ops(named, tables, only, tiny)
     pictures = (csv or Path()) if plot else None
-    rows, peak = _measure(chosen, contenders, place, full=full, csv=csv, pictures=pictures, quiet=json, tiny=tiny)
+    rows, peak = _measure(chosen, wanted, place, full=full, csv=csv, pictures=pictures, quiet=json, tiny=tiny)
     ops = _ops(csv, pictures, json) if with_ops else []
     if json:
         result = {"ceilings": peak, "rows": [dataclasses.asdict(row) for row in rows], "ops": ops}
@@ -114,14 +116,16 @@ def _wants_ops(named: list[str], tables: list[str] | None, only: list[str] | Non
 
 
 def _measure(
-    chosen: list[Case], contenders: list[Contender], device: str, *, full: bool, csv: Path | None,
+    chosen: list[Case], wanted: dict[str, list[Contender]], device: str, *, full: bool, csv: Path | None,
     pictures: Path | None, quiet: bool, tiny: bool,
 ) -> tuple[list[Row], dict[str, float]]:  # fmt: skip
     """The rows of all cases, shown and stored as they come, and the machine's measured ceilings."""
     if not chosen:
         return [], {}
+    import torch
     from rich.console import Console
 
+    from .. import __version__
     from ..benchmarks import picture
     from ..benchmarks.report import console_table, write_csv
     from ..benchmarks.run import choose, run_case
@@ -137,10 +141,11 @@ def _measure(
     if not quiet:
         rates = ", ".join(f"{name} {rate / 1e9:,.0f} GFLOP/s" for name, rate in peak.items() if name != "copy")
         best = f"; at best {rates}; copy {peak['copy'] / 1e9:,.1f} GB/s" if peak else ""
-        out.print(f"{device_name(device)}{best}\n", highlight=False, soft_wrap=True)
-    if peak.get("bf16", math.inf) < peak.get("fp32", 0.0) / _EMULATED and contenders == choose():
-        left_out = [contender.name for contender in contenders if contender.precision == "bf16"]
-        contenders = [contender for contender in contenders if contender.name not in left_out]
+        versions = f"mgebm_fast {__version__}, torch {torch.__version__}"
+        out.print(f"{device_name(device)}; {versions}{best}\n", highlight=False, soft_wrap=True)
+    left_out: list[str] = []
+    if peak.get("bf16", math.inf) < peak.get("fp32", 0.0) / _EMULATED and choose() in wanted.values():
+        left_out = [contender.name for contender in choose() if contender.precision == "bf16"]
         typer.echo(
             f"{', '.join(left_out)}: left out, this CPU has no arithmetic of 16 bits and takes minutes for a chain; "
             f"--against {left_out[0]} measures it",
@@ -151,8 +156,8 @@ def _measure(
     for done, case in enumerate(chosen, start=1):
         with _Progress(len(chosen) + 1, done) as progress:
             measured = run_case(
-                case, device=device, contenders=contenders, rounds=rounds, seconds=seconds, least=least,
-                tell=progress.tell,
+                case, device=device, rounds=rounds, seconds=seconds, least=least, tell=progress.tell,
+                contenders=[contender for contender in wanted[case.table] if contender.name not in left_out],
             )  # fmt: skip
         rows += measured
         if not quiet:
@@ -171,11 +176,13 @@ def _measure(
 
 
 def _note(row: Row) -> str:
-    """What a table has no column for: why there is no figure, and which plan our chain ran."""
+    """What a table has no column for: why there is no figure, which plan ran, which version of a package."""
     if not row.ok:
         return row.status
+    from ..benchmarks.contenders import CONTENDERS
+
     busy = "" if row.gpu_busy_percent is None else f"GPU busy {row.gpu_busy_percent:.0f} %; "
-    return busy + (_plan(row.explain) if row.contender.startswith("mgebm") else "")
+    return busy + (_plan(row.explain) or (row.explain if CONTENDERS[row.contender].package else ""))
 
 
 def _plan(explained: str) -> str:

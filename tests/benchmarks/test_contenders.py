@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib.util
 import math
 
 import pytest
@@ -11,9 +12,11 @@ import torch
 import mgebm_fast as mg
 from mgebm_fast.benchmarks import cases
 from mgebm_fast.benchmarks.chains import ChainBench
-from mgebm_fast.benchmarks.contenders import CONTENDERS, QUICK, precision_of
+from mgebm_fast.benchmarks.contenders import CONTENDERS, PEERS, QUICK, precision_of
 from mgebm_fast.benchmarks.gate import WrongGradientError, check, gradient64, gradient_of, relative_error
 from mgebm_fast.benchmarks.loops import plain_loop, plain_net, seed_loop
+from mgebm_fast.benchmarks.peers import PACKAGES, version
+from mgebm_fast.benchmarks.run import run_case
 from mgebm_fast.benchmarks.training import TrainingBench
 from mgebm_fast.benchmarks.work import macs_inside
 from mgebm_fast.gradient import PlanReport
@@ -76,16 +79,28 @@ def test_the_gradient_is_read_off_a_chain(name, norm):
     assert relative_error([got], [expected]) < limit
 
 
-@pytest.mark.parametrize("name", ["torchebm", "posteriors", "jax"])
+@pytest.mark.parametrize("name", ["torchebm", "ebmkit", "posteriors", "jax_scan"])
 def test_another_package_runs_the_same_chain(name):
-    pytest.importorskip(name)
-    contender = CONTENDERS["jax_scan" if name == "jax" else name]
+    contender = CONTENDERS[name]
+    pytest.importorskip(contender.package)
     net, x = energy_net(), images()
     loop = contender.loop(net, plain_net(net))
     assert relative_error([gradient_of(loop, x)], [gradient64(plain_net(net).double(), x)]) < 1e-5
     dynamics = mg.Langevin(steps=4, drift=1e-9, noise_std=0.5)
     many = images(500)
     assert float((loop(many, dynamics) - many).std()) == pytest.approx(1.0, rel=0.02)
+
+
+@pytest.mark.parametrize("name", ["residual", "toy"])
+def test_an_energy_that_every_package_takes(name):
+    (case,) = cases(("peers",), only=[name], tiny=True)
+    rows = {row.contender: row for row in run_case(case, rounds=1)}
+    assert tuple(rows) == PEERS and rows["plain_loop"].ok and rows["mgebm_fp32"].ok
+    assert rows["mgebm_fp32"].gradient_error < 1e-5 and rows["plain_loop"].gflops > 0
+    for row in rows.values():  # of a package that is there its version, of another how to get it
+        package = CONTENDERS[row.contender].package
+        there = package and importlib.util.find_spec(package)
+        assert not package or (version(package) in row.explain if there else PACKAGES[package] in row.status)
 
 
 def test_the_work_of_a_step_is_the_published_one():
