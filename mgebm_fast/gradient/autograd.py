@@ -22,12 +22,23 @@ _NAMES = {torch.float64: "fp64", torch.float32: "fp32", torch.bfloat16: "bf16", 
 
 
 def ask(energy: Callable[[Tensor], Tensor], x: Tensor, where: str) -> Tensor:
-    """energy(x); TypeError where its weights have another dtype than x (torch's own error names only a layer)."""
+    """energy(x); TypeError or ValueError where its weights have another dtype than x or lie on another device (torch's
+    own error names only an op)."""
     try:
         return energy(x)
     except RuntimeError as error:
-        types = _weight_types(energy)
-        if isinstance(error, torch.OutOfMemoryError) or not types or x.dtype in types:
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
+        weights = _weights(energy)
+        name, elsewhere = next(((name, w) for name, w in weights if w.device.type != x.device.type), ("", x))
+        if name:
+            what = "load values into it" if elsewhere.is_meta else f"energy.to({str(x.device)!r}) moves it"
+            raise ValueError(
+                f"{where}: energy must have its weights on {x.device}, as x is, got {name} on {elsewhere.device}; "
+                f"{what}"
+            ) from error
+        types = _floats(weights)
+        if not types or x.dtype in types:
             raise
         name = str(types[0]).removeprefix("torch.")
         raise TypeError(
@@ -36,10 +47,18 @@ def ask(energy: Callable[[Tensor], Tensor], x: Tensor, where: str) -> Tensor:
         ) from error
 
 
-def _weight_types(energy: Callable[[Tensor], Tensor]) -> list[torch.dtype]:
-    """The floating-point types of the weights that an energy reaches."""
-    weights = {p.dtype for module in modules_of(energy) for p in module._parameters.values() if p is not None}
-    return [dtype for dtype in _NAMES if dtype in weights]
+def _weights(energy: Callable[[Tensor], Tensor]) -> list[tuple[str, Tensor]]:
+    """The parameters and buffers that an energy reaches, with their names."""
+    if isinstance(energy, torch.nn.Module) and (own := [*energy.named_parameters(), *energy.named_buffers()]):
+        return own
+    held = ((type(module).__name__, {**module._parameters, **module._buffers}) for module in modules_of(energy))
+    return [(f"{kind}.{name}", w) for kind, found in held for name, w in found.items() if w is not None]
+
+
+def _floats(weights: list[tuple[str, Tensor]]) -> list[torch.dtype]:
+    """The floating-point types of the parameters among weights, the widest first."""
+    found = {w.dtype for _, w in weights if w.dtype.is_floating_point and isinstance(w, torch.nn.Parameter)}
+    return sorted(found, key=lambda dtype: (-torch.finfo(dtype).bits, str(dtype)))
 
 
 class AutogradPlan(GradientPlan):
@@ -84,7 +103,8 @@ class AutogradPlan(GradientPlan):
     def _computes_in(self) -> str:
         if torch.is_autocast_enabled(self._device):
             return f"{_NAMES.get(torch.get_autocast_dtype(self._device), 'a type')} by autocast"
-        return " and ".join(_NAMES[dtype] for dtype in _weight_types(self._energy)) or "fp32"
+        types = _floats(_weights(self._energy))
+        return " and ".join(_NAMES.get(dtype, str(dtype)) for dtype in types) or "fp32"
 
     def _check(self, energies: Tensor, x: Tensor) -> None:
         if not isinstance(energies, Tensor):

@@ -16,7 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.parameter import is_lazy
 
+from ..errors import Refused
 from .reach import modules_of
 
 _lock = threading.RLock()
@@ -45,6 +47,10 @@ def frozen_parameters(energy: Callable[..., Any]) -> Iterator[None]:
     alone: the gradient in x is the same.
     """
     modules = [module for module in modules_of(energy) if _moves(module)]
+    for module in modules:
+        if any(map(is_lazy, (*module._parameters.values(), *module._buffers.values()))):
+            kind = type(module).__name__
+            raise Refused("energy", "be called on x once before, which makes its weights", f"a {kind} without", "chain")
     if not modules:  # frozen already, and without buffers
         yield
         return

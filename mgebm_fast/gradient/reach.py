@@ -1,17 +1,21 @@
 """The modules that an energy runs, wherever it keeps them: itself, a closure, a partial, a bound method, a container.
 
 Python does not say which objects a call reaches. What is searched is what code commonly holds modules in: closure
-cells, defaults and named globals of functions, arguments of partials, owners of bound methods, items of containers, and
-attributes of objects, each of these in turn.
+cells, defaults, attributes and named globals of functions, arguments of partials, owners of bound methods, items of
+containers, attributes of objects and of their classes, methods and properties of these, hooks, weak references and
+context variables, each of these in turn.
 """
 
 from __future__ import annotations
 
 import collections
 import contextlib
+import contextvars
 import functools
 import itertools
+import sys
 import types
+import weakref
 from collections.abc import Hashable, Iterable, Iterator, Mapping
 from typing import Any
 
@@ -19,9 +23,11 @@ import numpy as np
 import torch
 from torch import nn
 
+from .trust import HOOKS
+
 # Never searched: plain values, and objects that hold no modules of the user's.
 _LEAVES = (
-    str, bytes, int, float, complex, bool, type(None), type, torch.Tensor, torch.dtype, torch.device, torch.Generator,
+    str, bytes, int, float, complex, bool, type(None), torch.Tensor, torch.dtype, torch.device, torch.Generator,
     np.ndarray, np.generic, types.BuiltinFunctionType, types.CodeType,
 )  # fmt: skip
 _LIBRARIES = ("torch", "numpy", "builtins")
@@ -50,33 +56,70 @@ def modules_of(energy: Any) -> Iterator[nn.Module]:
 def _held_by(value: Any) -> Iterable[Any]:
     kind: Any = type(value)
     if isinstance(value, nn.Module):
-        children = list(value._modules.values())
-        if _of_a_library(kind):
-            return children
-        return children + [held for name, held in vars(value).items() if name not in _OWN]
+        own = vars(value)
+        found = list(own["_modules"].values())
+        for name in HOOKS:
+            if own[name]:
+                found += own[name].values()
+        if not _of_a_library(kind):
+            found += [held for name, held in own.items() if name not in _OWN]
+            found += _classes(kind)
+        return found
+    if isinstance(value, type):
+        return _held_by_classes(_classes(value))
     if isinstance(value, types.FunctionType):
         return _held_by_function(value)
     if isinstance(value, types.MethodType):
         return (value.__self__, value.__func__)
-    if isinstance(value, functools.partial):
-        return (value.func, *value.args, *value.keywords.values())
-    if isinstance(value, Mapping):
-        return itertools.islice(value.values(), _MOST)
-    if isinstance(value, (list, tuple, set, frozenset, collections.deque)):
-        return itertools.islice(value, _MOST)
-    if isinstance(value, types.ModuleType) or _of_a_library(kind):
-        return ()
-    call = getattr(kind, "__call__", None)  # noqa: B004
+    if isinstance(value, (staticmethod, classmethod)):
+        return (value.__func__,)
+    if isinstance(value, (property, functools.cached_property)):
+        return (value.fget if isinstance(value, property) else value.func,)
+    if isinstance(value, weakref.ref):
+        return (value(),)
+    if isinstance(value, contextvars.ContextVar):
+        return (value.get(None),)
     attributes = list(getattr(value, "__dict__", {}).values())
+    if isinstance(value, functools.partial):
+        return (value.func, *value.args, *value.keywords.values(), *attributes)
+    if isinstance(value, Mapping):
+        attributes += itertools.islice(value.values(), _MOST)
+    elif isinstance(value, (list, tuple, set, frozenset, collections.deque)):
+        attributes += itertools.islice(value, _MOST)
+    elif isinstance(value, types.ModuleType) or _of_a_library(kind):
+        return ()
     for base in kind.__mro__:
         slots = base.__dict__.get("__slots__", ())
         attributes += [getattr(value, name, None) for name in ((slots,) if isinstance(slots, str) else slots)]
-    return [*attributes, *([call] if isinstance(call, types.FunctionType) else [])]
+    return [*attributes, *_classes(kind)]
+
+
+def _held_by_classes(classes: Iterable[type]) -> list[Any]:
+    """Their attributes, methods and properties."""
+    return [
+        held
+        for kind in classes
+        for name, held in vars(kind).items()
+        if not name.startswith("__") or isinstance(held, types.FunctionType)
+    ]
+
+
+@functools.lru_cache(maxsize=1024)
+def _classes(kind: Any) -> tuple[type, ...]:
+    """Those of the user's among a class, its class and what it comes from."""
+    return tuple(base for base in (*kind.__mro__, type(kind)) if not _known(base))
 
 
 @functools.lru_cache(maxsize=1024)
 def _of_a_library(kind: Hashable) -> bool:  # a class
     return _is_of_a_library(kind)
+
+
+def _known(code: Any) -> bool:
+    """Whether a class or function is of this package, a library or the standard library: it names no modules of the
+    user's."""
+    name = str(getattr(code, "__module__", "")).partition(".")[0]
+    return name in _LIBRARIES or name in sys.stdlib_module_names or name == __name__.partition(".")[0]
 
 
 def _is_of_a_library(value: Any) -> bool:
@@ -85,22 +128,25 @@ def _is_of_a_library(value: Any) -> bool:
 
 
 def _held_by_function(function: types.FunctionType) -> list[Any]:
-    found = [getattr(function, "__wrapped__", None), *(function.__defaults__ or ())]
+    found = [*vars(function).values(), *(function.__defaults__ or ())]
     found += (function.__kwdefaults__ or {}).values()
     for cell in function.__closure__ or ():
         with contextlib.suppress(ValueError):  # not assigned yet
             found.append(cell.cell_contents)
-    if _is_of_a_library(function):
+    if _known(function):
         return found
     names = _names(function.__code__)
-    for value in (function.__globals__.get(name) for name in names):
-        if isinstance(value, types.ModuleType) and not _is_of_a_library(value):
-            found += [vars(value).get(name) for name in names]  # `settings.net(x)`
-        else:
-            found.append(value)
+    found += [function.__globals__.get(name) for name in names]
+    modules = [value for value in found if isinstance(value, types.ModuleType)]
+    for module in modules:  # `settings.nets.net(x)`
+        if not _is_of_a_library(module):
+            held = [vars(module).get(name) for name in names]
+            modules += [value for value in held if isinstance(value, types.ModuleType) and value not in modules]
+            found += held
     return found
 
 
+@functools.lru_cache(maxsize=1024)
 def _names(code: types.CodeType) -> set[str]:
     """The global and attribute names of a function's code and of those defined inside it."""
     inner = (constant for constant in code.co_consts if isinstance(constant, types.CodeType))

@@ -7,6 +7,7 @@ may not be split, and exact chains, which accept samples one by one, have anothe
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -30,8 +31,10 @@ def coupling(energy: Any, x: Tensor | None = None) -> str:  # x: (N, ...), of wh
     A module answers by what its layers are. Other code is asked for the energies of four samples, in pairs and
     together, at noisy x so that equal samples cannot hide it; without x, the modules that it reaches answer.
     """
+    if reason := _of_layers(energy, _couples):
+        return reason
     reason = next(filter(None, map(_couples, modules_of(energy))), "")
-    if x is None or (reason and (isinstance(energy, nn.Module) or len(x) < 2)) or isinstance(read(energy, x), Stack):
+    if x is None or (reason and len(x) < 2) or isinstance(read(energy, x), Stack):
         return reason
     together, again, apart = _asked(energy, x)
     if together.numel() == 0 or not _agree(together, again):  # it refuses to be asked, or is random
@@ -44,13 +47,20 @@ def randomness(energy: Any, x: Tensor | None = None) -> str:
 
     A module answers by what its layers are, and other code is asked twice, as in `coupling`.
     """
+    if reason := _of_layers(energy, _draws):
+        return reason
     reason = next(filter(None, map(_draws, modules_of(energy))), "")
-    if x is None or (reason and isinstance(energy, nn.Module)) or isinstance(read(energy, x), Stack):
+    if x is None or isinstance(read(energy, x), Stack):
         return reason
     together, again, _ = _asked(energy, x)
     if together.numel() == 0:
         return reason
     return "" if _agree(together, again) else reason or "the energy of one x changes from call to call"
+
+
+def _of_layers(energy: Any, why: Callable[[nn.Module], str]) -> str:
+    """What `why` says of the first of a module's layers that it says something of."""
+    return next(filter(None, map(why, energy.modules() if isinstance(energy, nn.Module) else ())), "")
 
 
 def _couples(module: nn.Module) -> str:

@@ -1,3 +1,4 @@
+import copy
 import dataclasses
 import weakref
 
@@ -295,7 +296,15 @@ def test_what_explain_says_is_true_and_what_a_run_refuses_it_refuses():
     said = dynamics.explain(lambda x: low(x.bfloat16()), x)
     assert (said.precision, said.randomness) == ("bf16", "")
     assert torch.isfinite(dynamics(lambda x: low(x.bfloat16()), x)).all()
-    for wrong, message in ((low, "energy must take float32 x, got one with bfloat16 weights"), (torch.sum, "shape")):
+    lazy = torch.nn.Sequential(torch.nn.LazyLinear(1), torch.nn.Flatten(0))
+    nowhere = copy.deepcopy(linear).to("meta")
+    for wrong, message in (
+        (low, "energy must take float32 x, got one with bfloat16 weights"),
+        (torch.sum, "shape"),
+        (nowhere, "energy must have its weights on cpu, as x is, got 0.weight on meta"),
+        (lambda x: nowhere(x), "energy must have its weights on cpu, as x is, got Linear.weight on meta"),
+        (lazy, "energy must be called on x once before, which makes its weights, got a LazyLinear"),
+    ):
         for call in (dynamics.explain, dynamics, mg.MALA(2, 0.1), mg.MALA(2, 0.1).explain):
             with pytest.raises((TypeError, ValueError), match=message):
                 call(wrong, x)

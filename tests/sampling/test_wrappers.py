@@ -1,8 +1,10 @@
 """Nets behind lambdas, partials, methods and containers: a chain leaves no trace in them, and asks them as if bare."""
 
+import contextvars
 import dataclasses
 import functools
 import threading
+import weakref
 
 import pytest
 import torch
@@ -68,6 +70,44 @@ class Outside(nn.Module):
         return self.parts[0]["net"][0](x)
 
 
+class Roundabout(dict):
+    """A net at its class, found by a property that a method uses; and its base has attributes beside its items."""
+
+    @property
+    def net(self):
+        return type(self).nets[0]()
+
+    def energy(self, x):
+        return self.net(x)
+
+    def __call__(self, x):
+        return self.energy(x)
+
+
+def roundabout(net):
+    Roundabout.nets = [weakref.ref(net)]
+    return Roundabout()
+
+
+def hooked(net):
+    module = nn.Identity()
+    module.register_forward_hook(lambda module, inputs, out: net(out))
+    return module
+
+
+def of_a_variable(net):
+    variable = contextvars.ContextVar("net")
+    variable.set(net)
+    energy = functools.partial(lambda x: energy.net.get()(x))
+    energy.net = variable
+    return energy
+
+
+class OfGlobals(nn.Module):
+    def forward(self, x):
+        return GLOBAL(x)
+
+
 def slotted(net):
     holder = Slotted()
     holder.net = net
@@ -94,6 +134,9 @@ WRAPPERS = {
     "negative of a lambda": lambda net: mg.negative(lambda x: net(x)),
     "wraps": lambda net: functools.wraps(net.forward)(lambda x: net(x)),
     "lru_cache": lambda net: functools.lru_cache(maxsize=None)(lambda x: net(x)),
+    "property": roundabout,
+    "hook": hooked,
+    "variable": of_a_variable,
 }
 
 
@@ -119,7 +162,7 @@ def test_a_wrapped_net_is_held_as_a_bare_one(name):
 
 def test_globals_and_defaults_are_reached():
     x, before = torch.randn(4, 3, 4, 4), state_of(GLOBAL)
-    for energy in (by_default, lambda x: GLOBAL(x)):
+    for energy in (by_default, lambda x: GLOBAL(x), OfGlobals()):
         mg.langevin_sample(energy, x, steps=2, step_size=0.1, seed=0)
         assert all(torch.equal(value, before[key]) for key, value in GLOBAL.state_dict().items())
 
@@ -213,3 +256,18 @@ def test_modules_that_an_energy_reaches_and_does_not_run_do_not_couple_it():
     x, adversary = torch.randn(4, 2, 3), Adversary()
     assert coupling(adversary.energy, x) == randomness(adversary.energy, x) == ""
     assert mg.MALA(2, 0.1)(adversary.energy, x, seed=0).accepted.shape == (2, 4)
+
+
+class Trainer(nn.Module):
+    """An energy whose class names a net that has nothing to do with it."""
+
+    def forward(self, x):
+        return x.square().flatten(1).sum(1)
+
+    def loss(self, x):
+        return GLOBAL(x)
+
+
+def test_a_net_that_is_reached_and_not_run_decides_nothing():
+    energy, x = Trainer(), torch.randn(4, 3, 4, 4)
+    assert GLOBAL in list(modules_of(energy)) and coupling(energy, x) == randomness(energy, x) == ""
