@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import ast
+import functools
 import re
 import sys
 from pathlib import Path
-
-import pytest
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -56,12 +55,18 @@ def level_of(module: str) -> int | None:
     return None
 
 
+@functools.cache
+def tree(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"))
+
+
+@functools.cache
 def imports(module: str) -> set[str]:
     """The modules of the package that a file imports, wherever in the file it does, for a type checker alone too."""
     path = MODULES[module]
     package = ["mgebm_fast", *path.relative_to(SOURCES).parts[:-1]]
     found = set()
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    for node in ast.walk(tree(path)):
         if isinstance(node, ast.ImportFrom):
             base = package[: len(package) - node.level + 1] if node.level else []
             source = [*base, *(node.module.split(".") if node.module else [])]
@@ -77,12 +82,17 @@ def imports(module: str) -> set[str]:
     return {name for name in found if name in MODULES or name == "kernels"} - {module}
 
 
-@pytest.mark.parametrize("module", MODULES)
-def test_imports_point_downward(module):
-    own = level_of(module)
-    assert own is not None or module in ("presets", "shipped"), f"{module} belongs to no layer of LAYERS"
-    wrong = sorted(name for name in imports(module) if own is not None and (level_of(name) or 99) < own)
-    assert not wrong, f"{module} imports {', '.join(wrong)}, which stand above it"
+def test_imports_point_downward():
+    levels = {module: level_of(module) for module in MODULES}
+    assert {module for module, level in levels.items() if level is None} <= {"presets", "shipped"}, "of no layer"
+    above = [
+        f"{module} imports {name}, which stands above it"
+        for module, own in levels.items()
+        if own is not None
+        for name in sorted(imports(module))
+        if (level_of(name) or 99) < own
+    ]
+    assert not above
 
 
 def test_no_circles():
@@ -109,10 +119,11 @@ def test_no_circles():
 MOST_LINES, MOST_FILES, MOST_PARAMETERS = 350, 16, 8
 
 
-@pytest.mark.parametrize("module", MODULES)
-def test_files_stay_readable(module):
-    lines = len(MODULES[module].read_text(encoding="utf-8").splitlines())
-    assert lines <= MOST_LINES, f"{module} has {lines} lines: one subject a file"
+def test_files_stay_readable():
+    """One subject a file: of the package, of csrc/ and of kernels/."""
+    sources = [path for folder in ("csrc", "kernels") for path in (ROOT / folder).rglob("*.*")]
+    lines = {path: len(path.read_text(encoding="utf-8").splitlines()) for path in [*MODULES.values(), *sources]}
+    assert {path: count for path, count in lines.items() if count > MOST_LINES} == {}
 
 
 def test_folders_answer_one_question_each():
@@ -148,11 +159,12 @@ def spelt_out(function: ast.FunctionDef, owner: ast.ClassDef | None) -> bool:
     return public and bool(documented) and len(function.args.posonlyargs) + len(function.args.args) <= 5
 
 
-@pytest.mark.parametrize("module", [module for module in MODULES if not module.startswith("ops.")])
-def test_functions_take_few_parameters(module):
+def test_functions_take_few_parameters():
     """Three kinds are exempt: commands, public signatures that spell their options out, and the layers of an op
     (`ops/`), which repeat its schema argument by argument because torch passes it so."""
-    for function, owner in functions(ast.parse(MODULES[module].read_text(encoding="utf-8"))):
+    modules = {module: path for module, path in MODULES.items() if not module.startswith("ops.")}
+    found = [(module, *each) for module, path in modules.items() for each in functions(tree(path))]
+    for module, function, owner in found:
         names = [arg.arg for arg in (*function.args.posonlyargs, *function.args.args, *function.args.kwonlyargs)]
         count = len([name for name in names if not (owner is not None and name in ("self", "cls"))])
         exempt = count <= MOST_PARAMETERS or is_command(function) or spelt_out(function, owner)

@@ -21,6 +21,7 @@ from mgebm_fast.ops.backend import TABLE
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 DOCS = ROOT / "docs"
+GROUP = get_command(app)
 DOCUMENTS = [*sorted(ROOT.glob("*.md")), *sorted(DOCS.rglob("*.md"))]
 
 
@@ -115,8 +116,7 @@ def test_links_lead_somewhere(path):
 
 def parse(words: list[str]) -> None:
     """What `mgebm WORDS` means is taken apart as the program does, and not run; --set and presets are looked at too."""
-    group = get_command(app)
-    command = group.commands[words[0]]
+    command = GROUP.commands[words[0]]
     parsed = command.make_context(words[0], words[1:]).params
     if words[0] == "train" and "$" not in (parsed["config"] or "$") and not (parsed["config"] or "").endswith(".toml"):
         apply_overrides(load_preset(parsed["config"]), parsed["settings"] or ())
@@ -124,7 +124,6 @@ def parse(words: list[str]) -> None:
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
 def test_commands_parse(path):
-    group = get_command(app)
     whole, named = commands(path.read_text(encoding="utf-8"))
     for words in whole:
         parse(words)
@@ -132,17 +131,17 @@ def test_commands_parse(path):
         name = words[0]
         if name == "COMMAND":
             continue
-        assert name in group.commands, f"{path.name}: mgebm {name}"
-        options = {option for parameter in group.commands[name].params for option in parameter.opts}
+        assert name in GROUP.commands, f"{path.name}: mgebm {name}"
+        options = {option for parameter in GROUP.commands[name].params for option in parameter.opts}
         for word in words[1:]:
             assert not word.startswith("--") or word == "--help" or word in options, f"{path.name}: {words}"
         if name == "train" and len(words) > 1 and re.fullmatch(r"[a-z][a-z0-9-]*", words[1]):
             assert words[1] in preset_names(), f"{path.name}: {words}"
 
 
-@pytest.mark.parametrize("name", sorted(get_command(app).commands))
+@pytest.mark.parametrize("name", sorted(GROUP.commands))
 def test_the_examples_of_the_help_parse(name):
-    text = get_command(app).commands[name].help
+    text = GROUP.commands[name].help
     examples = shell_commands(re.sub(r"(?<=\S)   +\S.*", "", text))
     assert examples or name in ("doctor", "presets")
     for words in examples:

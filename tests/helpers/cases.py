@@ -24,6 +24,11 @@ def covering(*axes: Sequence[Any]) -> list[tuple[Any, ...]]:
     return [tuple(axis[i] for axis, i in zip(axes, row, strict=True)) for row in sorted(chosen)]
 
 
+def each(axis: Sequence[Any], *others: Sequence[Any]) -> list[tuple[Any, ...]]:
+    """Every value of an axis once, with the rows of the others' product in turn."""
+    return [(value, *row) for value, row in zip(axis, itertools.cycle(itertools.product(*others)))]
+
+
 def thorough(few: int, many: int) -> int:
     """How many cases a sweep takes: `few`, or `many` where MGEBM_THOROUGH=1 asks for all."""
     return many if os.environ.get("MGEBM_THOROUGH") == "1" else few

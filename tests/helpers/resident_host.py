@@ -29,7 +29,7 @@ ROOT = Path(__file__).resolve().parents[2]
 @functools.cache
 def library() -> ctypes.CDLL:
     target = Path(tempfile.mkdtemp()) / "resident.so"
-    flags = "-std=c++17 -O2 -mf16c -mfma -ffp-contract=off -Wall -Wextra -Werror -shared -fPIC".split()
+    flags = "-std=c++17 -O1 -mf16c -mfma -ffp-contract=off -Wall -Wextra -Werror -shared -fPIC".split()
     include = [f"-I{ROOT / 'csrc/include'}", f"-I{ROOT / 'csrc'}"]
     source = ROOT / "tests/helpers/resident_host.cpp"
     subprocess.run(["g++", *flags, *include, str(source), "-o", str(target)], check=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from helpers.cases import covering
+from helpers.cases import each
 from helpers.compiling import accesses, build, check_unspilled, record, specialisation
 from torch.nn import functional
 
@@ -61,9 +61,7 @@ def close(got, wanted, dtype):
     torch.testing.assert_close(got.cpu().double(), wanted, **tight)
 
 
-@pytest.mark.parametrize(
-    ("shape", "layout", "dtype"), covering(SHAPES, ["nchw", "nhwc"], [torch.float32, torch.float16])
-)
+@pytest.mark.parametrize(("shape", "layout", "dtype"), each(SHAPES, ["nchw", "nhwc"], [torch.float32, torch.float16]))
 def test_there_and_back(kernels, device, shape, layout, dtype):
     z, grad, weight, bias = case(shape, layout, dtype, device)
     y, dz, statistics = there_and_back(kernels, z, grad, weight, bias, "leaky_relu")

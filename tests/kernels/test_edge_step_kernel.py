@@ -6,7 +6,7 @@ import re
 
 import pytest
 import torch
-from helpers.cases import covering
+from helpers.cases import each
 from helpers.compiling import accesses, build, check_unspilled, record, specialisation
 from torch.nn.grad import conv2d_input
 
@@ -69,7 +69,7 @@ def step(kernels, device, x, upstream, weight, stride, padding, **options):
 
 
 @pytest.mark.parametrize(
-    ("conv", "layouts", "dtype"), covering(CASES, ["both", "upstream", "x"], [torch.float32, torch.float16])
+    ("conv", "layouts", "dtype"), each(CASES, ["both", "upstream", "x"], [torch.float32, torch.float16])
 )
 def test_step(kernels, device, conv, layouts, dtype):
     shape, kernel, stride, padding, out_channels = conv
