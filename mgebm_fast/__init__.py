@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from .learning import MultiGridTrainer, load
     from .models import MultiGrid
     from .nets import EnergyNet, negative
-    from .sampling import HMC, MALA, Langevin, langevin_sample
+    from .sampling import HMC, MALA, Langevin, Schedule, langevin_sample
 
 __version__ = "0.1.0"
 
@@ -33,6 +33,7 @@ _NAMES = {
     "MALA": "sampling",
     "MultiGrid": "models",
     "MultiGridTrainer": "learning",
+    "Schedule": "sampling",
     "langevin_sample": "sampling",
     "load": "learning",
     "negative": "nets",
@@ -50,6 +51,7 @@ __all__ = [
     "MALA",
     "MultiGrid",
     "MultiGridTrainer",
+    "Schedule",
     "data",
     "energies",
     "evaluation",

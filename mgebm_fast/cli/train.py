@@ -89,9 +89,10 @@ def train(
       mgebm train --from runs/digits --data letters.npy --set optimiser.lr=1e-3 --out runs/letters
       mgebm train cifar10 --from runs/cars --set sizes=1,2,4,8,16,32 --out runs/finer
 
-    --set takes TOML values: steps=2000, sizes=[1,4,16], flips=true, langevin.noise_std=0.02; `none` clears an optional
-    key. Keys of every preset: steps (parameter updates), langevin.steps, seed, batch_size, checkpoint_every,
-    sample_every, width, sizes. docs/configuration.md has them all.
+    --set takes TOML values: steps=2000, sizes=[1,4,16], flips=true, langevin.noise_std=0.02,
+    'langevin.noise_std={start=0.1, end=0.01}' over a chain's steps; `none` clears an optional key. Keys of every
+    preset: steps (parameter updates), langevin.steps, seed, batch_size, checkpoint_every, sample_every, width, sizes.
+    docs/configuration.md has them all.
 
     Ctrl-C saves a checkpoint and says how to go on, and so do SIGTERM, SIGHUP, SIGUSR1, SIGUSR2 and SIGXCPU; --resume
     then gives, bit for bit, the run that was never stopped. With --resume the configuration is the run's own; only what

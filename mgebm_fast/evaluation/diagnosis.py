@@ -101,7 +101,7 @@ def _lengthened(model: EnergyModel, steps: int | None) -> Iterator[None]:
     dynamics, sample_steps = model.langevin, model.sample_steps if isinstance(model, OneNet) else None
     try:
         if steps is not None:
-            model.langevin = tuple(dataclasses.replace(chain, steps=steps) for chain in dynamics)
+            model.langevin = tuple(chain.of_length(steps) for chain in dynamics)
             if isinstance(model, OneNet):
                 model.sample_steps = None
         yield
@@ -116,7 +116,8 @@ def report(name: str, chain: Langevin | Corrected, trace: Trace, *, warm_up: flo
 
     Returns, in `figures`:
       steps, recorded, kept         of the chain, recorded, and left after the warm-up
-      drift, noise_std, temperature of a step, T = noise_std²/(2 drift); a corrected chain's own
+      drift, noise_std, temperature of a step, T = noise_std²/(2 drift), of the last where numbers vary; a corrected
+                                    chain's own
       potential_first, potential_last   medians over the chains at the first and last record
       gradient_to_noise             mean of rms(drift of a step) / rms(its noise)
       acceptance, log_acceptance    mean Metropolis acceptance if corrected, and the median of its logarithm
@@ -129,9 +130,9 @@ def report(name: str, chain: Langevin | Corrected, trace: Trace, *, warm_up: flo
     figures: dict[str, Any] = {"steps": chain.steps, "recorded": len(trace.steps), "kept": len(kept.steps)}
     figures["chains"] = trace.potential.shape[1]
     if isinstance(chain, Langevin):
-        numbers = chain.update()
+        numbers = chain.by_step()[-1]
         figures |= {"drift": numbers.drift, "noise_std": numbers.noise_std}
-        figures["temperature"] = numbers.noise_std**2 / (2 * numbers.drift)
+        figures["temperature"] = numbers.noise_std**2 / (2 * numbers.drift) if numbers.drift else None
     else:
         figures |= {"step_size": chain.step_size, "temperature": chain.temperature}
     figures["potential_first"] = _number(np.median(trace.potential[0]))
@@ -176,7 +177,10 @@ def _notes(reports: list[ChainReport], coupled: bool) -> list[str]:
     if coupled:
         notes.append("batch statistics couple the samples: acceptance is that of whole batches, ESS is optimistic")
     if any(r.figures["acceptance"] is None for r in reports):
-        notes.append("a noise-free chain has no law: its acceptance and gradient-to-noise ratio are left out")
+        notes.append(
+            "a chain without noise, or whose numbers vary, has no one law: acceptance and gradient-to-noise ratio are "
+            "left out"
+        )
     apart = [r.name for r in reports if r.figures["rhat"] and (r.figures["rhat"]["worst"] or 1) > MIXED]
     if apart:
         notes.append(

@@ -10,6 +10,7 @@ from torch import Tensor
 from ..errors import Refused
 from ..models import CoopNets, EnergyModel, GenerativeConvNet, SingleGrid, SpatialTemporal
 from ..nets import ResidualNet, ScoreNet
+from ..ops.varying import is_varying
 from . import plain
 
 _ACTIVATIONS = {"leaky_relu": "LeakyReLU", "relu": "ReLU", "silu": "SiLU", "elu": "ELU", "none": "Identity"}
@@ -24,11 +25,12 @@ def plain_model(model: Any) -> dict[str, Any]:
         raise Refused("run", "hold a model with energies", f"a {model.kind}, which is a generator alone", "export")
     chains = []
     for chain in model.sampling:
-        numbers = chain.update()
+        steps, std = chain.by_step(), chain.reference_std
         chains.append({
-            "steps": chain.steps, "drift": numbers.drift, "noise_std": numbers.noise_std,
-            "reference_std": chain.reference_std, "reference_mean": chain.reference_mean,
-            "grad_clamp": chain.grad_clamp, "clamp": chain.clamp,
+            "steps": chain.steps, "drift": _number([n.drift for n in steps]),
+            "noise_std": _number([n.noise_std for n in steps]),
+            "reference_std": _number([n.inverse_variance**-0.5 for n in steps]) if is_varying(std) else std,
+            "reference_mean": chain.reference_mean, "grad_clamp": chain.grad_clamp, "clamp": chain.clamp,
         })  # fmt: skip
     found = {
         "kind": model.kind,
@@ -60,6 +62,11 @@ def start_of(model: EnergyModel) -> str:
 def _nets(model: EnergyModel) -> list[ScoreNet]:
     model.energy_nets("exported")
     return [net for net in model.active_nets if isinstance(net, ScoreNet)]
+
+
+def _number(by_step: list[float]) -> float | list[float]:
+    """A number that does not vary as itself."""
+    return by_step if len(set(by_step)) > 1 else by_step[0]
 
 
 def _activation(name: str) -> str:

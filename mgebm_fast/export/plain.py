@@ -165,19 +165,20 @@ def start_generator(model: dict, stored: dict, first: int, n: int, random: torch
 
 
 def langevin(energy: nn.Module, x: Tensor, chain: dict, random: torch.Generator) -> Tensor:
-    """K steps of x ← clamp(x − drift (clip(∇E(x)) + (x − m)/σ²) + noise_std ε), ε ~ N(0, I)."""
-    for _ in range(chain["steps"]):
+    """K steps of x ← clamp(x − drift (clip(∇E(x)) + (x − m)/σ²) + noise_std ε), ε ~ N(0, I); of a list, one a step."""
+    for k in range(chain["steps"]):
+        now = {name: value[k] if isinstance(value, list) else value for name, value in chain.items()}
         x = x.detach().requires_grad_()
         (gradient,) = torch.autograd.grad(energy(x).sum(), x)
         with torch.no_grad():
-            if chain["grad_clamp"] is not None:
-                gradient = gradient.clamp(-chain["grad_clamp"], chain["grad_clamp"])
-            if chain["reference_std"] is not None:
-                gradient = gradient + (x - chain["reference_mean"]) / chain["reference_std"] ** 2
-            x = x - chain["drift"] * gradient
-            x = x + chain["noise_std"] * torch.randn(x.shape, generator=random)
-            if chain["clamp"] is not None:
-                x = x.clamp(*chain["clamp"])
+            if now["grad_clamp"] is not None:
+                gradient = gradient.clamp(-now["grad_clamp"], now["grad_clamp"])
+            if now["reference_std"] is not None:
+                gradient = gradient + (x - now["reference_mean"]) / now["reference_std"] ** 2
+            x = x - now["drift"] * gradient
+            x = x + now["noise_std"] * torch.randn(x.shape, generator=random)
+            if now["clamp"] is not None:
+                x = x.clamp(*now["clamp"])
     return x.detach()
 
 

@@ -184,7 +184,7 @@ class Frame(GenerativeConvNet):
         """The Hamiltonian chain of `steps` proposals whose law is exp(−U/T), T = s²/2d as `MALA.correcting` has it."""
         if self.leapfrog_steps is None:
             return None
-        chain, numbers = self.langevin[0], self.langevin[0].update()
+        chain, numbers = self.langevin[0], self.langevin[0].update(where="Frame")
         if numbers.noise_std == 0:
             raise ValueError("Frame: langevin must have noise for Hamiltonian chains, got a noise-free one")
         return HMC(

@@ -16,6 +16,7 @@ from ..gradient import frozen_parameters
 from ..gradient.plan import Energy
 from ..nets import EnergyNet, ResidualNet, ScoreNet, from_config, multigrid_net
 from ..nets.energy_net import NORMS
+from ..ops.varying import Schedule, is_varying
 from ..sampling.corrected import Corrected
 from ..sampling.coupling import coupling
 from ..sampling.langevin import Langevin
@@ -130,8 +131,8 @@ class EnergyModel(Model):
         """The energies of images at every size that has a net, {size: (N,) float32}, low where data are likely.
 
         E_s(x_s) = −f_s(x_s), x_s the block means of x at size s; with `reference` U_s = E_s + ‖x_s − m‖²/2σ² where the
-        chain at that size has a Gaussian reference N(m, σ²I). Each is known up to a constant of its own: compare
-        images at one size of one model, and no sizes or models with each other.
+        chain at that size has a Gaussian reference N(m, σ²I), of a schedule the last σ. Each is known up to a constant
+        of its own: compare images at one size of one model, and no sizes or models with each other.
 
         Batch statistics (norm="batch") couple the images, which are then one batch; `freeze_norm()` gives a model in
         which an image's energy is its own. Gradients go to x where it requires them; there are none to the weights.
@@ -165,8 +166,9 @@ class EnergyModel(Model):
         for net, chain, at_size in zip(self.active_nets, self.sampling, self._at_sizes(self.in_units(x)), strict=True):
             with frozen_parameters(net):
                 energies = net(at_size)
-            if reference and chain.reference_std is not None:
-                energies = energies + squares(at_size - chain.reference_mean) / (2 * chain.reference_std**2)
+            if reference and (std := chain.reference_std) is not None:
+                variance = 1 / chain.by_step()[-1].inverse_variance if is_varying(std) else std**2
+                energies = energies + squares(at_size - chain.reference_mean) / (2 * variance)
             found.append(energies.float())
         return found
 
@@ -214,7 +216,7 @@ class EnergyModel(Model):
             "norm": self.norm,
             "value_range": list(self.value_range),
             "batch_size": self.batch_size,
-            "langevin": [dataclasses.asdict(dynamics) for dynamics in self.langevin],
+            "langevin": [_stored(chain) for chain in self.langevin],
             "nets": [_described(net) for net in self.nets],
         }
 
@@ -229,13 +231,28 @@ class EnergyModel(Model):
             )
         return {
             "channels": config["channels"],
-            "langevin": [Langevin(**dynamics) for dynamics in config["langevin"]],
+            "langevin": [_chain(stored) for stored in config["langevin"]],
             "width": config["width"],
             "variant": config["variant"],
             "value_range": tuple(config["value_range"]),
             "batch_size": config["batch_size"],
             "nets": [from_config(net) for net in config["nets"]],
         }
+
+
+def _stored(chain: Langevin) -> dict[str, Any]:
+    """A chain as plain values; Refused where a number is a tensor or an array."""
+    for name in chain.varying:
+        if not isinstance(value := getattr(chain, name), (tuple, Schedule)):
+            got = f"one of shape {tuple(value.shape)}"
+            raise Refused(f"langevin's {name}", "hold no tensor or array to be stored; lists and schedules can", got)
+    return dataclasses.asdict(chain)
+
+
+def _chain(stored: Mapping[str, Any]) -> Langevin:
+    """The chain that `_stored` wrote."""
+    numbers: dict[str, Any] = {name: Schedule(**v) if isinstance(v, dict) else v for name, v in stored.items()}
+    return Langevin(**numbers)
 
 
 def norm_of(net: nn.Module) -> str:

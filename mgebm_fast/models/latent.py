@@ -66,7 +66,7 @@ class Inference:
 
     def __post_init__(self) -> None:
         checks.positive_number(self.std, "std", "Inference")
-        self.chain()
+        self.chain().update(where="Inference")  # refuses a schedule, which both parts of `infer` would run
 
     def chain(self) -> Langevin:
         """The chain of z: the prior is its Gaussian reference."""

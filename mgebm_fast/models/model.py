@@ -135,7 +135,7 @@ class Model(Pretrained, nn.Module, abc.ABC):
         """The chains that a sample goes through, each of max(1, round(length · K)) steps in place of its K."""
         if length == 1:
             return self.sampling
-        return tuple(dataclasses.replace(chain, steps=max(1, round(length * chain.steps))) for chain in self.sampling)
+        return tuple(chain.of_length(max(1, round(length * chain.steps))) for chain in self.sampling)
 
     @abc.abstractmethod
     def _sample_group(self, group: Group) -> list[Tensor]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import abc
-import dataclasses
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
@@ -42,7 +41,7 @@ class OneNet(EnergyModel):
     @property
     def sampling(self) -> tuple[Langevin, ...]:
         chain = self.langevin[0]
-        return (chain if self.sample_steps is None else dataclasses.replace(chain, steps=self.sample_steps),)
+        return (chain if self.sample_steps is None else chain.of_length(self.sample_steps),)
 
     @abc.abstractmethod
     def _start(self, group: Group) -> Tensor:

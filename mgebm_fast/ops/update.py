@@ -16,6 +16,7 @@ from ..checks import is_int, is_number
 from ..errors import InputError, Refused
 from . import counters, varying
 from .state import addresses, check_mask
+from .varying import Schedule, number
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -139,14 +140,7 @@ class Update:
 
 
 # A number of the update, or what varies in its place: `varying` says how.
-Number: TypeAlias = float | Sequence[float] | Tensor
-
-
-def number(value: Any) -> Any:
-    """A real number as Python's: numpy's scalars and 0-dim tensors too (one on a GPU costs a host sync)."""
-    if isinstance(value, (Tensor, np.ndarray)) and value.ndim == 0:
-        value = value.item()
-    return value.item() if isinstance(value, np.generic) else value
+Number: TypeAlias = float | Sequence[float] | Tensor | Schedule
 
 
 def coefficients(
@@ -199,12 +193,13 @@ def update(
     grad_clamp: float | None = None,
     clamp: tuple[float, float] | None = None,
     x: Tensor | None = None,
-    steps: int = 1,
+    steps: int | None = None,
     where: str = "langevin_step_",
 ) -> Update:
     """The checked numbers of a Langevin step; as in `langevin_step_`; numpy's and 0-dim tensors too.
 
     x: what the chain of `steps` steps is made on; without it no number may vary (`varying`), since shapes depend on it.
+    steps: None: one, of an op that makes no more.
     """
     numbers = (step_size, noise_scale, drift, noise_std, reference_std, reference_mean, grad_clamp, clamp)
     if not torch.compiler.is_compiling():  # a trace passes caches by
@@ -264,11 +259,15 @@ def _update(
 _cached = functools.lru_cache(maxsize=256, typed=True)(_update)
 
 
-def _varying(numbers: Sequence[Any], x: Tensor, steps: int, where: str) -> Update:
+def _varying(numbers: Sequence[Any], x: Tensor, steps: int | None, where: str) -> Update:
     """`_update` of numbers, in its order, of which one varies at least."""
     step_size, noise_scale, drift, noise_std, reference_std, reference_mean, grad_clamp, clamp = numbers
     given = {"step_size": step_size, "noise_scale": noise_scale, "drift": drift, "noise_std": noise_std}
     given["reference_std"] = reference_std
+    for name, value in given.items():
+        if steps is None and isinstance(value, Schedule):  # in a loop of such steps it would stay at its start
+            raise Refused(name, "be a number in a single step, or a value a sample", value, where)
+    steps = 1 if steps is None else steps
     found: dict[str, Any] = {
         name: varying.by_step_and_sample(value, name, steps, x, where, positive=name in ("step_size", "reference_std"))
         for name, value in given.items()
@@ -320,7 +319,7 @@ def prepare(
 ) -> tuple[Update, Tensor | None, counters.Counters]:
     """The checked numbers, mask and counters of `steps` Langevin steps on x; None: of one, in an op that calls its
     counter `step`. `numbers` are those of `update`, which may vary or not; `mask` is as in `check_mask`."""
-    checked = update(**numbers, x=x if varies else None, steps=1 if steps is None else steps, where=where)
+    checked = update(**numbers, x=x if varies else None, steps=steps, where=where)
     mask = None if mask is None else check_mask(mask, x, where)
     place = counters.check(
         where, x.shape[0], x.shape[1:].numel(), x.device, seed=seed, first_sample=first_sample, step=step,

@@ -3,6 +3,7 @@
 A number of a chain of K steps on N samples may be
 
     a float, the same for all
+    a `Schedule`, of any K
     a list of K values, or a 1-D tensor or array of K: a schedule over the steps
     a 1-D tensor or array of N: a value a sample
     a 2-D tensor or array (K, N), either dimension may be 1: by step and sample
@@ -12,6 +13,7 @@ A 1-D tensor whose length is both K and N could mean either, and is refused.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from typing import Any
 
@@ -19,16 +21,71 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..checks import is_number
+from ..checks import is_number, one_of
 from ..errors import Refused
 from .state import why_not_plain
 
 LEAST = 1e-18  # of a positive number: 1/σ² of a smaller one would not be a float32
 
 
+SHAPES = ("linear", "geometric", "cosine")
+
+
+def number(value: Any) -> Any:
+    """A real number as Python's: numpy's scalars and 0-dim tensors too (one on a GPU costs a host sync)."""
+    if isinstance(value, (Tensor, np.ndarray)) and value.ndim == 0:
+        value = value.item()
+    return value.item() if isinstance(value, np.generic) else value
+
+
+@dataclasses.dataclass(frozen=True)
+class Schedule:
+    """A number that goes from `start` to `end` over the steps of a chain, whatever their number K is.
+
+    Its value at step k = 0 … K − 1, with t = k/(K − 1), and t = 0 where K = 1:
+
+        linear     (1 − t)·start + t·end
+        geometric  start^(1 − t) · end^t
+        cosine     (1 − u)·start + u·end,  u = (1 − cos πt)/2: level at both ends
+
+    Args:
+        start, end: finite and ≥ 0; of a geometric one > 0, or equal.
+        shape: "linear", "geometric" or "cosine".
+    """
+
+    start: float
+    end: float
+    shape: str = "linear"
+
+    def __post_init__(self) -> None:
+        one_of(self.shape, SHAPES, "shape", "Schedule")
+        for name in ("start", "end"):
+            value = number(getattr(self, name))
+            if not is_number(value) or not 0 <= value < math.inf:
+                raise Refused(name, "be a finite number >= 0", repr(value), "Schedule")
+            object.__setattr__(self, name, float(value))
+        if self.shape == "geometric" and self.start != self.end and not min(self.start, self.end):
+            raise Refused("start and end", "be > 0 in a geometric one", f"{self.start:g} and {self.end:g}", "Schedule")
+
+    def values(self, steps: int) -> list[float]:
+        """Those of the steps of a chain of so many."""
+        return [self._at(k / max(1, steps - 1)) for k in range(steps)]
+
+    def _at(self, t: float) -> float:
+        if self.shape == "geometric":
+            return self.start ** (1 - t) * self.end**t
+        if self.shape == "cosine":
+            t = (1 - math.cos(math.pi * t)) / 2
+        return (1 - t) * self.start + t * self.end
+
+    def __mul__(self, factor: float) -> Schedule:
+        """The schedule of every value times `factor`."""
+        return dataclasses.replace(self, start=self.start * factor, end=self.end * factor)
+
+
 def is_varying(value: Any) -> bool:
     """Whether a number is given as several."""
-    return isinstance(value, (list, tuple)) or (isinstance(value, (Tensor, np.ndarray)) and value.ndim > 0)
+    return isinstance(value, (list, tuple, Schedule)) or (isinstance(value, (Tensor, np.ndarray)) and value.ndim > 0)
 
 
 def _check_tensor(value: Tensor, name: str, where: str) -> None:
@@ -44,6 +101,8 @@ def values_of(value: Any, name: str, where: str, *, positive: bool = False) -> T
 
     positive: ≥ 1e-18. Its device is the value's. Entries are not looked at where a CUDA graph is captured.
     """
+    if isinstance(value, Schedule):
+        value = [value.start, value.end]
     if isinstance(value, (list, tuple)):
         if not value or not all(map(is_number, value)):
             raise TypeError(f"{where}: {name} must be a number, or a list of numbers, one a step, got {value!r}")
@@ -72,11 +131,12 @@ def by_step_and_sample(
     """A checked number as it is, or a varying one as float64 (K or 1, N or 1) on x's device."""
     if not is_varying(value):
         return value
+    if isinstance(value, Schedule):
+        value = value.values(steps)
     found, samples = values_of(value, name, where, positive=positive).to(x.device), x.shape[0]
     shape = tuple(found.shape)
     if isinstance(value, (list, tuple)):
-        if len(value) != steps:
-            raise Refused(name, f"hold one value a step, {steps}", f"{len(value)}", where)
+        check_length(value, name, steps, where)
         return found[:, None]
     if found.dim() == 1:
         if steps == samples == len(found) and steps > 1:
@@ -93,6 +153,12 @@ def by_step_and_sample(
         return found
     must = f"be a number, {steps} values (one a step), {samples} (one a sample) or of shape ({steps}, {samples})"
     raise Refused(name, must, f"shape {shape}", where)
+
+
+def check_length(values: Any, name: str, steps: int, where: str) -> None:
+    """Raise unless a list holds a value for each of so many steps."""
+    if len(values) != steps:
+        raise Refused(name, f"hold one value a step, {steps}, or be a Schedule", f"{len(values)}", where)
 
 
 def means_like(mean: Tensor, x: Tensor, where: str) -> Tensor:

@@ -15,7 +15,7 @@ from torch import Tensor
 from .. import noise
 from ..checks import positive_int
 from ..ops.counters import counter
-from ..ops.update import number
+from ..ops.varying import number
 
 _PLAIN = (int, float, type(None))
 

@@ -145,7 +145,8 @@ class Recorder:
 
     The acceptance of a step is that of the Metropolis-corrected chain: for MALA and HMC their own, for a `Langevin`
     that of `MALA.correcting`, the chance that one of its steps would be kept if steps were corrected for exp(−U/T),
-    T = noise²/(2·drift). Where the energy couples samples it is that of the whole batch.
+    T = noise²/(2·drift). Where the energy couples samples it is that of the whole batch. A chain whose numbers vary has
+    no one law: there is no acceptance, and the reference in U is that of its last step.
 
     Args:
         energy, chain: those of the chain.
@@ -176,7 +177,7 @@ class Recorder:
         self._place = {"seed": drawn, "stream": noise.stream(noise.Purpose.MOMENTUM, grid)}
         self._first_sample, self._keep = first_sample, keep
         self._exact = chain if isinstance(chain, Corrected) else _exact(chain)
-        self._plain = chain.update() if isinstance(chain, Langevin) else None
+        self._plain = chain.by_step()[-1] if isinstance(chain, Langevin) else None
         recorded = -(-chain.steps // every)
         self._shown = {round(i) for i in np.linspace(0, recorded - 1, max(2, states))}
         self._batches: list[list[dict]] = []
@@ -263,4 +264,4 @@ class Recorder:
 
 
 def _exact(chain: Langevin) -> MALA | None:
-    return MALA.correcting(chain) if chain.update().noise_std > 0 else None
+    return None if chain.varying or chain.update().noise_std == 0 else MALA.correcting(chain)

@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -33,10 +34,10 @@ class Langevin:
         grad_clamp: c, a bound on every entry of ∇E; None: none.
         clamp: (low, high), bounds on the pixels after every step; None: none.
 
-    `step_size`, `noise_scale`, `drift`, `noise_std` and `reference_std` may also be a schedule of K values (a list; a
-    1-D tensor or array), a value a sample (a tensor (N,)), or both, (K, N) with either dimension 1 where it does not
-    vary. `reference_mean` may be a tensor that broadcasts to x: the reference is then a tether to given images. In
-    parts of a chain (`first_step`) a schedule is that of the part.
+    `step_size`, `noise_scale`, `drift`, `noise_std` and `reference_std` may also be a `Schedule`, K values (a list, a
+    1-D tensor or array), a value a sample (a tensor (N,)), or both, (K, N) with either dimension 1 where it is equal;
+    `reference_mean` a tensor that broadcasts to x: the reference is then a tether to given images. In parts of a chain
+    (`first_step`) a schedule is that of the part.
 
     Source: Xie, Lu, Zhu, Wu (ICML 2016), §3; the decoupled form is that of IGEBM and of short-run chains.
     """
@@ -60,6 +61,8 @@ class Langevin:
             if name != "reference_mean":
                 positive = name in ("step_size", "reference_std")
                 varying.values_of(value, name, "Langevin", positive=positive)
+                if isinstance(value, tuple):
+                    varying.check_length(value, name, self.steps, "Langevin")
                 fields[name] = 1.0
             elif self.reference_std is None:
                 raise Refused(name, "be given with reference_std", "a tensor alone", "Langevin")
@@ -84,6 +87,29 @@ class Langevin:
         if x is None and (names := _varying(numbers)):
             raise Refused(names[0], "be a number here, the same for all", "one that varies", where)
         return update(where=where, x=x, steps=self.steps, **numbers)
+
+    def by_step(self) -> list[Update]:
+        """The numbers of each step; of the first alone where none vary. Refused where samples differ in one."""
+        if not self.varying:
+            return [self.update()]
+        if varying.is_varying(self.reference_mean):
+            raise Refused("reference_mean", "be a number here", "a tensor", "Langevin")
+        numbers = self.update(torch.empty(1, 1))
+        assert numbers.table is not None
+        return [
+            dataclasses.replace(numbers, drift=drift, noise_std=std, inverse_variance=inverse_variance, table=None)
+            for drift, std, inverse_variance in numbers.table[:, 0].tolist()
+        ]
+
+    def of_length(self, steps: int) -> Langevin:
+        """The chain of `steps` steps in place of K. What is a list is stretched: linear interpolation at equal shares
+        of the chain."""
+        found: dict[str, Any] = {}
+        for name in self.varying if steps != self.steps else ():
+            if isinstance(values := getattr(self, name), tuple):
+                stretched = np.interp(np.linspace(0, 1, steps), np.linspace(0, 1, self.steps), values)
+                found[name] = tuple(stretched.tolist())
+        return dataclasses.replace(self, steps=steps, **found)
 
     def __call__(
         self,

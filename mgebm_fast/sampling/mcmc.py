@@ -49,7 +49,7 @@ class MALA(Corrected):
 
         A step with drift d and noise s proposes for exp(−U/T) at T = s²/2d, with δ = s. ValueError for noise-free ones.
         """
-        numbers = langevin.update()
+        numbers = langevin.update(where="MALA")
         if numbers.noise_std == 0:
             raise ValueError("MALA: a chain to correct must have noise_std > 0, got 0: noise-free descent has no law")
         return cls(

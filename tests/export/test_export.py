@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import json
 import subprocess
@@ -40,6 +41,18 @@ def banked(model):
 
 MODELS = {
     "MultiGrid": lambda: coloured(MultiGrid((1, 2, 4), **SMALL, batch_size=3)),
+    "annealed": lambda: coloured(
+        MultiGrid(
+            (1, 2, 4),
+            **{
+                **SMALL,
+                "langevin": [
+                    STILL,
+                    dataclasses.replace(STILL, drift=mg.Schedule(0.5, 0.1, "geometric"), reference_std=[2.0, 1.0, 0.5]),
+                ],
+            },
+        )
+    ),  # fmt: skip
     "spectral": lambda: coloured(MultiGrid((1, 4), **{**SMALL, "spectral_norm": True, "activation": "silu"})),
     "batch": lambda: coloured(MultiGrid((1, 2, 4), **{**SMALL, "norm": "batch"}, batch_size=4)),
     "residual": lambda: coloured(MultiGrid((1, 4, 8), **{**SMALL, "variant": "residual", "spectral_norm": True})),

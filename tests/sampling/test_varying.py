@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import pytest
@@ -178,8 +179,55 @@ def test_bad_numbers_are_refused_when_they_are_described():
         mg.Langevin(2, step_size=[0.1, 0.0])
     with pytest.raises(ValueError, match="Langevin: reference_mean must be given with reference_std"):
         mg.Langevin(2, step_size=0.1, reference_mean=torch.zeros(3))
-    with pytest.raises(ValueError, match="langevin_sample: step_size must hold one value a step, 3, got 2"):
+    with pytest.raises(ValueError, match="step_size must hold one value a step, 3, or .*, got 2"):
         mg.langevin_sample(mlp(), images(), steps=3, step_size=[0.1, 0.2])
+
+
+@pytest.mark.parametrize(("shape", "quarter"), [("linear", 0.7525), ("geometric", 0.1**0.5), ("cosine", 0.855018)])
+def test_a_schedule_fits_chains_of_any_length(energy, shape, quarter):
+    """The list of its values, bit for bit, and what its formula says at a quarter of the way from 1 to 0.01."""
+    schedule = mg.Schedule(1.0, 0.01, shape)
+    values = schedule.values(5)
+    assert values[0] == 1.0 and values[1] == pytest.approx(quarter) and values[-1] == 0.01
+    assert schedule.values(1) == [1.0]
+    law = mg.Langevin(STEPS, step_size=0.1, noise_scale=schedule, reference_std=mg.Schedule(2, 1))
+    for chain in (law, law.of_length(3), dataclasses.replace(law, steps=1)):
+        listed = {name: getattr(chain, name).values(chain.steps) for name in chain.varying}
+        want = dataclasses.replace(chain, **listed)(energy, images(), seed=3)
+        assert torch.equal(chain(energy, images(), seed=3), want)
+
+
+def test_a_list_is_stretched_to_another_length():
+    law = mg.Langevin(3, drift=[0.4, 0.2, 0.1], noise_std=0.3)
+    assert law.of_length(3) == law
+    assert law.of_length(5).drift == pytest.approx((0.4, 0.3, 0.2, 0.15, 0.1))
+    assert law.of_length(1).drift == (0.4,)
+    with pytest.raises(ValueError, match="drift must hold one value a step, 5, or be a Schedule, got 3"):
+        dataclasses.replace(law, steps=5)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: mg.Schedule(-1, 1), "Schedule: start must be a finite number >= 0, got -1"),
+        (lambda: mg.Schedule(1, math.inf), "Schedule: end must be a finite number >= 0, got inf"),
+        (lambda: mg.Schedule(1, "2"), "Schedule: end must be a finite number >= 0, got '2'"),
+        (lambda: mg.Schedule(1, 0, "geometric"), "start and end must be > 0 in a geometric one, got 1 and 0"),
+        (lambda: mg.Schedule(1, 0, "cosin"), "shape must be one of .*'cosin' .did you mean 'cosine'"),
+        (lambda: mg.Langevin(2, step_size=mg.Schedule(1, 0)), "step_size must be finite and at least 1e-18"),
+        (
+            lambda: mg.ops.langevin_step_(images(), images(), step_size=mg.Schedule(1, 0.1), seed=0),
+            "langevin_step_: step_size must be a number in a single step",
+        ),
+        (
+            lambda: mg.MALA.correcting(mg.Langevin(2, drift=0.1, noise_std=mg.Schedule(1, 0))),
+            "MALA: noise_std must be a number here",
+        ),
+    ],
+)
+def test_schedules_that_are_refused(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
 
 
 def test_corrected_samplers_say_that_their_numbers_do_not_vary():

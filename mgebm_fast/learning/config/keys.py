@@ -5,11 +5,12 @@ from __future__ import annotations
 import abc
 import dataclasses
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from ...checks import is_int, is_number
-from ...errors import close, suggest
+from ...errors import Refused, close, suggest
+from ...sampling import Schedule
 
 # The largest values of keys that memory or time depends on: far beyond use, and refused before anything is allocated.
 MOST_SIDE, MOST_CHANNELS = 4096, 4096  # pixels; channels of images and of layers, lengths of z
@@ -146,6 +147,39 @@ class Many(Kind):
         if len(value) > self.most:
             raise ValueError(f", {len(value)} entries of at most {self.most}")
         return tuple(self.kind.read(entry) for entry in value)
+
+
+@dataclasses.dataclass(frozen=True)
+class OverSteps(Kind):
+    """`kind`; or what varies over the steps of a chain: a table, read as a `Schedule`, or a list of one value a step,
+    whose length is checked beside `steps`."""
+
+    kind: Kind
+
+    @property
+    def expected(self) -> str:  # type: ignore[override]
+        return f"{self.kind.expected}, a table {{start, end, shape}} over the steps or a list of one a step"
+
+    def read(self, value: Any) -> Any:
+        if isinstance(value, (list, tuple)) and value:
+            return tuple(self.kind.read(entry) for entry in value)
+        if not isinstance(value, (Mapping, Schedule)):
+            return self.kind.read(value)
+        given = dict(value) if isinstance(value, Mapping) else dataclasses.asdict(value)
+        names = [field.name for field in dataclasses.fields(Schedule)]
+        for name in given.keys() - set(names):
+            raise ValueError(f", with the unknown entry {name!r}{suggest(name, names)}")
+        for name in names[:2]:
+            if name not in given:
+                raise ValueError(f", without {name!r}")
+            try:
+                given[name] = self.kind.read(given[name])
+            except ValueError:
+                raise ValueError(f", whose {name} is not {self.kind.expected}") from None
+        try:
+            return Schedule(**given)
+        except Refused as error:
+            raise ValueError(f", whose {error.words}") from None
 
 
 @dataclasses.dataclass(frozen=True)

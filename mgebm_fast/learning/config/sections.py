@@ -6,10 +6,11 @@ import dataclasses
 from typing import Any
 
 from ...noise import MAX_ATTEMPT
-from .keys import MOST_STEPS, MOST_UPDATES, Choice, Flag, Many, Maybe, PerGrid, Real, Whole, key
+from .keys import MOST_STEPS, MOST_UPDATES, Choice, Flag, Many, Maybe, OverSteps, PerGrid, Real, Whole, key
 
 _POSITIVE = Real(0, above=True)
 _NOT_NEGATIVE = Real(0)
+_POSITIVE_BY_STEP, _NOT_NEGATIVE_BY_STEP = PerGrid(OverSteps(_POSITIVE)), PerGrid(OverSteps(_NOT_NEGATIVE))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -17,11 +18,11 @@ class LangevinConfig:
     """`[langevin]`: the chain of every grid, x ← clamp(x − drift·(clip(∇E, ±c) + (x − m)/σ²) + noise_std·ε)."""
 
     steps: Any = key(30, PerGrid(Whole(1, MOST_STEPS)), "steps a grid, K", fixed=True)
-    step_size: Any = key(None, Maybe(PerGrid(_POSITIVE)), "δ of the coupled form: drift δ²/2, noise noise_scale·δ")
-    noise_scale: Any = key(1.0, PerGrid(_NOT_NEGATIVE), "τ of the coupled form; 0 is noise-free descent")
-    drift: Any = key(None, Maybe(PerGrid(_POSITIVE)), "drift of the decoupled form, with noise_std")
-    noise_std: Any = key(None, Maybe(PerGrid(_NOT_NEGATIVE)), "noise of the decoupled form, with drift")
-    reference_std: Any = key(None, Maybe(PerGrid(_POSITIVE)), "σ of the Gaussian reference; none: no reference")
+    step_size: Any = key(None, Maybe(_POSITIVE_BY_STEP), "δ of the coupled form: drift δ²/2, noise noise_scale·δ")
+    noise_scale: Any = key(1.0, _NOT_NEGATIVE_BY_STEP, "τ of the coupled form; 0 is noise-free descent")
+    drift: Any = key(None, Maybe(_POSITIVE_BY_STEP), "drift of the decoupled form, with noise_std")
+    noise_std: Any = key(None, Maybe(_NOT_NEGATIVE_BY_STEP), "noise of the decoupled form, with drift")
+    reference_std: Any = key(None, Maybe(_POSITIVE_BY_STEP), "σ of the Gaussian reference; none: no reference")
     reference_mean: Any = key(0.0, PerGrid(Real()), "m of the Gaussian reference")
     grad_clamp: Any = key(None, Maybe(PerGrid(_POSITIVE)), "bound c on every entry of ∇E; none: no bound")
     clamp: bool = key(True, Flag(), "clamp pixels to value_range after every step")

@@ -35,7 +35,8 @@ def parse(text: str) -> dict[str, Any]:
 def written(values: Mapping[str, Any]) -> str:
     """A table of plain values, and of tables of such, as TOML text.
 
-    Plain are bool, int, float, str, and lists of these, one item a line; anything else is a TypeError.
+    Plain are bool, int, float, str, lists of these, one item a line, and tables in tables, in one line; anything else
+    is a TypeError.
     """
     plain = {key: value for key, value in values.items() if not isinstance(value, Mapping)}
     parts = [_lines(plain)] if plain else []
@@ -65,4 +66,6 @@ def _literal(value: Any, indent: str = "") -> str:
         deeper = indent + "    "
         items = "".join(f"{deeper}{_literal(item, deeper)},\n" for item in value)
         return f"[\n{items}{indent}]" if value else "[]"
+    if isinstance(value, Mapping):
+        return "{" + ", ".join(f"{_key(key)} = {_literal(entry)}" for key, entry in value.items()) + "}"
     raise TypeError(f"a configuration must hold numbers, text and lists of them, got {type(value).__name__}")

@@ -7,11 +7,11 @@ import functools
 from collections.abc import Sequence
 from typing import Any
 
-from ...errors import ConfigError, InputError
+from ...errors import ConfigError, InputError, Refused
 from ...gradient import PRECISIONS
 from ...nets import VARIANTS
 from ...nets.layers import ACTIVATIONS
-from ...sampling import Langevin
+from ...sampling import Langevin, Schedule
 from .keys import (
     MOST_CHANNELS,
     MOST_LENGTH,
@@ -137,9 +137,12 @@ class TrainConfig:
             fields["clamp"] = self.value_range if section.clamp else None
             if noise_factors is not None:
                 name = "noise_std" if fields["noise_std"] is not None else "noise_scale"
-                fields[name] *= noise_factors[index]
+                value, factor = fields[name], noise_factors[index]
+                fields[name] = tuple(v * factor for v in value) if isinstance(value, tuple) else value * factor
             try:
                 chains.append(Langevin(**fields))
+            except Refused as error:
+                raise ConfigError(f"langevin.{error.words}, at size {self.sizes[index + 1]}") from None
             except InputError as error:
                 raise ConfigError(f"{error.words} (a key is cleared by --set langevin.KEY=none)", "langevin") from None
         return tuple(chains)
@@ -220,4 +223,6 @@ def _plain(section: Any) -> dict[str, Any]:
 
 
 def _listed(value: Any) -> Any:
+    if isinstance(value, Schedule):
+        return dataclasses.asdict(value)
     return [_listed(entry) for entry in value] if isinstance(value, (list, tuple)) else value

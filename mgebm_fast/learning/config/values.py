@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -148,7 +149,10 @@ def _value(text: str, kind: Kind) -> Any:
     inner = kind.kind if isinstance(kind, (Auto, Maybe)) else kind
     if isinstance(inner, Text):
         return text[1:-1] if len(text) > 1 and text[0] == text[-1] and text[0] in "\"'" else text
-    for candidate in (text, f"[{text}]") if isinstance(inner, (Many, PerGrid)) else (text,):
+    candidates = [text, f"[{text}]"] if isinstance(inner, (Many, PerGrid)) else [text]
+    if isinstance(inner, PerGrid):  # words in tables: {start=1, end=0.1, shape=cosine}
+        candidates += [re.sub(r"=\s*([a-z]+)\s*(?=[,}])", r'="\1"', candidate) for candidate in candidates]
+    for candidate in candidates:
         try:
             parsed = parse(f"value = {candidate}")
         except ValueError:

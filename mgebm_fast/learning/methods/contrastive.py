@@ -5,6 +5,7 @@ from __future__ import annotations
 import abc
 import math
 from collections.abc import Mapping, Sequence
+from statistics import fmean
 
 import torch
 from torch import Tensor
@@ -270,7 +271,8 @@ class ContrastiveRule(ModelRule):
     def _of_samples(self, images: Sequence[Tensor], observed: Sequence[Tensor]) -> dict[str, Tensor]:
         """What is watched in samples (`run.watch`), 0-dim each:
 
-        gradient_to_noise: rms of what the gradient moves a pixel by in a step, over that of the noise, where there is
+        gradient_to_noise: rms of what the gradient moves a pixel by in a step, over that of the noise, where there is;
+            numbers that vary count with their mean over the chain
         gradient_clamped: rms of the gradient over langevin.grad_clamp, where there is
         saturated: share of pixels at the ends of value_range, less that of the data, where chains are clamped
         spread: std of all pixels, over that of the data
@@ -279,15 +281,16 @@ class ContrastiveRule(ModelRule):
         for size, chain, net, x, real in zip(
             self.model.sizes[1:], self.model.langevin, self.model.active_nets, images, observed, strict=True
         ):
-            numbers = chain.update()
-            if numbers.noise_std or math.isfinite(numbers.grad_clamp):
-                force = energy_gradient(net, x, precision=self.precision).clamp(-numbers.grad_clamp, numbers.grad_clamp)
-                if math.isfinite(numbers.grad_clamp):
-                    found[f"size_{size}/gradient_clamped"] = force.square().mean().sqrt() / numbers.grad_clamp
-                if numbers.noise_std:
-                    force = force + (x - numbers.reference_mean) * numbers.inverse_variance
-                    moved = numbers.drift * force.square().mean().sqrt()
-                    found[f"size_{size}/gradient_to_noise"] = moved / numbers.noise_std
+            steps = [(n.drift, n.noise_std, n.inverse_variance) for n in chain.by_step()]
+            drift, noise_std, inverse_variance = map(fmean, zip(*steps))
+            bound = math.inf if chain.grad_clamp is None else chain.grad_clamp
+            if noise_std or math.isfinite(bound):
+                force = energy_gradient(net, x, precision=self.precision).clamp(-bound, bound)
+                if math.isfinite(bound):
+                    found[f"size_{size}/gradient_clamped"] = force.square().mean().sqrt() / bound
+                if noise_std:
+                    force = force + (x - chain.reference_mean) * inverse_variance
+                    found[f"size_{size}/gradient_to_noise"] = drift * force.square().mean().sqrt() / noise_std
             if chain.clamp is not None:
                 found[f"size_{size}/saturated"] = _at_ends(x, *chain.clamp) - _at_ends(real, *chain.clamp)
             found[f"size_{size}/spread"] = x.std(correction=0) / real.std(correction=0).clamp_min(1e-3 * (high - low))

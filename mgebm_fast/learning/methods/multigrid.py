@@ -65,7 +65,8 @@ def describe_model(model: MultiGrid) -> dict[str, Any]:
         "steps", "step_size", "noise_scale", "drift", "noise_std", "reference_std", "reference_mean", "grad_clamp",
     ):  # fmt: skip
         values = [getattr(chain, name) for chain in model.langevin]
-        chains[name] = values[0] if len(set(values)) == 1 else values
+        alike = len(set(values)) == 1 and not isinstance(values[0], tuple)  # a list alone would be a value a net
+        chains[name] = values[0] if alike else values
     return {
         "sizes": list(model.sizes),
         "channels": model.channels,

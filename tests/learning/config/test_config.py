@@ -9,6 +9,7 @@ import os
 import pytest
 import tomllib
 
+import mgebm_fast as mg
 from mgebm_fast.errors import ConfigError
 from mgebm_fast.learning import (
     TrainConfig,
@@ -19,7 +20,7 @@ from mgebm_fast.learning import (
     merge,
     preset_names,
 )
-from mgebm_fast.learning.config.keys import Auto, Maybe
+from mgebm_fast.learning.config.keys import Auto, Maybe, pick
 from mgebm_fast.learning.config.sections import tables
 from mgebm_fast.learning.config.toml import written
 from mgebm_fast.learning.config.train_config import all_keys
@@ -248,6 +249,49 @@ def test_unknown_preset_and_file(tmp_path):
     broken.write_text("[langevin]\nsteps = 4")
     with pytest.raises(ConfigError, match="give step_size"):
         load_config(broken)
+
+
+SHAPES = {
+    "{start=0.1,end=0.01}": mg.Schedule(0.1, 0.01),
+    "{start=0.1, end=0.01, shape=cosine}": mg.Schedule(0.1, 0.01, "cosine"),
+    '0.2,[0.3,0.2],{start=0.1,end=0.05,shape="linear"}': (0.2, (0.3, 0.2), mg.Schedule(0.1, 0.05)),
+}
+
+
+@pytest.mark.parametrize("text", SHAPES)
+@pytest.mark.parametrize("name", ["step_size", "noise_scale", "drift", "noise_std", "reference_std"])
+def test_a_schedule_survives_the_command_line_and_a_file(name, text):
+    form = {"drift": ["langevin.noise_std=0.1"], "noise_scale": ["langevin.step_size=0.1"]}.get(name, [])
+    config = apply_overrides(load_preset("digits"), ["langevin.steps=2", *form, f"langevin.{name}={text}"])
+    expected = SHAPES[text]
+    assert getattr(config.langevin, name) == expected
+    assert from_dict(tomllib.loads(config.to_toml())) == config
+    assert merge(config, {"langevin": {name: expected}}) == config
+    for index, chain in enumerate(config.dynamics()):
+        assert getattr(chain, name) == pick(expected, index)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{start=1,ende=2}", r"must be a number >= 0.*got {'start': 1, 'ende': 2}, with the unknown entry 'ende'"),
+        ("{start=1}", "without 'end'"),
+        ("{start=1,end=-1}", "whose end is not a number >= 0"),
+        ("{start=1,end=2,shape=cosin}", "whose shape must be one of .*did you mean 'cosine'"),
+        ("{start=1,end=0,shape=geometric}", "whose start and end must be > 0 in a geometric one, got 1 and 0"),
+        ("1,[],1", r"got \[1, \[\], 1\]"),
+        ("1,[1,2],1", "hold one value a step, 30, or be a Schedule, got 2, at size 4"),
+    ],
+)
+def test_schedules_that_are_refused(text, message):
+    with pytest.raises(ConfigError, match=f"^--set: langevin.noise_std .*{message}"):
+        apply_overrides(load_preset("digits"), [f"langevin.noise_std={text}"])
+
+
+def test_annealed_noise_scales_a_schedule_and_each_value_of_a_list():
+    given = {"noise_std": [[0.4, 0.2], mg.Schedule(0.4, 0.2, "geometric"), 0.4], "steps": 2}
+    chains = merge(load_preset("digits"), {"langevin": given}).dynamics([0.5, 0.5, 0.5])
+    assert [chain.noise_std for chain in chains] == [(0.2, 0.1), mg.Schedule(0.2, 0.1, "geometric"), 0.2]
 
 
 def test_noise_factor_scales_the_form_that_is_used():
