@@ -25,6 +25,12 @@ def positive_int(value: Any, name: str, where: str, *, none: bool = False) -> No
         raise Refused(name, f"be a positive int{' or None' * none}", repr(value), where)
 
 
+def finite_number(value: Any, name: str, where: str) -> None:
+    """Raise unless a value is a finite number."""
+    if not is_number(value) or not math.isfinite(value):
+        raise Refused(name, "be a finite number", repr(value), where)
+
+
 def positive_number(value: Any, name: str, where: str) -> None:
     """Raise unless a value is a finite number above 0."""
     if not is_number(value) or not 0 < value < math.inf:

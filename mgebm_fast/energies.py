@@ -7,13 +7,12 @@ reads them as it reads their parts: where those run natively, so does the whole,
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 
-from .checks import is_int, is_number, positive_number
+from .checks import finite_number, is_int, positive_number
 from .errors import Refused
 
 Function = Callable[[Tensor], Tensor]
@@ -71,8 +70,7 @@ class Scaled(nn.Module):
 
     @factor.setter
     def factor(self, factor: float) -> None:
-        if not is_number(factor) or not math.isfinite(factor):
-            raise Refused("factor", "be a finite number", repr(factor), "Scaled")
+        finite_number(factor, "factor", "Scaled")
         self._factor = float(factor)
 
     def forward(self, x: Tensor) -> Tensor:  # (N, ...) -> (N,)

@@ -50,6 +50,7 @@ class MultiGridTrainer:
         console: where progress is shown; default: a rich Console on standard error.
         quiet: show nothing.
         resume_command: what the message after Ctrl-C tells the user to type.
+        logger: where records go beside metrics.jsonl: "tensorboard", "wandb" or "trackio".
         ranks: the processes that train together; default: those of torch.distributed's default group, where there is
             one (`learning.distributed`). Models given take the weights of rank 0's.
         overrides: keys of `TrainConfig` to change; sections take a dict.
@@ -68,11 +69,13 @@ class MultiGridTrainer:
         console: Console | None = None,
         quiet: bool = False,
         resume_command: str | None = None,
+        logger: str = TENSORBOARD,
         ranks: Ranks | None = None,
         **overrides: Any,
     ) -> None:
         ranks = Ranks.present() if ranks is None else ranks
         with ranks.together():
+            records = loggers.logger(logger) if ranks.first else None
             named = data is None or isinstance(data, (str, Path))
             if config is None:
                 config = merge(TrainConfig(), {} if model is None else describe_model(model))
@@ -116,8 +119,9 @@ class MultiGridTrainer:
         with ranks.together():
             self.rule = method.rule(self.model, config, images=len(self.data))
             self._loop = Loop(
-                self.rule, batches, config, out=folder, console=console, resume_command=resume_command, ranks=ranks
-            )
+                self.rule, batches, config, out=folder, console=console, resume_command=resume_command, ranks=ranks,
+                logger=records,
+            )  # fmt: skip
             self.measure_against(None)
 
     @property
@@ -222,24 +226,22 @@ def train(
     """What `mgebm train` does: check the folder, read the data, build the model, and fit or go on.
 
     `data` replaces what `config.data` names; the best state is chosen by the images `held_out`, by default those of
-    training; `strict` refuses data with an image that cannot be read. Records go to `logger` beside metrics.jsonl:
-    "tensorboard", "wandb" or "trackio". `after_pictures` is called whenever pictures of the samples, and all else that
-    is due after that update, are written. Under torchrun the processes train together.
+    training; `strict` refuses data with an image that cannot be read; `logger` as in `MultiGridTrainer`.
+    `after_pictures` is called whenever pictures of the samples, and all else that is due after that update, are
+    written. Under torchrun the processes train together.
     """
     place = None if device is None else torch.device(device)
     with joined(place) if ranks is None else contextlib.nullcontext(ranks) as group:
         with group.together():
-            chosen = loggers.logger(logger) if group.first else None
             if not resume and group.first:
                 check_new(Path(out))
             if not isinstance(data, (Clips, ImageData)):
                 data = load_data(config, source=data, strict=strict)
         trainer = MultiGridTrainer(
             None, data, config, out=out, device=device, console=console, quiet=quiet, resume_command=resume_command,
-            ranks=group,
+            logger=logger, ranks=group,
         )  # fmt: skip
         trainer.measure_against(held_out)
-        trainer._loop.folder.logger = chosen
         trainer._loop.after_pictures = after_pictures
         if resume:
             trainer.resume()

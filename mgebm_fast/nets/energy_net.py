@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
-from ..checks import is_number, one_of, positive_int
-from ..errors import Refused
+from ..checks import finite_number, one_of, positive_int
 from .layers import ACTIVATIONS, ConvLayer, LinearHead
 from .score_net import ScoreNet
 
@@ -122,8 +120,7 @@ class EnergyNet(ScoreNet):
 
     @negative_slope.setter
     def negative_slope(self, slope: float) -> None:
-        if not is_number(slope) or not math.isfinite(slope):
-            raise Refused("negative_slope", "be a finite number", repr(slope), "EnergyNet")
+        finite_number(slope, "negative_slope", "EnergyNet")
         self._negative_slope = slope
         for layer in self.convolutions:
             layer.negative_slope = slope

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..checks import is_number, one_of, positive_int
+from ..checks import finite_number, one_of, positive_int
 from ..errors import Refused
 from .layers import ACTIVATIONS, ConvLayer, LinearHead, activate
 from .score_net import ScoreNet
@@ -108,8 +108,7 @@ class ResidualNet(ScoreNet):
         one_of(activation, ACTIVATIONS, "activation", self.name)
         one_of(head, HEADS, "head", self.name)
         positive_int(depth, "depth", self.name)
-        if not is_number(negative_slope) or not math.isfinite(negative_slope):
-            raise Refused("negative_slope", "be a finite number", repr(negative_slope), self.name)
+        finite_number(negative_slope, "negative_slope", self.name)
         super().__init__(size, channels, ndim)
         self.stages, self.depth = tuple(stages), depth
         if not self.stages:

@@ -107,7 +107,7 @@ LAYER = [DeconvSpec(1, 4, 4)]
         (lambda: Generator(2, []), "layers must hold at least one DeconvSpec, got none"),
         (lambda: Generator(2, LAYER, output="sigmoid"), "output must be one of tanh, none, got 'sigmoid'"),
         (lambda: Generator(2, LAYER, activation="rellu"), r"activation must be one of .* \(did you mean 'relu'\?\)"),
-        (lambda: Generator(2, LAYER, value_range=(1, 1)), "value_range must be finite"),
+        (lambda: Generator(2, LAYER, value_range=(1, 1)), r"value_range must be \(low, high\) with low < high"),
         (lambda: Generator(2, LAYER)(torch.zeros(3, 4)), r"z must have shape \(N, 2\), got \(3, 4\)"),
         (lambda: DeconvSpec(1, 2, 3), "kernel must be at least stride, 3, got 2"),
         (lambda: DeconvSpec(1, 0), "kernel must be a positive int, got 0"),

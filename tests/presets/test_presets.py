@@ -50,19 +50,27 @@ def test_the_list_says_method_data_and_time():
 FEW = {table: ["--set", f"{table}.sample_steps=4"] for table in ("frame", "cd", "generative-convnet")}
 
 
+# Of every method the preset that takes least: its run goes on, and samples twice the same.
+GOING_ON = {
+    load_preset(name).method: name for name in sorted(preset_names(), key=lambda name: "digits" in name)
+}.values()
+
+
 @pytest.mark.parametrize("name", preset_names())
 def test_a_preset_trains_two_steps_and_its_run_is_used(name, tmp_path, no_network):
     out = tmp_path / "run"
     mgebm("train", name, *SMALL, *FEW.get(load_preset(name).method, ()), "--out", out)
     run = Run(out)
     assert run.finished and len(run.metrics()) >= 1 and run.config.method == load_preset(name).method
-    steps = ["--set", "steps=3"]
-    mgebm("train", "--out", out, "--resume", *steps)
+    if name in GOING_ON:
+        mgebm("train", "--out", out, "--resume", "--set", "steps=3")
     mgebm("sample", out, "--num", 3, "--seed", 1, "--out", tmp_path / "a.npy")
-    mgebm("sample", out, "--num", 3, "--seed", 1, "--out", tmp_path / "b.npy")
-    a, b = np.load(tmp_path / "a.npy"), np.load(tmp_path / "b.npy")
+    a = np.load(tmp_path / "a.npy")
     size = getattr(run.model(), "shape", (run.config.sizes[-1],) * 2)
-    assert a.shape == (3, run.config.channels, *size) and np.array_equal(a, b)
+    assert a.shape == (3, run.config.channels, *size)
+    if name in GOING_ON:
+        mgebm("sample", out, "--num", 3, "--seed", 1, "--out", tmp_path / "b.npy")
+        assert np.array_equal(a, np.load(tmp_path / "b.npy"))
     assert a.dtype == (np.float32 if len(size) == 1 else np.uint8)
     assert list((out / "samples").glob("*.png"))
 

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...nets import ScoreNet, from_config
+from ...nets import ScoreNet
 from .net_features import read_maps, top_map
 
 FOLDS = 5
@@ -126,10 +126,7 @@ def net_predictions(
     """
     classes, targets = np.unique(labels, return_inverse=True)
     device = labelled[0].device
-    copies = [from_config(net.config()).to(device) for net in nets]
-    for copy, net in zip(copies, nets, strict=True):
-        copy.load_state_dict(net.state_dict())
-        copy.requires_grad_(True)
+    copies = [net.copied().to(device).requires_grad_(True) for net in nets]
     model = NetClassifier(copies, len(classes), Scale(read_maps(readable(copies, reference), reference)))
     known = torch.from_numpy(targets).to(device)
     trained = [p for name, p in model.named_parameters() if ".head." not in name]  # all but the heads of the energies
@@ -161,8 +158,7 @@ def readable(nets: Sequence[ScoreNet], reference: Sequence[Tensor]) -> list[Scor
     out: list[ScoreNet] = []
     for net, x in zip(nets, reference, strict=True):
         if net.norm == "batch" and not all(int(layer.norm.observed) for layer in net.convolutions if layer.norm):
-            net = from_config(net.config()).to(x.device)
-            net.load_state_dict(nets[len(out)].state_dict())
+            net = net.copied().to(x.device)
             with net.observing():
                 net(x)
         out.append(net.freeze_norm() if net.norm == "batch" else net)

@@ -6,7 +6,7 @@ import abc
 import dataclasses
 import math
 from collections.abc import Collection, Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 from ...checks import is_int, is_number
 from ...errors import Refused, close, suggest
@@ -203,33 +203,23 @@ class Maybe(Kind):
     """`kind`, or nothing, which TOML has no value for: the string "none" in a file, `none` on the command line."""
 
     kind: Kind
+    word: ClassVar[str] = "none"
 
     @property
     def expected(self) -> str:  # type: ignore[override]
-        return f"{self.kind.expected}, or none"
+        return f"{self.kind.expected}, or {self.word}"
 
     def read(self, value: Any) -> Any:
-        return None if value is None or value == "none" else self.kind.read(value)
+        return None if value is None or value == self.word else self.kind.read(value)
 
     def shown(self, value: Any) -> Any:
-        return "none" if value is None else value
+        return self.word if value is None else value
 
 
-@dataclasses.dataclass(frozen=True)
-class Auto(Kind):
+class Auto(Maybe):
     """`kind`, or chosen by other keys: "auto". For kinds of which "none" is a value."""
 
-    kind: Kind
-
-    @property
-    def expected(self) -> str:  # type: ignore[override]
-        return f"{self.kind.expected}, or auto"
-
-    def read(self, value: Any) -> Any:
-        return None if value is None or value == "auto" else self.kind.read(value)
-
-    def shown(self, value: Any) -> Any:
-        return "auto" if value is None else value
+    word = "auto"
 
 
 def key(default: Any, kind: Kind, doc: str, *, fixed: bool = False) -> Any:

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from ...errors import ConfigError
-from .keys import MOST_ELEMENTS, Auto, Kind, Many, Maybe, PerGrid, Text, nearest, shortened
+from .keys import MOST_ELEMENTS, Kind, Many, Maybe, PerGrid, Text, nearest, shortened
 from .method import METHODS
 from .sections import tables
 from .toml import parse
@@ -146,7 +146,7 @@ def _read(kind: Kind, name: str, value: Any, where: str) -> Any:
 
 def _value(text: str, kind: Kind) -> Any:
     """The TOML value of a command-line word. A bare word is a string, `1,2,4` a list."""
-    inner = kind.kind if isinstance(kind, (Auto, Maybe)) else kind
+    inner = kind.kind if isinstance(kind, Maybe) else kind
     if isinstance(inner, Text):
         return text[1:-1] if len(text) > 1 and text[0] == text[-1] and text[0] in "\"'" else text
     candidates = [text, f"[{text}]"] if isinstance(inner, (Many, PerGrid)) else [text]

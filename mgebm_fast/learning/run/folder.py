@@ -38,7 +38,6 @@ class NoFolder:
     path: Path | None = None
     writes = False
     owned = False  # whether what lies in it is this run's
-    logger: Logger | None = None  # of the records; TensorBoard where there is none
 
     def claim(self, config: TrainConfig, fingerprint: Mapping[str, Any], iteration: int) -> Any:
         """A context in which the folder is this run's: new, or the run's own, and no other process's."""
@@ -82,8 +81,8 @@ class RunFolder(NoFolder):
 
     path: Path
 
-    def __init__(self, path: Path, *, writes: bool = True) -> None:
-        self.path, self.writes = path, writes
+    def __init__(self, path: Path, *, writes: bool = True, logger: Logger | None = None) -> None:
+        self.path, self.writes, self._logger = path, writes, logger
 
     @contextlib.contextmanager
     def _claimed(self, config: TrainConfig, fingerprint: Mapping[str, Any], iteration: int) -> Iterator[None]:
@@ -106,7 +105,7 @@ class RunFolder(NoFolder):
         return self._claimed(config, fingerprint, iteration) if self.writes else contextlib.nullcontext()
 
     def recorder(self, step: int, rollbacks: int, mark: Mark | None) -> NoRecorder:
-        return Recorder(self.path, step, rollbacks, mark, self.logger) if self.writes else NoRecorder()
+        return Recorder(self.path, step, rollbacks, mark, self._logger) if self.writes else NoRecorder()
 
     def save(self, rule: UpdateRule, iteration: int, state: Mapping[str, Any]) -> None:
         if self.writes:

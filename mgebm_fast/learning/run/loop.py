@@ -19,6 +19,7 @@ from .distributed import RankLost, Ranks
 from .feed import Batches
 from .folder import CONFIG, MODEL, SAMPLES, NoFolder, RunFolder, is_new
 from .interrupts import StopRequests
+from .loggers import Logger
 from .progress import Pace, Progress, Voice, duration
 from .records import Mark, NoRecorder
 from .rule import UpdateRule
@@ -50,6 +51,7 @@ class Loop:
         console: Console | None = None,
         resume_command: str | None = None,
         ranks: Ranks | None = None,
+        logger: Logger | None = None,  # of the records; TensorBoard where there is none
     ) -> None:
         self.ranks = rule.ranks = ranks or Ranks()
         if config.batch_parts > 1 and not rule.divisible:
@@ -58,7 +60,7 @@ class Loop:
                 f"batches, got {config.batch_parts}"
             )
         self.rule, self.batches, self.config = rule, batches, config
-        self.folder: NoFolder = NoFolder() if out is None else RunFolder(out, writes=self.ranks.first)
+        self.folder: NoFolder = NoFolder() if out is None else RunFolder(out, writes=self.ranks.first, logger=logger)
         self.voice = Voice(console if self.ranks.first else None)
         self.iteration = 0
         self.states = rollback.states_of(self.folder, rollback.History(config), config.keep_checkpoints)
