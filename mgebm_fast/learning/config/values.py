@@ -15,7 +15,7 @@ from .toml import parse
 from .train_config import TrainConfig, all_keys, per_grid_keys, sections
 
 
-def from_dict(values: Mapping[str, Any], where: str = "config") -> TrainConfig:
+def from_dict(values: Mapping[str, Any] | None, where: str = "config") -> TrainConfig:
     """A checked configuration; every key left out keeps its default. ConfigError names the key and what it must be.
 
     A `[langevin]` table starts from no form at all, so that it gives exactly one; without the table it is
