@@ -172,17 +172,17 @@ class _LastingStream:
     def write(self, text: str) -> int:
         try:
             return int(self._stream.write(text))
-        except OSError:
-            self._give_up()
+        except OSError as error:
+            self._give_up(error)
             return len(text)
 
     def flush(self) -> None:
         try:
             self._stream.flush()
-        except OSError:
-            self._give_up()
+        except OSError as error:
+            self._give_up(error)
 
-    def _give_up(self) -> None:
+    def _give_up(self, error: OSError) -> None:
         """Send what the stream still holds, and all that follows, to the null device."""
         null = os.open(os.devnull, os.O_WRONLY)
         os.dup2(null, self._stream.fileno())
@@ -192,9 +192,20 @@ class _LastingStream:
         return getattr(self._stream, name)
 
 
+class _Output(_LastingStream):
+    """stdout: the command ends where it cannot be written, with one line of an error unless its reader had enough."""
+
+    def _give_up(self, error: OSError) -> None:
+        super()._give_up(error)
+        if isinstance(error, BrokenPipeError):
+            raise SystemExit(0)
+        typer.echo(f"error: cannot write to stdout: {error.strerror}", err=True)
+        raise SystemExit(BAD_INPUT)
+
+
 def secure_console() -> None:
-    """Open closed standard streams on the null device, so that no file takes their descriptors, and keep a command
-    running when the reader of its messages on stderr is gone."""
+    """Open closed standard streams on the null device, so that no file takes their descriptors; keep a command running
+    when the reader of its messages on stderr is gone, and end it in good order when stdout cannot be written."""
     for number, name in enumerate(("stdin", "stdout", "stderr")):
         try:
             os.fstat(number)
@@ -206,7 +217,7 @@ def secure_console() -> None:
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, "w" if number else "r"))  # noqa: SIM115
     if not isinstance(sys.stderr, _LastingStream):
-        sys.stderr = _LastingStream(sys.stderr)  # type: ignore[assignment]
+        sys.stdout, sys.stderr = _Output(sys.stdout), _LastingStream(sys.stderr)  # type: ignore[assignment]
 
 
 def main(args: Sequence[str] | None = None) -> None:

@@ -13,7 +13,7 @@ from helpers.console import one_line
 from PIL import Image
 
 import mgebm_fast as mg
-from mgebm_fast.cli.app import _LastingStream
+from mgebm_fast.cli.app import _LastingStream, _Output
 from mgebm_fast.cli.outputs import check_place
 from mgebm_fast.evaluation.comparison import compare as comparison
 
@@ -179,6 +179,21 @@ def test_a_console_without_a_reader_is_survived():
             stream.write("words\n")
             stream.flush()
         assert stream.encoding == full.encoding
+
+
+def test_a_command_whose_output_cannot_be_written_ends_with_one_line_and_quietly_where_its_reader_has_left(capfd):
+    def code(file):
+        with pytest.raises(SystemExit) as ended, file:
+            stream = _Output(file)
+            stream.write("words\n")
+            stream.flush()
+        return ended.value.code
+
+    reading, writing = os.pipe()
+    os.close(reading)
+    assert code(os.fdopen(writing, "w")) == 0 and capfd.readouterr().err == ""
+    assert code(open("/dev/full", "w")) == 2
+    assert capfd.readouterr().err == "error: cannot write to stdout: No space left on device\n"
 
 
 def test_closed_streams_are_opened_again():
