@@ -36,7 +36,7 @@ class EnergyModel(Model):
         channels: of the images.
         langevin: the dynamics, one for all grids or one a net. Default: the paper's, 30 steps of size 0.3 with the
             reference N(0, 50²) and pixels clamped to `value_range`.
-        width, norm, variant, activation, spectral_norm: of the nets, as in `nets.multigrid_net`.
+        width, norm, variant, depth, activation, spectral_norm: of the nets, as in `nets.multigrid_net`.
         value_range: (lo, hi), the pixel values of the model's black and white.
         batch_size: samples to a group in `sample`; with norm="batch", whose samples are coupled, the batch size of
             training. Default 100.
@@ -57,6 +57,7 @@ class EnergyModel(Model):
         width: float = 1.0,
         norm: str | None = None,
         variant: str = "B",
+        depth: int = 1,
         activation: str | None = None,
         spectral_norm: bool = False,
         value_range: tuple[float, float] = (0.0, 255.0),
@@ -70,7 +71,8 @@ class EnergyModel(Model):
         if nets is None:
             nets = [
                 multigrid_net(
-                    size, channels, width, norm, variant, activation=activation, spectral_norm=spectral_norm,
+                    size, channels, width, norm, variant, depth=depth, activation=activation,
+                    spectral_norm=spectral_norm,
                     seed=(seed * len(self.sizes) + grid) % 2**63,
                 )
                 for grid, size in enumerate(self.sizes[1:], start=1)

@@ -64,6 +64,7 @@ def multigrid_net(
     norm: str | None = None,
     variant: str = "B",
     *,
+    depth: int = 1,
     activation: str | None = None,
     spectral_norm: bool = False,
     seed: int = 0,
@@ -77,10 +78,11 @@ def multigrid_net(
     | 64 | A | 5 s2 64; 3 s2 128; 3 s1 256, with ReLU |
     | 64 | B | 5 s2 64; 5 s2 128; 5 s2 256; 5 s2 512 |
     | any other, or "compact" | | `compact_layers` |
-    | any | residual | a `ResidualNet` of `residual_stages`, one block each |
+    | any | residual | a `ResidualNet` of `residual_stages`, `depth` blocks each |
 
-    `width` multiplies the hidden channels. `norm` None is "batch", which residual nets do not have: for these it is
-    "none". `activation` None is the variant's own: LeakyReLU 0.2, but ReLU in 64 "A", and SiLU in residual nets.
+    `width` multiplies the hidden channels; `depth` is 1 but for residual nets. `norm` None is "batch", which residual
+    nets do not have: for these it is "none". `activation` None is the variant's own: LeakyReLU 0.2, but ReLU in 64 "A",
+    and SiLU in residual nets.
     """
     one_of(variant, VARIANTS, "variant", "multigrid_net")
     positive_int(size, "size", "multigrid_net")
@@ -96,8 +98,11 @@ def multigrid_net(
             )
         stages = [_widened(channels, width) for channels in residual_stages(size)]
         return ResidualNet(
-            size, channels, stages, activation=activation or "silu", spectral_norm=spectral_norm, seed=seed
-        )
+            size, channels, stages, depth=depth, activation=activation or "silu", spectral_norm=spectral_norm,
+            seed=seed,
+        )  # fmt: skip
+    if depth != 1:
+        raise Refused("depth", "be 1 for a variant without residual blocks", repr(depth), "multigrid_net")
     layers = multigrid_layers(size, variant, width)
     if activation is None:
         activation = "relu" if variant == "A" and size == 64 else "leaky_relu"

@@ -83,6 +83,16 @@ def test_every_size_has_a_net():
     assert residual_stages(4) == (32, 64) and residual_stages(2) == residual_stages(7) == (32,)
 
 
+def test_a_models_depth_is_that_of_its_nets_and_its_trainers():
+    model = mg.MultiGrid((1, 4), channels=1, width=0.1, variant="residual", depth=2, value_range=(-1, 1))
+    assert model.nets[0].depth == 2 and model.from_config(model.config()).nets[0].depth == 2
+    data = torch.zeros(2, 1, 4, 4, dtype=torch.uint8)
+    config = mg.MultiGridTrainer(model, data, device="cpu", quiet=True).config
+    assert config.depth == 2 and mg.learning.config.build_model(config).nets[0].depth == 2
+    with pytest.raises(ValueError, match="multigrid_net: depth must be 1 for a variant without residual blocks, got 2"):
+        mg.MultiGrid((1, 4), depth=2)
+
+
 def test_work_areas_and_parameters_are_counted():
     net = ResidualNet(8, 3, [4, 6], depth=2)
     assert [tuple(layer.weight.shape[:3]) for layer in net.convolutions] == [

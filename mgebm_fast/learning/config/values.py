@@ -175,6 +175,10 @@ def _check_together(config: TrainConfig) -> None:
                 f"sizes must grow, each dividing the next, as in [1, 4, 16, 64], got {list(sizes)} "
                 f"({coarse} does not divide {fine})"
             )
+    if config.depth != 1 and config.variant != "residual":
+        raise ConfigError(
+            f"depth must be 1 for the variant {config.variant!r}, which has no blocks, got {config.depth}"
+        )
     if config.batch_size % config.batch_parts:
         raise ConfigError(f"batch_parts must divide batch_size, {config.batch_size}, got {config.batch_parts}")
     low, high = config.value_range

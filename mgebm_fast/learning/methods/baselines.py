@@ -210,6 +210,7 @@ def build_model(config: TrainConfig) -> SingleGrid:
         sample_steps=None if one.options is None else one.options.sample_steps,
         width=one.width,
         variant=one.variant,
+        depth=one.depth,
         **one.model_arguments(),
     )
 

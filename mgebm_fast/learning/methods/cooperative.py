@@ -113,6 +113,7 @@ def build_model(config: TrainConfig) -> CoopNets:
         complete_steps=one.options.complete_steps,
         width=one.width,
         variant=one.variant,
+        depth=one.depth,
         **one.model_arguments(),
     )
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ... import noise
 from ...models import MultiGrid
-from ...nets import ScoreNet
+from ...nets import ResidualNet, ScoreNet
 from ...sampling.graphs import Graph
 from ..config.method import Method, register
 from ..config.train_config import TrainConfig
@@ -46,6 +46,7 @@ def build_model(config: TrainConfig) -> MultiGrid:
         config.sizes,
         width=config.width,
         variant=config.variant,
+        depth=config.depth,
         **config.model_arguments(),
     )
 
@@ -72,6 +73,7 @@ def describe_model(model: MultiGrid) -> dict[str, Any]:
         "channels": model.channels,
         "width": float(model.width),
         "variant": model.variant,
+        "depth": first.depth if isinstance(first, ResidualNet) else 1,
         "norm": "batch" if model.norm == "batch" else "none",
         "activation": first.activation if built else None,
         "spectral_norm": first.spectral_norm if built else False,

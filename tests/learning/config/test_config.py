@@ -217,6 +217,7 @@ def test_annealed_noise_goes_by_rank(sizes, expected):
         ),
         (".".join("a" * 50_000) + "=3", "unknown key 'a.a.a"),
         ("optimiser.betas={" + ".".join("a" * 50_000) + "=3}", "optimiser.betas must be a list"),
+        ("depth=2", "depth must be 1 for the variant 'compact', which has no blocks, got 2"),
         ("flips=maybe", "flips must be true or false, got 'maybe'"),
     ],
 )
