@@ -139,6 +139,21 @@ def test_commands_parse(path):
             assert words[1] in preset_names(), f"{path.name}: {words}"
 
 
+LONG = re.compile(
+    r"(?:^|\s)(?:mgebm (?:train|compare|classify|bench|evaluate|diagnose|inpaint)|torchrun) ", re.MULTILINE
+)
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
+def test_what_takes_long_says_how_long(path):
+    """Every section with a block of commands that train or measure says what time that takes."""
+    for section in re.split(r"^(?=##? )", path.read_text(encoding="utf-8"), flags=re.MULTILINE):
+        blocks = code_blocks(section, "") + re.findall(r"^    (?:mgebm|torchrun) .*$", section, re.MULTILINE)
+        if any(LONG.search(block) for block in blocks):
+            title = section.partition("\n")[0]
+            assert re.search(r"\b(seconds?|minutes?|min|hours?)\b", section), f"{path.name}: {title}"
+
+
 @pytest.mark.parametrize("name", sorted(GROUP.commands))
 def test_the_examples_of_the_help_parse(name):
     text = GROUP.commands[name].help
