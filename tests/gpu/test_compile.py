@@ -67,11 +67,13 @@ def _cache(tmp_path_factory):
 
 
 def test_the_launches_of_the_digits_preset():
-    """The other presets' are compiled by the next test, in a run of `-m slow`."""
+    """As captured, with counters on the device: those of the first, eager call are compiled by tests/kernels, the other
+    presets' by the next test, in a run of `-m slow`."""
     launches = recorded([NETS[5], NETS[8]])
     assert {launch.name for launch in launches} >= {"edge_step_kernel", "dense_chain_kernel", "bias_act_kernel"}
     for launch in launches:
-        check(launch, 90)
+        if launch.arguments.get("SEED_ON_DEVICE", True):
+            check(launch, 90)
 
 
 @pytest.mark.slow

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -222,7 +224,10 @@ LAYOUTS = ["contiguous", "channels_last", "mixed", "mixed_back"]
 MASKS = [None, "full", "channels", "samples", "pixels", "layout"]
 
 
-@pytest.mark.parametrize(("shape", "layouts", "masked"), covering(CHAIN_SHAPES, LAYOUTS, MASKS))
+@pytest.mark.parametrize(
+    ("layouts", "masked", "shape"),
+    [(*row, shape) for row, shape in zip(covering(LAYOUTS, MASKS), itertools.cycle(CHAIN_SHAPES))],
+)
 def test_langevin_step(kernels, device, shape, layouts, masked):
     rng = np.random.default_rng(sum(shape))
     x, grad = rng.normal(size=(2, *shape)).astype(np.float32)
