@@ -6,7 +6,17 @@ import math
 from collections.abc import Collection
 from typing import Any
 
+import numpy as np
+import torch
+
 from .errors import Refused, suggest
+
+
+def number(value: Any) -> Any:
+    """A real number as Python's: numpy's scalars and 0-dim tensors too (one on a GPU costs a host sync)."""
+    if isinstance(value, (torch.Tensor, np.ndarray)) and value.ndim == 0:
+        value = value.item()
+    return value.item() if isinstance(value, np.generic) else value
 
 
 def is_int(value: Any, least: float = -math.inf) -> bool:
@@ -19,22 +29,25 @@ def is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
-def positive_int(value: Any, name: str, where: str, *, none: bool = False) -> None:
-    """Raise unless a value is an int of at least 1; or None, with `none`."""
+def positive_int(value: Any, name: str, where: str, *, none: bool = False) -> Any:
+    """A value as an int; raises unless it is one of at least 1; or None, with `none`."""
+    value = number(value)
     if not is_int(value, 1) and not (none and value is None):
         raise Refused(name, f"be a positive int{' or None' * none}", repr(value), where)
+    return value
 
 
-def finite_number(value: Any, name: str, where: str) -> None:
-    """Raise unless a value is a finite number."""
-    if not is_number(value) or not math.isfinite(value):
-        raise Refused(name, "be a finite number", repr(value), where)
+def positive_number(value: Any, name: str, where: str) -> float:
+    """A value as a float; raises unless it is a finite number above 0."""
+    return finite_number(value, name, where, above=0)
 
 
-def positive_number(value: Any, name: str, where: str) -> None:
-    """Raise unless a value is a finite number above 0."""
-    if not is_number(value) or not 0 < value < math.inf:
-        raise Refused(name, "be a finite number > 0", repr(value), where)
+def finite_number(value: Any, name: str, where: str, *, above: float = -math.inf) -> float:
+    """A value as a float; raises unless it is a finite number above a bound."""
+    value = number(value)
+    if not is_number(value) or not above < value < math.inf:
+        raise Refused(name, f"be a finite number{f' > {above:g}' if above > -math.inf else ''}", repr(value), where)
+    return float(value)
 
 
 def one_of(value: Any, options: Collection[str], name: str, where: str) -> None:

@@ -12,7 +12,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from .checks import finite_number, is_int, positive_number
+from .checks import finite_number, is_int, number, positive_number
 from .errors import Refused
 
 Function = Callable[[Tensor], Tensor]
@@ -33,8 +33,8 @@ class Sum(nn.Module):
         if not energies:
             raise Refused("energies", "be one or more energies", "none", "Sum")
         self._count = len(energies)
-        for number, energy in enumerate(energies):
-            setattr(self, f"energy{number}", _callable(energy, f"energies[{number}]", "Sum"))
+        for place, energy in enumerate(energies):
+            setattr(self, f"energy{place}", _callable(energy, f"energies[{place}]", "Sum"))
 
     @property
     def energies(self) -> tuple[Function, ...]:
@@ -70,8 +70,7 @@ class Scaled(nn.Module):
 
     @factor.setter
     def factor(self, factor: float) -> None:
-        finite_number(factor, "factor", "Scaled")
-        self._factor = float(factor)
+        self._factor = finite_number(factor, "factor", "Scaled")
 
     def forward(self, x: Tensor) -> Tensor:  # (N, ...) -> (N,)
         return self.factor * _one_each(self.energy(x), x, "energy", "Scaled")
@@ -99,8 +98,7 @@ class Tempered(nn.Module):
 
     @temperature.setter
     def temperature(self, temperature: float) -> None:
-        positive_number(temperature, "temperature", "Tempered")
-        self._temperature = float(temperature)
+        self._temperature = positive_number(temperature, "temperature", "Tempered")
 
     def forward(self, x: Tensor) -> Tensor:  # (N, ...) -> (N,)
         return _one_each(self.energy(x), x, "energy", "Tempered") / self.temperature
@@ -139,6 +137,7 @@ class Classifier(nn.Module):
 
     @label.setter
     def label(self, label: int | None) -> None:
+        label = number(label)
         if not (label is None and not self.conditional) and not is_int(label, 0):
             must = "be an int >= 0" if self.conditional else "be an int >= 0 or None"
             raise Refused("label", must, repr(label), "Classifier")

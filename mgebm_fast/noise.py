@@ -21,7 +21,7 @@ import threading
 import torch
 from torch import Tensor
 
-from .checks import is_int
+from .checks import is_int, number
 from .errors import Refused
 
 WORD = 0xFFFFFFFF
@@ -76,7 +76,8 @@ def retried(purpose: Purpose, attempt: int) -> int:
 
 
 def check_seed(seed: int, where: str) -> int:
-    """`seed` itself when it is an int in [0, 2**64), else an error."""
+    """`seed` as an int when it is one in [0, 2**64), else an error."""
+    seed = number(seed)
     if not is_int(seed):
         raise TypeError(f"{where}: seed must be an int or an int64 tensor, got {type(seed).__name__}")
     if not 0 <= seed < 1 << 64:

@@ -284,6 +284,7 @@ def _write_folder(out: Path, images: dict[int, np.ndarray], numbers: Sequence[in
     from ..files import folder_beside, synchronise
     from ..pictures import save_png
 
+    out = out.resolve()  # a link to a folder stays one
     with folder_beside(out) as temporary:
         for size, batch in images.items():
             folder = temporary / f"size_{size:03d}" if len(images) > 1 else temporary

@@ -123,6 +123,7 @@ def _write_folder(model: SpatialTemporal, x: Tensor, out: Path, first_sample: in
     from ..learning.methods.spatial_temporal import as_sound
     from ..pictures import save_png
 
+    out = out.resolve()  # a link to a folder stays one
     with folder_beside(out) as temporary:
         for i, clip in enumerate(x, start=first_sample):
             if not model.is_video:

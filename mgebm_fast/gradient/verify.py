@@ -49,7 +49,8 @@ def _compared(energy: Any, stack: Stack, x: Tensor) -> str | None:
     if x.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
         return None
     generator = torch.Generator().manual_seed(0)
-    probe = torch.randn(_SAMPLES, stack.channels, *stack.size, generator=generator).to(x.device)
+    shape = (_SAMPLES, stack.channels, *stack.size)
+    probe = torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu").to(x.device)
     try:
         with frozen_parameters(energy), torch.autocast(x.device.type, enabled=False):
             own = AutogradPlan(energy, "plan").gradient(probe)

@@ -67,7 +67,7 @@ class EnergyModel(Model):
     ) -> None:
         super().__init__(sizes, channels, value_range, batch_size)
         self.width, self.variant = width, variant
-        noise.check_seed(seed, self.kind)
+        seed = noise.check_seed(seed, self.kind)
         if nets is None:
             nets = [
                 multigrid_net(
@@ -183,7 +183,9 @@ class EnergyModel(Model):
         lines = []
         for grid, (energy, chain) in enumerate(self.measured(), start=1):
             size = self.sizes[grid]
-            x = torch.empty(n or self.batch_size, *self.sample_shape(size), device=self.colours.device)
+            x = torch.empty(
+                n or self.batch_size, *self.sample_shape(size), dtype=torch.float32, device=self.colours.device
+            )
             lines.append(f"grid {grid} (size {size})\n" + textwrap.indent(str(chain.explain(energy, x)), "  "))
         return "\n".join(lines)
 

@@ -171,7 +171,7 @@ class Generates:
     ) -> Tensor:
         """z (N, *latent_shape) that explains images x where they are not hidden: `steps` Langevin steps (default:
         `complete_steps`) from a draw of the prior. The second half of the chain is noise-free, and ends at a mode."""
-        checks.positive_int(steps, "steps", "infer", none=True)
+        steps = checks.positive_int(steps, "steps", "infer", none=True)
         steps = self.complete_steps if steps is None else steps
         z = draw_latents(self.generator, len(x), seed=seed, first_sample=first_sample)
         stream = noise.stream(noise.Purpose.LATENT, 1)

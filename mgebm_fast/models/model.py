@@ -73,9 +73,9 @@ class Model(Pretrained, nn.Module, abc.ABC):
         super().__init__()
         where = self.kind
         self.sizes = check_sizes(sizes)
-        checks.positive_int(channels, "channels", where)
-        checks.positive_int(batch_size, "batch_size", where, none=True)
-        self.channels, self.batch_size = channels, DEFAULT_GROUP if batch_size is None else batch_size
+        self.channels = checks.positive_int(channels, "channels", where)
+        batch_size = checks.positive_int(batch_size, "batch_size", where, none=True)
+        self.batch_size = DEFAULT_GROUP if batch_size is None else batch_size
         self.value_range = checks.interval(value_range, "value_range", where)
         self._register_rows("colours", channels)
 
@@ -185,10 +185,10 @@ class Model(Pretrained, nn.Module, abc.ABC):
             pipeline: on a CUDA device, run a group's coarse grids while the group before it is at the fine ones, each
                 grid on a stream of its own. The samples are the same.
         """
-        checks.positive_int(n, "n", "sample")
-        checks.positive_int(batch_size, "batch_size", "sample", none=True)
+        n = checks.positive_int(n, "n", "sample")
+        batch_size = checks.positive_int(batch_size, "batch_size", "sample", none=True)
         group = self.batch_size if batch_size is None else batch_size
-        noise.check_seed(seed, "sample")
+        seed = noise.check_seed(seed, "sample")
         self._check_length(length)
         finest = (n, self.channels, self.sizes[-1], self.sizes[-1])
         held = check_known(known, mask, finest, self.colours.device, "sample")

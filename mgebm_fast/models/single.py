@@ -35,8 +35,7 @@ class OneNet(EnergyModel):
 
     def __init__(self, size: int, *, sample_steps: int | None = None, channels: int = 3, **arguments: Any) -> None:
         super().__init__((1, size), channels=channels, **arguments)
-        checks.positive_int(sample_steps, "sample_steps", self.kind, none=True)
-        self.sample_steps = sample_steps
+        self.sample_steps = checks.positive_int(sample_steps, "sample_steps", self.kind, none=True)
 
     @property
     def sampling(self) -> tuple[Langevin, ...]:
@@ -77,7 +76,9 @@ class OneNet(EnergyModel):
     def zeros(self, n: int) -> Tensor:  # (n, C, S, S)
         """Images whose every pixel is the mean m of the reference: the zero images of papers, which subtract it."""
         mean = self.langevin[0].reference_mean
-        return torch.full((n, *self.sample_shape(self.sizes[-1])), mean, device=self.colours.device)
+        return torch.full(
+            (n, *self.sample_shape(self.sizes[-1])), mean, dtype=torch.float32, device=self.colours.device
+        )
 
     @classmethod
     def from_config(cls: type[AnyOneNet], config: Mapping[str, Any]) -> AnyOneNet:

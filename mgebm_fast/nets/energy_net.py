@@ -28,7 +28,7 @@ class ConvSpec:
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
-            positive_int(getattr(self, field.name), field.name, "ConvSpec")
+            object.__setattr__(self, field.name, positive_int(getattr(self, field.name), field.name, "ConvSpec"))
 
 
 def _described(layer: nn.Module | None) -> tuple[ConvSpec, str, float] | None:
@@ -85,7 +85,7 @@ class EnergyNet(ScoreNet):
             raise ValueError("EnergyNet: layers must hold at least one ConvSpec, got none")
         self.norm, self.spectral_norm, self.head_kind = norm, spectral_norm, head
 
-        inputs, top = channels, self.size
+        inputs, top = self.channels, self.size
         self.layers = nn.ModuleList()
         for spec in self.specs:
             layer = ConvLayer(
@@ -120,8 +120,7 @@ class EnergyNet(ScoreNet):
 
     @negative_slope.setter
     def negative_slope(self, slope: float) -> None:
-        finite_number(slope, "negative_slope", "EnergyNet")
-        self._negative_slope = slope
+        self._negative_slope = slope = finite_number(slope, "negative_slope", "EnergyNet")
         for layer in self.convolutions:
             layer.negative_slope = slope
 

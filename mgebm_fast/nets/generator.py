@@ -28,7 +28,8 @@ class DeconvSpec:
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
-            positive_int(getattr(self, field.name), field.name, "DeconvSpec")
+            value = positive_int(getattr(self, field.name), field.name, "DeconvSpec")
+            object.__setattr__(self, field.name, value)
         if self.kernel < self.stride:
             raise ValueError(f"DeconvSpec: kernel must be at least stride, {self.stride}, got {self.kernel}")
 
@@ -40,8 +41,8 @@ class DeconvLayer(nn.Module):
         super().__init__()
         self.stride, self.padding = spec.stride, (spec.kernel - spec.stride + 1) // 2
         self.rest = spec.stride - spec.kernel + 2 * self.padding  # 1 where kernel − stride is odd
-        self.weight = nn.Parameter(torch.empty(inputs, spec.channels, spec.kernel, spec.kernel))
-        self.bias = nn.Parameter(torch.zeros(spec.channels))
+        self.weight = nn.Parameter(torch.empty(inputs, spec.channels, spec.kernel, spec.kernel, dtype=torch.float32))
+        self.bias = nn.Parameter(torch.zeros(spec.channels, dtype=torch.float32))
         self.activation, self.negative_slope = activation, negative_slope
         self._squares = 2.0 / (1.0 + negative_slope**2) if activation != "none" else 1.0
 
@@ -92,8 +93,8 @@ class Generator(nn.Module):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        positive_int(latent, "latent", "Generator")
-        positive_int(latent_map, "latent_map", "Generator")
+        latent = positive_int(latent, "latent", "Generator")
+        latent_map = positive_int(latent_map, "latent_map", "Generator")
         one_of(activation, ACTIVATIONS, "activation", "Generator")
         one_of(output, OUTPUTS, "output", "Generator")
         self.specs = tuple(layers)
@@ -166,8 +167,8 @@ def generator_layers(size: int, channels: int, width: int = 32, latent_map: int 
     kernels 4 of stride 2 with half the channels each, the last of them `width`, then 3×3 to the image. From a map of
     z: 3×3 in place of the linear layer; `size` must be latent_map times a power of 2.
     """
-    for name, value in (("size", size), ("channels", channels), ("width", width), ("latent_map", latent_map)):
-        positive_int(value, name, "generator_layers")
+    given = {"size": size, "channels": channels, "width": width, "latent_map": latent_map}
+    size, channels, width, latent_map = (positive_int(v, name, "generator_layers") for name, v in given.items())
     doublings, extent = 0, size
     while extent % 2 == 0 and extent > (_BASE if latent_map == 1 else latent_map):
         doublings, extent = doublings + 1, extent // 2

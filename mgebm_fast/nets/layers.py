@@ -41,10 +41,10 @@ class BatchStatistics(nn.Module):
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.ones(channels))
-        self.bias = nn.Parameter(torch.zeros(channels))
-        self.register_buffer("running_mean", torch.zeros(channels))
-        self.register_buffer("running_var", torch.zeros(channels))
+        self.weight = nn.Parameter(torch.ones(channels, dtype=torch.float32))
+        self.bias = nn.Parameter(torch.zeros(channels, dtype=torch.float32))
+        self.register_buffer("running_mean", torch.zeros(channels, dtype=torch.float32))
+        self.register_buffer("running_var", torch.zeros(channels, dtype=torch.float32))
         self.register_buffer("observed", torch.zeros((), dtype=torch.int64))
         self.observe = False
 
@@ -89,9 +89,9 @@ class SpectralWeight(nn.Module):
 
     def __init__(self, shape: tuple[int, ...], bias: bool, spectral_norm: bool) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(shape))
-        self.bias = nn.Parameter(torch.zeros(shape[0])) if bias else None
-        self.register_buffer("u", torch.empty(shape[0]) if spectral_norm else None)
+        self.weight = nn.Parameter(torch.empty(shape, dtype=torch.float32))
+        self.bias = nn.Parameter(torch.zeros(shape[0], dtype=torch.float32)) if bias else None
+        self.register_buffer("u", torch.empty(shape[0], dtype=torch.float32) if spectral_norm else None)
         self.observe = False
 
     def reset(self, generator: torch.Generator) -> None:
@@ -101,7 +101,7 @@ class SpectralWeight(nn.Module):
             nn.init.zeros_(self.bias)
         if self.u is not None:
             with torch.no_grad():
-                self.u.copy_(F.normalize(torch.randn(self.u.shape, generator=generator), dim=0))
+                self.u.copy_(F.normalize(torch.randn(self.u.shape, generator=generator, dtype=torch.float32), dim=0))
                 for _ in range(_POWER_ITERATIONS_AT_START):
                     self._iterate()
 

@@ -48,8 +48,8 @@ def residual_stages(size: int) -> tuple[int, ...]:
 def multigrid_layers(size: int, variant: str = "B", width: float = 1.0) -> tuple[ConvSpec, ...]:
     """The convolutions of the net at `size`: published at 4, 16 and 64 for "A" and "B", compact elsewhere."""
     one_of(variant, VARIANTS[:3], "variant", "multigrid_layers")
-    positive_int(size, "size", "multigrid_layers")
-    positive_number(width, "width", "multigrid_layers")
+    size = positive_int(size, "size", "multigrid_layers")
+    width = positive_number(width, "width", "multigrid_layers")
     if variant == "compact" or size not in (4, 16, 64):
         layers = compact_layers(size)
     else:
@@ -85,8 +85,8 @@ def multigrid_net(
     and SiLU in residual nets.
     """
     one_of(variant, VARIANTS, "variant", "multigrid_net")
-    positive_int(size, "size", "multigrid_net")
-    positive_number(width, "width", "multigrid_net")
+    size = positive_int(size, "size", "multigrid_net")
+    width = positive_number(width, "width", "multigrid_net")
     if norm == "frozen":
         raise ValueError(
             "multigrid_net: norm must be batch or none, got 'frozen': train with 'batch', then freeze_norm()"

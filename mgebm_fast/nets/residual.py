@@ -107,14 +107,12 @@ class ResidualNet(ScoreNet):
     ) -> None:
         one_of(activation, ACTIVATIONS, "activation", self.name)
         one_of(head, HEADS, "head", self.name)
-        positive_int(depth, "depth", self.name)
-        finite_number(negative_slope, "negative_slope", self.name)
+        self.depth = positive_int(depth, "depth", self.name)
+        negative_slope = finite_number(negative_slope, "negative_slope", self.name)
         super().__init__(size, channels, ndim)
-        self.stages, self.depth = tuple(stages), depth
+        self.stages = tuple(positive_int(width, "stages", self.name) for width in stages)
         if not self.stages:
             raise ValueError("ResidualNet: stages must hold at least one number of channels, got none")
-        for width in self.stages:
-            positive_int(width, "stages", self.name)
         self.activation, self.negative_slope = activation, negative_slope
         self.spectral_norm, self.head_kind = spectral_norm, head
         top = tuple(length >> (len(self.stages) - 1) for length in self.size)
@@ -125,7 +123,7 @@ class ResidualNet(ScoreNet):
         options: dict[str, Any] = {
             "activation": activation, "negative_slope": negative_slope, "spectral_norm": spectral_norm, "ndim": ndim
         }  # fmt: skip
-        stem = ConvLayer(channels, self.stages[0], 3, 1, norm="none", **{**options, "activation": "none"})
+        stem = ConvLayer(self.channels, self.stages[0], 3, 1, norm="none", **{**options, "activation": "none"})
         self.layers = nn.ModuleList([stem])
         for inputs, outputs, pool in self._blocks():
             self.layers.append(ResidualBlock(inputs, outputs, pool=pool, **options))

@@ -10,7 +10,7 @@ from typing import Any, ClassVar, TypeVar
 import torch
 from torch import Tensor, nn
 
-from ..checks import positive_int
+from ..checks import number, positive_int
 from .layers import BatchStatistics, ConvLayer, LinearHead, SpectralWeight
 
 AnyNet = TypeVar("AnyNet", bound="ScoreNet")
@@ -35,8 +35,8 @@ class ScoreNet(nn.Module, abc.ABC):
         super().__init__()
         if ndim not in (1, 2, 3):
             raise ValueError(f"{self.name}: ndim must be 1, 2 or 3, got {ndim!r}")
-        positive_int(channels, "channels", self.name)
-        self.size = (size,) * ndim if isinstance(size, int) else tuple(size)
+        channels, size = positive_int(channels, "channels", self.name), number(size)
+        self.size = (size,) * ndim if isinstance(size, int) else tuple(map(number, size))
         if len(self.size) != ndim:
             raise ValueError(f"{self.name}: size must have {ndim} entries, got {self.size}")
         for length in self.size:

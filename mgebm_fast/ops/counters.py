@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .. import noise as philox
+from ..checks import number
 from .state import addresses
 
 _INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
@@ -77,7 +78,7 @@ def counter(value: Any, device: torch.device | None = None) -> Any:
     given (on `device`, but for a tensor). What is of no such kind is returned, for a later check to refuse."""
     if isinstance(value, np.generic):
         value = value.item()
-    if isinstance(value, (list, tuple, np.ndarray)):
+    if isinstance(value, (list, tuple, range, np.ndarray)):
         array = np.asarray(value)
         return torch.from_numpy(array.astype(np.int64)).to(device) if array.dtype.kind in "iu" else value
     if isinstance(value, Tensor) and value.dtype in _INTEGERS:
@@ -126,7 +127,7 @@ def check(
     `steps`: of a chain whose first one is at `step`, which its callers know as `first_step`; all must fit 32 bits.
     """
     seed, first_sample, step = (counter(value, device) for value in (seed, first_sample, step))
-    stream = counter(stream)
+    stream = number(stream)
     name, last_step = ("step", 0) if steps is None else ("first_step", max(steps - 1, 0))
     last_sample = max(samples - 1, 0)
     philox.check_counter(stream, "stream", op)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from .. import native
+from ..checks import is_int, number
 from .backend import choose, launch_place, register
 from .state import addresses
 
@@ -63,8 +63,8 @@ def _check_input(x: Tensor) -> None:
 
 def _extent(size: int | Sequence[int], x: Tensor) -> tuple[int, ...]:
     spatial = tuple(x.shape[2:])
-    extent: tuple[Any, ...] = tuple(size) if isinstance(size, (tuple, list)) else (size,) * len(spatial)
-    if len(extent) != len(spatial) or not all(isinstance(s, int) for s in extent):
+    extent = tuple(map(number, size)) if isinstance(size, (tuple, list)) else (number(size),) * len(spatial)
+    if len(extent) != len(spatial) or not all(map(is_int, extent)):
         raise ValueError(f"{OP}: sizes must hold ints or tuples of {len(spatial)} ints, got {size!r}")
     if any(s < 1 or n % s for s, n in zip(extent, spatial)):
         raise ValueError(f"{OP}: sizes must divide x's spatial size {spatial}, got {size!r}")

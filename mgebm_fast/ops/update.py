@@ -12,11 +12,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..checks import is_int, is_number
+from ..checks import is_int, is_number, number
 from ..errors import InputError, Refused
 from . import counters, varying
 from .state import addresses, check_mask
-from .varying import Schedule, number
+from .varying import Schedule
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

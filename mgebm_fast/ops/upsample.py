@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .. import native
-from ..checks import is_int
+from ..checks import is_int, number
 from .backend import choose, launch_place, register
 from .pyramid import MAX_SPATIAL, three
 from .state import addresses
@@ -44,7 +44,7 @@ def upsample(
         raise ValueError(
             f"{OP}: x must have shape (N, C, *spatial) with 1 to 3 spatial dimensions, got {tuple(x.shape)}"
         )
-    factors = list(factor) if isinstance(factor, (tuple, list)) else [factor] * rank
+    factors = list(map(number, factor)) if isinstance(factor, (tuple, list)) else [number(factor)] * rank
     if len(factors) != rank or not all(is_int(f, 1) for f in factors):
         raise ValueError(f"{OP}: factor must be a positive int or {rank} of them, got {factor!r}")
     return torch.ops.mgebm_fast.upsample(x, factors, choose("upsample", backend, x.device))

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..checks import is_number, one_of
+from ..checks import is_number, number, one_of
 from ..errors import Refused
 from .state import why_not_plain
 
@@ -29,13 +29,6 @@ LEAST = 1e-18  # of a positive number: 1/σ² of a smaller one would not be a fl
 
 
 SHAPES = ("linear", "geometric", "cosine")
-
-
-def number(value: Any) -> Any:
-    """A real number as Python's: numpy's scalars and 0-dim tensors too (one on a GPU costs a host sync)."""
-    if isinstance(value, (Tensor, np.ndarray)) and value.ndim == 0:
-        value = value.item()
-    return value.item() if isinstance(value, np.generic) else value
 
 
 @dataclasses.dataclass(frozen=True)

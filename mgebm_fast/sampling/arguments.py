@@ -13,18 +13,17 @@ import torch
 from torch import Tensor
 
 from .. import noise
-from ..checks import positive_int
+from ..checks import number, positive_int
 from ..ops.counters import counter
-from ..ops.varying import number
 
 _PLAIN = (int, float, type(None))
 
 
 def pair(value: Any) -> Any:
     """A (low, high) as a tuple of Python's numbers."""
-    if isinstance(value, (list, tuple, Tensor, np.ndarray)) and np.ndim(value) == 1:
-        return tuple(number(bound) for bound in value)
-    return value
+    if isinstance(value, (Tensor, np.ndarray)) and value.ndim == 1:
+        value = value.tolist()
+    return tuple(map(number, value)) if isinstance(value, (list, tuple)) else value
 
 
 def as_numbers_(described: Any, *pairs: str) -> None:
@@ -43,9 +42,7 @@ def as_numbers_(described: Any, *pairs: str) -> None:
 
 def count(value: Any, name: str, where: str) -> int:
     """A positive int, or an error that names the argument."""
-    counted = number(value)
-    positive_int(counted, name, where)
-    return counted
+    return positive_int(value, name, where)
 
 
 def place(

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .. import noise, ops
-from ..checks import is_int
+from ..checks import is_int, number
 from ..errors import BackendError
 from ..gradient.plan import Energy
 from . import arguments, graphs
@@ -26,7 +26,7 @@ GridCallback = Callable[[int, int, Tensor], Any]
 
 def check_sizes(sizes: Sequence[int], where: str = "MultiGrid") -> tuple[int, ...]:
     """`sizes` as a tuple when they start at 1, grow, and each divides the next; else an error naming the pair."""
-    ladder = tuple(sizes)
+    ladder = tuple(map(number, sizes))
     if len(ladder) < 2 or not all(is_int(s, 1) for s in ladder):
         raise ValueError(f"{where}: sizes must be two or more positive ints, got {list(ladder)}")
     if ladder[0] != 1:

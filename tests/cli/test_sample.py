@@ -67,7 +67,11 @@ def test_a_picture_has_the_samples_between_gaps(mgebm, trained, tmp_path):
 
 def test_a_folder_has_one_picture_a_sample(mgebm, trained, tmp_path):
     out = tmp_path / "deep" / "folder"
-    assert mgebm("sample", trained, "--num", 3, "--out", out).exit_code == 0
+    (tmp_path / "deep").mkdir()
+    out.mkdir()
+    (tmp_path / "link").symlink_to(out)
+    assert mgebm("sample", trained, "--num", 3, "--out", tmp_path / "link").exit_code == 0
+    assert (tmp_path / "link").is_symlink()
     assert mgebm("sample", trained, "--num", 3, "--out", tmp_path / "x.npy").exit_code == 0
     assert sorted(path.name for path in out.iterdir()) == [f"sample_0000{i}.png" for i in range(3)]
     for i, sample in enumerate(np.load(tmp_path / "x.npy")):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import json
 import pickle
 
 import numpy as np
@@ -13,6 +14,7 @@ from helpers.stacks import images, net, place
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing._internal.two_tensor import TwoTensor
 
+import mgebm_fast as mg
 from mgebm_fast import ops
 from mgebm_fast.ops.conv_chain import ConvChain
 from mgebm_fast.ops.state import why_not_plain
@@ -179,6 +181,27 @@ def test_numbers_of_other_kinds_are_numbers(value):
     assert torch.equal(found, expected)
 
 
+@pytest.mark.parametrize("kind", [np.int64, np.array, lambda n: torch.tensor(n, dtype=torch.int32)])
+def test_sizes_and_counts_of_other_kinds_are_ints(kind):
+    x, (one, two, four) = torch.rand(2, 3, 4, 4), map(kind, (1, 2, 4))
+    assert torch.equal(ops.upsample(x, two), ops.upsample(x, 2))
+    assert torch.equal(ops.pyramid(x, [two])[0], ops.pyramid(x, [2])[0])
+    assert torch.equal(ops.noise((2,), seed=one, step=two, stream=one), ops.noise((2,), seed=1, step=2, stream=1))
+    nets = (
+        mg.nets.multigrid_net(four, kind(3), width=np.float32(0.25)),
+        mg.nets.ResidualNet(four, one, [two], depth=one),
+    )
+    assert nets[0].config() == mg.nets.multigrid_net(4, 3, width=0.25).config()
+    assert json.dumps([net.config() for net in (*nets, mg.EnergyNet(four, one, [mg.nets.ConvSpec(two, one)]))])
+    chain = mg.Langevin(one, step_size=np.float32(0.5), clamp=(np.float32(-1), torch.nn.Parameter(torch.ones(()))))
+    model = mg.MultiGrid((one, two), channels=one, norm="none", langevin=chain, seed=one)
+    model.set_colours(torch.zeros(1, 1))
+    assert torch.equal(model.sample(two, seed=one), model.sample(2, seed=1)) and model.sizes == (1, 2)
+    assert chain == mg.Langevin(1, step_size=0.5, clamp=(-1, 1))
+    energy = mg.energies.Tempered(mg.energies.Scaled(lambda x: x.sum((1, 2, 3)), torch.tensor(4.0)), np.float32(2))
+    assert torch.equal(energy(x), 2 * x.sum((1, 2, 3)))
+
+
 def test_a_tensor_that_changes_is_read_at_each_call():
     x, size = torch.zeros(2, 3), torch.tensor(0.5)
     ops.langevin_step_(x, torch.ones(2, 3), step_size=size, noise_scale=0.0)
@@ -214,7 +237,13 @@ def test_torchs_default_dtype_changes_nothing(name):
         stepped = ops.langevin_step_(x.clone(), grad, step_size=0.1, reference_std=1.0, seed=1, backend=name)
         chained = ops.conv_chain(stages, head, x, steps=2, step_size=0.1, seed=1, backend=name)
         draws = ops.noise((2, 5), seed=1, step=2, backend=name)
-        return [stepped, chained, draws, *ops.pyramid(x, [1, 4], backend=name), ops.upsample(x, 2, backend=name)]
+        made = mg.EnergyNet(8, 3, [mg.nets.ConvSpec(4, 3)], norm="none", spectral_norm=True)
+        assert mg.Langevin(2, step_size=0.1).explain(made, x).plan == "native"
+        nets = made, mg.nets.ResidualNet(8, 3, [4]), mg.EnergyNet(8, 3, [mg.nets.ConvSpec(4, 3)])
+        generated = mg.nets.Generator(2, mg.nets.generator_layers(8, 3))(x[:, :2, 0, 0])
+        chain = mg.langevin_sample(made, x, steps=2, step_size=0.1, seed=1)
+        pyramid, larger = ops.pyramid(x, [1, 4], backend=name), ops.upsample(x, 2, backend=name)
+        return [stepped, chained, draws, *pyramid, larger, chain, generated, *(energy(x) for energy in nets)]
 
     expected = run()
     torch.set_default_dtype(torch.float64)

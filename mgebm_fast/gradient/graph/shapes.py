@@ -40,13 +40,13 @@ def _reduced(b: GraphBuilder, out: Tensor, x: Value, dims: Any, *, mean: bool) -
         if places == every[1:]:
             return b.viewed(pooled, shape)
         factor = 1.0 / x.held.channels if mean else 1.0
-        return b.dense(pooled, torch.full((1, x.held.channels), factor), None, shape)
+        return b.dense(pooled, torch.full((1, x.held.channels), factor, dtype=torch.float32), None, shape)
     if x.is_map and places == every:  # flattened: all of its elements
         whole = Value(x.index, x.held, x.map_shape)
         return b.viewed(_reduced(b, out, whole, tuple(range(1, len(x.map_shape) + 1)), mean=mean), shape)
     if x.is_map and places == [0] and not x.flattened:  # over channels
         weight = x.held.channels if mean else 1
-        kernel = torch.full((1, x.held.channels, *[1] * len(x.held.size)), 1.0 / weight)
+        kernel = torch.full((1, x.held.channels, *[1] * len(x.held.size)), 1.0 / weight, dtype=torch.float32)
         ones = (1,) * len(x.held.size)
         held = Map(1, x.held.size)
         summed = b.add(layers.Convolution, [x], held, (1, *x.held.size), kernel, None, ones, (0,) * len(ones), ones)

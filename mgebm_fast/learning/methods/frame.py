@@ -109,7 +109,7 @@ def _bank(config: TrainConfig) -> EnergyNet:
     (layer,) = net.convolutions
     assert layer.bias is not None
     layer.weight.copy_(filters.repeat(len(options.thresholds), 1, 1, 1))
-    layer.bias.copy_(-torch.tensor(options.thresholds).repeat_interleave(len(filters)))
+    layer.bias.copy_(-torch.tensor(options.thresholds, dtype=torch.float32).repeat_interleave(len(filters)))
     return net
 
 
