@@ -29,14 +29,15 @@ class ChainBench:
         ladder = case.sizes if len(case.sizes) > 1 else (1, *case.sizes)
         nets = [multigrid_net(size, width=case.width, norm=case.norm, seed=size) for size in ladder[1:]]
         self.model = MultiGrid(ladder, nets=nets, batch_size=case.batch).to(device)
-        self.nets: list[nn.Module] = [net for net in self.model.nets if isinstance(net, EnergyNet)]
+        energies = [net for net in self.model.nets if isinstance(net, EnergyNet)]
+        self.nets: list[nn.Module] = [*energies]
         self.sizes = ladder[1:]
         first = self.model.langevin[0]
         self.dynamics = type(first)(steps=case.steps, step_size=0.3, reference_std=50.0, clamp=(0.0, 255.0))
         generator = torch.Generator().manual_seed(SEED)
         shapes = [(case.batch, 3, size, size) for size in ladder]
         self.start, *self.inputs = (torch.rand(shape, generator=generator).mul(255).to(device) for shape in shapes)
-        self.plain: list[nn.Module] = [plain_net(net) for net in self.nets]
+        self.plain: list[nn.Module] = [plain_net(net) for net in energies]
         self._expect()
 
     def _expect(self) -> None:

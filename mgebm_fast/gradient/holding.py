@@ -48,7 +48,8 @@ def frozen_parameters(energy: Callable[..., Any]) -> Iterator[None]:
     """
     modules = [module for module in modules_of(energy) if _moves(module)]
     for module in modules:
-        if any(map(is_lazy, (*module._parameters.values(), *module._buffers.values()))):
+        tensors = (*module._parameters.values(), *module._buffers.values())
+        if any(tensor is not None and is_lazy(tensor) for tensor in tensors):
             kind = type(module).__name__
             raise Refused("energy", "be called on x once before, which makes its weights", f"a {kind} without", "chain")
     if not modules:  # frozen already, and without buffers
