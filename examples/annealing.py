@@ -2,7 +2,8 @@
 
     python examples/annealing.py annealing.png
 
-Both begin in one place. Cold, the chain stays in the mode that is nearest; annealed, it finds all of them.
+Both begin in one place. Cold, the chain stays in the mode that is nearest; annealed, it finds all of them,
+those near the start more often.
 """
 
 import argparse
