@@ -1,7 +1,7 @@
 # %% [markdown]
 # # An energy of your own
 #
-# A Langevin chain of any callable from (N, …) to (N,), here a mixture of three Gaussians in the plane: what runs, whether
+# A Langevin chain of any callable from (N, …) to (N,), here a mixture of three Gaussians in the plane: what runs, if
 # the chain has arrived, and what the step size does.
 
 # %%
@@ -37,7 +37,7 @@ states = [density(x) for _, x in chain.trajectory(energy, start, seed=0, every=8
 Image.fromarray(mg.pictures.image_grid(torch.cat([density(start), *states]), columns=6, scale=2))
 
 # %% [markdown]
-# Has it arrived? A third of the points belongs to each mode, and each has variance 0.49; the step size makes it a little
+# Has it arrived? A third of the points belongs to each mode, and each has variance 0.49; the step makes it a little
 # larger: 0.49 / (1 − drift/(2·0.49)), with drift = step_size²/2.
 
 # %%

@@ -1,7 +1,7 @@
 # %% [markdown]
 # # First steps
 #
-# A model that comes with the package: draw from it, score images, fill a hidden half. Everything runs on a CPU in seconds.
+# A model that comes with the package: draw from it, score images, fill a hidden half, on a CPU in seconds.
 
 # %%
 import torch
