@@ -80,6 +80,8 @@ class AutogradPlan(GradientPlan):
             return self._gradient(x)
 
     def _gradient(self, x: Tensor) -> Tensor:
+        if self._ones is None:
+            self._check_weights(x)
         leaf = x.detach().requires_grad_()
         energies = self._ask(leaf)
         self._check(energies, leaf)
@@ -90,6 +92,11 @@ class AutogradPlan(GradientPlan):
         if gradient is None:
             raise ValueError(f"{self._where}: energy must depend on x, got a value whose graph does not reach x")
         return gradient
+
+    def _check_weights(self, x: Tensor) -> None:
+        """ValueError for weights without values: torch computes with them, on a CPU, from uninitialised memory."""
+        if empty := next((name for name, w in _weights(self._energy) if w.is_meta and not x.is_meta), ""):
+            raise ValueError(f"{self._where}: energy must have weights with values, got {empty} on meta")
 
     def _ask(self, leaf: Tensor) -> Tensor:
         return ask(self._energy, leaf, self._where)
@@ -122,6 +129,8 @@ class AutogradPlan(GradientPlan):
             )
         if not energies.is_floating_point():
             raise TypeError(f"{self._where}: energy must return floating-point values, got {energies.dtype}")
+        if energies.device != x.device:
+            raise ValueError(f"{self._where}: energy must return values on {x.device}, as x, got {energies.device}")
         if not energies.requires_grad:
             raise ValueError(
                 f"{self._where}: energy must be differentiable in x, got a value without a graph "

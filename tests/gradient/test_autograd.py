@@ -93,6 +93,7 @@ def test_a_double_energy_of_a_float_image_gives_a_float_gradient():
         (lambda x: x, ValueError, r"got \(4, 1, 2, 2\)"),
         (lambda x: x.flatten(1).sum(1)[:2], ValueError, r"got \(2,\)"),
         (lambda x: x.flatten(1).sum(1).tolist(), TypeError, "must return a tensor, got list"),
+        (lambda x: x.flatten(1).sum(1).to("meta"), ValueError, "must return values on cpu, as x, got meta"),
         (lambda x: x.flatten(1).sum(1).long(), TypeError, "must return floating-point values, got torch.int64"),
         (lambda x: x.detach().flatten(1).sum(1), ValueError, "must be differentiable in x"),
         (lambda x: torch.ones(4, requires_grad=True) * 2, ValueError, "must depend on x"),
@@ -102,6 +103,13 @@ def test_a_double_energy_of_a_float_image_gives_a_float_gradient():
 def test_what_is_no_energy_is_refused(energy, error, message):
     with pytest.raises(error, match=message):
         energy_gradient(energy, images(4, 1, 2))
+
+
+def test_weights_without_values_are_refused():
+    net = nn.Sequential(nn.Linear(4, 1), nn.Flatten(0))
+    net[0].weight = nn.Parameter(net[0].weight.to("meta"))
+    with pytest.raises(ValueError, match="energy must have weights with values, got 0.weight on meta"):
+        energy_gradient(net, torch.zeros(2, 4))
 
 
 def test_unknown_precision_names_the_choices():
