@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..checks import finite_number, one_of, positive_int
+from ..checks import finite_number, is_int, number, one_of, positive_int
 from ..errors import Refused
 from .layers import ACTIVATIONS, ConvLayer, LinearHead, activate
 from .score_net import ScoreNet
@@ -31,10 +31,13 @@ class Activation(nn.Module):
 
 
 class ResidualBlock(nn.Module):
-    """pool(s(x) + conv(a(conv(a(x))))), 3 taps a dimension; s is the identity, or a convolution of one tap where the
-    channels change; pool the mean over blocks of 2 pixels a dimension, where asked for."""
+    """pool(s(x) + conv(a(conv(a(x)))) + b), 3 taps a dimension; s is the identity, or a convolution of one tap where
+    the channels change; b the label's bias of each channel, where there are labels; pool the mean over blocks of 2
+    pixels a dimension, where asked for."""
 
-    def __init__(self, inputs: int, outputs: int, *, pool: bool, activation: str, **options: Any) -> None:
+    def __init__(
+        self, inputs: int, outputs: int, *, pool: bool, activation: str, labels: int | None, **options: Any
+    ) -> None:
         super().__init__()
         self.pool, self.activation, self.negative_slope = pool, activation, options["negative_slope"]
         self.first = ConvLayer(inputs, outputs, 3, 1, norm="none", activation=activation, **options)
@@ -42,10 +45,14 @@ class ResidualBlock(nn.Module):
         self.shortcut: ConvLayer | None = None
         if inputs != outputs:
             self.shortcut = ConvLayer(inputs, outputs, 1, 1, norm="none", activation="none", **options)
+        self.label_bias = None if labels is None else nn.Parameter(torch.zeros(labels, outputs, dtype=torch.float32))
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, label: int | Tensor | None = None) -> Tensor:
         h = self.second(self.first(activate(x, self.activation, self.negative_slope)))
         x = h + (x if self.shortcut is None else self.shortcut(x))
+        if self.label_bias is not None:
+            bias = self.label_bias[label]  # (C,) or (N, C)
+            x = x + bias.reshape(-1, bias.shape[-1], *(1,) * (x.dim() - 2))
         return _POOLS[x.dim() - 2](x, 2) if self.pool else x
 
     @property
@@ -82,6 +89,8 @@ class ResidualNet(ScoreNet):
         head: "linear" over the whole top map; or linear over the "mean" or the "sum" of its pixels (then any input size
             with a pixel left in the top map will do).
         ndim: number of spatial dimensions, 1, 2 or 3.
+        labels: how many classes or noise levels there are; None: none. Each block then adds a bias a channel, learnt
+            for each label, zero at first, and `forward(x, label)` takes one for all samples, an int, or (N,) int64.
         seed: Xavier-uniform weights are drawn from it; biases are zero.
 
     Input (N, channels, *size) float; output (N,) energies, low where data are likely. It has no normalisation: samples
@@ -103,11 +112,13 @@ class ResidualNet(ScoreNet):
         spectral_norm: bool = False,
         head: str = "linear",
         ndim: int = 2,
+        labels: int | None = None,
         seed: int = 0,
     ) -> None:
         one_of(activation, ACTIVATIONS, "activation", self.name)
         one_of(head, HEADS, "head", self.name)
         self.depth = positive_int(depth, "depth", self.name)
+        self.labels = labels = positive_int(labels, "labels", self.name, none=True)
         negative_slope = finite_number(negative_slope, "negative_slope", self.name)
         super().__init__(size, channels, ndim)
         self.stages = tuple(positive_int(width, "stages", self.name) for width in stages)
@@ -126,7 +137,7 @@ class ResidualNet(ScoreNet):
         stem = ConvLayer(self.channels, self.stages[0], 3, 1, norm="none", **{**options, "activation": "none"})
         self.layers = nn.ModuleList([stem])
         for inputs, outputs, pool in self._blocks():
-            self.layers.append(ResidualBlock(inputs, outputs, pool=pool, **options))
+            self.layers.append(ResidualBlock(inputs, outputs, pool=pool, labels=labels, **options))
         self.layers.append(Activation(activation, negative_slope))
         self.top_pixels = math.prod(top)
         features = self.stages[-1] * (self.top_pixels if head == "linear" else 1)
@@ -151,10 +162,33 @@ class ResidualNet(ScoreNet):
         if min(x.shape[2:]) < least:
             raise Refused("x", f"have at least {least} pixels a dimension", tuple(x.shape), self.name)
 
-    def score(self, x: Tensor) -> Tensor:  # (N, C, *size) -> (N,)
+    def check_label(self, label: int | Tensor | None, samples: int) -> None:
+        """Raise unless `label` is what this net takes with so many samples."""
+        if self.labels is None:
+            if label is not None:
+                raise Refused("label", "be None for a net without labels", type(label).__name__, self.name)
+            return
+        must = f"be an int in [0, {self.labels}), or an int64 tensor ({samples},) of such"
+        if not isinstance(label, Tensor):
+            if not is_int(label, 0) or label not in range(self.labels):
+                raise Refused("label", must, repr(label), self.name)
+        elif label.dtype != torch.int64 or label.shape != (samples,):
+            raise Refused("label", must, f"{label.dtype} of shape {tuple(label.shape)}", self.name)
+        elif label.is_cpu and samples and not torch.compiler.is_compiling():
+            low, high = (int(bound) for bound in label.aminmax())
+            if low < 0 or high >= self.labels:
+                raise Refused("label", must, f"values from {low} to {high}", self.name)
+
+    def forward(self, x: Tensor, label: int | Tensor | None = None) -> Tensor:  # (N, C, *size) -> (N,)
+        """The energies −f(x), of images of a label where the net has labels."""
+        return -self.score(x, label)
+
+    def score(self, x: Tensor, label: int | Tensor | None = None) -> Tensor:  # (N, C, *size) -> (N,)
         self.check_input(x)
+        label = number(label)
+        self.check_label(label, len(x))
         for layer in self.layers:
-            x = layer(x)
+            x = layer(x, label) if isinstance(layer, ResidualBlock) else layer(x)
         if self.head_kind != "linear":
             x = x.flatten(2).mean(2) if self.head_kind == "mean" else x.flatten(2).sum(2)
         return self.head(x)
@@ -185,6 +219,7 @@ class ResidualNet(ScoreNet):
             "spectral_norm": self.spectral_norm,
             "head": self.head_kind,
             "ndim": self.ndim,
+            **({} if self.labels is None else {"labels": self.labels}),
         }
         if _form(self) != _form(ResidualNet.from_config(found)):
             raise ValueError(

@@ -148,6 +148,59 @@ def test_a_description_rebuilds_the_net_and_only_this_one():
         net.config()
 
 
+def labelled():
+    net = ResidualNet(8, 2, [5, 6], labels=3, seed=1)
+    for block in net.layers[1:3]:
+        torch.nn.init.normal_(block.label_bias, generator=torch.Generator().manual_seed(2))
+    return net
+
+
+def test_a_label_is_a_bias_of_every_block():
+    net, x, labels = labelled(), images(4, 2, 8, 8), torch.tensor([2, 0, 1, 2])
+    one_by_one = torch.cat([net(x[i : i + 1], int(label)) for i, label in enumerate(labels)])
+    torch.testing.assert_close(net(x, labels), one_by_one)
+    plain = ResidualNet(8, 2, [5, 6], seed=1)
+    assert torch.equal(ResidualNet(8, 2, [5, 6], labels=3, seed=1)(x, labels), plain(x))
+    with torch.no_grad():  # a bias of a convolution beside it is the same
+        for own, other in zip(net.layers[1:3], plain.layers[1:3]):
+            other.second.bias += own.label_bias[1]
+    torch.testing.assert_close(net(x, 1), plain(x))
+    again = from_config(net.config())
+    again.load_state_dict(net.state_dict())
+    assert torch.equal(again(x, labels), net(x, labels)) and "labels" not in plain.config()
+    assert torch.equal(net.freeze_norm()(x, 0), net(x, 0))
+
+
+def test_chains_of_one_label_run_natively_and_of_many_by_autograd():
+    net, x, labels = labelled(), images(4, 2, 8, 8), torch.tensor([2, 0, 1, 2])
+    law = mg.Langevin(20, drift=0.1, noise_std=0.03)
+    explained = law.explain(lambda x: net(x, 1), x)
+    assert explained.plan == "graph"
+    leaf = x.clone().requires_grad_()
+    (expected,) = torch.autograd.grad(net(leaf, 1).sum(), leaf)
+    torch.testing.assert_close(plan(lambda x: net(x, 1), x, steps=20).gradient(x), expected, rtol=1e-4, atol=1e-6)
+    assert law.explain(lambda x: net(x, labels), x).plan == "autograd"
+    got = law(lambda x: net(x, labels), x, seed=0)
+    alone = law(lambda x: net(x, 1), x[2:3], seed=0, first_sample=2)
+    torch.testing.assert_close(got[2:3], alone, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("labels", "label", "message"),
+    [
+        (None, 1, "ResidualNet: label must be None for a net without labels, got int"),
+        (3, None, r"label must be an int in \[0, 3\), or an int64 tensor \(4,\) of such, got None"),
+        (3, 3, "got 3"),
+        (3, torch.tensor([0, 1]), r"got torch.int64 of shape \(2,\)"),
+        (3, torch.tensor([0, 1, 2, 3]), "got values from 0 to 3"),
+        (3, torch.zeros(4), "got torch.float32"),
+    ],
+)
+def test_labels_that_are_refused(labels, label, message):
+    with pytest.raises(ValueError, match=message):
+        ResidualNet(4, 1, [2], labels=labels)(images(4, 1, 4, 4), label)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
