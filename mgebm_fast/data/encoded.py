@@ -59,7 +59,7 @@ _budget = _Budget(PIXELS_AT_ONCE)
 def decoded(data: bytes, use: Callable[[Image.Image], np.ndarray], size: int | None = None) -> np.ndarray:
     """`use` of the decoded image, a JPEG no larger than `size` needs. ValueError or OSError where there is none.
 
-    A PNG whose notes or colour profile Pillow refuses, as too large or damaged, is read without them.
+    A PNG whose notes, colour profile or the like Pillow refuses, as too large or damaged, is read without them.
     """
     if not data:
         raise ValueError("empty file")
@@ -136,14 +136,15 @@ def _round_sixteen_bits(image: Any, data: bytes) -> None:
 
 
 def _without_notes(data: bytes) -> bytes | None:
-    """A PNG without text and colour profile; None for another file, or one that has neither."""
+    """A PNG of the chunks alone that its pixels, their transparency and its orientation are made of; None for another
+    file, or one that has no others."""
     if not data.startswith(_PNG):
         return None
     kept, place = [_PNG], len(_PNG)
     while place + 8 <= len(data):
         length, kind = struct.unpack_from(">I4s", data, place)
         end = place + 12 + length
-        if kind not in (b"iCCP", b"iTXt", b"tEXt", b"zTXt"):
+        if kind[:1].isupper() or kind in (b"tRNS", b"eXIf"):
             kept.append(data[place:end])
         place = end
     bare = b"".join(kept)

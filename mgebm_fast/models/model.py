@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from .. import checks, noise, ops
 from ..errors import CheckpointError
+from ..ops.state import why_not_plain
 from ..sampling import graphs
 from ..sampling.cascade import GridCallback, check_known, check_sizes
 from ..sampling.langevin import Langevin
@@ -239,9 +240,9 @@ class Model(Pretrained, nn.Module, abc.ABC):
     def check_storable(self) -> None:
         """ValueError where the state holds what no model file can: anything but plain, dense, real tensors."""
         for name, value in self.state_dict().items():
-            plain = type(value) in (Tensor, nn.Parameter) and value.layout == torch.strided
-            if not plain or value.is_complex() or value.is_quantized or value.is_meta:
-                got = f"{value.layout} {value.dtype}" if isinstance(value, Tensor) else type(value).__name__
+            got = why_not_plain(value)
+            if got or value.is_complex() or value.is_quantized:
+                got = got or str(value.dtype)
                 raise ValueError(
                     f"{self.kind}: the state of nets must hold dense real tensors alone, to be trained and stored, got "
                     f"{name!r}, {got}"

@@ -94,6 +94,8 @@ def _counter_tensor(
         raise TypeError(f"{op}: {name} must be an int or an int64 tensor, got dtype {value.dtype}")
     if value.device != device:
         raise ValueError(f"{op}: {name} must be on {device}, as x is, got a tensor on {value.device}")
+    if type(value).__torch_dispatch__ is not Tensor.__torch_dispatch__ and philox.is_eager():
+        raise TypeError(f"{op}: {name} must be a plain tensor, got a {type(value).__name__}")
     if value.dim() != 0 and (samples is None or tuple(value.shape) != (samples,)):
         raise ValueError(f"{op}: {name} must be {shapes}, got shape {tuple(value.shape)}")
     # A device tensor cannot be read without a synchronisation: there the kernels turn what passes 32 bits into NaN.

@@ -152,6 +152,8 @@ def prepare(
     numbers = dynamics.update(x, where)
     place = place_of(x, steps, stream=stream, where=where, **counted)
     mask = None if mask is None else check_mask(mask, x, where)
+    if mask is not None and not torch.compiler.is_compiling() and (reason := why_not_plain(mask)):
+        raise TypeError(f"{where}: mask must be a plain tensor, got {reason}")
     backend = ops.choose("langevin_step", backend, x.device)
     session = graphs.session_of(graph, where=where)
     together = steps if together is None else min(together, steps)

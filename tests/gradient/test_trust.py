@@ -185,6 +185,9 @@ def test_tensors_with_memory_elsewhere_never_reach_native_code(place):
     if place == "x":
         with pytest.raises(TypeError, match="langevin_sample: x must be a plain tensor, got a TwoTensor"):
             mg.langevin_sample(net, TwoTensor(x, x), steps=1, step_size=0.1)
+        for name, value in {"mask": x > 0, "first_sample": torch.arange(len(x)), "seed": torch.tensor(1)}.items():
+            with pytest.raises(TypeError, match=f"langevin_sample: {name} must be a plain tensor, got a TwoTensor"):
+                mg.langevin_sample(net, x, steps=1, step_size=0.1, **{name: TwoTensor(value, value.clone())})
         return
     held = net.layers[0]._parameters
     for other in (held[place].detach().to("meta"), held[place].detach().to_sparse()):

@@ -140,9 +140,10 @@ def with_buffer(net, value):
 @pytest.mark.parametrize(
     ("net", "message"),
     [
-        (Extra, r"must hold dense real tensors alone.*'nets.0._extra_state', dict"),
+        (Extra, r"must hold dense real tensors alone.*'nets.0._extra_state', a dict"),
         (lambda size: Fixed(), "every net must have parameters that learn"),
         (lambda size: with_buffer(Mine(size), torch.zeros(2, dtype=torch.complex64)), "dense real.*complex64"),
+        (lambda size: with_buffer(Mine(size), torch.zeros(2, device="meta")), "dense real.*'nets.0.more', on meta"),
     ],
 )
 def test_nets_that_no_file_can_hold_are_refused_before_an_update(tmp_path, net, message):

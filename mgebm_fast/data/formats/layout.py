@@ -139,9 +139,10 @@ def _drop_common(folders: list[list[str]]) -> None:
     while all(len(parts) > 1 for parts in folders):
         inner: dict[tuple[str, ...], set[str]] = defaultdict(set)
         for parts in folders:
-            inner[tuple(parts[:-1])].add(parts[-1])
+            name = parts[-1].lower()
+            inner[tuple(parts[:-1])].add(name if name in _GENERIC else parts[-1])
         names, *others = inner.values()
-        generic = all(name.lower() in _GENERIC for name in names)
+        generic = names <= _GENERIC
         if any(other != names for other in others) or not (others or generic):
             return
         # fold1/cat, fold2/cat: folders that differ by a number alone are no classes, what they hold is
