@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 import mgebm_fast as mg
 from mgebm_fast.gradient.graph import read_graph
+from mgebm_fast.ops.conv_chain import prefers_bfloat
 from mgebm_fast.ops.graph_chain import GraphChain, gradient_reference
 
 STEPS = 20
@@ -134,8 +135,8 @@ def bench_graph_chain(report, device, name):
     expected = gradient_reference(graph, few)
     assert (GraphChain(graph).gradient(few) - expected).norm() < 1e-4 * expected.norm()
 
-    def ours():
-        mg.langevin_sample(net, x, steps=max(steps, 16), step_size=0.01, precision="fp32", seed=0)
+    def ours(precision="fp32"):
+        mg.langevin_sample(net, x, steps=max(steps, 16), step_size=0.01, precision=precision, seed=0)
 
     def plain():
         state = x
@@ -145,4 +146,7 @@ def bench_graph_chain(report, device, name):
             state = state - 0.00005 * gradient + 0.01 * torch.randn_like(state)
 
     weights = sum(p.numel() for p in net.parameters()) * 4
-    report("graph_chain", name, weights, ours, plain_loop=plain)
+    others = {"plain_loop": plain}
+    if prefers_bfloat():
+        others["auto_bf16"] = lambda: ours("auto")
+    report("graph_chain", name, weights, ours, **others)
