@@ -11,7 +11,18 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .options import INTERRUPTED, Device, Json, Threads, configured, find_device, load_run_data, print_json, use_threads
+from .options import (
+    INTERRUPTED,
+    MOST_SAMPLES,
+    Device,
+    Json,
+    Threads,
+    configured,
+    find_device,
+    load_run_data,
+    print_json,
+    use_threads,
+)
 from .outputs import check_place
 
 if TYPE_CHECKING:
@@ -40,7 +51,7 @@ def compare(
         list[str] | None,
         typer.Option("--set", metavar="KEY=VALUE", help="Change a key in all of them; may be repeated."),
     ] = None,
-    num: Annotated[int, typer.Option(min=2, help="How many samples of a run are measured.")] = 1000,
+    num: Annotated[int, typer.Option(min=2, max=MOST_SAMPLES, help="How many samples of a run are measured.")] = 1000,
     picture: Annotated[
         bool | None,
         typer.Option("--picture/--no-picture", help="Draw kid.png. Default: where matplotlib is installed."),

@@ -8,7 +8,17 @@ from typing import Annotated
 
 import typer
 
-from .options import Device, Json, RunPath, Threads, find_device, open_run, report_changed_data, use_threads
+from .options import (
+    MOST_SAMPLES,
+    Device,
+    Json,
+    RunPath,
+    Threads,
+    find_device,
+    open_run,
+    report_changed_data,
+    use_threads,
+)
 from .outputs import check_out
 
 _OURS = r"report\.json|grid_\d+_size_[\dx]+(_states)?\.png"
@@ -16,7 +26,9 @@ _OURS = r"report\.json|grid_\d+_size_[\dx]+(_states)?\.png"
 
 def diagnose(
     run: RunPath,
-    num: Annotated[int | None, typer.Option(min=2, help="How many chains. Default: 64, of videos or sounds 8.")] = None,
+    num: Annotated[
+        int | None, typer.Option(min=2, max=MOST_SAMPLES, help="How many chains. Default: 64, of videos or sounds 8.")
+    ] = None,
     steps: Annotated[
         int | None, typer.Option(min=1, help="Steps of every chain. Default: as many as the run samples with.")
     ] = None,

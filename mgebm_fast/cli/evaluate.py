@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from .options import (
+    MOST_SAMPLES,
     Device,
     Json,
     RunPath,
@@ -24,7 +25,7 @@ from .options import (
 
 def evaluate(
     run: RunPath,
-    num: Annotated[int, typer.Option(min=2, help="How many samples to draw.")] = 1000,
+    num: Annotated[int, typer.Option(min=2, max=MOST_SAMPLES, help="How many samples to draw.")] = 1000,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the samples.")] = 0,
     data: Annotated[
         str | None, typer.Option(metavar="NAME|PATH", help="Images to compare with. Default: those it was trained on.")

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 INTERRUPTED = 130  # the exit code of a command that Ctrl-C ended
 
+MOST_SAMPLES = 10_000_000  # of one command, which draws them in days or keeps them in memory
 MOST_THREADS = max(64, 4 * (os.cpu_count() or 1))  # many more than cores end in a crash of OpenMP
 
 RunPath = Annotated[

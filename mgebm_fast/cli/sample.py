@@ -10,7 +10,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .options import Device, Precision, RunPath, Threads, find_rank_device, one_voice, open_run, use_threads
+from .options import (
+    MOST_SAMPLES,
+    Device,
+    Precision,
+    RunPath,
+    Threads,
+    find_rank_device,
+    one_voice,
+    open_run,
+    use_threads,
+)
 from .outputs import IMAGE_FILES, check_out, check_place
 
 if TYPE_CHECKING:
@@ -26,7 +36,8 @@ _OURS = re.compile(r"sample_\d+\.png")
 def sample(
     run: RunPath,
     num: Annotated[
-        int | None, typer.Option(min=1, help="How many samples. Default: 64 images, one video or sound.")
+        int | None,
+        typer.Option(min=1, max=MOST_SAMPLES, help="How many samples. Default: 64 images, one video or sound."),
     ] = None,
     seed: Annotated[int, typer.Option(min=0, help="The same seed gives the same samples.")] = 0,
     out: Annotated[

@@ -196,6 +196,12 @@ def test_a_command_whose_output_cannot_be_written_ends_with_one_line_and_quietly
     assert capfd.readouterr().err == "error: cannot write to stdout: No space left on device\n"
 
 
+@pytest.mark.parametrize("command", ["sample", "evaluate", "diagnose"])
+def test_more_samples_than_a_command_can_draw_are_refused_at_once(mgebm, trained, command):
+    line = one_line(mgebm(command, trained, "--num", 10**12))
+    assert line.startswith("error: --num: must be less than or equal to 10000000, got 1000000000000")
+
+
 def test_closed_streams_are_opened_again():
     program = "import os, sys; from mgebm_fast.cli.app import secure_console; secure_console(); os.fstat(2); print()"
     command = f"exec {sys.executable} -c '{program}; sys.stderr.write(str(0))' <&- >&- 2>&-"
