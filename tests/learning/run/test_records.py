@@ -6,11 +6,14 @@ from contextlib import closing
 
 import pytest
 from helpers.runs import board
+from tensorboard.summary.writer import event_file_writer
 
 from mgebm_fast.learning.run import records
 
 
-def test_resumed_records_are_not_doubled(tmp_path):
+def test_resumed_records_are_not_doubled(tmp_path, monkeypatch):
+    # TensorBoard reads files by name, and of one second and process number 10 comes before 9.
+    monkeypatch.setattr(event_file_writer, "_global_uid", event_file_writer.AtomicCounter(0))
     with closing(records.Recorder(tmp_path, 0)) as recorder:
         for step in range(1, 6):
             recorder.add(step, {"gap": step / 2})
