@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Mapping
+import warnings
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 from ...checks import one_of
@@ -53,24 +55,42 @@ class TensorBoard(Logger):
 
 class Service(Logger):
     """wandb or trackio: one of their runs for each start, in the project `mgebm_fast`, named as the folder, with
-    the update at which it goes on."""
+    the update at which it goes on.
+
+    A service that fails, as without a network, ends no training: a warning says what it said, once, and the numbers go
+    into metrics.jsonl alone from there on.
+    """
 
     def __init__(self, name: str) -> None:
         self._module, self._name = _imported(name), name
         self._run: Any = None
+        self._failed = False
 
     def start(self, folder: Path, step: int) -> None:
         name = folder.resolve().name + (f" from {step}" if step else "")
         place = {"dir": str(folder.resolve())} if self._name == "wandb" else {}
-        self._run = self._module.init(project="mgebm_fast", name=name, config={"folder": str(folder)}, **place)
+        options = {"project": "mgebm_fast", "name": name, "config": {"folder": str(folder)}, **place}
+        self._run = self._asked(lambda: self._module.init(**options))
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
-        self._module.log(dict(values), step=step)
+        self._asked(lambda: self._module.log(dict(values), step=step))
 
     def close(self) -> None:
         if self._run is not None:
             self._run = None
-            self._module.finish()
+            self._asked(self._module.finish)
+
+    def _asked(self, call: Callable[[], Any]) -> Any:
+        """What a call of the service gives; None from the first that fails on."""
+        if self._failed:
+            return None
+        try:
+            return call()
+        except Exception as error:
+            self._failed = True
+            said = shorten(f"{type(error).__name__}: {error}", 200, placeholder=" …")
+            warnings.warn(f"--logger: {self._name} failed and is left out from here on: {said}", stacklevel=3)
+            return None
 
 
 def logger(name: str) -> Logger:

@@ -54,3 +54,25 @@ def test_a_package_that_is_missing_is_named(monkeypatch):
 def test_a_name_that_is_none_is_refused_with_the_nearest():
     with pytest.raises(ValueError, match="--logger must be one of tensorboard, wandb, trackio, got 'wandbb' .did you"):
         loggers.logger("wandbb")
+
+
+@pytest.mark.parametrize("broken", ["init", "log", "finish"])
+def test_a_service_that_fails_ends_no_run(broken, tmp_path, monkeypatch):
+    calls: list = []
+
+    def fail(*arguments, **options):
+        raise ConnectionError("no network " * 50)
+
+    service = fake(calls)
+    setattr(service, broken, fail)
+    monkeypatch.setitem(sys.modules, "wandb", service)
+    with pytest.warns(
+        UserWarning, match="--logger: wandb failed and is left out from here on: ConnectionError"
+    ) as said:
+        recorder = records.Recorder(tmp_path, 0, logger=loggers.logger("wandb"))
+        recorder.add(1, {"loss": 0.5})
+        recorder.add(2, {"loss": 0.25})
+        recorder.close()
+    assert len(said) == 1 and len(str(said[0].message)) < 300
+    assert [record["loss"] for record in records.read(tmp_path / records.METRICS)] == [0.5, 0.25]
+    assert [call[0] for call in calls] == {"init": [], "log": ["init"], "finish": ["init", "log", "log"]}[broken]
