@@ -6,17 +6,12 @@ import math
 from collections.abc import Collection
 from typing import Any
 
-import numpy as np
-import torch
-
 from .errors import Refused, suggest
 
 
 def number(value: Any) -> Any:
-    """A real number as Python's: numpy's scalars and 0-dim tensors too (one on a GPU costs a host sync)."""
-    if isinstance(value, (torch.Tensor, np.ndarray)) and value.ndim == 0:
-        value = value.item()
-    return value.item() if isinstance(value, np.generic) else value
+    """A real number as Python's: numpy's scalars, 0-dim arrays and tensors too (one on a GPU costs a host sync)."""
+    return value.item() if getattr(value, "ndim", None) == 0 and hasattr(value, "item") else value
 
 
 def is_int(value: Any, least: float = -math.inf) -> bool:

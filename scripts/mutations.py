@@ -217,8 +217,8 @@ MUTATIONS = (
         "lambda-sign", "python", FRAME_RULE, "tied = whole.view(", "tied = -whole.view(", FRAME
     ),
     Mutation(
-        "filter-threshold-sign", "python", FRAME_RULE, "copy_(-torch.tensor(options.thresholds)",
-        "copy_(torch.tensor(options.thresholds)", FRAME,
+        "filter-threshold-sign", "python", FRAME_RULE, "copy_(-torch.tensor(options.thresholds",
+        "copy_(torch.tensor(options.thresholds", FRAME,
     ),
     Mutation(
         "hamiltonian-steps-repeat", "python", STARTS, "first_step=iteration * chain.steps", "first_step=0", FRAME,

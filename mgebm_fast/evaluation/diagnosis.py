@@ -178,8 +178,8 @@ def _notes(reports: list[ChainReport], coupled: bool) -> list[str]:
         notes.append("batch statistics couple the samples: acceptance is that of whole batches, ESS is optimistic")
     if any(r.figures["acceptance"] is None for r in reports):
         notes.append(
-            "a chain without noise, or whose numbers vary, has no one law: acceptance and gradient-to-noise ratio are "
-            "left out"
+            "a chain that is noise-free, or whose numbers vary, has no one law: acceptance and gradient-to-noise ratio "
+            "are left out"
         )
     apart = [r.name for r in reports if r.figures["rhat"] and (r.figures["rhat"]["worst"] or 1) > MIXED]
     if apart:

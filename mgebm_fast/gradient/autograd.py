@@ -30,13 +30,7 @@ def ask(energy: Callable[[Tensor], Tensor], x: Tensor, where: str) -> Tensor:
         if isinstance(error, torch.OutOfMemoryError):
             raise
         weights = _weights(energy)
-        name, elsewhere = next(((name, w) for name, w in weights if w.device.type != x.device.type), ("", x))
-        if name:
-            what = "load values into it" if elsewhere.is_meta else f"energy.to({str(x.device)!r}) moves it"
-            raise ValueError(
-                f"{where}: energy must have its weights on {x.device}, as x is, got {name} on {elsewhere.device}; "
-                f"{what}"
-            ) from error
+        _check_devices(weights, x, where)
         types = _floats(weights)
         if not types or x.dtype in types:
             raise
@@ -45,6 +39,15 @@ def ask(energy: Callable[[Tensor], Tensor], x: Tensor, where: str) -> Tensor:
             f"{where}: energy must take float32 x, got one with {name} weights ({error}); wrap it, as in "
             f"`lambda x: net(x.to(torch.{name})).float()`, or call net.float() and use torch.autocast"
         ) from error
+
+
+def _check_devices(weights: list[tuple[str, Tensor]], x: Tensor, where: str) -> None:
+    for name, w in weights:
+        if w.device.type != x.device.type:
+            what = "load values into it" if w.is_meta else f"energy.to({str(x.device)!r}) moves it"
+            raise ValueError(
+                f"{where}: energy must have its weights on {x.device}, as x is, got {name} on {w.device}; {what}"
+            )
 
 
 def _weights(energy: Callable[[Tensor], Tensor]) -> list[tuple[str, Tensor]]:
@@ -81,7 +84,8 @@ class AutogradPlan(GradientPlan):
 
     def _gradient(self, x: Tensor) -> Tensor:
         if self._ones is None:
-            self._check_weights(x)
+            # Of weights on meta torch makes, on a CPU, gradients of what its memory holds.
+            _check_devices([(name, w) for name, w in _weights(self._energy) if w.is_meta], x, self._where)
         leaf = x.detach().requires_grad_()
         energies = self._ask(leaf)
         self._check(energies, leaf)
@@ -92,11 +96,6 @@ class AutogradPlan(GradientPlan):
         if gradient is None:
             raise ValueError(f"{self._where}: energy must depend on x, got a value whose graph does not reach x")
         return gradient
-
-    def _check_weights(self, x: Tensor) -> None:
-        """ValueError for weights without values: torch computes with them, on a CPU, from uninitialised memory."""
-        if empty := next((name for name, w in _weights(self._energy) if w.is_meta and not x.is_meta), ""):
-            raise ValueError(f"{self._where}: energy must have weights with values, got {empty} on meta")
 
     def _ask(self, leaf: Tensor) -> Tensor:
         return ask(self._energy, leaf, self._where)

@@ -15,7 +15,7 @@ from mgebm_fast.evaluation import evaluate as run
 from mgebm_fast.evaluation import features, format_report
 
 COMMON = {"num", "num_real", "feature_space", "notes", "seconds", "fid_matched"}
-TWINS = ["kid", "fid", "nearest_distance"]
+TWINS = ["kid", "fid", "precision", "recall", "nearest_distance"]
 LABELLED = ["confident_share", "class_shares"]
 
 

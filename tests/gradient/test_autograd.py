@@ -108,7 +108,7 @@ def test_what_is_no_energy_is_refused(energy, error, message):
 def test_weights_without_values_are_refused():
     net = nn.Sequential(nn.Linear(4, 1), nn.Flatten(0))
     net[0].weight = nn.Parameter(net[0].weight.to("meta"))
-    with pytest.raises(ValueError, match="energy must have weights with values, got 0.weight on meta"):
+    with pytest.raises(ValueError, match="energy must have its weights on cpu, as x is, got 0.weight on meta; load"):
         energy_gradient(net, torch.zeros(2, 4))
 
 

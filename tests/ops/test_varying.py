@@ -99,7 +99,7 @@ X = torch.zeros(4, 3, 2, 2)
 @pytest.mark.parametrize(
     "given, message",
     [
-        (dict(step_size=[0.1, 0.2]), r"step_size must hold one value a step, 3, got 2"),
+        (dict(step_size=[0.1, 0.2]), r"step_size must hold one value a step, 3, or be a Schedule, got 2"),
         (dict(step_size=[0.1, -0.2, 0.1]), r"step_size must be finite and at least 1e-18 in every entry, got values"),
         (dict(step_size=[0.1, "a", 0.1]), "step_size must be a number, or a list of numbers, one a step"),
         (dict(step_size=torch.ones(5)), r"step_size must be a number, 3 values \(one a step\), 4 \(one a sample\)"),
