@@ -149,7 +149,8 @@ def score(
         return
     from rich.console import Console
 
-    Console().print(scoring.format_scores(result))
+    console = Console()
+    console.print(scoring.format_scores(result, console.width))
 
 
 def _load(model: EnergyModel, source: str, split: str) -> ImageData:

@@ -125,11 +125,24 @@ def rows_of(sets: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     ]
 
 
-def format_scores(result: dict[str, Any]) -> RenderableType:
-    """Tables of `mgebm score`'s result, for a rich console's `print`: the images, and the sets."""
-    from rich.console import Group
+def format_scores(result: dict[str, Any], width: int | None = None) -> RenderableType:
+    """Tables of `mgebm score`'s result, for a rich console's `print`: the images, and the sets.
 
-    sets, keys = result["sets"], [*map(str, result["sizes"]), SUM]
+    Where they are wider than `width` characters the single sizes are left out, and a note says so.
+    """
+    from rich.console import Console, Group
+
+    keys, notes = [*map(str, result["sizes"]), SUM], result["notes"]
+    tables = _tables(result, keys)
+    if width is not None and max(Console(width=10_000).measure(table).maximum for table in tables) > width:
+        tables = _tables(result, [SUM])
+        notes = [*notes, f"figures of each size take more than {width} characters a line: --csv and --json have them"]
+    return Group(*tables, *(note("note", words) for words in notes))
+
+
+def _tables(result: dict[str, Any], keys: list[str]) -> list[RenderableType]:
+    """The images and the sets, with the energies and AUROCs of `keys`."""
+    sets = result["sets"]
     letter = "U" if result["reference"] else "E"
     heads = [f"{letter} {key}" if key == SUM else f"{letter} {key}×{key}" for key in keys]
     each = max(3, _ROWS // len(sets))
@@ -144,13 +157,13 @@ def format_scores(result: dict[str, Any]) -> RenderableType:
         title += f", the first {each} of a set (--csv and --json have all)"
     parts: list[RenderableType] = [console_table(title, ["set", "image", *heads, "percentile"], rows, left=(0, 1))]
     against = result["against"]
-    areas = [] if against is None else ["typical" if key == "typical" else f"AUROC {key}" for key in sets[0]["auroc"]]
+    shown = [] if against is None else [key for key in sets[0]["auroc"] if key in (*keys, "typical")]
+    areas = ["typical" if key == "typical" else f"AUROC {key}" for key in shown]
     named = "" if against is None else f"; AUROC against {against['num']} images of {against['name']}"
     summary = [
         [one["name"], str(one["num"]), f"{one['mean'][SUM]:.3f}", number(one["percentile"], "{:.1f}"),
-         *(f"{area:.3f}" for area in (one["auroc"] or {}).values())]
+         *(f"{one['auroc'][key]:.3f}" for key in shown)]
         for one in sets
     ]  # fmt: skip
     headings = ["set", "images", f"mean {letter}", "percentile", *areas]
-    parts.append(console_table(f"sets{named}", headings, summary))
-    return Group(*parts, *(note("note", words) for words in result["notes"]))
+    return [*parts, console_table(f"sets{named}", headings, summary)]

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import io
+
 import numpy as np
 import pytest
 import torch
+from rich.console import Console
 from sklearn.metrics import roc_auc_score
 
 import mgebm_fast as mg
@@ -76,3 +79,26 @@ def test_other_images_are_refused():
         score(model(), ImageData(np.zeros((2, 1, 8, 8), np.uint8)))
     with pytest.raises(ValueError, match="at least one"):
         score(model(), images(0))
+
+
+def test_tables_leave_the_sizes_out_where_a_line_has_no_room():
+    sizes = [2, 4, 8, 16, 32, 64]
+    keys = [*map(str, sizes), scoring.SUM]
+    one = {
+        "name": "photographs", "num": 1, "percentile": 12.5, "mean": dict.fromkeys(keys, -1.25),
+        "auroc": dict.fromkeys([*keys, "typical"], 0.625),
+        "images": [{"name": "a picture.png", "energies": dict.fromkeys(keys, -12.375), "percentile": 12.5}],
+    }  # fmt: skip
+    result = {
+        "sets": [one], "sizes": sizes, "reference": False, "notes": [], "against": {"num": 9, "name": "photographs"},
+    }  # fmt: skip
+
+    def shown(width: int) -> str:
+        console = Console(width=width, file=io.StringIO())
+        console.print(scoring.format_scores(result, width))
+        return console.file.getvalue()
+
+    assert "E 64×64" in shown(200) and "AUROC 64" in shown(200) and "note" not in shown(200)
+    narrow = " ".join(shown(80).split())
+    assert "64" not in narrow and "…" not in narrow and "--csv and --json have them" in narrow
+    assert "-12.375" in narrow and "AUROC sum" in narrow and "typical" in narrow
