@@ -48,7 +48,7 @@ static void sweep(const Engine<T>& e, const Windows& w, int all_strips, int64_t 
       if (index < here) break;
       index -= here;
     }
-    const Taps taps{w.tap_pixel + w.first_tap[c], w.tap_weight + w.first_tap[c], w.first_tap[c + 1] - w.first_tap[c]};
+    const Taps taps = taps_of(w, c);
     const int strip = pair * kStrips;
     const int strips = all_strips - strip < kStrips ? all_strips - strip : kStrips;
     const int64_t last = smaller(items, (index + 1) * chunk);

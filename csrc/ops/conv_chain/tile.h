@@ -6,6 +6,7 @@
 #pragma once
 
 #include "mgebm/lanes.h"
+#include "ops/conv_chain/conv_chain.h"
 
 namespace mgebm::MGEBM_ISA {
 
@@ -16,6 +17,10 @@ struct Taps {
   const int32_t *pixel, *weight;
   int count;
 };
+// Those of a class of windows.
+MG_INLINE Taps taps_of(const Windows& w, int c) {
+  return {w.tap_pixel + w.first_tap[c], w.tap_weight + w.first_tap[c], w.first_tap[c + 1] - w.first_tap[c]};
+}
 
 // How inputs lie in memory, in elements.
 struct Rows {

@@ -114,7 +114,7 @@ static void outer_sums(const Team& team, const Outer& o) {
   const Windows& w = o.windows;
   for (int c = 0; c < w.classes; ++c) {
     const int first_output = w.first_output[c], outputs = w.first_output[c + 1] - first_output;
-    const Taps taps{w.tap_pixel + w.first_tap[c], w.tap_weight + w.first_tap[c], w.first_tap[c + 1] - w.first_tap[c]};
+    const Taps taps = taps_of(w, c);
     const int64_t all_rows = outputs * o.samples;
     for (int64_t start = 0; start < all_rows && taps.count; start += kChunkRows) {
       if (team.caller) team.interrupt.poll();

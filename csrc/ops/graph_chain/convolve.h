@@ -4,8 +4,7 @@
 // own accumulator, and starts again every kPart channels: no tiling changes its value.
 #pragma once
 
-#include "mgebm/cpu.h"
-#include "ops/conv_chain/tile.h"
+#include "ops/conv_chain/engine.h"
 #include "ops/graph_chain/team.h"
 
 namespace mgebm::MGEBM_ISA {
@@ -107,9 +106,6 @@ struct Run {
     }
   }
 };
-MG_INLINE Taps taps_of(const Windows& w, int c) {
-  return {w.tap_pixel + w.first_tap[c], w.tap_weight + w.first_tap[c], w.first_tap[c + 1] - w.first_tap[c]};
-}
 
 // W * in. in(sample): its map; out(sample, pixel): what takes (strip, its sixteen numbers).
 template <typename Samples, typename In, typename Out>
@@ -141,8 +137,7 @@ MG_INLINE void each_product(const Samples& g, const Product& p, const In& in, co
 
 constexpr int kBfloatRun = 32;  // rows: two blocks of `tiles`
 
-// Channels of a bfloat16 operand, and the bytes of a run's: the number of each tap, then the rows' inputs of each.
-MG_INLINE int bfloat_depth(int inputs) { return (inputs + kBfloatDepth - 1) / kBfloatDepth * kBfloatDepth; }
+// The bytes of a run's operands: the number of each tap, then the rows' inputs of each.
 MG_INLINE int64_t numbers_bytes(int taps) { return (4LL * taps + kAlign - 1) / kAlign * kAlign; }
 static inline int64_t bfloat_run_bytes(const GraphStep& s) {
   if (!s.bfloat_weights) return 0;
@@ -151,12 +146,12 @@ static inline int64_t bfloat_run_bytes(const GraphStep& s) {
     const int taps = taps_of(s.windows, c).count;
     most = taps > most ? taps : most;
   }
-  return numbers_bytes(most) + 2LL * kBfloatRun * most * bfloat_depth(s.inputs);
+  return numbers_bytes(most) + 2LL * kBfloatRun * most * padded<Bf16>(s.inputs);
 }
 
 // to[tap][row][depth] <- what up to 16 rows read; zero where there is no channel or no row.
 static void gather_rows(const float* const* rows, int count, int in_depth, int inputs, const Taps& taps, Bf16* to) {
-  const int depth = bfloat_depth(inputs), whole = inputs / 16 * 16;
+  const int depth = padded<Bf16>(inputs), whole = inputs / 16 * 16;
   for (int t = 0; t < taps.count; ++t) {
     const int64_t tap = static_cast<int64_t>(taps.pixel[t]) * in_depth;
     for (int r = 0; r < 16; ++r, to += depth) {
@@ -178,7 +173,7 @@ static void gather_rows(const float* const* rows, int count, int in_depth, int i
 template <typename Out>
 static void each_bfloat_product(const Group& g, const GraphStep& s, const Out& out) {
   const Windows& w = s.windows;
-  const int depth = bfloat_depth(s.inputs), in_depth = g.buffer(s.in).depth, strips = (s.outputs + 15) / 16;
+  const int depth = padded<Bf16>(s.inputs), in_depth = g.buffer(s.in).depth, strips = (s.outputs + 15) / 16;
   const int64_t strip_size = 16LL * s.rows * depth;
   const Bf16* weights = static_cast<const Bf16*>(s.bfloat_weights);
   const Rows in{16LL * depth, 1, depth, depth};

@@ -14,7 +14,6 @@ namespace mgebm {
 
 constexpr int kMaxGraphSteps = 1024;
 constexpr int kMaxGraphBuffers = 1024;
-constexpr int kBfloatDepth = 32;  // channels of a tile
 
 // For every sample; offset in floats from where a sample's buffers begin, for a group of one.
 struct GraphBuffer {
@@ -74,7 +73,7 @@ struct GraphStep {
   bool accumulate;                          // what the step gives is added to what out holds
   Windows windows;
   const float* weights;
-  const void* bfloat_weights;  // of a product in bfloat16, in place of weights; channels filled up to kBfloatDepth
+  const void* bfloat_weights;  // of a product in bfloat16, in place of weights; channels filled up to whole tiles
   int rows;                    // of packed weights
   int inputs, outputs;         // channels
   const float* bias;

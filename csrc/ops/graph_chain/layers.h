@@ -54,7 +54,7 @@ MG_INLINE void each_window(const Group& g, const GraphStep& s, const Body& body)
   const Windows& w = s.windows;
   each_run(g, w, 16, [&](int c, int64_t start, int count) {
     const int first = w.first_output[c], outputs = w.first_output[c + 1] - first;
-    const Taps taps{w.tap_pixel + w.first_tap[c], w.tap_weight + w.first_tap[c], w.first_tap[c + 1] - w.first_tap[c]};
+    const Taps taps = taps_of(w, c);
     for (int64_t i = start; i < start + count; ++i) {
       const int output = first + static_cast<int>(i % outputs);
       body(static_cast<int>(i / outputs), w.output[output], w.base[output], taps);

@@ -190,7 +190,8 @@ def _why_not_trusted(energy: Any, graph: Graph, plan: GraphPlan, x: Tensor) -> s
     if key in known:
         return known[key]
     # In bfloat16 a wrong reading could hide in the rounding: the same graph is compared in float32 first.
-    chains = {"fp32": GraphChain(graph)} | {plan.precision: plan}
+    chains: dict[str, GraphChain | GraphPlan] = {} if plan.precision == "fp32" else {"fp32": GraphChain(graph)}
+    chains[plan.precision] = plan
     for probe in (noise_like(_SAMPLES, x, 0), x[:_MOST_SAMPLES]):
         for precision, chain in chains.items():
             reason, shown = _compared(energy, graph, chain, probe, BOUNDS[precision])
