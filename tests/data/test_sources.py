@@ -84,11 +84,23 @@ def test_what_lies_beside_parts_is_refused(image, write_folder):
         (["fold1/cat/{}", "fold1/dog/{}", "fold2/cat/{}", "fold2/dog/{}"], "cat dog"),
         (["animals/cat/{}", "animals/dog/{}", "things/car/{}"], "car cat dog"),
         (["deep/down/cat/{}", "deep/down/dog/{}"], "cat dog"),
+        (["cat/images/{}", "dog/{}"], "cat dog"),
+        (["cat/images/{}", "cat/extra{}", "dog/{}"], "cat dog"),
+        (["cat/images/{}", "dog/photos/{}"], "cat dog"),
+        (["pets/cat/{}", "pets/cat/tabby/{}", "pets/dog/{}"], "cat dog"),
+        (["cat/tabby/{}", "cat/siamese/{}", "dog/{}"], "cat dog"),
+        (["faces/original/{}", "faces/fake/{}"], "fake original"),
     ],
 )
 def test_folders_that_every_class_has_are_no_classes(paths, classes, image, write_folder):
     data = read(write_folder({path.format(f"{i}.png"): image for path in paths for i in range(3)}))
     assert " ".join(data.class_names) == classes and len(data) == 3 * len(paths)
+
+
+def test_an_image_beside_all_classes_has_no_class(image, write_folder):
+    folder = write_folder({f"pets/{name}.png": image for name in ("cat/1", "dog/1", "2")})
+    with pytest.raises(DataError, match="classes are sub-folders, but pets/2.png lies in none"):
+        read(folder, classes="cat")
 
 
 @pytest.mark.parametrize("container", ["folder", "zip", "tar"])

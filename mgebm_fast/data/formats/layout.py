@@ -19,7 +19,7 @@ _PARTS = re.compile(
     r"(?P<train>train(ing)?)|(val|valid|validation|test|testing|dev|eval|held[ _-]?out|holdout)", re.IGNORECASE
 )
 _SUFFIX = re.compile(r"[ _-]?(set|data|images|imgs|[0-9]{2,4}|[AB])$")  # trainset, val_images, train2017, testA
-# Names of folders that describe files, not what they show: where every class has such folders they are not classes.
+# Names of folders that describe files, not what they show: a class may have folders of these names.
 _GENERIC = set(
     "color colour data depth files frames full gray grey hr image images img imgs jpeg jpg left lr original photos "
     "pictures png raw rgb right thumbnails".split()
@@ -93,11 +93,14 @@ def read_layout(paths: Sequence[str], source: str) -> Layout:
 
     Parts: at the first level where folders are called as a training part and as another (train and test, val, …), each
     of these folders is a part, and all but training are held out. DataError where something else lies beside them.
-    Classes: the folder each image lies in, less inner folders that every class has.
+    Classes: the folder each image lies in, less inner folders with generic names and those that every class has; the
+    outermost folder, less those that all images share, where images lie at unequal depths.
     """
     folders = [path.split("/")[:-1] for path in paths]
     held_out = _take_parts(folders, paths, source)
-    _drop_common(folders)
+    if all(folders):
+        _drop_inner(folders)
+        _even_out(folders)
     if not all(folders):
         loose = paths[next(i for i, parts in enumerate(folders) if not parts)]
         where = "in none" if "/" in loose else "directly in it"
@@ -134,20 +137,38 @@ def _take_parts(folders: list[list[str]], paths: Sequence[str], source: str) -> 
     return None
 
 
-def _drop_common(folders: list[list[str]]) -> None:
-    """Takes off the innermost level of folders where each folder above has the same ones: cat/rgb, dog/rgb."""
-    while all(len(parts) > 1 for parts in folders):
+def _drop_inner(folders: list[list[str]]) -> None:
+    """Takes off the innermost folders that are no classes: where all of a folder's have generic names (cat/images), or
+    each folder above has the same ones (cat/front, cat/side, dog/front, dog/side)."""
+    while True:
         inner: dict[tuple[str, ...], set[str]] = defaultdict(set)
-        for parts in folders:
-            name = parts[-1].lower()
-            inner[tuple(parts[:-1])].add(name if name in _GENERIC else parts[-1])
-        names, *others = inner.values()
-        generic = names <= _GENERIC
-        if any(other != names for other in others) or not (others or generic):
-            return
-        # fold1/cat, fold2/cat: folders that differ by a number alone are no classes, what they hold is
-        numbered = len({re.sub(r"[0-9]+", "#", outer[-1]) for outer in inner}) == 1
-        if len(names) > 1 and numbered and not generic:
+        for *outer, name in folders:
+            if outer:
+                inner[tuple(outer)].add(name.lower() if name.lower() in _GENERIC else name)
+        less = {outer for outer, names in inner.items() if names <= _GENERIC}
+        if not less and _all_the_same(inner) and all(len(parts) > 1 for parts in folders):
+            less = set(inner)
+        if not less:
             return
         for parts in folders:
-            parts.pop()
+            if tuple(parts[:-1]) in less:
+                parts.pop()
+
+
+def _all_the_same(inner: dict[tuple[str, ...], set[str]]) -> bool:
+    if len(inner) < 2 or any(names != next(iter(inner.values())) for names in inner.values()):
+        return False
+    # fold1/cat, fold2/cat: folders that differ by a number alone are no classes, what they hold is
+    numbered = len({re.sub(r"[0-9]+", "#", outer[-1]) for outer in inner}) == 1
+    return not numbered or len(next(iter(inner.values()))) == 1
+
+
+def _even_out(folders: list[list[str]]) -> None:
+    """Takes the outermost folders, less those that all images share, where images lie at unequal depths."""
+    if len(set(map(len, folders))) == 1:
+        return
+    while all(folders) and len({parts[0] for parts in folders}) == 1:
+        for parts in folders:
+            del parts[0]
+    for parts in folders:
+        del parts[1:]
