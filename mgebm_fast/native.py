@@ -19,28 +19,45 @@ PACKAGE = Path(__file__).resolve().parent
 
 
 def _load() -> ModuleType:
-    module = importlib.import_module("._C", __package__)
+    """The compiled module of this package, stale or not; an ImportError says why there is none."""
+    spec = importlib.util.find_spec("._C", __package__)
+    if spec is None or spec.origin is None:
+        others = ", ".join(sorted(path.name for path in PACKAGE.glob("_C.*")))
+        raise ImportError(f"{PACKAGE} has none for this Python" + (f", only {others}" if others else ""))
+    if cut := stamp.why_cut(Path(spec.origin)):
+        raise ImportError(cut)
+    try:
+        module = importlib.import_module("._C", __package__)
+    except Exception as error:  # whatever a file of that name does when it is loaded
+        raise ImportError(f"{spec.origin} cannot be loaded: {error}") from error
+    if not hasattr(module, "sources"):
+        raise ImportError(f"{spec.origin} is not of mgebm_fast, or of an old version")
+    return module
+
+
+def _choose_instructions(module: ModuleType) -> None:
     wanted = os.environ.get("MGEBM_SIMD", "auto")
     if not module.set_isa(wanted):
         raise ValueError(
             f"MGEBM_SIMD must be auto or a set that this CPU has, of {', '.join(module.isas())}, got {wanted!r}"
         )
-    return module
 
 
-def _warn_of_unbuilt_tree() -> None:
+def _warn_of(error: ImportError) -> None:
     """A source tree that is imported because Python was started in it hides an installed copy."""
+    slow = "plain torch takes the place of the native engine, slowly"
     root = stamp.source_root(PACKAGE)
-    if root is not None and importlib.util.find_spec("._C", __package__) is None:
-        warnings.warn(
-            f"mgebm_fast is imported from the source tree {root}, which was not built; plain torch takes the place of "
-            f"the native engine, slowly. Install it with `{stamp.install_command(root)}`, or, where an installed copy "
-            "is meant, start Python in another folder",
-            RuntimeWarning,
-            stacklevel=2,
+    if root is None or list(PACKAGE.glob("_C.*")):
+        message = f"the compiled module of mgebm_fast cannot be used: {error}; {slow}. Reinstall: {_HOW}"
+    else:
+        message = (
+            f"mgebm_fast is imported from the source tree {root}, which was not built; {slow}. Install it with `{_HOW}`, "
+            "or, where an installed copy is meant, start Python in another folder"
         )
+    warnings.warn(message, RuntimeWarning, stacklevel=2)
 
 
+_HOW = stamp.how_to_install(PACKAGE)
 _module: ModuleType | None = None
 load_error: Exception | None = None
 stale = ""  # why the module that was found may not be used: its functions may take other arguments
@@ -48,9 +65,11 @@ try:
     _module = _load()
 except ImportError as error:
     load_error = error
-    _warn_of_unbuilt_tree()
+    _warn_of(error)
 else:
-    stale = stamp.why_stale(PACKAGE, getattr(_module, "sources", str)())
+    stale = stamp.why_stale(PACKAGE, _module.sources())
+    if not stale:
+        _choose_instructions(_module)
 
 
 def why_not() -> str:
@@ -71,7 +90,7 @@ def module() -> ModuleType:
     """The compiled module, or a BackendError that says why there is none."""
     if not available():
         raise BackendError(
-            f"the native backend is not available: {load_error}. Build it with `pip install -e .` "
+            f"the native backend is not available: {load_error}. Reinstall: {_HOW} "
             "(a C++17 compiler is all it needs); `mgebm doctor` shows what was found"
         )
     assert _module is not None

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import shlex
+import struct
 from pathlib import Path
 
 RECORD = "_csrc.sha256"  # in an installed package, which has no csrc/ beside it
@@ -30,19 +31,35 @@ def source_root(package: Path) -> Path | None:
 
 def why_stale(package: Path, built: str) -> str:
     """Why a compiled module made from sources of hash `built` is not `package`'s own; empty where it is."""
-    root = source_root(package)
+    root, record = source_root(package), package / RECORD
     if root is not None:
-        if built == of_sources(root / "csrc"):
+        wanted, reason = of_sources(root / "csrc"), f"it was compiled from other sources than {root / 'csrc'}"
+    elif record.is_file():
+        wanted = record.read_text().strip()
+        reason = f"it was compiled for another version than the Python files in {package}"
+    else:
+        wanted, reason = "", f"{package} was copied, without {RECORD}, which says what it was compiled from"
+    return "" if built == wanted else f"{reason}. Reinstall: {how_to_install(package)}"
+
+
+def why_cut(path: Path) -> str:
+    """Why an ELF module ends early: to load such a file is a bus error. Empty where it is whole, or of another kind."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        head = file.read(64)
+        if len(head) < 64 or head[:6] != b"\x7fELF\x02\x01":  # the loader refuses what is shorter or no ELF
             return ""
-        return f"it was compiled from other sources than {root / 'csrc'}. Reinstall: {install_command(root)}"
-    record = package / RECORD
-    if not record.is_file() or built == record.read_text().strip():
-        return ""
-    return (
-        f"it was compiled for another version than the Python files in {package}. Reinstall: "
-        "pip install --force-reinstall --no-deps mgebm_fast (or the path of its sources or wheel)"
-    )
+        table, entry, count = *struct.unpack_from("<Q", head, 32), *struct.unpack_from("<2H", head, 54)
+        file.seek(table)
+        segments = file.read(entry * count)
+    ends = [sum(struct.unpack_from("<Q16xQ", segments, at + 8)) for at in range(0, len(segments) - 39, max(entry, 40))]
+    whole = max([table + entry * count, *ends])
+    return f"{path} is cut short: {size} of {whole} bytes" if size < whole else ""
 
 
-def install_command(root: Path) -> str:
+def how_to_install(package: Path) -> str:
+    """What to run where `package` has no compiled module that it can use."""
+    root = source_root(package)
+    if root is None:
+        return "pip install --force-reinstall --no-deps mgebm_fast (or the path of its sources or wheel)"
     return f"pip install -e {shlex.quote(str(root))}"

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import shutil
 import subprocess
 import sys
 import tarfile
+import types
 from pathlib import Path
 
 import pytest
@@ -71,7 +73,8 @@ def test_the_module_has_the_hash_of_its_sources(checkout):
 def test_an_installed_copy_keeps_the_hash_beside_it(tmp_path):
     package = tmp_path / "mgebm_fast"
     package.mkdir()
-    assert stamp.why_stale(package, "abc") == ""  # nothing to compare with
+    reason = stamp.why_stale(package, "abc")  # a copy of the folder alone: nothing to compare with
+    assert "was copied, without _csrc.sha256" in reason and "Reinstall: pip install --force-reinstall" in reason
     (package / stamp.RECORD).write_text("abc\n")
     assert stamp.why_stale(package, "abc") == ""
     assert "Reinstall: pip install --force-reinstall" in stamp.why_stale(package, "abd")
@@ -89,8 +92,41 @@ def test_a_stale_module_is_an_error_that_says_what_to_run(monkeypatch):
 def test_an_unbuilt_source_tree_warns(checkout, monkeypatch):
     monkeypatch.setattr(native, "PACKAGE", checkout / "mgebm_fast")
     monkeypatch.setattr(native.importlib.util, "find_spec", lambda *_: None)
+    with pytest.raises(ImportError, match="has none for this Python$") as error:
+        native._load()
     with pytest.warns(RuntimeWarning, match="was not built.*pip install -e"):
-        native._warn_of_unbuilt_tree()
+        native._warn_of(error.value)
+
+
+@pytest.mark.parametrize(
+    ("damage", "why"),
+    [
+        (lambda whole: whole[: len(whole) // 2], r"is cut short: \d+ of \d+ bytes"),
+        (lambda whole: whole[:100], "is cut short: 100 of"),
+        (lambda whole: whole[:3], "cannot be loaded: .*file too short"),
+        (lambda whole: b"x" * 1000, "cannot be loaded: .*invalid ELF header"),
+        (None, "has none for this Python, only _C.cpython-26.so"),
+        (lambda whole: whole, "is not of mgebm_fast"),
+    ],
+)
+def test_a_module_that_cannot_be_loaded_warns_once(damage, why, tmp_path, monkeypatch):
+    whole = Path(native.module().__file__).read_bytes()
+    file = tmp_path / ("_C.so" if damage else "_C.cpython-26.so")
+    file.write_bytes(damage(whole) if damage else whole)
+    spec = importlib.util.spec_from_file_location("mgebm_fast._C", file) if damage else None
+
+    def load(*_):
+        if file.read_bytes() == whole:
+            return types.ModuleType("_C")  # of somebody else
+        return importlib.util.module_from_spec(spec)
+
+    monkeypatch.setattr(native, "PACKAGE", tmp_path)
+    monkeypatch.setattr(native.importlib.util, "find_spec", lambda *_: spec)
+    monkeypatch.setattr(native.importlib, "import_module", load)
+    with pytest.raises(ImportError, match=why) as error:
+        native._load()
+    with pytest.warns(RuntimeWarning, match=f"cannot be used: .*{why}.*Reinstall: pip install"):
+        native._warn_of(error.value)
 
 
 def test_a_source_distribution_is_whole(checkout):

@@ -22,8 +22,8 @@ _NAMES = {torch.float64: "fp64", torch.float32: "fp32", torch.bfloat16: "bf16", 
 
 
 def ask(energy: Callable[[Tensor], Tensor], x: Tensor, where: str) -> Tensor:
-    """energy(x); TypeError or ValueError where its weights have another dtype than x or lie on another device (torch's
-    own error names only an op)."""
+    """energy(x); TypeError or ValueError where its weights have another dtype than x, lie on another device or are
+    wrapper subclasses (torch's own error names only an op)."""
     try:
         return energy(x)
     except RuntimeError as error:
@@ -31,6 +31,8 @@ def ask(energy: Callable[[Tensor], Tensor], x: Tensor, where: str) -> Tensor:
             raise
         weights = _weights(energy)
         _check_devices(weights, x, where)
+        if wrapper := _wrapper(weights):
+            raise TypeError(f"{where}: energy must have plain tensors for weights, but {wrapper} ({error})") from error
         types = _floats(weights)
         if not types or x.dtype in types:
             raise
@@ -50,12 +52,28 @@ def _check_devices(weights: list[tuple[str, Tensor]], x: Tensor, where: str) -> 
             )
 
 
+def _wrapper(weights: list[tuple[str, Tensor]]) -> str:
+    """Which weight is a tensor subclass that wraps others; an empty string for none."""
+    wrappers = (f"{n} is a {type(w).__name__}" for n, w in weights if _wraps(w))
+    return next(wrappers, "")
+
+
+def _wraps(tensor: Tensor) -> bool:
+    return type(tensor).__torch_dispatch__ is not Tensor.__torch_dispatch__
+
+
 def _weights(energy: Callable[[Tensor], Tensor]) -> list[tuple[str, Tensor]]:
-    """The parameters and buffers that an energy reaches, with their names."""
+    """The parameters and buffers that an energy reaches, with their names, below the class of a module it holds."""
     if isinstance(energy, torch.nn.Module) and (own := [*energy.named_parameters(), *energy.named_buffers()]):
         return own
-    held = ((type(module).__name__, {**module._parameters, **module._buffers}) for module in modules_of(energy))
-    return [(f"{kind}.{name}", w) for kind, found in held for name, w in found.items() if w is not None]
+    held = list(modules_of(energy))
+    inner = {id(child) for module in held for child in module.children()}
+    return [
+        (f"{type(module).__name__}.{name}", w)
+        for module in held
+        if id(module) not in inner
+        for name, w in (*module.named_parameters(), *module.named_buffers())
+    ]
 
 
 def _floats(weights: list[tuple[str, Tensor]]) -> list[torch.dtype]:
@@ -83,7 +101,8 @@ class AutogradPlan(GradientPlan):
             return self._gradient(x)
 
     def _gradient(self, x: Tensor) -> Tensor:
-        if self._ones is None:
+        first = self._ones is None
+        if first:
             # Of weights on meta torch makes, on a CPU, gradients of what its memory holds.
             _check_devices([(name, w) for name, w in _weights(self._energy) if w.is_meta], x, self._where)
         leaf = x.detach().requires_grad_()
@@ -95,6 +114,10 @@ class AutogradPlan(GradientPlan):
         (gradient,) = torch.autograd.grad(energies, leaf, ones, allow_unused=True)
         if gradient is None:
             raise ValueError(f"{self._where}: energy must depend on x, got a value whose graph does not reach x")
+        if first and _wraps(gradient) and type(gradient) is not type(leaf):
+            cause = _wrapper(_weights(self._energy))
+            why = f", but {cause}" if cause else f", since its gradient is a {type(gradient).__name__}"
+            raise TypeError(f"{self._where}: energy must have plain tensors for weights{why}")
         return gradient
 
     def _ask(self, leaf: Tensor) -> Tensor:

@@ -196,6 +196,9 @@ def test_tensors_with_memory_elsewhere_never_reach_native_code(place):
         assert isinstance(read(spoilt, x), str)
     held[place] = nn.Parameter(TwoTensor(held[place].detach(), held[place].detach()))
     assert "is a " in read(net, x)
+    for energy, name in ((net, f"layers.0.{place}"), (lambda x: net(x), f"EnergyNet.layers.0.{place}")):
+        with pytest.raises(TypeError, match=f"langevin_sample: energy must have plain .* but {name} is a TwoTensor"):
+            mg.langevin_sample(energy, x, steps=1, step_size=0.1)
 
 
 def test_what_is_plain():
