@@ -51,8 +51,8 @@ def _warn_of(error: ImportError) -> None:
         message = f"the compiled module of mgebm_fast cannot be used: {error}; {slow}. Reinstall: {_HOW}"
     else:
         message = (
-            f"mgebm_fast is imported from the source tree {root}, which was not built; {slow}. Install it with `{_HOW}`, "
-            "or, where an installed copy is meant, start Python in another folder"
+            f"mgebm_fast is imported from the source tree {root}, which was not built; {slow}. Install it "
+            f"with `{_HOW}`, or, where an installed copy is meant, start Python in another folder"
         )
     warnings.warn(message, RuntimeWarning, stacklevel=2)
 

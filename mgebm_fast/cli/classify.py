@@ -9,9 +9,12 @@ from typing import Annotated
 import typer
 
 from .options import (
+    MOST_RUNS,
+    MOST_SEED,
     Device,
     Json,
     Threads,
+    at_most,
     fingerprint_of,
     load_images,
     named_options,
@@ -30,8 +33,10 @@ def classify(
     labels: Annotated[
         str, typer.Option(metavar="K,K,...", help="Labelled images a class; a column of the table each.")
     ] = "10,20,50",
-    draws: Annotated[int, typer.Option(min=1, help="Choices of the labelled images, the same for everyone.")] = 5,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of the draws and of random weights.")] = 0,
+    draws: Annotated[
+        int, typer.Option(min=1, max=1000, help="Choices of the labelled images, the same for everyone.")
+    ] = 5,
+    seed: Annotated[int, typer.Option(min=0, max=MOST_SEED, help="Seed of the draws and of random weights.")] = 0,
     fine_tune: Annotated[
         bool, typer.Option("--fine-tune", help="Also train each run's nets on, from the learned weights.")
     ] = False,
@@ -65,6 +70,7 @@ def classify(
     cross-validation on the labelled images. --picture needs matplotlib: pip install "mgebm_fast[plot]".
     """
     wanted = _numbers(labels)
+    at_most(MOST_RUNS, len(runs), "run", "runs")
     _check_picture(picture)
     use_threads(threads)
     from rich.console import Console
@@ -125,6 +131,7 @@ def _numbers(text: str) -> list[int]:
         raise ValueError(
             f"--labels: must be different whole numbers of at least 2 with commas between them, got {text!r}"
         )
+    at_most(MOST_RUNS, len(numbers), "--labels", "numbers")
     return numbers
 
 

@@ -14,9 +14,11 @@ import typer
 from .options import (
     INTERRUPTED,
     MOST_SAMPLES,
+    MOST_SEED,
     Device,
     Json,
     Threads,
+    at_most,
     configured,
     find_device,
     load_run_data,
@@ -32,6 +34,7 @@ if TYPE_CHECKING:
     from ..learning import TrainConfig
 
 _LOG_WIDTH = 140
+MOST_ENTRIES = 1000  # presets × seeds, each of which is trained
 
 
 def compare(
@@ -102,6 +105,7 @@ def compare(
 
     place = find_device(device)
     names = presets if len(presets) > 1 else [*presets, *comparison_runs.contenders(presets[0])]
+    at_most(MOST_ENTRIES, len(names) * len(numbers), "--seeds", "runs of presets")
     runs = comparison_runs.entries([_configured(name, data, settings) for name in names], numbers, out)
     for run in runs:
         comparison_runs.state(run)  # before data are read
@@ -146,7 +150,7 @@ def _seeds(text: str) -> list[int]:
         numbers = [int(word) for word in text.split(",")]
     except ValueError:
         numbers = []
-    if not numbers or min(numbers) < 0 or max(numbers) >= 2**64 or len(set(numbers)) < len(numbers):
+    if not numbers or min(numbers) < 0 or max(numbers) > MOST_SEED or len(set(numbers)) < len(numbers):
         raise ValueError(f"--seeds: must be different whole numbers >= 0 and < 2**64 with commas between, got {text!r}")
     return numbers
 

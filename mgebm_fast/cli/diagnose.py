@@ -10,6 +10,8 @@ import typer
 
 from .options import (
     MOST_SAMPLES,
+    MOST_SEED,
+    MOST_STEPS,
     Device,
     Json,
     RunPath,
@@ -30,9 +32,10 @@ def diagnose(
         int | None, typer.Option(min=2, max=MOST_SAMPLES, help="How many chains. Default: 64, of videos or sounds 8.")
     ] = None,
     steps: Annotated[
-        int | None, typer.Option(min=1, help="Steps of every chain. Default: as many as the run samples with.")
+        int | None,
+        typer.Option(min=1, max=MOST_STEPS, help="Steps of every chain. Default: as many as the run samples with."),
     ] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of the chains.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=MOST_SEED, help="Seed of the chains.")] = 0,
     out: Annotated[
         Path | None,
         typer.Option(metavar="DIR", help="For plots and report.json. Default: diagnostics, and nothing with --json."),

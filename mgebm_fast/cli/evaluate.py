@@ -8,6 +8,7 @@ import typer
 
 from .options import (
     MOST_SAMPLES,
+    MOST_SEED,
     Device,
     Json,
     RunPath,
@@ -26,7 +27,7 @@ from .options import (
 def evaluate(
     run: RunPath,
     num: Annotated[int, typer.Option(min=2, max=MOST_SAMPLES, help="How many samples to draw.")] = 1000,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of the samples.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=MOST_SEED, help="Seed of the samples.")] = 0,
     data: Annotated[
         str | None, typer.Option(metavar="NAME|PATH", help="Images to compare with. Default: those it was trained on.")
     ] = None,

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from .options import (
+    MOST_SAMPLES,
+    MOST_SEED,
     Device,
     Json,
     Precision,
@@ -37,8 +39,10 @@ def inpaint(
     mask: Annotated[
         str, typer.Option(metavar="square|doodle|pepper|FILE", help="What is hidden, by kind or by a mask of your own.")
     ] = "square",
-    num: Annotated[int, typer.Option(min=1, help="How many images.")] = 64,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of the choice of images, the occlusions and the chains.")] = 0,
+    num: Annotated[int, typer.Option(min=1, max=MOST_SAMPLES, help="How many images.")] = 64,
+    seed: Annotated[
+        int, typer.Option(min=0, max=MOST_SEED, help="Seed of the choice of images, the occlusions and the chains.")
+    ] = 0,
     out: Annotated[
         Path | None,
         typer.Option(metavar="FILE", help="X.png or X.npy. Default: inpainted.png, and nothing with --json."),

@@ -26,6 +26,9 @@ if TYPE_CHECKING:
 INTERRUPTED = 130  # the exit code of a command that Ctrl-C ended
 
 MOST_SAMPLES = 10_000_000  # of one command, which draws them in days or keeps them in memory
+MOST_SEED = 2**64 - 1
+MOST_STEPS = 1_000_000  # of one chain, as in a configuration
+MOST_RUNS = 100  # side by side, in one table or page
 MOST_THREADS = max(64, 4 * (os.cpu_count() or 1))  # many more than cores end in a crash of OpenMP
 
 RunPath = Annotated[
@@ -46,6 +49,12 @@ Threads = Annotated[
         help="CPU threads. Default: as many as torch chooses; train takes fewer for small nets.",
     ),
 ]
+
+
+def at_most(most: int, count: int, name: str, what: str) -> None:
+    """ValueError where more is asked for than one command takes."""
+    if count > most:
+        raise ValueError(f"{name}: must be at most {most:,} {what}, got {count:,}")
 
 
 def print_json(value: Any) -> None:

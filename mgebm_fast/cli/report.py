@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from .options import Threads, use_threads
+from .options import MOST_RUNS, MOST_SEED, Threads, at_most, use_threads
 from .outputs import check_place
 
 
@@ -16,7 +16,7 @@ def report(
     out: Annotated[
         Path, typer.Option(metavar="X.html|X.png", help="The page, or its samples beside training images alone.")
     ] = Path("report.html"),
-    seed: Annotated[int, typer.Option(min=0, help="Seed of the samples beside training images.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=MOST_SEED, help="Seed of the samples beside training images.")] = 0,
     threads: Threads = None,
 ) -> None:
     """Write one HTML page on a run: nothing else is needed to look at it, and nothing is loaded from elsewhere.
@@ -35,11 +35,12 @@ def report(
       neighbours      samples beside the training images nearest to them, by pixel distance
       configuration   config.toml, and what to do next
 
-    It takes less than 5 MB, whatever the number of runs: pictures are left out evenly where there are many. KID and FID
+    It takes less than 5 MB, of up to 100 runs: pictures are left out evenly where there are many. KID and FID
     are not measured while training; `mgebm evaluate` does.
 
     X.png is a picture of 16 samples of one run, each over the training image that is nearest to it.
     """
+    at_most(MOST_RUNS, len(runs), "run", "runs")
     picture = out.suffix.lower() == ".png"
     if not picture and out.suffix.lower() not in (".html", ".htm"):
         raise ValueError(f"--out: must end in .html or .png, got {out}")

@@ -12,10 +12,12 @@ import typer
 
 from .options import (
     MOST_SAMPLES,
+    MOST_SEED,
     Device,
     Precision,
     RunPath,
     Threads,
+    at_most,
     find_rank_device,
     one_voice,
     open_run,
@@ -39,7 +41,7 @@ def sample(
         int | None,
         typer.Option(min=1, max=MOST_SAMPLES, help="How many samples. Default: 64 images, one video or sound."),
     ] = None,
-    seed: Annotated[int, typer.Option(min=0, help="The same seed gives the same samples.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=MOST_SEED, help="The same seed gives the same samples.")] = 0,
     out: Annotated[
         Path,
         typer.Option(
@@ -48,10 +50,13 @@ def sample(
         ),
     ] = Path("samples.png"),
     first_sample: Annotated[
-        int, typer.Option(min=0, help="Number of the first sample: go on where an earlier call stopped.")
+        int, typer.Option(min=0, max=2**32 - 1, help="Number of the first sample: go on where an earlier call stopped.")
     ] = 0,
     best: Annotated[
-        int | None, typer.Option(min=1, help="Keep so many of the NUM samples, those of lowest energy, lowest first.")
+        int | None,
+        typer.Option(
+            min=1, max=MOST_SAMPLES, help="Keep so many of the NUM samples, those of lowest energy, lowest first."
+        ),
     ] = None,
     grids: Annotated[bool, typer.Option("--grids", help="Show the samples at every size, coarse to fine.")] = False,
     generator: Annotated[
@@ -59,10 +64,15 @@ def sample(
     ] = False,
     interpolate: Annotated[
         int | None,
-        typer.Option(min=2, metavar="POINTS", help="NUM rows of as many images between two draws of a generator."),
+        typer.Option(
+            min=2,
+            max=MOST_SAMPLES,
+            metavar="POINTS",
+            help="NUM rows of as many images between two draws of a generator.",
+        ),
     ] = None,
     size: Annotated[
-        int | None, typer.Option(min=2, help="Side of the images, of a model that takes any: a texture's.")
+        int | None, typer.Option(min=2, max=4096, help="Side of the images, of a model that takes any: a texture's.")
     ] = None,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace the samples in a folder that is not empty.")
@@ -115,6 +125,9 @@ def sample(
                 model = _resized(model, size, run)
             recorded = model if isinstance(model, SpatialTemporal) else None
             num = num or (1 if recorded else 64)
+            at_most(MOST_SAMPLES, num * (interpolate or 1), "--interpolate", "images, NUM rows of POINTS")
+            if first_sample + num > 2**32:
+                raise ValueError(f"--first-sample: must leave --num {num} samples below 2**32, got {first_sample}")
             if best is not None:
                 _check_best(model, run, best, num, interpolate)
             files: tuple[str, ...] = IMAGE_FILES

@@ -13,6 +13,7 @@ from .options import (
     Json,
     RunPath,
     Threads,
+    at_most,
     check_images,
     find_device,
     fingerprint_of,
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from ..learning import TrainConfig
     from ..models import EnergyModel
 
+MOST_SETS = 1000
 TRAINING_IMAGES = 5000  # of the training set, that percentiles are taken among
 
 
@@ -84,6 +86,7 @@ def score(
     with an AUROC near 0 lies below the data. docs/scoring.md says more. For a model with batch normalisation its
     running statistics are taken, so that an image's energy is its own.
     """
+    at_most(MOST_SETS, len(images), "images", "sets; a folder of images is one set")
     if figure is not None:
         if figure.suffix.lower() != ".png":
             raise ValueError(f"--figure: must end in .png, got {figure}")

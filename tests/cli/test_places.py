@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import typing
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from helpers.console import one_line
 from PIL import Image
 
 import mgebm_fast as mg
-from mgebm_fast.cli.app import _LastingStream, _Output
+from mgebm_fast.cli.app import _LastingStream, _Output, app
 from mgebm_fast.cli.outputs import check_place
 from mgebm_fast.evaluation.comparison import compare as comparison
 
@@ -200,6 +201,34 @@ def test_a_command_whose_output_cannot_be_written_ends_with_one_line_and_quietly
 def test_more_samples_than_a_command_can_draw_are_refused_at_once(mgebm, trained, command):
     line = one_line(mgebm(command, trained, "--num", 10**12))
     assert line.startswith("error: --num: must be less than or equal to 10000000, got 1000000000000")
+
+
+def test_every_number_that_an_option_takes_has_bounds():
+    numbers = {}
+    for command in app.registered_commands:
+        for name, hint in typing.get_type_hints(command.callback, include_extras=True).items():
+            kind, *about = typing.get_args(hint) or (hint,)
+            if kind is int or int in typing.get_args(kind):
+                numbers[command.callback.__name__, name] = about[0]
+    assert ("sample", "num") in numbers and ("report", "threads") in numbers
+    assert [place for place, option in numbers.items() if option.min is None or option.max is None] == []
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("report {}" + " {}" * 100, "run: must be at most 100 runs, got 101"),
+        ("classify {}" + " {}" * 100, "run: must be at most 100 runs, got 101"),
+        ("classify {} --labels " + ",".join(map(str, range(2, 200))), "--labels: must be at most 100 numbers, got 198"),
+        ("score {}" + " digits" * 1001, "images: must be at most 1,000 sets; a folder of images is one set, got 1,001"),
+        ("compare digits digits-cd --out new --seeds " + ",".join(map(str, range(501))),
+         "--seeds: must be at most 1,000 runs of presets, got 1,002"),
+        ("sample {} --interpolate 1000000", "--interpolate: must be at most 10,000,000 images, NUM rows of POINTS"),
+        ("sample {} --first-sample 4294967295", "--first-sample: must leave --num 64 samples below 2**32, got 429496"),
+    ],
+)  # fmt: skip
+def test_longer_lists_than_a_command_can_take_are_refused_at_once(mgebm, trained, words, message):
+    assert message in one_line(mgebm(*words.replace("{}", str(trained)).split(" ")))
 
 
 def test_closed_streams_are_opened_again():
