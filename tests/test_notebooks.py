@@ -1,8 +1,10 @@
-"""Notebooks are their examples, executed: each runs, and the stored cells are those of its source."""
+"""Notebooks are their examples, executed: each runs, and the stored cells are those of its source. The site has a page
+of each, as of every document."""
 
 from __future__ import annotations
 
 import json
+import re
 import runpy
 from pathlib import Path
 
@@ -23,3 +25,12 @@ def test_a_notebook_is_its_example_and_runs(name, capsys):
     assert all(output["output_type"] != "error" for output in outputs)
     runpy.run_path(str(source))
     assert capsys.readouterr().out.count("\n") >= 3
+
+
+def test_the_site_has_every_page_and_a_warning_ends_its_build():
+    nav = re.findall(r": (\S+\.(?:md|ipynb))$", (ROOT / "mkdocs.yml").read_text(encoding="utf-8"), flags=re.MULTILINE)
+    docs = ROOT / "docs"
+    pages = {path.relative_to(docs).as_posix() for kind in ("*.md", "notebooks/*.ipynb") for path in docs.glob(kind)}
+    assert sorted(nav) == sorted(pages - {"README.md"})
+    (build,) = re.findall(r"mkdocs build.*", (ROOT / ".ci" / "run").read_text(encoding="utf-8"))
+    assert "--strict" in build and "quiet" not in build  # with --quiet mkdocs drops warnings before it counts them
