@@ -111,6 +111,8 @@ def resolve_seed(
     is captured in a CUDA graph or compiled, a number would be a constant of the graph: there the seed is a tensor drawn
     on `device` by its own generator (which `torch.manual_seed` seeds too), and every replay draws another.
     """
+    if seed is generator is None and device.type == "cpu" and is_eager():  # the usual case
+        return int(_scratch.number.random_(2**63 - 1).item())  # the number that randint would draw
     if generator is not None and not isinstance(generator, torch.Generator):
         raise TypeError(f"{where}: generator must be a torch.Generator or None, got {type(generator).__name__}")
     if seed is not None:
@@ -123,8 +125,7 @@ def resolve_seed(
         raise ValueError(f"{where}: generator must be on {device} while a CUDA graph is captured, got {source}")
     on_cpu = source is _CPU or source.type == "cpu"
     if on_cpu and is_eager():
-        drawn = _scratch.number.random_(2**63 - 1, generator=generator)  # the number that randint would draw
-        return int(drawn.item())
+        return int(_scratch.number.random_(2**63 - 1, generator=generator).item())
     drawn = torch.randint(2**63 - 1, (), dtype=torch.int64, device=source, generator=generator)
     if on_cpu and not torch.compiler.is_compiling() and type(drawn) is Tensor:  # no fake tensor
         return int(drawn)

@@ -102,9 +102,9 @@ MUTATIONS = (
     Mutation(
         "variance-for-precision", "python", STEP, "1.0 / reference_std**2", "1.0 / reference_std", LAW
     ),  # sigma for sigma squared
-    Mutation("step-counter-reused", "python", COUNTERS, "step=self.step + k)", "step=self.step)", LAW),
+    Mutation("step-counter-reused", "python", COUNTERS, "self.step + k, None", "self.step, None", LAW),
     Mutation(
-        "first-step-ignored", "python", COUNTERS, "step=self.step + k)", "step=k)", SPLITS
+        "first-step-ignored", "python", COUNTERS, "self.step + k, None", "k, None", SPLITS
     ),  # 10 + 20 steps would repeat the noise of the first 10
     Mutation(
         "stream-shared-by-grids", "python", "mgebm_fast/sampling/cascade.py", "noise.stream(purpose, grid)",

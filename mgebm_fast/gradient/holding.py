@@ -37,6 +37,21 @@ class _Held:
 _held: dict[int, _Held] = {}  # by the id of a module, which is kept alive meanwhile
 
 
+class _Searched(threading.local):
+    """What this thread's innermost hold is of, and the modules that were found: who asks inside searches no more."""
+
+    energy: Any = None
+    modules: list[nn.Module] = []  # noqa: RUF012  (replaced, never written to)
+
+
+_searched = _Searched()
+
+
+def held_modules(energy: Any) -> list[nn.Module]:
+    """Every module that `energy` is or holds; inside a hold of it as found at its start."""
+    return _searched.modules if _searched.energy is energy else list(modules_of(energy))
+
+
 @contextlib.contextmanager
 def frozen_parameters(energy: Callable[..., Any]) -> Iterator[None]:
     """Inside, the modules that a callable runs (`reach.modules_of`) are held: buffers that a forward moves, as running
@@ -46,31 +61,26 @@ def frozen_parameters(energy: Callable[..., Any]) -> Iterator[None]:
     `requires_grad=False` meanwhile, which keeps less memory; with others, which may be training them, they are left
     alone: the gradient in x is the same.
     """
-    modules = [module for module in modules_of(energy) if _moves(module)]
-    for module in modules:
-        tensors = (*module._parameters.values(), *module._buffers.values())
-        if any(tensor is not None and is_lazy(tensor) for tensor in tensors):
-            kind = type(module).__name__
-            raise Refused("energy", "be called on x once before, which makes its weights", f"a {kind} without", "chain")
-    if not modules:  # frozen already, and without buffers
-        yield
-        return
+    found, outer = list(modules_of(energy)), (_searched.energy, _searched.modules)
+    modules = [module for module in found if _moves(module)]
     alone = threading.active_count() == 1
-    with _lock, torch.no_grad():
+    with _lock:
         for module in modules:
-            held = _held.setdefault(id(module), _Held({}, False, []))
-            if held.count == 0:
-                _note(module, held)
+            held = _held.get(id(module))
+            if held is None:
+                held = _held[id(module)] = _note(module)
             held.count += 1
             if alone:
-                frozen = [p for p in module._parameters.values() if p is not None and p.requires_grad]
-                for parameter in frozen:
-                    parameter.requires_grad_(False)
-                held.frozen += frozen
+                for parameter in module._parameters.values():
+                    if parameter is not None and parameter.requires_grad:
+                        parameter.requires_grad = False
+                        held.frozen.append(parameter)
+    _searched.energy, _searched.modules = energy, found
     try:
         yield
     finally:
-        with _lock, torch.no_grad():
+        _searched.energy, _searched.modules = outer
+        with _lock:
             for module in modules:
                 held = _held[id(module)]
                 held.count -= 1
@@ -84,39 +94,49 @@ def untouched(energy: Callable[..., Any]) -> Iterator[None]:
     """Inside a hold, what measuring the energy in between moves is put back at once, so that the chain goes on as
     without it."""
     with frozen_parameters(energy):
-        notes = [(module, _note(module, _Held({}, False, []))) for module in modules_of(energy)]
+        notes = [(module, _note(module)) for module in modules_of(energy)]
         try:
             yield
         finally:
-            with torch.no_grad():
-                for module, note in notes:
-                    _restore(module, note)
+            for module, note in notes:
+                _restore(module, note)
 
 
 def _moves(module: nn.Module) -> bool:
-    """Whether a chain could change a module: it has a buffer, or a parameter that is not frozen."""
-    if len(module._buffers):
-        return True
-    return any(parameter is not None and parameter.requires_grad for parameter in module._parameters.values())
+    """Whether a chain could change a module: it has a buffer, or a parameter that is not frozen.
+
+    Raises Refused of a module without weights yet."""
+    moves = False
+    for tensors in (module._parameters, module._buffers):
+        for tensor in tensors.values():
+            if tensor is None:
+                continue
+            if is_lazy(tensor):
+                kind = type(module).__name__
+                must = "be called on x once before, which makes its weights"
+                raise Refused("energy", must, f"a {kind} without", "chain")
+            moves = moves or tensor.requires_grad or tensors is module._buffers
+    return moves or bool(module._buffers)
 
 
-def _note(module: nn.Module, held: _Held) -> _Held:
+def _note(module: nn.Module) -> _Held:
+    noted: dict[str, tuple[Tensor, Tensor, int] | None] = {}
     for name, buffer in module._buffers.items():
-        held.buffers[name] = None if buffer is None else (buffer, buffer.detach().clone(), _version(buffer))
+        noted[name] = None if buffer is None else (buffer, buffer.detach().clone(), _version(buffer))
     # torch's kernels for batch and instance norm write running statistics without counting their version up.
-    held.written = isinstance(module, _NormBase) and module.track_running_stats and module.training
-    return held
+    written = isinstance(module, _NormBase) and module.track_running_stats and module.training
+    return _Held(noted, written, [])
 
 
 def _restore(module: nn.Module, held: _Held) -> None:
     for parameter in held.frozen:
-        parameter.requires_grad_(True)
+        parameter.requires_grad = True
     for name, noted in held.buffers.items():
         buffer = None
         if noted is not None:
             buffer, before, version = noted
             if held.written or _version(buffer) != version:
-                with torch.inference_mode(buffer.is_inference()):
+                with torch.inference_mode(buffer.is_inference()), torch.no_grad():
                     buffer.copy_(before)
         # A forward may have put another tensor in its place; a script module's cannot.
         if not isinstance(module, torch.jit.ScriptModule) and module._buffers.get(name, held) is not buffer:

@@ -13,10 +13,11 @@ import contextlib
 import contextvars
 import functools
 import itertools
+import operator
 import sys
 import types
 import weakref
-from collections.abc import Hashable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -34,6 +35,7 @@ _LIBRARIES = ("torch", "numpy", "builtins")
 _MOST = 20_000  # objects searched at most, against energies that hold a data set
 # What nn.Module keeps of its own; its submodules are found by `modules()`.
 _OWN = frozenset(vars(nn.Module()))
+_HOOKS = operator.itemgetter(*HOOKS)
 
 
 def modules_of(energy: Any) -> Iterator[nn.Module]:
@@ -43,42 +45,54 @@ def modules_of(energy: Any) -> Iterator[nn.Module]:
     queue = collections.deque([energy])
     while queue and len(keep) < _MOST:
         value = queue.popleft()
-        module = isinstance(value, nn.Module)
-        if id(value) in seen or (not module and isinstance(value, _LEAVES)):
+        kind: Any = type(value)
+        held_by = _way(kind)
+        if held_by is None or id(value) in seen:
             continue
         seen.add(id(value))
         keep.append(value)
-        if module:
+        if isinstance(value, nn.Module):
             yield value
-        queue.extend(_held_by(value))
+        queue.extend(held_by(value))
 
 
-def _held_by(value: Any) -> Iterable[Any]:
+@functools.lru_cache(maxsize=1024)
+def _way(kind: Any) -> Callable[[Any], Iterable[Any]] | None:
+    """How what an object of a class holds is found; None where it is not searched."""
+    if issubclass(kind, nn.Module):
+        return _held_by_library_module if _of_a_library(kind) else _held_by_module
+    ways: dict[Any, Callable[[Any], Iterable[Any]] | None] = {
+        (*_LEAVES, types.ModuleType): None,  # what a function takes from a module is found by the function
+        type: lambda value: _held_by_classes(_classes(value)),
+        types.FunctionType: _held_by_function,
+        types.MethodType: lambda value: (value.__self__, value.__func__),
+        (staticmethod, classmethod): lambda value: (value.__func__,),
+        property: lambda value: (value.fget,),
+        functools.cached_property: lambda value: (value.func,),
+        weakref.ref: lambda value: (value(),),
+        contextvars.ContextVar: lambda value: (value.get(None),),
+    }
+    return next((way for kinds, way in ways.items() if issubclass(kind, kinds)), _held_by_object)
+
+
+def _held_by_library_module(module: nn.Module) -> list[Any]:
+    own = vars(module)
+    found = list(own["_modules"].values())
+    if any(hooks := _HOOKS(own)):
+        found += [hook for by_id in hooks for hook in by_id.values()]
+    return found
+
+
+def _held_by_module(module: nn.Module) -> list[Any]:
+    found = _held_by_library_module(module)
+    found += [held for name, held in vars(module).items() if name not in _OWN]
+    kind: Any = type(module)
+    found += _classes(kind)
+    return found
+
+
+def _held_by_object(value: Any) -> Iterable[Any]:
     kind: Any = type(value)
-    if isinstance(value, nn.Module):
-        own = vars(value)
-        found = list(own["_modules"].values())
-        for name in HOOKS:
-            if own[name]:
-                found += own[name].values()
-        if not _of_a_library(kind):
-            found += [held for name, held in own.items() if name not in _OWN]
-            found += _classes(kind)
-        return found
-    if isinstance(value, type):
-        return _held_by_classes(_classes(value))
-    if isinstance(value, types.FunctionType):
-        return _held_by_function(value)
-    if isinstance(value, types.MethodType):
-        return (value.__self__, value.__func__)
-    if isinstance(value, (staticmethod, classmethod)):
-        return (value.__func__,)
-    if isinstance(value, (property, functools.cached_property)):
-        return (value.fget if isinstance(value, property) else value.func,)
-    if isinstance(value, weakref.ref):
-        return (value(),)
-    if isinstance(value, contextvars.ContextVar):
-        return (value.get(None),)
     attributes = list(getattr(value, "__dict__", {}).values())
     if isinstance(value, functools.partial):
         return (value.func, *value.args, *value.keywords.values(), *attributes)
@@ -86,7 +100,7 @@ def _held_by(value: Any) -> Iterable[Any]:
         attributes += itertools.islice(value.values(), _MOST)
     elif isinstance(value, (list, tuple, set, frozenset, collections.deque)):
         attributes += itertools.islice(value, _MOST)
-    elif isinstance(value, types.ModuleType) or _of_a_library(kind):
+    elif _of_a_library(kind):
         return ()
     for base in kind.__mro__:
         slots = base.__dict__.get("__slots__", ())
@@ -110,21 +124,24 @@ def _classes(kind: Any) -> tuple[type, ...]:
     return tuple(base for base in (*kind.__mro__, type(kind)) if not _known(base))
 
 
-@functools.lru_cache(maxsize=1024)
-def _of_a_library(kind: Hashable) -> bool:  # a class
-    return _is_of_a_library(kind)
+def _of_a_library(kind: type) -> bool:
+    return _of_libraries(str(kind.__module__))
 
 
 def _known(code: Any) -> bool:
     """Whether a class or function is of this package, a library or the standard library: it names no modules of the
     user's."""
-    name = str(getattr(code, "__module__", "")).partition(".")[0]
-    return name in _LIBRARIES or name in sys.stdlib_module_names or name == __name__.partition(".")[0]
+    return _is_known(str(getattr(code, "__module__", "")))
 
 
-def _is_of_a_library(value: Any) -> bool:
-    name = value.__name__ if isinstance(value, types.ModuleType) else getattr(value, "__module__", "")
-    return str(name).partition(".")[0] in _LIBRARIES
+@functools.lru_cache(maxsize=1024)
+def _is_known(path: str) -> bool:
+    return _of_libraries(path) or path.partition(".")[0] in {__name__.partition(".")[0], *sys.stdlib_module_names}
+
+
+@functools.lru_cache(maxsize=1024)
+def _of_libraries(path: str) -> bool:
+    return path.partition(".")[0] in _LIBRARIES
 
 
 def _held_by_function(function: types.FunctionType) -> list[Any]:
@@ -136,10 +153,10 @@ def _held_by_function(function: types.FunctionType) -> list[Any]:
     if _known(function):
         return found
     names = _names(function.__code__)
-    found += [function.__globals__.get(name) for name in names]
+    found += map(function.__globals__.get, names)
     modules = [value for value in found if isinstance(value, types.ModuleType)]
     for module in modules:  # `settings.nets.net(x)`
-        if not _is_of_a_library(module):
+        if not _of_libraries(module.__name__):
             held = [vars(module).get(name) for name in names]
             modules += [value for value in held if isinstance(value, types.ModuleType) and value not in modules]
             found += held

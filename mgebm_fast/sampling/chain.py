@@ -53,8 +53,9 @@ class Chain:
         peaks = None if self.bad_step is None else x.new_empty(stop - start)
         places, launch = self.place.steps(start, stop), launcher(x, self.mask, self.backend)
         with frozen_parameters(self.energy):
+            gradient_of, where = self.plan.gradient, self.where
             for k, place in enumerate(places):
-                gradient = check_grad(self.plan.gradient(x), x, self.where)
+                gradient = check_grad(gradient_of(x), x, where)
                 if peaks is not None:
                     torch.linalg.vector_norm(gradient, float("inf"), out=peaks[k])
                 launch(gradient, numbers.steps(k, k + 1), place)

@@ -61,10 +61,13 @@ class Session:
 
 
 Graph: TypeAlias = "bool | None | Session"
+_USUAL = Session()
 
 
 def session_of(graph: Graph, callback: Any = None, where: str = "") -> Session:
     """The session that an argument `graph` means; without graphs where a callback must see every step."""
+    if graph is callback is None:
+        return _USUAL
     session = graph if isinstance(graph, Session) else Session(graph)
     if session.graph is not None and not isinstance(session.graph, bool):
         raise TypeError(f"{where}: graph must be True, False or None, got {session.graph!r}")

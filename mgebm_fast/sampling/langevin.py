@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -51,6 +52,7 @@ class Langevin:
     reference_mean: Any = 0.0  # float or tensor
     grad_clamp: float | None = None
     clamp: tuple[float, float] | None = None
+    _same: ClassVar[Update | None]  # of an instance: its checked numbers, where none varies
 
     def __post_init__(self) -> None:
         as_numbers_(self, "clamp")
@@ -68,8 +70,10 @@ class Langevin:
                 raise Refused(name, "be given with reference_std", "a tensor alone", "Langevin")
             else:
                 fields[name] = 0.0
-        if update(where="Langevin", **fields).drift == 0:
+        checked = update(where="Langevin", **fields)
+        if checked.drift == 0:
             raise Refused("drift", "be > 0", 0.0, "Langevin")
+        object.__setattr__(self, "_same", checked if not self.varying else None)
 
     def _numbers(self) -> dict[str, Any]:
         fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
@@ -83,6 +87,8 @@ class Langevin:
 
     def update(self, x: Tensor | None = None, where: str = "Langevin") -> Update:
         """The checked numbers, in the decoupled form, for chains on tensors like x; without x none may vary."""
+        if self._same is not None:
+            return self._same
         numbers = self._numbers()
         if x is None and (names := _varying(numbers)):
             raise Refused(names[0], "be a number here, the same for all", "one that varies", where)
@@ -223,6 +229,11 @@ def _shown(numbers: Update, index: int) -> str:
     return f"{float(low):g} to {float(high):g} by {' and '.join(kinds)}"
 
 
+# A loop calls with the same numbers every time: they are checked once. 1 and True, or 1.0, are not the same.
+_PLAIN = frozenset((int, float, type(None)))
+_described = functools.lru_cache(maxsize=256, typed=True)(Langevin)
+
+
 def langevin_sample(
     energy: Energy,
     x: Tensor,  # (N, C, *spatial) float32, any layout
@@ -287,10 +298,10 @@ def langevin_sample(
         BatchTooLargeError: the batch does not fit in memory, and batch statistics couple its samples. Other batches
             are split, with a warning.
     """
-    dynamics = Langevin(
-        steps=steps, step_size=step_size, noise_scale=noise_scale, drift=drift, noise_std=noise_std,
-        reference_std=reference_std, reference_mean=reference_mean, grad_clamp=grad_clamp, clamp=clamp,
-    )  # fmt: skip
+    numbers = (steps, step_size, noise_scale, drift, noise_std, reference_std, reference_mean, grad_clamp)
+    bounds = () if clamp is None else clamp if type(clamp) is tuple else (clamp,)
+    plain = _PLAIN.issuperset(map(type, (*numbers, *bounds))) and not torch.compiler.is_compiling()
+    dynamics = (_described if plain else Langevin)(*numbers, clamp)
     return dynamics(
         energy, x, mask=mask, seed=seed, generator=generator, first_sample=first_sample, first_step=first_step,
         stream=stream, precision=precision, backend=backend, graph=graph, compile=compile,

@@ -64,7 +64,7 @@ def advance_(chain: Chain, x: Tensor, origin: Tensor, start: int, stop: int) -> 
     Raises BatchTooLargeError where it does not fit and cannot be split; the message says how many samples fit.
     """
     samples = x.shape[0]
-    key = (tuple(x.shape[1:]), x.device)
+    key = (x.shape[1:], x.device)
     part = min(_remembered(chain.energy).get(key, samples), samples)
     done = 0
     while done < samples:

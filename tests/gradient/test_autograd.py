@@ -57,6 +57,42 @@ def test_any_callable_and_a_bound_method():
     assert model.scale.requires_grad and model.scale.grad is None
 
 
+def test_a_chain_searches_its_energy_once_and_checks_its_numbers_once(monkeypatch):
+    """What a call costs beside the energy's own code: a chain of few steps is to be as fast as a loop by hand."""
+    from mgebm_fast.gradient import holding
+    from mgebm_fast.sampling import langevin
+
+    net, x = nn.Sequential(nn.Linear(3, 4), nn.Softmax(1), nn.Linear(4, 1), nn.Flatten(0)), torch.randn(5, 3)
+    searched, search = [], holding.modules_of
+    monkeypatch.setattr(holding, "modules_of", lambda energy: searched.append(energy) or search(energy))
+    mg.langevin_sample(net, x, steps=3, step_size=0.1)
+    assert searched == [net]
+    checked = langevin._described.cache_info().misses
+    mg.langevin_sample(net, x, steps=3, step_size=0.1)
+    assert langevin._described.cache_info().misses == checked
+    with pytest.raises(TypeError, match="clamp must be a pair of numbers"):
+        mg.langevin_sample(net, x, steps=3, step_size=0.1, clamp=(False, True))
+    with pytest.raises(ValueError, match="steps must be a positive int, got True"):
+        mg.langevin_sample(net, x, steps=True, step_size=0.1)
+
+
+def test_the_backward_pass_goes_past_checks_but_not_past_listeners():
+    """Energies of another class than torch's, and modes that listen to its functions, see `torch.autograd.grad`."""
+    from torch.overrides import TorchFunctionMode
+
+    class Listens(TorchFunctionMode):
+        heard = 0
+
+        def __torch_function__(self, function, types, args=(), kwargs=None):
+            self.heard += function is torch.autograd.grad
+            return function(*args, **(kwargs or {}))
+
+    x = torch.randn(3, 2)
+    with Listens() as mode:
+        torch.testing.assert_close(AutogradPlan(lambda x: x.square().sum(1), "test").gradient(x), 2 * x)
+    assert mode.heard == 1
+
+
 def test_parameters_are_frozen_inside_and_restored_even_by_an_exception():
     net = multigrid_net(4)
     fixed = net.head.bias.requires_grad_(False)

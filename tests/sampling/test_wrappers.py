@@ -209,7 +209,8 @@ def test_what_a_chain_cannot_change_is_not_held(monkeypatch):
     net = nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3), nn.Linear(3, 1))
     net[2].requires_grad_(False)
     noted = []
-    monkeypatch.setattr(holding, "_note", lambda module, held: noted.append(module))
+    note = holding._note
+    monkeypatch.setattr(holding, "_note", lambda module: (noted.append(module), note(module))[1])
     with holding.frozen_parameters(net):
         assert not any(p.requires_grad for p in net.parameters())
     assert noted == [net[0], net[1]]
