@@ -87,9 +87,8 @@ def classify(
         try:
             energy_nets(model)
         except ValueError:
-            raise ValueError(
-                f"run: must have an energy net whose features can be read, got {run}, a {type(model).__name__}"
-            ) from None
+            kind = ("class-conditional " if getattr(model, "classes", ()) else "") + type(model).__name__
+            raise ValueError(f"run: must have an energy net whose features can be read, got {run}, a {kind}") from None
         if str(run) in models:
             raise ValueError(f"run: must be given once, got {run} twice")
         shape = (model.sizes[-1], model.channels)

@@ -1,4 +1,4 @@
-"""What `--out` may be: a file of a known ending, or a folder, in a place that can be written."""
+"""What `--out` may be: a file of a known ending, or a folder, in a place that can be written; and samples there."""
 
 from __future__ import annotations
 
@@ -8,12 +8,18 @@ import re
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ..files import clean
+
+if TYPE_CHECKING:
+    import numpy as np
 
 # Endings of file formats that are not written here: a path with one is an error, not the name of a folder.
 _OTHER_FILES = set(".jpg .jpeg .gif .webp .bmp .tif .tiff .npz .zip .pt .mp4 .avi .wav".split())
 IMAGE_FILES = (".png", ".npy")
+MIN_CELL = 40  # pixels of the longer side of an image in a picture: 8 × 8 digits are enlarged, 64 × 64 photos are not
+_OURS = re.compile(r"sample_\d+\.png")
 
 
 def check_place(out: Path, option: str = "--out", *, folder: bool = False) -> None:
@@ -73,3 +79,62 @@ def check_out(
     if attempt:
         check_place(out, folder=out.is_dir())
     return kind
+
+
+def _write_png(out: Path, images: dict[int, np.ndarray], numbers: Sequence[int], points: int | None) -> None:
+    from ..pictures import image_grid, labelled_panel, save_png
+
+    if len(images) > 1:
+        save_png(out, labelled_panel([(f"{size} × {size}", batch) for size, batch in images.items()]))
+        return
+    ((size, batch),) = images.items()
+    save_png(out, image_grid(batch, columns=points, scale=max(1, -(-MIN_CELL // size))))
+
+
+def _write_npy(out: Path, images: dict[int, np.ndarray], numbers: Sequence[int], points: int | None) -> None:
+    import io
+
+    import numpy as np
+
+    from ..files import write_bytes
+
+    (batch,) = images.values()
+    buffer = io.BytesIO()
+    np.save(buffer, batch, allow_pickle=False)
+    write_bytes(out, buffer.getbuffer())
+
+
+def _write_folder(out: Path, images: dict[int, np.ndarray], numbers: Sequence[int], points: int | None) -> None:
+    """One PNG a sample, named by its number, made in a folder beside `out` and renamed; others there are kept."""
+    from ..files import folder_beside, synchronise
+    from ..pictures import save_png
+
+    out = out.resolve()  # a link to a folder stays one
+    with folder_beside(out) as temporary:
+        for size, batch in images.items():
+            folder = temporary / f"size_{size:03d}" if len(images) > 1 else temporary
+            folder.mkdir(exist_ok=True)
+            digits = max(5, len(str(max(numbers))))
+            for i, picture in zip(numbers, batch, strict=True):
+                pixels = picture[:3] if len(picture) >= 3 else picture[:1]
+                save_png(folder / f"sample_{i:0{digits}d}.png", pixels.transpose(1, 2, 0), durable=False)
+        synchronise(temporary, inside=True)
+        if out.is_dir() and any(out.iterdir()):
+            _replace_samples(temporary, out)
+        else:
+            os.replace(temporary, out)
+        synchronise(out.parent)
+
+
+def _replace_samples(new: Path, out: Path) -> None:
+    """Replace files with the names that this command gives; other files in the folder are kept."""
+    for old in [*out.glob("sample_*.png"), *out.glob("size_*/sample_*.png")]:
+        if _OURS.fullmatch(old.name):
+            old.unlink()
+    for path in sorted(new.rglob("*.png")):
+        target = out / path.relative_to(new)
+        target.parent.mkdir(exist_ok=True)
+        os.replace(path, target)
+
+
+SAMPLE_WRITERS = {".png": _write_png, ".npy": _write_npy, "folder": _write_folder}

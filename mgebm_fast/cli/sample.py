@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -23,16 +21,13 @@ from .options import (
     open_run,
     use_threads,
 )
-from .outputs import IMAGE_FILES, check_out, check_place
+from .outputs import IMAGE_FILES, SAMPLE_WRITERS, check_out, check_place
 
 if TYPE_CHECKING:
     import numpy as np
     from torch import Tensor
 
     from ..models import Model
-
-MIN_CELL = 40  # pixels of the longer side of an image in a picture: 8 × 8 digits are enlarged, 64 × 64 photos are not
-_OURS = re.compile(r"sample_\d+\.png")
 
 
 def sample(
@@ -57,6 +52,10 @@ def sample(
         typer.Option(
             min=1, max=MOST_SAMPLES, help="Keep so many of the NUM samples, those of lowest energy, lowest first."
         ),
+    ] = None,
+    classes: Annotated[
+        list[str] | None,
+        typer.Option("--class", metavar="NAME", help="Draw this class, of a class-conditional run; several: in turn."),
     ] = None,
     grids: Annotated[bool, typer.Option("--grids", help="Show the samples at every size, coarse to fine.")] = False,
     generator: Annotated[
@@ -89,6 +88,7 @@ def sample(
       mgebm sample runs/digits --num 1000 --out samples.npy
       mgebm sample runs/digits --num 16 --grids --out grids.png
       mgebm sample runs/digits --num 500 --best 64 --out best.png
+      mgebm sample runs/by-class --class 3 --class 8 --num 20 --out threes-and-eights.png
       mgebm sample runs/coop --generator --out alone.png
       mgebm sample runs/coop --interpolate 10 --num 8 --out between.png
       mgebm sample runs/texture --size 224 --num 1 --out wall.png
@@ -128,6 +128,7 @@ def sample(
             at_most(MOST_SAMPLES, num * (interpolate or 1), "--interpolate", "images, NUM rows of POINTS")
             if first_sample + num > 2**32:
                 raise ValueError(f"--first-sample: must leave --num {num} samples below 2**32, got {first_sample}")
+            labels = _labels(model, run, classes) if classes else []
             if best is not None:
                 _check_best(model, run, best, num, interpolate)
             files: tuple[str, ...] = IMAGE_FILES
@@ -158,7 +159,8 @@ def sample(
             if generator or interpolate is not None:
                 batches = _generate(model, len(own), interpolate, **place)
             else:
-                batches = _draw(model, len(own), **place, precision=precision)
+                of_own = [labels[(first_sample + i) % len(labels)] for i in own] if labels else None
+                batches = _draw(model, len(own), **place, labels=of_own, precision=precision)
         each = interpolate or 1
         collected = [ranks.collect(batch, [each * len(share) for share in shares]) for batch in batches]
         images = {size: batch.numpy() for size, batch in zip(model.sizes[-len(batches) :], collected, strict=True)}
@@ -173,7 +175,7 @@ def sample(
         with ranks.together():
             if ranks.first:
                 out.parent.mkdir(parents=True, exist_ok=True)
-                _WRITERS[kind](out, images, numbers, interpolate)
+                SAMPLE_WRITERS[kind](out, images, numbers, interpolate)
         low, high = model.value_range
         what = "samples" if interpolate is None else f"rows of {interpolate} images"
         kept = "" if best is None else f"{best} of lowest energy of "
@@ -248,18 +250,34 @@ def _generate(model, num: int, points: int | None, *, seed: int, first_sample: i
     return [model.to_uint8(rows).flatten(0, 1)]
 
 
-def _draw(model: Model, num: int, *, seed: int, first_sample: int, precision: str) -> list:
+def _labels(model: Model, run: Path, classes: list[str]) -> list[int]:
+    """The numbers of classes of a class-conditional model."""
+    from ..errors import suggest
+
+    names = getattr(model, "classes", ())
+    must = f"one of {', '.join(names)}" if names else "left out, unless a run has multigrid.conditional = true"
+    for name in set(classes) - set(names):
+        raise ValueError(f"--class: must be {must}, got {name!r} for {run}{suggest(name, names)}")
+    return [names.index(name) for name in classes]
+
+
+def _draw(
+    model: Model, num: int, *, seed: int, first_sample: int, labels: list[int] | None = None, precision: str
+) -> list:
     """uint8 samples at every size."""
     import torch
 
     if num == 0:  # a rank with nothing to do
         return [torch.empty(0, model.channels, size, size, dtype=torch.uint8) for size in model.sizes]
-    drawn = _chains(model, num, seed=seed, first_sample=first_sample, precision=precision)
+    drawn = _chains(model, num, seed=seed, first_sample=first_sample, labels=labels, precision=precision)
     return [model.to_uint8(x) for x in drawn]
 
 
-def _chains(model: Model, num: int, *, seed: int, first_sample: int, precision: str) -> list[Tensor]:
+def _chains(
+    model: Model, num: int, *, seed: int, first_sample: int, labels: list[int] | None = None, precision: str
+) -> list[Tensor]:
     """Samples at every size in the model's units, with a bar over the steps of all chains."""
+    import torch
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -273,67 +291,9 @@ def _chains(model: Model, num: int, *, seed: int, first_sample: int, precision: 
             seed=seed,
             first_sample=first_sample,
             return_grids=True,
+            labels=None if labels is None else torch.tensor(labels),
             precision=precision,
             # A callback per step rules out CUDA graphs: only a bar that is shown may cost that.
             callback=(lambda grid, step, x: progress.advance(bar)) if console.is_terminal else None,
         )
     return list(drawn)
-
-
-def _write_png(out: Path, images: dict[int, np.ndarray], numbers: Sequence[int], points: int | None) -> None:
-    from ..pictures import image_grid, labelled_panel, save_png
-
-    if len(images) > 1:
-        save_png(out, labelled_panel([(f"{size} × {size}", batch) for size, batch in images.items()]))
-        return
-    ((size, batch),) = images.items()
-    save_png(out, image_grid(batch, columns=points, scale=max(1, -(-MIN_CELL // size))))
-
-
-def _write_npy(out: Path, images: dict[int, np.ndarray], numbers: Sequence[int], points: int | None) -> None:
-    import io
-
-    import numpy as np
-
-    from ..files import write_bytes
-
-    (batch,) = images.values()
-    buffer = io.BytesIO()
-    np.save(buffer, batch, allow_pickle=False)
-    write_bytes(out, buffer.getbuffer())
-
-
-def _write_folder(out: Path, images: dict[int, np.ndarray], numbers: Sequence[int], points: int | None) -> None:
-    """One PNG a sample, named by its number, made in a folder beside `out` and renamed; others there are kept."""
-    from ..files import folder_beside, synchronise
-    from ..pictures import save_png
-
-    out = out.resolve()  # a link to a folder stays one
-    with folder_beside(out) as temporary:
-        for size, batch in images.items():
-            folder = temporary / f"size_{size:03d}" if len(images) > 1 else temporary
-            folder.mkdir(exist_ok=True)
-            digits = max(5, len(str(max(numbers))))
-            for i, picture in zip(numbers, batch, strict=True):
-                pixels = picture[:3] if len(picture) >= 3 else picture[:1]
-                save_png(folder / f"sample_{i:0{digits}d}.png", pixels.transpose(1, 2, 0), durable=False)
-        synchronise(temporary, inside=True)
-        if out.is_dir() and any(out.iterdir()):
-            _replace_samples(temporary, out)
-        else:
-            os.replace(temporary, out)
-        synchronise(out.parent)
-
-
-def _replace_samples(new: Path, out: Path) -> None:
-    """Replace files with the names that this command gives; other files in the folder are kept."""
-    for old in [*out.glob("sample_*.png"), *out.glob("size_*/sample_*.png")]:
-        if _OURS.fullmatch(old.name):
-            old.unlink()
-    for path in sorted(new.rglob("*.png")):
-        target = out / path.relative_to(new)
-        target.parent.mkdir(exist_ok=True)
-        os.replace(path, target)
-
-
-_WRITERS = {".png": _write_png, ".npy": _write_npy, "folder": _write_folder}

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..data import ImageData
+from ..models import MultiGrid
 from .distances import KID_SUBSET_SIZE, alike, fid, kid, nearest_distance, precision_recall
 from .features import FeatureSpace, check_kind, classes_of, feature_space
 from .recogniser import Recogniser, fit_recogniser
@@ -82,6 +83,9 @@ def evaluate(
       confident_share         labelled data: share of the samples that `recogniser` recognises with confidence
       class_shares            labelled data: label → share recognised as it; they add up to confident_share
       confident_share_noise   labelled data: the same share for uniform noise, which should be next to nothing
+      class_agreement         class-conditional models: share of the samples whose likeliest class by the recogniser is
+                              the one that they were drawn for; of held-out images, share rightly recognised
+      class_accuracy          class-conditional models: share of held-out images whose class is that of lowest energy
       recogniser, notes, seconds
     and kid_real, fid_real, precision_real, recall_real, nearest_distance_real, confident_share_real,
     class_shares_real: the same of the held-out images, null where there are none. Keys for labelled data are left out
@@ -120,6 +124,8 @@ def evaluate(
     if judges.recogniser is not None:
         with _stage("recognising classes", "recognising", seconds, progress):
             result |= _recognised(judges.recogniser, samples, real, seed, notes)
+            if isinstance(model, MultiGrid) and model.classes:
+                result |= _by_class(model, judges.recogniser, samples, held_out, chosen, seed)
     else:
         why = "the data have no labels" if train.labels is None else "the data have a single class"
         notes.append(f"confident_share and class_shares left out: {why}")
@@ -217,6 +223,26 @@ def _recognised(
         "class_shares_real": shares_real,
         "recogniser": recogniser.name,
     }
+
+
+def _by_class(
+    model: MultiGrid, recogniser: Recogniser, samples: np.ndarray, held_out: ImageData, chosen: np.ndarray, seed: int
+) -> dict[str, float | None]:
+    def agreement(images: np.ndarray, names: list[str]) -> float:
+        return float(np.mean([guess == name for guess, name in zip(recogniser.guesses(images), names, strict=True)]))
+
+    drawn = [model.classes[k] for k in model.draw_labels(len(samples), seed=seed).tolist()]
+    result: dict[str, float | None] = {"class_agreement": agreement(samples, drawn)}
+    if held_out.labels is None or not len(chosen):
+        return result | dict.fromkeys(("class_agreement_real", "class_accuracy"))
+    real = np.asarray(held_out.images[chosen])
+    names = [held_out.class_names[k] for k in held_out.labels[chosen]]
+    with torch.no_grad():
+        energies = model.class_energies(torch.from_numpy(real).to(model.colours.device))
+    lowest = torch.stack(list(energies.values())).sum(0).argmin(1).tolist()
+    result["class_agreement_real"] = agreement(real, names)
+    result["class_accuracy"] = float(np.mean([model.classes[k] == n for k, n in zip(lowest, names, strict=True)]))
+    return result
 
 
 @contextmanager

@@ -27,6 +27,7 @@ _ROWS = (
         "to the nearest training image; far below real: memorised",
     ),
     ("confident_share", "confident share", "{:.3f}", "recognised as some class; as near to real as possible"),
+    ("class_agreement", "class agreement", "{:.3f}", "taken for the class that it was drawn for; of real, its own"),
 )
 
 
@@ -50,6 +51,9 @@ def format_report(result: dict[str, Any]) -> RenderableType:
     if "class_shares" in result:
         parts.append(_class_table(result))
     lines = [("features", result["feature_space"])]
+    if result.get("class_accuracy") is not None:
+        words = f"{result['class_accuracy']:.3f} of the held-out images have the lowest energy with their own class"
+        lines.append(("class accuracy", words))
     if "recogniser" in result:
         lines.append(("recogniser", f"{result['recogniser']} (uniform noise: {result['confident_share_noise']:.3f})"))
     lines += [("note", words) for words in result["notes"]]

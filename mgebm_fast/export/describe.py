@@ -19,10 +19,14 @@ _ACTIVATIONS = {"leaky_relu": "LeakyReLU", "relu": "ReLU", "silu": "SiLU", "elu"
 def plain_model(model: Any) -> dict[str, Any]:
     """A model as plain values: its nets, and the chains of its samples in the decoupled form.
 
-    Refused: a model without energies, nets of one's own, an activation that torch.nn has no module of.
+    Refused: a model without energies, or with one for each class, nets of one's own, an activation that torch.nn has no
+    module of.
     """
     if not isinstance(model, EnergyModel):
         raise Refused("run", "hold a model with energies", f"a {model.kind}, which is a generator alone", "export")
+    if model.classes:
+        got = f"one class-conditional, of {', '.join(model.classes)}"
+        raise Refused("run", "hold a model of one energy for all images", got, "export")
     chains = []
     for chain in model.sampling:
         steps, std = chain.by_step(), chain.reference_std

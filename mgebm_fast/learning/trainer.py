@@ -6,7 +6,7 @@ import contextlib
 import zlib
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from rich.console import Console
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..checks import is_int
 from ..data import Clips, ImageData
-from ..errors import ConfigError
+from ..errors import ConfigError, Refused
 from ..models import MultiGrid
 from . import start
 from .config.method import METHODS, load_data
@@ -86,6 +86,8 @@ class MultiGridTrainer:
                     resume_command = "the same trainer: .resume(), then .fit()"
             config = _parted(merge(config, overrides), ranks)
             built = model is None
+            self.data = _images(data, config, METHODS[config.method].narrow(config))
+            config = _with_classes(config, self.data)
             if not built and config.start_from is not None:
                 raise ConfigError(f"start_from: must be none where a model is given, got {config.start_from!r}")
             method = METHODS[config.method]
@@ -100,21 +102,26 @@ class MultiGridTrainer:
                 device = "cuda" if torch.cuda.is_available() else "cpu"
             self.model = model if device is None else model.to(device)
             self.config = config
-            self.data = _images(data, config, method.narrow(config))
         # Batch statistics couple the samples of a part, in training and so in sampling.
         self.model.batch_size = config.batch_size // (config.batch_parts if self.model.norm == "batch" else 1)
         colours = self._colours()
         ranks.check_same("configuration", zlib.crc32(config.to_toml().encode()))
         ranks.check_same("images", zlib.crc32(colours.numpy().tobytes(), len(self.data)))
-        self.model.set_colours(colours)
+        conditional = isinstance(self.model, MultiGrid) and bool(self.model.classes)
+        if conditional:
+            labels = torch.from_numpy(cast(ImageData, self.data).labels)
+            self.model.set_colours(colours, labels[_spread(len(labels))])
+        else:
+            self.model.set_colours(colours)
         ranks.follow_first_([*self.model.parameters(), *self.model.buffers()])
         folder = None if out is None else Path(out)
         console = None if quiet else console or Console(stderr=True)
         places = ranks.places(config.batch_size)
         ahead = self.model.colours.device.type == "cuda"
         batches = Batches(
-            self.data, config.batch_size, seed=config.seed, flips=config.flips, places=places, ahead=ahead
-        )
+            self.data, config.batch_size, seed=config.seed, flips=config.flips, places=places, ahead=ahead,
+            labelled=self.model.with_planes if conditional else None,
+        )  # fmt: skip
         self._begun = False
         with ranks.together():
             self.rule = method.rule(self.model, config, images=len(self.data))
@@ -163,7 +170,11 @@ class MultiGridTrainer:
         images = data.batch([i * len(data) // count for i in range(count)])
         self._loop.reference = self.model.from_uint8(images) if images.dtype == torch.uint8 else images
 
-    def step(self, batch: Tensor) -> dict[str, float]:  # (N, C, S, S) uint8, or float32 in value_range units
+    def step(
+        self,
+        batch: Tensor,  # (N, C, S, S) uint8, or float32 in value_range units
+        labels: Tensor | None = None,  # (N,) int64, of a class-conditional model
+    ) -> dict[str, float]:
         """One update from a batch of the caller's; the numbers that a record of the metrics holds.
 
         Of several ranks each gives its share, in the order of ranks and all of one length.
@@ -179,6 +190,11 @@ class MultiGridTrainer:
             raise ValueError(f"step: batch must have shape (N, {wanted}), got {tuple(batch.shape)}")
         if batch.is_floating_point() and not bool(torch.isfinite(batch).all()):
             raise ValueError("step: batch must be finite, got NaN or infinite pixels")
+        if labels is not None or bool(getattr(self.model, "classes", ())):
+            if not isinstance(labels, Tensor):
+                raise Refused("labels", "be given for a class-conditional model", labels, "step")
+            labels = self.model._check_labels(labels, len(batch), "step")
+            batch = self.model.with_planes(batch.to(labels.device), labels)
         self._begin()
         metrics = self.rule.update(batch, self._loop.iteration, detail=True)
         self._loop.iteration += 1
@@ -201,10 +217,7 @@ class MultiGridTrainer:
 
     def _colours(self) -> Tensor:
         """The 1×1 images of the data in the model's units; of a very large set, evenly spread ones."""
-        colours = self.data.colours()
-        if len(colours) > _COLOURS_KEPT:
-            colours = colours[torch.arange(_COLOURS_KEPT) * len(colours) // _COLOURS_KEPT]
-        return self.model.from_uint8(colours)
+        return self.model.from_uint8(self.data.colours()[_spread(len(self.data))])
 
 
 def train(
@@ -256,6 +269,24 @@ def _parted(config: TrainConfig, ranks: Ranks) -> TrainConfig:
     if config.batch_size % parts:
         raise ConfigError(f"torchrun: the number of ranks must divide batch_size, {config.batch_size}, got {parts}")
     return merge(config, {"batch_parts": parts})
+
+
+def _spread(count: int) -> Tensor:
+    """Places of the colours that are kept of so many images: all, or evenly spread ones."""
+    return torch.arange(min(count, _COLOURS_KEPT)) * count // min(count, _COLOURS_KEPT)
+
+
+def _with_classes(config: TrainConfig, data: ImageData | Clips) -> TrainConfig:
+    """The configuration with the names of the data's classes, where each is to have an energy of its own."""
+    if not getattr(config.options, "conditional", False):
+        return config
+    if not isinstance(data, ImageData) or data.labels is None or len(data.class_names) < 2:
+        got = "none" if not isinstance(data, ImageData) or data.labels is None else ", ".join(data.class_names)
+        raise ConfigError(f"multigrid.conditional: data must have labels of two classes or more, got {got}")
+    if config.classes and tuple(config.classes) != data.class_names:
+        got = f"{', '.join(data.class_names)}"
+        raise ConfigError(f"multigrid.conditional: data must be of the classes {', '.join(config.classes)}, got {got}")
+    return merge(config, {"classes": list(data.class_names)})
 
 
 def _check_fit(model: MultiGrid, config: TrainConfig) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import textwrap
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -41,6 +41,7 @@ class EnergyModel(Model):
         batch_size: samples to a group in `sample`; with norm="batch", whose samples are coupled, the batch size of
             training. Default 100.
         seed: of the initial weights; each net draws from a seed of its own.
+        classes: names of the classes of a class-conditional `MultiGrid`; none elsewhere.
         nets: energies to use in place of the built ones, any modules (N, C, s, s) -> (N,). A file holds the weights of
             modules that are no `EnergyNet` or `ResidualNet`, and no code: `load_weights` takes them into a model built
             with such nets.
@@ -64,14 +65,16 @@ class EnergyModel(Model):
         batch_size: int | None = None,
         seed: int = 0,
         nets: Iterable[nn.Module] | None = None,
+        classes: Sequence[str] = (),
     ) -> None:
         super().__init__(sizes, channels, value_range, batch_size)
+        self.classes = tuple(classes)
         self.width, self.variant = width, variant
         seed = noise.check_seed(seed, self.kind)
         if nets is None:
             nets = [
                 multigrid_net(
-                    size, channels, width, norm, variant, depth=depth, activation=activation,
+                    size, channels + len(self.classes), width, norm, variant, depth=depth, activation=activation,
                     spectral_norm=spectral_norm,
                     seed=(seed * len(self.sizes) + grid) % 2**63,
                 )
@@ -85,7 +88,7 @@ class EnergyModel(Model):
             raise TypeError(f"{self.kind}: nets must be torch modules, got a {others[0]}")
         for size, net in zip(self.sizes[1:], nets, strict=True):
             if isinstance(net, ScoreNet):
-                takes, shape = (net.channels, *net.size), self.sample_shape(size)
+                takes, shape = (net.channels, *net.size), self.input_shape(size)
                 if takes[: 1 if net.any_size else None] != shape[: 1 if net.any_size else None]:
                     raise Refused(f"net of size {size}", f"take {shape}", f"{takes}", self.kind)
         self.nets = nn.ModuleList(nets)
@@ -124,6 +127,11 @@ class EnergyModel(Model):
         """(C, …) of a sample at one of `sizes`."""
         return self.channels, size, size
 
+    def input_shape(self, size: int) -> tuple[int, ...]:
+        """(C + number of classes, …) of what the net of a size takes."""
+        channels, *rest = self.sample_shape(size)
+        return channels + len(self.classes), *rest
+
     def energies(
         self,
         x: Tensor,  # (N, C, S, S) uint8, or float32 in `value_range`; at the finest size
@@ -141,22 +149,28 @@ class EnergyModel(Model):
 
         Raises TypeError, ValueError: x is not as above, or not finite. DivergenceError: an energy is not finite.
         """
+        return self._by_size(x, reference, self._energies, "energies")
+
+    def _by_size(
+        self, x: Tensor, reference: bool, of_part: Callable[[Tensor, bool], list[Tensor]], where: str
+    ) -> dict[int, Tensor]:
+        """What `of_part` finds at every size for checked images, in parts of a batch."""
         shape = self.sample_shape(self.sizes[-1])
         if not isinstance(x, Tensor) or x.dtype not in (torch.uint8, torch.float32):
             got = str(x.dtype) if isinstance(x, Tensor) else type(x).__name__
-            raise TypeError(f"energies: x must be a uint8 or float32 tensor, got {got}")
+            raise TypeError(f"{where}: x must be a uint8 or float32 tensor, got {got}")
         if tuple(x.shape[1:]) != shape:
-            raise Refused("x", f"have shape (N, {', '.join(map(str, shape))})", tuple(x.shape), "energies")
+            raise Refused("x", f"have shape (N, {', '.join(map(str, shape))})", tuple(x.shape), where)
         if x.is_floating_point() and not bool(torch.isfinite(x).all()):
-            raise ValueError("energies: x must be finite, got NaN or infinite pixels")
+            raise ValueError(f"{where}: x must be finite, got NaN or infinite pixels")
         with torch.set_grad_enabled(torch.is_grad_enabled() and x.requires_grad):
-            parts = [self._energies(part, reference) for part in ([x] if self.coupled else x.split(self.batch_size))]
+            parts = [of_part(part, reference) for part in ([x] if self.coupled else x.split(self.batch_size))]
         found = {size: torch.cat([part[grid] for part in parts]) for grid, size in enumerate(self.sizes[1:])}
         for size, energies in found.items():
             if bool((wrong := ~torch.isfinite(energies)).any()):
-                image = int(wrong.nonzero()[0])
-                got = f"{float(energies[image])} for image {image} at size {size}"
-                raise DivergenceError(f"energies: must be finite, got {got}")
+                image = int(wrong.nonzero()[0, 0])
+                got = f"{float(energies[wrong][0])} for image {image} at size {size}"
+                raise DivergenceError(f"{where}: must be finite, got {got}")
         return found
 
     def energy(self, x: Tensor, *, reference: bool = False) -> Tensor:  # (N, C, S, S) -> (N,)
@@ -170,7 +184,7 @@ class EnergyModel(Model):
                 energies = net(at_size)
             if reference and (std := chain.reference_std) is not None:
                 variance = 1 / chain.by_step()[-1].inverse_variance if is_varying(std) else std**2
-                energies = energies + squares(at_size - chain.reference_mean) / (2 * variance)
+                energies = energies + squares(at_size[:, : self.channels] - chain.reference_mean) / (2 * variance)
             found.append(energies.float())
         return found
 
@@ -184,7 +198,7 @@ class EnergyModel(Model):
         for grid, (energy, chain) in enumerate(self.measured(), start=1):
             size = self.sizes[grid]
             x = torch.empty(
-                n or self.batch_size, *self.sample_shape(size), dtype=torch.float32, device=self.colours.device
+                n or self.batch_size, *self.input_shape(size), dtype=torch.float32, device=self.colours.device
             )
             lines.append(f"grid {grid} (size {size})\n" + textwrap.indent(str(chain.explain(energy, x)), "  "))
         return "\n".join(lines)
@@ -222,6 +236,7 @@ class EnergyModel(Model):
             "batch_size": self.batch_size,
             "langevin": [_stored(chain) for chain in self.langevin],
             "nets": [_described(net) for net in self.nets],
+            **({"classes": list(self.classes)} if self.classes else {}),
         }
 
     @staticmethod

@@ -35,6 +35,7 @@ class Group:
     first_sample: int
     mask: Tensor | None = None  # (n, C, S, S), and `known` with it; both or neither
     known: Tensor | None = None
+    labels: Tensor | None = None  # (n,) int64, of a class-conditional model
     length: float = 1.0
     callback: GridCallback | None = None
     precision: str = "auto"
@@ -80,10 +81,10 @@ class Model(Pretrained, nn.Module, abc.ABC):
         self.value_range = checks.interval(value_range, "value_range", where)
         self._register_rows("colours", channels)
 
-    def _register_rows(self, name: str, *shape: int) -> None:
+    def _register_rows(self, name: str, *shape: int, dtype: torch.dtype = torch.float32) -> None:
         """A buffer of any number of rows of this shape, none at first."""
         self._of_any_length = (*self._of_any_length, name)
-        self.register_buffer(name, torch.empty(0, *shape, dtype=torch.float32))
+        self.register_buffer(name, torch.empty(0, *shape, dtype=dtype))
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
         """As torch has it; buffers of any number of rows take the number that is loaded."""
@@ -106,21 +107,17 @@ class Model(Pretrained, nn.Module, abc.ABC):
 
     def draw_colours(self, n: int, *, seed: int, first_sample: int = 0) -> Tensor:
         """n draws (n, C, 1, 1) from the stored colours; each sample's is a function of (seed, sample id)."""
+        rows = self._draw_rows(len(self.colours), n, seed=seed, first_sample=first_sample)
+        return self.colours[rows][:, :, None, None]
+
+    def _draw_rows(self, count: int, n: int, *, seed: int, first_sample: int) -> Tensor:
+        """n of `count` rows of the stored colours, (n,) int64."""
         if len(self.colours) == 0:
             raise ValueError(
                 "sample: the model must hold a colour distribution, got none: train it, or call set_colours"
             )
-        stream = noise.stream(noise.Purpose.COLOUR_DRAW)
-        index = noise.integers(
-            len(self.colours),
-            n,
-            seed=seed,
-            step=0,
-            first_sample=first_sample,
-            stream=stream,
-            device=self.colours.device,
-        )
-        return self.colours[index][:, :, None, None]
+        place = {"first_sample": first_sample, "stream": noise.stream(noise.Purpose.COLOUR_DRAW)}
+        return noise.integers(count, n, seed=seed, step=0, device=self.colours.device, **place)
 
     @property
     @abc.abstractmethod
@@ -165,6 +162,7 @@ class Model(Pretrained, nn.Module, abc.ABC):
         return_grids: bool = False,
         mask: Tensor | None = None,
         known: Tensor | None = None,
+        labels: int | Tensor | None = None,
         length: float = 1.0,
         callback: GridCallback | None = None,
         precision: str = "auto",
@@ -181,6 +179,8 @@ class Model(Pretrained, nn.Module, abc.ABC):
 
         Args:
             mask, known: as in `cascade`, for (n, C, S, S); fillers repeat the last sample's.
+            labels: of a class-conditional `MultiGrid`, the class of every sample, or (n,) one of each, as numbers in
+                its `classes`; None: as often as among the images that it learned from.
             length: of the chains, as `chains` has it. Other than 1 only for a model whose samples go through a chain.
             return_grids: give the list of results at every size instead.
             pipeline: on a CUDA device, run a group's coarse grids while the group before it is at the fine ones, each
@@ -193,6 +193,7 @@ class Model(Pretrained, nn.Module, abc.ABC):
         self._check_length(length)
         finest = (n, self.channels, self.sizes[-1], self.sizes[-1])
         held = check_known(known, mask, finest, self.colours.device, "sample")
+        classes = None if labels is None else self._check_labels(labels, n, "sample")
 
         def draw(graph: graphs.Graph) -> list[list[Tensor]]:
             groups = []
@@ -201,10 +202,11 @@ class Model(Pretrained, nn.Module, abc.ABC):
                 size = group if self.coupled else wanted
                 rows = [min(i, n - 1) for i in range(begin, begin + size)]
                 known_here, mask_here = (None, None) if held is None else (held[0][rows], held[1][rows])
+                labels_here = None if classes is None else classes[rows]
                 results = self._sample_group(
                     Group(
-                        size, seed, first_sample + begin, mask_here, known_here, length, callback, precision, backend,
-                        graph,
+                        size, seed, first_sample + begin, mask_here, known_here, labels_here, length, callback,
+                        precision, backend, graph,
                     )
                 )  # fmt: skip
                 groups.append([grid[:wanted] for grid in results])
@@ -214,6 +216,10 @@ class Model(Pretrained, nn.Module, abc.ABC):
         groups = piped(draw, self.colours.device, grids, graph, callback) if pipeline else draw(graph)
         results = [torch.cat(parts) for parts in zip(*groups, strict=True)]
         return results if return_grids else results[-1]
+
+    def _check_labels(self, labels: int | Tensor, n: int, where: str) -> Tensor:
+        """Labels as (n,) int64 on the model's device; an error where the model has no classes, or not these."""
+        raise ValueError(f"{where}: labels must be None for a {self.kind} that is not class-conditional, got labels")
 
     def _check_length(self, length: float) -> None:
         checks.positive_number(length, "length", "sample")

@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from .. import noise
+from ..checks import is_int
+from ..errors import Refused
 from ..sampling import graphs
 from ..sampling.cascade import GridCallback, cascade
 from ..sampling.langevin import Langevin
@@ -15,20 +18,50 @@ from . import storage
 from .energies import AnyEnergyModel, EnergyModel
 from .model import Group, _family
 
+# Of a label plane, in shares of `value_range`. A plane is a bias that all weights of a kernel over it learn together,
+# alike in every pixel: at the height of the images' own range, at the rates of the presets, energies ran away.
+_PLANE = 1 / 8
+
 
 class MultiGrid(EnergyModel):
     """The multi-grid energy-based model (Gao et al., CVPR 2018): one net for each size but the first.
 
     The chain at sizes[i] starts at the replicated result of the one at sizes[i − 1], the first at a 1×1 image.
     Arguments and state as `EnergyModel`'s.
+
+    With `classes`, K names, energies are those of an image and its class, E(x, y): nets take C + K channels, of which
+    the last K are label planes, an eighth of `value_range` in the plane of the image's class and 0 in the others.
+    Chains hold them. State: also `labels` (M,) int64, the class of each stored colour.
     """
 
     kind = storage.FORMAT  # the name of the class in model files
+    labels: Tensor
+
+    def __init__(self, sizes: Sequence[int] = (1, 4, 16, 64), *, classes: Sequence[str] = (), **arguments: Any) -> None:
+        names = [classes] if isinstance(classes, str) else list(classes)
+        if len(names) == 1 or len(set(names)) < len(names) or not all(isinstance(n, str) and n for n in names):
+            raise Refused("classes", "be two or more different names, or none", names, self.kind)
+        super().__init__(sizes, classes=names, **arguments)
+        if names:
+            self._register_rows("labels", dtype=torch.int64)
+
+    @torch.no_grad()
+    def set_colours(self, colours: Tensor, labels: Tensor | None = None) -> None:  # (M, C) or (M, C, 1, 1), (M,)
+        """Store the distribution of 1×1 images, in the units of `value_range`, that `sample` draws its starts from; of
+        a class-conditional model with the class of each, as numbers in `classes`."""
+        if self.classes:
+            if labels is None:
+                raise Refused("labels", "be given for a class-conditional model", None, "set_colours")
+            labels = self._check_labels(labels, len(colours), "set_colours")
+        super().set_colours(colours)
+        if self.classes:
+            self.labels = labels
 
     def cascade(
         self,
         start: Tensor,  # (N, C, 1, 1) float32
         *,
+        labels: int | Tensor | None = None,
         seed: int | Tensor | None = None,
         first_sample: int | Tensor = 0,
         first_step: int | Sequence[int] = 0,
@@ -45,13 +78,15 @@ class MultiGrid(EnergyModel):
 
         Args:
             start: 1×1 images, in the units of `value_range`.
+            labels: of a class-conditional model, the class of all samples, or (N,) of each.
             seed: None: a fresh one for each call, as in `langevin_sample`.
             first_step: the step counter that the chains begin at, one for all grids or one a net.
             purpose: what the noise is for; a grid's stream is (purpose, index in sizes).
             langevin: dynamics in place of the model's own.
             mask, known: at the finest size, broadcastable to (N, C, S, S). Pixels of `known` where the mask is False
                 are held; at coarser sizes a cell is held, at the mean of its block's known pixels, where it has any.
-            callback: callback(grid, step, x) after each step, grid the index in sizes, x the live state.
+            callback: callback(grid, step, x) after each step, grid the index in sizes, x the live state, with label
+                planes where there are classes.
             graph: as in `langevin_sample`; one CUDA graph holds the chains of all grids.
 
         Raises DivergenceError naming the grid and the step.
@@ -59,23 +94,111 @@ class MultiGrid(EnergyModel):
         if not isinstance(start, Tensor) or start.dim() != 4 or start.shape[1:] != (self.channels, 1, 1):
             got = tuple(start.shape) if isinstance(start, Tensor) else type(start).__name__
             raise ValueError(f"cascade: start must have shape (N, {self.channels}, 1, 1), got {got}")
-        dynamics = self.langevin if langevin is None else self._per_net(langevin)
-        return cascade(
-            list(self.nets), self.sizes, dynamics, start, seed=seed, first_sample=first_sample, first_step=first_step,
-            purpose=purpose, mask=mask, known=known, callback=callback, precision=precision, backend=backend,
-            graph=graph,
+        if labels is None and self.classes:
+            raise Refused("labels", "be given for a class-conditional model", None, "cascade")
+        if labels is not None:
+            start = self.with_planes(start, self._check_labels(labels, len(start), "cascade"))
+            if known is not None and mask is not None:
+                shape = (len(start), self.channels, *(self.sizes[-1],) * 2)
+                planes = start[:, self.channels :].expand(-1, -1, *shape[2:])
+                known = torch.cat([known.expand(shape), planes], 1)
+                mask = torch.cat([mask.expand(shape), torch.zeros_like(planes, dtype=torch.bool)], 1)
+        results = self.run(
+            start, seed=seed, first_sample=first_sample, first_step=first_step, purpose=purpose, mask=mask,
+            known=known, langevin=None if langevin is None else self._per_net(langevin), callback=callback,
+            precision=precision, backend=backend, graph=graph,
         )  # fmt: skip
+        return [x[:, : self.channels].contiguous() for x in results] if self.classes else results
+
+    def run(
+        self,
+        start: Tensor,  # (N, C + K, 1, 1) float32
+        *,
+        langevin: Sequence[Langevin] | None = None,
+        mask: Tensor | None = None,
+        known: Tensor | None = None,
+        **options: Any,
+    ) -> list[Tensor]:
+        """`cascade` of what the nets take: images with their label planes, at every size. `options` as there."""
+        if self.classes and mask is None:
+            mask = (torch.arange(start.shape[1], device=start.device) < self.channels)[:, None, None]
+            known = start.expand(-1, -1, *(self.sizes[-1],) * 2)
+        dynamics = self.langevin if langevin is None else langevin
+        return cascade(list(self.nets), self.sizes, dynamics, start, mask=mask, known=known, **options)
+
+    def with_planes(self, images: Tensor, labels: Tensor) -> Tensor:  # (N, C, s, s), (N,) -> (N, C + K, s, s)
+        """Images with their label planes, float32, as the nets of a class-conditional model take them; bytes are
+        brought to its units."""
+        images = self.from_uint8(images) if images.dtype == torch.uint8 else images
+        low, high = self.value_range
+        own = labels[:, None] == torch.arange(len(self.classes), device=labels.device)
+        planes = _PLANE * (high - low) * own[:, :, None, None].to(images.device, images.dtype)
+        return torch.cat([images, planes.expand(-1, -1, *images.shape[2:])], 1)
+
+    def class_energies(self, x: Tensor, *, reference: bool = False) -> dict[int, Tensor]:
+        """E(x, y) of every class at every size that has a net, {size: (N, K) float32}, of a class-conditional model;
+        arguments and errors as `energies`'.
+
+        `energies` are −log Σ_y exp(−E(x, y)) then. The class of the lowest sum over the sizes is the model's guess.
+        """
+        if not self.classes:
+            raise ValueError("class_energies: the model must be class-conditional, got one without classes")
+        return self._by_size(x, reference, self._class_energies, "class_energies")
+
+    def _class_energies(self, x: Tensor, reference: bool) -> list[Tensor]:
+        x = self.in_units(x)
+        labels = torch.arange(len(self.classes), device=x.device)
+        by_class = [super(MultiGrid, self)._energies(self.with_planes(x, y.expand(len(x))), reference) for y in labels]
+        return [torch.stack(of_size, 1) for of_size in zip(*by_class, strict=True)]
+
+    def _energies(self, x: Tensor, reference: bool) -> list[Tensor]:
+        if not self.classes:
+            return super()._energies(x, reference)
+        return [-torch.logsumexp(-energies, 1) for energies in self._class_energies(x, reference)]
+
+    def _check_labels(self, labels: int | Tensor, n: int, where: str) -> Tensor:
+        if not self.classes:
+            return super()._check_labels(labels, n, where)
+        most = len(self.classes) - 1
+        if is_int(labels, 0):
+            labels = torch.full((n,), labels)
+        if not isinstance(labels, Tensor) or labels.dtype != torch.int64 or labels.shape != (n,):
+            got = f"{labels.dtype} {tuple(labels.shape)}" if isinstance(labels, Tensor) else repr(labels)
+            raise Refused("labels", f"be a class number, or an int64 tensor ({n},) of them", got, where)
+        if n and not 0 <= int(labels.min()) <= int(labels.max()) <= most:
+            got = f"{int(labels.min())} to {int(labels.max())}"
+            raise Refused("labels", f"be from 0 to {most}, numbers in `classes`", got, where)
+        return labels.to(self.colours.device)
+
+    def draw_labels(self, n: int, *, seed: int, first_sample: int = 0) -> Tensor:
+        """The classes (n,) int64 of the samples that `sample` draws where it is given none."""
+        return self.labels[self._draw_rows(len(self.colours), n, seed=seed, first_sample=first_sample)]
+
+    def _starts(self, group: Group) -> tuple[Tensor, Tensor | None]:
+        """Colours that the chains of a group start from, and their classes."""
+        place = {"seed": group.seed, "first_sample": group.first_sample}
+        if not self.classes or group.labels is None:
+            return self.draw_colours(group.n, **place), self.draw_labels(group.n, **place) if self.classes else None
+        rows = torch.empty_like(group.labels)
+        for label in group.labels.unique().tolist():
+            members = (self.labels == label).nonzero()[:, 0]
+            if not len(members):
+                raise Refused("labels", "be of classes that the stored colours have", self.classes[label], "sample")
+            own = group.labels == label
+            rows[own] = members[self._draw_rows(len(members), group.n, **place)[own]]
+        return self.colours[rows][:, :, None, None], group.labels
 
     def _sample_group(self, group: Group) -> list[Tensor]:
+        start, labels = self._starts(group)
         return self.cascade(
-            self.draw_colours(group.n, seed=group.seed, first_sample=group.first_sample), seed=group.seed,
-            first_sample=group.first_sample, langevin=self.chains(group.length), mask=group.mask, known=group.known,
-            callback=group.callback, **group.engine,
+            start, labels=labels, seed=group.seed, first_sample=group.first_sample,
+            langevin=self.chains(group.length), mask=group.mask, known=group.known, callback=group.callback,
+            **group.engine,
         )  # fmt: skip
 
     @classmethod
     def from_config(cls: type[AnyEnergyModel], config: Mapping[str, Any]) -> AnyEnergyModel:
-        return cls(config["sizes"], **cls._arguments(config))
+        return cls(config["sizes"], classes=config.get("classes", ()), **cls._arguments(config))
 
     @classmethod
     def _loadable(cls) -> list[type[Any]]:

@@ -26,6 +26,8 @@ def energy_nets(model: nn.Module) -> list[ScoreNet]:
         raise ValueError(
             f"energy_features: model must have energy nets of the classes EnergyNet and ResidualNet, got {got}"
         )
+    if getattr(model, "classes", ()):
+        raise ValueError("energy_features: model must be learnt without labels, got a class-conditional one")
     if any(net.ndim != 2 for net in nets):
         raise ValueError(f"energy_features: model must be of images, got one of {nets[0].ndim}-dimensional data")
     return nets

@@ -228,7 +228,11 @@ class ContrastiveRule(ModelRule):
         noisy = torch.add(images, draw, alpha=std, out=draw)
         # Chains are clamped. Unclamped data noise would let the net tell data from samples by their range alone, and
         # energies would diverge.
-        return noisy.clamp_(*self.config.value_range) if self.config.stabilise.data_noise_clamp else noisy
+        if self.config.stabilise.data_noise_clamp:
+            noisy.clamp_(*self.config.value_range)
+        planes = slice(self.model.channels, None)  # of labels
+        noisy[:, planes] = images[:, planes]
+        return noisy
 
     # metrics
 
@@ -277,7 +281,7 @@ class ContrastiveRule(ModelRule):
         saturated: share of pixels at the ends of value_range, less that of the data, where chains are clamped
         spread: std of all pixels, over that of the data
         """
-        found, (low, high) = {}, self.model.value_range
+        found, (low, high), pixels = {}, self.model.value_range, slice(self.model.channels)
         for size, chain, net, x, real in zip(
             self.model.sizes[1:], self.model.langevin, self.model.active_nets, images, observed, strict=True
         ):
@@ -285,12 +289,13 @@ class ContrastiveRule(ModelRule):
             drift, noise_std, inverse_variance = map(fmean, zip(*steps))
             bound = math.inf if chain.grad_clamp is None else chain.grad_clamp
             if noise_std or math.isfinite(bound):
-                force = energy_gradient(net, x, precision=self.precision).clamp(-bound, bound)
+                force = energy_gradient(net, x, precision=self.precision)[:, pixels].clamp(-bound, bound)
                 if math.isfinite(bound):
                     found[f"size_{size}/gradient_clamped"] = force.square().mean().sqrt() / bound
                 if noise_std:
-                    force = force + (x - chain.reference_mean) * inverse_variance
+                    force = force + (x[:, pixels] - chain.reference_mean) * inverse_variance
                     found[f"size_{size}/gradient_to_noise"] = drift * force.square().mean().sqrt() / noise_std
+            x, real = x[:, pixels], real[:, pixels]
             if chain.clamp is not None:
                 found[f"size_{size}/saturated"] = _at_ends(x, *chain.clamp) - _at_ends(real, *chain.clamp)
             found[f"size_{size}/spread"] = x.std(correction=0) / real.std(correction=0).clamp_min(1e-3 * (high - low))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 from torch import Tensor
@@ -10,11 +11,19 @@ from ... import noise
 from ...models import MultiGrid
 from ...nets import ResidualNet, ScoreNet
 from ...sampling.graphs import Graph
+from ..config.keys import Flag, key
 from ..config.method import Method, register
 from ..config.train_config import TrainConfig
 from .contrastive import ContrastiveRule
 from .synthesis import Synthesis
 from .work import work_of_chains
+
+
+@dataclasses.dataclass(frozen=True)
+class MultiGridConfig:
+    """`[multigrid]`."""
+
+    conditional: bool = key(False, Flag(), "learn an energy of image and class, of data with labels", fixed=True)
 
 
 class MultiGridRule(ContrastiveRule):
@@ -28,7 +37,7 @@ class MultiGridRule(ContrastiveRule):
     divisible = True
 
     def synthesise(self, observed: list[Tensor], iteration: int, first_sample: int, graph: Graph = None) -> Synthesis:
-        results = self.model.cascade(
+        results = self.model.run(
             observed[0],
             seed=self.config.seed,
             first_sample=first_sample,
@@ -47,6 +56,7 @@ def build_model(config: TrainConfig) -> MultiGrid:
         width=config.width,
         variant=config.variant,
         depth=config.depth,
+        classes=config.classes if config.options.conditional else (),
         **config.model_arguments(),
     )
 
@@ -80,6 +90,8 @@ def describe_model(model: MultiGrid) -> dict[str, Any]:
         "value_range": list(model.value_range),
         "batch_size": model.batch_size,
         "langevin": chains,
+        "classes": list(model.classes),
+        "multigrid": {"conditional": bool(model.classes)},
     }
 
 
@@ -91,5 +103,6 @@ register(
         MultiGridRule,
         build_model,
         work_of_chains,
+        MultiGridConfig,
     )
 )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
@@ -52,6 +52,8 @@ class Batches:
     With `flips` a bit of the AUGMENTATION stream mirrors each image along its last dimension. All ranks go through one
     order; `places` of a batch are the share that this one reads, by default the whole.
 
+    With `labelled` a batch is labelled(images, labels), labels (len(places),) int64.
+
     With `ahead` a thread makes the next batch, in pinned memory, while the caller works on the one it has: a GPU then
     does not wait for it. A CPU that trains has no core to spare for that.
     """
@@ -65,10 +67,11 @@ class Batches:
         flips: bool = False,
         places: range | None = None,
         ahead: bool = False,
+        labelled: Callable[[Tensor, Tensor], Tensor] | None = None,
     ) -> None:
         self.data, self.batch_size, self.seed, self.flips = data, batch_size, seed, flips
         self.places = range(batch_size) if places is None else places
-        self._order = Order(len(data), batch_size, seed)
+        self._order, self._labelled = Order(len(data), batch_size, seed), labelled
         self._thread = ThreadPoolExecutor(1, "mgebm-batches") if ahead else None
         self._fingerprint: Mapping[str, Any] | None = None
         self._next: tuple[int, Future[Tensor]] | None = None
@@ -94,7 +97,8 @@ class Batches:
         return images
 
     def _read(self, iteration: int) -> Tensor:
-        images = self.data.batch(self.indices(iteration)[self.places.start : self.places.stop])
+        indices = self.indices(iteration)[self.places.start : self.places.stop]
+        images = self.data.batch(indices)
         if self.flips:
             stream = noise.stream(noise.Purpose.AUGMENTATION)
             draw = ops.noise(
@@ -102,4 +106,7 @@ class Batches:
                 distribution="uniform",
             )  # fmt: skip
             images = torch.where(draw.reshape(-1, *[1] * (images.dim() - 1)) > 0.5, images.flip(-1), images)
+        if self._labelled is not None:
+            assert isinstance(self.data, ImageData) and self.data.labels is not None
+            images = self._labelled(images, torch.from_numpy(self.data.labels)[indices])
         return images.pin_memory() if self._thread is not None and torch.cuda.is_available() else images

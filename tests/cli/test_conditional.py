@@ -1,0 +1,58 @@
+"""Class-conditional runs in the commands: drawn by class, measured by class, refused where one energy is needed."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from helpers.console import one_line
+
+import mgebm_fast as mg
+
+from .conftest import TINY
+
+
+@pytest.fixture(scope="module")
+def by_class(mgebm, tmp_path_factory):
+    out = tmp_path_factory.mktemp("runs") / "by-class"
+    result = mgebm("train", "digits", *TINY, "--set", "multigrid.conditional=true", "--out", out)
+    assert result.exit_code == 0, result.output
+    return out
+
+
+def test_classes_are_drawn_in_turn(mgebm, by_class, tmp_path):
+    call = ("sample", by_class, "--class", "3", "--class", "8", "--num", 4, "--first-sample", 1)
+    result = mgebm(*call, "--out", tmp_path / "x.npy")
+    assert result.exit_code == 0, result.output
+    model = mg.MultiGrid.load(by_class)
+    x = model.sample(4, seed=0, first_sample=1, labels=torch.tensor([8, 3, 8, 3]))
+    np.testing.assert_array_equal(np.load(tmp_path / "x.npy"), model.to_uint8(x).numpy())
+
+
+@pytest.mark.parametrize("name, words", [("seven", "must be one of 0, 1, 2"), ("", "must be one of 0, 1, 2")])
+def test_a_class_that_there_is_not(mgebm, by_class, tmp_path, name, words):
+    result = mgebm("sample", by_class, "--class", name, "--out", tmp_path / "x.png")
+    assert words in one_line(result) and not list(tmp_path.iterdir())
+
+
+def test_a_run_without_classes_and_an_export_are_refused(mgebm, trained, by_class, tmp_path):
+    result = mgebm("sample", trained, "--class", "3", "--out", tmp_path / "x.png")
+    assert "multigrid.conditional = true" in one_line(result)
+    result = mgebm("export", by_class, "--to", "state-dict", tmp_path / "x.safetensors")
+    assert "one energy for all images" in one_line(result)
+    result = mgebm("classify", by_class)
+    assert "a class-conditional MultiGrid" in one_line(result)
+    assert not list(tmp_path.iterdir())
+
+
+def test_evaluation_counts_classes(mgebm, by_class):
+    found = json.loads(mgebm("evaluate", by_class, "--num", 60, "--json").stdout)
+    model = mg.MultiGrid.load(by_class)
+    held_out = mg.data.load("digits", size=8, channels=1, split="held_out")
+    chosen = np.sort(np.random.default_rng(0).permutation(len(held_out))[:60])
+    energies = model.class_energies(torch.from_numpy(held_out.images[chosen]))
+    guesses = sum(energies.values()).argmin(1).numpy()
+    assert found["class_accuracy"] == pytest.approx((guesses == held_out.labels[chosen]).mean())
+    assert 0 <= found["class_agreement"] <= 0.5 < 0.9 < found["class_agreement_real"]
