@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -22,6 +23,10 @@ from .options import (
     source_of,
     use_threads,
 )
+from .outputs import check_place
+
+if TYPE_CHECKING:
+    from ..learning import Run
 
 
 def evaluate(
@@ -38,6 +43,9 @@ def evaluate(
             help="Feature space of FID, KID, precision and recall: auto, imagenet, inception or classifier.",
         ),
     ] = "auto",
+    record: Annotated[
+        bool, typer.Option("--record", help="Add the figures to the run, for `mgebm report` and a model card.")
+    ] = False,
     json: Json = False,
     device: Device = "auto",
     threads: Threads = None,
@@ -49,6 +57,7 @@ def evaluate(
       mgebm evaluate runs/digits --num 1000
       mgebm evaluate runs/digits --num 1000 --json > digits.json
       mgebm evaluate runs/photos --features imagenet
+      mgebm evaluate runs/digits/checkpoints/step_003000 --record
 
     KID and FID compare feature statistics (the feature space is named); lower is nearer. Colour images are judged by a
     net that knows ImageNet where mgebm_fast[imagenet] is installed, others by a classifier trained here. precision is
@@ -56,12 +65,21 @@ def evaluate(
     the mean pixel distance to the nearest training image: far below that of real held-out images it means copying.
     For labelled data, confident_share is the share of samples that a classifier recognises with probability >= 0.9, and
     class_shares splits it by class. The *_real values are the same measures of as many held-out real images.
+
+    --record adds them to evaluations.jsonl in the folder of the run, at the update that the model is of: `mgebm report`
+    draws them beside the curves of training, and `mgebm export --to pretrained` writes them on the model card.
     """
     use_threads(threads)
+    from json import dumps
+
     from ..evaluation import evaluate as measure
     from ..evaluation import format_report
+    from ..evaluation.evaluate import record_of
+    from ..files import read_regular, write_inside
+    from ..models.storage import MOST_JSON
 
     model, config = open_model(run, device, "evaluate")
+    trained = _recorded(run) if record else None
     source = source_of(run, data, config)
     classes = config.classes if config else ()
     size, channels = model.sizes[-1], model.channels
@@ -73,9 +91,27 @@ def evaluate(
         result = measure(model, train, held_out, num=num, seed=seed, features=features)
     if words := collapse_of(run):
         result["notes"].append(words)
+    if trained is not None:
+        file, found = trained
+        line = dumps(record_of(result, found.update_of(file))) + "\n"
+        before = read_regular(found.evaluations_file, MOST_JSON) if found.evaluations_file.exists() else b""
+        write_inside(found.evaluations_file, before + line.encode())
+        typer.echo(f"{found.evaluations_file}: figures of update {found.update_of(file)}", err=True)
     if json:
         print_json(result)
         return
     from rich.console import Console
 
     Console().print(format_report(result))
+
+
+def _recorded(path: Path) -> tuple[Path, Run]:
+    """The model file and the run that figures are recorded in; ValueError where there is no run, or no place."""
+    from ..learning.run import stored_run
+
+    file, run, _ = stored_run.find(path)
+    if run is None or not run.checkpoints():
+        raise ValueError(f"--record: run must be the folder of a trained run, or one of its checkpoints, got {path}")
+    check_place(run.evaluations_file, "--record")
+    run.evaluations()
+    return file, run

@@ -31,12 +31,12 @@ def report(
     On the page, for each run:
       facts           method, data, sizes, updates, time
       samples         those that training drew, every grid beside the data, with a slider over the updates
-      curves          energies, gaps, gradient to noise, learning rate and what else metrics.jsonl holds
+      curves          energies, gaps, gradient to noise, learning rate and what else metrics.jsonl holds, and KID
+                      and the like where `mgebm evaluate --record` measured them
       neighbours      samples beside the training images nearest to them, by pixel distance
       configuration   config.toml, and what to do next
 
-    It takes less than 5 MB, of up to 100 runs: pictures are left out evenly where there are many. KID and FID
-    are not measured while training; `mgebm evaluate` does.
+    It takes less than 5 MB, of up to 100 runs: pictures are left out evenly where there are many.
 
     X.png is a picture of 16 samples of one run, each over the training image that is nearest to it.
     """

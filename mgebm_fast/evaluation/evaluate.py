@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Protocol
 
@@ -131,6 +131,21 @@ def evaluate(
         notes.append(f"confident_share and class_shares left out: {why}")
     seconds["total"] = time.perf_counter() - started
     return result | {"notes": notes, "seconds": {key: round(value, 2) for key, value in seconds.items()}}
+
+
+def record_of(result: Mapping[str, Any], update: int) -> dict[str, float]:
+    """The figures of `evaluate` as a line of evaluations.jsonl: `part/figure`, the part being "samples" or "held out",
+    with the kind of the feature space where a figure depends on it: those of two spaces are not comparable."""
+    space = f", {result['feature_space'].partition(':')[0]}"
+    record: dict[str, float] = {"step": update, "num": result["num"]}
+    for figure, part in (
+        ("kid", space), ("fid", space), ("precision", space), ("recall", space), ("nearest_distance", ""),
+        ("confident_share", ""),
+    ):  # fmt: skip
+        drawn = "fid_matched" if figure == "fid" else figure  # of as many images as the held-out value
+        pairs = (("samples", drawn), ("held out", f"{figure}_real"))
+        record |= {f"{name}{part}/{figure}": result[key] for name, key in pairs if result.get(key) is not None}
+    return record
 
 
 def check_varied(op: str, train: ImageData) -> None:

@@ -17,7 +17,7 @@ from .. import files
 from ..data import ImageData
 from ..data.foreign import reading
 from ..errors import DataError
-from ..learning import Run
+from ..learning import METHODS, Run
 from ..learning.run.folder import SAMPLES
 from ..pictures import image_grid
 
@@ -27,21 +27,27 @@ NEIGHBOURS = 12  # samples that are set beside their nearest training images
 _MOST_PICTURE = 64 << 20  # bytes of a picture's file
 _PICTURE = re.compile(r"step_[0-9]{1,18}\.png")
 _POINTS = 400  # of a curve
+_DOTTED = 12  # points at most of a curve that are marked
 _LARGEST = 1e100  # of a number on a curve
 _CHUNK = 2048  # training images that are compared at a time
 _COLOURS = ("#1f4e8c", "#b5512b", "#1f7a4c", "#7a4ca0", "#b08a00", "#3a8fb7", "#c2408a", "#666666")
-_NO_CURVE = {"step", "seconds_per_update", "rollbacks", "diverged_at"}
-_TITLES = {
+_NO_CURVE = {"step", "seconds_per_update", "rollbacks", "diverged_at", "num"}
+_TITLES = {  # in the order of the charts
+    "kid": "KID, lower is nearer", "fid": "FID, of as many images", "precision": "precision", "recall": "recall",
+    "confident_share": "share recognised", "nearest_distance": "distance to the nearest training image",
     "gap": "energy gap: data minus samples", "energy_observed": "energy of data",
     "energy_synthesised": "energy of samples", "gradient_to_noise": "gradient to noise of a step",
     "gradient_norm": "gradient norm", "noise_factor": "factor of the noise", "lr_factor": "factor of the learning rate",
+    "energy_distance": "energy distance of samples to held-out images",
+    "gradient_clamped": "share of gradients at the clamp", "saturated": "saturated pixels: samples minus data",
+    "spread": "spread of pixels: samples over data", "mean_square": "mean square",
 }  # fmt: skip
 
 _STYLE = """
 :root { color: #222; background: #fff; font: 15px/1.45 system-ui, sans-serif }
 body { margin: 0 auto; padding: 1rem; max-width: 1600px } h1 { font-size: 1.4rem } h2 { font-size: 1.15rem; margin: 0 }
-h3 { font-size: 1rem; margin: 1.2rem 0 .3rem } table { border-collapse: collapse; width: 100% }
-.runs { display: grid; gap: 2rem; grid-template-columns: repeat(auto-fit, minmax(min(100%, 400px), 1fr)) }
+h3 { font-size: 1rem; margin: 1.2rem 0 .3rem } table { border-collapse: collapse }
+.runs { display: grid; gap: 2rem; grid-template-columns: repeat(auto-fit, minmax(min(100%, 340px), 1fr)) }
 section { min-width: 0 } td { padding: .1rem .6rem .1rem 0; vertical-align: top; overflow-wrap: anywhere }
 td:first-child { color: #666; white-space: nowrap } img { max-width: 100% }
 .curves { display: grid; gap: .6rem; grid-template-columns: repeat(auto-fit, minmax(min(100%, 260px), 1fr)) }
@@ -71,7 +77,7 @@ def page(runs: Sequence[Run], *, seed: int = 0) -> str:
     place: a model, records, pictures, or data that are not there any more.
     """
     budget = MOST_BYTES // len(runs)
-    sections = "\n".join(_section(run, budget, seed) for run in runs)
+    sections = "\n".join(_section(run, budget, seed, named=len(runs) > 1) for run in runs)
     title = escape(", ".join(run.path.resolve().name for run in runs))
     return (
         f'<!doctype html>\n<html lang="en">\n<meta charset="utf-8">\n<title>{title}</title>\n'
@@ -81,16 +87,17 @@ def page(runs: Sequence[Run], *, seed: int = 0) -> str:
     )
 
 
-def _section(run: Run, budget: int, seed: int) -> str:
+def _section(run: Run, budget: int, seed: int, *, named: bool) -> str:
     records = run.metrics()
     parts = [
-        f"<section>\n<h2>{escape(run.path.resolve().name)}</h2>",
+        "<section>",
+        f"<h2>{escape(run.path.resolve().name)}</h2>" if named else "",
         f'<p class="note">{escape(run.config.description)}</p>',
         _table(_facts(run, records)),
         "<h3>Samples as training went</h3>",
         _slider(run, budget),
         "<h3>Curves</h3>",
-        _curves(records),
+        _curves([*records, *run.evaluations()]) or f'<p class="note">{_missing(run, "records")}</p>',
         "<h3>Samples, and the training image nearest to each</h3>",
         _neighbours(run, seed),
         f"<details><summary>Configuration</summary><pre>{escape(run.config.to_toml())}</pre></details>",
@@ -100,22 +107,48 @@ def _section(run: Run, budget: int, seed: int) -> str:
 
 
 def _facts(run: Run, records: Sequence[Mapping[str, float]]) -> dict[str, Any]:
-    config, made = run.config, int(records[-1]["step"]) if records else 0
+    config, made = run.config, int(records[-1]["step"]) if records else _updates(run)
+    sizes = METHODS[config.method].narrow(config).sizes
     paces = [record["seconds_per_update"] for record in records if "seconds_per_update" in record]
     facts: dict[str, Any] = {
         "method": config.method,
         "data": Path(config.data).name + (f", {', '.join(map(str, config.classes))}" if config.classes else ""),
-        "sizes": " → ".join(map(str, config.sizes)),
-        "updates": f"{made} of {config.steps}" + ("" if run.finished else ", not finished"),
+        "size": " → ".join(map(str, sizes if len(sizes) > 2 else sizes[-1:])),
+        "updates": f"{made} of {config.steps}" + ("" if run.finished or _is_part(run) else ", not finished"),
         "batch, seed": f"{config.batch_size}, {config.seed}",
     }
+    if _recorded(run):
+        del facts["size"]  # a recording has lengths of its own
     if paces:
-        facts["time"] = f"{np.mean(paces) * made / 60:.1f} minutes, {np.mean(paces):.3g} s an update"
+        pace, seconds = np.mean(paces), np.mean(paces) * made
+        facts["time"] = f"{seconds:.3g} s" if seconds < 100 else f"{seconds / 60:.1f} minutes"
+        facts["time"] += f", {pace:.3g} s an update"
+    for record in run.evaluations()[-1:]:
+        shown = [f"{key.rpartition('/')[2]} {value:.3g}" for key, value in record.items() if key.startswith("samples")]
+        facts[f"measured at {record['step']}"] = ", ".join(shown).replace("_", " ")
     if rollbacks := max((int(record.get("rollbacks", 0)) for record in records), default=0):
         facts["rollbacks"] = rollbacks
     if config.start_from is not None:
         facts["started from"] = Path(config.start_from).name
     return facts
+
+
+def _recorded(run: Run) -> bool:
+    return run.config.method == "spatial-temporal"
+
+
+def _is_part(run: Run) -> bool:
+    """Whether this is a checkpoint, or a model that was taken out of its run."""
+    return run.checkpoints() in ([], [run.path]) and (run.finished or bool(run.checkpoints()))
+
+
+def _updates(run: Run) -> int:
+    """The updates of a run that has no records."""
+    return run.update_of(run.find_model()[0]) if run.finished or run.checkpoints() else 0
+
+
+def _missing(run: Run, what: str) -> str:
+    return f"None here: {what} are in the folder of the run." if _is_part(run) else f"No {what} yet."
 
 
 def _table(rows: Mapping[str, Any]) -> str:
@@ -140,7 +173,7 @@ def _slider(run: Run, budget: int) -> str:
                 left_out.append(pictures[i].name)
     note = f'<p class="note">Left out, no pictures: {escape(", ".join(sorted(left_out)[:3]))}</p>' if left_out else ""
     if not shown:
-        return note or '<p class="note">No pictures yet: sample_every says how often one is made.</p>'
+        return note or f'<p class="note">{_missing(run, "pictures")}</p>'
     last = len(shown) - 1
     images = "".join(
         f'<img alt="update {update}" src="{uri}"{"" if i == last else " hidden"}>'
@@ -178,7 +211,7 @@ def _uri(data: bytes) -> str:
 
 
 def _curves(records: Sequence[Mapping[str, float]]) -> str:
-    """One chart for each kind of figure, a line for each size (or other part) that has it."""
+    """One chart for each kind of figure, a line for each size (or other part) that has it; "" without any."""
     charts: dict[str, dict[str, list[tuple[float, float]]]] = {}
     for record in records:
         for key, value in record.items():
@@ -186,7 +219,7 @@ def _curves(records: Sequence[Mapping[str, float]]) -> str:
                 part, _, kind = key.rpartition("/")
                 charts.setdefault(kind, {}).setdefault(part.replace("_", " "), []).append((record["step"], value))
     if not charts:
-        return '<p class="note">No records yet.</p>'
+        return ""
     order = [kind for kind in _TITLES if kind in charts] + sorted(charts.keys() - _TITLES.keys())
     return f'<div class="curves">{"".join(_chart(kind, charts[kind]) for kind in order)}</div>'
 
@@ -195,6 +228,7 @@ def _chart(kind: str, lines: Mapping[str, Sequence[tuple[float, float]]]) -> str
     wide, high, left, bottom = 300, 150, 52, 18
     every = np.array([point for line in lines.values() for point in line])
     (first, low), (last, top) = every.min(0), every.max(0)
+    marks = sorted({low, top})
     low, top = (low, top) if top > low else (low - 0.5, top + 0.5)
     across = (wide - left - 6) / max(last - first, 1e-9)
     down = (high - bottom - 8) / (top - low)
@@ -204,16 +238,20 @@ def _chart(kind: str, lines: Mapping[str, Sequence[tuple[float, float]]]) -> str
         points = " ".join(f"{left + (x - first) * across:.1f},{8 + (top - y) * down:.1f}" for x, y in thinned)
         colour = _COLOURS[i % len(_COLOURS)]
         drawn.append(f'<polyline fill="none" stroke="{colour}" stroke-width="1.4" points="{points}"/>')
+        if len(line) <= _DOTTED:  # a line of one point has no length
+            dots = (f'<circle cx="{x}" cy="{y}" r="2.2"/>' for x, y in (point.split(",") for point in points.split()))
+            drawn.append(f'<g fill="{colour}">{"".join(dots)}</g>')
         if part:
             keys.append(f'<span class="key" style="color:{colour}">{escape(part)}</span>')
     ticks = "".join(
-        f'<text x="{left - 4}" y="{8 + (top - y) * down + 3:.1f}" text-anchor="end">{y:.3g}</text>' for y in (low, top)
+        f'<text x="{left - 4}" y="{8 + (top - y) * down + 3:.1f}" text-anchor="end">{y:.3g}</text>' for y in marks
     )
     if low < 0 < top:
         zero = 8 + top * down
         ticks += f'<line x1="{left}" x2="{wide}" y1="{zero:.1f}" y2="{zero:.1f}" stroke="#bbb" stroke-dasharray="3 3"/>'
     ends = f'<text x="{left}" y="{high - 4}">{first:g}</text>'
-    ends += f'<text x="{wide - 4}" y="{high - 4}" text-anchor="end">{last:g}</text>'
+    if last > first:
+        ends += f'<text x="{wide - 4}" y="{high - 4}" text-anchor="end">{last:g}</text>'
     title = escape(_TITLES.get(kind, kind.replace("_", " ")))
     return (
         f'<figure><figcaption>{title}<br>{"".join(keys)}</figcaption><svg viewBox="0 0 {wide} {high}" role="img" '
@@ -224,6 +262,8 @@ def _chart(kind: str, lines: Mapping[str, Sequence[tuple[float, float]]]) -> str
 
 def _neighbours(run: Run, seed: int) -> str:
     """`neighbours` as a figure, or why there is none."""
+    if _recorded(run):
+        return '<p class="note">None: the run learnt from one recording.</p>'
     try:
         picture = neighbours(run, NEIGHBOURS, seed=seed)
     except (DataError, OSError, ValueError, ImportError) as error:
@@ -267,10 +307,12 @@ def _next(run: Run) -> str:
     import shlex
 
     where = shlex.quote(str(run.path))
-    if not run.finished:
+    if not run.finished and not _is_part(run):
         return f"mgebm train --out {where} --resume"
-    return "\n".join([
-        f"mgebm sample {where} --num 64 --out samples.png",
-        f"mgebm evaluate {where}    # KID and FID, which training does not measure",
-        f"mgebm diagnose {where}    # whether the chains mix",
-    ])  # fmt: skip
+    lines = [f"mgebm sample {where} --out samples.png"]
+    if not _recorded(run):
+        record = " --record" if run.checkpoints() else ""
+        lines.append(f"mgebm evaluate {where}{record}    # KID and FID")
+    if run.config.method != "abp":  # a generator alone has no chains
+        lines.append(f"mgebm diagnose {where}    # do the chains mix?")
+    return "\n".join(lines)

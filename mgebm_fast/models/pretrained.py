@@ -36,7 +36,8 @@ class Pretrained:
         files in the folder are kept, and so is a README.md that is there. Nothing uses a network.
 
         Args:
-            figures: for the card, as `evaluation.evaluate` returns them. Default: the last record of training.
+            figures: for the card, as `evaluation.evaluate` returns them. Default: those that `mgebm evaluate --record`
+                added to the run, else the last record of training.
             samples: in the picture; 0: no picture.
             half: store float32 tensors rounded to float16. The picture and `figures` are of the model as it is.
         """
@@ -103,8 +104,11 @@ def _check(folder: Path, kind: str, config: Mapping[str, Any]) -> None:
 
 def _picture(model: Any, count: int) -> Any:
     """A picture of samples: of videos the frames of one; None for sounds."""
+    dimensions = len(getattr(model, "shape", (0, 0)))
+    if dimensions == 1:
+        return None
     try:
-        drawn = model.sample(count, seed=_SEED)
+        drawn = model.sample(count if dimensions == 2 else 1, seed=_SEED)
     except ValueError as error:
         if "train it" not in str(error):
             raise
@@ -113,7 +117,7 @@ def _picture(model: Any, count: int) -> Any:
     pixels = model.to_uint8(drawn)
     if pixels.dim() == 5:
         pixels = pixels[0].transpose(0, 1)
-    return None if pixels.dim() != 4 else image_grid(pixels, scale=max(1, -(-40 // pixels.shape[-1])))
+    return image_grid(pixels, scale=max(1, -(-40 // pixels.shape[-1])))
 
 
 def _shared_config(model: Any) -> Any:
@@ -124,6 +128,16 @@ def _shared_config(model: Any) -> Any:
     paths = {"data": config.data, "start_from": config.start_from}
     shared = {key: Path(path).name for key, path in paths.items() if path is not None and Path(path).is_absolute()}
     return dataclasses.replace(config, **shared)
+
+
+def _measured(run: Any) -> tuple[str, Mapping[str, Any]]:
+    """What a run knows of its model, and in what words: figures that were recorded of it, else the last of training."""
+    update = run.update_of(run.find_model()[0]) if run.checkpoints() else None
+    for record in run.evaluations():
+        if record["step"] == update:
+            return "By `mgebm evaluate`, beside the same of held-out images.", record
+    records = run.metrics()
+    return "The last record of training, no measure of quality.", records[-1] if records else {}
 
 
 def card(model: Any, training: Any, name: str, figures: Mapping[str, Any] | None, picture: bool) -> str:
@@ -160,14 +174,11 @@ def card(model: Any, training: Any, name: str, figures: Mapping[str, Any] | None
             "Trained again, with the configuration beside this file:", "",
             f"    mgebm train {TRAINING} --data {training.data} --out runs/{training.name}", "",
         ]  # fmt: skip
-    found = figures
-    if found is None and model.origin is not None and (records := model.origin.metrics()):
-        found = records[-1]
+    given, found = "As given by the author.", figures
+    if found is None and model.origin is not None:
+        given, found = _measured(model.origin)
     plain = {key: value for key, value in (found or {}).items() if isinstance(value, (int, float, str))}
     if plain:
-        given = (
-            "As given by the author." if figures is not None else "The last record of training, no measure of quality."
-        )
         shown = {key: f"{value:.6g}" if isinstance(value, float) else value for key, value in plain.items()}
         lines += ["## Figures", "", given, "", "| figure | value |", "|---|---|"]
         lines += [f"| {key} | {value} |" for key, value in shown.items()]

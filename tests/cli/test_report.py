@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 import subprocess
@@ -57,6 +58,40 @@ def test_what_a_run_lacks_is_said_and_names_are_escaped(run):
     assert "a&lt;b&gt;&amp;c" in text and "<b>" not in text
     for words in ("No pictures yet", "No records yet", "has no model to use", "not finished", "--resume"):
         assert words in text, words
+
+
+def test_figures_that_were_measured_are_drawn_and_put_on_a_card(mgebm, run, tmp_path):
+    first, last = run / "checkpoints" / "step_000001", run
+    for path in (last, first, first):
+        result = mgebm("evaluate", path, "--num", 40, "--record", "--json")
+        assert result.exit_code == 0, result.output
+    assert [record["step"] for record in Run(run).evaluations()] == [1, 2]
+    assert len((run / "evaluations.jsonl").read_text().splitlines()) == 3
+    kid = Run(run).evaluations()[0]["samples, classifier/kid"]
+    assert kid == json.loads(result.stdout)["kid"]
+    text = page([Run(run)])
+    assert "KID, lower is nearer" in text and "measured at 2" in text and "samples, classifier</span>" in text
+    assert mgebm("export", run, tmp_path / "shared", "--to", "pretrained").exit_code == 0
+    card = (tmp_path / "shared" / "README.md").read_text()
+    own = Run(run).evaluations()[1]["samples, classifier/kid"]
+    assert f"| samples, classifier/kid | {own:.6g} |" in card and "mgebm evaluate" in card
+    for path in ("digits", run / "samples", tmp_path / "shared"):
+        result = mgebm("evaluate", path, "--record")
+        assert result.exit_code == 2 and "run" in one_line(result)
+    assert "--record: run must be the folder of a trained run" in one_line(result)
+
+
+def test_facts_are_those_of_the_method_and_of_what_is_there(mgebm, run, tmp_path):
+    text = page([Run(run / "checkpoints" / "step_000001")])
+    assert "<td>1 of 2</td>" in text and "--resume" not in text and "pictures are in the folder of the run" in text
+    assert "<td>3600 of 3600</td>" in page([Run("digits")])
+    one = run / "config.toml"
+    one.write_text(one.read_text().replace('method = "multigrid"', 'method = "short-run"'))
+    assert "<td>1 → 2 → 4 → 8</td>" in text and "<td>8</td>" in page([Run(run)])
+    with (run / "metrics.jsonl").open("w") as file:
+        file.write('{"step": 1, "size_8/gap": 0.25}\n')
+    single = page([Run(run)])
+    assert single.count("<circle") == 1 and ">0.25</text>" in single
 
 
 def test_the_nearest_training_images_are_found_in_every_chunk(monkeypatch):

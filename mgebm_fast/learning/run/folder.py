@@ -4,6 +4,7 @@ config.toml, data.json                   the configuration, and the fingerprint 
 metrics.jsonl, tensorboard/, samples/    records and pictures
 checkpoints/, model.safetensors          states, the trained model, and model.json with its checksum
 collapse.json                            only where the run collapsed: the model is the best from before it
+evaluations.jsonl                        figures that `mgebm evaluate --record` added
 """
 
 from __future__ import annotations
@@ -29,7 +30,9 @@ from .rule import UpdateRule
 
 CONFIG, CHECKPOINTS, SAMPLES, DATA = "config.toml", "checkpoints", "samples", "data.json"
 COLLAPSE = "collapse.json"  # beside a model from before a collapse: when, why, and of which update the model is
-_FILES, _FOLDERS = (CONFIG, DATA, METRICS, MODEL, COLLAPSE, storage.CHECKSUM_FILE), (CHECKPOINTS, SAMPLES, TENSORBOARD)
+EVALUATIONS = "evaluations.jsonl"  # lines as those of metrics.jsonl
+_FILES = (CONFIG, DATA, METRICS, MODEL, COLLAPSE, EVALUATIONS, storage.CHECKSUM_FILE)
+_FOLDERS = (CHECKPOINTS, SAMPLES, TENSORBOARD)
 
 
 class NoFolder:
@@ -169,17 +172,14 @@ def check_inside(run: Path) -> None:
             raise CheckpointError(f"{run / name}: must be a folder, got a symbolic link or a file")
 
 
-def read_collapse(run: Path) -> str:
-    """What to say of a model that is the best from before a collapse; "" for any other."""
+def read_collapse(run: Path) -> tuple[int, int] | None:
+    """(update of the collapse, update of the model) where the model is the best from before one; None for any other."""
     path = run / COLLAPSE
     if not os.path.lexists(path) or not (run / MODEL).is_file():
-        return ""
+        return None
     with checkpoint.damage_named(path, "no record of a collapse"):
         record = json.loads(files.read_regular(path, storage.MOST_JSON))
-        return (
-            f"the run collapsed at update {int(record['update'])}; its model is that of update {int(record['model'])}, "
-            "the best from before the collapse"
-        )
+        return int(record["update"]), int(record["model"])
 
 
 def read_fingerprint(run: Path) -> dict[str, Any] | None:

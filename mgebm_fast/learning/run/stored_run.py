@@ -18,7 +18,7 @@ from ..config.method import load_data
 from ..config.train_config import TrainConfig
 from ..config.values import from_dict
 from . import checkpoint, records
-from .folder import CHECKPOINTS, CONFIG, MODEL, check_inside, read_collapse, read_fingerprint
+from .folder import CHECKPOINTS, CONFIG, EVALUATIONS, MODEL, check_inside, read_collapse, read_fingerprint
 
 SHIPPED = Path(__file__).resolve().parents[2] / "shipped"
 
@@ -71,7 +71,13 @@ class Run:
     @property
     def collapse(self) -> str:
         """One sentence where the final model is the best from before a collapse; "" otherwise."""
-        return "" if self._checkpoint else read_collapse(self.path)
+        updates = None if self._checkpoint else read_collapse(self.path)
+        if updates is None:
+            return ""
+        return (
+            f"the run collapsed at update {updates[0]}; its model is that of update {updates[1]}, the best from before "
+            "the collapse"
+        )
 
     def model_file(self) -> Path:
         """The final model, else that of the newest undamaged checkpoint; CheckpointError when there is none yet.
@@ -104,6 +110,25 @@ class Run:
     def metrics(self) -> list[dict[str, float]]:
         """The records of metrics.jsonl."""
         return records.read(self.path / records.METRICS)
+
+    def update_of(self, file: Path) -> int:
+        """The number of updates behind a model file of the run."""
+        if file.parent != self.path or self._checkpoint:
+            return int(checkpoint.read(file.parent)["iteration"])
+        if updates := read_collapse(self.path):
+            return updates[1]
+        made = self.checkpoints()
+        return checkpoint.step_of(made[-1]) if made else self.config.steps
+
+    @property
+    def evaluations_file(self) -> Path:
+        """Where `mgebm evaluate --record` adds figures."""
+        return (self.path.parent.parent if self._checkpoint else self.path) / EVALUATIONS
+
+    def evaluations(self) -> list[dict[str, float]]:
+        """The records of evaluations.jsonl, one an update, the last of each."""
+        found = {int(record["step"]): record for record in records.read(self.evaluations_file)}
+        return [found[step] for step in sorted(found)]
 
     def fingerprint(self) -> dict[str, Any] | None:
         """What the run says of the data that it learnt from (`data.fingerprint`); None for one from before it did."""
