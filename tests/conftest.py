@@ -1,6 +1,7 @@
 """What needs a GPU is marked `gpu`: without one it is left out; with one it comes first, in an order in which the first
 failure says most. `pytest` without arguments takes two processes where pytest-xdist is there: CONTRIBUTING.md."""
 
+import functools
 import os
 
 WORKER = "PYTEST_XDIST_WORKER" in os.environ
@@ -9,6 +10,7 @@ if WORKER:  # beside another one: before torch is imported, and for the processe
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
+import typer.testing  # noqa: E402
 from helpers.poison import poison  # noqa: E402
 
 # Kernels by themselves before plans, plans before chains, chains before models.
@@ -33,7 +35,10 @@ def pytest_cmdline_main(config: pytest.Config) -> None:
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     """Samplers without a seed draw one from torch's generator: in a test always the same."""
-    torch.manual_seed(0)
+    if torch.cuda.is_available():
+        torch.manual_seed(0)
+    else:  # where torch.manual_seed keeps a stack trace for the day CUDA starts
+        torch.default_generator.manual_seed(0)
 
 
 @pytest.fixture(autouse=True)
@@ -48,6 +53,14 @@ def _no_wait_for_the_disk():
     """Files are written and renamed as ever; that they outlive a loss of power is not waited for."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "fsync", os.fstat)  # as strict about its argument
+        yield
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _commands_are_built_once():
+    """typer's runner reads the signatures of all commands again in each call."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(typer.testing, "_get_command", functools.cache(typer.main.get_command))
         yield
 
 

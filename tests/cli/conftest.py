@@ -2,24 +2,39 @@
 
 from __future__ import annotations
 
+import importlib
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 from typer.testing import CliRunner, Result
 
 from mgebm_fast.cli import app
-from mgebm_fast.evaluation import features
+from mgebm_fast.data import ImageData
+from mgebm_fast.evaluation import Judges, features
+from mgebm_fast.evaluation.comparison import compare
 
 TINY = ["--set", "steps=2", "--set", "langevin.steps=2", "--set", "batch_size=32", "--set", "width=0.1"]
 
 
 @pytest.fixture(autouse=True, scope="session")
 def short_training():
-    """Of the classifiers whose features KID and FID compare."""
+    """Of the classifiers whose features KID and FID compare; those of the same images and settings are fitted once."""
+    evaluate = importlib.import_module("mgebm_fast.evaluation.evaluate")  # the package has a function of that name
+    fit, fitted = evaluate.fit_judges, {}
+
+    def judges(train: ImageData, held_out: ImageData, **settings: object) -> Judges:
+        key = str([train.fingerprint(), held_out.fingerprint(), settings, torch.get_num_threads()])
+        if key not in fitted:
+            fitted[key] = fit(train, held_out, **settings)
+        return fitted[key]
+
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(features.feature_space, "__kwdefaults__", {"seed": 0, "visits": 640})
+        for module in (evaluate, compare):
+            patch.setattr(module, "fit_judges", judges)
         yield
 
 

@@ -58,7 +58,7 @@ def test_rows_between_samples(runs, tmp_path, name):
 
 @pytest.mark.parametrize("name", ["cooperative", "abp"])
 def test_known_pixels_are_explained_and_kept(runs, tmp_path, name):
-    result = mgebm("inpaint", runs / name, "--num", 4, "--out", tmp_path / "filled.png", "--json")
+    result = mgebm("inpaint", runs / name, "--num", 4, "--length", 1, "--out", tmp_path / "filled.png", "--json")
     figures = json.loads(result.stdout)
     assert figures["num"] == 4 and 0 < figures["error"] < 1
     assert (tmp_path / "filled.png").is_file()
