@@ -27,7 +27,7 @@ from torch import nn
 from .trust import HOOKS
 
 # Never searched: plain values, and objects that hold no modules of the user's.
-_LEAVES = (
+LEAVES = (
     str, bytes, int, float, complex, bool, type(None), torch.Tensor, torch.dtype, torch.device, torch.Generator,
     np.ndarray, np.generic, types.BuiltinFunctionType, types.CodeType,
 )  # fmt: skip
@@ -46,14 +46,21 @@ def modules_of(energy: Any) -> Iterator[nn.Module]:
     while queue and len(keep) < _MOST:
         value = queue.popleft()
         kind: Any = type(value)
-        held_by = _way(kind)
-        if held_by is None or id(value) in seen:
+        way = _way(kind)
+        if way is None or id(value) in seen:
             continue
         seen.add(id(value))
         keep.append(value)
         if isinstance(value, nn.Module):
             yield value
-        queue.extend(held_by(value))
+        queue.extend(way(value))
+
+
+def held_by(value: Any) -> Iterable[Any]:
+    """What an object holds that may be, or hold, a module of the user's."""
+    kind: Any = type(value)
+    way = _way(kind)
+    return () if way is None else way(value)
 
 
 @functools.lru_cache(maxsize=1024)
@@ -62,7 +69,7 @@ def _way(kind: Any) -> Callable[[Any], Iterable[Any]] | None:
     if issubclass(kind, nn.Module):
         return _held_by_library_module if _of_a_library(kind) else _held_by_module
     ways: dict[Any, Callable[[Any], Iterable[Any]] | None] = {
-        (*_LEAVES, types.ModuleType): None,  # what a function takes from a module is found by the function
+        (*LEAVES, types.ModuleType): None,  # what a function takes from a module is found by the function
         type: lambda value: _held_by_classes(_classes(value)),
         types.FunctionType: _held_by_function,
         types.MethodType: lambda value: (value.__self__, value.__func__),
@@ -121,14 +128,14 @@ def _held_by_classes(classes: Iterable[type]) -> list[Any]:
 @functools.lru_cache(maxsize=1024)
 def _classes(kind: Any) -> tuple[type, ...]:
     """Those of the user's among a class, its class and what it comes from."""
-    return tuple(base for base in (*kind.__mro__, type(kind)) if not _known(base))
+    return tuple(base for base in (*kind.__mro__, type(kind)) if not is_known(base))
 
 
 def _of_a_library(kind: type) -> bool:
     return _of_libraries(str(kind.__module__))
 
 
-def _known(code: Any) -> bool:
+def is_known(code: Any) -> bool:
     """Whether a class or function is of this package, a library or the standard library: it names no modules of the
     user's."""
     return _is_known(str(getattr(code, "__module__", "")))
@@ -150,9 +157,9 @@ def _held_by_function(function: types.FunctionType) -> list[Any]:
     for cell in function.__closure__ or ():
         with contextlib.suppress(ValueError):  # not assigned yet
             found.append(cell.cell_contents)
-    if _known(function):
+    if is_known(function):
         return found
-    names = _names(function.__code__)
+    names = names_of(function.__code__)
     found += map(function.__globals__.get, names)
     modules = [value for value in found if isinstance(value, types.ModuleType)]
     for module in modules:  # `settings.nets.net(x)`
@@ -164,7 +171,7 @@ def _held_by_function(function: types.FunctionType) -> list[Any]:
 
 
 @functools.lru_cache(maxsize=1024)
-def _names(code: types.CodeType) -> set[str]:
+def names_of(code: types.CodeType) -> set[str]:
     """The global and attribute names of a function's code and of those defined inside it."""
     inner = (constant for constant in code.co_consts if isinstance(constant, types.CodeType))
-    return set(code.co_names).union(*map(_names, inner))
+    return set(code.co_names).union(*map(names_of, inner))

@@ -23,9 +23,11 @@ from ..autograd import AutogradPlan
 from ..base import GradientPlan, PlanReport
 from ..holding import frozen_parameters
 from ..stack import Stack, example_input, reread
+from . import kept
 from .cost import gains_by_bfloat
 from .recorder import noise_like, read_graph
 from .state import as_before
+from .watch import Watch, watch_of
 
 # Reading an energy and packing its weights costs about as much as this many steps save.
 MIN_STEPS = 16
@@ -54,34 +56,43 @@ class GraphPlan(GradientPlan):
         self.precision = precision
         self._pack(graph)
 
+    @classmethod
+    def of_chain(
+        cls, chain: GraphChain, form: tuple[Hashable, ...], energy: Any, read: Reader, where: str, *, precision: str
+    ) -> GraphPlan:
+        """The plan of an energy that was read and packed before, and did not change."""
+        plan = object.__new__(cls)
+        plan._energy, plan._read, plan._where, plan._why = energy, read, where, ""
+        plan.precision, plan.chain, plan.form = precision, chain, form
+        return plan
+
     def _pack(self, graph: Graph) -> None:
         if name := not_finite(graph):
             raise DivergenceError(
                 f"{self._where}: the energy's weights must be finite, got NaN or infinite values in {name}"
             )
-        self._form = form_of(graph)
-        self._chain = GraphChain(graph, bfloat=self.precision == "bf16")
-        self._layers = len(graph.layers)
+        self.form = form_of(graph)
+        self.chain = GraphChain(graph, bfloat=self.precision == "bf16")
 
     def gradient(self, x: Tensor) -> Tensor:  # (N, ...) float32 -> the same, contiguous
         """∇E(x), float32."""
-        return self._chain.gradient(x)
+        return self.chain.gradient(x)
 
     def advance_(self, x: Tensor, place: Counters, steps: int, numbers: Update, mask: Tensor | None) -> None:
         """`steps` Langevin steps on x in place, all in one native call."""
-        self._chain.advance_(x, steps, numbers, place, mask)
+        self.chain.advance_(x, steps, numbers, place, mask)
 
     def refresh(self) -> None:
         graph = self._read(self._energy)
         if isinstance(graph, str):
             raise BackendError(f"refresh: the energy must still be a graph that the engine reads, but {graph}")
-        if form_of(graph) != self._form:
+        if form_of(graph) != self.form:
             raise BackendError("refresh: the energy's layers must be those that the plan was made for; make a new plan")
         self._pack(graph)
 
     def explain(self) -> PlanReport:
         why = (self._why,) if self._why else ()
-        how = f"{native.isa()}, {self._layers} layers"
+        how = f"{native.isa()}, {len(self.form) - 1} layers"
         if self.precision == "bf16":
             how += "; state, first convolution, functions and sums in fp32"
         return PlanReport("graph", self.precision, how, "all steps in one call", why)
@@ -144,17 +155,25 @@ def plan_of(energy: Any, x: Tensor, where: str, precision: str = "auto") -> Grap
         return "this engine has no fp16"
     if precision == "bf16" and not has_bfloat():
         return f"bf16 needs AVX512_BF16 or AMX, and {native.isa()} is in use"
+    key = kept.key_of(x, precision)
+    watch = None if key is None else watch_of(energy)
+    if watch is not None and (found := kept.find(watch, key)):
+        chain, form, read, precision = found
+        return GraphPlan.of_chain(chain, form, energy, read, where, precision=precision)
     with as_before(energy):
-        return _plan_of(energy, x, where, precision)
+        return _plan_of(energy, x, where, precision, None if watch is None else (watch, key))
 
 
-def _plan_of(energy: Any, x: Tensor, where: str, precision: str) -> GraphPlan | str:
-    shape = x.shape
+def _plan_of(
+    energy: Any, x: Tensor, where: str, precision: str, place: tuple[Watch, Hashable] | None
+) -> GraphPlan | str:
+    """Reads the energy; `place`: where the reading is kept."""
+    shape, computed = x.shape, set[str]()
 
-    def read(now: Any) -> Graph | str:
-        return read_graph(now, torch.empty((), dtype=torch.float32, device="cpu").expand(shape))
+    def read(now: Any, computed: set[str] | None = None) -> Graph | str:
+        return read_graph(now, torch.empty((), dtype=torch.float32, device="cpu").expand(shape), computed)
 
-    graph = read(energy)
+    graph = read(energy, computed)
     if isinstance(graph, str):
         return graph
     if precision == "auto":
@@ -165,8 +184,13 @@ def _plan_of(energy: Any, x: Tensor, where: str, precision: str) -> GraphPlan | 
         raise
     except Exception as error:
         return str(error)
-    reason = _why_not_trusted(energy, graph, plan, x)
-    return f"its reading is not trusted: {reason}" if reason else plan
+    reason, shown = _why_not_trusted(energy, graph, plan, x)
+    if reason:
+        return f"its reading is not trusted: {reason}"
+    if place is not None and shown and place[0].holds(energy):
+        copied = precision == "fp32" and not computed
+        kept.keep(*place, graph, (plan.chain, plan.form, read, precision), copied)
+    return plan
 
 
 # What was compared: by module, or by the code of a function -> {form: why it is not trusted, "" where it is}.
@@ -176,7 +200,8 @@ _MOST_CODE = 256
 _lock = threading.Lock()
 
 
-def _why_not_trusted(energy: Any, graph: Graph, plan: GraphPlan, x: Tensor) -> str:
+def _why_not_trusted(energy: Any, graph: Graph, plan: GraphPlan, x: Tensor) -> tuple[str, bool]:
+    """Why a reading is not trusted, "" where it is; and whether that was ever shown by a gradient."""
     key = (*form_of(graph), x.shape[0], plan.precision)
     with _lock:
         if isinstance(energy, torch.nn.Module):
@@ -188,7 +213,7 @@ def _why_not_trusted(energy: Any, graph: Graph, plan: GraphPlan, x: Tensor) -> s
         else:
             known = {}
     if key in known:
-        return known[key]
+        return known[key], True
     # In bfloat16 a wrong reading could hide in the rounding: the same graph is compared in float32 first.
     chains: dict[str, GraphChain | GraphPlan] = {} if plan.precision == "fp32" else {"fp32": GraphChain(graph)}
     chains[plan.precision] = plan
@@ -197,10 +222,10 @@ def _why_not_trusted(energy: Any, graph: Graph, plan: GraphPlan, x: Tensor) -> s
             reason, shown = _compared(energy, graph, chain, probe, BOUNDS[precision])
             if reason:
                 known[key] = reason
-                return reason
+                return reason, True
     if shown:
         known[key] = ""
-    return ""
+    return "", shown
 
 
 def _compared(

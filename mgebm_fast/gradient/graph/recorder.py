@@ -36,10 +36,14 @@ _SAMPLES = 3
 # Ops whose first result alone is the layer's.
 _SEVERAL = ("native_", "_native_", "cudnn_batch_norm", "_batch_norm", "max_pool", "log_sigmoid_forward")
 
+# Ops that leave numbers where they are in memory.
+_VIEWS = frozenset("t transpose permute view detach alias expand unsqueeze squeeze select slice".split())
 
-def read_graph(energy: Callable[[Tensor], Tensor], x: Tensor) -> Graph | str:
+
+def read_graph(energy: Callable[[Tensor], Tensor], x: Tensor, computed: set[str] | None = None) -> Graph | str:
     """The graph of `energy` for tensors like x (N, ...) float32 on the CPU; or the reason, with the module and the op,
-    why it cannot be read as one. Only x's shape is used."""
+    why it cannot be read as one. Only x's shape is used. `computed` takes the ops that computed constants of it: where
+    there are none, those that are weights lie in the memory of the weights."""
     if x.device.type != "cpu" or x.dtype != torch.float32 or x.dim() < 2 or x.shape[1:].numel() == 0:
         return f"a graph is read for float32 x (N, …) on the CPU, got {x.dtype} {tuple(x.shape)} on {x.device.type}"
     if torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None:
@@ -53,6 +57,8 @@ def read_graph(energy: Callable[[Tensor], Tensor], x: Tensor) -> Graph | str:
     try:
         with torch.inference_mode(False), frozen_parameters(energy), torch.enable_grad(), recorder, _CircularPads():
             out = energy(probe)
+        if computed is not None:
+            computed |= recorder.computed
         return recorder.finish(out)
     except Unreadable as reason:
         return str(reason)
@@ -96,6 +102,8 @@ class _Recorder(TorchDispatchMode):
         self._made: set[int] = {x.untyped_storage()._cdata}  # storages of tensors that ops made meanwhile
         self._tracked: set[tuple] = set()  # keys of tensors that autograd followed, for weights outside of modules
         self.reason = ""
+        self.computed: set[str] = set()  # ops whose results depend on weights, but are not x's
+        self._passed: list[Tensor] = []  # constants that the rule of an op was given
 
     def finish(self, out: Any) -> Graph:
         if self.reason:  # the energy's own code caught the refusal and went on another way
@@ -162,6 +170,8 @@ class _Recorder(TorchDispatchMode):
         self._made |= {t.untyped_storage()._cdata for t in made} - {t.untyped_storage()._cdata for t in tensors}
         if all(value is None for value in found):
             self._kept.append(made)
+            if name not in _VIEWS and any(t.is_floating_point() for t in tensors):
+                self.computed.add(name)
             return
         if not torch.is_grad_enabled():
             raise Unreadable(f"{name} runs without gradients (torch.no_grad, or a custom autograd.Function)")
@@ -176,11 +186,16 @@ class _Recorder(TorchDispatchMode):
         if plain not in RULES or any(t.dtype != torch.float32 for t in made[:1]):
             raise Unreadable(f"{name} is of no kind that the engine reads")
         builder = self._builder
-        count = sum(layer.name.startswith(f"{plain} ") for layer in builder.layers)
+        count, before = sum(layer.name.startswith(f"{plain} ") for layer in builder.layers), len(builder.layers)
+        self._passed = []
         builder.name = f"{plain} {count + 1}"
         rule_args, rule_kwargs = tree_map_only(Tensor, self._constant_or_value, (args, kwargs))
         with torch.device("cpu"):  # whatever torch's default device is
             results = RULES[plain](builder, out[0] if plain.startswith(_SEVERAL) else out, *rule_args, **rule_kwargs)
+        added = Graph(builder.x.held, tuple(builder.layers[before:])).tensors()
+        memory = {t.untyped_storage()._cdata for _, t in added}
+        if any(t.untyped_storage()._cdata not in memory for t in self._passed):
+            self.computed.add(name)
         if inplace:
             self._forget_views(made[0])
         self._kept.append(out)
@@ -197,6 +212,8 @@ class _Recorder(TorchDispatchMode):
             return value
         if tensor.dtype not in (torch.float32, torch.int64) or why_not_plain(tensor):
             raise Unreadable(f"{self._builder.name} has a constant that is {tensor.dtype}, {why_not_plain(tensor)}")
+        if tensor.is_floating_point():
+            self._passed.append(tensor)
         return tensor.detach()
 
     def _forget_views(self, written: Tensor) -> None:

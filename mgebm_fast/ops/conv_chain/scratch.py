@@ -18,9 +18,15 @@ class Scratch:
     """`nbytes` bytes at `address`, aligned to 64; uninitialised. Given back when it is collected."""
 
     def __init__(self, nbytes: int) -> None:
+        self._asked = nbytes
         self._buffer = _take(nbytes + _ALIGN)
         self.nbytes = self._buffer.numel() - _ALIGN
         self.address = -(-self._buffer.data_ptr() // _ALIGN) * _ALIGN
+
+    def floats(self) -> Tensor:
+        """Its memory, as many bytes as were asked for, as float32; for as long as it is held."""
+        start = self.address - self._buffer.data_ptr()
+        return self._buffer[start : start + self._asked].view(torch.float32)
 
     def __del__(self) -> None:
         buffer = getattr(self, "_buffer", None)

@@ -21,6 +21,7 @@ from ..state import addresses, why_not_plain
 from ..update import Number, Update, check_steps, prepare
 from .layers import Graph
 from .program import Program
+from .refill import Refill
 
 OP = "graph_chain"
 register("graph_chain", cpu=True, traced=False)
@@ -35,6 +36,7 @@ class GraphChain(PackedChain):
     """
 
     op = OP
+    _packed: Scratch | None = None  # holds the constants of one that was refilled
 
     def __init__(self, graph: Graph, *, bfloat: bool = False) -> None:
         tensors = [tensor for _, tensor in graph.tensors()]
@@ -45,6 +47,19 @@ class GraphChain(PackedChain):
         with torch.no_grad(), torch.device("cpu"):  # whatever torch's default device is
             self._program = Program(graph, bfloat)
         self._arguments = self._program.arguments
+
+    def refill(self, graph: Graph, values: Tensor, places: dict[int, Tensor]) -> Refill:
+        """The table that packs other weights, of the graph that this was made of in float32; ValueError for none."""
+        with torch.no_grad(), torch.device("cpu"):
+            return Refill(graph, self._program, values, places)
+
+    def refilled(self, refill: Refill, values: Tensor) -> GraphChain:
+        """The same chain with other weights, that are finite."""
+        chain = object.__new__(GraphChain)
+        chain._x, chain._finite, chain._program = self._x, True, self._program
+        chain._packed = refill.pack(values)
+        chain._arguments = refill.arguments(chain._packed)
+        return chain
 
     def _call(
         self, x: Tensor, gradient: Tensor | None, mask: Tensor | None, steps: int, numbers: Update, place: Counters

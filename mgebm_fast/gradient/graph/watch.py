@@ -1,0 +1,230 @@
+"""Whether an energy is still what it was: the same code over the same objects, so that what was read of it holds.
+
+A `Watch` notes, of each object that a search of an energy comes through (`reach`), which objects it holds: by their
+identities, since strong references would keep the energy alive. An identity means the same object only while that one
+lives, so that a watch ends with the first of its objects that is collected. Values of tensors are no part of it.
+"""
+
+from __future__ import annotations
+
+import collections
+import contextvars
+import functools
+import types
+import weakref
+from collections.abc import Iterable, MutableMapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.weak import WeakIdKeyDictionary
+
+from ...ops.state import why_not_plain
+from ..reach import LEAVES, held_by, is_known, names_of
+from ..trust import HOOKS
+
+_MOST = 1000  # objects that are watched at most
+_MISSES = 8  # watches in a row of one energy that held no second time, after which it has none
+_MAPPINGS = (dict, collections.OrderedDict)
+_CONTAINERS = frozenset((*_MAPPINGS, list, tuple, set, frozenset, collections.deque))
+# Objects that are what they hold, and cannot be referred to weakly.
+_WRAPPERS = frozenset((property, staticmethod, classmethod, weakref.ref, contextvars.ContextVar))
+_CHANGING = (Tensor, torch.Generator)  # leaves of a search whose value is not their identity
+_PLAIN = (*(kind for kind in LEAVES if kind not in _CHANGING), torch.Size, slice, range, type(...))
+# Libraries whose functions give the same for the same arguments, and names in them, or built in, that do not.
+_PURE = {"torch", "math", "numpy", "operator", "functools", "einops", "typing", "builtins", __name__.partition(".")[0]}
+_IMPURE = {
+    "random", "time", "datetime", "os", "environ", "getenv", "sys", "threading", "uuid", "secrets", "default_rng",
+    "get_default_dtype", "get_default_device", "get_num_threads", "initial_seed", "is_grad_enabled", "open", "input",
+    "exec", "globals", "is_inference_mode_enabled", "is_autocast_enabled", "import_module",
+}  # fmt: skip
+
+
+class Unwatched(Exception):
+    """Why an energy may change unseen: an object or code whose state cannot be seen, or too many objects."""
+
+
+class _Gone(list):
+    """References to objects that were collected; what was made of them goes with the first."""
+
+    def __init__(self, kept: dict[Any, Any]) -> None:
+        super().__init__()
+        self._kept = kept
+
+    def note(self, reference: Any) -> None:
+        self.append(reference)
+        self._kept.clear()
+
+
+class Watch:
+    """What an energy reaches; `kept`: what was made of it, by any key, for as long as the watch holds.
+
+    Raises Unwatched where the energy's values may depend on what is not seen.
+    """
+
+    def __init__(self, energy: Any) -> None:
+        self.kept: dict[Any, Any] = {}
+        self._gone = _Gone(self.kept)
+        self._leaves: dict[int, Any] = {}  # plain values, kept so that their identities stay theirs
+        self._parts: list[tuple[weakref.ref[Any], tuple[str, ...], list[Any]]] = []
+        self._tensors: list[weakref.ref[Tensor]] = []
+        self._containers = _containers_of(energy)
+        self._looked = _looked_at(energy, self._containers)
+        seen = {id(energy)}
+        queue = collections.deque(_seen_in(energy))
+        while queue:
+            value = queue.popleft()
+            if isinstance(value, _PLAIN):
+                _check_leaf(value)
+                self._leaves[id(value)] = value
+            elif id(value) not in seen:
+                seen.add(id(value))
+                self._add(value, queue)
+            if len(seen) > _MOST or len(self._leaves) > 10 * _MOST:
+                raise Unwatched("it holds too many objects")
+
+    def _add(self, value: Any, queue: collections.deque[Any]) -> None:
+        try:
+            part = weakref.ref(value, self._gone.note)
+        except TypeError:
+            raise Unwatched(f"it holds a {type(value).__name__}") from None
+        if isinstance(value, Tensor):
+            if reason := why_not_plain(value):
+                raise Unwatched(f"it holds a tensor that is {reason}")
+            self._tensors.append(part)
+            return
+        containers = _containers_of(value)
+        self._parts.append((part, containers, _looked_at(value, containers)))
+        queue.extend(_seen_in(value))
+
+    def holds(self, energy: Any) -> bool:
+        """Whether `energy` is made of the same objects as the one that the watch was made for, or is that one."""
+        if self._gone or _looked_at(energy, self._containers) != self._looked:
+            return False
+        for part, containers, looked in self._parts:
+            value = part()
+            if value is None or _looked_at(value, containers) != looked:
+                return False
+        return not self._gone
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """Every tensor that the energy reaches, while the watch holds; in the same order each time."""
+        return [tensor for part in self._tensors if (tensor := part()) is not None]
+
+
+_OWN = frozenset(vars(nn.Module()))
+
+
+def _containers_of(value: Any) -> tuple[str, ...]:
+    """The attributes of a module that are containers, but for torch's own."""
+    if not isinstance(value, nn.Module):
+        return ()
+    own = vars(value)
+    return tuple(name for name in own if name not in _OWN and type(own[name]) in _CONTAINERS)
+
+
+def _looked_at(value: Any, containers: tuple[str, ...]) -> list[Any]:
+    """What an object holds, as names and identities; containers: the `_containers_of` a module."""
+    kind: Any = type(value)
+    looked: list[Any] = [kind]
+    if not isinstance(value, nn.Module):
+        _flatten(held_by(value), looked, [])
+        return looked
+    own = value.__dict__
+    parts = (own["_modules"], own["_parameters"], own["_buffers"])
+    for named in (own, *parts):
+        looked += named
+        looked += map(id, named.values())
+    looked += (kind.forward, kind.__call__, *(name for name in HOOKS if own[name]))
+    if containers:
+        _flatten(map(own.get, containers), looked, [])
+    return looked
+
+
+def _seen_in(value: Any) -> list[Any]:
+    """The objects that an object holds, those in containers in place of these; raises Unwatched of code or state that
+    is hidden."""
+    kind: Any = type(value)
+    held: list[Any] = []
+    if isinstance(value, nn.Module):
+        if isinstance(value, torch.jit.ScriptModule) or any(vars(value)[name] for name in HOOKS):
+            raise Unwatched(f"it has a {kind.__name__} with hooks or code of its own")
+        _flatten(vars(value).values(), [], held)
+    elif isinstance(value, types.FunctionType):
+        if not is_known(value):
+            _check_names(names_of(value.__code__))
+        elif value.__module__.partition(".")[0] not in _PURE:
+            raise Unwatched(f"it calls {value.__module__}.{value.__name__}")
+    elif isinstance(value, types.ModuleType):
+        _check_names({value.__name__})
+        return []
+    elif isinstance(value, type):
+        if is_known(value):
+            return []
+    elif is_known(kind) and not isinstance(value, (types.MethodType, functools.partial)):
+        raise Unwatched(f"it holds a {kind.__name__}")
+    _flatten(held_by(value), [], held)
+    return held
+
+
+def _check_leaf(value: Any) -> None:
+    owner = getattr(value, "__self__", None) if isinstance(value, types.BuiltinFunctionType) else None
+    if isinstance(value, types.BuiltinFunctionType):
+        _check_names({value.__name__, str(value.__module__)})
+        if not (owner is None or isinstance(owner, (types.ModuleType, type))):
+            raise Unwatched(f"it calls {value.__name__} of a {type(owner).__name__}")
+    elif type(value).__name__ == "ndarray":
+        raise Unwatched("it holds an array of numpy")
+
+
+def _check_names(names: Iterable[str]) -> None:
+    if found := _IMPURE.intersection(part for name in names for part in name.split(".")):
+        raise Unwatched(f"its code names {min(found)}")
+
+
+def _flatten(values: Iterable[Any], looked: list[Any], held: list[Any], depth: int = 0) -> None:
+    """Adds identities to `looked` and objects to `held`; of containers how many they hold, and what."""
+    if depth > 20:
+        raise Unwatched("it has a container that holds itself")
+    for value in values:
+        kind = type(value)
+        if kind in _CONTAINERS:
+            looked.append(len(value))
+            if kind in _MAPPINGS:
+                _flatten(value.keys(), looked, held, depth + 1)
+                value = value.values()
+            _flatten(value, looked, held, depth + 1)
+        elif kind in _WRAPPERS:
+            _flatten(held_by(value), looked, held, depth + 1)
+        else:
+            looked.append(id(value))
+            held.append(value)
+
+
+# What an energy is known by -> the watch of it, and how many in a row held no second time. A watch refers to objects of
+# the user's weakly, so that both go with the energy.
+_watches: MutableMapping[Any, tuple[Watch | None, int]] = WeakIdKeyDictionary()
+
+
+def watch_of(energy: Any) -> Watch | None:
+    """A watch of `energy` that holds; None where there can be none, or where none held for long."""
+    # A function, or a bound method, may be made for each call: its code stays.
+    key = energy.__func__ if isinstance(energy, types.MethodType) else energy
+    key = key.__code__ if isinstance(key, types.FunctionType) else key
+    try:
+        watch, misses = _watches.get(key, (None, 0))
+        if watch is not None and watch.holds(energy):
+            if misses:
+                _watches[key] = watch, 0
+            return watch
+        if misses >= _MISSES:
+            return None
+        try:
+            watch = Watch(energy)
+        except Unwatched:
+            watch = None
+        _watches[key] = watch, misses + 1
+    except TypeError:  # no weak references to it
+        return None
+    return watch
