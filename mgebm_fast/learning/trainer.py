@@ -217,7 +217,8 @@ class MultiGridTrainer:
 
     def _colours(self) -> Tensor:
         """The 1×1 images of the data in the model's units; of a very large set, evenly spread ones."""
-        return self.model.from_uint8(self.data.colours()[_spread(len(self.data))])
+        colours = self.data.colours()
+        return self.model.from_uint8(colours[_spread(len(colours))])
 
 
 def train(

@@ -48,7 +48,7 @@ def test_a_table_survives_toml_and_is_described():
 def test_another_method_leaves_the_table_of_the_old_one_behind():
     config = merge(TrainConfig(), {"method": "pcd", "pcd": {"restart": 0.5}})
     assert apply_overrides(config, ["method=cd", "cd.sample_steps=7"]).options.sample_steps == 7
-    assert merge(config, {"method": "multigrid"}).options is None
+    assert merge(config, {"method": "multigrid"}).options == METHODS["multigrid"].table()
     assert merge(config, {"steps": 3}).options.restart == 0.5
     assert TrainConfig(method="pcd").options == METHODS["pcd"].table()
 
