@@ -41,7 +41,10 @@ def console_table(
     table = Table(title=title, title_justify="left", **look)
     for index, heading in enumerate(headings):
         style = styles[index] if index < len(styles) else ""
-        table.add_column(heading, style=style, justify="left" if index in left else "right", no_wrap=index in no_wrap)
+        table.add_column(
+            heading, style=style, justify="left" if index in left else "right", no_wrap=index in no_wrap,
+            overflow="fold",  # a narrow terminal breaks words and leaves nothing out
+        )  # fmt: skip
     count = len(headings)
     for row in rows:
         cells = (Text(cell) if isinstance(cell, str) else cell for cell in row[:count])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Annotated
 
@@ -45,13 +46,15 @@ def export(
     from ..export import FORMATS
     from ..export import export as write
     from ..learning import load
+    from ..models.pretrained import CONFIG, SAMPLES, TRAINING
+    from ..models.storage import CHECKSUM_FILE, MODEL_FILE
 
     if to not in FORMATS:
         raise ValueError(f"--to: must be one of {', '.join(FORMATS)}, got {to!r}{suggest(to, FORMATS)}")
     targets = [out, out.with_suffix(".safetensors")] if to == "sampler" else [out]
     check_place(out, "OUT", folder=to == "pretrained")
     if to == "pretrained":
-        targets = [path for path in out.iterdir() if path.name != "README.md"] if out.is_dir() else []
+        targets = [out / name for name in (CONFIG, MODEL_FILE, CHECKSUM_FILE, SAMPLES, TRAINING)]
     existing = [path for path in targets if path.exists()]
     if existing and not overwrite:
         raise FileExistsError(f"OUT: must be new, got {existing[0]}, which exists (--overwrite replaces it)")
@@ -67,4 +70,5 @@ def export(
     if model.coupled and to in ("state-dict", "torchscript", "onnx"):
         typer.echo("batch normalisation: the energies are those under its running statistics", err=True)
     if to == "sampler":
-        typer.echo(f"next: python {out} --num 16 --out samples.png", err=True)
+        ending = "png" if len(model.sample_shape(model.sizes[-1])) == 3 else "npy"
+        typer.echo(f"next: python {shlex.quote(str(out))} --num 16 --out samples.{ending}", err=True)

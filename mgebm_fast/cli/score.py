@@ -115,7 +115,7 @@ def score(
         notes.append("no chain of this model has a Gaussian reference: U is E")
     training, held_out = _learnt_from(model, run, data, config, notes)
     if against is not None:
-        held_out = _load(model, against, "all")
+        held_out = _load(model, against, "all", "--against")
     given = _sets(model, images, split)
     scored = [scoring.score(model, one, reference=reference) for one in given]
     inside, outside = (
@@ -146,7 +146,8 @@ def score(
         pairs = list(zip(scored, given, strict=True))
         write_bytes(figure, plot_scores(pairs, inside, outside, letter="U" if reference else "E"))
     for path in filter(None, (csv, figure)):
-        typer.echo(f"{sum(map(len, scored))} images of {run}: {path}", err=True)
+        count = sum(map(len, scored))
+        typer.echo(f"{count} image{'s' * (count != 1)} by {run}: {path}", err=True)
     if json:
         print_json(result)
         return
@@ -156,10 +157,13 @@ def score(
     console.print(scoring.format_scores(result, console.width))
 
 
-def _load(model: EnergyModel, source: str, split: str) -> ImageData:
+def _load(model: EnergyModel, source: str, split: str, what: str) -> ImageData:
     from .options import lasting
 
-    return load_images(lasting(source), model.sizes[-1], model.channels, split=split)
+    try:
+        return load_images(lasting(source), model.sizes[-1], model.channels, split=split)
+    except DataError as error:
+        raise error.at(what) from None
 
 
 def _sets(model: EnergyModel, sources: list[str], split: str) -> list[ImageData]:
@@ -172,10 +176,7 @@ def _sets(model: EnergyModel, sources: list[str], split: str) -> list[ImageData]
     found = [_pictures(files, model.sizes[-1], model.channels)] if files else []
     for source in sources:
         if source not in files:
-            try:
-                found.append(_load(model, source, split))
-            except DataError as error:
-                raise error.at("IMAGES") from None
+            found.append(_load(model, source, split, "IMAGES"))
             if not len(found[-1]):
                 raise ValueError(f"IMAGES: must hold images, got none held out of {source}")
     return found

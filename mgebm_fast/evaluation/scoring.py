@@ -16,6 +16,7 @@ from ..tables import console_table, note, number
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
+    from rich.table import Table
 
 SUM = "sum"
 CAVEAT = (
@@ -24,6 +25,7 @@ CAVEAT = (
 )
 _CHUNK = 1024  # images whose pixels are on the device at a time
 _ROWS = 20  # images that are listed on the console
+_SHORT = 14  # characters that a name has at least, where tables are narrow
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,28 +128,30 @@ def rows_of(sets: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def format_scores(result: dict[str, Any], width: int | None = None) -> RenderableType:
-    """Tables of `mgebm score`'s result, for a rich console's `print`: the images, and the sets.
+    """Tables of `mgebm score`'s result, for a rich console's `print`: the images, the sets, and the sets' AUROCs.
 
-    Where they are wider than `width` characters the single sizes are left out, and a note says so.
+    A table that would not fit into `width` characters with names folded has the sum alone, and a note says so.
     """
     from rich.console import Console, Group
 
-    keys, notes = [*map(str, result["sizes"]), SUM], result["notes"]
-    tables = _tables(result, keys)
-    if width is not None and max(Console(width=10_000).measure(table).maximum for table in tables) > width:
-        tables = _tables(result, [SUM])
-        notes = [*notes, f"figures of each size take more than {width} characters a line: --csv and --json have them"]
+    every, tables, notes = [*map(str, result["sizes"]), SUM], [], list(result["notes"])
+    for build in (_images, _sets, _areas):
+        keys = every
+        if width is not None and Console(width=10_000).measure(build(result, every, _SHORT)).maximum > width:
+            keys = [SUM]
+        tables.append(build(result, keys, None))
+        if keys != every and len(notes) == len(result["notes"]):
+            notes.append(f"figures of each size take more than {width} characters a line: --csv and --json have them")
     return Group(*tables, *(note("note", words) for words in notes))
 
 
-def _tables(result: dict[str, Any], keys: list[str]) -> list[RenderableType]:
-    """The images and the sets, with the energies and AUROCs of `keys`."""
-    sets = result["sets"]
-    letter = "U" if result["reference"] else "E"
+def _images(result: dict[str, Any], keys: Sequence[str], most: int | None) -> Table:
+    """The first images of each set, with the energies of `keys`; names are cut to `most` characters."""
+    sets, letter = result["sets"], "U" if result["reference"] else "E"
     heads = [f"{letter} {key}" if key == SUM else f"{letter} {key}×{key}" for key in keys]
     each = max(3, _ROWS // len(sets))
     rows = [
-        [one["name"], image["name"], *(f"{image['energies'][key]:.3f}" for key in keys),
+        [one["name"][:most], image["name"][:most], *(f"{image['energies'][key]:.3f}" for key in keys),
          number(image["percentile"], "{:.1f}")]
         for one in sets for image in one["images"][:each]
     ]  # fmt: skip
@@ -155,15 +159,25 @@ def _tables(result: dict[str, Any], keys: list[str]) -> list[RenderableType]:
     title = f"{count} image{'s' * (count != 1)}"
     if count > len(rows):
         title += f", the first {each} of a set (--csv and --json have all)"
-    parts: list[RenderableType] = [console_table(title, ["set", "image", *heads, "percentile"], rows, left=(0, 1))]
+    headings = ["set", "image", *heads, "percentile"]
+    return console_table(title, headings, rows, left=(0, 1), no_wrap=range(2, len(headings)))
+
+
+def _sets(result: dict[str, Any], keys: Sequence[str], most: int | None) -> Table:
+    rows = [
+        [one["name"][:most], str(one["num"]), f"{one['mean'][SUM]:.3f}", number(one["percentile"], "{:.1f}")]
+        for one in result["sets"]
+    ]
+    headings = ["set", "images", f"mean {'U' if result['reference'] else 'E'}", "percentile"]
+    return console_table("sets", headings, rows, no_wrap=range(1, 4))
+
+
+def _areas(result: dict[str, Any], keys: Sequence[str], most: int | None) -> Table | str:
     against = result["against"]
-    shown = [] if against is None else [key for key in sets[0]["auroc"] if key in (*keys, "typical")]
-    areas = ["typical" if key == "typical" else f"AUROC {key}" for key in shown]
-    named = "" if against is None else f"; AUROC against {against['num']} images of {against['name']}"
-    summary = [
-        [one["name"], str(one["num"]), f"{one['mean'][SUM]:.3f}", number(one["percentile"], "{:.1f}"),
-         *(f"{one['auroc'][key]:.3f}" for key in shown)]
-        for one in sets
-    ]  # fmt: skip
-    headings = ["set", "images", f"mean {letter}", "percentile", *areas]
-    return [*parts, console_table(f"sets{named}", headings, summary)]
+    if against is None:
+        return ""
+    shown = [key for key in result["sets"][0]["auroc"] if key in (*keys, "typical")]
+    rows = [[one["name"][:most], *(f"{one['auroc'][key]:.3f}" for key in shown)] for one in result["sets"]]
+    headings = ["set", *(f"{key}×{key}" if key.isdigit() else key for key in shown)]
+    title = f"AUROC against {against['num']} image{'s' * (against['num'] != 1)} of {against['name']}"
+    return console_table(title, headings, rows, no_wrap=range(1, len(headings)))

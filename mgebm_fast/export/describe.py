@@ -69,7 +69,9 @@ def _nets(model: EnergyModel) -> list[ScoreNet]:
 
 
 def _number(by_step: list[float]) -> float | list[float]:
-    """A number that does not vary as itself."""
+    """A number that does not vary as itself; without the last two digits, which are of rounding: 0.006, not
+    0.005999999999999998."""
+    by_step = [float(f"{value:.14g}") for value in by_step]
     return by_step if len(set(by_step)) > 1 else by_step[0]
 
 

@@ -6,8 +6,10 @@ import importlib.util
 import inspect
 import io
 import json
+import keyword
 import logging
 import os
+import sys
 import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -32,6 +34,7 @@ FORMATS = {
     "pretrained": "",
 }  # the ending of what is written; "" for a folder
 INSTALL_ONNX = 'pip install "mgebm_fast[onnx]"'
+_IMPORTED = {"PIL", "numpy", "safetensors", "torch"}  # by a sampler, beside the standard library
 _CLOSE = 1e-4  # of the largest energy: plain convolutions and ours round differently
 
 
@@ -105,7 +108,7 @@ def how_to_load(energies: plain.Energies, described: Mapping[str, Any], path: st
     lines = ["from safetensors.torch import load_file", "from torch import Tensor, nn", "", ""]
     if any(isinstance(module, plain.Residual) for module in energies.modules()):
         lines += [inspect.getsource(plain.Residual), ""]
-    lines.append(f'weights = load_file("{path}")')
+    lines.append(f"weights = load_file({path!r})")
     lines.append("nets = {")
     for net, modules in zip(described["nets"], energies.values(), strict=True):
         lines.append(f"    {net['size'][-1]}: {_code(nn.Sequential(*modules.children()))},")
@@ -181,8 +184,10 @@ def _onnx(energies: plain.Energies, described: Any, tensors: Any, out: Path) -> 
 def _sampler(energies: plain.Energies, described: Any, tensors: Any, out: Path) -> dict[Path, bytes]:
     from safetensors.torch import save
 
-    if not out.stem.isidentifier():
+    if not out.stem.isidentifier() or keyword.iskeyword(out.stem):
         raise Refused("out", "be named as a Python module, letters, digits and _", str(out), "export")
+    if out.stem in sys.stdlib_module_names | _IMPORTED:
+        raise Refused("out", f"have another name than a module, which it would hide: {out.stem}", str(out), "export")
     if empty := [name for name in ("colours", "bank") if name in tensors and not len(tensors[name])]:
         raise Refused("run", f"be trained, with {empty[0]} that chains start from", "a model that has none", "export")
     return {out.with_suffix(".safetensors"): save(dict(tensors)), out: script(described, out.stem).encode()}

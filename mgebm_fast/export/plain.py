@@ -222,8 +222,6 @@ def save(model: dict, x: Tensor, out: Path) -> None:
     if out.suffix == ".npy":
         np.save(out, x.numpy())
         return
-    if out.suffix != ".png" or x.dim() != 4:
-        raise SystemExit(f"--out must end in .npy{', or in .png' if x.dim() == 4 else ''}, got {out}")
     from PIL import Image
 
     low, high = model["value_range"]
@@ -245,6 +243,13 @@ def main() -> None:
     options.add_argument("--out", type=Path, default=Path("samples.png"), help="X.png or X.npy")
     options.add_argument("--weights", type=Path, default=Path(__file__).with_suffix(".safetensors"))
     given = options.parse_args()
+    endings = (".png", ".npy") if len(MODEL["shape"]) == 3 else (".npy",)
+    if given.out.suffix not in endings or not given.out.parent.is_dir():
+        options.error(f"--out must end in {' or '.join(endings)}, in a folder that is there, got {given.out}")
+    if given.num < 1:
+        options.error(f"--num must be at least 1, got {given.num}")
+    if not given.weights.is_file():
+        options.error(f"--weights must be the file that lay beside this one, got {given.weights}, which is none")
     energies, stored = load(MODEL, given.weights)
     x = sample(MODEL, energies, stored, given.num, given.seed)
     save(MODEL, x, given.out)

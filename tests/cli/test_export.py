@@ -30,6 +30,14 @@ def test_files_are_replaced_only_where_it_is_asked_for(mgebm, trained, tmp_path)
         words = one_line(mgebm("export", trained, out, "--to", to))
         assert "which exists (--overwrite replaces it)" in words and path.read_text() == "mine"
     assert mgebm("export", trained, tmp_path / "st.safetensors", "--to", "state-dict", "--overwrite").exit_code == 0
+    shared = tmp_path / "a folder"
+    shared.mkdir()
+    (shared / ".gitattributes").write_text("mine")  # nothing that would be replaced
+    assert mgebm("export", trained, shared, "--to", "pretrained").exit_code == 0
+    words = one_line(mgebm("export", trained, shared, "--to", "pretrained"))
+    assert "config.json, which exists" in words and (shared / ".gitattributes").read_text() == "mine"
+    result = mgebm("export", trained, shared / "x.py", "--to", "sampler")
+    assert f"next: python '{shared / 'x.py'}' --num 16 --out samples.png" in result.stderr
 
 
 def test_what_is_wrong_is_named(mgebm, trained, tmp_path):

@@ -93,6 +93,7 @@ def test_what_cannot_be_scored_is_refused(mgebm, trained, sets, tmp_path):
     assert "--split: must be all, train or held_out, got 'test'" in one_line(
         mgebm("score", trained, noise, "--split", "test")
     )
+    assert one_line(mgebm("score", trained, noise, "--against", tmp_path)).startswith("error: --against: no images in")
     assert "--figure: must end in .png" in one_line(mgebm("score", trained, noise, "--figure", tmp_path / "x.jpg"))
     assert "did you mean" in one_line(mgebm("score", f"{trained}x", noise))
     (tmp_path / "text.png").write_text("no picture")

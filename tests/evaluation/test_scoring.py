@@ -98,7 +98,13 @@ def test_tables_leave_the_sizes_out_where_a_line_has_no_room():
         console.print(scoring.format_scores(result, width))
         return console.file.getvalue()
 
-    assert "E 64×64" in shown(200) and "AUROC 64" in shown(200) and "note" not in shown(200)
-    narrow = " ".join(shown(80).split())
-    assert "64" not in narrow and "…" not in narrow and "--csv and --json have them" in narrow
-    assert "-12.375" in narrow and "AUROC sum" in narrow and "typical" in narrow
+    assert "E 64×64" in shown(200) and "64×64" in shown(200).partition("AUROC")[2] and "note" not in shown(200)
+    narrow = " ".join(shown(90).split())
+    images, areas = narrow.partition("AUROC against 9 images of photographs")[::2]
+    assert "64" not in images and "64×64" in areas  # each table by itself
+    assert "…" not in narrow and "--csv and --json have them" in narrow
+    assert "-12.375" in narrow and "typical" in narrow
+    assert "64" not in shown(50) and "…" not in shown(50) and max(map(len, shown(50).splitlines())) <= 50
+    one["images"][0]["name"] = "a" * 70 + ".png"  # folded: figures are not left out for a name
+    result["sizes"] = [2, 4]
+    assert "E 4×4" in shown(80) and "…" not in shown(80)

@@ -137,14 +137,20 @@ def test_a_sampler_runs_where_mgebm_fast_is_not(tmp_path):
     x = images(model)
     save_file({"x": x, "energies": energies_of(model, x)}, tmp_path / "known.safetensors")
     run(
-        "import runpy, torch, grid\n"
+        "import os, runpy, torch, grid\n"
         "from safetensors.torch import load_file\n"
         "known = load_file('known.safetensors')\n"
         "energies, stored = grid.load(grid.MODEL, 'grid.safetensors')\n"
         "torch.testing.assert_close(energies(known['x']), known['energies'], rtol=1e-4, atol=1e-5)\n"
         "sys.argv = ['grid.py', '--num', '5', '--out', 'x.npy']\n"
         "runpy.run_path('grid.py', run_name='__main__')\n"
-        "sys.argv[-1] = 'x.png'\n"
+        "for wrong in (('--num', '0'), ('--out', 'x.jpg'), ('--out', 'none/x.png'), ('--weights', 'none')):\n"
+        "    sys.argv = ['grid.py', *wrong]\n"
+        "    try: runpy.run_path('grid.py', run_name='__main__')\n"
+        "    except SystemExit as error: assert error.code == 2, error\n"
+        "    else: raise AssertionError(wrong)\n"
+        "assert not os.path.exists('samples.png')\n"
+        "sys.argv = ['grid.py', '--num', '5', '--out', 'x.png']\n"
         "runpy.run_path('grid.py', run_name='__main__')\n",
         tmp_path,
     )
@@ -243,6 +249,9 @@ def test_with_batch_statistics_energies_are_the_frozen_models(tmp_path):
         ("MultiGrid", "pickle", "x.pt", "to must be one of state-dict, .*, got 'pickle'"),
         ("MultiGrid", "torchscript", "x.bin", "out must end in .pt for torchscript, got .*x.bin"),
         ("MultiGrid", "sampler", "my-model.py", "out must be named as a Python module"),
+        ("MultiGrid", "sampler", "class.py", "out must be named as a Python module"),
+        ("MultiGrid", "sampler", "torch.py", "out must have another name than a module, which it would hide: torch"),
+        ("MultiGrid", "sampler", "random.py", "which it would hide: random"),
     ],
 )
 def test_wrong_names_are_refused(tmp_path, model, to, name, words):

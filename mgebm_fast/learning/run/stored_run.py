@@ -52,7 +52,8 @@ class Run:
         elif (self.path / CONFIG).is_file():
             self.config = load_config(self.path / CONFIG)
         else:
-            what = "has no config.toml" if self.path.is_dir() else "does not exist"
+            there = "has no config.toml" if self.path.is_dir() else "is a file"
+            what = there if self.path.exists() else "does not exist"
             raise CheckpointError(f"run: must be the folder of a run, got {self.path}, which {what}")
 
     @property
