@@ -34,7 +34,8 @@ def main() -> None:
         stored, model.origin.data("train"), model.origin.data("held_out"), num=1000, seed=0
     )
     kept = ("num", "kid", "kid_real", "fid_matched", "fid_real", "nearest_distance", "nearest_distance_real",
-            "confident_share", "confident_share_real")  # fmt: skip
+            "confident_share", "confident_share_real", "class_agreement", "class_agreement_real",
+            "class_accuracy")  # fmt: skip
     figures = {key: measured[key] for key in kept if measured.get(key) is not None}
     (folder / "README.md").unlink()
     stored.save_pretrained(

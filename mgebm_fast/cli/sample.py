@@ -55,7 +55,7 @@ def sample(
     ] = None,
     classes: Annotated[
         list[str] | None,
-        typer.Option("--class", metavar="NAME", help="Draw this class, of a class-conditional run; several: in turn."),
+        typer.Option("--class", metavar="NAME", help="Draw this class, of a class-conditional run; several, or all: in turn."),
     ] = None,
     grids: Annotated[bool, typer.Option("--grids", help="Show the samples at every size, coarse to fine.")] = False,
     generator: Annotated[
@@ -88,7 +88,8 @@ def sample(
       mgebm sample runs/digits --num 1000 --out samples.npy
       mgebm sample runs/digits --num 16 --grids --out grids.png
       mgebm sample runs/digits --num 500 --best 64 --out best.png
-      mgebm sample runs/by-class --class 3 --class 8 --num 20 --out threes-and-eights.png
+      mgebm sample digits-by-class --class 3 --class 8 --num 20 --out threes-and-eights.png
+      mgebm sample digits-by-class --class all --num 100 --out classes.png
       mgebm sample runs/coop --generator --out alone.png
       mgebm sample runs/coop --interpolate 10 --num 8 --out between.png
       mgebm sample runs/texture --size 224 --num 1 --out wall.png
@@ -256,6 +257,7 @@ def _labels(model: Model, run: Path, classes: list[str]) -> list[int]:
 
     names = getattr(model, "classes", ())
     must = f"one of {', '.join(names)}" if names else "left out, unless a run has multigrid.conditional = true"
+    classes = list(names) if classes == ["all"] and names and "all" not in names else classes
     for name in set(classes) - set(names):
         raise ValueError(f"--class: must be {must}, got {name!r} for {run}{suggest(name, names)}")
     return [names.index(name) for name in classes]

@@ -143,18 +143,21 @@ def _measured(run: Any) -> tuple[str, Mapping[str, Any]]:
 def card(model: Any, training: Any, name: str, figures: Mapping[str, Any] | None, picture: bool) -> str:
     """The model card, in Markdown: what it is, data, command, seed, figures, samples, how to use it."""
     size = " × ".join(map(str, getattr(model, "shape", (model.sizes[-1],) * 2)))
+    names = getattr(model, "classes", ())
     lines = [
         "---", "library_name: mgebm_fast", "pipeline_tag: unconditional-image-generation",
         "tags: [energy-based-model, langevin-dynamics]", "---", "", f"# {name}", "",
         f"A {model.kind} model of {model.channels}-channel samples of {size}, pixels in "
         f"[{model.value_range[0]:g}, {model.value_range[1]:g}], trained by mgebm_fast.", "",
+        *([f"Class-conditional: {', '.join(names)}.", ""] if names else []),
     ]  # fmt: skip
     if picture:
         lines += [f"![Samples of seed {_SEED}, not chosen]({SAMPLES})", ""]
     lines += [
         "## Use", "", "```python", "import mgebm_fast as mg", "",
         f'model = mg.load("{name}")',
-        "pictures = model.to_uint8(model.sample(16, seed=0))", "```", "",
+        "pictures = model.to_uint8(model.sample(16, seed=0))",
+        *(["of_the_last = model.sample(16, labels=len(model.classes) - 1)"] if names else []), "```", "",
     ]  # fmt: skip
     lines += ["## Training", ""]
     if training is None:

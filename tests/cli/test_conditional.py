@@ -31,6 +31,13 @@ def test_classes_are_drawn_in_turn(mgebm, by_class, tmp_path):
     np.testing.assert_array_equal(np.load(tmp_path / "x.npy"), model.to_uint8(x).numpy())
 
 
+def test_all_is_every_class(mgebm, by_class, tmp_path):
+    assert mgebm("sample", by_class, "--class", "all", "--num", 12, "--out", tmp_path / "x.npy").exit_code == 0
+    model = mg.MultiGrid.load(by_class)
+    x = model.sample(12, seed=0, labels=torch.arange(12) % 10)
+    np.testing.assert_array_equal(np.load(tmp_path / "x.npy"), model.to_uint8(x).numpy())
+
+
 @pytest.mark.parametrize("name, words", [("seven", "must be one of 0, 1, 2"), ("", "must be one of 0, 1, 2")])
 def test_a_class_that_there_is_not(mgebm, by_class, tmp_path, name, words):
     result = mgebm("sample", by_class, "--class", name, "--out", tmp_path / "x.png")

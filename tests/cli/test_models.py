@@ -31,7 +31,7 @@ def test_they_are_small_half_precise_and_of_data_that_anyone_has(mgebm):
     assert sum(file.stat().st_size for file in SHIPPED.rglob("*") if file.is_file()) <= MOST_BYTES
     for entry in listed:
         tensors = load_file(SHIPPED / entry["name"] / "model.safetensors")
-        assert {tensor.dtype for tensor in tensors.values()} == {torch.float16}
+        assert {t.dtype for name, t in tensors.items() if name != "labels"} == {torch.float16}
         assert is_builtin(entry["data"])
         card = (SHIPPED / entry["name"] / "README.md").read_text(encoding="utf-8")
         for row in ("data", "command", "seed", "time", "kid"):
