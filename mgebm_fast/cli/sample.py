@@ -55,7 +55,9 @@ def sample(
     ] = None,
     classes: Annotated[
         list[str] | None,
-        typer.Option("--class", metavar="NAME", help="Draw this class, of a class-conditional run; several, or all: in turn."),
+        typer.Option(
+            "--class", metavar="NAME", help="Draw this class, of a class-conditional run; several, or all: in turn."
+        ),
     ] = None,
     grids: Annotated[bool, typer.Option("--grids", help="Show the samples at every size, coarse to fine.")] = False,
     generator: Annotated[

@@ -98,7 +98,9 @@ def _layout(tensors: list[Tensor]) -> list[Hashable]:
 def _values(tensors: list[Tensor]) -> Tensor:
     """The numbers of those in float32, one after the other."""
     with torch.inference_mode(False), torch.no_grad():
-        return torch.cat([torch.empty(0, dtype=torch.float32, device="cpu"), *(t.reshape(-1) for t in _floats(tensors))])
+        return torch.cat(
+            [torch.empty(0, dtype=torch.float32, device="cpu"), *(t.reshape(-1) for t in _floats(tensors))]
+        )
 
 
 def _places(graph: Graph, tensors: list[Tensor]) -> dict[int, Tensor]:

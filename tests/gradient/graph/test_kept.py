@@ -219,7 +219,7 @@ STEPS = iter(range(100))
         lambda x: x.pow(2).sum(1) * float(GENERATOR.normal()),
         lambda x: x.pow(2).sum(1) * next(STEPS),
         lambda x: x.pow(2).sum(1) * torch.from_numpy(WEIGHTS).sum(),
-        lambda x: (x.pow(2).sum(1) * torch.get_num_threads()),
+        lambda x: x.pow(2).sum(1) * torch.get_num_threads(),
     ],
     ids="random generator iterator array state".split(),
 )
