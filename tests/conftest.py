@@ -3,10 +3,13 @@ failure says most. `pytest` without arguments takes two processes where pytest-x
 
 import functools
 import os
+import sys
 
 WORKER = "PYTEST_XDIST_WORKER" in os.environ
 if WORKER:  # beside another one: before torch is imported, and for the processes that tests start
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+    sys.dont_write_bytecode = False  # dozens of processes: none compiles the package and its tests again
+    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
 import pytest  # noqa: E402
 import torch  # noqa: E402

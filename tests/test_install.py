@@ -1,4 +1,5 @@
-"""What an installation needs and holds: chains run on torch and numpy alone, and the package says that it is typed."""
+"""What an installation needs and holds: chains run on torch and numpy alone, without torch's compiler, and the package
+says that it is typed."""
 
 from __future__ import annotations
 
@@ -47,6 +48,8 @@ for energy in (stack, mg.energies.Sum(stack, lambda x: x.square().sum((1, 2, 3))
         assert x.shape == (3, 1, 4, 4) and bool(torch.isfinite(x).all())
     str(mg.Langevin(20, step_size=0.1).explain(energy, x))
 mg.MALA(steps=2, step_size=0.1)(stack, x)
+mg.ops.pyramid(mg.ops.upsample(x, 2), [2])
+assert "torch._dynamo" not in sys.modules, "torch's compiler, which takes seconds to import"
 """
 
 

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from .. import native
 from ..checks import is_int, number
-from .backend import choose, launch_place, register
-from .state import addresses
+from .backend import choose, launch_place, past_dispatcher, register
+from .state import addresses, why_not_plain
 
 OP = "pyramid"
 register("pyramid", cpu=True, cuda=True)
@@ -47,6 +47,8 @@ def pyramid(
         return []
     backend = choose("pyramid", backend, x.device)
     flat = [size for extent in extents for size in extent]
+    if past_dispatcher(x) and not (x.requires_grad or why_not_plain(x)):
+        return _means(x, flat, backend)
     return torch.ops.mgebm_fast.pyramid(x, flat, backend)
 
 
@@ -100,6 +102,10 @@ def _extents(flat: Sequence[int], x: Tensor) -> list[tuple[int, ...]]:
     "mgebm_fast::pyramid", mutates_args=(), schema="(Tensor x, SymInt[] sizes, str backend) -> Tensor[]"
 )
 def _pyramid(x, sizes, backend):
+    return _means(x, sizes, backend)
+
+
+def _means(x: Tensor, sizes: Sequence[int], backend: str) -> list[Tensor]:
     extents = _extents(sizes, x)
     if backend == "reference" or x.numel() == 0:
         return [pyramid_reference(x, extent) for extent in extents]

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from .. import native
 from ..checks import is_int, number
-from .backend import choose, launch_place, register
+from .backend import choose, launch_place, past_dispatcher, register
 from .pyramid import MAX_SPATIAL, three
-from .state import addresses
+from .state import addresses, why_not_plain
 
 OP = "upsample"
 register("upsample", cpu=True, cuda=True)
@@ -47,7 +47,10 @@ def upsample(
     factors = list(map(number, factor)) if isinstance(factor, (tuple, list)) else [number(factor)] * rank
     if len(factors) != rank or not all(is_int(f, 1) for f in factors):
         raise ValueError(f"{OP}: factor must be a positive int or {rank} of them, got {factor!r}")
-    return torch.ops.mgebm_fast.upsample(x, factors, choose("upsample", backend, x.device))
+    backend = choose("upsample", backend, x.device)
+    if past_dispatcher(x) and not (x.requires_grad or why_not_plain(x)):
+        return _replicated(x, factors, backend)
+    return torch.ops.mgebm_fast.upsample(x, factors, backend)
 
 
 def _output_shape(x: Tensor, factors: Sequence[int]) -> list[int]:
@@ -58,6 +61,10 @@ def _output_shape(x: Tensor, factors: Sequence[int]) -> list[int]:
     "mgebm_fast::upsample", mutates_args=(), schema="(Tensor x, SymInt[] factor, str backend) -> Tensor"
 )
 def _upsample(x, factor, backend):
+    return _replicated(x, factor, backend)
+
+
+def _replicated(x: Tensor, factor: Sequence[int], backend: str) -> Tensor:
     if backend == "reference":
         return upsample_reference(x, factor)
     x = x.contiguous()

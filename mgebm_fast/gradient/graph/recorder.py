@@ -105,6 +105,11 @@ class _Recorder(TorchDispatchMode):
         self.computed: set[str] = set()  # ops whose results depend on weights, but are not x's
         self._passed: list[Tensor] = []  # constants that the rule of an op was given
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """False: nothing is compiled while this listens, and torch would import its compiler to say so (seconds)."""
+        return False
+
     def finish(self, out: Any) -> Graph:
         if self.reason:  # the energy's own code caught the refusal and went on another way
             raise Unreadable(self.reason)
