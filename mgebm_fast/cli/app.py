@@ -5,12 +5,13 @@ from __future__ import annotations
 import os
 import re
 import sys
+import textwrap
 import traceback
 from collections.abc import Sequence
 from typing import Annotated, Any
 
 import typer
-from typer.core import TyperGroup
+from typer.core import TyperCommand, TyperGroup
 
 from .. import __version__
 from ..errors import BackendError, DivergenceError
@@ -62,6 +63,40 @@ class Commands(TyperGroup):
                 raise
             _report(error)
             raise typer.Exit(BAD_INPUT) from error
+
+
+class Command(TyperCommand):
+    """A command whose help is no wider than the terminal, its tables and examples too."""
+
+    def format_help_text(self, ctx: Any, formatter: Any) -> None:
+        formatter.write_paragraph()
+        with formatter.indentation():
+            formatter.write_text(fitted(self.help or "", formatter.width - formatter.current_indent))
+
+
+def fitted(text: str, width: int) -> str:
+    """Help whose paragraphs after a line of \\b, which are shown as they are, have lines of at most `width` characters:
+    a command goes on behind a backslash, the line of a table in its last column."""
+    paragraphs = text.split("\n\n")
+    for i, paragraph in enumerate(paragraphs):
+        if paragraph.startswith("\b\n"):
+            paragraphs[i] = "\n".join(_broken(line, width) for line in paragraph.split("\n"))
+    return "\n\n".join(paragraphs)
+
+
+def _broken(line: str, width: int) -> str:
+    if len(line) <= width:
+        return line
+    start = len(line) - len(line.lstrip())
+    column = re.match(r" *\S+(?: \S+)*  +", line)
+    command = line.lstrip().startswith("mgebm ")
+    further = start + 4 if command or column is None or 2 * column.end() > width else column.end()
+    head, indent = (line[: column.end()] if column and not command else line[:start]), " " * further
+    lines = textwrap.wrap(
+        line[len(head) :], width - 2 * command, initial_indent=head, subsequent_indent=indent,
+        break_long_words=False, break_on_hyphens=False,
+    )  # fmt: skip
+    return (" \\\n" if command else "\n").join(lines)
 
 
 def _of_usage(error: Any, words: Sequence[str]) -> str:
@@ -160,7 +195,7 @@ for command in (
     presets,
     doctor,
 ):
-    app.command()(command)
+    app.command(cls=Command)(command)
 
 
 class _LastingStream:

@@ -27,9 +27,7 @@ from .outputs import check_place
 
 
 def classify(
-    runs: Annotated[
-        list[Path], typer.Argument(metavar="RUN...", help="Run folders, checkpoint folders or model files.")
-    ],
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN", help="Run folders, checkpoint folders or model files.")],
     labels: Annotated[
         str, typer.Option(metavar="K,K,...", help="Labelled images a class; a column of the table each.")
     ] = "10,20,50",

@@ -41,7 +41,7 @@ def compare(
     presets: Annotated[
         list[str],
         typer.Argument(
-            metavar="PRESET...",
+            metavar="PRESET",
             help="The preset that others are compared with, and the others. Default: those based on it.",
         ),
     ],

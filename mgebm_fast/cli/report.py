@@ -12,7 +12,7 @@ from .outputs import check_place
 
 
 def report(
-    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Run folders, side by side in this order.")],
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN", help="Run folders, side by side in this order.")],
     out: Annotated[
         Path, typer.Option(metavar="X.html|X.png", help="The page, or its samples beside training images alone.")
     ] = Path("report.html"),

@@ -39,7 +39,7 @@ def score(
     images: Annotated[
         list[str],
         typer.Argument(
-            metavar="IMAGES...", help="Image files, folders, archives, .npy files or built-in sets; each is a set."
+            metavar="IMAGES", help="Image files, folders, archives, .npy files or built-in sets; each is a set."
         ),
     ],
     reference: Annotated[

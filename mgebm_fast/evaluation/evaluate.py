@@ -140,7 +140,7 @@ def record_of(result: Mapping[str, Any], update: int) -> dict[str, float]:
     record: dict[str, float] = {"step": update, "num": result["num"]}
     for figure, part in (
         ("kid", space), ("fid", space), ("precision", space), ("recall", space), ("nearest_distance", ""),
-        ("confident_share", ""),
+        ("confident_share", ""), ("class_agreement", ""),
     ):  # fmt: skip
         drawn = "fid_matched" if figure == "fid" else figure  # of as many images as the held-out value
         pairs = (("samples", drawn), ("held out", f"{figure}_real"))

@@ -11,8 +11,10 @@ import sys
 
 import pytest
 from helpers.console import one_line
+from typer.testing import CliRunner
 
 from mgebm_fast import __version__, doctor, native
+from mgebm_fast.cli import app
 from mgebm_fast.evaluation import features
 from mgebm_fast.learning import preset_names
 
@@ -104,6 +106,17 @@ def test_every_help_has_an_example(mgebm, command):
     result = mgebm(command, "--help")
     assert result.exit_code == 0
     assert f"  mgebm {command}" in result.stdout
+
+
+@pytest.mark.parametrize("width", [50, 80])
+def test_help_is_as_narrow_as_the_terminal_and_its_examples_stay_whole(width):
+    def shown(command):
+        return CliRunner().invoke(app, [command, "--help"], terminal_width=width).stdout
+
+    for command in COMMANDS:
+        assert max(map(len, shown(command).splitlines())) <= width, command
+    whole = re.sub(r" \\\n +", " ", shown("score"))
+    assert "mgebm score runs/digits letters.npy noise.npy --figure scores.png\n" in whole
 
 
 def test_an_unknown_command_is_told(mgebm):
