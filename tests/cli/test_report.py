@@ -14,7 +14,7 @@ from PIL import Image
 
 from mgebm_fast.evaluation import page as module
 from mgebm_fast.evaluation.page import page
-from mgebm_fast.learning import Run
+from mgebm_fast.learning import Run, load_preset
 
 from .conftest import TINY
 
@@ -85,9 +85,10 @@ def test_facts_are_those_of_the_method_and_of_what_is_there(mgebm, run, tmp_path
     text = page([Run(run / "checkpoints" / "step_000001")])
     assert "<td>1 of 2</td>" in text and "--resume" not in text and "pictures are in the folder of the run" in text
     assert "<td>3600 of 3600</td>" in page([Run("digits")])
-    one = run / "config.toml"
-    one.write_text(one.read_text().replace('method = "multigrid"', 'method = "short-run"'))
-    assert "<td>1 → 2 → 4 → 8</td>" in text and "<td>8</td>" in page([Run(run)])
+    one = Run(run)
+    one.config = load_preset("digits-abp")
+    assert "<td>1 → 2 → 4 → 8</td>" in text and "mgebm diagnose" in text
+    assert "<td>8</td>" in (alone := page([one])) and "mgebm diagnose" not in alone
     with (run / "metrics.jsonl").open("w") as file:
         file.write('{"step": 1, "size_8/gap": 0.25}\n')
     single = page([Run(run)])
