@@ -40,7 +40,7 @@ def write_bytes(path: str | os.PathLike[str], data: bytes | memoryview, *, durab
             file.write(data)
             if durable:
                 file.flush()
-                synchronise_file(file.fileno())
+                synchronise_file(file.fileno(), path)
         os.replace(temporary, target)
         if durable:
             synchronise(target.parent)
@@ -114,17 +114,18 @@ def synchronise(path: Path, *, inside: bool = False) -> None:
             synchronise(entry, inside=True)
     handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
-        synchronise_file(handle)
+        synchronise_file(handle, path)
     finally:
         os.close(handle)
 
 
-def synchronise_file(handle: int) -> None:
-    """fsync. A file system that has none is reported once and tolerated; any other OSError is raised."""
+def synchronise_file(handle: int, path: Path) -> None:
+    """fsync. A file system that has none is reported once and tolerated; any other OSError is raised, with the path."""
     try:
         os.fsync(handle)
     except OSError as error:
         if error.errno not in _NO_FSYNC:
+            error.filename = str(path)
             raise
         if "fsync" not in _said:
             _said.add("fsync")

@@ -2,6 +2,7 @@
 failure says most. `pytest` without arguments takes two processes where pytest-xdist is there: CONTRIBUTING.md."""
 
 import functools
+import gc
 import os
 import sys
 
@@ -72,6 +73,12 @@ def _needs_cuda(item: pytest.Item) -> bool:
     parts = [part for value in values for part in (value if isinstance(value, tuple) else (value,))]
     reasons = [mark.kwargs.get("reason", "") for mark in item.iter_markers("skipif")]
     return any(isinstance(part, str) and part == "cuda" for part in parts) or "no CUDA device" in reasons
+
+
+def pytest_collection_finish() -> None:
+    """What was imported and collected stays to the end: no garbage collection during a test walks it again."""
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

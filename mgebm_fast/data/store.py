@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ..errors import DataError
+from ..files import synchronise_file
 from .collection import Batch
 from .foreign import expand
 from .policy import POLICY_VERSION
@@ -100,7 +101,7 @@ def on_disk(
                 kept += batch.positions
                 skipped += batch.skipped
             file.flush()
-            os.fsync(file.fileno())
+            synchronise_file(file.fileno(), work / "images.bin")
         dropped = _others(kept, count)
         shape = (len(kept), channels, size, size)
         index = {"shape": shape, "dropped": dropped, "skipped": skipped}

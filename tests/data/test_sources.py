@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import os
 import pickle
@@ -442,6 +443,20 @@ def test_the_place_of_the_cache(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", "relative")
     monkeypatch.setenv("HOME", str(tmp_path))
     assert store.cache_folder() == tmp_path / ".cache" / "mgebm_fast"
+
+
+def test_a_cache_without_fsync_and_one_on_a_failing_disk(monkeypatch, image, write_folder):
+    def fails(handle):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "fsync", fails)
+    folder = write_folder({"a/1.png": image})
+    number = errno.EINVAL
+    with pytest.warns(UserWarning, match="does not support fsync"):
+        assert len(read(folder, cache=True)) == 1
+    number = errno.EIO
+    with pytest.raises(OSError, match="cannot write decoded images.*Input/output error"):
+        load(folder, size=8, channels=1, cache=True)
 
 
 def test_no_home_at_all(monkeypatch, image, write_folder):

@@ -84,7 +84,7 @@ class Recorder(NoRecorder):
 
     def synchronise(self) -> None:
         """Have everything on the disk before a checkpoint that counts on it."""
-        files.synchronise_file(self._file.fileno())
+        files.synchronise_file(self._file.fileno(), Path(self._file.name))
         self._logger.flush()
 
     def close(self) -> None:

@@ -349,3 +349,6 @@ def test_a_file_system_without_fsync_is_reported_once(tmp_path, monkeypatch, num
     with pytest.raises(OSError) as caught:
         files.write_bytes(tmp_path / "c", b"x")
     assert caught.value.errno == errno.EIO and not (tmp_path / "c").exists()
+    with pytest.raises(OSError) as caught:
+        files.synchronise(tmp_path)
+    assert caught.value.filename == str(tmp_path)
