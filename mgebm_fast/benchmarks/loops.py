@@ -64,10 +64,15 @@ def langevin_update(x: Tensor, gradient: Tensor, numbers: Update) -> Tensor:
     return x.clamp(numbers.low, numbers.high) if numbers.low > -math.inf else x
 
 
+def numbers_of(dynamics: Langevin) -> list[Update]:
+    """The numbers of each of the K steps."""
+    found = dynamics.by_step()
+    return found if len(found) == dynamics.steps else found * dynamics.steps
+
+
 def seed_loop(energy: nn.Module, x: Tensor, dynamics: Langevin) -> Tensor:
     """`backward()` with live weights and `retain_graph=True`: every step computes unused weight gradients."""
-    numbers = dynamics.update()
-    for _ in range(dynamics.steps):
+    for numbers in numbers_of(dynamics):
         x = x.detach().requires_grad_()
         energy(x).sum().backward(retain_graph=True)
         assert x.grad is not None
@@ -78,9 +83,8 @@ def seed_loop(energy: nn.Module, x: Tensor, dynamics: Langevin) -> Tensor:
 
 def plain_loop(energy: nn.Module, x: Tensor, dynamics: Langevin) -> Tensor:
     """`autograd.grad` with frozen weights, in x's own precision: the loop written with care."""
-    numbers = dynamics.update()
     energy.requires_grad_(False)
-    for _ in range(dynamics.steps):
+    for numbers in numbers_of(dynamics):
         x = x.detach().requires_grad_()
         (gradient,) = torch.autograd.grad(energy(x).sum(), x)
         x = langevin_update(x.detach(), gradient, numbers)
@@ -90,9 +94,8 @@ def plain_loop(energy: nn.Module, x: Tensor, dynamics: Langevin) -> Tensor:
 
 def bf16_cast_loop(energy: nn.Module, x: Tensor, dynamics: Langevin) -> Tensor:
     """`plain_loop` with the net and its input cast to bfloat16; the state and the update stay float32."""
-    numbers = dynamics.update()
     low = copy.deepcopy(energy).to(torch.bfloat16).requires_grad_(False)
-    for _ in range(dynamics.steps):
+    for numbers in numbers_of(dynamics):
         leaf = x.to(torch.bfloat16).requires_grad_()
         (gradient,) = torch.autograd.grad(low(leaf).float().sum(), leaf)
         x = langevin_update(x, gradient.float(), numbers)
@@ -130,33 +133,33 @@ class CompiledLoop:
         net, step = self.compiled[key]
         with torch.no_grad():
             torch._foreach_copy_(list(net.parameters()), list(energy.parameters()))
-            n = dynamics.update()
-            numbers = torch.tensor(
+            numbers = torch.tensor([
                 [n.drift, n.noise_std, n.inverse_variance, n.reference_mean, n.grad_clamp, n.low, n.high]
-            ).to(x.device)
+                for n in numbers_of(dynamics)
+            ]).to(x.device)  # fmt: skip
             x = x.contiguous(memory_format=torch.channels_last)
             if x.device.type == "cuda":
-                return self._replayed(key, step, x, numbers, dynamics.steps)
-            for _ in range(dynamics.steps):
-                x = step(x, numbers)
+                return self._replayed(key, step, x, numbers)
+            for row in numbers:
+                x = step(x, row)
         return x
 
-    def _replayed(self, key: Any, step: Callable[..., Tensor], x: Tensor, numbers: Tensor, steps: int) -> Tensor:
+    def _replayed(self, key: Any, step: Callable[..., Tensor], x: Tensor, numbers: Tensor) -> Tensor:
         """The chain from its CUDA graph, captured at its first call."""
-        key = *key, tuple(x.shape), steps
+        key = *key, tuple(x.shape), len(numbers)
         if key not in self.graphs:
             state, values = x.clone(), numbers.clone()
             side = torch.cuda.Stream(x.device)
             side.wait_stream(torch.cuda.current_stream(x.device))
             with torch.cuda.stream(side):
                 for _ in range(2):  # compiles, tunes and warms libraries up, which is not allowed during a capture
-                    step(state, values)
+                    step(state, values[0])
             torch.cuda.current_stream(x.device).wait_stream(side)
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, stream=side):
                 result = state
-                for _ in range(steps):
-                    result = step(result, values)
+                for row in values:
+                    result = step(result, row)
             self.graphs[key] = graph, state, values, result
         graph, state, values, result = self.graphs[key]
         state.copy_(x)

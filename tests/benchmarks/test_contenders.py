@@ -52,6 +52,7 @@ def test_a_plain_net_has_the_activation(activation):
         {"drift": 300.0, "noise_std": 0.0, "clamp": (0.0, 255.0)},
         {"drift": 300.0, "noise_std": 0.0, "reference_std": 30.0, "reference_mean": 100.0},
         {"drift": 300.0, "noise_std": 0.0, "grad_clamp": 0.001},
+        {"drift": mg.Schedule(500.0, 50.0), "noise_std": 0.0},
     ],
 )
 def test_a_loop_without_noise_is_this_packages_chain(loop, numbers):

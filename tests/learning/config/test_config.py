@@ -297,8 +297,15 @@ def test_annealed_noise_scales_a_schedule_and_each_value_of_a_list():
 
 def test_noise_factor_scales_the_form_that_is_used():
     decoupled, coupled = load_preset("digits"), load_preset("multigrid-paper")
-    full = decoupled.dynamics()[0].update().noise_std
-    assert decoupled.dynamics([0.5, 1, 1])[0].update().noise_std == pytest.approx(0.5 * full)
+
+    def by_step(chains):
+        return [numbers.noise_std for numbers in chains[0].by_step()]
+
+    full = by_step(decoupled.dynamics())
+    assert len(full) == 30 and full[0] == pytest.approx(0.06) and full[-1] == 0
+    assert by_step(decoupled.dynamics([0.5, 1, 1])) == pytest.approx([0.5 * std for std in full])
+    constant = load_preset("cifar10").dynamics([0.5, 1, 1, 1])[0].update().noise_std
+    assert constant == pytest.approx(0.5 * 0.03)
     assert coupled.dynamics([1, 0.5, 1])[1].update().noise_std == pytest.approx(0.15)
     assert coupled.dynamics([1, 0.5, 1])[0].update().noise_std == pytest.approx(0.3)
 
