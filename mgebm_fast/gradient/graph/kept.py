@@ -19,6 +19,7 @@ from ...ops.graph_chain import GraphChain
 from ...ops.graph_chain.layers import Graph
 from ...ops.graph_chain.refill import MOST, Refill
 from ..trust import GLOBAL_HOOKS
+from .recorder import Weights, memory_of
 from .watch import Watch
 
 _MOST_KEPT = 8  # readings of an energy: those used last
@@ -29,9 +30,10 @@ class Kept:
     """A reading with what it depends on beside the objects of a watch."""
 
     layout: list[Hashable]  # of every tensor: where it lies, and how
-    others: list[Tensor]  # copies of those that are not float32
-    state: tuple[Tensor, GraphChain]  # the numbers of those that are, and these packed
-    refill: Refill | None
+    fixed: list[bool]  # of every tensor: whether with other numbers the energy must be read again
+    others: list[Tensor]  # copies of those
+    state: tuple[Tensor, GraphChain]  # the numbers of the rest, and these packed
+    refill: Refill | None  # None: all are fixed
     plan: tuple[Any, ...]  # the form of the graph, how it is read, and its precision
 
 
@@ -53,9 +55,12 @@ def find(watch: Watch, key: Hashable) -> tuple[Any, ...] | None:
     if kept is None:
         return None
     tensors = watch.tensors
-    if _layout(tensors) != kept.layout or not all(map(torch.equal, _others(tensors), kept.others)):
+    if _layout(tensors) != kept.layout:
         return None
-    values, (before, chain) = _values(tensors), kept.state
+    others, loose = _apart(tensors, kept.fixed)
+    values, (before, chain) = _values(loose), kept.state
+    if not all(map(torch.equal, others, kept.others)):
+        return None
     if not torch.equal(values.view(torch.int32), before.view(torch.int32)):
         if kept.refill is None or not bool(torch.isfinite(values).all()):
             return None
@@ -64,31 +69,32 @@ def find(watch: Watch, key: Hashable) -> tuple[Any, ...] | None:
     return chain, *kept.plan
 
 
-def keep(watch: Watch, key: Hashable, graph: Graph, found: tuple[Any, ...], copied: bool) -> None:
-    """Note what `find` is to give of a reading that was just made and is trusted; `copied`: whether all its constants
-    that depend on weights lie in the memory of the weights, in float32."""
+def keep(watch: Watch, key: Hashable, graph: Graph, found: tuple[Any, ...], weights: Weights) -> None:
+    """Note what `find` is to give of a reading that was just made and is trusted, and met these weights."""
     tensors, (chain, *plan) = watch.tensors, found
-    if sum(t.numel() for t in tensors) >= MOST:
+    if sum(t.numel() for t in tensors) >= MOST or not weights.met <= set(map(memory_of, tensors)):
         return
-    values, refill = _values(tensors), None
-    if copied:
-        try:
-            refill = chain.refill(graph, values, _places(graph, tensors))
-        except ValueError:
-            refill = None
-    others = [t.detach().clone() for t in _others(tensors)]
+    fixed = [t.dtype is not torch.float32 or memory_of(t) in weights.computed for t in tensors]
+    others, loose = _apart(tensors, fixed)
+    refill = None
+    try:
+        if plan[-1] == "fp32":
+            refill = chain.refill(graph, _values(loose), _places(graph, loose))
+    except ValueError:
+        refill = None
+    if refill is None:
+        fixed, others, loose = [True] * len(tensors), tensors, []
+    copies = [t.detach().clone() for t in others]
     watch.kept.pop(key, None)
-    while len(watch.kept) >= _MOST_KEPT:
-        watch.kept.pop(next(iter(watch.kept)), None)
-    watch.kept[key] = Kept(_layout(tensors), others, (values, chain), refill, tuple(plan))
+    for earlier in list(watch.kept)[: max(0, len(watch.kept) + 1 - _MOST_KEPT)]:
+        watch.kept.pop(earlier, None)
+    watch.kept[key] = Kept(_layout(tensors), fixed, copies, (_values(loose), chain), refill, tuple(plan))
 
 
-def _floats(tensors: list[Tensor]) -> list[Tensor]:
-    return [t for t in tensors if t.dtype is torch.float32]
-
-
-def _others(tensors: list[Tensor]) -> list[Tensor]:
-    return [t for t in tensors if t.dtype is not torch.float32]
+def _apart(tensors: list[Tensor], fixed: list[bool]) -> tuple[list[Tensor], list[Tensor]]:
+    """(those that are fixed, the others)."""
+    pairs = list(zip(tensors, fixed, strict=True))
+    return [t for t, is_fixed in pairs if is_fixed], [t for t, is_fixed in pairs if not is_fixed]
 
 
 def _layout(tensors: list[Tensor]) -> list[Hashable]:
@@ -96,11 +102,10 @@ def _layout(tensors: list[Tensor]) -> list[Hashable]:
 
 
 def _values(tensors: list[Tensor]) -> Tensor:
-    """The numbers of those in float32, one after the other."""
+    """The numbers of float32 tensors, one after the other."""
+    nothing = torch.empty(0, dtype=torch.float32, device="cpu")
     with torch.inference_mode(False), torch.no_grad():
-        return torch.cat(
-            [torch.empty(0, dtype=torch.float32, device="cpu"), *(t.reshape(-1) for t in _floats(tensors))]
-        )
+        return torch.cat([nothing, *(t.reshape(-1) for t in tensors)])
 
 
 def _places(graph: Graph, tensors: list[Tensor]) -> dict[int, Tensor]:
@@ -108,13 +113,13 @@ def _places(graph: Graph, tensors: list[Tensor]) -> dict[int, Tensor]:
     partly outside."""
     starts: dict[int, tuple[Tensor, int]] = {}
     at = 0
-    for tensor in _floats(tensors):
-        starts[tensor.untyped_storage()._cdata] = tensor, at
+    for tensor in tensors:
+        starts[memory_of(tensor)] = tensor, at
         at += tensor.numel()
     found: dict[int, Tensor] = {}
     for _, constant in graph.tensors():
-        if constant.untyped_storage()._cdata in starts:
-            tensor, start = starts[constant.untyped_storage()._cdata]
+        if memory_of(constant) in starts:
+            tensor, start = starts[memory_of(constant)]
             offset = constant.storage_offset() - tensor.storage_offset()
             if not tensor.is_contiguous() or tensor.numel() * 4 != tensor.untyped_storage().nbytes():
                 raise ValueError("weights that share their memory")

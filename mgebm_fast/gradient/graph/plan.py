@@ -25,7 +25,7 @@ from ..holding import frozen_parameters
 from ..stack import Stack, example_input, reread
 from . import kept
 from .cost import gains_by_bfloat
-from .recorder import noise_like, read_graph
+from .recorder import Weights, noise_like, read_graph
 from .state import as_before
 from .watch import Watch, watch_of
 
@@ -157,24 +157,29 @@ def plan_of(energy: Any, x: Tensor, where: str, precision: str = "auto") -> Grap
         return f"bf16 needs AVX512_BF16 or AMX, and {native.isa()} is in use"
     key = kept.key_of(x, precision)
     watch = None if key is None else watch_of(energy)
-    if watch is not None and (found := kept.find(watch, key)):
-        chain, form, read, precision = found
-        return GraphPlan.of_chain(chain, form, energy, read, where, precision=precision)
+    place = None if watch is None else (watch, key)
+    if watch is not None and (reason := watch.kept.get(("refused", key))):
+        return reason
+    if place is not None and (found := kept.find(*place)):
+        chain, form, read, made_in = found
+        return GraphPlan.of_chain(chain, form, energy, read, where, precision=made_in)
     with as_before(energy):
-        return _plan_of(energy, x, where, precision, None if watch is None else (watch, key))
+        return _plan_of(energy, x, where, precision, place)
 
 
 def _plan_of(
     energy: Any, x: Tensor, where: str, precision: str, place: tuple[Watch, Hashable] | None
 ) -> GraphPlan | str:
     """Reads the energy; `place`: where the reading is kept."""
-    shape, computed = x.shape, set[str]()
+    shape, weights = x.shape, Weights()
 
-    def read(now: Any, computed: set[str] | None = None) -> Graph | str:
-        return read_graph(now, torch.empty((), dtype=torch.float32, device="cpu").expand(shape), computed)
+    def read(now: Any, weights: Weights | None = None) -> Graph | str:
+        return read_graph(now, torch.empty((), dtype=torch.float32, device="cpu").expand(shape), weights)
 
-    graph = read(energy, computed)
+    graph = read(energy, weights)
     if isinstance(graph, str):
+        if place is not None and "its own code raises" not in graph:  # of the code, whatever its weights are
+            place[0].kept["refused", place[1]] = graph
         return graph
     if precision == "auto":
         precision = "bf16" if prefers_bfloat() and gains_by_bfloat(graph) else "fp32"
@@ -188,8 +193,7 @@ def _plan_of(
     if reason:
         return f"its reading is not trusted: {reason}"
     if place is not None and shown and place[0].holds(energy):
-        copied = precision == "fp32" and not computed
-        kept.keep(*place, graph, (plan.chain, plan.form, read, precision), copied)
+        kept.keep(*place, graph, (plan.chain, plan.form, read, precision), weights)
     return plan
 
 

@@ -36,14 +36,23 @@ _SAMPLES = 3
 # Ops whose first result alone is the layer's.
 _SEVERAL = ("native_", "_native_", "cudnn_batch_norm", "_batch_norm", "max_pool", "log_sigmoid_forward")
 
+
+@dataclasses.dataclass
+class Weights:
+    """The tensors that code had before it was read, by their memory (`memory_of`): those that were met, and those that
+    constants were computed from. The numbers of the others stand in the graph as they are, in the memory of theirs."""
+
+    met: set[int] = dataclasses.field(default_factory=set)
+    computed: set[int] = dataclasses.field(default_factory=set)
+
+
 # Ops that leave numbers where they are in memory.
 _VIEWS = frozenset("t transpose permute view detach alias expand unsqueeze squeeze select slice".split())
 
 
-def read_graph(energy: Callable[[Tensor], Tensor], x: Tensor, computed: set[str] | None = None) -> Graph | str:
+def read_graph(energy: Callable[[Tensor], Tensor], x: Tensor, weights: Weights | None = None) -> Graph | str:
     """The graph of `energy` for tensors like x (N, ...) float32 on the CPU; or the reason, with the module and the op,
-    why it cannot be read as one. Only x's shape is used. `computed` takes the ops that computed constants of it: where
-    there are none, those that are weights lie in the memory of the weights."""
+    why it cannot be read as one. Only x's shape is used. `weights` takes notes of the tensors that were met."""
     if x.device.type != "cpu" or x.dtype != torch.float32 or x.dim() < 2 or x.shape[1:].numel() == 0:
         return f"a graph is read for float32 x (N, …) on the CPU, got {x.dtype} {tuple(x.shape)} on {x.device.type}"
     if torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None:
@@ -57,8 +66,9 @@ def read_graph(energy: Callable[[Tensor], Tensor], x: Tensor, computed: set[str]
     try:
         with torch.inference_mode(False), frozen_parameters(energy), torch.enable_grad(), recorder, _CircularPads():
             out = energy(probe)
-        if computed is not None:
-            computed |= recorder.computed
+        if weights is not None:
+            weights.met |= recorder.weights.met
+            weights.computed |= recorder.weights.computed
         return recorder.finish(out)
     except Unreadable as reason:
         return str(reason)
@@ -102,7 +112,7 @@ class _Recorder(TorchDispatchMode):
         self._made: set[int] = {x.untyped_storage()._cdata}  # storages of tensors that ops made meanwhile
         self._tracked: set[tuple] = set()  # keys of tensors that autograd followed, for weights outside of modules
         self.reason = ""
-        self.computed: set[str] = set()  # ops whose results depend on weights, but are not x's
+        self.weights = Weights()
         self._passed: list[Tensor] = []  # constants that the rule of an op was given
 
     @classmethod
@@ -172,11 +182,13 @@ class _Recorder(TorchDispatchMode):
         name = func._schema.name.split("::")[1]
         tensors, made = _tensors((args, kwargs)), _tensors(out)
         found = [self._values.get(_key(t)) for t in tensors]
+        constants = {memory_of(t) for t, value in zip(tensors, found, strict=True) if value is None}
+        self.weights.met |= constants - self._made
         self._made |= {t.untyped_storage()._cdata for t in made} - {t.untyped_storage()._cdata for t in tensors}
         if all(value is None for value in found):
             self._kept.append(made)
-            if name not in _VIEWS and any(t.is_floating_point() for t in tensors):
-                self.computed.add(name)
+            if name not in _VIEWS:
+                self.weights.computed.update(memory_of(t) for t in tensors if t.is_floating_point())
             return
         if not torch.is_grad_enabled():
             raise Unreadable(f"{name} runs without gradients (torch.no_grad, or a custom autograd.Function)")
@@ -198,9 +210,7 @@ class _Recorder(TorchDispatchMode):
         with torch.device("cpu"):  # whatever torch's default device is
             results = RULES[plain](builder, out[0] if plain.startswith(_SEVERAL) else out, *rule_args, **rule_kwargs)
         added = Graph(builder.x.held, tuple(builder.layers[before:])).tensors()
-        memory = {t.untyped_storage()._cdata for _, t in added}
-        if any(t.untyped_storage()._cdata not in memory for t in self._passed):
-            self.computed.add(name)
+        self.weights.computed |= {memory_of(t) for t in self._passed} - {memory_of(t) for _, t in added}
         if inplace:
             self._forget_views(made[0])
         self._kept.append(out)
@@ -273,8 +283,12 @@ def _named_arguments(func: Any, kwargs: dict) -> list[tuple[Any, Any]]:
     return [(argument, kwargs[argument.name]) for argument in func._schema.arguments if argument.name in kwargs]
 
 
+def memory_of(tensor: Tensor) -> int:
+    return tensor.untyped_storage()._cdata
+
+
 def _key(tensor: Tensor) -> tuple:
-    return tensor.untyped_storage()._cdata, tensor.storage_offset(), tuple(tensor.shape), tensor.stride()
+    return memory_of(tensor), tensor.storage_offset(), tuple(tensor.shape), tensor.stride()
 
 
 def _as_features(graph: Graph) -> Graph:

@@ -1,4 +1,4 @@
-"""Readings kept from call to call: nothing that changes an energy is missed, and new weights give a fresh reading's bits."""
+"""Readings kept from call to call: no change of an energy is missed, and new weights give a new reading's bits."""
 
 from __future__ import annotations
 
@@ -167,7 +167,7 @@ def of_several(*parts: nn.Module) -> nn.Module:
 
 FILLED = {
     "points": ((2,), lambda: of_several(nn.Linear(2, 9), nn.SiLU(), nn.Linear(9, 17), nn.SiLU(), nn.Linear(17, 1))),
-    "tied": ((6,), lambda: (lambda layer: of_several(layer, nn.SiLU(), layer, nn.Tanh(), nn.Linear(6, 1)))(nn.Linear(6, 6))),
+    "tied": ((6,), lambda: (lambda one: of_several(one, nn.SiLU(), one, nn.Tanh(), nn.Linear(6, 1)))(nn.Linear(6, 6))),
     "images": ((3, 9, 9), lambda: of_several(
         nn.Conv2d(3, 5, 3, padding=1), nn.GroupNorm(1, 5), nn.GELU(), nn.Conv2d(5, 7, 2, 2, bias=False), nn.SiLU(),
         nn.Flatten(), nn.Linear(112, 1),
@@ -232,17 +232,35 @@ def test_what_may_change_unseen_is_not_watched(energy: Any) -> None:
 WEIGHTS = np.ones(3, dtype=np.float32)
 
 
+def test_what_is_not_read_is_not_tried_again(readings: list[Any]) -> None:
+    net, x = of_several(nn.Linear(3, 4), nn.Dropout(0.5), nn.Linear(4, 1), nn.Flatten(0)).train(), points()
+    reasons = [plan.plan_of(net, x, "test") for _ in range(3)]
+    assert len(readings) == 1 and len(set(reasons)) == 1 and "Dropout" in str(reasons[0])
+    assert isinstance(plan.plan_of(net.eval(), x, "test"), plan.GraphPlan)
+
+
+def test_weights_that_a_search_does_not_find_are_not_kept(readings: list[Any]) -> None:
+    hidden = {"w": torch.ones(3)}
+    energy, x = (lambda x: (x.pow(2) * eval("HIDDEN")["w"]).sum(1)), points()  # noqa: S307
+    globals()["HIDDEN"] = hidden
+    for _ in range(2):
+        torch.testing.assert_close(chain(energy, x), by_hand(energy, x), rtol=1e-5, atol=1e-5)
+        hidden["w"].mul_(1.5)
+    assert len(readings) == 2
+
+
 def test_a_watch_keeps_nothing_alive() -> None:
     net, x = Net(), points()
-    energy = lambda x: net(x)  # noqa: E731
+    held = [net]
+    energy = lambda x: held[0](x)  # noqa: E731  (its code stays)
     chain(energy, x)
     watch = watch_of(energy)
     assert watch is not None and watch.kept
     gone, weight = weakref.ref(net), weakref.ref(net.layers[0].weight)
-    code = energy.__code__
-    del energy, net
+    held.clear()
+    del net
     gc.collect()
-    assert gone() is None and weight() is None and not watch.kept and code is not None
+    assert gone() is None and weight() is None and not watch.kept
 
 
 def test_a_copy_has_a_reading_of_its_own() -> None:
