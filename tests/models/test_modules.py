@@ -29,8 +29,8 @@ def generator():
 MAKE = {
     "MultiGrid": lambda: MultiGrid((1, 2, 4), variant="compact", width=0.1, **COMMON),
     "SingleGrid": lambda: SingleGrid(4, start="bank", variant="compact", width=0.1, norm="none", **COMMON),
-    "GenerativeConvNet": lambda: GenerativeConvNet(4, LAYERS, depth=1, **COMMON),
-    "Frame": lambda: Frame(4, layers=LAYERS, leapfrog_steps=2, **COMMON),
+    "GenerativeConvNet": lambda: GenerativeConvNet(4, LAYERS, depth=1, sample_steps=9, **COMMON),
+    "Frame": lambda: Frame(4, layers=LAYERS, leapfrog_steps=2, sample_steps=9, **COMMON),
     "SpatialTemporal": lambda: SpatialTemporal((4, 4, 4), LAYERS, **COMMON),
     "GeneratorModel": lambda: GeneratorModel(generator(), Inference(2, 0.1, 0.3)),
     "CoopNets": lambda: CoopNets(4, generator(), Inference(2, 0.1, 0.3), variant="compact", width=0.1, **COMMON),
