@@ -170,7 +170,8 @@ def about(
     """Train multi-grid energy-based models of images, and sample them.
 
     \b
-    Example, a first run (four minutes on two cores):
+    A model that comes with the package, in seconds, and one of your own, in minutes:
+      mgebm sample digits --num 64 --out digits.png
       mgebm train digits --out runs/digits
       mgebm sample runs/digits --num 64 --out samples.png
       mgebm evaluate runs/digits --num 1000

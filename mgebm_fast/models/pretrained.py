@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -13,7 +14,8 @@ import torch
 from torch import Tensor
 
 from .. import files
-from ..errors import CheckpointError
+from ..checks import is_int
+from ..errors import CheckpointError, Refused
 from ..pictures import image_grid, save_png
 from . import storage
 
@@ -62,6 +64,10 @@ class Pretrained:
 
 
 def _save(model: Any, folder: Path, figures: Mapping[str, Any] | None, samples: int, half: bool) -> list[Path]:
+    if not is_int(samples, 0):
+        raise Refused("samples", "be an int >= 0", repr(samples), "save_pretrained")
+    if not (figures is None or isinstance(figures, Mapping)):
+        raise TypeError(f"save_pretrained: figures must be a dict, got {type(figures).__name__}")
     if folder.exists() and not folder.is_dir():
         raise FileExistsError(f"save_pretrained: folder must be a folder or new, got the file {folder}")
     picture = _picture(model, samples) if samples else None
@@ -140,6 +146,11 @@ def _measured(run: Any) -> tuple[str, Mapping[str, Any]]:
     return "The last record of training, no measure of quality.", records[-1] if records else {}
 
 
+def _cell(value: object) -> str:
+    """Words of a table's cell, which a bar or a line break would end."""
+    return " ".join(str(value).split()).replace("|", "\\|")
+
+
 def card(model: Any, training: Any, name: str, figures: Mapping[str, Any] | None, picture: bool) -> str:
     """The model card, in Markdown: what it is, data, command, seed, figures, samples, how to use it."""
     size = " × ".join(map(str, getattr(model, "shape", (model.sizes[-1],) * 2)))
@@ -168,14 +179,14 @@ def card(model: Any, training: Any, name: str, figures: Mapping[str, Any] | None
         classes = f", classes {', '.join(map(str, training.classes))}" if training.classes else ""
         lines += [
             "| what | value |", "|---|---|",
-            f"| preset | {training.name}: {training.description} |",
-            f"| data | {training.data}{classes}{count} |",
+            f"| preset | {_cell(f'{training.name}: {training.description}')} |",
+            f"| data | {_cell(f'{training.data}{classes}{count}')} |",
             f"| method | {training.method} |",
             f"| updates | {training.steps}, batches of {training.batch_size} |",
             *([f"| starts from | {training.start_from} |"] if training.start_from else []),
             f"| seed | {training.seed} |", "",
             "Trained again, with the configuration beside this file:", "",
-            f"    mgebm train {TRAINING} --data {training.data} --out runs/{training.name}", "",
+            "    " + shlex.join(["mgebm", "train", TRAINING, "--data", training.data, "--out", f"runs/{training.name}"]), "",
         ]  # fmt: skip
     given, found = "As given by the author.", figures
     if found is None and model.origin is not None:
@@ -184,7 +195,7 @@ def card(model: Any, training: Any, name: str, figures: Mapping[str, Any] | None
     if plain:
         shown = {key: f"{value:.6g}" if isinstance(value, float) else value for key, value in plain.items()}
         lines += ["## Figures", "", given, "", "| figure | value |", "|---|---|"]
-        lines += [f"| {key} | {value} |" for key, value in shown.items()]
+        lines += [f"| {_cell(key)} | {_cell(value)} |" for key, value in shown.items()]
         lines.append("")
     lines += [
         "## Limits", "",

@@ -40,7 +40,7 @@ def test_a_folder_gives_the_model_back(tmp_path):
 
 
 def test_a_card_tells_how_a_run_was_trained_without_this_machines_paths(tmp_path):
-    images = tmp_path / "photos.npy"
+    images = tmp_path / "my | photos.npy"
     import numpy as np
 
     np.save(images, np.random.default_rng(0).integers(0, 256, (20, 1, 8, 8), dtype=np.uint8))
@@ -51,9 +51,14 @@ def test_a_card_tells_how_a_run_was_trained_without_this_machines_paths(tmp_path
     mg.learning.train(config, out=tmp_path / "run", quiet=True)
     mg.load(tmp_path / "run").save_pretrained(tmp_path / "card", samples=4)
     text = (tmp_path / "card" / "README.md").read_text()
-    for words in ("| data | photos.npy, 18 images |", "| seed | 7 |", "| updates | 1, batches of 4 |", "size_8/gap"):
+    for words in (
+        "| data | my \\| photos.npy, 18 images |",
+        "| seed | 7 |",
+        "| updates | 1, batches of 4 |",
+        "size_8/gap",
+    ):
         assert words in text, text
-    assert "mgebm train config.toml --data photos.npy" in text
+    assert "mgebm train config.toml --data 'my | photos.npy' --out runs/digits" in text
     for name in ("README.md", "config.toml", "config.json"):
         assert str(tmp_path) not in (tmp_path / "card" / name).read_text()
     assert mg.load(tmp_path / "card").origin.config.seed == 7
@@ -79,6 +84,14 @@ def test_untrained_models_and_recordings_have_cards(tmp_path):
     assert (
         "4 × 6 × 6" in (tmp_path / "video" / "README.md").read_text() and (tmp_path / "video" / "samples.png").exists()
     )
+
+
+def test_what_no_card_can_hold_is_refused_before_anything_is_written(tmp_path):
+    with pytest.raises(ValueError, match="save_pretrained: samples must be an int >= 0, got -1"):
+        model().save_pretrained(tmp_path / "x", samples=-1)
+    with pytest.raises(TypeError, match="save_pretrained: figures must be a dict, got list"):
+        model().save_pretrained(tmp_path / "x", figures=[0.5])
+    assert not list(tmp_path.iterdir())
 
 
 def test_what_is_no_such_folder_is_refused(tmp_path):
