@@ -177,6 +177,7 @@ def card(model: Any, training: Any, name: str, figures: Mapping[str, Any] | None
         fingerprint = model.origin.fingerprint() or {}
         count = f", {fingerprint['count']} images" if "count" in fingerprint else ""
         classes = f", classes {', '.join(map(str, training.classes))}" if training.classes else ""
+        again = shlex.join(["mgebm", "train", TRAINING, "--data", training.data, "--out", f"runs/{training.name}"])
         lines += [
             "| what | value |", "|---|---|",
             f"| preset | {_cell(f'{training.name}: {training.description}')} |",
@@ -186,7 +187,7 @@ def card(model: Any, training: Any, name: str, figures: Mapping[str, Any] | None
             *([f"| starts from | {training.start_from} |"] if training.start_from else []),
             f"| seed | {training.seed} |", "",
             "Trained again, with the configuration beside this file:", "",
-            "    " + shlex.join(["mgebm", "train", TRAINING, "--data", training.data, "--out", f"runs/{training.name}"]), "",
+            f"    {again}", "",
         ]  # fmt: skip
     given, found = "As given by the author.", figures
     if found is None and model.origin is not None:
