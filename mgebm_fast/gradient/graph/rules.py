@@ -52,7 +52,7 @@ def _convolution(b: GraphBuilder, out: Tensor, x: Any, weight: Any, bias: Any, *
     stride, padding, dilation, transposed, _, groups = geometry
     if transposed:
         raise Unreadable(f"{b.name} is transposed")
-    dims = weight.dim() - 2
+    dims, x = weight.dim() - 2, b.as_map(x)
     if x.flattened or len(x.held.size) != dims:
         raise Unreadable(f"{b.name} takes {dims} spatial dimensions of a tensor of shape {x.shape}")
     stride, padding, dilation = (tuple(v) * (dims if len(v) == 1 else 1) for v in (stride, padding, dilation))

@@ -95,7 +95,7 @@ def _logsumexp(b: GraphBuilder, out: Tensor, x: Any, dims: Any, keepdim: bool = 
 
 
 def _spatial(b: GraphBuilder, x: Any, dims: int) -> Value:
-    x = value(b, x)
+    x = b.as_map(value(b, x))
     if x.flattened or len(x.held.size) != dims:
         raise Unreadable(f"{b.name} takes {dims} spatial dimensions of a tensor of shape {x.shape}")
     return x

@@ -114,6 +114,12 @@ class GraphBuilder:
         out = Map(x.held.channels, size)
         return self.add(layers.Gather, [x], out, (x.held.channels, *size), axes, drops)
 
+    def as_map(self, x: Value) -> Value:
+        """A value as it is, or a number for each channel, as a gate has it, as a map of one pixel (C, 1, …)."""
+        if x.is_map or len(x.shape) < 2 or x.shape[0] != x.held.channels:
+            return x
+        return self.add(layers.Affine, [x], Map(x.shape[0], x.shape[1:]), x.shape, None, None)
+
     def features(self, x: Value) -> Value:
         """A value as features, its elements in their logical order; a map is copied by a matrix of zeros and ones."""
         if not x.is_map:
@@ -143,7 +149,10 @@ class GraphBuilder:
         if elements * max(out, 1) > MAX_MATRIX or (x.is_map and elements > 1024):
             raise Unreadable(f"{self.name} is done to a map of shape {x.shape}")
         basis = torch.eye(elements).reshape(elements, *x.shape)
-        columns = apply(basis).reshape(elements, out)  # type: ignore[operator]
+        moved = apply(basis)  # type: ignore[operator]
+        if moved.shape[:1] != (elements,) or moved.numel() != elements * out:
+            raise Unreadable(f"{self.name} moves the batch to another place")
+        columns = moved.reshape(elements, out)
         return self.dense(x, columns.T.contiguous(), None, shape)
 
     def combined(self, kind: type[layers.Layer], a: Value, b: Value, *fields: object) -> Value:
@@ -158,5 +167,10 @@ class GraphBuilder:
         """x broadcast to (N, *shape)."""
         if x.shape == shape:
             return x
+        if len(shape) == len(x.shape) > 2 and shape[0] == x.shape[0]:
+            x = self.as_map(x)
+            if x.is_map and not x.flattened:
+                sizes = zip(x.held.size, shape[1:], strict=True)
+                return self.gather(x, tuple(tuple(((at if n > 1 else 0, 1.0),) for at in range(m)) for n, m in sizes))
         missing = (1,) * (len(shape) - len(x.shape))
         return self.linear(x, lambda basis: basis.reshape(len(basis), *missing, *x.shape).expand(-1, *shape), shape)
