@@ -54,6 +54,11 @@ def test_a_run_without_classes_and_an_export_are_refused(mgebm, trained, by_clas
     assert not list(tmp_path.iterdir())
 
 
+def test_training_from_a_run_needs_its_classes(mgebm, by_class, tmp_path):
+    result = mgebm("train", "digits", *TINY, "--from", by_class, "--out", tmp_path / "on")
+    assert "classes of a class-conditional model must be 0, 1, 2" in one_line(result) and "got none" in one_line(result)
+
+
 def test_evaluation_counts_classes(mgebm, by_class):
     found = json.loads(mgebm("evaluate", by_class, "--num", 60, "--json").stdout)
     model = mg.MultiGrid.load(by_class)
