@@ -70,5 +70,5 @@ def export(
     if model.coupled and to in ("state-dict", "torchscript", "onnx"):
         typer.echo("batch normalisation: the energies are those under its running statistics", err=True)
     if to == "sampler":
-        ending = "png" if len(model.sample_shape(model.sizes[-1])) == 3 else "npy"
+        ending = "png" if len(getattr(model, "shape", (0, 0))) == 2 else "npy"
         typer.echo(f"next: python {shlex.quote(str(out))} --num 16 --out samples.{ending}", err=True)

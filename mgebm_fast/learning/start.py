@@ -74,13 +74,13 @@ def match(model: Model, source: Model, where: str) -> Taken:
     """Which part of `source` each part of `model` takes: the net of the same size, or of two models of one fully
     convolutional net (head "sum") that net; and the generator.
 
-    CheckpointError where channels, the range of pixels or the classes of class-conditional models differ, where a net of one size has other layers in the two,
-    or where nothing fits.
+    CheckpointError where channels, the range of pixels or the classes of class-conditional models differ, where a net
+    of one size has other layers in the two, or where nothing fits.
     """
     for name in ("channels", "value_range"):
         _same(name, getattr(model, name), getattr(source, name), where)
-    classes = [", ".join(getattr(m, "classes", ())) or "none" for m in (model, source)]
-    _same("classes of a class-conditional model", *classes, where)
+    ours_of, theirs_of = (", ".join(getattr(m, "classes", ())) or "none" for m in (model, source))
+    _same("classes of a class-conditional model", ours_of, theirs_of, where)
     ours, theirs = dict(_parts(model)), dict(_parts(source))
     pairs = {part: part for part in ours if part in theirs}
     nets, others = ([part for part in parts if part != GENERATOR] for parts in (ours, theirs))

@@ -52,10 +52,10 @@ class MultiGrid(EnergyModel):
         if self.classes:
             if labels is None:
                 raise Refused("labels", "be given for a class-conditional model", None, "set_colours")
-            labels = self._check_labels(labels, len(colours), "set_colours")
+            found = self._check_labels(labels, len(colours), "set_colours")
         super().set_colours(colours)
         if self.classes:
-            self.labels = labels
+            self.labels = found
 
     def cascade(
         self,
@@ -161,7 +161,7 @@ class MultiGrid(EnergyModel):
             return super()._check_labels(labels, n, where)
         most = len(self.classes) - 1
         if is_int(labels, 0):
-            labels = torch.full((n,), labels)
+            labels = torch.full((n,), int(labels))
         if not isinstance(labels, Tensor) or labels.dtype != torch.int64 or labels.shape != (n,):
             got = f"{labels.dtype} {tuple(labels.shape)}" if isinstance(labels, Tensor) else repr(labels)
             raise Refused("labels", f"be a class number, or an int64 tensor ({n},) of them", got, where)

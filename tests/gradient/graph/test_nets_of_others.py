@@ -1,4 +1,4 @@
-"""Small nets as people write them: each is read right, or refused by a name and run by autograd with the right result."""
+"""Small nets as people write them: each is read right, or refused by name and run by autograd with the right result."""
 
 from __future__ import annotations
 
@@ -120,7 +120,9 @@ class GateOfOnePixel(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.conv = nn.Conv2d(3, 8, 3, padding=1)
-        self.gate = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Conv2d(8, 2, 1), nn.ReLU(), nn.Conv2d(2, 8, 1), nn.Sigmoid())
+        self.gate = nn.Sequential(
+            nn.AdaptiveAvgPool2d(1), nn.Conv2d(8, 2, 1), nn.ReLU(), nn.Conv2d(2, 8, 1), nn.Sigmoid()
+        )
         self.out = nn.Conv2d(8, 2, 3)
 
     def forward(self, x: Tensor) -> Tensor:
