@@ -45,7 +45,8 @@ def key_of(x: Tensor, precision: str) -> Hashable | None:
     hooks = any(getattr(torch.nn.modules.module, name, None) for name in GLOBAL_HOOKS)
     if hooks or torch.is_autocast_enabled("cpu"):
         return None
-    return x.shape, precision, prefers_bfloat(), native.isa(), torch.get_default_dtype(), torch.get_default_device()
+    device = torch.empty(0).device  # the default one: torch 2.9's get_default_device fails once it was set back
+    return x.shape, precision, prefers_bfloat(), native.isa(), torch.get_default_dtype(), device
 
 
 def find(watch: Watch, key: Hashable) -> tuple[Any, ...] | None:
