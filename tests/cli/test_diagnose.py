@@ -13,6 +13,8 @@ from PIL import Image
 import mgebm_fast as mg
 from mgebm_fast.evaluation.diagnosis import diagnose
 
+from .conftest import TINY
+
 GRIDS = ["grid 1 size 2", "grid 2 size 4", "grid 3 size 8"]
 
 
@@ -23,8 +25,24 @@ def figures(result):
 
 
 @pytest.fixture(scope="module")
-def found(mgebm, trained):
-    return figures(mgebm("diagnose", trained, "--num", 6, "--steps", 20, "--json"))
+def constant(mgebm, tmp_path_factory):
+    """A run whose noise is constant within a chain: only such chains have an acceptance."""
+    out = tmp_path_factory.mktemp("runs") / "constant"
+    result = mgebm("train", "digits", *TINY, "--set", "langevin.noise_std=0.05", "--out", out)
+    assert result.exit_code == 0, result.output
+    return out
+
+
+@pytest.fixture(scope="module")
+def found(mgebm, constant):
+    return figures(mgebm("diagnose", constant, "--num", 6, "--steps", 20, "--json"))
+
+
+def test_chains_whose_noise_falls_have_no_acceptance_and_a_note_says_so(mgebm, trained):
+    found = figures(mgebm("diagnose", trained, "--num", 3, "--steps", 20, "--json"))
+    for chain in found["chains"]:
+        assert chain["acceptance"] is chain["gradient_to_noise"] is None and chain["potential_last"] is not None
+    assert any("whose numbers vary, has no one law" in note for note in found["notes"])
 
 
 def test_every_grid_has_its_figures(found):
@@ -75,12 +93,12 @@ def test_pictures_and_the_report_are_written(mgebm, trained, tmp_path):
         assert np.asarray(Image.open(out / name).convert("L")).std() > 5, name
 
 
-def test_without_arviz_and_matplotlib_the_rest_is_told(mgebm, trained, tmp_path, monkeypatch):
+def test_without_arviz_and_matplotlib_the_rest_is_told(mgebm, constant, tmp_path, monkeypatch):
     real = importlib.util.find_spec
     monkeypatch.setattr(
         importlib.util, "find_spec", lambda name, *a: None if name in ("arviz", "matplotlib") else real(name, *a)
     )
-    result = mgebm("diagnose", trained, "--num", 3, "--json", "--out", tmp_path / "x")
+    result = mgebm("diagnose", constant, "--num", 3, "--json", "--out", tmp_path / "x")
     found = figures(result)
     assert found["chains"][0]["ess"] is None and found["chains"][0]["rhat"] is None
     assert "arviz is not installed" in found["notes"][0] and "matplotlib is not installed" in result.stderr

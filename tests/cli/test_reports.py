@@ -22,7 +22,7 @@ COMMANDS = ("train", "sample", "evaluate", "bench", "presets", "doctor")
 
 
 def test_evaluate_prints_one_object_on_stdout(mgebm, trained):
-    result = mgebm("evaluate", trained, "--num", 40, "--json")
+    result = mgebm("evaluate", trained, "--num", 40, "--seed", 7, "--json")  # a seed whose judges no test has fitted
     assert result.exit_code == 0, result.output
     figures = json.loads(result.stdout)
     assert result.stdout.count("\n") == 1

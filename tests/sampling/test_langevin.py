@@ -409,3 +409,9 @@ def test_counters_may_be_device_tensors():
         first_sample=torch.arange(2, 6),
     )  # fmt: skip
     assert torch.equal(got, expected)
+
+
+def test_numbers_that_are_equal_and_no_numbers_are_refused_after_those_that_are():
+    Langevin(3, step_size=0.1, clamp=(0, 1))
+    with pytest.raises(TypeError, match="clamp must be a pair of numbers"):
+        Langevin(3, step_size=0.1, clamp=(False, True))
