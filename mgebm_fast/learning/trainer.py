@@ -86,11 +86,11 @@ class MultiGridTrainer:
                     resume_command = "the same trainer: .resume(), then .fit()"
             config = _parted(merge(config, overrides), ranks)
             built = model is None
-            self.data = _images(data, config, METHODS[config.method].narrow(config))
+            method = METHODS[config.method]
+            self.data = _images(data, config, method.narrow(config))
             config = _with_classes(config, self.data)
             if not built and config.start_from is not None:
                 raise ConfigError(f"start_from: must be none where a model is given, got {config.start_from!r}")
-            method = METHODS[config.method]
             if model is None:
                 model = method.build_model(config)
             if model.kind != method.model.__name__:

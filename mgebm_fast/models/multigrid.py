@@ -12,7 +12,7 @@ from .. import noise
 from ..checks import is_int
 from ..errors import Refused
 from ..sampling import graphs
-from ..sampling.cascade import GridCallback, cascade
+from ..sampling.cascade import GridCallback, cascade, check_known
 from ..sampling.langevin import Langevin
 from . import storage
 from .energies import AnyEnergyModel, EnergyModel
@@ -98,11 +98,11 @@ class MultiGrid(EnergyModel):
             raise Refused("labels", "be given for a class-conditional model", None, "cascade")
         if labels is not None:
             start = self.with_planes(start, self._check_labels(labels, len(start), "cascade"))
-            if known is not None and mask is not None:
-                shape = (len(start), self.channels, *(self.sizes[-1],) * 2)
+            shape = (len(start), self.channels, *(self.sizes[-1],) * 2)
+            if (held := check_known(known, mask, shape, start.device, "cascade")) is not None:
                 planes = start[:, self.channels :].expand(-1, -1, *shape[2:])
-                known = torch.cat([known.expand(shape), planes], 1)
-                mask = torch.cat([mask.expand(shape), torch.zeros_like(planes, dtype=torch.bool)], 1)
+                known = torch.cat([held[0], planes], 1)
+                mask = torch.cat([held[1], torch.zeros_like(planes, dtype=torch.bool)], 1)
         results = self.run(
             start, seed=seed, first_sample=first_sample, first_step=first_step, purpose=purpose, mask=mask,
             known=known, langevin=None if langevin is None else self._per_net(langevin), callback=callback,

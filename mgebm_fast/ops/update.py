@@ -204,7 +204,7 @@ def update(
     numbers = (step_size, noise_scale, drift, noise_std, reference_std, reference_mean, grad_clamp, clamp)
     if not torch.compiler.is_compiling():  # a trace passes caches by
         try:
-            return _cached(where, *numbers, *map(type, clamp if type(clamp) is tuple else ()))
+            return _cached(where, tuple(map(type, clamp)) if type(clamp) is tuple else None, *numbers)
         except TypeError:  # what cannot be hashed, or is no number of Python's
             pass
     *given, bounds = numbers
@@ -257,8 +257,7 @@ def _update(
 
 # A loop calls with the same numbers every step: they are checked once. Within a tuple, 1 and True are told apart by
 # their types alone.
-_cached = functools.lru_cache(maxsize=256, typed=True)(lambda where, *numbers: _update(where, *numbers[:_NUMBERS]))
-_NUMBERS = 8  # of a step, `update`
+_cached = functools.lru_cache(maxsize=256, typed=True)(lambda where, types, *numbers: _update(where, *numbers))
 
 
 def _varying(numbers: Sequence[Any], x: Tensor, steps: int | None, where: str) -> Update:

@@ -46,13 +46,18 @@ def mgebm() -> Callable[..., Result]:
     return call
 
 
+def train_tiny(mgebm: Callable[..., Result], tmp_path_factory: pytest.TempPathFactory, setting: str) -> Path:
+    """A run of two updates of small nets on digits, with one more setting."""
+    out = tmp_path_factory.mktemp("runs") / "digits"
+    result = mgebm("train", "digits", *TINY, "--set", setting, "--out", out)
+    assert result.exit_code == 0, result.output
+    return out
+
+
 @pytest.fixture(scope="session")
 def trained(mgebm: Callable[..., Result], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of two updates; tests that write use `run`, a copy."""
-    out = tmp_path_factory.mktemp("runs") / "digits"
-    result = mgebm("train", "digits", *TINY, "--set", "checkpoint_every=1", "--out", out)
-    assert result.exit_code == 0, result.output
-    return out
+    return train_tiny(mgebm, tmp_path_factory, "checkpoint_every=1")
 
 
 @pytest.fixture

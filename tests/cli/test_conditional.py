@@ -11,15 +11,12 @@ from helpers.console import one_line
 
 import mgebm_fast as mg
 
-from .conftest import TINY
+from .conftest import TINY, train_tiny
 
 
 @pytest.fixture(scope="module")
 def by_class(mgebm, tmp_path_factory):
-    out = tmp_path_factory.mktemp("runs") / "by-class"
-    result = mgebm("train", "digits", *TINY, "--set", "multigrid.conditional=true", "--out", out)
-    assert result.exit_code == 0, result.output
-    return out
+    return train_tiny(mgebm, tmp_path_factory, "multigrid.conditional=true")
 
 
 def test_classes_are_drawn_in_turn(mgebm, by_class, tmp_path):

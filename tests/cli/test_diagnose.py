@@ -13,7 +13,7 @@ from PIL import Image
 import mgebm_fast as mg
 from mgebm_fast.evaluation.diagnosis import diagnose
 
-from .conftest import TINY
+from .conftest import train_tiny
 
 GRIDS = ["grid 1 size 2", "grid 2 size 4", "grid 3 size 8"]
 
@@ -27,10 +27,7 @@ def figures(result):
 @pytest.fixture(scope="module")
 def constant(mgebm, tmp_path_factory):
     """A run whose noise is constant within a chain: only such chains have an acceptance."""
-    out = tmp_path_factory.mktemp("runs") / "constant"
-    result = mgebm("train", "digits", *TINY, "--set", "langevin.noise_std=0.05", "--out", out)
-    assert result.exit_code == 0, result.output
-    return out
+    return train_tiny(mgebm, tmp_path_factory, "langevin.noise_std=0.05")
 
 
 @pytest.fixture(scope="module")

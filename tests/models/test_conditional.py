@@ -112,6 +112,7 @@ def test_a_file_holds_classes_and_labels(tmp_path, half):
         (lambda m: m.sample(2, labels=torch.tensor([0.0, 1.0])), "int64 tensor"),
         (lambda m: m.sample(2, labels=True), "labels must be a class number"),
         (lambda m: m.cascade(torch.zeros(2, 2, 1, 1)), "labels must be given for a class-conditional model"),
+        (lambda m: m.cascade(torch.zeros(2, 2, 1, 1), labels=0, known=torch.zeros(2, 4, 4)), "got known alone"),
         (lambda m: m.set_colours(torch.zeros(2, 2)), "labels must be given"),
         (lambda m: conditional(classes=()).sample(2, labels=0), "labels must be None"),
         (lambda m: conditional(classes=()).class_energies(torch.zeros(1, 2, 4, 4)), "must be class-conditional"),
