@@ -51,6 +51,9 @@ class Event:
     detail: str = ""
     captured: bool = False
     place: str = ""  # file:line of the package
+    # Of a launch: its tensors as (shape, bytes), by parameter or "0", "1", …, and the numbers it is compiled with.
+    tensors: dict[str, tuple[tuple[int, ...], int]] = dataclasses.field(default_factory=dict, compare=False)
+    constants: dict[str, Any] = dataclasses.field(default_factory=dict, compare=False)
 
     @property
     def launches(self) -> bool:
@@ -83,9 +86,12 @@ class World:
         self.current = [Stream(self)]
         self.fail_captures = False
 
-    def note(self, kind: str, name: str, detail: str = "") -> None:
+    def note(
+        self, kind: str, name: str, detail: str = "", tensors: dict[str, Any] | None = None, **constants: Any
+    ) -> None:
         place = _place() if kind in ("copy", "sync") else ""
-        self.events.append(Event(kind, name, detail, self.capturing, place))
+        sizes = {role: (tuple(t.shape), t.numel() * t.itemsize) for role, t in (tensors or {}).items()}
+        self.events.append(Event(kind, name, detail, self.capturing, place, sizes, constants))
 
     def take(self) -> list[Event]:
         """The events since the last call."""
@@ -179,7 +185,9 @@ class _Kernel:
                 else:
                     key.append((parameter.name, value if parameter.is_constexpr else type(value)))
             options = {name: value for name, value in arguments.items() if name not in self.kernel.arg_names}
-            self.world.note("triton", self.name.removesuffix("_kernel"), str(sizes))
+            tensors = {role: value for role, value in arguments.items() if isinstance(value, torch.Tensor)}
+            constants = {role: value for role, value in arguments.items() if role not in tensors}
+            self.world.note("triton", self.name.removesuffix("_kernel"), str(sizes), tensors, **constants)
             shape = tuple((*key, *sorted(options.items())))
             if shape not in self.world.launches:
                 # Of a tensor a launch is compiled for its dtype alone; fake ones end with their world.
@@ -223,14 +231,23 @@ class _Log(TorchDispatchMode):
             dtype = given[0].dtype
             return True if dtype == torch.bool or "equal" in name else HEALTHY_STEP if dtype == torch.int64 else 1.0
         made = operator(*args, **kwargs)
+        if name.startswith("aten.convolution") and given[0].is_contiguous(memory_format=torch.channels_last):
+            # As cuDNN does. Fake tensors ask the libraries of this build, which may be one without CUDA.
+            made = torch.utils._pytree.tree_map_only(torch.Tensor, _channels_last, made)
         results = [leaf for leaf in torch.utils._pytree.tree_leaves(made) if isinstance(leaf, torch.Tensor)]
         devices = {tensor.device.type for tensor in (*given, *results)}
         if "cuda" in devices:
             kind = "operator"
             if "cpu" in devices and _moves(name, given, results):
                 kind = "copy"
-            self.world.note(kind, name, ", ".join(f"{tuple(t.shape)}" for t in results[:2]))
+            distinct = {id(tensor): tensor for tensor in (*given, *results)}.values()
+            tensors = {str(place): tensor for place, tensor in enumerate(distinct)}
+            self.world.note(kind, name, ", ".join(f"{tuple(t.shape)}" for t in results[:2]), tensors)
         return made
+
+
+def _channels_last(made: torch.Tensor) -> torch.Tensor:
+    return made.contiguous(memory_format=torch.channels_last) if made.dim() == 4 else made
 
 
 def _moves(name: str, given: list[torch.Tensor], results: list[torch.Tensor]) -> bool:

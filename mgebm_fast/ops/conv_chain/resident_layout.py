@@ -22,6 +22,7 @@ WARPS = 16
 _UNIT_COLUMNS = 4  # chunks of eight channels that a warp makes at a time
 _ACTIVATIONS = {"none": 1, "leaky_relu": 1, "relu": 1, "silu": 2, "elu": 3}
 _USUAL_SAMPLES = 2
+_SHARED = 0.5  # share of a product's time for which its operands keep shared memory from all other warps
 _BARRIER = 12  # what a phase costs beside its products, in steps of a product
 
 
@@ -213,7 +214,8 @@ def _windows(stage: StageLike) -> tuple[windows.Windows, windows.Windows]:
 
 
 def _makespan(classes: Sequence[_Class], samples: int, tile_rows: int, columns: int, depth: int) -> float:
-    """Steps of the busiest warp, where units are shared out in turn: products of 16 rows, 32 columns, 16 channels."""
+    """Steps of a phase, products of 16 rows, 32 columns, 16 channels: those of the busiest warp, where units are shared
+    out in turn, or the time of shared memory for all."""
     groups = -(-columns // _UNIT_COLUMNS)
     loads = [0.0] * WARPS
     unit = 0
@@ -225,4 +227,4 @@ def _makespan(classes: Sequence[_Class], samples: int, tile_rows: int, columns: 
             for _ in range(groups):
                 loads[unit % WARPS] += tall * steps
                 unit += 1
-    return max(loads)
+    return max(*loads, _SHARED * sum(loads))
