@@ -38,7 +38,7 @@ ISA_FLAGS = {
     "avx2": "-mavx2 -mfma -mf16c",
     "avx512": AVX512,
 }
-# Sets that multiply bfloat16: the chains alone have use for them.
+# Sets that multiply bfloat16: the chains and the learning step alone have use for them.
 BFLOAT_FLAGS = {"avx512bf16": f"{AVX512} -mavx512bf16", "amx": f"{AVX512} -mavx512bf16 -mamx-tile -mamx-bf16"}
 
 
@@ -118,8 +118,8 @@ def nvcc_version(nvcc: str) -> str:
 
 def bfloat_ops() -> list[str]:
     """The ops of op_table.h that are compiled for the sets that multiply bfloat16 as well."""
-    (line,) = re.findall(r"#define MGEBM_BFLOAT_OPS\(X\) (.*)", (CSRC / "op_table.h").read_text())
-    return re.findall(r"X\((\w+),", line)
+    (lines,) = re.findall(r"#define MGEBM_BFLOAT_OPS\(X\) ((?:.*\\\n)*.*)", (CSRC / "op_table.h").read_text())
+    return re.findall(r"X\((\w+),", lines)
 
 
 class NinjaBuild(build_ext):

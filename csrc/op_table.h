@@ -19,17 +19,20 @@
   X(noise, NoiseParams, CPU_AND_CUDA)                \
   X(langevin_step, LangevinStepParams, CPU_AND_CUDA) \
   X(pyramid, PyramidParams, CPU_AND_CUDA)            \
-  X(upsample, UpsampleParams, CPU_AND_CUDA)          \
-  X(conv_learn, ConvLearnParams, CPU)
+  X(upsample, UpsampleParams, CPU_AND_CUDA)
 // Ops compiled also for the instruction sets that multiply bfloat16.
-#define MGEBM_BFLOAT_OPS(X) X(conv_chain, ConvChainParams, CPU) X(graph_chain, GraphChainParams, CPU)
+#define MGEBM_BFLOAT_OPS(X)             \
+  X(conv_chain, ConvChainParams, CPU)   \
+  X(graph_chain, GraphChainParams, CPU) \
+  X(conv_learn, ConvLearnParams, CPU)
 // Ops whose params on a GPU are other than those on a CPU.
 #define MGEBM_RESIDENT_OPS(X) X(conv_chain, ResidentParams, CPU_AND_CUDA)
 #define MGEBM_OPS(X) MGEBM_FLOAT_OPS(X) MGEBM_BFLOAT_OPS(X)
 // Ops that need scratch memory: <op>_workspace says how many bytes.
-#define MGEBM_FLOAT_WORKSPACES(X) X(conv_learn, ConvLearnParams)
-#define MGEBM_BFLOAT_WORKSPACES(X) X(conv_chain, ConvChainParams) X(graph_chain, GraphChainParams)
-#define MGEBM_WORKSPACES(X) MGEBM_FLOAT_WORKSPACES(X) MGEBM_BFLOAT_WORKSPACES(X)
+#define MGEBM_WORKSPACES(X)        \
+  X(conv_chain, ConvChainParams)   \
+  X(graph_chain, GraphChainParams) \
+  X(conv_learn, ConvLearnParams)
 
 namespace mgebm {
 
@@ -40,15 +43,13 @@ namespace mgebm {
   MGEBM_OPS(MGEBM_DECLARE)                  \
   MGEBM_WORKSPACES(MGEBM_DECLARE_WORKSPACE) \
   }
-// The bfloat16 sets have chains of their own; their other ops are those of AVX-512.
+// The bfloat16 sets have chains and a learning step of their own; their other ops are those of AVX-512.
 #define MGEBM_USE(op, Params, layers) using avx512::op##_cpu;
-#define MGEBM_USE_WORKSPACE(op, Params) using avx512::op##_workspace;
-#define MGEBM_DECLARE_BFLOAT_SET(isa)              \
-  namespace isa {                                  \
-  MGEBM_FLOAT_OPS(MGEBM_USE)                       \
-  MGEBM_FLOAT_WORKSPACES(MGEBM_USE_WORKSPACE)      \
-  MGEBM_BFLOAT_OPS(MGEBM_DECLARE)                  \
-  MGEBM_BFLOAT_WORKSPACES(MGEBM_DECLARE_WORKSPACE) \
+#define MGEBM_DECLARE_BFLOAT_SET(isa)       \
+  namespace isa {                           \
+  MGEBM_FLOAT_OPS(MGEBM_USE)                \
+  MGEBM_BFLOAT_OPS(MGEBM_DECLARE)           \
+  MGEBM_WORKSPACES(MGEBM_DECLARE_WORKSPACE) \
   }
 
 MGEBM_DECLARE_SET(portable)
@@ -65,7 +66,6 @@ MGEBM_DECLARE_BFLOAT_SET(amx)
 MGEBM_OPS(MGEBM_DECLARE)
 MGEBM_WORKSPACES(MGEBM_DECLARE_WORKSPACE)
 #undef MGEBM_DECLARE_BFLOAT_SET
-#undef MGEBM_USE_WORKSPACE
 #undef MGEBM_USE
 #undef MGEBM_DECLARE_SET
 #undef MGEBM_DECLARE_WORKSPACE

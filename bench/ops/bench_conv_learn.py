@@ -8,6 +8,7 @@ import torch
 
 import mgebm_fast as mg
 from mgebm_fast.gradient.stack import read
+from mgebm_fast.ops.conv_chain import prefers_bfloat
 from mgebm_fast.ops.conv_learn import conv_learn, conv_learn_reference
 
 # size, channels, variant, norm, N
@@ -30,12 +31,12 @@ def bench_conv_learn(report, device, size, channels, variant, norm, samples):
     share[samples:] *= -1
     arguments = stack.stages, stack.head, x, share, 0.01 * share.abs()
     split = samples if norm == "batch" else None
-    few = [*range(2), *range(samples, samples + 2)]
+    few = [*range(8), *range(samples, samples + 8)]  # enough for tiles of bfloat16
     less = *arguments[:2], *(tensor[few] for tensor in arguments[2:])
-    for found, value in zip(
-        conv_learn(*less, split=2).stages, conv_learn_reference(*less, 0.0, 2).stages, strict=True
-    ):  # fmt: skip
-        assert (found.weight - value.weight).norm() < 1e-4 * value.weight.norm()
+    expected = conv_learn_reference(*less, 0.0, 8).stages
+    for bfloat, bound in {False: 1e-4, prefers_bfloat(): 0.03}.items():
+        for found, value in zip(conv_learn(*less, split=8, bfloat=bfloat).stages, expected, strict=True):
+            assert (found.weight - value.weight).norm() < bound * value.weight.norm()
 
     def autograd():
         parts = [net(part) for part in (x.split(samples) if norm == "batch" else (x,))]
@@ -45,4 +46,7 @@ def bench_conv_learn(report, device, size, channels, variant, norm, samples):
 
     moved = 4 * sum(parameter.numel() for parameter in net.parameters())
     case = f"{variant} {size}, {channels} channels, norm {norm}, 2 x {samples}"
-    report("conv_learn", case, moved, lambda: conv_learn(*arguments, split=split), autograd=autograd)
+    others = {"autograd": autograd}
+    if prefers_bfloat():
+        others["bf16"] = lambda: conv_learn(*arguments, split=split, bfloat=True)
+    report("conv_learn", case, moved, lambda: conv_learn(*arguments, split=split), **others)

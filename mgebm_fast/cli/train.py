@@ -71,9 +71,7 @@ def train(
     ] = "tensorboard",
     device: Device = "auto",
     threads: Threads = None,
-    precision: Annotated[
-        str | None, typer.Option(help="Precision of the gradient in chains: auto, fp32, bf16 or fp16.")
-    ] = None,
+    precision: Annotated[str | None, typer.Option(help="Precision of gradients: auto, fp32, bf16 or fp16.")] = None,
 ) -> None:
     """Train a model, and leave a run folder that can be sampled, evaluated and resumed.
 

@@ -1,4 +1,4 @@
-"""conv_learn: energies of a stack of convolutions and the gradients in its weights, in one native call; CPU, float32.
+"""conv_learn: energies of a stack of convolutions and the gradients in its weights, in one native call; CPU.
 
     z_l = W_l * h_{l−1} + b_l;   h_l = a_l(z_l), or a_l of z_l's batch normalisation;   E = ⟨head, h_L⟩ + bias
     L = Σ_i linear_i E_i + square_i E_i²
@@ -18,9 +18,11 @@ from torch import Tensor
 
 from .. import native
 from .backend import choose, register
-from .conv_chain import ACTIVATIONS, MAX_STAGES, activate, windows
-from .conv_chain.packed import STRIP, pack
+from .conv_chain import ACTIVATIONS, MAX_STAGES, activate, has_bfloat, windows
+from .conv_chain.packed import STRIP
 from .conv_chain.scratch import Scratch
+from .graph_chain.forward import MAX_BFLOAT_ROW, MIN_BFLOAT_INPUTS
+from .graph_chain.packing import packed
 from .state import addresses, why_not_plain
 
 OP = "conv_learn"
@@ -66,6 +68,7 @@ def conv_learn(
     *,
     bias: float = 0.0,
     split: int | None = None,
+    bfloat: bool = False,
     backend: str = "auto",
 ) -> Learnt:
     """The energies of x, and the gradients of L = Σ linear E + square E² in every weight, bias and norm, and the head.
@@ -74,6 +77,9 @@ def conv_learn(
         bias: what every energy has added to it.
         split: with batch statistics, samples from here on are normalised apart from those before it; None: all
             together.
+        bfloat: the native backend's gradients, of weights and of feature maps, from bfloat16 operands (AVX512_BF16 or
+            AMX). The first layer, the forward pass, whose signs choose the slopes of a leaky ReLU, sums, statistics,
+            biases and norms are float32 in either case.
         backend: "native", "reference" (float64 by autograd, rounded at the end) or "auto".
 
     Raises: TypeError, ValueError, BackendError.
@@ -81,12 +87,17 @@ def conv_learn(
     split = _check(stages, head, x, linear, square, split)
     if backend == "auto" and any(why_not_plain(t) for t in (x, linear, square, head)):
         backend = "reference"
-    if choose(OP, backend, x.device) == "reference":
+    backend = choose(OP, backend, x.device)
+    if bfloat and backend == "reference":
+        raise ValueError(f"{OP}: bfloat=True needs the native backend, got the reference")
+    if bfloat and not has_bfloat():
+        raise ValueError(f"{OP}: bfloat needs AVX512_BF16 or AMX, got the {native.isa()} instruction set")
+    if backend == "reference":
         return conv_learn_reference(stages, head, x, linear, square, bias, split)
     tensors = [tensor for stage in stages for tensor in windows.tensors_of(stage, OP)]
     addresses(OP, head, *tensors)
     with torch.no_grad():
-        return _native(stages, head, x, linear, square, bias, split)
+        return _native(stages, head, x, linear, square, bias, split, bfloat)
 
 
 def _check(
@@ -121,7 +132,7 @@ def _check(
 class _Native:
     """One stage for the native call: its arguments, and the buffers that they point into."""
 
-    def __init__(self, stage: windows.StageLike, first: bool) -> None:
+    def __init__(self, stage: windows.StageLike, *, first: bool, bfloat: bool) -> None:
         weight = stage.weight.detach().contiguous()
         outputs, inputs = weight.shape[:2]
         kernel = tuple(weight.shape[2:])
@@ -129,13 +140,12 @@ class _Native:
         geometry = (stage.in_size, stage.out_size, kernel, stage.stride, stage.padding, stage.dilation)
         forward, backward = windows.forward_windows(*geometry), windows.backward_windows(*geometry)
         self.rows = [windows.ravel(row, kernel) for row in forward.rows]
-        ahead = pack(
-            weight, self.rows, inputs, outputs, (self.taps, inputs * self.taps), depth=inputs, bfloat=False
-        )  # fmt: skip
+        bfloat &= not first and min(weight.shape[:2]) >= MIN_BFLOAT_INPUTS and self.taps * outputs <= MAX_BFLOAT_ROW
+        ahead = packed(weight, self.rows, inputs, outputs, (self.taps, inputs * self.taps), bfloat=False)
         behind: Scratch | None = None
         if not first:
             rows = [windows.ravel(row, kernel) for row in backward.rows]
-            behind = pack(weight, rows, outputs, inputs, (inputs * self.taps, self.taps), depth=outputs, bfloat=False)
+            behind = packed(weight, rows, outputs, inputs, (inputs * self.taps, self.taps), bfloat)
         width = -(-outputs // STRIP) * STRIP
         norm = stage.norm
         given = (stage.bias,) if norm is None else (None, norm.weight, norm.bias)
@@ -150,7 +160,7 @@ class _Native:
             0.0 if norm is None else norm.eps, 0.0 if stage.activation == "relu" else stage.slope,
             ACTIVATIONS[stage.activation], math.prod(stage.in_size), math.prod(stage.out_size), inputs, outputs,
         )  # fmt: skip
-        self.arguments = (conv, *addresses(OP, *self.found, *[None] * (5 - len(self.found))))
+        self.arguments = (conv, bfloat, *addresses(OP, *self.found, *[None] * (5 - len(self.found))))
         self.held = (forward, backward, ahead, behind, vectors)
 
     def gradients(self) -> StageGradients:
@@ -169,16 +179,16 @@ class _Native:
 
 def _native(
     stages: Sequence[windows.StageLike], head: Tensor, x: Tensor, linear: Tensor, square: Tensor, bias: float,
-    split: int,
+    split: int, bfloat: bool,
 ) -> Learnt:  # fmt: skip
     x, linear, square = (tensor.detach().resolve_neg().contiguous() for tensor in (x, linear, square))
-    packed = [_Native(stage, first=index == 0) for index, stage in enumerate(stages)]
+    made = [_Native(stage, first=index == 0, bfloat=bfloat) for index, stage in enumerate(stages)]
     outputs = head.shape[0]
     # (C, *top) -> (pixel, channel), padded to whole strips
     flat = F.pad(head.detach().flatten(1).T, (0, -outputs % STRIP)).contiguous()
     energies, of_head = torch.empty_like(linear), torch.empty_like(flat)
     arguments = [
-        [stage.arguments for stage in packed], *addresses(OP, flat), bias,
+        [stage.arguments for stage in made], *addresses(OP, flat), bias,
         *addresses(OP, x, linear, square, energies, of_head), len(x), split,
     ]  # fmt: skip
     threads = torch.get_num_threads()
@@ -186,7 +196,7 @@ def _native(
     native.module().conv_learn_cpu(*arguments, workspace.address, threads)
     of_bias = torch.addcmul(linear.double(), square.double(), energies.double(), value=2).sum().float()
     gradient = of_head[:, :outputs].T.reshape(head.shape).contiguous()
-    return Learnt(energies, tuple(stage.gradients() for stage in packed), gradient, of_bias)
+    return Learnt(energies, tuple(stage.gradients() for stage in made), gradient, of_bias)
 
 
 def _filled(vector: Tensor | None, width: int, like: Tensor) -> Tensor:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import random
 import signal
+from unittest import mock
 
 import pytest
 import torch
+import torch.nn.functional as F
 from helpers.stacks import images, make
 
 from mgebm_fast import native
@@ -77,14 +80,98 @@ def test_random_stacks_are_as_near_to_float64_as_torch_is(seed, isa):
         assert (found[name] - value).norm() <= bound, name
 
 
+module = importlib.import_module("mgebm_fast.ops.conv_learn")
+
+
+@pytest.fixture
+def multiplies_bfloat(monkeypatch):
+    """A CPU that is said to multiply bfloat16: others compute the same in float32 from rounded operands, slowly."""
+    monkeypatch.setattr(module, "has_bfloat", lambda: True)
+
+
+def bfloat(t):
+    return t.bfloat16().to(t.dtype)
+
+
+class Rounded(torch.autograd.Function):
+    """A convolution whose gradients are products of bfloat16 operands: of the input, and if `turned` of the weight."""
+
+    @staticmethod
+    def forward(ctx, x, weight, convolve, turned):
+        ctx.save_for_backward(x, weight)
+        ctx.convolve, ctx.turned = convolve, turned
+        return convolve(x, weight)
+
+    @staticmethod
+    def backward(ctx, grad):
+        def gradient(operands, wanted, grad):
+            with torch.enable_grad():
+                operands = [t.detach().requires_grad_() for t in operands]
+                return torch.autograd.grad(ctx.convolve(*operands), operands[wanted], grad)[0]
+
+        x, weight = ctx.saved_tensors
+        of_x = gradient((x, bfloat(weight)), 0, bfloat(grad)) if ctx.needs_input_grad[0] else None
+        if ctx.turned:
+            return of_x, gradient((bfloat(x), weight), 1, bfloat(grad)), None, None
+        return of_x, gradient((x, weight), 1, grad), None, None
+
+
+def rounded_reference(turned, *arguments):
+    """conv_learn_reference with operands rounded where the engine rounds them: layers of eight channels or more."""
+
+    def patched(convolve):
+        def rounded(h, weight, bias, *geometry):
+            if not h.requires_grad or min(weight.shape[:2]) < 8:
+                return convolve(h, weight, bias, *geometry)
+            z = Rounded.apply(h, weight, lambda a, b: convolve(a, b, None, *geometry), turned)
+            return z if bias is None else z + bias.reshape(-1, *[1] * (z.dim() - 2))
+
+        return rounded
+
+    names = ("conv1d", "conv2d", "conv3d")
+    with mock.patch.multiple(F, **{name: patched(getattr(F, name)) for name in names}):
+        return conv_learn_reference(*arguments)
+
+
+@pytest.mark.parametrize("isa", ["portable", "avx2", "avx512bf16", "amx"])
+@pytest.mark.parametrize("seed", [1, 4, 11, 16, 17, 38, 67, 71])  # stacks of later layers with eight channels or more
+def test_gradients_from_bfloat16_operands(seed, isa, multiplies_bfloat):
+    module, before = native.module(), native.isa()
+    if not module.set_isa(isa):
+        pytest.skip(f"this CPU has no {isa}")
+    try:
+        draw = random.Random(seed)
+        stages, head, channels, size = random_stack(draw)
+        samples = draw.choice([6, 16, 19, 37] if not stages[0].norm else [37, 64])
+        split = samples // 2 if stages[0].norm else samples
+        arguments = (stages, head, images(samples, channels, size), *upstream(samples), 0.3, split)
+        exact = tensors(conv_learn_reference(*arguments))
+        unit = 32 if isa == "amx" else 16  # with half of a tile empty weights learn in float32
+        rounded = tensors(rounded_reference(2 * samples >= -(-samples // unit) * unit, *arguments))
+        found = tensors(conv_learn(*arguments[:5], bias=0.3, split=split, bfloat=True))
+        by_float32 = tensors(conv_learn(*arguments[:5], bias=0.3, split=split))
+        largest = max(value.norm() for value in exact.values())
+        for name, value in rounded.items():
+            # A float32 that falls to the other side of a bfloat16's middle moves by a whole unit: a few do.
+            bound = 0.1 * (value - exact[name]).norm() + 1e-5 * value.norm() + 1e-7 * largest
+            assert (found[name] - value).norm() <= bound + 2 * (by_float32[name] - exact[name]).norm(), name
+            assert (found[name] - exact[name]).norm() <= 0.03 * exact[name].norm() + 1e-5 * largest, name
+        of_first = "0 StageGradients weight"
+        assert (found[of_first] - by_float32[of_first]).norm() > 1e-4 * exact[of_first].norm()
+        assert torch.equal(found["energies"], by_float32["energies"])
+    finally:
+        module.set_isa(before)
+
+
+@pytest.mark.parametrize("bfloat", [False, True], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("norm", [False, True], ids=["plain", "batch"])
-def test_no_bit_depends_on_threads(norm, isa, threads):
+def test_no_bit_depends_on_threads(norm, bfloat, isa, threads, multiplies_bfloat):
     stages, head = make((9, 9), 3, [(24, 5, 2, 2), (40, 3, 1, 1), (16, 3, 1, 1)], norm=norm)
     x = images(14, 3, (9, 9))
     runs = []
     for count in (1, 2, 3):
         threads(count)
-        runs.append(tensors(conv_learn(stages, head, x, *upstream(14), split=7)))
+        runs.append(tensors(conv_learn(stages, head, x, *upstream(14), split=7, bfloat=bfloat)))
     for run in runs[1:]:
         assert all(torch.equal(run[name], value) for name, value in runs[0].items())
 
@@ -112,13 +199,26 @@ def test_batches_before_and_after_the_split_are_normalised_apart():
     assert torch.equal(found.stages[0].norm.variance, first.variance)
 
 
-@pytest.mark.parametrize("where", ["x", "weight", "bias"])
-def test_what_is_not_finite_shows_also_behind_a_relu(where):
+@pytest.mark.parametrize("bfloat", [False, True], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("where", ["x", "weight", "later weight", "bias"])
+def test_what_is_not_finite_shows_also_behind_a_relu(where, bfloat, multiplies_bfloat):
     stages, head = make((4, 4), 2, [(8, 3, 1, 1), (8, 3, 1, 1)], activation="relu", slope=0.0)
-    x = images(3, 2, (4, 4))
-    {"x": x, "weight": stages[0].weight, "bias": stages[1].bias}[where].view(-1)[0] = -torch.inf
-    found = conv_learn(stages, head, x, *upstream(3))
-    assert found.energies[0].isnan() and found.bias.isnan() and found.stages[0].weight.isnan().any()
+    x = images(9, 2, (4, 4))
+    places = {"x": x, "weight": stages[0].weight, "later weight": stages[1].weight, "bias": stages[1].bias}
+    places[where].view(-1)[0] = -torch.inf
+    found = conv_learn(stages, head, x, *upstream(9), bfloat=bfloat)
+    assert found.energies[0].isnan() and found.bias.isnan()
+    assert all(stage.weight.isnan().any() for stage in found.stages)
+
+
+def test_bfloat16_is_refused_where_the_cpu_or_the_backend_has_none(monkeypatch):
+    stages, head = make((4, 4), 2, [(8, 3, 1, 1), (8, 3, 1, 1)])
+    arguments = (stages, head, images(3, 2, (4, 4)), *upstream(3))
+    with pytest.raises(ValueError, match="bfloat=True needs the native backend"):
+        conv_learn(*arguments, bfloat=True, backend="reference")
+    monkeypatch.setattr(module, "has_bfloat", lambda: False)
+    with pytest.raises(ValueError, match="bfloat needs AVX512_BF16 or AMX"):
+        conv_learn(*arguments, bfloat=True)
 
 
 def test_a_signal_ends_the_call():

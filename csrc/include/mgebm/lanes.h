@@ -96,11 +96,22 @@ MG_INLINE F16 load(const Bf16* p) {
 MG_INLINE void store(Bf16* p, F16 a) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(a.v)));
 }
+// p[2 i] <- a[i], p[2 i + 1] <- b[i]
+MG_INLINE void store_pairs(Bf16* p, F16 a, F16 b) {
+  const __m512i even = _mm512_cvtepu16_epi32(reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(a.v)));
+  const __m512i odd = _mm512_cvtepu16_epi32(reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(b.v)));
+  _mm512_storeu_si512(p, _mm512_or_si512(even, _mm512_slli_epi32(odd, 16)));
+}
 #else
 MG_INLINE void store(Bf16* p, F16 a) {
   float v[16];
   store(v, a);
   for (int i = 0; i < 16; ++i) p[i].bits = bfloat_of(v[i]);
+}
+MG_INLINE void store_pairs(Bf16* p, F16 a, F16 b) {
+  float even[16], odd[16];
+  store(even, a), store(odd, b);
+  for (int i = 0; i < 16; ++i) p[2 * i].bits = bfloat_of(even[i]), p[2 * i + 1].bits = bfloat_of(odd[i]);
 }
 #endif
 

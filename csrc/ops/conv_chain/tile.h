@@ -282,17 +282,20 @@ static inline void tiles(const Bf16* const* a, const int* rows, int blocks, cons
   const auto value = [](Bf16 v) { return as_float(static_cast<uint32_t>(v.bits) << 16); };
   for (int i = 0; i < blocks; ++i) {
     for (int row = 0; row < rows[i]; ++row) {
-      float* sum = out[i] + row * kTileWidth;
-      for (int column = 0; column < 16 * strips; ++column) sum[column] = 0.0f;
-      for (int t = 0; t < taps.count; ++t) {
-        const Bf16* at = a[i] + row * in.row + taps.pixel[t] * in.pixel;
-        for (int column = 0; column < 16 * strips; ++column) {
-          const Bf16* weight = w + column / 16 * strip + static_cast<int64_t>(taps.weight[t]) * in.depth * 16;
-          weight += 2 * (column % 16);
+      for (int s = 0; s < strips; ++s) {
+        float sum[16] = {};
+        for (int t = 0; t < taps.count; ++t) {
+          const Bf16* at = a[i] + row * in.row + taps.pixel[t] * in.pixel;
+          const Bf16* weight = w + s * strip + static_cast<int64_t>(taps.weight[t]) * in.depth * 16;
           for (int k = 0; k < in.depth; k += 2, weight += 32) {
-            sum[column] += value(at[k]) * value(weight[0]) + value(at[k + 1]) * value(weight[1]);
+            const float first = value(at[k]), second = value(at[k + 1]);
+#pragma omp simd
+            for (int lane = 0; lane < 16; ++lane) {
+              sum[lane] += first * value(weight[2 * lane]) + second * value(weight[2 * lane + 1]);
+            }
           }
         }
+        __builtin_memcpy(out[i] + row * kTileWidth + 16 * s, sum, sizeof sum);
       }
     }
   }

@@ -14,11 +14,12 @@
 namespace mgebm {
 
 struct LearnStage {
-  ConvStage conv;          // forward_weights and backward_weights in float32; the first stage has no backward ones
+  ConvStage conv;          // forward_weights in float32; the first stage has no backward ones
+  bool bfloat;             // backward_weights in bfloat16, and the operands of both gradients rounded to it
   float *weight, *bias;    // gradients: (tap rows, input channels, whole strips), (whole strips); bias: also beta's
   float* gamma;            // with batch statistics, as the next two, of the samples before `split`
   float *mean, *variance;  // biased
-  MGEBM_FIELDS(conv, weight, bias, gamma, mean, variance)
+  MGEBM_FIELDS(conv, bfloat, weight, bias, gamma, mean, variance)
 };
 
 struct ConvLearnParams {

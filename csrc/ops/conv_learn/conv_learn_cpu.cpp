@@ -5,7 +5,7 @@
 #include "mgebm/cpu.h"
 #include "ops/conv_chain/engine.h"
 #include "ops/conv_learn/conv_learn.h"
-#include "ops/conv_learn/outer.h"
+#include "ops/conv_learn/outer_bfloat.h"
 #include "ops/conv_learn/sums.h"
 
 namespace mgebm::MGEBM_ISA {
@@ -32,9 +32,11 @@ struct Learner : Team {
   float* poison;  // [sample]: 0, or NaN where a pixel or a weight is not finite
   float* upstream;
   Memory kept[kMaxStages];
+  Turned turned;  // the operands of one weight's gradient in bfloat16
+  char* own;      // this thread's, for data gradients in bfloat16
 
   int64_t lay_out(char* base) {
-    int64_t used = 0;
+    int64_t used = 0, h = 0, g = 0, run = 0;
     const auto take = [&](auto*& pointer, int64_t size) {
       pointer = reinterpret_cast<decltype(&*pointer)>(base + used);
       used += (size * static_cast<int64_t>(sizeof(*pointer)) + kAlign - 1) / kAlign * kAlign;
@@ -53,7 +55,16 @@ struct Learner : Team {
       take(k.sign, s.activation == Activation::kLeaky ? rows * k.strips : 0);
       take(k.sums, p.samples * 2 * k.depth);
       take(k.scale, s.gamma ? 8LL * k.depth : 0);
+      if (l == 0 || !p.stages.at[l].bfloat) continue;
+      run = larger(run, bfloat_run_bytes(s.backward, s.out_channels));
+      if (!fills_tiles(p.samples)) continue;
+      h = larger(h, static_cast<int64_t>(s.in_pixels) * kept[l - 1].depth);
+      g = larger(g, static_cast<int64_t>(s.out_pixels) * k.depth);
     }
+    take(turned.h, h * whole_samples(p.samples));
+    take(turned.g, g * whole_samples(p.samples));
+    take(own, run * threads);
+    own += run * thread;
     return used;
   }
 
@@ -271,41 +282,32 @@ struct Learner : Team {
     const ConvStage& s = stage(l);
     const Memory& k = kept[l];
     backward_norm(l);
-    outer_sums(*this, {s.forward, input(l), k.h, s.in_pixels, input_depth(l), s.in_channels, s.forward_rows,
-                       s.out_pixels, k.strips, p.samples, p.stages.at[l].weight});
+    const bool bfloat = p.stages.at[l].bfloat, turn = bfloat && fills_tiles(p.samples);
+    const Outer outer{s.forward,      input(l),     k.h,      s.in_pixels, input_depth(l),       s.in_channels,
+                      s.forward_rows, s.out_pixels, k.strips, p.samples,   p.stages.at[l].weight};
+    turn ? bfloat_outer_sums(*this, outer, turned) : outer_sums(*this, outer);
     if (l == 0) return;
     const Memory& below = kept[l - 1];
-    each_product(
-        *this,
-        {s.backward, static_cast<const float*>(s.backward_weights), s.backward_rows, s.out_channels, s.in_channels,
-         k.depth},
-        [&](int sample) { return k.h + static_cast<int64_t>(sample) * s.out_pixels * k.depth; },
-        [&](int sample, int pixel) {
-          const int64_t row = static_cast<int64_t>(sample) * s.in_pixels + pixel;
-          return [&, sample, row](int strip, F16 g) {
-            store(below.h + row * below.depth + 16 * strip, back(l - 1, sample, row, strip, g));
-          };
-        });
+    const auto in = [&](int sample) { return k.h + static_cast<int64_t>(sample) * s.out_pixels * k.depth; };
+    const auto out = [&](int sample, int pixel) {
+      const int64_t row = static_cast<int64_t>(sample) * s.in_pixels + pixel;
+      return [&, sample, row](int strip, F16 g) {
+        store(below.h + row * below.depth + 16 * strip, back(l - 1, sample, row, strip, g));
+      };
+    };
+    const auto product = [&](const auto* weights, auto... memory) {
+      each_product(*this, {s.backward, weights, s.backward_rows, s.out_channels, s.in_channels, k.depth}, memory..., in,
+                   out);
+    };
+    bfloat ? product(static_cast<const Bf16*>(s.backward_weights), own)
+           : product(static_cast<const float*>(s.backward_weights));
   }
 
   // NaN in every energy where a weight is not finite: an activation may hide it.
   void check_weights() const {
     if (thread == 0) {
-      F16 sum = all(0.0f);
-      for (int l = 0; l < p.stages.count; ++l) {
-        const ConvStage& s = stage(l);
-        const int64_t size = 16LL * s.forward_rows * s.in_channels * strips_of(s.out_channels);
-        const float* w = static_cast<const float*>(s.forward_weights);
-        for (int64_t i = 0; i < size; i += 16) sum = multiply_add(load(w + i), all(0.0f), sum);
-        for (int i = 0; i < kept[l].depth; i += 16) {
-          sum = multiply_add(load(s.bias + i), all(0.0f), sum);
-          if (s.gamma) sum = sum + (load(s.gamma + i) + load(s.beta + i)) * all(0.0f);
-        }
-      }
-      alignas(64) float lanes[16];
-      store(lanes, sum);
       float nothing = 0.0f;
-      for (int i = 0; i < 16; ++i) nothing += lanes[i];
+      for (int l = 0; l < p.stages.count; ++l) nothing += nothing_of(stage(l));
       for (int64_t n = 0; n < count; ++n) poison[n] += nothing;
     }
     meet();
@@ -313,19 +315,21 @@ struct Learner : Team {
 
   void run() const {
     const KeepSubnormals kept_as_they_are;
+    begin_tiles();
     read();
     check_weights();
     for (int l = 0; l < p.stages.count; ++l) forward(l);
     energies();
     for (int l = p.stages.count - 1; l >= 0; --l) backward(l);
+    end_tiles();
   }
 };
 
 }  // namespace
 
-int64_t conv_learn_workspace(const ConvLearnParams& p, int) {
+int64_t conv_learn_workspace(const ConvLearnParams& p, int threads) {
   Interrupt interrupt;
-  Learner measure{{interrupt, false, 1, 0}, p, p.samples};
+  Learner measure{{interrupt, false, threads, 0}, p, p.samples};
   return measure.lay_out(nullptr);
 }
 

@@ -89,28 +89,37 @@ static void outer_strips(const Outer& o, const Taps& taps, const float* const* r
   flush<kWide>(rows, count, g, tile);
 }
 
+// This thread's share of `pieces` pieces of each column of `wide` strips: body(strip, strips, first piece, last).
+template <typename Body>
+MG_INLINE void each_column(const Team& team, int64_t pieces, int strips, int wide, const Body& body) {
+  const int columns = (strips + wide - 1) / wide;
+  const int64_t begin = columns * pieces * team.thread / team.threads;
+  const int64_t end = columns * pieces * (team.thread + 1) / team.threads;
+  for (int column = static_cast<int>(begin / pieces); column < columns && column * pieces < end; ++column) {
+    const int strip = column * wide;
+    body(strip, strips - strip < wide ? strips - strip : wide, larger(0, begin - column * pieces),
+         smaller(pieces, end - column * pieces));
+  }
+}
+
+static void clear_sums(const Outer& o, int strip, int wide, int64_t first, int64_t last) {
+  for (int64_t lane = first; lane < last; ++lane) {
+    for (int s = 0; s < wide; ++s) store(o.to + (lane * o.strips + strip + s) * 16, all(0.0f));
+  }
+}
+
 // The sums of all rows, this thread's share of the lanes.
 static void outer_sums(const Team& team, const Outer& o) {
   const int64_t lanes = static_cast<int64_t>(o.rows) * o.inputs;
   if (lanes == 0) return;  // nothing but padding is read
-  const int columns = (o.strips + kWideAtOnce - 1) / kWideAtOnce;
   // Whole tiles of lanes of each column of strips.
   const int64_t tiles = (lanes + kRowsAtOnce - 1) / kRowsAtOnce;
-  const int64_t begin = columns * tiles * team.thread / team.threads;
-  const int64_t end = columns * tiles * (team.thread + 1) / team.threads;
-  const auto each_column = [&](const auto& body) {
-    for (int column = static_cast<int>(begin / tiles); column < columns && column * tiles < end; ++column) {
-      const int64_t first = larger(0, begin - column * tiles) * kRowsAtOnce;
-      const int64_t last = smaller(smaller(tiles, end - column * tiles) * kRowsAtOnce, lanes);
-      const int strip = column * kWideAtOnce;
-      body(strip, o.strips - strip < kWideAtOnce ? o.strips - strip : kWideAtOnce, first, last);
-    }
+  const auto mine = [&](const auto& body) {
+    each_column(team, tiles, o.strips, kWideAtOnce, [&](int strip, int wide, int64_t first, int64_t last) {
+      body(strip, wide, first * kRowsAtOnce, smaller(last * kRowsAtOnce, lanes));
+    });
   };
-  each_column([&](int strip, int wide, int64_t first, int64_t last) {
-    for (int64_t lane = first; lane < last; ++lane) {
-      for (int s = 0; s < wide; ++s) store(o.to + (lane * o.strips + strip + s) * 16, all(0.0f));
-    }
-  });
+  mine([&](int strip, int wide, int64_t first, int64_t last) { clear_sums(o, strip, wide, first, last); });
   const Windows& w = o.windows;
   for (int c = 0; c < w.classes; ++c) {
     const int first_output = w.first_output[c], outputs = w.first_output[c + 1] - first_output;
@@ -127,7 +136,7 @@ static void outer_sums(const Team& team, const Outer& o) {
         rows[r] = o.in + (sample * o.in_pixels + w.base[output]) * o.depth;
         upstream[r] = o.upstream + (sample * o.out_pixels + w.output[output]) * o.strips * 16;
       }
-      each_column([&](int strip, int wide, int64_t first, int64_t last) {
+      mine([&](int strip, int wide, int64_t first, int64_t last) {
         if (wide == kWideAtOnce) {
           outer_strips<kWideAtOnce>(o, taps, rows, upstream, count, strip, first, last);
         } else {

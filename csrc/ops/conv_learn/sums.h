@@ -1,7 +1,7 @@
-// Sums of a batch's statistics. For *_cpu.cpp files only.
+// Sums of a batch's statistics, and of what shows whether weights are finite. For *_cpu.cpp files only.
 #pragma once
 
-#include "mgebm/lanes.h"
+#include "ops/conv_chain/engine.h"
 
 namespace mgebm::MGEBM_ISA {
 
@@ -19,6 +19,23 @@ MG_INLINE Sums sum_of(int64_t count, const Body& body) {
     for (int lane = 0; lane < 16; ++lane) sums.at[lane] += v[lane];
   }
   return sums;
+}
+
+// 0, or NaN where a weight of the stage is not finite.
+static inline float nothing_of(const ConvStage& s) {
+  F16 sum = all(0.0f);
+  const int64_t size = 16LL * s.forward_rows * s.in_channels * strips_of(s.out_channels);
+  const float* w = static_cast<const float*>(s.forward_weights);
+  for (int64_t i = 0; i < size; i += 16) sum = multiply_add(load(w + i), all(0.0f), sum);
+  for (int i = 0; i < 16 * strips_of(s.out_channels); i += 16) {
+    sum = multiply_add(load(s.bias + i), all(0.0f), sum);
+    if (s.gamma) sum = sum + (load(s.gamma + i) + load(s.beta + i)) * all(0.0f);
+  }
+  alignas(64) float lanes[16];
+  store(lanes, sum);
+  float nothing = 0.0f;
+  for (int i = 0; i < 16; ++i) nothing += lanes[i];
+  return nothing;
 }
 
 }  // namespace mgebm::MGEBM_ISA

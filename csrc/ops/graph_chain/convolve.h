@@ -80,10 +80,11 @@ static void products_of_run(const float* const* rows, int count, int depth, int 
 }
 
 // What a product reads: windows over maps of `depth` floats a pixel, of which `inputs` are channels, and packed
-// weights.
+// weights, float or Bf16.
+template <typename T>
 struct Product {
   const Windows& windows;
-  const float* weights;
+  const T* weights;
   int rows, inputs, outputs, depth;
 };
 
@@ -109,7 +110,7 @@ struct Run {
 
 // W * in. in(sample): its map; out(sample, pixel): what takes (strip, its sixteen numbers).
 template <typename Samples, typename In, typename Out>
-MG_INLINE void each_product(const Samples& g, const Product& p, const In& in, const Out& out) {
+MG_INLINE void each_product(const Samples& g, const Product<float>& p, const In& in, const Out& out) {
   const Windows& w = p.windows;
   const int strips = (p.outputs + 15) / 16;
   const int64_t strip_size = 16LL * p.rows * p.inputs;
@@ -139,14 +140,13 @@ constexpr int kBfloatRun = 32;  // rows: two blocks of `tiles`
 
 // The bytes of a run's operands: the number of each tap, then the rows' inputs of each.
 MG_INLINE int64_t numbers_bytes(int taps) { return (4LL * taps + kAlign - 1) / kAlign * kAlign; }
-static inline int64_t bfloat_run_bytes(const GraphStep& s) {
-  if (!s.bfloat_weights) return 0;
+static inline int64_t bfloat_run_bytes(const Windows& w, int inputs) {
   int most = 0;
-  for (int c = 0; c < s.windows.classes; ++c) {
-    const int taps = taps_of(s.windows, c).count;
+  for (int c = 0; c < w.classes; ++c) {
+    const int taps = taps_of(w, c).count;
     most = taps > most ? taps : most;
   }
-  return numbers_bytes(most) + 2LL * kBfloatRun * most * padded<Bf16>(s.inputs);
+  return numbers_bytes(most) + 2LL * kBfloatRun * most * padded<Bf16>(inputs);
 }
 
 // to[tap][row][depth] <- what up to 16 rows read; zero where there is no channel or no row.
@@ -170,29 +170,27 @@ static void gather_rows(const float* const* rows, int count, int in_depth, int i
   }
 }
 
-template <typename Out>
-static void each_bfloat_product(const Group& g, const GraphStep& s, const Out& out) {
-  const Windows& w = s.windows;
-  const int depth = padded<Bf16>(s.inputs), in_depth = g.buffer(s.in).depth, strips = (s.outputs + 15) / 16;
-  const int64_t strip_size = 16LL * s.rows * depth;
-  const Bf16* weights = static_cast<const Bf16*>(s.bfloat_weights);
-  const Rows in{16LL * depth, 1, depth, depth};
+// The same by bfloat16 operands; own: this thread's, bfloat_run_bytes.
+template <typename Samples, typename In, typename Out>
+static void each_product(const Samples& g, const Product<Bf16>& p, char* own, const In& in, const Out& out) {
+  const Windows& w = p.windows;
+  const int depth = padded<Bf16>(p.inputs), strips = (p.outputs + 15) / 16;
+  const int64_t strip_size = 16LL * p.rows * depth;
+  const Rows rows_of_run{16LL * depth, 1, depth, depth};
   each_run(g, w, kBfloatRun, [&](int c, int64_t start, int count) {
     alignas(64) float tile[2][16 * kTileWidth];
-    const Run<kBfloatRun> run(w, c, start, count, in_depth, [&](int sample) { return g.at(s.in, sample); });
+    const Run<kBfloatRun> run(w, c, start, count, p.depth, in);
     const Taps taps = taps_of(w, c);
-    int32_t* numbers = reinterpret_cast<int32_t*>(g.own);
+    int32_t* numbers = reinterpret_cast<int32_t*>(own);
     for (int t = 0; t < taps.count; ++t) numbers[t] = t;
-    Bf16* packed = reinterpret_cast<Bf16*>(g.own + numbers_bytes(taps.count));
+    Bf16* packed = reinterpret_cast<Bf16*>(own + numbers_bytes(taps.count));
     const int rows[2] = {count < 16 ? count : 16, count - 16}, blocks = count > 16 ? 2 : 1;
-    const Bf16* a[2] = {packed, packed + taps.count * in.pixel};
-    for (int i = 0; i < blocks; ++i) {
-      gather_rows(run.at + 16 * i, rows[i], in_depth, s.inputs, taps, packed + i * taps.count * in.pixel);
-    }
+    Bf16* const a[2] = {packed, packed + taps.count * rows_of_run.pixel};
+    for (int i = 0; i < blocks; ++i) gather_rows(run.at + 16 * i, rows[i], p.depth, p.inputs, taps, a[i]);
     for (int strip = 0; strip < strips; strip += kStrips) {
       const int wide = strips - strip < kStrips ? strips - strip : kStrips;
-      tiles<false>(a, rows, blocks, in, {numbers, taps.weight, taps.count}, weights + strip * strip_size, strip_size,
-                   wide, tile);
+      tiles<false>(a, rows, blocks, rows_of_run, {numbers, taps.weight, taps.count}, p.weights + strip * strip_size,
+                   strip_size, wide, tile);
       for (int r = 0; r < count; ++r) {
         const auto take = out(run.sample[r], run.pixel[r]);
         for (int i = 0; i < wide; ++i) take(strip + i, load(tile[r / 16] + r % 16 * kTileWidth + 16 * i));
@@ -213,10 +211,12 @@ static void convolve(const Group& g, const GraphStep& s) {
       finish(at, second ? z + load(second + at) : z);
     };
   };
-  if (s.bfloat_weights) return each_bfloat_product(g, s, out);
-  each_product(
-      g, {s.windows, s.weights, s.rows, s.inputs, s.outputs, in_depth}, [&](int sample) { return g.at(s.in, sample); },
-      out);
+  const auto in = [&](int sample) { return g.at(s.in, sample); };
+  if (s.bfloat_weights) {
+    const Bf16* weights = static_cast<const Bf16*>(s.bfloat_weights);
+    return each_product(g, {s.windows, weights, s.rows, s.inputs, s.outputs, in_depth}, g.own, in, out);
+  }
+  each_product(g, {s.windows, s.weights, s.rows, s.inputs, s.outputs, in_depth}, in, out);
 }
 
 }  // namespace mgebm::MGEBM_ISA

@@ -188,7 +188,7 @@ Plan plan_of(const GraphChainParams& p, int threads) {
     const GraphStep& s = p.steps.at[i];
     if (s.kind != GraphKind::kConvolve) continue;
     weights += (s.bfloat_weights ? 32LL : 64LL) * s.rows * s.inputs * ((s.outputs + 15) / 16);
-    own = larger(own, bfloat_run_bytes(s));
+    if (s.bfloat_weights) own = larger(own, bfloat_run_bytes(s.windows, s.inputs));
   }
   own = (own + kAlign - 1) / kAlign * kAlign;
   // The weights are read once a group and step: that should be little beside what its samples' buffers are.

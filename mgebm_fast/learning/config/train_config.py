@@ -89,7 +89,9 @@ class TrainConfig:
     keep_checkpoints: int = key(3, Whole(1, MOST_UPDATES), "newest checkpoints kept")
     flips: bool = key(False, Flag(), "mirror half of the observed images, left to right", fixed=True)
     precision: str = key(
-        "auto", Choice(PRECISIONS), "precision of the gradient inside chains: auto is 16 bits where that pays"
+        "auto",
+        Choice(PRECISIONS),
+        "precision of gradients in chains, and in learning on CPUs: auto is 16 bits where it pays",
     )
     start_from: Any = key(None, Maybe(Text()), "run, checkpoint or model file whose weights training starts from")
     start_optimiser: bool = key(False, Flag(), "take the optimiser's state of `start_from` as well")

@@ -15,24 +15,30 @@ from ...gradient.stack import Stack, read
 from ...models.energies import norm_of
 from ...nets import EnergyNet
 from ...nets.score_net import ScoreNet
+from ...ops.conv_chain import has_bfloat, prefers_bfloat
 from ...ops.conv_learn import conv_learn
 
 Contrast = tuple[list[Tensor], Tensor, Tensor]  # a gradient a parameter, and the two mean energies, 0-dim
 
 
 def contrast(
-    net: nn.Module, parameters: list[nn.Parameter], observed: Tensor, synthesised: Tensor, energy_l2: float
-) -> Contrast:
+    net: nn.Module, parameters: list[nn.Parameter], observed: Tensor, synthesised: Tensor, energy_l2: float,
+    precision: str = "fp32",
+) -> Contrast:  # fmt: skip
     """The gradients of mean E(observed) − mean E(synthesised) + energy_l2 · mean(E(observed)² + E(synthesised)²), and
     the two means.
 
     With norm="batch" observed and synthesised images are normalised apart; running statistics and power iterations
     follow the observed ones. An `EnergyNet` on a CPU with AVX2 or more learns in the native engine, others by autograd.
+
+    precision: of the run. "bf16" lets the engine round the operands of gradients to bfloat16 where the CPU multiplies
+    it, "auto" where that is faster; all else is float32.
     """
     stack = readable(net, observed, synthesised)
     if isinstance(stack, Stack):
         assert isinstance(net, EnergyNet)
-        return _by_engine(net, stack, parameters, observed, synthesised, energy_l2)
+        bfloat = in_bfloat(stack, precision)
+        return _by_engine(net, stack, parameters, observed, synthesised, energy_l2, bfloat)
     on_observed, on_synthesised = _energies(net, observed, synthesised)
     loss = on_observed.mean() - on_synthesised.mean()
     if energy_l2:
@@ -54,9 +60,16 @@ def readable(net: nn.Module, observed: Tensor, synthesised: Tensor) -> Stack | s
     return read(net, min(observed, synthesised, key=len))
 
 
+def in_bfloat(stack: Stack, precision: str) -> bool:
+    """Whether the engine learns from bfloat16 operands: a layer behind the first, of some channels, gains by it."""
+    if precision == "auto":
+        return prefers_bfloat() and any(min(stage.weight.shape[:2]) >= 16 for stage in stack.stages[1:])
+    return precision == "bf16" and has_bfloat()
+
+
 def _by_engine(
     net: EnergyNet, stack: Stack, parameters: list[nn.Parameter], observed: Tensor, synthesised: Tensor,
-    energy_l2: float,
+    energy_l2: float, bfloat: bool,
 ) -> Contrast:  # fmt: skip
     n, m = len(observed), len(synthesised)
     share = observed.new_tensor([1 / n, -1 / m]).repeat_interleave(torch.tensor([n, m]))
@@ -76,6 +89,7 @@ def _by_engine(
         energy_l2 * share.abs(),
         bias=0.0 if bias is None else -float(bias.detach()),
         split=n if net.norm == "batch" else None,
+        bfloat=bfloat,
     )
     made: list[tuple[Tensor | None, Tensor | None]] = [
         (head, -found.head.reshape(1, -1)),

@@ -195,7 +195,9 @@ class ContrastiveRule(ModelRule):
         for net, parameters, real, chain in zip(
             self.model.active_nets, self.parameters, images, synthesis.images, strict=True
         ):
-            gradients, on_real, on_chain = contrast(net, parameters, real, chain, self.config.stabilise.energy_l2)
+            gradients, on_real, on_chain = contrast(
+                net, parameters, real, chain, self.config.stabilise.energy_l2, self.precision
+            )
             grids.append(GridLearned(self.tied(gradients), on_real, on_chain))
         return synthesis, grids
 

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import copy
+import importlib
 
 import pytest
 import torch
+from sklearn.datasets import load_digits
 
 import mgebm_fast as mg
-from mgebm_fast import native
+from mgebm_fast import native, ops
 from mgebm_fast.gradient.stack import Stack
 from mgebm_fast.learning.methods import contrast as module
 from mgebm_fast.learning.methods.contrast import contrast, readable
-from mgebm_fast.nets import ConvSpec
+from mgebm_fast.nets import ConvSpec, multigrid_net
 
 pytestmark = pytest.mark.skipif(
     not native.available() or native.isa() == "portable", reason="the engine learns with AVX2 or more"
@@ -22,6 +24,10 @@ pytestmark = pytest.mark.skipif(
 def energy_net(size=(6, 6), channels=2, **options):
     layers = [ConvSpec(8, 3), ConvSpec(20, 3, 2)]
     return mg.EnergyNet(size, channels, layers, ndim=len(size), **{"norm": "none", "seed": 3} | options)
+
+
+def energy_net_of(width):
+    return mg.EnergyNet((6, 6), 2, [ConvSpec(width, 3), ConvSpec(20, 3, 2)], norm="none", seed=3)
 
 
 NETS = {
@@ -75,6 +81,75 @@ def test_the_engine_learns_what_autograd_does(monkeypatch, name):
     for (where, buffer), value in zip(net.named_buffers(), other.buffers(), strict=True):
         torch.testing.assert_close(buffer, value, rtol=1e-5, atol=1e-6, msg=where)
     assert not any(m.observe for m in net.modules() if hasattr(m, "observe"))
+
+
+@pytest.fixture
+def multiplies_bfloat(monkeypatch):
+    """A CPU that is said to multiply bfloat16, faster than float32; the engine computes it all the same, slowly."""
+    for place in (module, importlib.import_module("mgebm_fast.ops.conv_learn")):
+        monkeypatch.setattr(place, "has_bfloat", lambda: True)
+    monkeypatch.setattr(module, "prefers_bfloat", lambda: True)
+
+
+def trained(grid):
+    """A net of the model of digits, images and its own samples: what is learnt is a small difference."""
+    model = mg.load("digits")
+    images = ops.pyramid(torch.from_numpy(load_digits().images[:32] / 8 - 1).float()[:, None], model.sizes)[grid]
+    return model.nets[grid - 1].requires_grad_(), images, model.sample(32, seed=0, return_grids=True)[grid]
+
+
+def young(size, channels, variant="compact", width=1.0, **options):
+    net = multigrid_net(size, channels, width, variant=variant, **options)
+    draw = torch.Generator().manual_seed(size)
+    real, chain = (torch.randn(16, channels, size, size, generator=draw) for _ in range(2))
+    return net, real.clamp(-1, 1), chain
+
+
+LEARNERS = {
+    "compact 4": lambda: young(4, 1, norm="none"),
+    "compact 8, batch": lambda: young(8, 3),
+    "compact 8, spectral": lambda: young(8, 1, norm="none", spectral_norm=True),
+    "compact 16": lambda: young(16, 3, norm="none"),
+    "published 4": lambda: young(4, 3, "B"),
+    "published 16": lambda: young(16, 3, "B", 0.25),
+    "published 16, no norm": lambda: young(16, 3, "B", 0.25, norm="none"),
+    "trained 2": lambda: trained(1),
+    "trained 4": lambda: trained(2),
+    "trained 8": lambda: trained(3),
+}
+
+
+@pytest.mark.parametrize("name", LEARNERS)
+def test_bfloat16_operands_move_no_gradient_by_three_percent(monkeypatch, name, multiplies_bfloat):
+    net, real, chain = LEARNERS[name]()
+    exact = copy.deepcopy(net).double()
+    found, *energies = contrast(net, list(net.parameters()), real, chain, 0.01, "auto")
+    expected, *_ = by_autograd(monkeypatch, exact, list(exact.parameters()), real.double(), chain.double(), 0.01)
+    errors = {
+        path: float((gradient - value).norm() / value.norm())
+        for (path, _), gradient, value in zip(net.named_parameters(), found, expected, strict=True)
+        # Nearly nothing is left of a bias's gradient where both batches have one sign.
+        if value.norm() > 1e-9
+    }
+    assert 1e-4 < max(errors.values()) <= 0.03, errors
+
+
+def test_the_precision_of_the_run_says_which_operands_are_rounded(monkeypatch, multiplies_bfloat):
+    net, real, chain = made("none")
+
+    def gradient(precision, net=net):
+        return contrast(net, list(net.parameters()), real, chain, 0.0, precision)[0][0]
+
+    exact = gradient("fp32")
+    assert torch.equal(gradient("fp16"), exact)
+    assert not torch.equal(gradient("bf16"), exact)
+    assert torch.equal(gradient("auto"), exact)  # nothing in eight channels would gain
+    wide = energy_net_of(16)
+    assert not torch.equal(gradient("auto", wide), gradient("fp32", wide))
+    monkeypatch.setattr(module, "prefers_bfloat", lambda: False)
+    assert torch.equal(gradient("auto", wide), gradient("fp32", wide))
+    monkeypatch.setattr(module, "has_bfloat", lambda: False)
+    assert torch.equal(gradient("bf16"), exact)
 
 
 def test_a_layer_that_the_energy_leaves_out_learns_nothing(monkeypatch):
