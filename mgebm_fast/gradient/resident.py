@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -66,6 +67,19 @@ class ResidentPlan(GradientPlan):
         if x.shape[0] and steps:
             net = self._chain.arguments(x, x, steps=steps, numbers=numbers, place=place, mask=mask)
             resident.launch([self._chain], [net], x, self.bad_step)
+
+    def share_launch_(
+        self, finer: Sequence[ResidentPlan], start: Tensor, states: Sequence[Tensor], places: Sequence[Counters],
+        steps: Sequence[int], numbers: Sequence[Update],
+    ) -> None:  # fmt: skip
+        """Chains of a cascade in one launch, this plan's and those of `finer`, coarse to fine: the first from `start`,
+        each other one from the replicated result of the one before, into `states`. This plan's `bad_step` is of all."""
+        chains, nets, before = [plan._chain for plan in (self, *finer)], [], start.detach().contiguous()
+        for chain, x, place, count, own in zip(chains, states, places, steps, numbers, strict=True):
+            resident.check(chain, x)
+            nets.append(chain.arguments(before, x, steps=count, numbers=own, place=place))
+            before = x
+        resident.launch(chains, nets, before, self.bad_step)
 
     def refresh(self) -> None:
         stack = reread(self._energy, self._example, self._layouts)

@@ -185,6 +185,8 @@ def walk(
     held: tuple[Tensor, Tensor] | None,  # (known, mask) at the finest size
     advance: Callable[[int, Tensor, Tensor | None], Tensor],  # (grid, start of its chain, mask) -> its end
     on: Callable[..., contextlib.AbstractContextManager[None]] | None = None,  # (grid, *inputs): where a grid's work is
+    *,
+    done: Sequence[Tensor] = (),  # results of the first grids, where they are there already
 ) -> list[Tensor]:
     """The loop over grids: each chain's result, replicated and with known pixels imposed, is the start of the next."""
     means = known_means(*held, sizes) if held is not None else []
@@ -195,8 +197,8 @@ def walk(
         cells = updated_cells(held[1], sizes[grid])
         return torch.where(cells, x, means[grid]), cells
 
-    results = [imposed(start, 0)[0]]
-    for grid in range(1, len(sizes)):
+    results = [*done] or [imposed(start, 0)[0]]
+    for grid in range(len(results), len(sizes)):
         with on(grid, results[-1], held, means) if on is not None else contextlib.nullcontext():
             x = ops.upsample(results[-1], sizes[grid] // sizes[grid - 1])
             results.append(advance(grid, *imposed(x, grid)))

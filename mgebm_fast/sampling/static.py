@@ -10,7 +10,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from ..gradient.resident import ResidentPlan
 from ..ops import counters
+from ..ops.conv_chain.resident import MAX_NETS
 from ..ops.edge_step import NO_BAD_STEP
 from ..ops.state import dense_copy
 from ..ops.update import Update
@@ -80,6 +82,25 @@ class StaticChain:
         chain.advance_(self.x, 0, self.steps)
         self.healthy.copy_(chain.healthy(self.x))
 
+    @property
+    def is_resident(self) -> bool:
+        """Whether one launch makes all steps, and may make those of other such chains too."""
+        chain = self._chain
+        return isinstance(self.plan, ResidentPlan) and chain.backend in self.plan.backends and chain.mask is None
+
+    @staticmethod
+    def run_together(chains: Sequence[StaticChain], start: Tensor) -> None:
+        """Resident chains of a cascade in one launch, coarse to fine from `start`, which is of a smaller size."""
+        first, *finer = [plan for one in chains if isinstance(plan := one.plan, ResidentPlan)]
+        for plan in (first, *finer):
+            plan.bad_step.fill_(NO_BAD_STEP)
+        first.share_launch_(
+            finer, start, [one.x for one in chains], [one._chain.place_at(0) for one in chains],
+            [one.steps for one in chains], [one._numbers.steps(0, one.steps) for one in chains],
+        )  # fmt: skip
+        for one in chains:
+            one.healthy.copy_(one._chain.healthy(one.x))
+
     def results(self) -> list[Tensor]:
         return [self.x.clone()]
 
@@ -96,9 +117,11 @@ class StaticCascade:
         chains: Sequence[StaticChain],
         start: Tensor,
         held: tuple[Tensor, Tensor] | None,
-        walk: Callable[..., list[Tensor]],  # walk(start, held, advance): `cascade.walk` of the sizes
+        walk: Callable[..., list[Tensor]],  # walk(start, held, advance, done=…): `cascade.walk` of the sizes
     ) -> None:
         self.chains, self._walk = chains, walk
+        alike = [chain.is_resident and held is None for chain in chains[:MAX_NETS]]
+        self._together = (*alike, False).index(False)  # how many chains, from the coarsest on, share a launch
         with torch.inference_mode(False), torch.no_grad():
             self._start, self._first = start.detach().clone(), start.detach().clone()
             self._held = None if held is None else (held[0].clone(), held[1].clone())
@@ -129,7 +152,11 @@ class StaticCascade:
             chain.run_once()
             return chain.x
 
-        self._first.copy_(self._walk(self._start, self._held, advance)[0])
+        done: list[Tensor] = []
+        if self._together > 1:
+            StaticChain.run_together(self.chains[: self._together], self._start)
+            done = [self._start, *(chain.x for chain in self.chains[: self._together])]
+        self._first.copy_(self._walk(self._start, self._held, advance, done=done)[0])
         self.healthy.copy_(torch.stack([chain.healthy for chain in self.chains]).all())
 
     def results(self) -> list[Tensor]:

@@ -43,7 +43,7 @@ extern "C" int conv_chain_host(const int64_t* words, unsigned seed, char* error,
     ResidentParams p{};
     read(from, p);
     for (int block = 0; block < p.blocks; ++block) {
-      HostCta cta(block, p.blocks, p.warps, p.shared_bytes, seed + static_cast<unsigned>(block));
+      HostCta cta(block, p.warps, p.shared_bytes, seed + static_cast<unsigned>(block));
       Resident<HostCta>(cta, p).run();
     }
     return 0;

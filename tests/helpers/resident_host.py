@@ -64,8 +64,8 @@ def flat(value: Any) -> Iterator[int]:
         yield int(value) - (1 << 64) if int(value) >> 63 else int(value)
 
 
-def place_of(x: Tensor, *, step: int = 0, first_sample: int | Tensor = 0) -> Counters:
-    return check("test", len(x), x[0].numel(), x.device, seed=3, first_sample=first_sample, step=step, stream=9)
+def place_of(x: Tensor, *, step: int = 0, first_sample: int | Tensor = 0, stream: int = 9) -> Counters:
+    return check("test", len(x), x[0].numel(), x.device, seed=3, first_sample=first_sample, step=step, stream=stream)
 
 
 IDLE = Update(0.0, 0.0, 0.0, 0.0, math.inf, -math.inf, math.inf)
@@ -86,10 +86,11 @@ def gradient(stages: Sequence[Stage], head: Tensor, x: Tensor, *, samples: int, 
 
 def advanced(
     stages: Sequence[Stage], head: Tensor, x: Tensor, numbers: Update, *, samples: int, steps: int, step: int = 0,
-    mask: Tensor | None = None, seed: int = 0, blocks: int = 3,
+    mask: Tensor | None = None, seed: int = 0, blocks: int = 3, stream: int = 9,
 ) -> Tensor:  # fmt: skip
     chain, out = loaded(stages, head, samples), torch.full_like(x, math.nan)
-    net = chain.arguments(x, out, steps=steps, numbers=numbers, place=place_of(x, step=step), mask=mask)
+    place = place_of(x, step=step, stream=stream)
+    net = chain.arguments(x, out, steps=steps, numbers=numbers, place=place, mask=mask)
     assert launch([chain], [net], len(x), seed=seed, blocks=blocks) == NO_BAD_STEP
     return out
 

@@ -14,6 +14,7 @@ import torch
 from helpers.cases import thorough
 from helpers.resident_host import advanced, gradient, launch, loaded, place_of, random_stack, rounded_gradient
 
+from mgebm_fast import noise
 from mgebm_fast.gradient.stack import read
 from mgebm_fast.nets import multigrid_net
 from mgebm_fast.ops import upsample
@@ -86,21 +87,25 @@ def test_what_does_not_fit_is_named():
 
 
 def test_a_cascade_is_one_launch():
-    """2 → 4 → 8: each net from the replicated result of the one before, as three launches make them."""
-    sizes = (2, 4, 8)
+    """1 → 2 → 4 → 8 → 16: each net from the replicated result of the one before, as four launches make them, whatever
+    the samples that a block has at a time; with the noise of each grid's own stream and first step."""
+    sizes, at_a_time = (2, 4, 8, 16), (3, 2, 2, 1)
     stacks = [compact(size) for size in sizes]
     start = torch.rand(5, 3, 1, 1, generator=torch.Generator().manual_seed(0))
-    chains = [loaded(s.stages, s.head, 2) for s in stacks]
+    chains = [loaded(s.stages, s.head, samples) for s, samples in zip(stacks, at_a_time, strict=True)]
+    steps = (3, 2, 2, 1)
     outs, nets, before = [], [], start
-    for size, chain in zip(sizes, chains, strict=True):
+    for grid, (size, chain, count) in enumerate(zip(sizes, chains, steps, strict=True), start=1):
         out = torch.full((5, 3, size, size), math.nan)
-        nets.append(chain.arguments(before, out, steps=2, numbers=LAW, place=place_of(out, step=size)))
+        place = place_of(out, step=7 * count, stream=noise.stream(noise.Purpose.SAMPLING, grid))
+        nets.append(chain.arguments(before, out, steps=count, numbers=LAW, place=place))
         outs.append(out)
         before = out
     assert launch(chains, nets, 5, blocks=2) == NO_BAD_STEP
     x = start
-    for size, stack, out in zip(sizes, stacks, outs, strict=True):
-        x = advanced(stack.stages, stack.head, upsample(x, size // x.shape[-1]), LAW, samples=1, steps=2, step=size)
+    for grid, (size, stack, count, out) in enumerate(zip(sizes, stacks, steps, outs, strict=True), start=1):
+        x = advanced(stack.stages, stack.head, upsample(x, size // x.shape[-1]), LAW, samples=1, steps=count,
+                     step=7 * count, stream=noise.stream(noise.Purpose.SAMPLING, grid))  # fmt: skip
         assert torch.equal(out, x)
 
 

@@ -2,11 +2,16 @@
 
 import pytest
 import torch
+from helpers import resident_host
 from helpers.graph_cases import DYNAMICS, Own, cascades, change_, colours, images, model, net_of, slots
 
 from mgebm_fast.errors import BackendError, DivergenceError
+from mgebm_fast.gradient.conv import ConvPlan
+from mgebm_fast.gradient.resident import ResidentPlan
+from mgebm_fast.gradient.stack import read
 from mgebm_fast.models import MultiGrid
-from mgebm_fast.sampling import graphs
+from mgebm_fast.ops.conv_chain import resident
+from mgebm_fast.sampling import graphs, running
 
 
 @pytest.mark.parametrize(("norm", "precision"), [("none", "fp32"), ("batch", "fp16")])
@@ -96,3 +101,40 @@ def test_a_pipeline_that_diverges_names_the_grid_and_one_that_cannot_be_is_refus
     graphs.DEVICES = ("cuda",)  # undone by the fixture
     with pytest.raises(BackendError, match="sample: pipeline=True needs a CUDA device, the model is on cpu"):
         m.sample(20, seed=1, pipeline=True)
+
+
+@pytest.mark.parametrize(
+    ("resident_sizes", "held", "launches"), [((2, 4, 8), False, 1), ((2, 4), False, 1), ((2, 4, 8), True, 3)]
+)
+def test_resident_chains_of_a_cascade_share_a_launch(monkeypatch, resident_sizes, held, launches):
+    """Those of the coarsest sizes, where no pixel is imposed between them; the same bits as launch by launch. The
+    kernel's own source runs, on the host."""
+    counted = []
+
+    def launch(chains, nets, x, bad_step):
+        counted.append(len(chains))
+        bad_step.clamp_(max=resident_host.launch(chains, nets, len(x)))
+
+    def plan(energy, x, *arguments, **more):
+        if x.shape[-1] in resident_sizes:
+            return ResidentPlan(read(energy, x), energy, x)
+        return ConvPlan(read(energy, x), energy, "fp16")
+
+    monkeypatch.setattr(graphs, "DEVICES", ("cpu",))
+    monkeypatch.setattr(graphs.Lane, "record", lambda self, body, device: body() or body)
+    monkeypatch.setattr(resident, "launch", launch)
+    monkeypatch.setattr(resident, "limits_of", lambda device: resident.H100)
+    monkeypatch.setattr(running, "plan", plan)
+    m, start, known = model(), colours(3), {}
+    if held:
+        known = {"known": images(3), "mask": torch.rand(3, 1, 8, 8, generator=torch.Generator().manual_seed(1)) < 0.5}
+    got, expected = [m.cascade(start, seed=3, first_step=[6, 0, 2], graph=graph, **known) for graph in (None, False)]
+    assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+    counted.clear()
+    got = m.cascade(start, seed=3, first_step=[6, 0, 2], **known)
+    assert len(counted) % launches == 0 and len(counted) <= 2 * launches  # a capture runs its body once before
+    counted.clear()
+    again = m.cascade(start, seed=3, first_step=[6, 0, 2], **known)
+    assert len(counted) == launches and sum(counted) == len(resident_sizes)
+    for results in (got, again):
+        assert all(torch.equal(a, b) for a, b in zip(results, expected, strict=True))

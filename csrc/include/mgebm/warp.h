@@ -110,7 +110,6 @@ class DeviceCta {
   using Warp = DeviceWarp;
   __device__ explicit DeviceCta(char* shared) : warp_(shared) {}
   __device__ int index() const { return static_cast<int>(blockIdx.x); }
-  __device__ int count() const { return static_cast<int>(gridDim.x); }
   __device__ int warps() const { return static_cast<int>(blockDim.x) / kLanes; }
 
   template <typename Body>
@@ -269,12 +268,11 @@ class HostWarp {
 class HostCta {
  public:
   using Warp = HostWarp;
-  HostCta(int index, int count, int warps, int64_t shared_bytes, unsigned seed)
-      : index_(index), count_(count), order_(warps), shared_(shared_bytes), random_(seed) {
+  HostCta(int index, int warps, int64_t shared_bytes, unsigned seed)
+      : index_(index), order_(warps), shared_(shared_bytes), random_(seed) {
     for (int w = 0; w < warps; ++w) order_[w] = w;
   }
   int index() const { return index_; }
-  int count() const { return count_; }
   int warps() const { return static_cast<int>(order_.size()); }
 
   template <typename Body>
@@ -285,7 +283,7 @@ class HostCta {
   }
 
  private:
-  int index_, count_;
+  int index_;
   std::vector<int> order_;
   CheckedShared shared_;
   std::mt19937 random_;

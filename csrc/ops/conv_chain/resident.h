@@ -62,15 +62,17 @@ class Resident {
   using Warp = typename Cta::Warp;
   using Product = ResidentProduct<Warp>;
 
-  MG_BODY Resident(Cta& cta, const ResidentParams& params) : cta_(cta), p_(params) {}
+  MG_BODY Resident(Cta& cta, const ResidentParams& params) : cta_(cta), p_(params) {
+    begin_ = cta.index() * params.share;
+    end_ = begin_ + params.share < params.samples ? begin_ + params.share : params.samples;
+  }
 
+  // Every block takes its samples through all nets: a net starts from what its own block wrote.
   MG_BODY void run() {
     for (int i = 0; i < p_.nets.count; ++i) {
       const ResidentNet& net = p_.nets.at[i];
       load_image(net);
-      const int64_t groups = (p_.samples + net.samples - 1) / net.samples;
-      for (int64_t group = cta_.index(); group < groups; group += cta_.count()) {
-        const int64_t first = group * net.samples;
+      for (int64_t first = begin_; first < end_; first += net.samples) {
         load_state(net, first);
         const int64_t steps = net.gradient ? 1 : net.steps;
         for (int64_t k = 0; k < steps; ++k) {
@@ -90,7 +92,8 @@ class Resident {
   MG_BODY static const float* number(const ResidentNet& net, int32_t at) {
     return reinterpret_cast<const float*>(net.memory + at);
   }
-  MG_BODY int64_t real_sample(int64_t sample) const { return sample < p_.samples ? sample : p_.samples - 1; }
+  // A sample for what a block has no sample for: the same one once more, which is not written.
+  MG_BODY int64_t real_sample(int64_t sample) const { return sample < end_ ? sample : end_ - 1; }
 
   // body(i) for i = 0 ... count - 1, each by one lane of some warp.
   template <typename Body>
@@ -152,7 +155,7 @@ class Resident {
   MG_BODY void write(const ResidentNet& net, int64_t first, int32_t at, float factor, float* to) {
     const int elements = net.channels * net.pixels;
     spread(net.samples * elements, [&](const Warp& warp, int i) {
-      if (first + i / elements >= p_.samples) return;
+      if (first + i / elements >= end_) return;
       to[first * elements + i] = factor * warp.template load<float>(static_cast<uint32_t>(at + 4 * i));
     });
   }
@@ -257,7 +260,7 @@ class Resident {
     const float unscale = *number(net, net.unscale);
     spread(net.samples * quads, [&](const Warp& warp, int i) {
       const int s = i / quads, quad = i % quads;
-      if (first + s >= p_.samples) return;
+      if (first + s >= end_) return;
       LangevinStepCoefficients numbers = coefficients_of(net.numbers, k, first + s);
       const float* const mean = means_of(net.numbers, first + s);
       SampleKey key = sample_key(net.counters, first + s);
@@ -288,6 +291,7 @@ class Resident {
 
   Cta& cta_;
   const ResidentParams& p_;
+  int64_t begin_, end_;  // of this block's samples
 };
 
 }  // namespace mgebm

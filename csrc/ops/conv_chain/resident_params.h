@@ -38,7 +38,7 @@ struct ResidentNet {
   int32_t x, x_map, dx, zero;  // in shared memory; zero: 128 bytes of zeros, in the image
   int32_t channels, pixels;    // of x
   Extent size;
-  int32_t samples;  // chains of a block
+  int32_t samples;  // chains of a block at a time
   List<ResidentStage, kResidentStages> stages;
   const float* from;  // x at the start, or the smaller x that it is replicated from
   Extent factor;
@@ -53,11 +53,11 @@ struct ResidentNet {
 };
 
 struct ResidentParams {
-  int64_t samples;
-  int64_t* bad_step;  // lowered to the first step at which an entry of dE/dx is not finite
+  int64_t samples, share;  // all chains; how many of them, one after the other, a block makes, of every net
+  int64_t* bad_step;       // lowered to the first step at which an entry of dE/dx is not finite
   int32_t shared_bytes, warps, blocks;
   List<ResidentNet, kResidentNets> nets;
-  MGEBM_FIELDS(samples, bad_step, shared_bytes, warps, blocks, nets)
+  MGEBM_FIELDS(samples, share, bad_step, shared_bytes, warps, blocks, nets)
 };
 
 }  // namespace mgebm

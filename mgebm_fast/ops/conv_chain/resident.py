@@ -149,14 +149,10 @@ class ResidentChain:
 def launch_arguments(
     chains: Sequence[ResidentChain], nets: Sequence[tuple[Any, ...]], batch: int, bad_step: Tensor, blocks: int
 ) -> tuple[Any, ...]:
-    """The fields of `ResidentParams`: all chains of one launch, coarse to fine."""
-    # Every block must do the same samples of all nets: a net starts from what its own block wrote.
-    samples = {chain.layout.samples for chain in chains}
-    if len(samples) > 1:
-        raise ValueError(f"conv_chain: nets of one launch must hold the same samples a block, got {sorted(samples)}")
+    """The fields of `ResidentParams`: all chains of one launch, coarse to fine, on `blocks` blocks at most."""
     shared = max(chain.layout.shared_bytes for chain in chains)
-    groups = math.ceil(batch / chains[0].layout.samples)
-    return batch, bad_step.data_ptr(), shared, WARPS, min(groups, blocks), list(nets)
+    share = math.ceil(batch / blocks)
+    return batch, share, bad_step.data_ptr(), shared, WARPS, math.ceil(batch / share), list(nets)
 
 
 def launch(chains: Sequence[ResidentChain], nets: Sequence[tuple[Any, ...]], x: Tensor, bad_step: Tensor) -> None:
