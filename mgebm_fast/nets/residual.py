@@ -175,7 +175,8 @@ class ResidualNet(ScoreNet):
         elif label.dtype != torch.int64 or label.shape != (samples,):
             raise Refused("label", must, f"{label.dtype} of shape {tuple(label.shape)}", self.name)
         elif label.is_cpu and samples and not torch.compiler.is_compiling():
-            low, high = (int(bound) for bound in label.aminmax())
+            # As Python's numbers: torch's ops on them would bind a reading of the energy to their range.
+            low, high = min(values := label.tolist()), max(values)
             if low < 0 or high >= self.labels:
                 raise Refused("label", must, f"values from {low} to {high}", self.name)
 

@@ -29,12 +29,12 @@ enum class GraphKind : int {
   kConvolve = 0,   // W * in + bias + second
   kGather = 1,     // sum over taps of weights[tap] in: pooling, upsampling, padding, and their transposes
   kPointwise = 2,  // in
-  kAffine = 3,     // in weights + bias, either a channel's or an element's; null: 1, 0
+  kAffine = 3,     // in weights + bias, either a channel's or an element's, for all samples or each; null: 1, 0
   kAdd = 4,        // in + factor second
   kMultiply = 5,   // in second
   kNorm = 6,       // weights (in - mean) / std + bias over a group of channels and all pixels; second: 1/std, mean
   kNormBack = 7,   // its gradient from in = dE/dy; second as there, third: what was normalised
-  kFill = 8,       // bias, a channel's or an element's
+  kFill = 8,       // bias, likewise
   // With neither function nor slope:
   kSoftmax = 9,      // softmax of in over the channels of one pixel, times second's first channel
   kLogSumExp = 10,   // log sum exp of in over the channels of one pixel
@@ -77,7 +77,8 @@ struct GraphStep {
   int rows;                    // of packed weights
   int inputs, outputs;         // channels
   const float* bias;
-  bool per_element;  // weights and bias hold a number an element, [pixel][depth]
+  bool per_element;    // weights and bias hold a number an element, [pixel][depth]
+  int64_t row_floats;  // of an affine step or a fill with a row of them for each sample of the call; 0: one for all
   Function function;
   float a, b;
   float factor;
@@ -85,7 +86,7 @@ struct GraphStep {
   float eps;
   int from_channel, to_channel;
   MGEBM_FIELDS(kind, in, second, third, out, keep, slope, accumulate, windows, weights, bfloat_weights, rows, inputs,
-               outputs, bias, per_element, function, a, b, factor, groups, eps, from_channel, to_channel)
+               outputs, bias, per_element, row_floats, function, a, b, factor, groups, eps, from_channel, to_channel)
 };
 
 struct GraphChainParams {

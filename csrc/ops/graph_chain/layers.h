@@ -11,7 +11,7 @@ static void pointwise(const Group& g, const GraphStep& s) {
 
 static void affine(const Group& g, const GraphStep& s) {
   each_strip(g, s, [&](const Finish& finish, int n, int64_t at, int channel) {
-    const int64_t place = s.per_element ? at : channel;
+    const int64_t place = g.row(s, n) + (s.per_element ? at : channel);
     F16 v = load(g.at(s.in, n) + at);
     if (s.weights) v = v * load(s.weights + place);
     finish(at, s.bias ? v + load(s.bias + place) : v);
@@ -31,8 +31,8 @@ static void multiply(const Group& g, const GraphStep& s) {
 }
 
 static void fill(const Group& g, const GraphStep& s) {
-  each_strip(g, s, [&](const Finish& finish, int, int64_t at, int channel) {
-    finish(at, load(s.bias + (s.per_element ? at : channel)));
+  each_strip(g, s, [&](const Finish& finish, int n, int64_t at, int channel) {
+    finish(at, load(s.bias + g.row(s, n) + (s.per_element ? at : channel)));
   });
 }
 

@@ -44,6 +44,8 @@ struct Group : Team {
     const GraphBuffer& b = p.buffers.at[buffer];
     return base + b.offset * room + static_cast<int64_t>(sample) * b.pixels * b.depth;
   }
+  // Where a sample's constants begin in those of a step.
+  int64_t row(const GraphStep& s, int sample) const { return (first + sample) * s.row_floats; }
   const GraphBuffer& buffer(int index) const { return p.buffers.at[index]; }
 };
 

@@ -1,12 +1,16 @@
 """Readings that are kept from call to call: while an energy is the same code over the same objects (`watch`), a chain
-needs neither to read it again nor, with the same weights, to pack them; changed weights are packed by a table.
+needs neither to read it again nor, with the same weights, to pack them. From changed weights, labels and targets the
+constants of the graph are computed again by a tape of the ops that made them, and packed by a table.
 
-Whether weights changed is asked of their numbers, all of them: torch's counters of writes do not see `weight.data`.
+Whether tensors changed is asked of their numbers, all of them: torch's counters of writes do not see `weight.data`.
 """
 
 from __future__ import annotations
 
+import collections
+import contextlib
 import dataclasses
+import itertools
 from collections.abc import Hashable
 from typing import Any
 
@@ -17,9 +21,10 @@ from ... import native
 from ...ops.conv_chain import prefers_bfloat
 from ...ops.graph_chain import GraphChain
 from ...ops.graph_chain.layers import Graph
-from ...ops.graph_chain.refill import MOST, Refill
+from ...ops.graph_chain.refill import Refill
 from ..trust import GLOBAL_HOOKS
-from .recorder import Weights, memory_of
+from .tape import Recipe, Tape, memory_of
+from .tape import key_of as key_of_tensor
 from .watch import Watch
 
 _MOST_KEPT = 8  # readings of an energy: those used last
@@ -30,10 +35,9 @@ class Kept:
     """A reading with what it depends on beside the objects of a watch."""
 
     layout: list[Hashable]  # of every tensor: where it lies, and how
-    fixed: list[bool]  # of every tensor: whether with other numbers the energy must be read again
-    others: list[Tensor]  # copies of those
-    state: tuple[Tensor, GraphChain]  # the numbers of the rest, and these packed
-    refill: Refill | None  # None: all are fixed
+    leaves: list[int]  # the tensors that constants are made of; with other numbers of the rest it must be read again
+    state: tuple[list[Tensor], GraphChain]  # the numbers of all tensors, and the chain of these
+    refill: tuple[Recipe, Refill] | None  # None: it must be read again whatever changed
     plan: tuple[Any, ...]  # the form of the graph, how it is read, and its precision
 
 
@@ -56,74 +60,68 @@ def find(watch: Watch, key: Hashable) -> tuple[Any, ...] | None:
     if kept is None:
         return None
     tensors = watch.tensors
-    if _layout(tensors) != kept.layout:
+    if _layout(watch) != kept.layout:
         return None
-    others, loose = _apart(tensors, kept.fixed)
-    values, (before, chain) = _values(loose), kept.state
-    if not all(map(torch.equal, others, kept.others)):
-        return None
-    if not torch.equal(values.view(torch.int32), before.view(torch.int32)):
-        if kept.refill is None or not bool(torch.isfinite(values).all()):
+    before, chain = kept.state
+    if changed := _changed(tensors, before):
+        if kept.refill is None or not changed <= set(kept.leaves):
             return None
-        chain = chain.refilled(kept.refill, values)
-        kept.state = values, chain
+        recipe, refill = kept.refill
+        try:
+            made = recipe([tensors[i] for i in kept.leaves])
+        except (RuntimeError, IndexError, ValueError):  # as of a label that there is none of: the energy will say so
+            return None
+        values = _joined(made or [])
+        if made is None or not bool(torch.isfinite(values).all()):
+            return None
+        chain = chain.refilled(refill, values)
+        kept.state = [t.detach().clone() if i in changed else before[i] for i, t in enumerate(tensors)], chain
     return chain, *kept.plan
 
 
-def keep(watch: Watch, key: Hashable, graph: Graph, found: tuple[Any, ...], weights: Weights) -> None:
-    """Note what `find` is to give of a reading that was just made and is trusted, and met these weights."""
+def keep(watch: Watch, key: Hashable, graph: Graph, found: tuple[Any, ...], tape: Tape) -> None:
+    """Note what `find` is to give of a reading that was just made and is trusted."""
     tensors, (chain, *plan) = watch.tensors, found
-    if sum(t.numel() for t in tensors) >= MOST or not weights.met <= set(map(memory_of, tensors)):
+    places = {key_of_tensor(t): i for i, t in enumerate(tensors)}
+    shared = collections.Counter(map(memory_of, tensors))
+    if any(key not in places for key in tape.leaves) or any(shared[memory_of(t)] > 1 for t in watch.own):
         return
-    fixed = [t.dtype is not torch.float32 or memory_of(t) in weights.computed for t in tensors]
-    others, loose = _apart(tensors, fixed)
-    refill = None
-    try:
+    leaves, refill = [places[key] for key in tape.leaves], None
+    with contextlib.suppress(ValueError):
         if plan[-1] == "fp32":
-            refill = chain.refill(graph, _values(loose), _places(graph, loose))
-    except ValueError:
-        refill = None
-    if refill is None:
-        fixed, others, loose = [True] * len(tensors), tensors, []
-    copies = [t.detach().clone() for t in others]
+            recipe, constants = tape.cut([constant for _, constant in graph.tensors()])
+            starts = itertools.accumulate((c.numel() for c in constants), initial=0)
+            order = [torch.arange(at, at + c.numel()).reshape(c.shape) for at, c in zip(starts, constants)]
+            refill = recipe, chain.refill(graph, _joined(constants), dict(zip(map(id, constants), order, strict=True)))
     watch.kept.pop(key, None)
     for earlier in list(watch.kept)[: max(0, len(watch.kept) + 1 - _MOST_KEPT)]:
         watch.kept.pop(earlier, None)
-    watch.kept[key] = Kept(_layout(tensors), fixed, copies, (_values(loose), chain), refill, tuple(plan))
+    copies = [t.detach().clone() for t in tensors]
+    watch.kept[key] = Kept(_layout(watch), leaves, (copies, chain), refill, tuple(plan))
 
 
-def _apart(tensors: list[Tensor], fixed: list[bool]) -> tuple[list[Tensor], list[Tensor]]:
-    """(those that are fixed, the others)."""
-    pairs = list(zip(tensors, fixed, strict=True))
-    return [t for t, is_fixed in pairs if is_fixed], [t for t, is_fixed in pairs if not is_fixed]
+def _changed(tensors: list[Tensor], before: list[Tensor]) -> set[int]:
+    """Which of the tensors have other numbers than before, bit for bit."""
+    if torch.equal(_joined(tensors).view(torch.int32), _joined(before).view(torch.int32)):
+        rest = [i for i, t in enumerate(tensors) if t.dtype != torch.float32]
+    else:
+        rest = list(range(len(tensors)))
+    return {i for i in rest if not torch.equal(_bits(tensors[i]), _bits(before[i]))}
 
 
-def _layout(tensors: list[Tensor]) -> list[Hashable]:
-    return [(t.data_ptr(), t.dtype, t.shape, t.stride()) for t in tensors]
+def _bits(tensor: Tensor) -> Tensor:
+    return tensor.detach().contiguous().view(torch.int32) if tensor.dtype == torch.float32 else tensor.detach()
 
 
-def _values(tensors: list[Tensor]) -> Tensor:
-    """The numbers of float32 tensors, one after the other."""
+def _layout(watch: Watch) -> list[Hashable]:
+    """Of every tensor where it lies, and how; those of the energy's own may lie elsewhere from call to call."""
+    own = len(watch.own)
+    where = [0 if i < own else t.data_ptr() for i, t in enumerate(watch.tensors)]
+    return [(at, t.dtype, t.shape, t.stride()) for at, t in zip(where, watch.tensors, strict=True)]
+
+
+def _joined(tensors: list[Tensor]) -> Tensor:
+    """The numbers of the float32 ones, one after the other."""
     nothing = torch.empty(0, dtype=torch.float32, device="cpu")
     with torch.inference_mode(False), torch.no_grad():
-        return torch.cat([nothing, *(t.reshape(-1) for t in tensors)])
-
-
-def _places(graph: Graph, tensors: list[Tensor]) -> dict[int, Tensor]:
-    """For each constant in the memory of a tensor, where its numbers are in `_values`; ValueError where one may lie
-    partly outside."""
-    starts: dict[int, tuple[Tensor, int]] = {}
-    at = 0
-    for tensor in tensors:
-        starts[memory_of(tensor)] = tensor, at
-        at += tensor.numel()
-    found: dict[int, Tensor] = {}
-    for _, constant in graph.tensors():
-        if memory_of(constant) in starts:
-            tensor, start = starts[memory_of(constant)]
-            offset = constant.storage_offset() - tensor.storage_offset()
-            if not tensor.is_contiguous() or tensor.numel() * 4 != tensor.untyped_storage().nbytes():
-                raise ValueError("weights that share their memory")
-            order = torch.arange(start, start + tensor.numel(), device="cpu")
-            found[id(constant)] = order.as_strided(constant.shape, constant.stride(), offset)
-    return found
+        return torch.cat([nothing, *(t.detach().reshape(-1) for t in tensors if t.dtype == torch.float32)])

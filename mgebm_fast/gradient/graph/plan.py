@@ -25,8 +25,9 @@ from ..holding import frozen_parameters
 from ..stack import Stack, example_input, reread
 from . import kept
 from .cost import gains_by_bfloat
-from .recorder import Weights, noise_like, read_graph
+from .recorder import noise_like, read_graph
 from .state import as_before
+from .tape import Tape
 from .watch import Watch, watch_of
 
 # Reading an energy and packing its weights costs about as much as this many steps save.
@@ -93,6 +94,8 @@ class GraphPlan(GradientPlan):
     def explain(self) -> PlanReport:
         why = (self._why,) if self._why else ()
         how = f"{native.isa()}, {len(self.form) - 1} layers"
+        if self.chain.samples:
+            how += f", constants of {self.chain.samples} samples"
         if self.precision == "bf16":
             how += "; state, first convolution, functions and sums in fp32"
         return PlanReport("graph", self.precision, how, "all steps in one call", why)
@@ -171,12 +174,12 @@ def _plan_of(
     energy: Any, x: Tensor, where: str, precision: str, place: tuple[Watch, Hashable] | None
 ) -> GraphPlan | str:
     """Reads the energy; `place`: where the reading is kept."""
-    shape, weights = x.shape, Weights()
+    shape, tapes = x.shape, list[Tape]()
 
-    def read(now: Any, weights: Weights | None = None) -> Graph | str:
-        return read_graph(now, torch.empty((), dtype=torch.float32, device="cpu").expand(shape), weights)
+    def read(now: Any, tapes: list[Tape] | None = None) -> Graph | str:
+        return read_graph(now, torch.empty((), dtype=torch.float32, device="cpu").expand(shape), tapes)
 
-    graph = read(energy, weights)
+    graph = read(energy, tapes)
     if isinstance(graph, str):
         if place is not None and "its own code raises" not in graph:  # of the code, whatever its weights are
             place[0].kept["refused", place[1]] = graph
@@ -189,11 +192,11 @@ def _plan_of(
         raise
     except Exception as error:
         return str(error)
-    reason, shown = _why_not_trusted(energy, graph, plan, x)
+    reason, shown = _why_not_trusted(energy, graph, plan, x, tapes[-1].of_all)
     if reason:
         return f"its reading is not trusted: {reason}"
     if place is not None and shown and place[0].holds(energy):
-        kept.keep(*place, graph, (plan.chain, plan.form, read, precision), weights)
+        kept.keep(*place, graph, (plan.chain, plan.form, read, precision), tapes[-1])
     return plan
 
 
@@ -204,8 +207,9 @@ _MOST_CODE = 256
 _lock = threading.Lock()
 
 
-def _why_not_trusted(energy: Any, graph: Graph, plan: GraphPlan, x: Tensor) -> tuple[str, bool]:
-    """Why a reading is not trusted, "" where it is; and whether that was ever shown by a gradient."""
+def _why_not_trusted(energy: Any, graph: Graph, plan: GraphPlan, x: Tensor, of_all: bool) -> tuple[str, bool]:
+    """Why a reading is not trusted, "" where it is; and whether that was ever shown by a gradient. of_all: whether the
+    energy takes as many samples as x has, and no others."""
     key = (*form_of(graph), x.shape[0], plan.precision)
     with _lock:
         if isinstance(energy, torch.nn.Module):
@@ -221,7 +225,8 @@ def _why_not_trusted(energy: Any, graph: Graph, plan: GraphPlan, x: Tensor) -> t
     # In bfloat16 a wrong reading could hide in the rounding: the same graph is compared in float32 first.
     chains: dict[str, GraphChain | GraphPlan] = {} if plan.precision == "fp32" else {"fp32": GraphChain(graph)}
     chains[plan.precision] = plan
-    for probe in (noise_like(_SAMPLES, x, 0), x[:_MOST_SAMPLES]):
+    few, some = (len(x), len(x)) if of_all else (_SAMPLES, _MOST_SAMPLES)
+    for probe in (noise_like(few, x, 0), x[:some]):
         for precision, chain in chains.items():
             reason, shown = _compared(energy, graph, chain, probe, BOUNDS[precision])
             if reason:

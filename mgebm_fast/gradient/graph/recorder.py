@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import sys
 import types
+import warnings
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -18,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten, tree_map_only
+from torch.utils._pytree import tree_map_only
 
 from ...ops.graph_chain import layers
 from ...ops.graph_chain.layers import Graph, Map
@@ -27,9 +28,9 @@ from ..holding import frozen_parameters
 from ..reach import modules_of
 from ..stages import Unreadable
 from ..trust import GLOBAL_HOOKS, HOOKS
-from .extremes import _extreme  # noqa: F401  (the rules of greatest values)
+from . import choices, extremes, products, shapes  # noqa: F401  (their rules)
 from .rules import RULES
-from .shapes import _view  # noqa: F401  (the rules of shapes)
+from .tape import Tape, Taping, key_of, tensors_in
 from .values import GraphBuilder, Value
 
 _SAMPLES = 3
@@ -37,22 +38,13 @@ _SAMPLES = 3
 _SEVERAL = ("native_", "_native_", "cudnn_batch_norm", "_batch_norm", "max_pool", "log_sigmoid_forward")
 
 
-@dataclasses.dataclass
-class Weights:
-    """The tensors that code had before it was read, by their memory (`memory_of`): those that were met, and those that
-    constants were computed from. The numbers of the others stand in the graph as they are, in the memory of theirs."""
-
-    met: set[int] = dataclasses.field(default_factory=set)
-    computed: set[int] = dataclasses.field(default_factory=set)
-
-
-# Ops that leave numbers where they are in memory.
-_VIEWS = frozenset("t transpose permute view detach alias expand unsqueeze squeeze select slice".split())
-
-
-def read_graph(energy: Callable[[Tensor], Tensor], x: Tensor, weights: Weights | None = None) -> Graph | str:
+def read_graph(energy: Callable[[Tensor], Tensor], x: Tensor, tapes: list[Tape] | None = None) -> Graph | str:
     """The graph of `energy` for tensors like x (N, ...) float32 on the CPU; or the reason, with the module and the op,
-    why it cannot be read as one. Only x's shape is used. `weights` takes notes of the tensors that were met."""
+    why it cannot be read as one. Only x's shape is used. `tapes` takes how its constants were computed.
+
+    It is read on three samples; on N where it holds constants with a row a sample (labels, targets), which then stand
+    in the graph, or where its code runs with no other number of samples.
+    """
     if x.device.type != "cpu" or x.dtype != torch.float32 or x.dim() < 2 or x.shape[1:].numel() == 0:
         return f"a graph is read for float32 x (N, …) on the CPU, got {x.dtype} {tuple(x.shape)} on {x.device.type}"
     if torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None:
@@ -61,23 +53,36 @@ def read_graph(energy: Callable[[Tensor], Tensor], x: Tensor, weights: Weights |
         return "torch.autocast is on"
     if reason := _hooked(energy):
         return reason
-    probe = noise_like(_SAMPLES, x, 1)
-    recorder = _Recorder(energy, probe)
+    recorder = _Recorder(energy, noise_like(_SAMPLES, x, 1))
+    found, of_all = _read(energy, recorder)
+    if of_all and len(x) not in (0, _SAMPLES):
+        recorder = _Recorder(energy, noise_like(len(x), x, 1))
+        found, _ = _read(energy, recorder)
+    recorder.tape.of_all = of_all
+    if tapes is not None:
+        tapes.append(recorder.tape)
+    return found
+
+
+def _read(energy: Callable[[Tensor], Tensor], recorder: _Recorder) -> tuple[Graph | str, bool]:
+    """The graph, or why not; and whether it is to be read on as many samples as x has."""
     try:
-        with torch.inference_mode(False), frozen_parameters(energy), torch.enable_grad(), recorder, _CircularPads():
-            out = energy(probe)
-        if weights is not None:
-            weights.met |= recorder.weights.met
-            weights.computed |= recorder.weights.computed
-        return recorder.finish(out)
+        with (
+            warnings.catch_warnings(), torch.inference_mode(False), frozen_parameters(energy), torch.enable_grad(),
+            recorder, _CircularPads(),
+        ):  # fmt: skip
+            warnings.simplefilter("ignore")  # as of a target of other rows than the few samples
+            out = energy(recorder.probe)
+        return recorder.finish(out), recorder.by_sample
     except Unreadable as reason:
-        return str(reason)
+        return str(reason), False
     except (MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:
         if recorder.reason:
-            return recorder.reason
-        return f"its own code raises {type(error).__name__} on {_SAMPLES} samples: {' '.join(str(error).split())[:200]}"
+            return recorder.reason, False
+        said = " ".join(str(error).split())[:200]
+        return f"its own code raises {type(error).__name__} on {len(recorder.probe)} samples: {said}", True
 
 
 def noise_like(samples: int, x: Tensor, seed: int) -> Tensor:  # -> (samples, ...) float32, on the CPU
@@ -104,16 +109,20 @@ class _Recorder(TorchDispatchMode):
 
     def __init__(self, energy: Any, x: Tensor) -> None:
         super().__init__()
-        self._energy = energy
+        self._energy, self.probe = energy, x
         self._builder = GraphBuilder(x, as_map=x.dim() > 2)
         # Values by where their tensor lies in memory: autograd may hand out another object for the same tensor.
-        self._values: dict[tuple, Value | str] = {_key(x): self._builder.x}
+        self._values: dict[tuple, Value | str] = {key_of(x): self._builder.x}
         self._kept: list[Any] = [x]  # so that no memory is given out twice
         self._made: set[int] = {x.untyped_storage()._cdata}  # storages of tensors that ops made meanwhile
         self._tracked: set[tuple] = set()  # keys of tensors that autograd followed, for weights outside of modules
         self.reason = ""
-        self.weights = Weights()
-        self._passed: list[Tensor] = []  # constants that the rule of an op was given
+        self.tape = Tape()
+
+    @property
+    def by_sample(self) -> bool:
+        """Whether constants with a row a sample were met."""
+        return self._builder.by_sample
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
@@ -123,10 +132,11 @@ class _Recorder(TorchDispatchMode):
     def finish(self, out: Any) -> Graph:
         if self.reason:  # the energy's own code caught the refusal and went on another way
             raise Unreadable(self.reason)
-        if not isinstance(out, Tensor) or tuple(out.shape) != (_SAMPLES,) or out.dtype != torch.float32:
+        samples = self._builder.samples
+        if not isinstance(out, Tensor) or tuple(out.shape) != (samples,) or out.dtype != torch.float32:
             got = tuple(out.shape) if isinstance(out, Tensor) else type(out).__name__
-            raise Unreadable(f"it returns {got} for {_SAMPLES} samples")
-        value = self._values.get(_key(out))
+            raise Unreadable(f"it returns {got} for {samples} samples")
+        value = self._values.get(key_of(out))
         if not isinstance(value, Value):
             raise Unreadable(value or "what it returns does not depend on x by torch's ops")
         builder = self._builder
@@ -136,15 +146,16 @@ class _Recorder(TorchDispatchMode):
             raise Unreadable(f"it returns {value.held.channels} numbers a sample")
         if not builder.layers or value.index != len(builder.layers):
             builder.pointwise(value, "power", 1)
-        return _as_features(builder.graph())
+        with Taping(self.tape):
+            return _as_features(builder.graph())
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
         try:
             self._refuse(func, args, kwargs)
-            noted = self._as_it_is(func, args)
+            before = self._before(func, args, kwargs)
             out = func(*args, **kwargs)
-            self._note(func, noted, kwargs, out)
+            self._note(func, before, kwargs, out)
         except Unreadable as reason:
             self.reason = self.reason or self._located(str(reason))
             raise Unreadable(self.reason) from None
@@ -153,7 +164,7 @@ class _Recorder(TorchDispatchMode):
     def _refuse(self, func: Any, args: tuple, kwargs: dict) -> None:
         """Before an op runs: what would leave a trace outside of the reading, or hides from autograd."""
         name = func._schema.name.split("::")[1]
-        tensors = _tensors((args, kwargs))
+        tensors = tensors_in((args, kwargs))
         if torch.Tag.nondeterministic_seeded in func.tags and name not in ("dropout", "feature_dropout"):
             raise Unreadable(f"{name} is random")
         written = [
@@ -161,10 +172,10 @@ class _Recorder(TorchDispatchMode):
             for argument, value in (*zip(func._schema.arguments, args, strict=False), *_named_arguments(func, kwargs))
             if argument.alias_info is not None and argument.alias_info.is_write
         ]
-        if any(t.untyped_storage()._cdata not in self._made for t in _tensors(written)):
+        if any(t.untyped_storage()._cdata not in self._made for t in tensors_in(written)):
             raise Unreadable(f"{name} writes into a tensor that was there before")
         for tensor in tensors:
-            key = _key(tensor)
+            key = key_of(tensor)
             if key not in self._values:
                 continue
             if tensor.requires_grad:
@@ -172,30 +183,31 @@ class _Recorder(TorchDispatchMode):
             elif key in self._tracked or name == "detach":
                 raise Unreadable(f"{name} is of a detached tensor: its gradient stops there")
 
-    def _as_it_is(self, func: Any, args: tuple) -> tuple:
-        """The arguments, with a copy of a constant that the op writes into."""
-        if func._schema.is_mutable and args and isinstance(args[0], Tensor) and _key(args[0]) not in self._values:
-            return args[0].clone(), *args[1:]
+    def _before(self, func: Any, args: tuple, kwargs: dict) -> tuple:
+        """The arguments, with a copy of a constant that the op writes numbers of x into."""
+        if not func._schema.is_mutable or not isinstance(args[0], Tensor) or key_of(args[0]) in self._values:
+            return args
+        if any(key_of(t) in self._values for t in tensors_in((args, kwargs))):
+            with Taping(self.tape):
+                return args[0].clone(), *args[1:]
         return args
 
     def _note(self, func: Any, args: tuple, kwargs: dict, out: Any) -> None:
         name = func._schema.name.split("::")[1]
-        tensors, made = _tensors((args, kwargs)), _tensors(out)
-        found = [self._values.get(_key(t)) for t in tensors]
-        constants = {memory_of(t) for t, value in zip(tensors, found, strict=True) if value is None}
-        self.weights.met |= constants - self._made
+        tensors, made = tensors_in((args, kwargs)), tensors_in(out)
+        found = [self._values.get(key_of(t)) for t in tensors]
         self._made |= {t.untyped_storage()._cdata for t in made} - {t.untyped_storage()._cdata for t in tensors}
         if all(value is None for value in found):
-            self._kept.append(made)
-            if name not in _VIEWS:
-                self.weights.computed.update(memory_of(t) for t in tensors if t.is_floating_point())
+            self.tape.note(func, args, kwargs, out)
             return
         if not torch.is_grad_enabled():
             raise Unreadable(f"{name} runs without gradients (torch.no_grad, or a custom autograd.Function)")
         if reason := next((value for value in found if isinstance(value, str)), None):
             if any(t.is_floating_point() for t in made):
                 raise Unreadable(reason)
-            self._values.update(dict.fromkeys(map(_key, made), reason))  # as the indices of a pool, which are reshaped
+            self._values.update(
+                dict.fromkeys(map(key_of, made), reason)
+            )  # as the indices of a pool, which are reshaped
             self._kept.append(out)
             return
         inplace = func._schema.is_mutable
@@ -203,37 +215,32 @@ class _Recorder(TorchDispatchMode):
         if plain not in RULES or any(t.dtype != torch.float32 for t in made[:1]):
             raise Unreadable(f"{name} is of no kind that the engine reads")
         builder = self._builder
-        count, before = sum(layer.name.startswith(f"{plain} ") for layer in builder.layers), len(builder.layers)
-        self._passed = []
+        count = sum(layer.name.startswith(f"{plain} ") for layer in builder.layers)
         builder.name = f"{plain} {count + 1}"
-        rule_args, rule_kwargs = tree_map_only(Tensor, self._constant_or_value, (args, kwargs))
-        with torch.device("cpu"):  # whatever torch's default device is
+        with Taping(self.tape), torch.device("cpu"):  # whatever torch's default device is
+            rule_args, rule_kwargs = tree_map_only(Tensor, self._constant_or_value, (args, kwargs))
             results = RULES[plain](builder, out[0] if plain.startswith(_SEVERAL) else out, *rule_args, **rule_kwargs)
-        added = Graph(builder.x.held, tuple(builder.layers[before:])).tensors()
-        self.weights.computed |= {memory_of(t) for t in self._passed} - {memory_of(t) for _, t in added}
         if inplace:
             self._forget_views(made[0])
         self._kept.append(out)
         values = results if isinstance(results, list) else [results]
         for place, tensor in enumerate(made):
             known = values[place] if place < len(values) else f"a second result of {name} is used"
-            if isinstance(known, Value) and not known.merged and tuple(tensor.shape) != (_SAMPLES, *known.shape):
-                raise Unreadable(f"{builder.name} gives {tuple(tensor.shape)} for {_SAMPLES} samples")
-            self._values[_key(tensor)] = known
+            if isinstance(known, Value) and not known.merged and tuple(tensor.shape) != (builder.samples, *known.shape):
+                raise Unreadable(f"{builder.name} gives {tuple(tensor.shape)} for {builder.samples} samples")
+            self._values[key_of(tensor)] = known
 
     def _constant_or_value(self, tensor: Tensor) -> Any:
-        value = self._values.get(_key(tensor))
+        value = self._values.get(key_of(tensor))
         if value is not None:
             return value
-        if tensor.dtype not in (torch.float32, torch.int64) or why_not_plain(tensor):
+        if tensor.dtype not in (torch.float32, torch.int64, torch.bool) or why_not_plain(tensor):
             raise Unreadable(f"{self._builder.name} has a constant that is {tensor.dtype}, {why_not_plain(tensor)}")
-        if tensor.is_floating_point():
-            self._passed.append(tensor)
         return tensor.detach()
 
     def _forget_views(self, written: Tensor) -> None:
         """After an op in place other views of its memory hold what no layer gave."""
-        storage, own = written.untyped_storage()._cdata, _key(written)
+        storage, own = written.untyped_storage()._cdata, key_of(written)
         for key in self._values:
             if key[0] == storage and key != own:
                 self._values[key] = "a view of a tensor that was changed in place is used"
@@ -275,20 +282,8 @@ def _named(energy: Any) -> Iterable[tuple[str, nn.Module]]:
     return ((f"{type(module).__name__}", module) for module in modules_of(energy))
 
 
-def _tensors(tree: Any) -> list[Tensor]:
-    return [leaf for leaf in tree_flatten(tree)[0] if isinstance(leaf, Tensor)]
-
-
 def _named_arguments(func: Any, kwargs: dict) -> list[tuple[Any, Any]]:
     return [(argument, kwargs[argument.name]) for argument in func._schema.arguments if argument.name in kwargs]
-
-
-def memory_of(tensor: Tensor) -> int:
-    return tensor.untyped_storage()._cdata
-
-
-def _key(tensor: Tensor) -> tuple:
-    return memory_of(tensor), tensor.storage_offset(), tuple(tensor.shape), tensor.stride()
 
 
 def _as_features(graph: Graph) -> Graph:

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from ...ops.graph_chain import layers
-from ...ops.graph_chain.layers import Map
 from ..stages import Unreadable
 from .values import GraphBuilder, Value
 
@@ -41,78 +40,6 @@ def constant(b: GraphBuilder, x: Any) -> Any:
     if isinstance(x, Value):
         raise Unreadable(f"{b.name} has an argument that depends on x where the engine takes a constant")
     return x
-
-
-# ---- products ----
-
-
-@rule("convolution")
-def _convolution(b: GraphBuilder, out: Tensor, x: Any, weight: Any, bias: Any, *geometry: Any) -> Value:
-    x, weight, bias = value(b, x), constant(b, weight), constant(b, bias)
-    stride, padding, dilation, transposed, _, groups = geometry
-    if transposed:
-        raise Unreadable(f"{b.name} is transposed")
-    dims, x = weight.dim() - 2, b.as_map(x)
-    if x.flattened or len(x.held.size) != dims:
-        raise Unreadable(f"{b.name} takes {dims} spatial dimensions of a tensor of shape {x.shape}")
-    stride, padding, dilation = (tuple(v) * (dims if len(v) == 1 else 1) for v in (stride, padding, dilation))
-    shape = shape_of(out)
-    if groups != 1:
-        return _grouped(b, x, shape, weight.detach(), bias, groups, (stride, padding, dilation))
-    return b.add(
-        layers.Convolution, [x], Map(shape[0], shape[1:]), shape, weight.detach(), bias, stride, padding, dilation
-    )
-
-
-def _grouped(
-    b: GraphBuilder, x: Value, shape: tuple[int, ...], weight: Tensor, bias: Any, groups: int, geometry: Any
-) -> Value:
-    """A convolution of several groups as convolutions of as many of them as make sixteen channels, the depth of the
-    engine's tiles, with zeros between one group and another."""
-    inputs, outputs = weight.shape[1], weight.shape[0] // groups
-    together = next(m for m in range(1, groups + 1) if groups % m == 0 and (m * inputs >= 16 or m == groups))
-    parts = []
-    for first in range(0, groups, together):
-        block = weight.new_zeros(together * outputs, together * inputs, *weight.shape[2:])
-        for g in range(together):
-            rows = slice((first + g) * outputs, (first + g + 1) * outputs)
-            block[g * outputs : (g + 1) * outputs, g * inputs : (g + 1) * inputs] = weight[rows]
-        part, own = x, None if bias is None else bias.detach()[first * outputs : (first + together) * outputs]
-        if together < groups:
-            held = Map(together * inputs, x.held.size)
-            part = b.add(layers.Slice, [x], held, (together * inputs, *x.held.size), first * inputs)
-        out = (together * outputs, *shape[1:])
-        parts.append(b.add(layers.Convolution, [part], Map(out[0], out[1:]), out, block, own, *geometry))
-    return parts[0] if len(parts) == 1 else b.add(layers.Concat, parts, Map(shape[0], shape[1:]), shape)
-
-
-@rule("addmm")
-def _addmm(b: GraphBuilder, out: Tensor, bias: Any, x: Any, weight: Any, *, beta: float = 1, alpha: float = 1) -> Value:
-    if beta != 1 or alpha != 1:
-        raise Unreadable(f"{b.name} has beta={beta} and alpha={alpha}")
-    bias = constant(b, bias)
-    if bias.dim() != 1 or bias.shape[0] != out.shape[1]:
-        raise Unreadable(f"{b.name} has a bias of shape {tuple(bias.shape)}")
-    return b.dense(value(b, x), constant(b, weight).T, bias.detach(), shape_of(out))
-
-
-@rule("mm")
-def _mm(b: GraphBuilder, out: Tensor, x: Any, weight: Any) -> Value:
-    return b.dense(value(b, x), constant(b, weight).T, None, shape_of(out))
-
-
-@rule("linear")
-def _linear(b: GraphBuilder, out: Tensor, x: Any, weight: Any, bias: Any = None) -> Value:
-    x = value(b, x)
-    if len(x.shape) != 1:
-        raise Unreadable(f"{b.name} takes the last dimension of a tensor of shape {x.shape}")
-    bias = constant(b, bias)
-    return b.dense(x, constant(b, weight), None if bias is None else bias.detach(), shape_of(out))
-
-
-@rule("mv")
-def _mv(b: GraphBuilder, out: Tensor, x: Any, vector: Any) -> Value:
-    return b.dense(value(b, x), constant(b, vector)[None], None, ())
 
 
 # ---- functions of each number ----

@@ -315,10 +315,11 @@ def _split(b: GraphBuilder, out: Any, x: Any, sizes: Any, dim: int = 0) -> list[
 
 @rule("cat")
 def _cat(b: GraphBuilder, out: Tensor, parts: Any, dim: int = 0) -> Value:
-    parts, shape = [value(b, part) for part in parts], shape_of(out)
-    place = dim % out.dim() - 1
+    shape, place = shape_of(out), dim % out.dim() - 1
     if place != 0:
         raise Unreadable(f"{b.name} joins dimension {dim}")
+    like = next(part for part in parts if isinstance(part, Value))
+    parts = [p if isinstance(p, Value) else b.constant(p, shape_of(p), like) for p in parts]
     if any(part.flattened for part in parts) or len({part.held.size for part in parts}) > 1:
         parts = [b.features(part) for part in parts]
     channels = sum(part.held.channels for part in parts)

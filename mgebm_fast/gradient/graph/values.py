@@ -52,6 +52,7 @@ class GraphBuilder:
         self.x = Value(0, held, shape)
         self.layers: list[layers.Layer] = []
         self.name = ""  # of the op that is read
+        self.by_sample = False  # whether constants with a row a sample were met
 
     def graph(self) -> layers.Graph:
         return layers.Graph(self.x.held, tuple(self.layers))
@@ -72,31 +73,49 @@ class GraphBuilder:
         scale, shift = (None if c is None else self._constant(x, c) for c in (scale, shift))
         return self.add(layers.Affine, [x], x.held, x.shape, scale, shift)
 
-    def _constant(self, x: Value, value: Tensor | float) -> Tensor:  # -> (C,), or (C, *size)
-        tensor = torch.as_tensor(value, dtype=torch.float32).detach()
+    def _constant(self, x: Value, value: Tensor | float) -> Tensor:  # as in `layers.Affine`
+        if not isinstance(value, Tensor):
+            return torch.full((x.held.channels,), value, dtype=torch.float32)
+        tensor = value.detach().to(torch.float32)
         if tensor.dim() == 0:
             return tensor.expand(x.held.channels).clone()
-        if (
-            tensor.dim() == len(x.shape) + 1
-            and tensor.shape[0] == self.samples
-            and torch.equal(tensor, tensor[:1].expand_as(tensor))
-        ):  # as of torch.zeros(len(x))
-            tensor = tensor[:1]
-        if tensor.dim() > len(x.shape) + 1 or (tensor.dim() == len(x.shape) + 1 and tensor.shape[0] != 1):
-            raise Unreadable(
-                f"{self.name} has a constant of shape {tuple(tensor.shape)}, which differs from sample to sample"
-            )
-        tensor = tensor.reshape((1,) * (len(x.shape) + 1 - tensor.dim()) + tuple(tensor.shape))[0]
+        if tensor.dim() > len(x.shape) + 1:
+            raise Unreadable(f"{self.name} moves the batch to another place by a constant of {tensor.dim()} dimensions")
+        shared = tensor.dim() <= len(x.shape)
+        tensor = self.rows(tensor.reshape((1,) * (len(x.shape) + 1 - tensor.dim()) + tuple(tensor.shape)))
+        samples = len(tensor)
         try:
-            whole = tensor.expand(x.shape)
+            whole = tensor.expand(samples, *x.shape)
         except RuntimeError:
             raise Unreadable(f"{self.name} makes x larger by a constant of shape {tuple(tensor.shape)}") from None
         if not x.is_map:
-            return whole.reshape(-1).contiguous()
-        by_channel = not x.flattened and all(n == 1 for n in tensor.shape[1:])
-        if by_channel:
-            return tensor.reshape(-1).expand(x.held.channels).contiguous()
-        return whole.reshape(x.map_shape).contiguous()
+            constant = whole.reshape(samples, -1)
+        elif not x.flattened and all(n == 1 for n in tensor.shape[2:]):
+            constant = tensor.reshape(samples, -1).expand(samples, x.held.channels)
+            if not shared:
+                constant = constant.reshape(samples, -1, *[1] * len(x.held.size))
+        else:
+            constant = whole.reshape(samples, *x.map_shape)
+        return (constant[0] if shared else constant).contiguous()
+
+    def rows(self, tensor: Tensor) -> Tensor:  # (1 or N, …) -> (1, …) where all samples have the same, else (N, …)
+        """A constant whose first dimension is the batch's. What holds a row a sample is read with all samples of x."""
+        if len(tensor) == 1:
+            return tensor
+        if len(tensor) != self.samples:
+            raise Unreadable(f"{self.name} has a constant of {len(tensor)} rows for {self.samples} samples")
+        if tensor.stride(0) == 0:
+            return tensor[:1]
+        self.by_sample = True
+        return tensor[:1] if torch.equal(tensor, tensor[:1].expand_as(tensor)) else tensor
+
+    def constant(self, value: Tensor, shape: tuple[int, ...], like: Value) -> Value:
+        """(N, *shape), that does not depend on x, as a value: a map where `like` is one of that size."""
+        tensor = self.rows(value.to(torch.float32))
+        held = Map(math.prod(shape), ())
+        if like.is_map and not like.flattened and shape[1:] == like.held.size:
+            held = Map(shape[0], shape[1:])
+        return self.add(layers.Constant, [], held, shape, tensor.reshape(-1, held.channels, *held.size).contiguous())
 
     def dense(self, x: Value, weight: Tensor, bias: Tensor | None, shape: tuple[int, ...]) -> Value:
         """W x + b of a sample's elements in their logical order; weight (out, elements)."""
@@ -148,15 +167,18 @@ class GraphBuilder:
         elements, out = math.prod(x.shape), math.prod(shape)
         if elements * max(out, 1) > MAX_MATRIX or (x.is_map and elements > 1024):
             raise Unreadable(f"{self.name} is done to a map of shape {x.shape}")
-        basis = torch.eye(elements).reshape(elements, *x.shape)
+        # One row more than elements: no other dimension is as long, so that the batch is seen to stay first.
+        basis = torch.eye(elements + 1, elements).reshape(elements + 1, *x.shape)
         moved = apply(basis)  # type: ignore[operator]
-        if moved.shape[:1] != (elements,) or moved.numel() != elements * out:
+        if moved.shape[:1] != (elements + 1,) or moved.numel() != (elements + 1) * out:
             raise Unreadable(f"{self.name} moves the batch to another place")
-        columns = moved.reshape(elements, out)
+        columns = moved.reshape(elements + 1, out)[:-1]
         return self.dense(x, columns.T.contiguous(), None, shape)
 
     def combined(self, kind: type[layers.Layer], a: Value, b: Value, *fields: object) -> Value:
         """A layer of two values of one shape."""
+        if len(a.shape) != len(b.shape):
+            raise Unreadable(f"{self.name} moves the batch to another place")
         shape = tuple(torch.broadcast_shapes(a.shape, b.shape))
         a, b = self.expanded(a, shape), self.expanded(b, shape)
         if a.held != b.held:
@@ -172,5 +194,6 @@ class GraphBuilder:
             if x.is_map and not x.flattened:
                 sizes = zip(x.held.size, shape[1:], strict=True)
                 return self.gather(x, tuple(tuple(((at if n > 1 else 0, 1.0),) for at in range(m)) for n, m in sizes))
-        missing = (1,) * (len(shape) - len(x.shape))
-        return self.linear(x, lambda basis: basis.reshape(len(basis), *missing, *x.shape).expand(-1, *shape), shape)
+        if len(shape) > len(x.shape):  # new dimensions come before the batch's
+            raise Unreadable(f"{self.name} moves the batch to another place")
+        return self.linear(x, lambda basis: basis.expand(-1, *shape), shape)

@@ -40,6 +40,10 @@ _IMPURE = {
 }  # fmt: skip
 
 
+# Attributes in an energy's code that take numbers out of tensors unseen.
+_HIDING = {"tolist", "numpy", "asarray", "array", "__array__", "data_ptr"}
+
+
 class Unwatched(Exception):
     """Why an energy may change unseen: an object or code whose state cannot be seen, or too many objects."""
 
@@ -68,10 +72,13 @@ class Watch:
         self._leaves: dict[int, Any] = {}  # plain values, kept so that their identities stay theirs
         self._parts: list[tuple[weakref.ref[Any], tuple[str, ...], list[Any]]] = []
         self._tensors: list[weakref.ref[Tensor]] = []
+        own: list[Tensor] = []
         self._containers = _containers_of(energy)
-        self._looked = _looked_at(energy, self._containers)
-        seen = {id(energy)}
-        queue = collections.deque(_seen_in(energy))
+        self._looked = _looked_at(energy, self._containers, own)
+        _check_plain(own)
+        self._own = list(map(weakref.ref, own))
+        seen = {id(energy), *map(id, own)}
+        queue = collections.deque(value for value in _seen_in(energy) if id(value) not in seen)
         while queue:
             value = queue.popleft()
             if isinstance(value, _PLAIN):
@@ -89,8 +96,7 @@ class Watch:
         except TypeError:
             raise Unwatched(f"it holds a {type(value).__name__}") from None
         if isinstance(value, Tensor):
-            if reason := why_not_plain(value):
-                raise Unwatched(f"it holds a tensor that is {reason}")
+            _check_plain([value])
             self._tensors.append(part)
             return
         containers = _containers_of(value)
@@ -99,8 +105,10 @@ class Watch:
 
     def holds(self, energy: Any) -> bool:
         """Whether `energy` is made of the same objects as the one that the watch was made for, or is that one."""
-        if self._gone or _looked_at(energy, self._containers) != self._looked:
+        own: list[Tensor] = []
+        if self._gone or _looked_at(energy, self._containers, own) != self._looked or any(map(why_not_plain, own)):
             return False
+        self._own = list(map(weakref.ref, own))
         for part, containers, looked in self._parts:
             value = part()
             if value is None or _looked_at(value, containers) != looked:
@@ -110,7 +118,13 @@ class Watch:
     @property
     def tensors(self) -> list[Tensor]:
         """Every tensor that the energy reaches, while the watch holds; in the same order each time."""
-        return [tensor for part in self._tensors if (tensor := part()) is not None]
+        return [tensor for part in (*self._own, *self._tensors) if (tensor := part()) is not None]
+
+    @property
+    def own(self) -> list[Tensor]:
+        """The first of them: those that the energy itself holds, as a function those of its closure. Another call may
+        bring others."""
+        return [tensor for part in self._own if (tensor := part()) is not None]
 
 
 _OWN = frozenset(vars(nn.Module()))
@@ -124,12 +138,13 @@ def _containers_of(value: Any) -> tuple[str, ...]:
     return tuple(name for name in own if name not in _OWN and type(own[name]) in _CONTAINERS)
 
 
-def _looked_at(value: Any, containers: tuple[str, ...]) -> list[Any]:
-    """What an object holds, as names and identities; containers: the `_containers_of` a module."""
+def _looked_at(value: Any, containers: tuple[str, ...], loose: list[Tensor] | None = None) -> list[Any]:
+    """What an object holds, as names and identities; containers: `_containers_of` a module; loose: takes the tensors
+    that it holds, no parameters, where any are as good as those."""
     kind: Any = type(value)
     looked: list[Any] = [kind]
     if not isinstance(value, nn.Module):
-        _flatten(held_by(value), looked, [])
+        _flatten(held_by(value), looked, [], loose=loose)
         return looked
     own = value.__dict__
     parts = (own["_modules"], own["_parameters"], own["_buffers"])
@@ -153,7 +168,7 @@ def _seen_in(value: Any) -> list[Any]:
         _flatten(vars(value).values(), [], held)
     elif isinstance(value, types.FunctionType):
         if not is_known(value):
-            _check_names(names_of(value.__code__))
+            _check_names(names_of(value.__code__), _IMPURE | _HIDING)
         elif value.__module__.partition(".")[0] not in _PURE:
             raise Unwatched(f"it calls {value.__module__}.{value.__name__}")
     elif isinstance(value, types.ModuleType):
@@ -168,6 +183,12 @@ def _seen_in(value: Any) -> list[Any]:
     return held
 
 
+def _check_plain(tensors: Iterable[Tensor]) -> None:
+    for tensor in tensors:
+        if reason := why_not_plain(tensor):
+            raise Unwatched(f"it holds a tensor that is {reason}")
+
+
 def _check_leaf(value: Any) -> None:
     owner = getattr(value, "__self__", None) if isinstance(value, types.BuiltinFunctionType) else None
     if isinstance(value, types.BuiltinFunctionType):
@@ -178,13 +199,16 @@ def _check_leaf(value: Any) -> None:
         raise Unwatched("it holds an array of numpy")
 
 
-def _check_names(names: Iterable[str]) -> None:
-    if found := _IMPURE.intersection(part for name in names for part in name.split(".")):
+def _check_names(names: Iterable[str], such: set[str] = _IMPURE) -> None:
+    if found := such.intersection(part for name in names for part in name.split(".")):
         raise Unwatched(f"its code names {min(found)}")
 
 
-def _flatten(values: Iterable[Any], looked: list[Any], held: list[Any], depth: int = 0) -> None:
-    """Adds identities to `looked` and objects to `held`; of containers how many they hold, and what."""
+def _flatten(
+    values: Iterable[Any], looked: list[Any], held: list[Any], depth: int = 0, loose: list[Tensor] | None = None
+) -> None:
+    """Adds identities to `looked` and objects to `held`; of containers how many they hold, and what. Tensors go to
+    `loose`, where that is given, and count as one another."""
     if depth > 20:
         raise Unwatched("it has a container that holds itself")
     for value in values:
@@ -194,9 +218,12 @@ def _flatten(values: Iterable[Any], looked: list[Any], held: list[Any], depth: i
             if kind in _MAPPINGS:
                 _flatten(value.keys(), looked, held, depth + 1)
                 value = value.values()
-            _flatten(value, looked, held, depth + 1)
+            _flatten(value, looked, held, depth + 1, loose)
         elif kind in _WRAPPERS:
             _flatten(held_by(value), looked, held, depth + 1)
+        elif loose is not None and kind is Tensor:
+            looked.append(kind)
+            loose.append(value)
         else:
             looked.append(id(value))
             held.append(value)

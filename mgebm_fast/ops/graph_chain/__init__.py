@@ -41,7 +41,7 @@ class GraphChain(PackedChain):
     def __init__(self, graph: Graph, *, bfloat: bool = False) -> None:
         tensors = [tensor for _, tensor in graph.tensors()]
         addresses(OP, *tensors)
-        self._x = graph.x
+        self._x, self.samples = graph.x, graph.samples
         # A function may hide a NaN (ReLU makes it 0): every gradient of such weights is NaN, as autograd's are.
         self._finite = all(bool(torch.linalg.vector_norm(t, torch.inf).isfinite()) for t in tensors if t.numel())
         with torch.no_grad(), torch.device("cpu"):  # whatever torch's default device is
@@ -56,7 +56,7 @@ class GraphChain(PackedChain):
     def refilled(self, refill: Refill, values: Tensor) -> GraphChain:
         """The same chain with other weights, that are finite."""
         chain = object.__new__(GraphChain)
-        chain._x, chain._finite, chain._program = self._x, True, self._program
+        chain._x, chain.samples, chain._finite, chain._program = self._x, self.samples, True, self._program
         chain._packed = refill.pack(values)
         chain._arguments = refill.arguments(chain._packed)
         return chain
@@ -81,6 +81,8 @@ class GraphChain(PackedChain):
         elements = self._x.channels * self._x.pixels
         if x.dim() == 0 or x.shape[1:].numel() != elements:
             raise ValueError(f"{OP}: x must have {elements} elements a sample, got {tuple(x.shape)}")
+        if self.samples not in (None, x.shape[0]):
+            raise ValueError(f"{OP}: x must have the {self.samples} samples of the graph's constants, got {len(x)}")
 
 
 def graph_chain(

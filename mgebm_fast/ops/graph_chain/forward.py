@@ -161,8 +161,11 @@ class ForwardPass:
         self._step("pointwise", source=self._source(layer), out=self._value[value], **self._applied(layer, value))
 
     def _forward_Affine(self, layer: layers.Affine, value: int) -> None:
-        scale, shift, per_element = affine_vectors(layer.scale, layer.shift, layer.out)
-        self._make("affine", value, source=self._source(layer), weights=scale, bias=shift, per_element=per_element)
+        vectors = affine_vectors(layer.scale, layer.shift, layer.out)
+        self._make("affine", value, source=self._source(layer), **vectors.fields())
+
+    def _forward_Constant(self, layer: layers.Constant, value: int) -> None:
+        self._make("fill", value, **affine_vectors(None, layer.value, layer.out).fields())
 
     def _forward_Add(self, layer: layers.Add, value: int) -> None:
         self._make("add", value, source=self._source(layer), second=self._source(layer, 1), factor=layer.factor)
@@ -176,10 +179,9 @@ class ForwardPass:
                 f"graph_chain: a norm must have at most {MAX_NORM_CHANNELS} channels, got {layer.out.channels}"
             )
         self._kept[value] = self._new(2, padded(layer.out.channels))
-        weight, bias, per_element = norm_vectors(layer)
         self._make(
-            "norm", value, source=self._source(layer), second=self._kept[value], weights=weight, bias=bias,
-            per_element=per_element, inputs=layer.out.channels, groups=layer.groups, eps=layer.eps,
+            "norm", value, source=self._source(layer), second=self._kept[value], inputs=layer.out.channels,
+            groups=layer.groups, eps=layer.eps, **norm_vectors(layer).fields(),
         )  # fmt: skip
 
     def _forward_LogSumExp(self, layer: layers.LogSumExp, value: int) -> None:

@@ -39,6 +39,11 @@ class Layer:
     out: Map
     name: str
 
+    @property
+    def rows(self) -> list[int]:
+        """The lengths of its constants that hold a row a sample."""
+        return []
+
     def reference(self, *inputs: Tensor) -> Tensor:  # (N, C, *size) -> (N, C', *size')
         raise NotImplementedError
 
@@ -131,12 +136,31 @@ class Pointwise(Layer):
         return FUNCTIONS[self.function][1](inputs[0], self.a, self.b)
 
 
+def is_of_samples(tensor: Tensor, out: Map) -> bool:
+    """Whether a constant of an affine layer holds a row a sample: it has a dimension more than a sample's map."""
+    return tensor.dim() == len(out.size) + 2
+
+
+def as_rows(tensor: Tensor, out: Map) -> Tensor:
+    """A constant (C,), (C, *size), (N, C, *size) or (N, C, 1, …) as (1 or N, C, 1 or pixels)."""
+    samples = len(tensor) if is_of_samples(tensor, out) else 1
+    return tensor.reshape(samples, out.channels, -1)
+
+
 @dataclasses.dataclass(frozen=True)
 class Affine(Layer):
-    """x · scale + shift, each (C,) or (C, *size); None: 1 and 0."""
+    """x · scale + shift, each (C,) or (C, *size), or a row a sample, (N, C, *size) or (N, C, 1, …); None: 1, 0.
+
+    One row stands for any number of samples. It is computed with as several rows are, so that a sample's bits do not
+    depend on what the others' rows are.
+    """
 
     scale: Tensor | None
     shift: Tensor | None
+
+    @property
+    def rows(self) -> list[int]:
+        return [len(t) for t in (self.scale, self.shift) if t is not None and is_of_samples(t, self.out)]
 
     @property
     def of_channels(self) -> bool:
@@ -147,8 +171,22 @@ class Affine(Layer):
         for tensor, combine in ((self.scale, torch.mul), (self.shift, torch.add)):
             if tensor is not None:
                 tensor = tensor.to(x.dtype)
-                x = combine(x, tensor if tensor.dim() == x.dim() - 1 else tensor.reshape(-1, *[1] * (x.dim() - 2)))
+                x = combine(x, tensor if tensor.dim() >= x.dim() - 1 else tensor.reshape(-1, *[1] * (x.dim() - 2)))
         return x
+
+
+@dataclasses.dataclass(frozen=True)
+class Constant(Layer):
+    """What does not depend on x: a row a sample (N, C, *size), or one for all (1, C, *size)."""
+
+    value: Tensor
+
+    @property
+    def rows(self) -> list[int]:
+        return [len(self.value)]
+
+    def reference(self, *inputs: Tensor) -> Tensor:
+        return as_rows(self.value, self.out)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -223,6 +261,11 @@ class Graph:
     def value(self, index: int) -> Map:
         return self.x if index == 0 else self.layers[index - 1].out
 
+    @property
+    def samples(self) -> int | None:
+        """How many samples it is an energy of, where its constants hold several rows; None: of any number."""
+        return next((n for layer in self.layers for n in layer.rows if n > 1), None)
+
     def consumers(self) -> list[list[int]]:
         """Of each value, the values that are computed from it."""
         found: list[list[int]] = [[] for _ in range(len(self.layers) + 1)]
@@ -237,8 +280,8 @@ class Graph:
         now = {0: 0}  # value -> the same one in the new graph
         for value, layer in enumerate(self.layers, 1):
             inputs = tuple(now[v] for v in layer.inputs)
-            before = found[inputs[0] - 1] if inputs[0] else None
-            alone = value < len(self.layers) and consumers[layer.inputs[0]] == [value]
+            before = found[inputs[0] - 1] if inputs and inputs[0] else None
+            alone = before is not None and value < len(self.layers) and consumers[layer.inputs[0]] == [value]
             alone = alone and self.value(layer.inputs[0]) == layer.out
             if isinstance(layer, Affine) and isinstance(before, Convolution) and alone and layer.of_channels:
                 found[inputs[0] - 1] = before.scaled(layer.scale, layer.shift)
@@ -252,8 +295,8 @@ class Graph:
         """By the layers' references."""
         values = [x.reshape(len(x), self.x.channels, *self.x.size)]
         for layer in self.layers:
-            value = layer.reference(*(values[i] for i in layer.inputs))
-            values.append(value.reshape(len(x), layer.out.channels, *layer.out.size))
+            value = layer.reference(*(values[i] for i in layer.inputs)).to(x.dtype)
+            values.append(value.expand(len(x), *value.shape[1:]).reshape(len(x), layer.out.channels, *layer.out.size))
         return values[-1].reshape(len(x))
 
     def tensors(self) -> list[tuple[str, Tensor]]:

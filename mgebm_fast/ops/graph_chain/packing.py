@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -27,27 +28,42 @@ def vector(tensor: Tensor | None) -> Tensor | None:  # (C,) -> filled up to whol
     return F.pad(tensor.detach().float(), (0, -tensor.shape[0] % STRIP)).contiguous().clone()
 
 
-Vectors = tuple[Tensor | None, Tensor | None, bool]  # scale, shift, and whether they hold a number an element
+class Vectors(NamedTuple):
+    """Constants of an affine step: [depth], or [pixel][depth] where one holds a number an element; a row of such for
+    each sample where one holds a row a sample."""
+
+    scale: Tensor | None
+    shift: Tensor | None
+    per_element: bool
+    row_floats: int  # of a sample's row; 0: the same for all samples
+
+    def fields(self) -> dict[str, object]:
+        """Those of a step."""
+        return {
+            "weights": self.scale, "bias": self.shift, "per_element": self.per_element, "row_floats": self.row_floats
+        }  # fmt: skip
 
 
 def affine_vectors(scale: Tensor | None, shift: Tensor | None, out: layers.Map) -> Vectors:
-    """Both as vectors, or both as [pixel][depth] where one of them is a map."""
-    per_element = any(t is not None and t.dim() > 1 for t in (scale, shift)) and out.pixels > 1
+    """Both in one layout."""
+    rows = [None if t is None else layers.as_rows(t.detach().float(), out) for t in (scale, shift)]
+    samples = max(len(t) for t in (*rows, torch.empty(1)) if t is not None)
+    pixels = max(t.shape[2] for t in (*rows, torch.empty(1, 1, 1)) if t is not None)
+    depth = padded(out.channels)
 
     def laid_out(tensor: Tensor | None) -> Tensor | None:
-        if tensor is None or not per_element:
-            return vector(None if tensor is None else tensor.reshape(-1))
-        whole = tensor if tensor.dim() > 1 else tensor.reshape(-1, *[1] * len(out.size))
-        pixels = whole.detach().float().expand(out.channels, *out.size).reshape(out.channels, -1).T
-        return F.pad(pixels, (0, -out.channels % STRIP)).contiguous().clone()
+        if tensor is None:
+            return None
+        whole = tensor.expand(samples, -1, pixels).transpose(1, 2)
+        return F.pad(whole, (0, depth - out.channels)).clone(memory_format=torch.contiguous_format)
 
-    return laid_out(scale), laid_out(shift), per_element
+    return Vectors(laid_out(rows[0]), laid_out(rows[1]), pixels > 1, pixels * depth if samples > 1 else 0)
 
 
 def norm_vectors(layer: layers.GroupNorm) -> Vectors:
     weight, bias = layer.weight, layer.bias
     if weight is None and bias is None:
-        return None, None, False
+        return Vectors(None, None, False, 0)
     like = weight if weight is not None else bias
     assert like is not None
     return affine_vectors(

@@ -53,12 +53,12 @@ class Program(ForwardPass):
             layer = self._graph.layers[value - 1] if value else None
             constant = known.pop(value, None)
             if constant is not None:
-                if layer is not None and isinstance(layer, _LINEAR) and value not in self._grad:
+                if isinstance(layer, _LINEAR) and not layer.rows and value not in self._grad:
                     for source, share in self._constant_shares(layer, constant):
                         known[source] = known[source] + share if source in known else share
                     continue
-                _, bias, per_element = affine_vectors(None, _uniform(constant), self._graph.value(value))
-                self._give(value, value, "fill", bias=bias, per_element=per_element)
+                vectors = affine_vectors(None, _uniform(constant), self._graph.value(value))
+                self._give(value, value, "fill", **vectors.fields())
             if layer is not None and value in self._grad:
                 getattr(self, f"_backward_{type(layer).__name__}")(layer, value, self._grad.pop(value))
 
@@ -167,11 +167,14 @@ class Program(ForwardPass):
         self._give(layer.inputs[0], value, "pointwise", source=grad, **self._slopes[value])
 
     def _backward_Affine(self, layer: layers.Affine, value: int, grad: int) -> None:
-        scale, _, per_element = affine_vectors(layer.scale, None, layer.out)
-        if scale is None:
+        if layer.scale is None:
             self._share(layer.inputs[0], value, grad)
         else:
-            self._give(layer.inputs[0], value, "affine", source=grad, weights=scale, per_element=per_element)
+            vectors = affine_vectors(layer.scale, None, layer.out)
+            self._give(layer.inputs[0], value, "affine", source=grad, **vectors.fields())
+
+    def _backward_Constant(self, layer: layers.Constant, value: int, grad: int) -> None:
+        """It has none: the steps that made `grad` are taken out."""
 
     def _backward_Add(self, layer: layers.Add, value: int, grad: int) -> None:
         self._share(layer.inputs[0], value, grad)
@@ -186,10 +189,10 @@ class Program(ForwardPass):
             self._give(layer.inputs[which], value, "multiply", source=grad, second=self._source(layer, other))
 
     def _backward_GroupNorm(self, layer: layers.GroupNorm, value: int, grad: int) -> None:
-        weight, _, per_element = norm_vectors(layer)
+        vectors = norm_vectors(layer)
         self._give(
             layer.inputs[0], value, "norm_back", source=grad, second=self._kept[value], third=self._source(layer),
-            weights=weight, per_element=per_element, inputs=layer.out.channels, groups=layer.groups,
+            weights=vectors.scale, per_element=vectors.per_element, inputs=layer.out.channels, groups=layer.groups,
         )  # fmt: skip
 
     def _backward_LogSumExp(self, layer: layers.LogSumExp, value: int, grad: int) -> None:

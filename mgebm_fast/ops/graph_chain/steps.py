@@ -57,6 +57,7 @@ class Step:
     outputs: int = 0
     bias: Tensor | None = None
     per_element: bool = False
+    row_floats: int = 0
     function: str = ""
     a: float = 0.0
     b: float = 0.0
@@ -97,8 +98,9 @@ class Step:
         function = FUNCTIONS[self.function][0] if self.function else 0
         return (
             _KINDS[self.kind], self.source, self.second, self.third, self.out, self.keep, self.slope, self.accumulate,
-            table, *kinds, self.rows, self.inputs, self.outputs, _address(self.bias), self.per_element, function,
-            self.a, self.b, self.factor, self.groups, self.eps, self.from_channel, self.to_channel,
+            table, *kinds, self.rows, self.inputs, self.outputs, _address(self.bias), self.per_element,
+            self.row_floats, function, self.a, self.b, self.factor, self.groups, self.eps, self.from_channel,
+            self.to_channel,
         )  # fmt: skip
 
 

@@ -323,7 +323,7 @@ class UpAndDown(nn.Module):
         return self.up(torch.cat((h, x), dim=1)).pow(2).mean((1, 2, 3))
 
 
-@net("transposed")
+@net()
 class Transposed(nn.Module):
     def __init__(self) -> None:
         super().__init__()

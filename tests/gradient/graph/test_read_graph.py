@@ -271,7 +271,9 @@ REFUSED = {
     "buffers written": (counting, "writes into a tensor"),
     "custom function": (lambda: lambda x: Straight.apply(x).pow(2).sum(1), "custom autograd.Function"),
     "no_grad": (lambda: inside_no_grad, "no_grad"),
-    "attention": (lambda: lambda x: torch.softmax(x, 1).sum(1), "softmax"),
+    "attention": (
+        lambda: lambda x: F.scaled_dot_product_attention(*[x.reshape(-1, 3, 1)] * 3).sum((1, 2)), "softmax"
+    ),
     "over the batch": (lambda: lambda x: (x - x.mean(0)).pow(2).sum(1), "over the batch"),
     "a view after a change in place": (lambda: viewed_in_place, "changed in place"),
     "batch statistics": (
@@ -282,7 +284,6 @@ REFUSED = {
     "a comparison": (lambda: lambda x: torch.where(x > 0, x, -2 * x).sum(1), "gt"),
     "the wrong shape": (lambda: lambda x: x.pow(2).sum(1, keepdim=True), "returns"),
     "a sample alone": (lambda: lambda x: x.pow(2).sum(1) + x[0].sum(), "one sample"),
-    "a constant a sample": (lambda: lambda x: (x * torch.arange(3.0)[:, None]).sum(1), "sample to sample"),
 }  # fmt: skip
 
 

@@ -1,0 +1,124 @@
+"""Rules of products with weights: convolutions, dense layers, matrices."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...ops.graph_chain import layers
+from ...ops.graph_chain.layers import Map
+from ..stages import Unreadable
+from .rules import constant, rule, shape_of, value
+from .values import GraphBuilder, Value
+
+MAX_PRODUCTS = 4096  # single products of a matrix product that no dense layer makes
+
+
+@rule("convolution")
+def _convolution(b: GraphBuilder, out: Tensor, x: Any, weight: Any, bias: Any, *geometry: Any) -> Value:
+    x, weight, bias = value(b, x), constant(b, weight), constant(b, bias)
+    stride, padding, dilation, transposed, _, groups = geometry
+    dims, x = weight.dim() - 2, b.as_map(x)
+    if x.flattened or len(x.held.size) != dims:
+        raise Unreadable(f"{b.name} takes {dims} spatial dimensions of a tensor of shape {x.shape}")
+    stride, padding, dilation = (tuple(v) * (dims if len(v) == 1 else 1) for v in (stride, padding, dilation))
+    shape = shape_of(out)
+    if transposed:
+        x, weight = _stretched(b, x, shape, weight.detach(), groups, (stride, padding, dilation))
+        stride, padding = (1,) * dims, (0,) * dims
+    if groups != 1:
+        return _grouped(b, x, shape, weight.detach(), bias, groups, (stride, padding, dilation))
+    return b.add(
+        layers.Convolution, [x], Map(shape[0], shape[1:]), shape, weight.detach(), bias, stride, padding, dilation
+    )
+
+
+def _stretched(
+    b: GraphBuilder, x: Value, shape: tuple[int, ...], weight: Tensor, groups: int, geometry: Any
+) -> tuple[Value, Tensor]:
+    """A transposed convolution as one of stride 1: its input with zeros between pixels and around them, and its weight
+    (in, out / groups, *kernel) as (out, in / groups, *kernel) with the taps in reverse."""
+    axes = []
+    for n, k, out, stride, padding, dilation in zip(x.held.size, weight.shape[2:], shape[1:], *geometry, strict=True):
+        before, length = dilation * (k - 1) - padding, out + dilation * (k - 1)
+        places = (divmod(at - before, stride) for at in range(length))
+        axes.append(tuple(((at, 1.0),) if rest == 0 and 0 <= at < n else () for at, rest in places))
+    taps = weight.flip(tuple(range(2, weight.dim())))
+    return b.gather(x, tuple(axes)), torch.cat([group.transpose(0, 1) for group in taps.chunk(groups)])
+
+
+def _grouped(
+    b: GraphBuilder, x: Value, shape: tuple[int, ...], weight: Tensor, bias: Any, groups: int, geometry: Any
+) -> Value:
+    """A convolution of several groups as convolutions of as many of them as make sixteen channels, the depth of the
+    engine's tiles, with zeros between one group and another."""
+    inputs, outputs = weight.shape[1], weight.shape[0] // groups
+    together = next(m for m in range(1, groups + 1) if groups % m == 0 and (m * inputs >= 16 or m == groups))
+    parts = []
+    for first in range(0, groups, together):
+        block = weight.new_zeros(together * outputs, together * inputs, *weight.shape[2:])
+        for g in range(together):
+            rows = slice((first + g) * outputs, (first + g + 1) * outputs)
+            block[g * outputs : (g + 1) * outputs, g * inputs : (g + 1) * inputs] = weight[rows]
+        part, own = x, None if bias is None else bias.detach()[first * outputs : (first + together) * outputs]
+        if together < groups:
+            held = Map(together * inputs, x.held.size)
+            part = b.add(layers.Slice, [x], held, (together * inputs, *x.held.size), first * inputs)
+        out = (together * outputs, *shape[1:])
+        parts.append(b.add(layers.Convolution, [part], Map(out[0], out[1:]), out, block, own, *geometry))
+    return parts[0] if len(parts) == 1 else b.add(layers.Concat, parts, Map(shape[0], shape[1:]), shape)
+
+
+@rule("addmm")
+def _addmm(b: GraphBuilder, out: Tensor, bias: Any, x: Any, weight: Any, *, beta: float = 1, alpha: float = 1) -> Value:
+    if beta != 1 or alpha != 1:
+        raise Unreadable(f"{b.name} has beta={beta} and alpha={alpha}")
+    bias = constant(b, bias)
+    if bias.dim() != 1 or bias.shape[0] != out.shape[1]:
+        raise Unreadable(f"{b.name} has a bias of shape {tuple(bias.shape)}")
+    return b.dense(value(b, x), constant(b, weight).T, bias.detach(), shape_of(out))
+
+
+@rule("mm")
+def _mm(b: GraphBuilder, out: Tensor, x: Any, weight: Any) -> Value:
+    return b.dense(value(b, x), constant(b, weight).T, None, shape_of(out))
+
+
+@rule("linear")
+def _linear(b: GraphBuilder, out: Tensor, x: Any, weight: Any, bias: Any = None) -> Value:
+    x = value(b, x)
+    if len(x.shape) != 1:
+        raise Unreadable(f"{b.name} takes the last dimension of a tensor of shape {x.shape}")
+    bias = constant(b, bias)
+    return b.dense(x, constant(b, weight), None if bias is None else bias.detach(), shape_of(out))
+
+
+@rule("mv")
+def _mv(b: GraphBuilder, out: Tensor, x: Any, vector: Any) -> Value:
+    return b.dense(value(b, x), constant(b, vector)[None], None, ())
+
+
+@rule("bmm")
+def _bmm(b: GraphBuilder, out: Tensor, x: Any, y: Any) -> Value:  # (N, P, D) (N, D, K)
+    p, k = shape_of(out)
+    d = x.shape[1] if isinstance(x, Value) else x.shape[2]
+    if isinstance(x, Value) and not isinstance(y, Value) and len(rows := b.rows(y)) == 1:
+        return b.linear(x, lambda basis: basis @ rows[0], (p, k))
+    if isinstance(y, Value) and not isinstance(x, Value) and len(rows := b.rows(x)) == 1:
+        return b.linear(y, lambda basis: rows[0] @ basis, (p, k))
+    if p * k * d > MAX_PRODUCTS:
+        raise Unreadable(f"{b.name} multiplies matrices of {p} by {d} by {k}, whose products are too many")
+    factors = []
+    for factor, view in ((x, lambda t: t[:, :, None]), (y, lambda t: t.transpose(1, 2)[:, None])):
+        if isinstance(factor, Value):
+            factors.append(b.linear(factor, lambda basis, v=view: v(basis).expand(-1, p, k, d), (p, k, d)))
+        else:
+            factors.append(view(factor).expand(-1, p, k, d))
+    first, second = factors
+    if isinstance(first, Value) and isinstance(second, Value):
+        product = b.combined(layers.Multiply, first, second)
+    else:
+        product = b.affine(first, second) if isinstance(first, Value) else b.affine(second, first)
+    return b.linear(product, lambda basis: basis.sum(3), (p, k))
