@@ -129,6 +129,7 @@ class MultiGridTrainer:
                 self.rule, batches, config, out=folder, console=console, resume_command=resume_command, ranks=ranks,
                 logger=records,
             )  # fmt: skip
+            self._loop.announces = ahead
             self.measure_against(None)
 
     @property
@@ -199,6 +200,10 @@ class MultiGridTrainer:
         metrics = self.rule.update(batch, self._loop.iteration, detail=True)
         self._loop.iteration += 1
         return metrics
+
+    def explain(self) -> str:
+        """How updates are launched: as CUDA graphs, or why not."""
+        return f"updates: {self.rule.how()}"
 
     def save(self, path: str | Path) -> Path:
         """A checkpoint folder at `path`, written atomically: weights, averages, optimiser state, updates made."""

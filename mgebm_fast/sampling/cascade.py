@@ -16,7 +16,7 @@ from ..checks import is_int, number
 from ..errors import BackendError
 from ..gradient.plan import Energy
 from . import arguments, graphs
-from .chain import Chain, Ids
+from .chain import Ids
 from .langevin import Langevin
 from .running import place_of, prepare
 from .static import StaticCascade, StaticChain
@@ -129,31 +129,10 @@ def cascade(
     def shape(grid: int) -> tuple[int, ...]:
         return (*start.shape[:2], *(sizes[grid],) * rank)
 
-    def form(grid: int) -> tuple[Tensor, Tensor | None]:
-        x = start.new_empty(shape(grid))
-        return x, None if held is None else updated_cells(held[1], sizes[grid])
-
-    def chain_of(grid: int) -> Chain:
-        x, cells = form(grid)
-        langevin = dynamics[grid - 1]
-        return prepare(
-            nets[grid - 1],
-            x,
-            langevin.steps,
-            langevin,
-            mask=cells,
-            where=name(grid),
-            **placing(grid),
-            **options,
-        ).chain
-
     def build() -> StaticCascade:
-        chains = [chain_of(grid) for grid in grids]
-        for grid, chain in zip(grids, chains, strict=True):
-            if reason := graphs.why_not_plan(chain.plan, session):
-                raise BackendError(f"{name(grid)}: {reason}")
-        statics = [StaticChain(c, form(g)[0], dynamics[g - 1].steps) for g, c in zip(grids, chains, strict=True)]
-        return StaticCascade(statics, start, held, functools.partial(walk, sizes))
+        return static_cascade(
+            nets, sizes, dynamics, start, held, purpose=purpose, first_sample=first_sample, session=session, **options
+        )
 
     ids = isinstance(first_sample, Tensor) and first_sample.dim() > 0
     slot = None  # in a pipeline each grid has a graph of its own
@@ -164,7 +143,9 @@ def cascade(
         slot = graphs.slot_for_cascade(nets, start, held, session, *rest, **options)
     if slot is not None:
         slot.refresh()
-        places = [place_of(form(g)[0], dynamics[g - 1].steps, where=name(g), **placing(g)) for g in grids]
+        places = [
+            place_of(start.new_empty(shape(g)), dynamics[g - 1].steps, where=name(g), **placing(g)) for g in grids
+        ]
         results = slot.run(session, build, start, held, places, numbers)
         if results is not None:
             return results
@@ -177,6 +158,35 @@ def cascade(
         )  # fmt: skip
 
     return walk(sizes, start, held, advance, session.on)
+
+
+def static_cascade(
+    nets: Sequence[Energy],
+    sizes: Sequence[int],
+    dynamics: Sequence[Langevin],
+    start: Tensor,  # (N, C, *sizes[0])
+    held: tuple[Tensor, Tensor] | None = None,  # (known, mask) at the finest size
+    *,
+    purpose: noise.Purpose | int,
+    first_sample: Ids = 0,
+    session: graphs.Session = graphs.Session(),  # noqa: B008  (frozen)
+    **options: Any,
+) -> StaticCascade:
+    """The chains of a cascade at fixed addresses, for a graph to capture; arguments as `cascade`'s, `options` its
+    precision and backend. BackendError names the grid whose chain no graph can hold."""
+    statics = []
+    for grid, (net, langevin) in enumerate(zip(nets, dynamics, strict=True), start=1):
+        where, size = f"cascade: grid {grid} (size {sizes[grid]})", sizes[grid]
+        x = start.new_empty((*start.shape[:2], *(size,) * (start.dim() - 2)))
+        cells = None if held is None else updated_cells(held[1], size)
+        chain = prepare(
+            net, x, langevin.steps, langevin, mask=cells, seed=0, first_sample=first_sample,
+            stream=noise.stream(purpose, grid), where=where, **options,
+        ).chain  # fmt: skip
+        if reason := graphs.why_not_plan(chain.plan, session):
+            raise BackendError(f"{where}: {reason}")
+        statics.append(StaticChain(chain, x, langevin.steps))
+    return StaticCascade(statics, start, held, functools.partial(walk, sizes))
 
 
 def walk(

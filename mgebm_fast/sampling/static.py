@@ -72,7 +72,23 @@ class StaticChain:
 
     def enter(self, x: Tensor, mask: Tensor | None) -> None:
         """The start and the mask, as part of what is captured."""
-        self.load(x, mask, self._chain.place, self._numbers)
+        self.x.copy_(x)
+        if mask is not None and self._mask is not None:
+            self._mask.copy_(mask)
+
+    @property
+    def numbers(self) -> int:
+        """How many of them `read_from` takes."""
+        assert self._numbers.table is not None
+        return self._numbers.table.numel()
+
+    def read_from(self, seed: Tensor, step: Tensor, numbers: Tensor) -> None:
+        """Read the seed and the first step (int64, 0-dim), and the numbers of the steps (float32, as they lie in
+        `Update.table`), where the caller writes them, in place of buffers of its own."""
+        assert self._numbers.table is not None
+        self._numbers = dataclasses.replace(self._numbers, table=numbers.view(self._numbers.table.shape))
+        place = dataclasses.replace(self._chain.place, seed_tensor=seed, step_tensor=step)
+        self._chain = dataclasses.replace(self._chain, place=place, numbers=self._numbers)
 
     def run_once(self) -> None:
         energy = self._energy()
@@ -144,6 +160,10 @@ class StaticCascade:
             self._held[1].copy_(held[1])
         for chain, place, own in zip(self.chains, places, numbers, strict=True):
             chain.load(None, None, place, own)
+
+    def enter(self, start: Tensor) -> None:
+        """The start of the coarsest chain, as part of what is captured."""
+        self._start.copy_(start)
 
     def run_once(self) -> None:
         def advance(grid: int, x: Tensor, cells: Tensor | None) -> Tensor:

@@ -144,30 +144,73 @@ def trainer_of(preset, *changes):
     return config, ImageData(pixels, name="random"), build_model(config)
 
 
+@pytest.fixture
+def rule_of(world, monkeypatch):
+    """The rule of a preset on the device, and a batch in main memory."""
+
+    def make(preset, *changes):
+        with torch._subclasses.fake_tensor.unset_fake_temporarily():
+            config, data, model = trainer_of(preset, *changes)
+        model = to_cuda(model)
+        monkeypatch.setattr(MultiGridTrainer, "_colours", lambda self: types.SimpleNamespace(numpy=lambda: np.zeros(3)))
+        monkeypatch.setattr(type(model), "set_colours", lambda self, colours: None)
+        monkeypatch.setattr(type(model), "check_storable", lambda self: None)  # fake tensors are not
+        monkeypatch.setattr(torch.autograd, "grad", lambda loss, inputs, *_, **__: (
+            [torch.empty_like(x) for x in inputs] if isinstance(inputs, (list, tuple)) else [torch.empty_like(inputs)]
+        ))  # fmt: skip
+        batch = torch.zeros(8, config.channels, *[config.sizes[-1]] * 2, dtype=torch.uint8)
+        return MultiGridTrainer(model, data, config, quiet=True).rule, batch
+
+    return make
+
+
 @pytest.mark.parametrize("preset", ["digits", "multigrid-released"])
-def test_a_training_update(world, monkeypatch, preset):
+def test_a_training_update_without_a_graph(world, rule_of, preset):
     """Nothing waits inside an update but its one read at the end, plus those of chains that are not captured."""
-    with torch._subclasses.fake_tensor.unset_fake_temporarily():
-        config, data, model = trainer_of(preset)
-        monkeypatch.setattr(MultiGridTrainer, "_colours", lambda self: types.SimpleNamespace(numpy=lambda: np.zeros(3)),
-                            raising=False)  # fmt: skip
-    model = to_cuda(model)
-    monkeypatch.setattr(type(model), "set_colours", lambda self, colours: None)
-    monkeypatch.setattr(type(model), "check_storable", lambda self: None)  # fake tensors are not
-    monkeypatch.setattr(torch.autograd, "grad", lambda loss, inputs, *_, **__: (
-        [torch.empty_like(x) for x in inputs] if isinstance(inputs, (list, tuple)) else [torch.empty_like(inputs)]
-    ))  # fmt: skip
-    trainer = MultiGridTrainer(model, data, config, quiet=True)
-    batch = torch.zeros(8, config.channels, *[config.sizes[-1]] * 2, dtype=torch.uint8)
+    rule, batch = rule_of(preset)
     for iteration in range(4):
         world.take()
-        trainer.rule.update(batch, iteration, detail=False)
+        rule.update(batch, iteration, detail=False)
         events = world.take()
         assert not illegal(events)
-    own = {event.place for event in events if event.kind == "sync" and event.place.startswith("learning")}
+    own = [event.place for event in events if event.kind == "sync" and event.place.startswith("learning")]
     assert len(own) == 1, own
-    if preset == "multigrid-released":  # its noise is not annealed: chains are replayed
-        assert count(events, "replay") >= 1
+    assert count(events, "replay") >= 1  # chains are replayed, annealed ones too
+
+
+# preset, updates, log_every, most launches in a graph (but for those of the backward pass of learning, which fake tensors do
+# not make); without a graph digits has 231 and 10 copies beside its chains
+CAPTURED = [("digits", 50, 20, 315), ("cifar10", 5, 2, 440), ("multigrid-released", 5, 2, 608)]
+
+
+@pytest.mark.parametrize("preset, updates, every, launches", CAPTURED)
+def test_training_updates_are_one_graph_each_with_one_read_every_log_every(
+    world, rule_of, preset, updates, every, launches
+):
+    rule, batch = rule_of(preset, f"log_every={every}")
+    captures, reads = [], []
+    for iteration in range(updates):
+        world.take()
+        rule.launch(batch, iteration, detail=iteration % every == every - 1)
+        events = world.take()
+        assert not illegal(events)
+        captures.append(count(events, "capture"))
+        if iteration:
+            # the batch goes to the device, and at the beginning of a window the table of its numbers
+            assert not count(events, "sync") and count(events, "replay") == 1
+            assert count(events, "copy") == 1 + (iteration % every == 0), [e for e in events if e.kind == "copy"]
+            assert sum(event.launches for event in events) <= 2
+            if iteration % every < every - 1:  # without what records have
+                (replay,) = [event.detail for event in events if event.kind == "replay"]
+                assert int(replay.removesuffix(" launches")) <= launches
+        found, made = rule.collect(iteration + 1, wait=iteration % every == every - 1)
+        assert made == iteration + 1
+        if found:
+            events = world.take()
+            reads.append((len(found), count(events, "sync"), count(events, "copy")))
+            assert not {event.name for event in events if event.launches}
+    assert captures[0] == 2 and not any(captures[1:])  # without and with what records have
+    assert reads == [(every, 1, 0)] * 2
 
 
 def test_the_compiled_baseline_is_one_graph_a_chain(world, monkeypatch):

@@ -230,6 +230,9 @@ class _Log(TorchDispatchMode):
                 self.world.note("sync", name)
             dtype = given[0].dtype
             return True if dtype == torch.bool or "equal" in name else HEALTHY_STEP if dtype == torch.int64 else 1.0
+        if name.startswith("aten._fused_"):  # in place; with rates as tensors they have no fake kernel
+            self.world.note("operator", name)
+            return None
         made = operator(*args, **kwargs)
         if name.startswith("aten.convolution") and given[0].is_contiguous(memory_format=torch.channels_last):
             # As cuDNN does. Fake tensors ask the libraries of this build, which may be one without CUDA.
@@ -363,21 +366,23 @@ def _on(pretended: World, stream: Stream) -> Iterator[None]:
 
 def _patch_tensors(patch: pytest.MonkeyPatch, pretended: World) -> None:
     """What fake tensors refuse and real ones on a GPU can do: addresses, lists, numbers taken to the device."""
-    address, listed = torch.Tensor.data_ptr, torch.Tensor.tolist
+    address = torch.Tensor.data_ptr
 
     def data_ptr(self: torch.Tensor) -> int:
         if not isinstance(self, FakeTensor):
             return address(self)
         return (self.untyped_storage()._cdata & ~511) + self.storage_offset() * self.element_size()
 
-    def tolist(self: torch.Tensor) -> Any:
-        if not isinstance(self, FakeTensor):
-            return listed(self)
-        pretended.note("sync", "Tensor.tolist")
-        return [1.0] * self.numel() if self.dim() else 1.0
+    def tolist(self: FakeTensor) -> Any:
+        if self.device.type == "cuda":
+            pretended.note("sync", "Tensor.tolist")
+        made: Any = 1.0
+        for length in reversed(self.shape):
+            made = [made] * length
+        return made
 
     patch.setattr(torch.Tensor, "data_ptr", data_ptr)
-    patch.setattr(torch.Tensor, "tolist", tolist)
+    patch.setattr(FakeTensor, "tolist", tolist)
     patch.setattr(torch.Tensor, "pin_memory", lambda self, *_: self)
     for name in ("as_tensor", "tensor"):
         patch.setattr(torch, name, _taken_over(getattr(torch, name), name, pretended))

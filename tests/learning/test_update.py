@@ -319,6 +319,6 @@ def test_noisy_data_stay_in_the_range_where_asked():
     for clamped in (False, True):
         config = tiny_config(stabilise={"data_noise": 2.0, "data_noise_clamp": clamped})
         rule = MultiGridRule(build_model(config), config, images=20)
-        noisy[clamped] = rule._with_noise(images.clone(), 2, 0, 1.0)
+        noisy[clamped] = rule._with_noise(images.clone(), 2, rule.numbers(0), 0)
     assert noisy[False].abs().max() > 1
     assert torch.equal(noisy[True], noisy[False].clamp(-1, 1))

@@ -93,6 +93,9 @@ class TrainConfig:
         Choice(PRECISIONS),
         "precision of gradients in chains, and in learning on CPUs: auto is 16 bits where it pays",
     )
+    graph: Any = key(
+        None, Auto(Flag()), "updates as CUDA graphs: auto: where a GPU can; true: or an error that says why not; false"
+    )
     start_from: Any = key(None, Maybe(Text()), "run, checkpoint or model file whose weights training starts from")
     start_optimiser: bool = key(False, Flag(), "take the optimiser's state of `start_from` as well")
     langevin: LangevinConfig = dataclasses.field(default_factory=lambda: LangevinConfig(drift=1.0, noise_std=0.03))

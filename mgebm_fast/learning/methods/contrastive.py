@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import abc
 import math
-from collections.abc import Mapping, Sequence
-from statistics import fmean
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
@@ -20,7 +19,7 @@ from ..config.train_config import TrainConfig
 from .contrast import contrast
 from .model_rule import ModelRule
 from .optim import build_optimiser, condition_, map_areas, norm, rate_factor, step
-from .synthesis import GridLearned, Learned, Lesson, Synthesis
+from .synthesis import GridLearned, Learned, Lesson, Numbers, Synthesis, law_of, measured_of_samples
 
 # Numbers of a grid that must be finite: key -> name in errors.
 _OF_GRID = {
@@ -133,12 +132,17 @@ class ContrastiveRule(ModelRule):
         """The metrics; None (and no state changed) if any chain that the session left unchecked became non-finite."""
         before = [buffer.clone() for buffer in self.buffers]
         made: list[Synthesis] = []
+        numbers = self.numbers(iteration)
 
         def learn(images: Tensor, first_sample: int) -> list[Tensor]:
             if self.averaged:
                 torch._foreach_copy_(self.buffers, before)
-            synthesis, grids = self._learn(images, first_sample, iteration, session)
-            made.append(synthesis)
+
+            def synthesise(observed: list[Tensor]) -> Synthesis:
+                made.append(self.synthesise(observed, iteration, first_sample, session))
+                return made[-1]
+
+            grids = self.learn(images, first_sample, numbers, synthesise)
             unread = session.unread
             healthy = torch.stack(unread).all().float() if unread else torch.ones_like(grids[0].observed)
             return Learned(grids, [buffer.clone() for buffer in self.averaged], healthy).flatten()
@@ -146,22 +150,29 @@ class ContrastiveRule(ModelRule):
         try:
             tensors = self.ranks.mean(learn, batch, self.config.batch_parts, self.length)
             learned = Learned.unflatten(tensors, [len(parameters) for parameters in self.parameters])
-            measured = self._measured(learned)
-            spoilt = (torch.stack(list(measured.values())).isfinite().all() & (learned.healthy == 1)).logical_not()
+            measured, spoilt = self.measure(learned)
             details = self.details(learned, made[0]) if detail else {}
             if detail:
                 # The first part of the batch: the same however parts are shared out to ranks.
-                part = batch[: len(made[0].images[0])]
-                measured.update(self._of_samples(made[0].images, self.observed(part)[1:]))
+                part, nets = batch[: len(made[0].images[0])], self.model.active_nets
+                measured |= measured_of_samples(
+                    self.model, made[0].images, self.observed(part)[1:],
+                    lambda net, x: energy_gradient(nets[net], x, precision=self.precision),
+                    [law_of(chain) for chain in self.model.langevin],
+                )  # fmt: skip
             lesson = self.teach(made, iteration, spoilt)
             if lesson is not None:
                 of_lesson = dict(zip(_OF_LESSON, (lesson.loss, norm(lesson.gradients)), strict=True))
                 spoilt = spoilt | torch.stack(list(of_lesson.values())).isfinite().all().logical_not()
                 measured.update(of_lesson)
-            schedule = self._apply(learned, lesson, iteration, spoilt.float())
+            self.apply(learned, numbers, spoilt.float())
+            if lesson is not None:
+                condition_(lesson.gradients, lesson.config)
+                rate = pick(lesson.config.lr, 0) * self.schedule(iteration)
+                step(lesson.optimiser, lesson.parameters, lesson.gradients, rate, spoilt.float())
             # The one host sync. An update that is not finite was not applied: optimisers read `spoilt` on the device.
-            all_healthy, *numbers = torch.stack([learned.healthy, *measured.values()]).tolist()
-            values = dict(zip(measured, numbers, strict=True))
+            all_healthy, *found = torch.stack([learned.healthy, *measured.values()]).tolist()
+            values = dict(zip(measured, found, strict=True))
             if all_healthy == 1:
                 self._check_finite(values, iteration)
         except Exception:
@@ -173,61 +184,79 @@ class ContrastiveRule(ModelRule):
         for buffer, mean in zip(self.averaged, learned.buffers, strict=True):
             buffer.copy_(mean)
         if self.average is not None:
-            self.average.update(iteration)
+            self.average.take(numbers.share)
         self.keep(made)
-        return {**self._metrics(values, iteration, schedule), **details}
+        return {**self.metrics(values, iteration), **details}
 
     def _put_back(self, before: list[Tensor]) -> None:
         for buffer, value in zip(self.buffers, before, strict=True):
             buffer.copy_(value)
 
-    def _learn(
-        self, batch: Tensor, first_sample: int, iteration: int, session: graphs.Session
-    ) -> tuple[Synthesis, list[GridLearned]]:
-        """Of one part of a batch: what the chains made, and what each net learns."""
-        factors = self.config.noise_factors(iteration)
+    # its parts, which a captured update is made of too
+
+    def numbers(self, iteration: int) -> Numbers:
+        """Those of update `iteration`."""
+        factors, schedule, config = self.config.noise_factors(iteration), self.schedule(iteration), self.config
+        return Numbers(
+            iteration,
+            [pick(config.optimiser.lr, net) * schedule for net in range(len(self.model.nets))],
+            [pick(config.stabilise.data_noise, net) * factor for net, factor in enumerate(factors)],
+            0.0 if self.average is None else self.average.share(iteration),
+        )
+
+    def schedule(self, iteration: int) -> float:
+        """What learning rates are multiplied by at update `iteration`."""
+        epoch = iteration * self.config.batch_size // self.images
+        return self.rate * rate_factor(self.config.optimiser, iteration, self.config.steps, epoch)
+
+    def learn(
+        self, batch: Tensor, first_sample: int, numbers: Numbers, synthesise: Callable[[list[Tensor]], Synthesis]
+    ) -> list[GridLearned]:
+        """What each net learns of one part of a batch, against what `synthesise` makes of it at every size."""
         means, *images = self.observed(batch)
-        images = [
-            self._with_noise(x, grid, iteration, factors[grid - 1], first_sample)
-            for grid, x in enumerate(images, start=1)
-        ]
-        synthesis, grids = self.synthesise([means, *images], iteration, first_sample, session), []
-        for net, parameters, real, chain in zip(
-            self.model.active_nets, self.parameters, images, synthesis.images, strict=True
-        ):
+        images = [self._with_noise(x, grid, numbers, first_sample) for grid, x in enumerate(images, start=1)]
+        chains, grids = synthesise([means, *images]).images, []
+        for net, parameters, real, chain in zip(self.model.active_nets, self.parameters, images, chains, strict=True):
             gradients, on_real, on_chain = contrast(
                 net, parameters, real, chain, self.config.stabilise.energy_l2, self.precision
             )
             grids.append(GridLearned(self.tied(gradients), on_real, on_chain))
-        return synthesis, grids
+        return grids
 
-    def _apply(self, learned: Learned, lesson: Lesson | None, iteration: int, spoilt: Tensor) -> float:
-        """One step of every optimiser, none where `spoilt` is 1; what their rates were multiplied by."""
-        config = self.config.optimiser
-        epoch = iteration * self.config.batch_size // self.images
-        schedule = self.rate * rate_factor(config, iteration, self.config.steps, epoch)
+    def measure(self, learned: Learned) -> tuple[dict[str, Tensor], Tensor]:
+        """What every update reports of a grid, on the device, by the names of `_OF_GRID`; and whether the update must
+        not be applied, 0-dim bool."""
+        measured = {}
+        for size, grid in zip(self.model.sizes[1:], learned.grids, strict=True):
+            values = (grid.observed, grid.synthesised, norm(grid.gradients))
+            measured.update({f"size_{size}/{name}": value for name, value in zip(_OF_GRID, values, strict=True)})
+        fine = torch.stack(list(measured.values())).isfinite().all() & (learned.healthy == 1)
+        return measured, fine.logical_not()
+
+    def apply(self, learned: Learned, numbers: Numbers, spoilt: Tensor) -> None:
+        """One step of every net's optimiser, none where `spoilt` is 1."""
         for index, (net, grid) in enumerate(zip(self.model.active_nets, learned.grids, strict=True)):
             parameters = self.parameters[index]
-            condition_(grid.gradients, config, self.divisors[index])
+            condition_(grid.gradients, self.config.optimiser, self.divisors[index])
             learning = {id(p) for p in net.parameters()}  # without layers that the energy does not use
             given = [g if id(p) in learning else None for p, g in zip(parameters, grid.gradients, strict=True)]
-            step(self.optimisers[index], parameters, given, pick(config.lr, index) * schedule, spoilt)
-        if lesson is not None:
-            condition_(lesson.gradients, lesson.config)
-            rate = pick(lesson.config.lr, 0) * schedule
-            step(lesson.optimiser, lesson.parameters, lesson.gradients, rate, spoilt)
-        return schedule
+            step(self.optimisers[index], parameters, given, numbers.rates[index], spoilt)
 
-    def _with_noise(self, images: Tensor, grid: int, iteration: int, factor: float, first_sample: int = 0) -> Tensor:
-        std = pick(self.config.stabilise.data_noise, grid - 1) * factor
-        if std == 0:
+    def _with_noise(self, images: Tensor, grid: int, numbers: Numbers, first_sample: int) -> Tensor:
+        std = numbers.data_noise[grid - 1]
+        if not isinstance(std, Tensor) and std == 0:
             return images
         stream = noise.stream(self.purpose(noise.Purpose.DATA_NOISE), grid)
         draw = ops.noise(
-            images.shape, seed=self.config.seed, step=iteration, first_sample=first_sample, stream=stream,
+            images.shape, seed=self.config.seed, step=numbers.iteration, first_sample=first_sample, stream=stream,
             device=images.device,
         )  # fmt: skip
-        noisy = torch.add(images, draw, alpha=std, out=draw)
+        # The two round alike.
+        noisy = (
+            torch.addcmul(images, draw, std, out=draw)
+            if isinstance(std, Tensor)
+            else torch.add(images, draw, alpha=std, out=draw)
+        )
         # Chains are clamped. Unclamped data noise would let the net tell data from samples by their range alone, and
         # energies would diverge.
         if self.config.stabilise.data_noise_clamp:
@@ -237,14 +266,6 @@ class ContrastiveRule(ModelRule):
         return noisy
 
     # metrics
-
-    def _measured(self, learned: Learned) -> dict[str, Tensor]:
-        """What every update reports of a grid, on the device, by the names of `_OF_GRID`."""
-        measured = {}
-        for size, grid in zip(self.model.sizes[1:], learned.grids, strict=True):
-            values = (grid.observed, grid.synthesised, norm(grid.gradients))
-            measured.update({f"size_{size}/{name}": value for name, value in zip(_OF_GRID, values, strict=True)})
-        return measured
 
     def _check_finite(self, found: Mapping[str, float], iteration: int) -> None:
         names = {key: f"generator's {name}" for key, name in _OF_LESSON.items()}
@@ -256,7 +277,8 @@ class ContrastiveRule(ModelRule):
             if key in names and not math.isfinite(number):
                 raise DivergenceError(f"training: the {names[key]} became non-finite at update {iteration + 1}")
 
-    def _metrics(self, found: Mapping[str, float], iteration: int, schedule: float) -> dict[str, float]:
+    def metrics(self, found: Mapping[str, float], iteration: int) -> dict[str, float]:
+        """The metrics of update `iteration`, of what was measured in it."""
         metrics: dict[str, float] = {}
         for factor, size in zip(self.config.noise_factors(iteration), self.model.sizes[1:], strict=True):
             on_real, on_chain, length = (found[f"size_{size}/{name}"] for name in _OF_GRID)
@@ -268,40 +290,11 @@ class ContrastiveRule(ModelRule):
             metrics.update({name: found[name] for name in names if name in found})
             if self.annealed:
                 metrics[f"size_{size}/noise_factor"] = factor
-        metrics["lr_factor"] = schedule
+        metrics["lr_factor"] = self.schedule(iteration)
         if "generator/loss" in found:
             metrics.update(self.taught(found["generator/loss"]))
             metrics["generator/gradient_norm"] = found["generator/gradient_norm"]
         return metrics
-
-    def _of_samples(self, images: Sequence[Tensor], observed: Sequence[Tensor]) -> dict[str, Tensor]:
-        """What is watched in samples (`run.watch`), 0-dim each:
-
-        gradient_to_noise: rms of what the gradient moves a pixel by in a step, over that of the noise, where there is;
-            numbers that vary count with their mean over the chain
-        gradient_clamped: rms of the gradient over langevin.grad_clamp, where there is
-        saturated: share of pixels at the ends of value_range, less that of the data, where chains are clamped
-        spread: std of all pixels, over that of the data
-        """
-        found, (low, high), pixels = {}, self.model.value_range, slice(self.model.channels)
-        for size, chain, net, x, real in zip(
-            self.model.sizes[1:], self.model.langevin, self.model.active_nets, images, observed, strict=True
-        ):
-            steps = [(n.drift, n.noise_std, n.inverse_variance) for n in chain.by_step()]
-            drift, noise_std, inverse_variance = map(fmean, zip(*steps))
-            bound = math.inf if chain.grad_clamp is None else chain.grad_clamp
-            if noise_std or math.isfinite(bound):
-                force = energy_gradient(net, x, precision=self.precision)[:, pixels].clamp(-bound, bound)
-                if math.isfinite(bound):
-                    found[f"size_{size}/gradient_clamped"] = force.square().mean().sqrt() / bound
-                if noise_std:
-                    force = force + (x[:, pixels] - chain.reference_mean) * inverse_variance
-                    found[f"size_{size}/gradient_to_noise"] = drift * force.square().mean().sqrt() / noise_std
-            x, real = x[:, pixels], real[:, pixels]
-            if chain.clamp is not None:
-                found[f"size_{size}/saturated"] = _at_ends(x, *chain.clamp) - _at_ends(real, *chain.clamp)
-            found[f"size_{size}/spread"] = x.std(correction=0) / real.std(correction=0).clamp_min(1e-3 * (high - low))
-        return found
 
     def headline(self, metrics: Mapping[str, float]) -> str:
         gaps = " ".join(f"{metrics[f'size_{size}/gap']:+.3f}" for size in self.model.sizes[1:])
@@ -331,9 +324,3 @@ class ContrastiveRule(ModelRule):
     def before_stored(self, iteration: int) -> None:
         """What is stored samples as its last update did."""
         self.arrange(max(0, iteration - 1))
-
-
-def _at_ends(x: Tensor, low: float, high: float) -> Tensor:
-    """The share of pixels within a thousandth of the range from its ends."""
-    margin = 1e-3 * (high - low)
-    return ((x <= low + margin) | (x >= high - margin)).float().mean()

@@ -21,11 +21,22 @@ class Average:
         self._names = list(self._live)
         self._mean = [parameter.detach().clone() for parameter in self._live.values()]
 
-    @torch.no_grad()
+    def share(self, iteration: int) -> float:
+        """1 − d: what the weights after update `iteration` count for."""
+        return 1 - min(self.decay, (1 + iteration) / (10 + iteration))
+
     def update(self, iteration: int) -> None:
         """Take in the weights after update `iteration`."""
-        decay = min(self.decay, (1 + iteration) / (10 + iteration))
-        torch._foreach_lerp_(self._mean, list(self._live.values()), 1 - decay)
+        self.take(self.share(iteration))
+
+    @torch.no_grad()
+    def take(self, share: float | Tensor) -> None:
+        """Take in the present weights; a 0-dim float32 `share` on their device is not read by the host."""
+        live: list[Tensor] = list(self._live.values())
+        if isinstance(share, Tensor):
+            torch._foreach_lerp_(self._mean, live, [share.expand_as(mean) for mean in self._mean])
+        else:
+            torch._foreach_lerp_(self._mean, live, share)
 
     def state(self) -> dict[str, Tensor]:
         """The averages by parameter name; views, not copies."""

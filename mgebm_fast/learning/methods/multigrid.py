@@ -10,11 +10,13 @@ from torch import Tensor
 from ... import noise
 from ...models import MultiGrid
 from ...nets import ResidualNet, ScoreNet
-from ...sampling.graphs import Graph
+from ...sampling.cascade import static_cascade
+from ...sampling.graphs import Graph, Session
+from ...sampling.static import StaticCascade
 from ..config.keys import Flag, key
 from ..config.method import Method, register
 from ..config.train_config import TrainConfig
-from .contrastive import ContrastiveRule
+from .captured import GraphedRule
 from .synthesis import Synthesis
 from .work import work_of_chains
 
@@ -26,7 +28,7 @@ class MultiGridConfig:
     conditional: bool = key(False, Flag(), "learn an energy of image and class, of data with labels", fixed=True)
 
 
-class MultiGridRule(ContrastiveRule):
+class MultiGridRule(GraphedRule):
     """`ContrastiveRule` with the cascade from the observed 1×1 means, K steps a grid.
 
     All grids are sampled before any is updated; since a chain of one grid never uses another grid's net, updating
@@ -47,6 +49,13 @@ class MultiGridRule(ContrastiveRule):
             graph=graph,
         )
         return Synthesis(results[1:], first_sample)
+
+    def static_chains(self, start: Tensor, session: Session) -> StaticCascade:
+        model, purpose = self.model, self.purpose(noise.Purpose.TRAINING_CHAIN)
+        return static_cascade(
+            list(model.nets), model.sizes, model.langevin, start, purpose=purpose, session=session,
+            precision=self.precision,
+        )  # fmt: skip
 
 
 def build_model(config: TrainConfig) -> MultiGrid:

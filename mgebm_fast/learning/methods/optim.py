@@ -19,18 +19,20 @@ def build_optimiser(parameters: Iterable[nn.Parameter], config: OptimiserConfig,
     """The optimiser of one net; `net` counts the nets from 0 and picks from per-grid values.
 
     One fused call updates all tensors of a net where every one is float32 on a CPU or a CUDA device: small nets are
-    bound by calls, not by arithmetic.
+    bound by calls, not by arithmetic. On a CUDA device a graph may capture it.
     """
     parameters = list(parameters)
     fused = all(p.dtype == torch.float32 and p.device.type in ("cpu", "cuda") for p in parameters)
-    options = {"lr": pick(config.lr, net), "weight_decay": config.weight_decay, "fused": fused}
+    options: dict[str, Any] = {"lr": pick(config.lr, net), "weight_decay": config.weight_decay, "fused": fused}
     if config.name == "sgd":
         sgd = torch.optim.SGD(parameters, momentum=config.momentum, **options)
         if config.momentum:
             _begin_momentum(sgd)
         return sgd
     kind = torch.optim.AdamW if config.name == "adamw" else torch.optim.Adam
-    return kind(parameters, betas=config.betas, **options)
+    made = kind(parameters, betas=config.betas, capturable=fused and parameters[0].device.type == "cuda", **options)
+    vars(made)["_warned_capturable_if_run_uncaptured"] = True  # a fused step is no slower outside a graph
+    return made
 
 
 def _begin_momentum(sgd: torch.optim.SGD) -> None:
@@ -64,7 +66,7 @@ def step(
     optimiser: torch.optim.Optimizer,
     parameters: list[nn.Parameter],
     gradients: Sequence[Tensor | None],
-    rate: float,
+    rate: float | Tensor,  # a tensor: (), float32 on a CUDA device, which a captured step reads; float64 on a CPU
     spoilt: Tensor,  # () float32, on the parameters' device
 ) -> None:
     """One update by `gradients` at learning rate `rate`; where `spoilt` is 1, none, and no trace of it in the state.
@@ -72,6 +74,8 @@ def step(
 
     A fused optimiser reads `spoilt` on the device, and the host waits for nothing; another one needs a host sync.
     """
+    if not isinstance(rate, Tensor) and optimiser.defaults["fused"] and spoilt.device.type == "cuda":
+        rate = torch.full((), rate, dtype=torch.float32, device=spoilt.device)  # rounded as a captured step has it
     for group in optimiser.param_groups:
         group["lr"] = rate
     for parameter, gradient in zip(parameters, gradients, strict=True):

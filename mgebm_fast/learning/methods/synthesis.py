@@ -1,15 +1,38 @@
-"""What passes through an update: what its chains made, what is learnt from it, and a further optimiser's step."""
+"""What passes through an update: its numbers, what its chains made, what is learnt from it and measured of it, and a
+further optimiser's step."""
 
 from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Iterable, Sequence
+import math
+from collections.abc import Callable, Iterable, Sequence
+from statistics import fmean
 
 import torch
 from torch import Tensor, nn
 
+from ...models import EnergyModel
+from ...sampling.langevin import Langevin
 from ..config.sections import OptimiserConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class Numbers:
+    """What differs from one update to the next beside its images: numbers, or 0-dim tensors on the device, which a
+    captured update reads.
+
+    Args:
+        iteration: updates made before.
+        rates: the learning rate of each net.
+        data_noise: std of the noise on each net's observed images; 0.0, and no tensor, where there never is any.
+        share: what the weights count for in their average.
+    """
+
+    iteration: int | Tensor
+    rates: Sequence[float | Tensor]
+    data_noise: Sequence[float | Tensor]
+    share: float | Tensor
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,3 +92,48 @@ class Lesson:
     parameters: list[nn.Parameter]
     gradients: list[Tensor]
     loss: Tensor  # 0-dim
+
+
+def law_of(chain: Langevin) -> tuple[float, ...]:
+    """drift, noise_std and 1/σ² of a chain, their means over its steps."""
+    return tuple(map(fmean, zip(*((n.drift, n.noise_std, n.inverse_variance) for n in chain.by_step()))))
+
+
+def measured_of_samples(
+    model: EnergyModel,
+    images: Sequence[Tensor],  # of the chains, one batch a net
+    observed: Sequence[Tensor],  # at the same sizes
+    gradient: Callable[[int, Tensor], Tensor],  # (net, x) -> ∇E(x)
+    laws: Sequence[Sequence[float | Tensor]],  # drift, noise_std and 1/σ² of each chain, their means over its steps
+) -> dict[str, Tensor]:
+    """What is watched in samples (`run.watch`), 0-dim each:
+
+    gradient_to_noise: rms of what the gradient moves a pixel by in a step, over that of the noise, where there is;
+        numbers that vary count with their mean over the chain
+    gradient_clamped: rms of the gradient over langevin.grad_clamp, where there is
+    saturated: share of pixels at the ends of value_range, less that of the data, where chains are clamped
+    spread: std of all pixels, over that of the data
+    """
+    found, (low, high), pixels = {}, model.value_range, slice(model.channels)
+    for net, (size, chain, x, real) in enumerate(zip(model.sizes[1:], model.langevin, images, observed, strict=True)):
+        drift, noise_std, inverse_variance = laws[net]
+        noisy = isinstance(noise_std, Tensor) or noise_std > 0
+        bound = math.inf if chain.grad_clamp is None else chain.grad_clamp
+        if noisy or math.isfinite(bound):
+            force = gradient(net, x)[:, pixels].clamp(-bound, bound)
+            if math.isfinite(bound):
+                found[f"size_{size}/gradient_clamped"] = force.square().mean().sqrt() / bound
+            if noisy:
+                force = force + (x[:, pixels] - chain.reference_mean) * inverse_variance
+                found[f"size_{size}/gradient_to_noise"] = drift * force.square().mean().sqrt() / noise_std
+        x, real = x[:, pixels], real[:, pixels]
+        if chain.clamp is not None:
+            found[f"size_{size}/saturated"] = _at_ends(x, *chain.clamp) - _at_ends(real, *chain.clamp)
+        found[f"size_{size}/spread"] = x.std(correction=0) / real.std(correction=0).clamp_min(1e-3 * (high - low))
+    return found
+
+
+def _at_ends(x: Tensor, low: float, high: float) -> Tensor:
+    """The share of pixels within a thousandth of the range from its ends."""
+    margin = 1e-3 * (high - low)
+    return ((x <= low + margin) | (x >= high - margin)).float().mean()

@@ -23,7 +23,7 @@ from .loggers import Logger
 from .progress import Pace, Progress, Voice, duration
 from .records import Mark, NoRecorder
 from .rule import UpdateRule
-from .watch import measured
+from .watch import Updates, measured
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,6 +68,8 @@ class Loop:
         self.recorder = NoRecorder()
         self.reference: Tensor | None = None  # held-out images in the model's units, for the measure of states
         self.after_pictures: Callable[[], None] | None = None  # on the first rank, when all of the update is written
+        self.updates = Updates(rule, batches, self.history.watch, self.ranks)
+        self.announces = False  # whether a run says how its updates are launched
         self._mark: Mark | None = None  # of the records at the checkpoint that was resumed
         self._resume_command = resume_command or f"mgebm train {out}/{CONFIG} --out {out} --resume"
 
@@ -127,6 +129,7 @@ class Loop:
 
     def _tell_rule(self) -> None:
         self.rule.attempt, self.rule.rate = len(self.history.made), self.history.rate
+        self.updates.begin(self.iteration)
 
     def _begin_good(self) -> None:
         """A state to go back to from the first update on, where the run has none yet."""
@@ -251,11 +254,11 @@ class Loop:
                 self._save(final=True)
         pace = Pace()
         while self.iteration < stop:
-            before, done = self.iteration, self.iteration + 1
+            before = self.iteration
             try:
-                stops = self._advance(done, stop, pace, progress)
+                stops = self._advance(before + 1, stop, pace, progress)
             except DivergenceError as error:
-                self.iteration = before
+                self.iteration = min(before, self.updates.at)
                 self._go_back(error)
                 progress.restart(self.iteration)
                 pace = Pace()
@@ -268,15 +271,23 @@ class Loop:
         config = self.config
         logged = _due(done, config.log_every) or done == stop
         begin = time.monotonic()
-        metrics = self._watched_update(done, logged)
-        pace.add(time.monotonic() - begin)
+        metrics = self.updates.launch(self.iteration, logged)
+        if self.announces:
+            self.voice.say(f"updates: {self.rule.how()}")
+            self.announces = False
         stops, watched = self.ranks.stops(), self.history.watch.bounds.on
         good, drawn = _due(done, config.checkpoint_every), _due(done, config.sample_every) or done == stop
         saved = good or done == stop or stops
+        if metrics is not None:
+            metrics = self.updates.collect(done, logged, wait=logged or drawn or saved)
+        pace.add(time.monotonic() - begin)
+        if metrics is None:
+            self.iteration = self.updates.at
+            return False
         if saved:
             self.rule.check()
         self.iteration = done
-        progress.update(done, self.rule.headline(metrics), logged=logged)
+        progress.update(done, self.updates.headline, logged=logged)
         if logged or drawn or saved:
             with self.ranks.together():
                 measure = measured(self.rule, self.reference) if good and watched and self.ranks.first else None
@@ -294,15 +305,6 @@ class Loop:
                 if drawn and self.folder.writes and self.after_pictures is not None:
                     self.after_pictures()
         return stops
-
-    def _watched_update(self, done: int, logged: bool) -> dict[str, float]:
-        """Update number `done`; RunAway where the watch finds a collapse, on all ranks alike."""
-        batch, watch = self.batches.batch(self.iteration), self.history.watch
-        if self.ranks.size == 1:
-            watch.check_batch(batch, done)
-        metrics = self.rule.update(batch, self.iteration, detail=logged)
-        watch.check_together(self.ranks, metrics, done, logged)
-        return metrics
 
     def _save(self, *, final: bool, good: bool = False) -> None:
         self._keep(good=good)

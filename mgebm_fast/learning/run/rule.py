@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import abc
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ class UpdateRule(abc.ABC):
     ranks = Ranks()
     attempt = 0  # how often the run went back after it diverged
     rate = 1.0  # what learning rates are multiplied by since
+    _made: Sequence[tuple[int, dict[str, float]]] = ()
 
     @abc.abstractmethod
     def update(self, batch: Tensor, iteration: int, *, detail: bool = False) -> dict[str, float]:
@@ -30,6 +31,28 @@ class UpdateRule(abc.ABC):
         `detail` asks for measurements that cost something. Raises DivergenceError, with nothing applied, where a
         number is not finite.
         """
+
+    def launch(self, batch: Tensor, iteration: int, *, detail: bool = False) -> None:
+        """`update`, whose metrics `collect` gives; where a GPU makes it on its own, they are not waited for."""
+        self._made = [*self._made, (iteration, self.update(batch, iteration, detail=detail))]
+
+    def collect(self, launched: int, *, wait: bool) -> tuple[list[tuple[int, dict[str, float]]], int]:
+        """(iteration, metrics) of updates launched since the last call, of `launched` in the life of the run; and how
+        many were made.
+
+        Without `wait`, those alone whose metrics are here. Where one of them could not be applied, neither were those
+        after it: fewer were made than launched, and the first of the others says why when it is launched again.
+        """
+        made, self._made = list(self._made), ()
+        return made, launched
+
+    def forget(self) -> None:
+        """Drop what was launched and not collected: the state becomes another one."""
+        self._made = ()
+
+    def how(self) -> str:
+        """How updates are launched, and why not otherwise."""
+        return "without a CUDA graph, because this method has none"
 
     def check(self) -> None:
         """DivergenceError unless all that `write` stores is finite and of a sane size (`models.storage`).

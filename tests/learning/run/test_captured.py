@@ -1,0 +1,189 @@
+"""Captured updates on a CPU: the body of the graph stands for its replay, and every run must be the eager one."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from helpers.runs import same_files
+from helpers.training import tiny_data
+
+from mgebm_fast.errors import BackendError
+from mgebm_fast.learning import Run
+from mgebm_fast.learning.methods import captured
+from mgebm_fast.learning.run.watch import RunAway
+from mgebm_fast.sampling import graphs
+from mgebm_fast.sampling.static import StaticCascade
+
+CHANGES = {
+    "plain": {"stabilise": {"ema": 0.9, "data_noise": [0.03, 0.0], "noise_anneal": 0.3, "energy_l2": 0.01},
+              "optimiser": {"schedule": "cosine", "warmup": 3, "grad_clip_norm": 0.5},
+              "langevin": {"steps": 3, "drift": 1.0, "noise_std": {"start": 0.06, "end": 0.0}, "grad_clamp": 0.3}},
+    "batch": {"norm": "batch", "stabilise": {"ema": 0.9, "data_noise": 0.05, "data_noise_clamp": True},
+              "optimiser": {"name": "sgd", "momentum": 0.9, "grad_rescale_max": 0.1}},
+    "spectral": {"spectral_norm": True, "flips": True, "optimiser": {"name": "adamw", "per_layer_divide": True},
+                 "langevin": {"steps": [3, 2], "step_size": 0.3, "reference_std": 1.0}},
+}  # fmt: skip
+
+
+class Recorded(list):
+    """The captures made: a body each, which a replay runs again."""
+
+    def record(self, lane, body, device):
+        body()
+        if "CapturedUpdate" in body.__qualname__:  # else of a sampled cascade
+            self.append(body)
+        return body
+
+
+@pytest.fixture
+def recorded(monkeypatch):
+    """From a call of this on, CPUs have graphs."""
+    made = Recorded()
+
+    def begin():
+        monkeypatch.setattr(graphs, "DEVICES", ("cpu",))
+        monkeypatch.setattr(captured.Lane, "record", lambda *arguments: made.record(*arguments))
+        return made
+
+    return begin
+
+
+def make(trainer, out, changes, **more):
+    run = {"steps": 12, "log_every": 5, "checkpoint_every": 4, "sample_every": 0, "rollback": {"attempts": 2}}
+    return trainer(out=out, **{**run, **changes, **more})
+
+
+def same(a, b):
+    """Weights, averages, moments and records are equal, every bit; records of the steps that both have."""
+    same_files(a, b, "step_000012")
+    records = [
+        {r["step"]: {k: v for k, v in r.items() if k != "seconds_per_update"} for r in Run(run).metrics()}
+        for run in (a, b)
+    ]
+    shared = records[0].keys() & records[1].keys()
+    assert {5, 10, 12} <= shared
+    for step in shared:
+        assert records[0][step] == pytest.approx(records[1][step], rel=1e-5, abs=1e-7), step
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_a_run_is_the_eager_one_bit_for_bit_also_where_it_is_stopped(trainer, tmp_path, recorded, name):
+    make(trainer, tmp_path / "eager", CHANGES[name]).fit()
+    captures = recorded()
+    ours = make(trainer, tmp_path / "captured", CHANGES[name])
+    ours.fit(1)
+    assert len(captures) == 2 and "a CUDA graph each, read every 5 updates" in ours.explain()
+    ours.fit(7)
+    ours = make(trainer, tmp_path / "captured", CHANGES[name])
+    ours.resume()
+    ours.fit()
+    assert len(captures) == 4
+    same(tmp_path / "eager", tmp_path / "captured")
+
+
+def spoil_weights(ours, monkeypatch):
+    batches, found = ours._loop.batches, []
+    read = batches.batch
+
+    def batch(iteration):
+        if iteration == 6 and not found and ours.rule.attempt == 0:
+            found.append(iteration)
+            with torch.no_grad():
+                ours.model.nets[1].head.bias.fill_(torch.inf)
+        return read(iteration)
+
+    batches.batch = batch
+
+
+def collapse(ours, monkeypatch):
+    check = ours._loop.history.watch.check
+
+    def checked(metrics, update):
+        check(metrics, update)
+        if update == 7 and ours.rule.attempt == 0:
+            raise RunAway("training: it was made to fail", "the net of size 4")
+
+    ours._loop.history.watch.check = checked
+
+
+def refuse_a_batch(ours, monkeypatch):
+    check = ours._loop.history.watch.check_batch
+
+    def checked(batch, update):
+        if update == 7 and ours.rule.attempt == 0:
+            raise RunAway("training: it was made to fail", "the data", "batch")
+        check(batch, update)
+
+    ours._loop.history.watch.check_batch = checked
+
+
+@pytest.mark.parametrize("fault", [spoil_weights, collapse, refuse_a_batch])
+def test_a_run_goes_back_to_where_an_eager_one_does(trainer, tmp_path, recorded, monkeypatch, fault):
+    """Found up to log_every updates later, at the same update: the state that is gone back to is the same."""
+    for name in ("eager", "captured"):
+        captures = recorded() if name == "captured" else []
+        ours = make(trainer, tmp_path / name, CHANGES["plain"])
+        fault(ours, monkeypatch)
+        assert ours.fit().finished
+    assert len(captures) == 4
+    going_back = [[r for r in Run(tmp_path / name).metrics() if "rollbacks" in r] for name in ("eager", "captured")]
+    assert going_back[0] == going_back[1] and going_back[0][0]["diverged_at"] == 7
+    same(tmp_path / "eager", tmp_path / "captured")
+
+
+def test_an_update_that_could_not_be_applied_is_made_again_without_a_graph(trainer, tmp_path, recorded, monkeypatch):
+    """As where 16 bits overflow: nothing after it is applied either, until the measures are read."""
+    make(trainer, tmp_path / "eager", CHANGES["batch"]).fit()
+    recorded()
+    ours, runs, run_once = make(trainer, tmp_path / "captured", CHANGES["batch"]), [], StaticCascade.run_once
+
+    def failing(self):
+        run_once(self)
+        runs.append(1)
+        if len(runs) == 2 + 2:  # two captures, and update 2
+            self.healthy.fill_(False)
+
+    monkeypatch.setattr(StaticCascade, "run_once", failing)
+    eager, update = [], ours.rule.update
+    ours.rule.update = lambda batch, iteration, **options: (
+        eager.append(iteration) or update(batch, iteration, **options)
+    )
+    ours.fit()
+    assert eager == [1, 2, 3]  # to where update 2 was found out, before the checkpoint after update 4
+    same(tmp_path / "eager", tmp_path / "captured")
+
+
+def test_measures_are_read_once_for_many_updates(trainer, recorded, monkeypatch):
+    recorded()
+    reads, read = [], captured.CapturedUpdate.read
+    monkeypatch.setattr(captured.CapturedUpdate, "read", lambda self: reads.append(self.waiting) or read(self))
+    ours = trainer(steps=50, log_every=20, checkpoint_every=0, sample_every=0)
+    ours.fit()
+    assert reads == [20, 20, 10]
+
+
+def test_what_is_not_captured_says_why(trainer, recorded, monkeypatch):
+    def reason(**changes):
+        return trainer(**changes).explain().removeprefix("updates: without a CUDA graph, because ")
+
+    assert reason() == "CUDA graphs are not for cpu devices"
+    assert reason(method="pcd") == "this method has none"
+    with pytest.raises(BackendError, match="graph = true cannot be had: CUDA graphs are not for cpu"):
+        trainer(graph=True).fit()
+    recorded()
+    assert reason(graph=False) == "graph = false"
+    assert reason(batch_parts=2) == "batches are learnt from in 2 parts"
+    monkeypatch.setenv("MGEBM_GRAPHS", "0")
+    assert reason() == "MGEBM_GRAPHS=0" and "a CUDA graph each" in trainer(graph=True).explain()
+    monkeypatch.delenv("MGEBM_GRAPHS")
+    fails = trainer()
+    monkeypatch.setattr(captured.Lane, "record", lambda *_: (_ for _ in ()).throw(RuntimeError("no memory")))
+    before = fails.rule.snapshot()
+    batch = tiny_data(8).batch(slice(None))
+    fails.rule.launch(batch, 0)
+    assert fails.explain().endswith("because its capture failed: no memory")
+    fresh = trainer()
+    fresh.rule.update(batch, 0)
+    for part, tensors in fresh.rule.snapshot().items():
+        assert all(torch.equal(tensors[name], fails.rule.snapshot()[part][name]) for name in tensors)
+    assert not torch.equal(before["model"]["nets.0.head.weight"], fails.rule.snapshot()["model"]["nets.0.head.weight"])
