@@ -78,7 +78,7 @@ constexpr int kRowsAtOnce = 6, kWideAtOnce = 1;  // 12 of 16, two a row
 constexpr int kRowsAtOnce = 2, kWideAtOnce = 1;
 #endif
 
-// The first `rows` rows: as many at once as there are registers for, then what is left in halves.
+// The first `rows` rows: as many at once as there are registers for, then 4, 3, 2 and 1: of sixteen, 6 + 6 + 4.
 template <int kRows, int kWide, bool kSamplesInner>
 MG_INLINE void products_of_rows(const float* a, const Rows& in, const Taps& part, const float* w, int64_t strip,
                                 int rows, bool first, float* out) {
@@ -87,7 +87,7 @@ MG_INLINE void products_of_rows(const float* a, const Rows& in, const Taps& part
     products<kRows, kWide, kSamplesInner>(a, in, part, w, strip, first, out);
   }
   if constexpr (kRows > 1) {
-    products_of_rows<kRows / 2, kWide, kSamplesInner>(a, in, part, w, strip, rows, first, out);
+    products_of_rows<(kRows > 4 ? 4 : kRows - 1), kWide, kSamplesInner>(a, in, part, w, strip, rows, first, out);
   }
 }
 
