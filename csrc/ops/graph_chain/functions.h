@@ -194,6 +194,16 @@ static inline F16 value_and_slope(const GraphStep& s, F16 z, F16* slope) {
       return lanes(z, slope, [](float v) { return Both<float>{__builtin_sinf(v), __builtin_cosf(v)}; });
     case Function::kCos:
       return lanes(z, slope, [](float v) { return Both<float>{__builtin_cosf(v), -__builtin_sinf(v)}; });
+    case Function::kStep:
+      return lanes(z, slope, [=](float v) { return Both<float>{v > a || (b != 0.0f && v == a) ? 1.0f : 0.0f, 0.0f}; });
+    case Function::kErf:
+      return lanes(z, slope,
+                   [](float v) { return Both<float>{__builtin_erff(v), 1.12837917f * __builtin_expf(-v * v)}; });
+    case Function::kArctan:
+      return lanes(z, slope, [](float v) { return Both<float>{__builtin_atanf(v), 1.0f / (1.0f + v * v)}; });
+    case Function::kRealPower:
+      return lanes(z, slope,
+                   [=](float v) { return Both<float>{__builtin_powf(v, a), a * __builtin_powf(v, a - 1.0f)}; });
     default:
       return lanes(z, slope, [zero = s.function == Function::kRoot](float v) {
         const float root = __builtin_sqrtf(v);

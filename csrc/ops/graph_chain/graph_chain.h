@@ -65,6 +65,10 @@ enum class Function : int {
   kSqrt = 18,
   kAnyLeaky = 19,  // kLeaky, also with a < 0, whose value does not show the slope
   kRoot = 20,      // kSqrt, slope 0 at 0: of the sum of squares of a vector's norm
+  kStep = 21,      // x > a ? 1 : 0, with b x >= a; slope 0: a comparison
+  kErf = 22,
+  kArctan = 23,
+  kRealPower = 24,  // x^a
 };
 
 struct GraphStep {

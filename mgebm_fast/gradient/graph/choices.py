@@ -1,5 +1,4 @@
-"""Rules of what is chosen by constants: an element a sample (a label's score), masks; and softmax, whose logarithm a
-cross-entropy takes an element of."""
+"""Rules of what is chosen: an element a sample (a label's score), masks, comparisons; and of losses of each element."""
 
 from __future__ import annotations
 
@@ -11,7 +10,7 @@ from torch import Tensor
 
 from ...ops.graph_chain import layers
 from ..stages import Unreadable
-from .rules import constant, rule, shape_of, value
+from .rules import _add, _mul, _sub, constant, rule, shape_of, value
 from .shapes import _dims, _logsumexp, _reduced
 from .values import GraphBuilder, Value
 
@@ -72,24 +71,96 @@ def _softmax(b: GraphBuilder, out: Tensor, x: Any, dim: int, half_to_float: bool
     return b.pointwise(_log_softmax(b, out, x, dim), "exp")
 
 
+TRUTHS = frozenset(("gt", "ge", "lt", "le", "logical_not", "bitwise_not"))  # ops that give true or false: 1 or 0
+
+
+@rule("gt", "ge", "lt", "le")
+def _compared(b: GraphBuilder, out: Tensor, x: Any, y: Any) -> Value:
+    kind = b.name.split()[0]
+    if isinstance(x, Value) and not isinstance(y, (Value, Tensor)):
+        above, bound = b.expanded(x, shape_of(out)), float(y)
+    else:
+        above, bound = _sub(b, out, x, y), 0.0
+    step = b.pointwise(above, "step", bound, kind in ("ge", "lt"))
+    return step if kind in ("gt", "ge") else _not(b, out, step)
+
+
+@rule("logical_not", "bitwise_not")
+def _not(b: GraphBuilder, out: Tensor, x: Any) -> Value:
+    return b.affine(b.affine(value(b, x), -1.0), None, 1.0)
+
+
+@rule("sign")
+def _sign(b: GraphBuilder, out: Tensor, x: Any) -> Value:
+    up, down = (b.pointwise(v, "step") for v in (value(b, x), b.affine(x, -1.0)))
+    return b.combined(layers.Add, up, down, -1.0)
+
+
 @rule("where")
 def _where(b: GraphBuilder, out: Tensor, mask: Any, x: Any, y: Any) -> Value:
-    mask = constant(b, mask)
-    parts: list[Any] = []
-    for chosen, part in ((mask, x), (~mask, y)):
-        if isinstance(part, Value):
-            parts.append(b.affine(b.expanded(part, shape_of(out)), chosen))
-        else:
-            parts.append(torch.where(chosen, part, 0.0))
-            if not bool(torch.isfinite(parts[-1]).all()):
-                raise Unreadable(f"{b.name} puts values in that are not finite")
-    first, second = parts
-    if isinstance(first, Value) and isinstance(second, Value):
-        return b.combined(layers.Add, first, second, 1.0)
-    return b.affine(first, None, second) if isinstance(first, Value) else b.affine(second, None, first)
+    total: Value | None = None
+    for chosen, part in ((mask, x), (_not(b, out, mask) if isinstance(mask, Value) else ~mask, y)):
+        if not isinstance(part, Value) and not isinstance(chosen, Value):
+            part = torch.where(chosen, part, 0.0)
+            chosen = None
+        if not isinstance(part, Value) and not bool(torch.isfinite(part).all()):
+            raise Unreadable(f"{b.name} puts values in that are not finite")
+        if chosen is not None:
+            part = _mul(b, out, part, chosen)
+        total = part if total is None else _add(b, out, total, part)
+    return value(b, total)
 
 
 @rule("masked_fill")
 def _masked_fill(b: GraphBuilder, out: Tensor, x: Any, mask: Any, fill: Any) -> Value:
     fill = constant(b, fill)
     return _where(b, out, mask, fill if isinstance(fill, Tensor) else torch.full((), float(fill)), x)
+
+
+@rule("_prelu_kernel")
+def _prelu(b: GraphBuilder, out: Tensor, x: Any, weight: Any) -> Value:
+    x = value(b, x)
+    above = b.pointwise(x, "leaky_relu", 0.0)
+    return _add(b, out, above, b.affine(_sub(b, out, x, above), constant(b, weight)))
+
+
+# ---- losses of each element ----
+
+
+def _difference(b: GraphBuilder, out: Tensor, x: Any, target: Any, reduction: int) -> Value:
+    if reduction != 0:
+        raise Unreadable(f"{b.name} is a sum over the batch")
+    return _sub(b, out, x, target)
+
+
+@rule("mse_loss")
+def _mse_loss(b: GraphBuilder, out: Tensor, x: Any, target: Any, reduction: int = 1) -> Value:
+    return b.pointwise(_difference(b, out, x, target, reduction), "power", 2)
+
+
+@rule("huber_loss", "smooth_l1_loss")
+def _huber_loss(b: GraphBuilder, out: Tensor, x: Any, target: Any, reduction: int = 1, delta: float = 1.0) -> Value:
+    apart = _difference(b, out, x, target, reduction)
+    if delta <= 0:
+        return b.pointwise(apart, "abs")
+    inside = b.pointwise(apart, "clamp", -delta, delta)  # c: the loss is c (d - c / 2)
+    loss = b.combined(layers.Multiply, inside, b.combined(layers.Add, apart, inside, -0.5))
+    return b.affine(loss, 1 / delta) if b.name.startswith("smooth") else loss
+
+
+@rule("binary_cross_entropy_with_logits")
+def _logistic_loss(
+    b: GraphBuilder, out: Tensor, x: Any, target: Any, weight: Any = None, positive: Any = None, reduction: int = 1
+) -> Value:
+    if reduction != 0 or weight is not None or positive is not None or isinstance(target, Value):
+        raise Unreadable(f"{b.name} is a sum over the batch, has weights, or a target that depends on x")
+    return _sub(b, out, b.pointwise(value(b, x), "softplus", 1, 80), b.affine(x, target))
+
+
+@rule("_cdist_forward")
+def _distances(b: GraphBuilder, out: Tensor, x: Any, y: Any, power: float, mode: Any) -> Value:
+    x, y = (x, y) if isinstance(x, Value) else (y, x)
+    if power != 2 or not isinstance(y, Tensor) or len(x.shape) != 1 or y.dim() != 2 or out.shape[0] != b.samples:
+        raise Unreadable(f"{b.name} is no Euclidean distance between samples and constants")
+    apart = b.affine(b.linear(x, lambda basis: basis[:, None].expand(-1, *y.shape), tuple(y.shape)), None, -y)
+    return b.pointwise(b.linear(b.pointwise(apart, "power", 2), lambda basis: basis.sum(-1), (len(y),)), "root")

@@ -12,8 +12,9 @@ from torch import Tensor
 from ...ops.graph_chain import layers
 from ...ops.graph_chain.layers import Map
 from ..stages import Unreadable
+from .pooling import _numbers, _spatial
 from .rules import _add, _sub, rule, shape_of, value
-from .shapes import _dims, _numbers, _spatial
+from .shapes import _dims
 from .values import GraphBuilder, Value
 
 _MOST = 64  # features whose greatest is taken

@@ -21,7 +21,7 @@ from ... import native
 from ...ops.conv_chain import prefers_bfloat
 from ...ops.graph_chain import GraphChain
 from ...ops.graph_chain.layers import Graph
-from ...ops.graph_chain.refill import Refill
+from ...ops.graph_chain.refill import MOST, Refill
 from ..trust import GLOBAL_HOOKS
 from .tape import Recipe, Tape, memory_of
 from .tape import key_of as key_of_tensor
@@ -82,6 +82,8 @@ def find(watch: Watch, key: Hashable) -> tuple[Any, ...] | None:
 def keep(watch: Watch, key: Hashable, graph: Graph, found: tuple[Any, ...], tape: Tape) -> None:
     """Note what `find` is to give of a reading that was just made and is trusted."""
     tensors, (chain, *plan) = watch.tensors, found
+    if sum(t.numel() for t in tensors) >= MOST:
+        return
     places = {key_of_tensor(t): i for i, t in enumerate(tensors)}
     shared = collections.Counter(map(memory_of, tensors))
     if any(key not in places for key in tape.leaves) or any(shared[memory_of(t)] > 1 for t in watch.own):

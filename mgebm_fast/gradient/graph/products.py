@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -122,3 +123,43 @@ def _bmm(b: GraphBuilder, out: Tensor, x: Any, y: Any) -> Value:  # (N, P, D) (N
     else:
         product = b.affine(first, second) if isinstance(first, Value) else b.affine(second, first)
     return b.linear(product, lambda basis: basis.sum(3), (p, k))
+
+
+def _by_kernel(b: GraphBuilder, x: Value, kernel: tuple[int, ...], out: Tensor, geometry: Any) -> Value:
+    """Every element of each window as a channel, in the order (channel, place in the window)."""
+    channels = x.held.channels
+    elements = channels * math.prod(kernel)
+    weight = torch.eye(elements).reshape(elements, channels, *kernel)
+    held = Map(elements, tuple(out.shape[2:]))
+    return b.add(layers.Convolution, [x], held, (elements, *held.size), weight, None, *geometry)
+
+
+@rule("pixel_unshuffle")
+def _pixel_unshuffle(b: GraphBuilder, out: Tensor, x: Any, factor: int) -> Value:
+    x = value(b, x)
+    if not x.is_map or x.flattened or len(x.held.size) != 2:
+        raise Unreadable(f"{b.name} takes a tensor of shape {x.shape}")
+    return _by_kernel(b, x, (factor, factor), out, ((factor, factor), (0, 0), (1, 1)))
+
+
+@rule("pixel_shuffle")
+def _pixel_shuffle(b: GraphBuilder, out: Tensor, x: Any, factor: int) -> Value:
+    x, shape = value(b, x), shape_of(out)
+    if not x.is_map or x.flattened or len(x.held.size) != 2:
+        raise Unreadable(f"{b.name} takes a tensor of shape {x.shape}")
+    geometry = (factor, factor), (0, 0), (1, 1)
+    weight = torch.eye(x.held.channels).reshape(x.held.channels, shape[0], factor, factor)
+    spread, kernel = _stretched(b, x, shape, weight, 1, geometry)
+    return b.add(layers.Convolution, [spread], Map(shape[0], shape[1:]), shape, kernel, None, (1, 1), (0, 0), (1, 1))
+
+
+@rule("im2col")
+def _im2col(b: GraphBuilder, out: Tensor, x: Any, kernel: Any, dilation: Any, padding: Any, stride: Any) -> Value:
+    x = value(b, x)
+    if not x.is_map or x.flattened or len(x.held.size) != 2:
+        raise Unreadable(f"{b.name} takes a tensor of shape {x.shape}")
+    sizes = zip(x.held.size, kernel, dilation, padding, stride, strict=True)
+    size = tuple((n + 2 * p - d * (k - 1) - 1) // s + 1 for n, k, d, p, s in sizes)
+    whole = out.reshape(*out.shape[:2], *size)
+    geometry = tuple(map(tuple, (stride, padding, dilation)))
+    return b.viewed(_by_kernel(b, x, tuple(kernel), whole, geometry), shape_of(out))

@@ -15,9 +15,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
@@ -28,7 +26,9 @@ from ..holding import frozen_parameters
 from ..reach import modules_of
 from ..stages import Unreadable
 from ..trust import GLOBAL_HOOKS, HOOKS
-from . import choices, extremes, products, shapes  # noqa: F401  (their rules)
+from . import choices, extremes, pooling, products, shapes  # noqa: F401  (their rules)
+from .choices import TRUTHS
+from .rewrites import Rewrites
 from .rules import RULES
 from .tape import Tape, Taping, key_of, tensors_in
 from .values import GraphBuilder, Value
@@ -69,7 +69,7 @@ def _read(energy: Callable[[Tensor], Tensor], recorder: _Recorder) -> tuple[Grap
     try:
         with (
             warnings.catch_warnings(), torch.inference_mode(False), frozen_parameters(energy), torch.enable_grad(),
-            recorder, _CircularPads(),
+            recorder, Rewrites(),
         ):  # fmt: skip
             warnings.simplefilter("ignore")  # as of a target of other rows than the few samples
             out = energy(recorder.probe)
@@ -102,6 +102,10 @@ def _hooked(energy: Any) -> str:
                 if not type(hook).__module__.startswith("torch.nn.utils"):
                     return f"{type(module).__name__} has hooks"
     return ""
+
+
+# Ops whose result does not depend on what x holds.
+LIKE = frozenset("zeros_like ones_like full_like new_zeros new_ones new_full".split())
 
 
 class _Recorder(TorchDispatchMode):
@@ -147,7 +151,7 @@ class _Recorder(TorchDispatchMode):
         if not builder.layers or value.index != len(builder.layers):
             builder.pointwise(value, "power", 1)
         with Taping(self.tape):
-            return _as_features(builder.graph())
+            return _as_features(builder.graph()).folded()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
@@ -212,7 +216,11 @@ class _Recorder(TorchDispatchMode):
             return
         inplace = func._schema.is_mutable
         plain = name.rstrip("_") if inplace and not name.startswith("_") else name
-        if plain not in RULES or any(t.dtype != torch.float32 for t in made[:1]):
+        same = plain == "eq" and len(found) == 2 and isinstance(found[0], Value) and found[0] == found[1]
+        if plain in LIKE or same:  # of x's shape alone; or asks for NaN, as torch.distributions do
+            self.tape.fresh(out)
+            return
+        if plain not in RULES or any(t.dtype != (torch.bool if plain in TRUTHS else torch.float32) for t in made[:1]):
             raise Unreadable(f"{name} is of no kind that the engine reads")
         builder = self._builder
         count = sum(layer.name.startswith(f"{plain} ") for layer in builder.layers)
@@ -258,22 +266,6 @@ class _Recorder(TorchDispatchMode):
                 )
             frame = frame.f_back
         return reason
-
-
-class _CircularPads(TorchFunctionMode):
-    """Pads a map with its other side by an index of its pixels; torch does it by writes into new memory."""
-
-    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        kwargs = kwargs or {}
-        if func is not F.pad or "circular" not in (kwargs.get("mode"), *args[2:3]):
-            return func(*args, **kwargs)
-        x, pads = [*args, *(kwargs[name] for name in ("input", "pad") if name in kwargs)][:2]
-        for place in range(len(pads) // 2):
-            n, before, after = x.shape[-1 - place], pads[2 * place], pads[2 * place + 1]
-            if max(before, after) > n:
-                return func(*args, **kwargs)  # which refuses it
-            x = x.index_select(-1 - place, torch.arange(-before, n + after) % n)
-        return x
 
 
 def _named(energy: Any) -> Iterable[tuple[str, nn.Module]]:

@@ -57,7 +57,7 @@ for _name, _as, *_defaults in (
     ("relu", "leaky_relu", 0.0), ("leaky_relu", "leaky_relu", 0.01), ("silu", "silu"), ("tanh", "tanh"),
     ("sigmoid", "sigmoid"), ("mish", "mish"), ("abs", "abs"), ("softplus", "softplus", 1.0, 20.0),
     ("hardtanh", "hardtanh", -1.0, 1.0), ("exp", "exp"), ("log", "log"), ("sin", "sin"), ("cos", "cos"),
-    ("sqrt", "sqrt"),
+    ("sqrt", "sqrt"), ("erf", "erf"), ("atan", "arctan"),
 ):  # fmt: skip
     _function(_name, _as, *_defaults)
 
@@ -148,8 +148,19 @@ def _pow(b: GraphBuilder, out: Tensor, x: Any, exponent: Any) -> Value:
     if exponent == 0.5:
         return b.pointwise(x, "sqrt")
     if exponent != int(exponent) or abs(exponent) > 64:
-        raise Unreadable(f"{b.name} has the exponent {exponent}")
+        return b.pointwise(x, "real_power", exponent)
     return b.pointwise(x, "power", int(exponent))
+
+
+@rule("cosh", "sinh")
+def _cosh(b: GraphBuilder, out: Tensor, x: Any) -> Value:
+    up, down = (b.pointwise(v, "exp") for v in (value(b, x), b.affine(x, -1.0)))
+    return b.affine(b.combined(layers.Add, up, down, 1.0 if b.name.startswith("cosh") else -1.0), 0.5)
+
+
+@rule("softshrink")
+def _softshrink(b: GraphBuilder, out: Tensor, x: Any, by: float = 0.5) -> Value:
+    return b.combined(layers.Add, value(b, x), b.pointwise(x, "clamp", -by, by), -1.0)
 
 
 # ---- sums, differences, products ----
@@ -202,6 +213,24 @@ def _div(b: GraphBuilder, out: Tensor, x: Any, y: Any, *, rounding_mode: Any = N
         y = b.pointwise(y, "power", -1)
         return _mul(b, out, x, y)
     return b.affine(b.expanded(x, shape_of(out)), 1.0 / y)
+
+
+@rule("logaddexp")
+def _logaddexp(b: GraphBuilder, out: Tensor, x: Any, y: Any) -> Value:
+    return _add(b, out, b.pointwise(_sub(b, out, x, y), "softplus", 1, 80), y)
+
+
+@rule("lerp")
+def _lerp(b: GraphBuilder, out: Tensor, x: Any, y: Any, weight: Any) -> Value:
+    return _add(b, out, x, _mul(b, out, _sub(b, out, y, x), weight))
+
+
+@rule("addcmul", "addcdiv")
+def _addcmul(b: GraphBuilder, out: Tensor, x: Any, y: Any, z: Any, *, value: float = 1) -> Value:
+    combine = _mul if b.name.startswith("addcmul") else _div
+    if isinstance(y, Value) or isinstance(z, Value):
+        return _add(b, out, x, combine(b, out, y, z), alpha=value)
+    return _add(b, out, x, value * (y * z if combine is _mul else y / z))
 
 
 # ---- norms ----

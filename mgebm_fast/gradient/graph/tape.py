@@ -59,17 +59,14 @@ class Tape:
         self.of_all = False  # whether the energy is one of as many samples as x has, and no others
 
     def note(self, func: Any, args: tuple, kwargs: dict, out: Any) -> None:
-        fresh = func is torch.ops.aten.lift_fresh.default  # of a tensor that Python made of numbers: no leaf
-        read = [] if fresh else tensors_in((args, kwargs))
+        if func is torch.ops.aten.lift_fresh.default:  # of a tensor that Python made of numbers
+            self.fresh(args[0])
+        read = tensors_in((args, kwargs))
         for tensor in read:
             if (key := key_of(tensor)) not in self._places:
                 self.leaves[key] = self._places[key] = len(self._kept)
                 self._kept.append(tensor)
-        arguments = (args, kwargs)
-        if fresh:
-            func, arguments = torch.ops.aten.clone.default, ((args[0].clone(),), {})
-        else:
-            arguments = tree_map_only(Tensor, lambda t: _Place(self._places[key_of(t)]), arguments)
+        arguments = tree_map_only(Tensor, lambda t: _Place(self._places[key_of(t)]), (args, kwargs))
         made = tree_flatten(out)[0]
         for tensor in tensors_in(made):
             self._places[key_of(tensor)] = len(self._kept)
@@ -80,6 +77,14 @@ class Tape:
             memory.update(map(memory_of, read))
         shapes = [t.shape for t in tensors_in(made)]
         self._ops.append(_Op(func, arguments, places, shapes, set(map(memory_of, read)), memory))
+
+    def fresh(self, tensor: Tensor) -> None:
+        """A tensor of numbers that are always the same."""
+        place = self._places[key_of(tensor)] = len(self._kept)
+        self._kept.append(tensor)
+        arguments: Any = (tensor.detach().clone(),), {}
+        op = _Op(torch.ops.aten.clone.default, arguments, [_Place(place)], [tensor.shape], set(), {memory_of(tensor)})
+        self._ops.append(op)
 
     def cut(self, constants: Sequence[Tensor]) -> tuple[Recipe, list[Tensor]]:
         """How those of the constants that are made of leaves are made of them, and those constants."""

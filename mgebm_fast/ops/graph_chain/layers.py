@@ -335,4 +335,8 @@ FUNCTIONS: dict[str, tuple[int, Callable[[Tensor, float, float], Tensor]]] = {
     "sqrt": (18, lambda x, a, b: x.sqrt()),
     "any_leaky_relu": (19, lambda x, a, b: F.leaky_relu(x, a)),  # also with a < 0
     "root": (20, lambda x, a, b: x.masked_fill(x == 0, 1).sqrt().masked_fill(x == 0, 0)),  # slope 0 at 0
+    "step": (21, lambda x, a, b: (x > a).to(x.dtype) if b == 0 else (x >= a).to(x.dtype)),
+    "erf": (22, lambda x, a, b: x.erf()),
+    "arctan": (23, lambda x, a, b: x.atan()),
+    "real_power": (24, lambda x, a, b: x**a),
 }

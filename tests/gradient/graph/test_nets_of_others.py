@@ -140,7 +140,7 @@ class GateOfConvolutions(nn.Module):
         return (self.value(x) * torch.sigmoid(self.gate(x))).sum(dim=(1, 2, 3))
 
 
-@net("pixel_unshuffle")
+@net()
 class PixelsUnshuffled(nn.Module):
     def __init__(self) -> None:
         super().__init__()

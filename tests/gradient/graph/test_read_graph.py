@@ -281,7 +281,7 @@ REFUSED = {
         "statistics of the batch|writes",
     ),
     "float64 inside": (lambda: lambda x: x.double().pow(2).sum(1).float(), "_to_copy"),
-    "a comparison": (lambda: lambda x: torch.where(x > 0, x, -2 * x).sum(1), "gt"),
+    "an equality": (lambda: lambda x: torch.where(x == 0, x, -2 * x).sum(1), "eq"),
     "the wrong shape": (lambda: lambda x: x.pow(2).sum(1, keepdim=True), "returns"),
     "a sample alone": (lambda: lambda x: x.pow(2).sum(1) + x[0].sum(), "one sample"),
 }  # fmt: skip

@@ -61,12 +61,12 @@ def test_a_reading_that_is_nearly_right_is_none(energy: Energy) -> None:
 def test_an_energy_that_catches_the_refusal_is_not_read() -> None:
     def energy(x: Tensor) -> Tensor:
         try:
-            return quadratic(x) + 1e-5 * torch.where(x > 0, x, 0).sum(1)
+            return quadratic(x) + 1e-5 * torch.where(x != 0, x, 0).sum(1)
         except Exception:
             return quadratic(x)
 
     report = plan_of(energy, points()).explain()
-    assert report.plan == "autograd" and "gt" in report.why_not_faster[-1]
+    assert report.plan == "autograd" and "ne " in report.why_not_faster[-1]
 
 
 def test_what_was_trusted_without_a_gradient_is_compared_again() -> None:

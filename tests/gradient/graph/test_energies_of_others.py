@@ -1,0 +1,140 @@
+"""Energies as papers' code has them: labels, mixtures, distances, losses, resampling, products of tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import mgebm_fast as mg
+from mgebm_fast import native
+from mgebm_fast.gradient.graph import MIN_STEPS, plan, read_graph
+from mgebm_fast.gradient.plan import plan as plan_of
+
+pytestmark = pytest.mark.skipif(not native.available(), reason="the compiled module is not built")
+N = 7
+
+
+def numbers(*shape: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape)))
+
+
+def made(kind: Callable[[], nn.Module]) -> nn.Module:
+    torch.manual_seed(4)
+    return kind().eval()
+
+
+labels, T, rows = torch.arange(N) * 3 % 10, numbers(N).exp(), numbers(N, 5)
+W, square, means, vector = numbers(12, 5), numbers(5, 5), numbers(6, 5), numbers(5)
+known, images = numbers(N, 3, 8, 8) > 0, numbers(N, 3, 8, 8)
+linear = made(lambda: nn.Linear(5, 10))
+conv, wide = made(lambda: nn.Conv2d(3, 8, 3, padding=1)), made(lambda: nn.Conv2d(4, 4, 3))
+classify = made(lambda: nn.Sequential(nn.Conv2d(3, 8, 3), nn.SiLU(), nn.Flatten(), nn.Linear(288, 10)))
+decoder = made(lambda: nn.Sequential(nn.Conv2d(3, 8, 4, 2, 1), nn.SiLU(), nn.ConvTranspose2d(8, 3, 4, 2, 1)))
+grouped = made(lambda: nn.ConvTranspose2d(8, 6, 3, stride=2, padding=1, output_padding=1, groups=2))
+experts = made(lambda: nn.ModuleList(nn.Sequential(nn.Linear(5, 8), nn.Tanh(), nn.Linear(8, 1)) for _ in range(3)))
+prelu = made(lambda: nn.PReLU(8, init=0.3))
+
+
+class UNet(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.down = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 16, 3, 2, 1)
+        self.up, self.last = nn.ConvTranspose2d(16, 8, 2, 2), nn.Conv2d(16, 3, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        a = F.silu(self.first(x))
+        return (self.last(torch.cat([self.up(F.silu(self.down(a))), a], 1)) * x).sum((1, 2, 3))
+
+
+unet = made(UNet)
+IMAGES: dict[str, Callable[[Tensor], Tensor]] = {
+    "score of a label": lambda x: -classify(x)[torch.arange(len(x)), labels],
+    "score of a label, gathered": lambda x: -classify(x).gather(1, labels[:, None]).squeeze(1),
+    "cross-entropy": lambda x: F.cross_entropy(classify(x), labels, reduction="none"),
+    "entropy": lambda x: -(F.softmax(classify(x), 1) * F.log_softmax(classify(x), 1)).sum(1),
+    "guided": lambda x: (1 + T) * -classify(x)[torch.arange(N), labels] + T * classify(x).logsumexp(1),
+    "reconstruction": lambda x: 0.5 * ((x - decoder(x)) ** 2).sum((1, 2, 3)),
+    "transposed, in groups": lambda x: grouped(conv(x)).square().sum((1, 2, 3)),
+    "U-Net": lambda x: unet(x),
+    "planes of a noise level": lambda x: (
+        wide(torch.cat([x, T.view(-1, 1, 1, 1).expand(-1, 1, 8, 8)], 1)).square().sum((1, 2, 3))
+    ),
+    "known pixels": lambda x: conv(torch.where(known, x, images)).square().sum((1, 2, 3)),
+    "pixels shuffled": lambda x: F.pixel_shuffle(torch.tanh(conv(x)), 2).cos().sum((1, 2, 3)),
+    "pixels unshuffled": lambda x: F.silu(F.pixel_unshuffle(x, 2)).square().mean((1, 2, 3)),
+    "patches": lambda x: F.unfold(x, 3, padding=1, stride=2).tanh().square().sum((1, 2)),
+    "contrast": lambda x: x.std((2, 3)).sum(1) + x.var((1, 2, 3)),
+    "gated, PReLU": lambda x: (F.glu(conv(x), 1) + prelu(conv(x))[:, :4]).sum((1, 2, 3)),
+    "einsum over channels": lambda x: torch.einsum("nchw,kc->nkhw", x[..., :4, ::3], W[:, :3]).square().sum((1, 2, 3)),
+}
+POINTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "RBM": lambda x: -(x @ vector) - F.softplus(F.linear(x, W)).sum(1),
+    "Hopfield": lambda x: 0.5 * x.square().sum(1) - torch.logsumexp(3 * x @ W.T, 1) / 3,
+    "mixture by cdist": lambda x: -torch.logsumexp(-0.5 * torch.cdist(x, means).pow(2), 1),
+    "distribution": lambda x: -torch.distributions.MixtureSameFamily(
+        torch.distributions.Categorical(torch.ones(6)),
+        torch.distributions.Independent(torch.distributions.Normal(means, 1.0), 1),
+    ).log_prob(x),
+    "product of experts": lambda x: sum(expert(x) for expert in experts).squeeze(-1),
+    "einsum, quadratic form": lambda x: torch.einsum("ni,ij,nj->n", x, square, x),
+    "einsum of rows": lambda x: torch.einsum("nd,kd,nd->nk", x, W, rows).cos().sum(1),
+    "a matrix a sample": lambda x: (x[:, None] @ rows[:, :, None] * T[:, None, None]).square().squeeze(),
+    "vmap": lambda x: torch.func.vmap(lambda z: F.silu(z @ W.T).sum())(x),
+    "piecewise": lambda x: torch.where(x.abs() < 1, 0.5 * x**2, x.abs() - 0.5).sum(1) + (x * (x > 0.3)).sum(1),
+    "losses": lambda x: (
+        F.huber_loss(x, rows, reduction="none", delta=0.7) + F.smooth_l1_loss(x, rows, reduction="none", beta=0.4)
+        + F.mse_loss(x, torch.zeros_like(x), reduction="none")
+    ).mean(1) + F.binary_cross_entropy_with_logits(linear(x), rows.repeat(1, 2).sigmoid(), reduction="none").sum(1),
+    "functions": lambda x: (
+        torch.erf(x) + torch.atan(x) + (x.abs() + 1).pow(1.5) + torch.cosh(x) - torch.sinh(0.3 * x)
+        + F.softshrink(x, 0.2) + torch.logaddexp(x, vector) + torch.lerp(x, rows, 0.3) + x.sign() * x
+        + torch.addcmul(vector, x, x, value=2.0) + torch.addcdiv(x, vector, x.square() + 1)
+    ).sum(1),
+    "cosine": lambda x: -F.cosine_similarity(x, rows, dim=1),
+    "one-hot by writing": lambda x: (linear(x) * written(x)).sum(1),
+    "masked": lambda x: x.masked_fill(rows > 0, 0.5).pow(3).sum(1),
+}  # fmt: skip
+
+
+def written(x: Tensor) -> Tensor:
+    onehot = torch.zeros(len(x), 10)
+    onehot[torch.arange(len(x)), labels] = 1.0
+    return onehot
+
+
+@pytest.mark.parametrize("name", [*IMAGES, *POINTS])
+def test_gradient_is_autograds(name: str) -> None:
+    energy, x = (IMAGES[name], images.roll(1, 0)) if name in IMAGES else (POINTS[name], rows.roll(1, 0) + 0.1)
+    found = plan_of(energy, x, "fp32", steps=MIN_STEPS)
+    assert found.explain().plan == "graph", found.explain()
+    leaf = x.clone().requires_grad_()
+    own = torch.autograd.grad(energy(leaf).sum(), leaf)[0]
+    assert float((found.gradient(x) - own).norm()) <= 1e-5 * float(own.norm())
+
+
+def test_tensors_that_choose_are_followed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Indices, masks and weights under a norm that change between calls: by the tape, or by another reading."""
+    read: list[int] = []
+    monkeypatch.setattr(plan, "read_graph", lambda *given: read.append(1) or read_graph(*given))
+    index, mask, norm = torch.tensor([0, 2]), torch.tensor([True, False, True]), made(
+        lambda: nn.utils.parametrizations.spectral_norm(nn.Linear(5, 3))
+    )  # fmt: skip
+
+    def energy(x: Tensor) -> Tensor:
+        h = torch.where(mask, norm(x), 0.0)
+        return x[:, index].pow(2).sum(1) + h.pow(4).sum(1) + x.reshape(-1, 1, 5)[:, :, index].cos().sum((1, 2))
+
+    x = rows
+    for change in (lambda: None, lambda: index.add_(1), lambda: mask.logical_not_(), lambda: norm.bias.data.add_(1),
+                   lambda: norm.parametrizations.weight.original.data.neg_(), lambda: mask.fill_(False)):  # fmt: skip
+        change()
+        got, state = mg.langevin_sample(energy, x, steps=MIN_STEPS, drift=1e-3, noise_std=0.0, precision="fp32"), x
+        for _ in range(MIN_STEPS):
+            leaf = state.clone().requires_grad_()
+            state = state - 1e-3 * torch.autograd.grad(energy(leaf).sum(), leaf)[0]
+        torch.testing.assert_close(got, state, rtol=1e-5, atol=1e-5)
+    assert len(read) <= 3  # the first one, and one where pixels are chosen by other numbers
