@@ -23,9 +23,10 @@ pytestmark = pytest.mark.skipif(not native.available(), reason="the compiled mod
 
 NUMBERS = {
     "leaky_relu": (0.2, 0.0), "any_leaky_relu": (-0.3, 0.0), "elu": (1.3, 0.9), "softplus": (1.5, 20.0),
-    "power": (3.0, 0.0), "clamp": (-0.7, 0.8), "hardtanh": (-0.7, 0.8),
+    "power": (3.0, 0.0), "clamp": (-0.7, 0.8), "hardtanh": (-0.7, 0.8), "step": (0.2, 0.0),
+    "real_power": (1.5, 0.0),
 }  # fmt: skip
-DOMAIN = {"log", "sqrt", "root"}  # of positive numbers: given a softplus first
+DOMAIN = {"log", "sqrt", "root", "real_power"}  # of positive numbers: given a softplus first
 MILD = [name for name in FUNCTIONS if name not in {"exp", "log", "sqrt", "root", "power"}]
 
 
@@ -68,7 +69,7 @@ class Maker:
         return self.add(layers.Convolution, (at,), Map(channels, size), weight, bias, stride, padding, dilation)
 
     def function(self, at: int) -> int:
-        name = self.draw.choice(list(FUNCTIONS))
+        name = self.draw.choice([name for name in FUNCTIONS if name != "step"])  # whose jumps show rounding
         if name in DOMAIN:
             at = self.add(layers.Pointwise, (at,), self.shapes[at], "softplus", 1.0, 20.0)
         if name in ("exp", "power"):
@@ -78,7 +79,7 @@ class Maker:
     def more(self, at: int) -> int:
         shape = self.shapes[at]
         kind = self.draw.choice(
-            ["conv", "conv", "act", "act", "res", "pool", "max", "norm", "affine", "mul", "cut", "cat"]
+            ["conv", "conv", "act", "act", "res", "pool", "max", "norm", "affine", "mul", "cut", "cat", "up"]
         )
         if kind == "conv":
             return self.convolve(at, self.draw.choice([1, 5, 16, 20, 33]))
@@ -88,6 +89,16 @@ class Maker:
             inner = self.convolve(self.function(at), shape.channels, same=True)
             inner = self.convolve(self.function(inner), shape.channels, same=True)
             return self.add(layers.Add, (inner, at), shape, self.draw.choice([1.0, 1.0, -0.5]))
+        if kind == "up" and shape.size and shape.pixels < 40:
+            kernel, stride = (tuple(self.draw.randint(1, 3) for _ in shape.size) for _ in range(2))
+            padding, dilation = (tuple(self.draw.randint(0, 1) for _ in shape.size), (1,) * len(shape.size))
+            more = tuple(self.draw.randint(0, s - 1) for s in stride)
+            numbers = zip(shape.size, kernel, stride, padding, more)
+            size = tuple((n - 1) * s + k - 2 * p + m for n, k, s, p, m in numbers)
+            if min(size) < 1:
+                return at
+            fields = self.normal(shape.channels, 5, *kernel) / 3, self.normal(5), stride, padding, dilation
+            return self.add(layers.Transposed, (at,), Map(5, size), *fields)
         if kind == "pool" and shape.size:
             axes = []
             for n in shape.size:
@@ -210,6 +221,63 @@ def test_functions_and_their_slopes(name: str) -> None:
         exact = gradient_reference(graph, points)
         scale = exact.abs().clamp_min(1.0)
         assert float(((GraphChain(graph).gradient(points).double() - exact).abs() / scale).max()) < 2e-6
+
+
+def of_rows(n: int, generator: torch.Generator) -> Graph:
+    """Scales and shifts of each of n samples, of channels and of elements, and constants beside channels."""
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator)
+
+    x, pair, four = Map(3, (4, 3)), Map(5, (4, 3)), Map(17, (4, 3))
+    rows = (
+        layers.Affine((0,), x, "elements", normal(n, 3, 4, 3), normal(n, 3, 1, 1)),
+        layers.Constant((), Map(2, (4, 3)), "planes", normal(n, 2, 4, 3)),
+        layers.Concat((2, 1), pair, "joined"),
+        layers.Convolution((3,), four, "conv", normal(17, 5, 3, 3) / 7, None, (1, 1), (1, 1), (1, 1)),
+        layers.Affine((4,), four, "channels", normal(n, 17, 1, 1), normal(17)),
+        layers.Pointwise((5,), four, "act", "silu"),
+        layers.Convolution((6,), Map(6, ()), "dense", normal(6, 17, 4, 3) / 14, normal(6), (1, 1), (0, 0), (1, 1)),
+        layers.Affine((7,), Map(6, ()), "features", normal(n, 6), None),
+        layers.LogSumExp((8,), Map(1, ()), "top"),
+        layers.Affine((9,), Map(1, ()), "temperatures", normal(n, 1).exp(), None),
+    )
+    return Graph(x, rows)
+
+
+def rows_of(graph: Graph, which: slice) -> Graph:
+    """The same of some of its samples."""
+    parts = {
+        name: {field: value[which] for field, value in vars(layer).items() if isinstance(value, Tensor) and layer.rows
+               and value.dim() == len(layer.out.size) + 2}
+        for name, layer in enumerate(graph.layers)
+    }  # fmt: skip
+    return Graph(graph.x, tuple(dataclasses.replace(layer, **parts[i]) for i, layer in enumerate(graph.layers)))
+
+
+@pytest.mark.parametrize("isa", ["portable", "avx2", "avx512"])
+def test_constants_of_each_sample(isa: str) -> None:
+    """Whatever group or thread takes a sample, and whatever samples are beside it, one of its own alone as well."""
+    graph = of_rows(75, torch.Generator().manual_seed(0))
+    module, before, threads = native.module(), native.isa(), torch.get_num_threads()
+    if not module.set_isa(isa):
+        pytest.skip(f"this CPU has no {isa}")
+    x = state_of(graph, 75)
+    exact = gradient_reference(graph, x)
+    try:
+        assert float((GraphChain(graph).gradient(x).double() - exact).norm()) <= 2 * float32_error(graph, x, exact)
+        whole = chain(graph, x)
+        torch.set_num_threads(3)
+        assert torch.equal(chain(graph, x), whole)
+        for first, last in ((0, 1), (1, 33), (33, 75)):
+            some = rows_of(graph, slice(first, last))
+            assert some.samples == (last - first if last - first > 1 else None)
+            assert torch.equal(chain(some, x[first:last], first_sample=first), whole[first:last])
+    finally:
+        torch.set_num_threads(threads)
+        assert module.set_isa(before)
+    with pytest.raises(ValueError, match="75 samples of the graph's constants, got 74"):
+        GraphChain(graph).gradient(x[:74])
 
 
 def ones_from(value: int, features: int) -> layers.Convolution:

@@ -71,7 +71,8 @@ def _softmax(b: GraphBuilder, out: Tensor, x: Any, dim: int, half_to_float: bool
     return b.pointwise(_log_softmax(b, out, x, dim), "exp")
 
 
-TRUTHS = frozenset(("gt", "ge", "lt", "le", "logical_not", "bitwise_not"))  # ops that give true or false: 1 or 0
+# Ops that give true or false: 1 or 0.
+TRUTHS = frozenset("gt ge lt le logical_not bitwise_not logical_and bitwise_and logical_or bitwise_or".split())
 
 
 @rule("gt", "ge", "lt", "le")
@@ -88,6 +89,17 @@ def _compared(b: GraphBuilder, out: Tensor, x: Any, y: Any) -> Value:
 @rule("logical_not", "bitwise_not")
 def _not(b: GraphBuilder, out: Tensor, x: Any) -> Value:
     return b.affine(b.affine(value(b, x), -1.0), None, 1.0)
+
+
+@rule("logical_and", "bitwise_and")
+def _and(b: GraphBuilder, out: Tensor, x: Any, y: Any) -> Value:
+    return _mul(b, out, x, y)
+
+
+@rule("logical_or", "bitwise_or")
+def _or(b: GraphBuilder, out: Tensor, x: Any, y: Any) -> Value:
+    neither = _mul(b, out, *(_not(b, out, v) if isinstance(v, Value) else ~v for v in (x, y)))
+    return _not(b, out, neither)
 
 
 @rule("sign")

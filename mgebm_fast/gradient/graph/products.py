@@ -24,51 +24,34 @@ def _convolution(b: GraphBuilder, out: Tensor, x: Any, weight: Any, bias: Any, *
     dims, x = weight.dim() - 2, b.as_map(x)
     if x.flattened or len(x.held.size) != dims:
         raise Unreadable(f"{b.name} takes {dims} spatial dimensions of a tensor of shape {x.shape}")
-    stride, padding, dilation = (tuple(v) * (dims if len(v) == 1 else 1) for v in (stride, padding, dilation))
     shape = shape_of(out)
-    if transposed:
-        x, weight = _stretched(b, x, shape, weight.detach(), groups, (stride, padding, dilation))
-        stride, padding = (1,) * dims, (0,) * dims
+    kind = layers.Transposed if transposed else layers.Convolution
+    geometry = tuple(tuple(v) * (dims if len(v) == 1 else 1) for v in (stride, padding, dilation))
     if groups != 1:
-        return _grouped(b, x, shape, weight.detach(), bias, groups, (stride, padding, dilation))
-    return b.add(
-        layers.Convolution, [x], Map(shape[0], shape[1:]), shape, weight.detach(), bias, stride, padding, dilation
-    )
-
-
-def _stretched(
-    b: GraphBuilder, x: Value, shape: tuple[int, ...], weight: Tensor, groups: int, geometry: Any
-) -> tuple[Value, Tensor]:
-    """A transposed convolution as one of stride 1: its input with zeros between pixels and around them, and its weight
-    (in, out / groups, *kernel) as (out, in / groups, *kernel) with the taps in reverse."""
-    axes = []
-    for n, k, out, stride, padding, dilation in zip(x.held.size, weight.shape[2:], shape[1:], *geometry, strict=True):
-        before, length = dilation * (k - 1) - padding, out + dilation * (k - 1)
-        places = (divmod(at - before, stride) for at in range(length))
-        axes.append(tuple(((at, 1.0),) if rest == 0 and 0 <= at < n else () for at, rest in places))
-    taps = weight.flip(tuple(range(2, weight.dim())))
-    return b.gather(x, tuple(axes)), torch.cat([group.transpose(0, 1) for group in taps.chunk(groups)])
+        return _grouped(b, kind, x, shape, weight.detach(), bias, groups, geometry)
+    return b.add(kind, [x], Map(shape[0], shape[1:]), shape, weight.detach(), bias, *geometry)
 
 
 def _grouped(
-    b: GraphBuilder, x: Value, shape: tuple[int, ...], weight: Tensor, bias: Any, groups: int, geometry: Any
+    b: GraphBuilder, kind: Any, x: Value, shape: tuple[int, ...], weight: Tensor, bias: Any, groups: int, geometry: Any
 ) -> Value:
     """A convolution of several groups as convolutions of as many of them as make sixteen channels, the depth of the
     engine's tiles, with zeros between one group and another."""
-    inputs, outputs = weight.shape[1], weight.shape[0] // groups
+    rows, columns = weight.shape[0] // groups, weight.shape[1]
+    inputs, outputs = (columns, rows) if kind is layers.Convolution else (rows, columns)
     together = next(m for m in range(1, groups + 1) if groups % m == 0 and (m * inputs >= 16 or m == groups))
     parts = []
     for first in range(0, groups, together):
-        block = weight.new_zeros(together * outputs, together * inputs, *weight.shape[2:])
+        block = weight.new_zeros(together * rows, together * columns, *weight.shape[2:])
         for g in range(together):
-            rows = slice((first + g) * outputs, (first + g + 1) * outputs)
-            block[g * outputs : (g + 1) * outputs, g * inputs : (g + 1) * inputs] = weight[rows]
-        part, own = x, None if bias is None else bias.detach()[first * outputs : (first + together) * outputs]
+            own = weight[(first + g) * rows : (first + g + 1) * rows]
+            block[g * rows : (g + 1) * rows, g * columns : (g + 1) * columns] = own
+        part, shift = x, None if bias is None else bias.detach()[first * outputs : (first + together) * outputs]
         if together < groups:
             held = Map(together * inputs, x.held.size)
             part = b.add(layers.Slice, [x], held, (together * inputs, *x.held.size), first * inputs)
         out = (together * outputs, *shape[1:])
-        parts.append(b.add(layers.Convolution, [part], Map(out[0], out[1:]), out, block, own, *geometry))
+        parts.append(b.add(kind, [part], Map(out[0], out[1:]), out, block, shift, *geometry))
     return parts[0] if len(parts) == 1 else b.add(layers.Concat, parts, Map(shape[0], shape[1:]), shape)
 
 
@@ -149,8 +132,7 @@ def _pixel_shuffle(b: GraphBuilder, out: Tensor, x: Any, factor: int) -> Value:
         raise Unreadable(f"{b.name} takes a tensor of shape {x.shape}")
     geometry = (factor, factor), (0, 0), (1, 1)
     weight = torch.eye(x.held.channels).reshape(x.held.channels, shape[0], factor, factor)
-    spread, kernel = _stretched(b, x, shape, weight, 1, geometry)
-    return b.add(layers.Convolution, [spread], Map(shape[0], shape[1:]), shape, kernel, None, (1, 1), (0, 0), (1, 1))
+    return b.add(layers.Transposed, [x], Map(shape[0], shape[1:]), shape, weight, None, *geometry)
 
 
 @rule("im2col")

@@ -7,11 +7,13 @@ whose path depends on x, that is random, or that writes into its own tensors is 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import sys
+import threading
 import types
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -68,10 +70,9 @@ def _read(energy: Callable[[Tensor], Tensor], recorder: _Recorder) -> tuple[Grap
     """The graph, or why not; and whether it is to be read on as many samples as x has."""
     try:
         with (
-            warnings.catch_warnings(), torch.inference_mode(False), frozen_parameters(energy), torch.enable_grad(),
+            _without_warnings(), torch.inference_mode(False), frozen_parameters(energy), torch.enable_grad(),
             recorder, Rewrites(),
         ):  # fmt: skip
-            warnings.simplefilter("ignore")  # as of a target of other rows than the few samples
             out = energy(recorder.probe)
         return recorder.finish(out), recorder.by_sample
     except Unreadable as reason:
@@ -83,6 +84,23 @@ def _read(energy: Callable[[Tensor], Tensor], recorder: _Recorder) -> tuple[Grap
             return recorder.reason, False
         said = " ".join(str(error).split())[:200]
         return f"its own code raises {type(error).__name__} on {len(recorder.probe)} samples: {said}", True
+
+
+_warnings = threading.Lock()
+
+
+@contextlib.contextmanager
+def _without_warnings() -> Iterator[None]:
+    """As of a target with other rows than the few samples. Filters of warnings are of all threads: one changes them."""
+    if not _warnings.acquire(blocking=False):
+        yield
+        return
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        _warnings.release()
 
 
 def noise_like(samples: int, x: Tensor, seed: int) -> Tensor:  # -> (samples, ...) float32, on the CPU

@@ -20,7 +20,7 @@ def pixels_of(graph: Graph) -> set[int]:
     """x, and the values that no convolution stands before: pixels of 0 to 255 would lose half a unit in bfloat16."""
     found = {0}
     for value, layer in enumerate(graph.layers, 1):
-        if not isinstance(layer, layers.Convolution) and found.issuperset(layer.inputs):
+        if not isinstance(layer, (layers.Convolution, layers.Transposed)) and found.issuperset(layer.inputs):
             found.add(value)
     return found
 
@@ -126,6 +126,23 @@ class ForwardPass:
             "windows": table, "weights": weights, "bfloat": bfloat, "rows": len(offsets), "inputs": inputs,
             "outputs": outputs,
         }  # fmt: skip
+
+    def _forward_Transposed(self, layer: layers.Transposed, value: int) -> None:
+        inputs, outputs, *kernel = layer.weight.shape
+        taps = math.prod(kernel)
+        table = windows.backward_windows(*self._transposed_geometry(layer))
+        offsets = [windows.ravel(row, kernel) for row in table.rows]
+        bfloat = layer.inputs[0] not in self._pixels and self._pays_in_bfloat(taps, inputs)
+        weights = packed(layer.weight, offsets, inputs, outputs, (outputs * taps, taps), bfloat)
+        self._make(
+            "convolve", value, source=self._source(layer), bias=vector(layer.bias), windows=table, weights=weights,
+            bfloat=bfloat, rows=len(offsets), inputs=inputs, outputs=outputs,
+        )  # fmt: skip
+
+    def _transposed_geometry(self, layer: layers.Transposed) -> tuple:
+        """That of the convolution whose data gradient it is."""
+        size, kernel = self._graph.value(layer.inputs[0]).size, tuple(layer.weight.shape[2:])
+        return layer.out.size, size, kernel, layer.stride, layer.padding, layer.dilation
 
     def _pays_in_bfloat(self, taps: int, inputs: int) -> bool:
         return self._bfloat and inputs >= MIN_BFLOAT_INPUTS and taps * inputs <= MAX_BFLOAT_ROW

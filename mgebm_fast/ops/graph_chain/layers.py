@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from .functions import FUNCTIONS
 
 Size = tuple[int, ...]
 # One output of a dimension: its (input index, weight) pairs.
@@ -84,6 +85,26 @@ class Convolution(Layer):
         if shift is not None:
             bias = shift if bias is None else bias + shift
         return dataclasses.replace(self, weight=weight, bias=bias)
+
+
+@dataclasses.dataclass(frozen=True)
+class Transposed(Layer):
+    """A transposed convolution, as the data gradient of one that would make x of what this makes."""
+
+    weight: Tensor  # (in, out, *kernel)
+    bias: Tensor | None  # (out,)
+    stride: Size
+    padding: Size
+    dilation: Size
+
+    def reference(self, *inputs: Tensor) -> Tensor:
+        (x,) = inputs
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        convolve = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)[x.dim() - 3]
+        numbers = zip(x.shape[2:], self.weight.shape[2:], self.stride, self.padding, self.dilation, strict=True)
+        least = [(n - 1) * s - 2 * p + d * (k - 1) + 1 for n, k, s, p, d in numbers]
+        more = [n - m for n, m in zip(self.out.size, least, strict=True)]
+        return convolve(x, self.weight.to(x.dtype), bias, self.stride, self.padding, more, 1, self.dilation)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -307,36 +328,3 @@ class Graph:
             for value in (getattr(layer, field.name) for field in dataclasses.fields(layer))
             if isinstance(value, Tensor)
         ]
-
-
-def _power(x: Tensor, a: float, b: float) -> Tensor:
-    return x ** int(a)
-
-
-# Name -> (its number in graph_chain.h, its reference of (x, a, b)).
-FUNCTIONS: dict[str, tuple[int, Callable[[Tensor, float, float], Tensor]]] = {
-    "leaky_relu": (1, lambda x, a, b: F.leaky_relu(x, a)),
-    "silu": (2, lambda x, a, b: F.silu(x)),
-    "elu": (3, lambda x, a, b: b * F.elu(x, a)),
-    "gelu": (4, lambda x, a, b: F.gelu(x)),
-    "gelu_tanh": (5, lambda x, a, b: F.gelu(x, approximate="tanh")),
-    "softplus": (6, lambda x, a, b: F.softplus(x, a, b)),
-    "tanh": (7, lambda x, a, b: torch.tanh(x)),
-    "sigmoid": (8, lambda x, a, b: torch.sigmoid(x)),
-    "mish": (9, lambda x, a, b: F.mish(x)),
-    "abs": (10, lambda x, a, b: x.abs()),
-    "power": (11, _power),
-    "clamp": (12, lambda x, a, b: x.clamp(a, b)),
-    "hardtanh": (13, lambda x, a, b: F.hardtanh(x, a, b)),
-    "exp": (14, lambda x, a, b: x.exp()),
-    "log": (15, lambda x, a, b: x.log()),
-    "sin": (16, lambda x, a, b: x.sin()),
-    "cos": (17, lambda x, a, b: x.cos()),
-    "sqrt": (18, lambda x, a, b: x.sqrt()),
-    "any_leaky_relu": (19, lambda x, a, b: F.leaky_relu(x, a)),  # also with a < 0
-    "root": (20, lambda x, a, b: x.masked_fill(x == 0, 1).sqrt().masked_fill(x == 0, 0)),  # slope 0 at 0
-    "step": (21, lambda x, a, b: (x > a).to(x.dtype) if b == 0 else (x >= a).to(x.dtype)),
-    "erf": (22, lambda x, a, b: x.erf()),
-    "arctan": (23, lambda x, a, b: x.atan()),
-    "real_power": (24, lambda x, a, b: x**a),
-}

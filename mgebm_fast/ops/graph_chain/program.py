@@ -22,7 +22,7 @@ from .layers import Graph
 from .packing import affine_vectors, gather_tables, norm_vectors, packed, padded, tap_numbers, transposed
 from .steps import BUFFERS, FINISHING, MAX_BUFFERS, MAX_STEPS, Buffer, Step
 
-_LINEAR = (layers.Convolution, layers.Gather, layers.Affine, layers.Add, layers.Slice, layers.Concat)
+_LINEAR = (layers.Convolution, layers.Transposed, layers.Gather, layers.Affine, layers.Add, layers.Slice, layers.Concat)
 
 
 class Program(ForwardPass):
@@ -115,6 +115,18 @@ class Program(ForwardPass):
         self._give(layer.inputs[0], value, "convolve", **self._transposed_products(layer, grad))
         if layer.covers(self._graph.value(layer.inputs[0]).size):
             self._view_as_features(self.steps[-1])
+
+    def _backward_Transposed(self, layer: layers.Transposed, value: int, grad: int) -> None:
+        inputs, outputs, *kernel = layer.weight.shape
+        taps = math.prod(kernel)
+        table = windows.forward_windows(*self._transposed_geometry(layer))
+        offsets = [windows.ravel(row, kernel) for row in table.rows]
+        bfloat = self._pays_in_bfloat(taps, outputs)
+        weights = packed(layer.weight, offsets, outputs, inputs, (taps, outputs * taps), bfloat)
+        self._give(
+            layer.inputs[0], value, "convolve", source=grad, windows=table, weights=weights, bfloat=bfloat,
+            rows=len(offsets), inputs=outputs, outputs=inputs,
+        )  # fmt: skip
 
     def _transposed_products(self, layer: layers.Convolution, grad: int) -> dict[str, object]:
         outputs, inputs, *kernel = layer.weight.shape

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..conv_chain import windows
 from ..conv_chain.scratch import Scratch
-from .layers import FUNCTIONS
+from .functions import FUNCTIONS
 
 _KINDS = {
     name: number

@@ -84,7 +84,9 @@ POINTS: dict[str, Callable[[Tensor], Tensor]] = {
     "einsum of rows": lambda x: torch.einsum("nd,kd,nd->nk", x, W, rows).cos().sum(1),
     "a matrix a sample": lambda x: (x[:, None] @ rows[:, :, None] * T[:, None, None]).square().squeeze(),
     "vmap": lambda x: torch.func.vmap(lambda z: F.silu(z @ W.T).sum())(x),
-    "piecewise": lambda x: torch.where(x.abs() < 1, 0.5 * x**2, x.abs() - 0.5).sum(1) + (x * (x > 0.3)).sum(1),
+    "piecewise": lambda x: (
+        torch.where(x.abs() < 1, 0.5 * x**2, x.abs() - 0.5) + x * (((x > 0.3) & (rows < x)) | ~(x >= -1)).float()
+    ).sum(1),
     "losses": lambda x: (
         F.huber_loss(x, rows, reduction="none", delta=0.7) + F.smooth_l1_loss(x, rows, reduction="none", beta=0.4)
         + F.mse_loss(x, torch.zeros_like(x), reduction="none")
