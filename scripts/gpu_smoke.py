@@ -34,6 +34,7 @@ GPU = DEVICE == "cuda"
 FAST = "triton" if GPU else "reference"
 LIMIT = float(os.environ.get("LIMIT", "60"))  # seconds for a group
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+PRESETS = ("digits", "cifar10", "multigrid-released") if GPU else ("digits",)
 DYNAMICS = Langevin(4, step_size=0.3, reference_std=50.0, clamp=(0.0, 255.0))
 # A check yields (what, its error, the largest error allowed); it ends where one is too large.
 Check = Callable[[], Iterator[tuple[str, float, float]]]
@@ -280,21 +281,52 @@ def cascades() -> Iterator[tuple[str, float, float]]:
                                                                      known[~mask.expand_as(known)]), 0  # fmt: skip
 
 
-@check("training")
-def updates() -> Iterator[tuple[str, float, float]]:
+def trainer_of(preset: str, *changes: str) -> tuple:
+    """A trainer of small batches and short chains, and the batch of an update."""
     from mgebm_fast.data import ImageData
     from mgebm_fast.learning import MultiGridTrainer, apply_overrides, load_preset
 
-    for preset in ("digits", "cifar10", "multigrid-released"):
-        config = apply_overrides(load_preset(preset), ["batch_size=16", "langevin.steps=4"])
-        shape = (64, config.channels, config.sizes[-1], config.sizes[-1])
-        pixels = torch.randint(0, 256, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-        data = ImageData(pixels.numpy(), name="random")
-        trainer = MultiGridTrainer(None, data, config, device=DEVICE, quiet=True)
+    config = apply_overrides(load_preset(preset), ["batch_size=16", "langevin.steps=4", *changes])
+    shape = (64, config.channels, config.sizes[-1], config.sizes[-1])
+    pixels = torch.randint(0, 256, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    data = ImageData(pixels.numpy(), name="random")
+    trainer = MultiGridTrainer(None, data, config, device=DEVICE, quiet=True)
+    return trainer, lambda update: data.batch(slice(16 * (update % 4), 16 * (update % 4) + 16))
+
+
+@check("training")
+def updates() -> Iterator[tuple[str, float, float]]:
+    for preset in PRESETS:
+        trainer, batch = trainer_of(preset)
         for update in range(4):
-            metrics = trainer.step(data.batch(slice(0, config.batch_size)))
+            metrics = trainer.step(batch(update))
             bad = [name for name, value in metrics.items() if not math.isfinite(value)]
             yield f"{preset} update {update} {bad or ''}", float(bool(bad)), 0
+
+
+@check("captured")
+def captured_updates() -> Iterator[tuple[str, float, float]]:
+    """Training by CUDA graphs is training without: weights and averages after five updates, the last with measures of
+    samples. Other noise, or rates that stay, would be off by more than a hundredth."""
+    torch.backends.cudnn.deterministic = True
+    for preset in PRESETS:
+        states = []
+        for graph in ("auto", "false"):
+            trainer, batch = trainer_of(preset, f"graph={graph}", "log_every=5")
+            for update in range(5):
+                trainer.rule.launch(batch(update), update, detail=update == 4)
+                found, made = trainer.rule.collect(update + 1, wait=update == 4)
+                yield f"{preset} update {update}: applied", float(made != update + 1), 0
+            used = "a CUDA graph each" in trainer.explain()
+            yield f"{preset} graph={graph}: {trainer.explain()}", float(used != (GPU and graph == "auto")), 0
+            bad = [name for name, value in found[-1][1].items() if not math.isfinite(value)]
+            yield f"{preset} graph={graph}: {bad or ''}", float(bool(bad)), 0
+            kept = trainer.rule.snapshot()
+            states.append({f"{part} {n}": t for part in ("model", "average") for n, t in kept[part].items()})
+        for name, want in states[1].items():
+            yield f"{preset} {name}: near", off(states[0][name], want), 1e-3
+        for name, want in states[1].items():
+            yield f"{preset} {name}: bits", differs(states[0][name], want), 0
 
 
 def write(line: dict) -> None:

@@ -121,10 +121,14 @@ class MultiGrid(EnergyModel):
     ) -> list[Tensor]:
         """`cascade` of what the nets take: images with their label planes, at every size. `options` as there."""
         if self.classes and mask is None:
-            mask = (torch.arange(start.shape[1], device=start.device) < self.channels)[:, None, None]
-            known = start.expand(-1, -1, *(self.sizes[-1],) * 2)
+            known, mask = self.held_planes(start)
         dynamics = self.langevin if langevin is None else langevin
         return cascade(list(self.nets), self.sizes, dynamics, start, mask=mask, known=known, **options)
+
+    def held_planes(self, start: Tensor) -> tuple[Tensor, Tensor]:  # (N, C + K, 1, 1)
+        """(known, mask) of chains that hold the label planes of their starts and no pixel, as `cascade` takes them."""
+        mask = (torch.arange(start.shape[1], device=start.device) < self.channels)[:, None, None]
+        return start.expand(-1, -1, *(self.sizes[-1],) * 2), mask
 
     def with_planes(self, images: Tensor, labels: Tensor) -> Tensor:  # (N, C, s, s), (N,) -> (N, C + K, s, s)
         """Images with their label planes, float32, as the nets of a class-conditional model take them; bytes are

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Sequence
 from typing import Any, ClassVar
 
 import numpy as np
@@ -106,6 +107,27 @@ class Langevin:
             dataclasses.replace(numbers, drift=drift, noise_std=std, inverse_variance=inverse_variance, table=None)
             for drift, std, inverse_variance in numbers.table[:, 0].tolist()
         ]
+
+    def table(self, factor: float = 1.0) -> list[tuple[float, float, float]]:
+        """(drift, noise_std, 1/σ²) of each step, where all are alike of the first alone, with the noise times `factor`.
+
+        Without tensors, and not rounded to float32; for numbers that are the same for all samples."""
+
+        def values(value: Any, scale: float | None = None) -> Sequence[float]:
+            if scale is not None:
+                value = tuple(v * scale for v in value) if isinstance(value, tuple) else value * scale
+            given = value.values(self.steps) if isinstance(value, varying.Schedule) else value
+            return given if isinstance(given, (tuple, list)) else [given] * length
+
+        length = self.steps if self.varying else 1
+        if self.step_size is None:
+            drift, noise_std = values(self.drift), values(self.noise_std, factor)
+        else:
+            sizes = values(self.step_size)
+            drift = [size**2 / 2 for size in sizes]
+            noise_std = [scale * size for scale, size in zip(values(self.noise_scale, factor), sizes, strict=True)]
+        stds = values(math.inf if self.reference_std is None else self.reference_std)
+        return list(zip(drift, noise_std, [1.0 / std**2 for std in stds], strict=True))
 
     def of_length(self, steps: int) -> Langevin:
         """The chain of `steps` steps in place of K. What is a list is stretched: linear interpolation at equal shares

@@ -162,8 +162,12 @@ class StaticCascade:
             chain.load(None, None, place, own)
 
     def enter(self, start: Tensor) -> None:
-        """The start of the coarsest chain, as part of what is captured."""
+        """The start of the coarsest chain, and held pixels that are its replicated values, as part of what is
+        captured."""
         self._start.copy_(start)
+        if self._held is not None:
+            known, mask = self._held
+            known.copy_(torch.where(mask, 0.0, start.expand_as(known)))
 
     def run_once(self) -> None:
         def advance(grid: int, x: Tensor, cells: Tensor | None) -> Tensor:

@@ -178,8 +178,8 @@ def test_a_training_update_without_a_graph(world, rule_of, preset):
     assert count(events, "replay") >= 1  # chains are replayed, annealed ones too
 
 
-# preset, updates, log_every, most launches in a graph (but for those of the backward pass of learning, which fake tensors do
-# not make); without a graph digits has 231 and 10 copies beside its chains
+# preset, updates, log_every, most launches in a graph, but for those of the backward pass of learning, which fake
+# tensors do not make. Without a graph digits has 231 and 10 copies beside its chains.
 CAPTURED = [("digits", 50, 20, 315), ("cifar10", 5, 2, 440), ("multigrid-released", 5, 2, 608)]
 
 

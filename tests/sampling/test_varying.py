@@ -234,4 +234,24 @@ def test_corrected_samplers_say_that_their_numbers_do_not_vary():
     with pytest.raises((TypeError, ValueError), match="step_size must be a number"):
         mg.MALA(3, step_size=[0.1, 0.2, 0.3])
     with pytest.raises(ValueError, match="step_size must be a number here, the same for all"):
-        mg.Langevin(2, step_size=[0.1, 0.2]).update()
+        mg.mg.Langevin(2, step_size=[0.1, 0.2]).update()
+
+
+@pytest.mark.parametrize(
+    "numbers",
+    [
+        {"drift": 1.0, "noise_std": mg.Schedule(0.16, 0.0)},
+        {"step_size": mg.Schedule(0.3, 0.1, "cosine"), "reference_std": 1.7},
+        {"step_size": 0.3, "noise_scale": [1.0, 0.7, 0.1], "reference_std": mg.Schedule(3.0, 1.0, "geometric")},
+        {"step_size": 0.3, "reference_std": 50.0},
+    ],
+)
+def test_the_table_of_a_chain_is_that_of_its_checked_numbers(numbers):
+    """What captured training reads in place of what an eager update makes of annealed dynamics."""
+    factor = 0.83
+    name = "noise_std" if "drift" in numbers else "noise_scale"
+    noise = numbers.get(name, 1.0)
+    annealed = {**numbers, name: [n * factor for n in noise] if isinstance(noise, list) else noise * factor}
+    law = mg.Langevin(3, **annealed).update(torch.empty(1, 1))
+    expected = torch.tensor([law.arguments[:3]]) if law.table is None else law.table[:, 0]
+    assert torch.equal(torch.tensor(mg.Langevin(3, **numbers).table(factor), dtype=torch.float64).float(), expected)

@@ -14,6 +14,7 @@ from __future__ import annotations
 import abc
 import os
 from collections.abc import Callable
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -109,8 +110,6 @@ def why_not(rule: GraphedRule) -> str:
         return "several processes average what they learn"
     if config.batch_parts > 1:
         return f"batches are learnt from in {config.batch_parts} parts"
-    if rule.model.classes:
-        return "chains of a class-conditional model hold label planes of each batch"
     if not all(optimiser.defaults["fused"] for optimiser in rule.optimisers):
         return "an optimiser is not fused, as weights are not all float32"
     others = [type(net).__name__ for net in rule.model.nets if not isinstance(net, ScoreNet)]
@@ -139,8 +138,8 @@ class CapturedUpdate:
         self._ready: tuple[int, list[list[float]]] = (-1, [])  # rows made ahead, and the iteration of the first
         nets, self.length = len(rule.model.nets), min(rule.config.log_every, MOST)
         with torch.inference_mode(False), torch.no_grad():
-            rule.arrange(iteration)
-            start = torch.empty((len(batch), rule.model.channels, 1, 1), device=device)
+            self._dynamics = rule.config.dynamics()
+            start = torch.zeros((*batch.shape[:2], 1, 1), dtype=torch.float32, device=device)
             self._chains = rule.static_chains(start, graphs.Session(rule.config.graph))
             self._batch = torch.empty_like(batch, device=device)
             width = len(self._row(iteration))
@@ -166,7 +165,7 @@ class CapturedUpdate:
             [0.0 if at_start == 0 else std for at_start, std in zip(quiet, noises.unbind(), strict=True)],
             share[0],
         )
-        silent = [law_of(chain)[1] == 0 for chain in rule.config.dynamics()]  # at any update, as noise is only annealed
+        silent = [law_of(chain)[1] == 0 for chain in self._dynamics]  # at any update, as noise is only annealed
         self._laws = [
             (drift, 0.0 if never else std, inverse_variance)
             for never, (drift, std, inverse_variance) in zip(
@@ -223,20 +222,15 @@ class CapturedUpdate:
     def _rows_from(self, iteration: int) -> list[list[float]]:
         return [self._row(iteration + k) for k in range(self.length)]
 
-    def _row(self, iteration: int) -> list[float]:
+    def _row(self, iteration: int) -> list[Any]:
         """What update `iteration` reads: its counter and those of its chains, rates, data noise, its share in the
         average, means of the chains' numbers, and the numbers of each step; whole numbers are exact in float64."""
-        rule = self._rule
-        config, numbers = rule.config, rule.numbers(iteration)
-        laws, tables, like = [], [], torch.empty(1, 1)
-        dynamics = config.dynamics(config.noise_factors(iteration))
-        for chain in dynamics:
-            law = chain.update(like)
-            table = torch.tensor([law.arguments[:3]]) if law.table is None else law.table[:, 0]
-            laws += table.double().mean(0).tolist()
-            tables += table.flatten().tolist()
-        steps = [iteration * chain.steps for chain in dynamics]
-        return [iteration, *steps, *numbers.rates, *numbers.data_noise, numbers.share, *laws, *tables]
+        rule, numbers = self._rule, self._rule.numbers(iteration)
+        tables = [chain.table(factor) for chain, factor in zip(self._dynamics, rule.config.noise_factors(iteration))]
+        steps = [iteration * chain.steps for chain in self._dynamics]
+        laws = [fmean(column) for table in tables for column in zip(*table)]
+        entries = [entry for table in tables for numbers_of_step in table for entry in numbers_of_step]
+        return [iteration, *steps, *numbers.rates, *numbers.data_noise, numbers.share, *laws, *entries]
 
     def _record(self, detail: bool) -> Replay:
         """Capture the update. What warms libraries up makes it once: the state is put back."""

@@ -52,8 +52,12 @@ class MultiGridRule(GraphedRule):
 
     def static_chains(self, start: Tensor, session: Session) -> StaticCascade:
         model, purpose = self.model, self.purpose(noise.Purpose.TRAINING_CHAIN)
+        held = None
+        if model.classes:
+            known, mask = model.held_planes(start)
+            held = known, mask.expand_as(known)
         return static_cascade(
-            list(model.nets), model.sizes, model.langevin, start, purpose=purpose, session=session,
+            list(model.nets), model.sizes, model.langevin, start, held, purpose=purpose, session=session,
             precision=self.precision,
         )  # fmt: skip
 

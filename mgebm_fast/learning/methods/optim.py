@@ -80,14 +80,15 @@ def step(
         group["lr"] = rate
     for parameter, gradient in zip(parameters, gradients, strict=True):
         parameter.grad = gradient
-    if optimiser.defaults["fused"]:
-        scaled: Any = optimiser  # as torch's own gradient scaler does it
-        scaled.found_inf = spoilt
-        optimiser.step()
-        del scaled.found_inf
-    elif not bool(spoilt):
-        optimiser.step()
-    optimiser.zero_grad(set_to_none=True)
+    try:
+        if optimiser.defaults["fused"]:
+            vars(optimiser)["found_inf"] = spoilt  # as torch's own gradient scaler does it
+            optimiser.step()
+        elif not bool(spoilt):
+            optimiser.step()
+    finally:  # a capture may fail
+        vars(optimiser).pop("found_inf", None)
+        optimiser.zero_grad(set_to_none=True)
 
 
 def map_areas(net: nn.Module) -> dict[int, float]:

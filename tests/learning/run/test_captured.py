@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from helpers.runs import same_files
 from helpers.training import tiny_data
 
+from mgebm_fast.data import ImageData
 from mgebm_fast.errors import BackendError
 from mgebm_fast.learning import Run
 from mgebm_fast.learning.methods import captured
@@ -22,6 +24,7 @@ CHANGES = {
               "optimiser": {"name": "sgd", "momentum": 0.9, "grad_rescale_max": 0.1}},
     "spectral": {"spectral_norm": True, "flips": True, "optimiser": {"name": "adamw", "per_layer_divide": True},
                  "langevin": {"steps": [3, 2], "step_size": 0.3, "reference_std": 1.0}},
+    "conditional": {"multigrid": {"conditional": True}, "stabilise": {"data_noise": 0.05}},
 }  # fmt: skip
 
 
@@ -49,6 +52,9 @@ def recorded(monkeypatch):
 
 
 def make(trainer, out, changes, **more):
+    if "multigrid" in changes:
+        pixels = tiny_data().images
+        more["data"] = ImageData(pixels, np.arange(len(pixels)) % 2, ("even", "odd"))
     run = {"steps": 12, "log_every": 5, "checkpoint_every": 4, "sample_every": 0, "rollback": {"attempts": 2}}
     return trainer(out=out, **{**run, **changes, **more})
 
