@@ -141,10 +141,12 @@ struct Learner : Team {
         [&](int sample) { return in + static_cast<int64_t>(sample) * s.in_pixels * depth; },
         [&](int sample, int pixel) {
           const int64_t row = static_cast<int64_t>(sample) * s.out_pixels + pixel;
-          return [&, row](int strip, F16 z) {
-            z = z + load(s.bias + 16 * strip);
-            if (keeps_z(l)) store(k.z + row * k.depth + 16 * strip, z);
-            if (!s.gamma) activate_at(l, row, strip, z);
+          return [&, row](int first, const float* sums, int strips) {
+            for (int strip = first; strip < first + strips; ++strip, sums += 16) {
+              const F16 z = load(sums) + load(s.bias + 16 * strip);
+              if (keeps_z(l)) store(k.z + row * k.depth + 16 * strip, z);
+              if (!s.gamma) activate_at(l, row, strip, z);
+            }
           };
         });
     if (!s.gamma) return;
@@ -291,8 +293,10 @@ struct Learner : Team {
     const auto in = [&](int sample) { return k.h + static_cast<int64_t>(sample) * s.out_pixels * k.depth; };
     const auto out = [&](int sample, int pixel) {
       const int64_t row = static_cast<int64_t>(sample) * s.in_pixels + pixel;
-      return [&, sample, row](int strip, F16 g) {
-        store(below.h + row * below.depth + 16 * strip, back(l - 1, sample, row, strip, g));
+      return [&, sample, row](int first, const float* g, int strips) {
+        for (int strip = first; strip < first + strips; ++strip, g += 16) {
+          store(below.h + row * below.depth + 16 * strip, back(l - 1, sample, row, strip, load(g)));
+        }
       };
     };
     const auto product = [&](const auto* weights, auto... memory) {

@@ -108,7 +108,8 @@ struct Run {
   }
 };
 
-// W * in. in(sample): its map; out(sample, pixel): what takes (strip, its sixteen numbers).
+// W * in. in(sample): its map; out(sample, pixel): what takes (first strip, its numbers, strips), and may write over
+// them.
 template <typename Samples, typename In, typename Out>
 MG_INLINE void each_product(const Samples& g, const Product<float>& p, const In& in, const Out& out) {
   const Windows& w = p.windows;
@@ -128,7 +129,7 @@ MG_INLINE void each_product(const Samples& g, const Product<float>& p, const In&
       }
       for (int r = 0; r < count; ++r) {
         const auto take = out(run.sample[r], run.pixel[r]);
-        for (int i = 0; i < wide; ++i) take(strip + i, load(tile + r * kTileWidth + 16 * i));
+        take(strip, tile + r * kTileWidth, wide);
       }
     }
   });
@@ -193,7 +194,7 @@ static void each_product(const Samples& g, const Product<Bf16>& p, char* own, co
                    strip_size, wide, tile);
       for (int r = 0; r < count; ++r) {
         const auto take = out(run.sample[r], run.pixel[r]);
-        for (int i = 0; i < wide; ++i) take(strip + i, load(tile[r / 16] + r % 16 * kTileWidth + 16 * i));
+        take(strip, tile[r / 16] + r % 16 * kTileWidth, wide);
       }
     }
   });
@@ -205,10 +206,13 @@ static void convolve(const Group& g, const GraphStep& s) {
   const auto out = [&](int sample, int pixel) {
     const Finish finish(g, s, sample);
     const float* second = s.second < 0 ? nullptr : g.at(s.second, sample);
-    return [=, &s](int strip, F16 z) {
+    return [=, &s](int strip, float* z, int strips) {
       const int64_t at = static_cast<int64_t>(pixel) * out_depth + 16 * strip;
-      if (s.bias) z = z + load(s.bias + 16 * strip);
-      finish(at, second ? z + load(second + at) : z);
+      for (int i = 0; i < 16 * strips; i += 16) {
+        if (s.bias) store(z + i, load(z + i) + load(s.bias + 16 * strip + i));
+        if (second) store(z + i, load(z + i) + load(second + at + i));
+      }
+      finish(at, z, strips);
     };
   };
   const auto in = [&](int sample) { return g.at(s.in, sample); };

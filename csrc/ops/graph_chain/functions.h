@@ -19,6 +19,18 @@ typedef int32_t Integers __attribute__((vector_size(16)));
 #endif
 constexpr int kVectors = static_cast<int>(16 * sizeof(float) / sizeof(Vector));
 
+// a b + c, rounded once where the CPU can.
+MG_INLINE Vector multiply_add(Vector a, Vector b, Vector c) {
+#if defined(__AVX512F__)
+  return _mm512_fmadd_ps(a, b, c);
+#elif defined(__AVX2__)
+  return _mm256_fmadd_ps(a, b, c);
+#else
+  return a * b + c;
+#endif
+}
+MG_INLINE Vector multiply_add(Vector a, Vector b, float c) { return multiply_add(a, b, c + Vector{}); }
+
 // f(z) and f'(z).
 template <typename V>
 struct Both {
@@ -29,17 +41,15 @@ struct Both {
 MG_INLINE Vector exponential(Vector x) {
   x = x < -87.0f ? -87.0f + Vector{} : x;
   x = x > 88.0f ? 88.0f + Vector{} : x;
-  const Vector half = x < 0.0f ? -0.5f + Vector{} : 0.5f + Vector{};
-  const Integers whole = __builtin_convertvector(x * 1.44269504f + half, Integers);
-  const Vector n = __builtin_convertvector(whole, Vector);
-  const Vector r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
-  Vector p = 1.98756915e-4f * r + 1.39819995e-3f;
-  p = p * r + 8.33345192e-3f;
-  p = p * r + 4.16657955e-2f;
-  p = p * r + 1.66666655e-1f;
-  p = p * r + 5.00000012e-1f;
-  p = p * r * r + r + 1.0f;
-  return p * (Vector)((whole + 127) << 23);
+  // 3 2^22 added and taken away rounds to the nearest whole number, which the sum's low bits hold.
+  const Vector sum = multiply_add(x, 1.44269504f + Vector{}, 12582912.0f), n = sum - 12582912.0f;
+  const Vector r = multiply_add(n, 2.12194440e-4f + Vector{}, multiply_add(n, -0.693359375f + Vector{}, x));
+  // Pairs of terms at once: a chain of seven would wait for each.
+  const Vector square = r * r, high = multiply_add(r, 1.98756915e-4f + Vector{}, 1.39819995e-3f);
+  const Vector middle = multiply_add(r, 8.33345192e-3f + Vector{}, 4.16657955e-2f);
+  const Vector low = multiply_add(r, 1.66666655e-1f + Vector{}, 5.00000012e-1f);
+  const Vector p = multiply_add(multiply_add(multiply_add(high, square, middle), square, low), square, r + 1.0f);
+  return p * (Vector)(((Integers)sum << 23) + (127 << 23));
 }
 // e^x - 1 with e = e^x; near 0 by its series, where the difference would cancel.
 MG_INLINE Vector less_one(Vector x, Vector e) {
@@ -110,102 +120,93 @@ MG_INLINE float power(float z, int n) {
   return n < 0 ? 1.0f / out : out;
 }
 
-// body(a vector) -> Both<Vector>
+// value[i], slope[i] <- body(z[i]) a vector at a time; `count` is a multiple of sixteen, value may be z.
 template <typename Body>
-MG_INLINE F16 vectors(F16 z, F16* slope, const Body& body) {
-  Vector part[kVectors], d[kVectors];
-  __builtin_memcpy(part, &z, sizeof z);
-  for (int i = 0; i < kVectors; ++i) {
-    const Both<Vector> both = body(part[i]);
-    part[i] = both.value, d[i] = both.slope;
+MG_INLINE void vectors(const float* z, float* value, float* slope, int64_t count, const Body& body) {
+  constexpr int kLanes = sizeof(Vector) / sizeof(float);
+  for (int64_t i = 0; i < count; i += kLanes) {
+    Vector v;
+    __builtin_memcpy(&v, z + i, sizeof v);
+    const Both<Vector> both = body(v);
+    __builtin_memcpy(value + i, &both.value, sizeof v);
+    __builtin_memcpy(slope + i, &both.slope, sizeof v);
   }
-  __builtin_memcpy(slope, d, sizeof d);
-  __builtin_memcpy(&z, part, sizeof part);
-  return z;
 }
 
-// body(a number) -> Both<float>
+// The same, body(a number) -> Both<float>
 template <typename Body>
-MG_INLINE F16 lanes(F16 z, F16* slope, const Body& body) {
-  alignas(64) float v[16], d[16];
-  store(v, z);
+MG_INLINE void lanes(const float* z, float* value, float* slope, int64_t count, const Body& body) {
 #pragma omp simd
-  for (int i = 0; i < 16; ++i) {
-    const Both<float> both = body(v[i]);
-    v[i] = both.value, d[i] = both.slope;
+  for (int64_t i = 0; i < count; ++i) {
+    const Both<float> both = body(z[i]);
+    value[i] = both.value, slope[i] = both.slope;
   }
-  *slope = load(d);
-  return load(v);
 }
 
-// f(z), and f'(z) into `slope`.
-static inline F16 value_and_slope(const GraphStep& s, F16 z, F16* slope) {
+// f(z) into `value` and f'(z) into `slope`, for a multiple of sixteen numbers; value may be z.
+static void values_and_slopes(const GraphStep& s, const float* z, float* value, float* slope, int64_t count) {
   const float a = s.a, b = s.b;
+  const auto by_vectors = [=](auto body) { vectors(z, value, slope, count, body); };
+  const auto by_lanes = [=](auto body) { lanes(z, value, slope, count, body); };
   switch (s.function) {
     case Function::kNone:
-      *slope = all(1.0f);
-      return z;
+      return by_vectors([](Vector v) { return Both<Vector>{v, 1.0f + Vector{}}; });
     case Function::kLeaky:
     case Function::kAnyLeaky:
-      *slope = select(positive(z), all(1.0f), all(a));
-      return select(positive(z), z, a == 0.0f ? all(0.0f) : z * all(a));
+      return by_vectors([=](Vector v) {
+        const Vector low = a == 0.0f ? Vector{} : v * a;
+        return Both<Vector>{v > 0.0f ? v : low, v > 0.0f ? 1.0f + Vector{} : a + Vector{}};
+      });
     case Function::kSilu:
-      return vectors(z, slope, [](Vector v) { return silu_both(v); });
+      return by_vectors([](Vector v) { return silu_both(v); });
     case Function::kElu:
-      return vectors(z, slope, [=](Vector v) { return elu_both(v, a, b); });
+      return by_vectors([=](Vector v) { return elu_both(v, a, b); });
     case Function::kGelu:
-      return vectors(z, slope, [](Vector v) { return gelu_both(v); });
+      return by_vectors([](Vector v) { return gelu_both(v); });
     case Function::kGeluTanh:
-      return vectors(z, slope, [](Vector v) { return gelu_tanh_both(v); });
+      return by_vectors([](Vector v) { return gelu_tanh_both(v); });
     case Function::kSoftplus:
-      return lanes(z, slope, [=](float v) { return softplus_both(v, a, b); });
+      return by_lanes([=](float v) { return softplus_both(v, a, b); });
     case Function::kTanh:
-      return vectors(z, slope, [](Vector v) { return tanh_both(v); });
+      return by_vectors([](Vector v) { return tanh_both(v); });
     case Function::kSigmoid:
-      return vectors(z, slope, [](Vector v) { return sigmoid_both(v); });
+      return by_vectors([](Vector v) { return sigmoid_both(v); });
     case Function::kMish:
-      return vectors(z, slope, [](Vector v) { return mish_both(v); });
+      return by_vectors([](Vector v) { return mish_both(v); });
     case Function::kAbs:
-      return lanes(z, slope,
-                   [](float v) { return Both<float>{v < 0.0f ? -v : v, v > 0.0f ? 1.0f : (v < 0.0f ? -1.0f : v)}; });
+      return by_lanes([](float v) { return Both<float>{v < 0.0f ? -v : v, v > 0.0f ? 1.0f : (v < 0.0f ? -1.0f : v)}; });
     case Function::kPower:
-      if (a == 2.0f) {
-        *slope = z + z;
-        return z * z;
-      }
-      return lanes(z, slope, [=](float v) {
+      if (a == 2.0f) return by_vectors([](Vector v) { return Both<Vector>{v * v, v + v}; });
+      return by_lanes([=](float v) {
         const int n = static_cast<int>(a);
         return Both<float>{power(v, n), n == 0 ? 0.0f : a * power(v, n - 1)};
       });
     case Function::kClamp:
-      return lanes(z, slope,
-                   [=](float v) { return Both<float>{v < a ? a : (v > b ? b : v), v >= a && v <= b ? 1.0f : 0.0f}; });
+      return by_lanes(
+          [=](float v) { return Both<float>{v < a ? a : (v > b ? b : v), v >= a && v <= b ? 1.0f : 0.0f}; });
     case Function::kHardTanh:
-      return lanes(z, slope,
-                   [=](float v) { return Both<float>{v < a ? a : (v > b ? b : v), v > a && v < b ? 1.0f : 0.0f}; });
+      return by_lanes([=](float v) { return Both<float>{v < a ? a : (v > b ? b : v), v > a && v < b ? 1.0f : 0.0f}; });
     case Function::kExp:
-      return lanes(z, slope, [](float v) {
+      return by_lanes([](float v) {
         const float e = __builtin_expf(v);
         return Both<float>{e, e};
       });
     case Function::kLog:
-      return lanes(z, slope, [](float v) { return Both<float>{__builtin_logf(v), 1.0f / v}; });
+      return by_lanes([](float v) { return Both<float>{__builtin_logf(v), 1.0f / v}; });
     case Function::kSin:
-      return lanes(z, slope, [](float v) { return Both<float>{__builtin_sinf(v), __builtin_cosf(v)}; });
+      return by_lanes([](float v) { return Both<float>{__builtin_sinf(v), __builtin_cosf(v)}; });
     case Function::kCos:
-      return lanes(z, slope, [](float v) { return Both<float>{__builtin_cosf(v), -__builtin_sinf(v)}; });
+      return by_lanes([](float v) { return Both<float>{__builtin_cosf(v), -__builtin_sinf(v)}; });
     case Function::kStep:
-      return lanes(z, slope, [=](float v) { return Both<float>{v > a || (b != 0.0f && v == a) ? 1.0f : 0.0f, 0.0f}; });
+      return by_lanes([=](float v) { return Both<float>{v > a || (b != 0.0f && v == a) ? 1.0f : 0.0f, 0.0f}; });
     case Function::kErf:
-      return lanes(z, slope,
-                   [](float v) { return Both<float>{__builtin_erff(v), 1.12837917f * __builtin_expf(-v * v)}; });
+      return by_lanes([](float v) { return Both<float>{__builtin_erff(v), 1.12837917f * __builtin_expf(-v * v)}; });
     case Function::kArctan:
-      return lanes(z, slope, [](float v) { return Both<float>{__builtin_atanf(v), 1.0f / (1.0f + v * v)}; });
+      return by_lanes([](float v) { return Both<float>{__builtin_atanf(v), 1.0f / (1.0f + v * v)}; });
     case Function::kRealPower:
-      return lanes(z, slope,
-                   [=](float v) { return Both<float>{__builtin_powf(v, a), a * __builtin_powf(v, a - 1.0f)}; });
+      return by_lanes([=](float v) { return Both<float>{__builtin_powf(v, a), a * __builtin_powf(v, a - 1.0f)}; });
     default:
-      return lanes(z, slope, [zero = s.function == Function::kRoot](float v) {
+      return by_lanes([zero = s.function == Function::kRoot](float v) {
         const float root = __builtin_sqrtf(v);
         return Both<float>{root, zero && root == 0.0f ? 0.0f : 0.5f / root};
       });

@@ -6,7 +6,8 @@
 namespace mgebm::MGEBM_ISA {
 
 static void pointwise(const Group& g, const GraphStep& s) {
-  each_strip(g, s, [&](const Finish& finish, int n, int64_t at, int) { finish(at, load(g.at(s.in, n) + at)); });
+  each_piece(g, s,
+             [&](const Finish& finish, int n, int64_t at, int strips) { finish(at, g.at(s.in, n) + at, strips); });
 }
 
 static void affine(const Group& g, const GraphStep& s) {

@@ -70,25 +70,44 @@ struct Finish {
       const uint16_t up = positive(slope ? load(slope + at) : z);
       z = select(up, z, s.a == 0.0f ? all(0.0f) : z * all(s.a));
     } else {
-      F16 d;
-      z = value_and_slope(s, z, &d);
-      if (slope) store(slope + at, d);
+      alignas(64) float value[16], d[16];
+      store(value, z);
+      values_and_slopes(s, value, value, d, 16);
+      z = load(value);
+      if (slope) store(slope + at, load(d));
     }
     store(out + at, s.accumulate ? load(out + at) + z : z);
   }
+
+  // The same of `strips` times sixteen numbers in a row.
+  MG_METHOD void operator()(int64_t at, const float* z, int strips) const {
+    const bool curved = s.function != Function::kNone && s.function != Function::kLeaky;
+    if (curved && slope && !s.accumulate) {
+      if (keep) __builtin_memcpy(keep + at, z, sizeof(float) * 16 * strips);
+      return values_and_slopes(s, z, out + at, slope + at, 16 * strips);
+    }
+    for (int i = 0; i < strips; ++i) (*this)(at + 16 * i, load(z + 16 * i));
+  }
 };
 
-// body(finish, sample, offset of a strip, its first channel) for every strip of out's map.
+// body(finish, sample, offset, strips) for pieces of out's map, of up to sixteen pixels.
 template <typename Body>
-MG_INLINE void each_strip(const Group& g, const GraphStep& s, const Body& body) {
+MG_INLINE void each_piece(const Group& g, const GraphStep& s, const Body& body) {
   constexpr int kPiece = 16;
   const int pixels = g.buffer(s.out).pixels, depth = g.buffer(s.out).depth, pieces = (pixels + kPiece - 1) / kPiece;
   g.share(static_cast<int64_t>(g.count) * pieces, [&](int64_t i) {
     const int sample = static_cast<int>(i / pieces), start = static_cast<int>(i % pieces) * kPiece;
-    const Finish finish(g, s, sample);
-    for (int pixel = start; pixel < start + kPiece && pixel < pixels; ++pixel) {
-      for (int c = 0; c < depth; c += 16) body(finish, sample, static_cast<int64_t>(pixel) * depth + c, c);
-    }
+    const int some = pixels - start < kPiece ? pixels - start : kPiece;
+    body(Finish(g, s, sample), sample, static_cast<int64_t>(start) * depth, some * depth / 16);
+  });
+}
+
+// body(finish, sample, offset of a strip, its first channel) for every strip of out's map.
+template <typename Body>
+MG_INLINE void each_strip(const Group& g, const GraphStep& s, const Body& body) {
+  const int depth = g.buffer(s.out).depth;
+  each_piece(g, s, [&](const Finish& finish, int sample, int64_t at, int strips) {
+    for (int i = 0, c = 0; i < strips; ++i, c = c + 16 < depth ? c + 16 : 0) body(finish, sample, at + 16 * i, c);
   });
 }
 
