@@ -299,9 +299,8 @@ struct Learner : Team {
         }
       };
     };
-    const auto product = [&](const auto* weights, auto... memory) {
-      each_product(*this, {s.backward, weights, s.backward_rows, s.out_channels, s.in_channels, k.depth}, memory..., in,
-                   out);
+    const auto product = [&](const auto* w, auto... memory) {
+      each_product(*this, {s.backward, w, s.backward_rows, s.out_channels, s.in_channels, k.depth}, memory..., in, out);
     };
     bfloat ? product(static_cast<const Bf16*>(s.backward_weights), own)
            : product(static_cast<const float*>(s.backward_weights));
