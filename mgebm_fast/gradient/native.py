@@ -46,11 +46,11 @@ class NativePlan(GradientPlan):
         self._pack(stack)
 
     def _pack(self, stack: Stack) -> None:
-        if name := not_finite(stack):
-            raise DivergenceError(
-                f"{self._where}: the energy's weights must be finite, got NaN or infinite values in {name}"
-            )
         self._chain = ConvChain(stack.stages, stack.head, bfloat=self.precision == "bf16")
+        if not self._chain.finite:
+            raise DivergenceError(
+                f"{self._where}: the energy's weights must be finite, got NaN or infinite values in {not_finite(stack)}"
+            )
 
     def gradient(self, x: Tensor) -> Tensor:  # (N, C, *size) float32 -> the same, contiguous
         """∇E(x), float32."""

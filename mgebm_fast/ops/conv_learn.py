@@ -139,13 +139,12 @@ class _Native:
         self.stage, self.taps = stage, math.prod(kernel)
         geometry = (stage.in_size, stage.out_size, kernel, stage.stride, stage.padding, stage.dilation)
         forward, backward = windows.forward_windows(*geometry), windows.backward_windows(*geometry)
-        self.rows = [windows.ravel(row, kernel) for row in forward.rows]
+        self.rows = forward.offsets
         bfloat &= not first and min(weight.shape[:2]) >= MIN_BFLOAT_INPUTS and self.taps * outputs <= MAX_BFLOAT_ROW
         ahead = packed(weight, self.rows, inputs, outputs, (self.taps, inputs * self.taps), bfloat=False)
         behind: Scratch | None = None
         if not first:
-            rows = [windows.ravel(row, kernel) for row in backward.rows]
-            behind = packed(weight, rows, outputs, inputs, (inputs * self.taps, self.taps), bfloat)
+            behind = packed(weight, backward.offsets, outputs, inputs, (inputs * self.taps, self.taps), bfloat)
         width = -(-outputs // STRIP) * STRIP
         norm = stage.norm
         given = (stage.bias,) if norm is None else (None, norm.weight, norm.bias)
@@ -167,7 +166,7 @@ class _Native:
         weight, *vectors = self.found
         outputs, inputs = self.stage.weight.shape[:2]
         taps = weight.new_zeros(self.taps, inputs, outputs)  # one that always lies outside the map has no row
-        taps[self.rows] = weight[:, :, :outputs]
+        taps.index_copy_(0, self.rows, weight[:, :, :outputs])
         shift, *rest = (vector[:outputs] for vector in vectors)
         of_weight = taps.permute(2, 1, 0).contiguous().reshape(self.stage.weight.shape)
         if self.stage.norm is None:

@@ -100,8 +100,14 @@ def _by_engine(
         if layer.norm is not None and of_stage.norm is not None:
             made += [(layer.norm.weight, of_stage.norm.weight), (layer.norm.bias, of_stage.norm.bias)]
             layer.norm.follow(of_stage.norm.mean, of_stage.norm.variance, n * math.prod(stage.out_size))
-    outputs, upstream = zip(*((t, g) for t, g in made if t is not None and t.requires_grad), strict=True)
-    some = torch.autograd.grad(outputs, parameters, upstream, allow_unused=True)
+    learnt = [(t, g) for t, g in made if t is not None and t.requires_grad]
+    some: Sequence[Tensor | None]
+    if all(t.is_leaf for t, _ in learnt):
+        of = {id(t): g for t, g in learnt}
+        some = [of.get(id(parameter)) for parameter in parameters]
+    else:
+        outputs, upstream = zip(*learnt, strict=True)
+        some = torch.autograd.grad(outputs, parameters, upstream, allow_unused=True)
     return _filled(parameters, some), found.energies[:n].mean(), found.energies[n:].mean()
 
 

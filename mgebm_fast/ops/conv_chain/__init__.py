@@ -80,7 +80,8 @@ class ConvChain(PackedChain):
             # (C, *top) -> (pixel, channel), padded to whole strips
             self._head = _padded(head.detach().float().flatten(1).T, 1)
             # An activation may hide a NaN (ReLU makes it 0): every gradient of such weights is NaN, as autograd's are.
-            if not all(bool(torch.linalg.vector_norm(tensor, torch.inf).isfinite()) for tensor in tensors):
+            self.finite = bool(torch.stack(torch._foreach_norm([*tensors, head], torch.inf)).isfinite().all())
+            if not self.finite:
                 self._head.fill_(torch.nan)
         self._size = stages[0].in_size
         # Pixels of the smallest map with batch statistics; 2 where there are none.
@@ -94,16 +95,14 @@ class ConvChain(PackedChain):
         taps = math.prod(kernel)
         geometry = (stage.in_size, stage.out_size, kernel, stage.stride, stage.padding, stage.dilation)
         forward = windows.forward_windows(*geometry)
-        offsets = [windows.ravel(row, kernel) for row in forward.rows]
         # The first stage reads the state, which is float32 and not padded.
-        ahead = self._packed(weight, offsets, inputs, outputs, taps, inputs * taps, whole=not first)
+        ahead = self._packed(weight, forward.offsets, inputs, outputs, taps, inputs * taps, whole=not first)
         if first:
             backward = windows.edge_windows(*geometry)
             behind = self._packed_edge(weight, backward)
         else:
             backward = windows.backward_windows(*geometry)
-            offsets = [windows.ravel(row, kernel) for row in backward.rows]
-            behind = self._packed(weight, offsets, outputs, inputs, inputs * taps, taps, whole=True)
+            behind = self._packed(weight, backward.offsets, outputs, inputs, inputs * taps, taps, whole=True)
         bias = _padded(weight.new_zeros(outputs) if stage.bias is None else stage.bias.detach().float(), 0)
         norm = stage.norm
         # Copies: the parameters may change later, this chain keeps the weights of now.
@@ -120,7 +119,7 @@ class ConvChain(PackedChain):
         return _Stage(arguments, held)
 
     def _packed(
-        self, source: Tensor, rows: list[int], inputs: int, outputs: int, input_stride: int, output_stride: int,
+        self, source: Tensor, rows: Tensor, inputs: int, outputs: int, input_stride: int, output_stride: int,
         *, whole: bool,
     ) -> Scratch:  # fmt: skip
         """[strip][row][channel][16], bfloat16 with channels in pairs; `whole`: in the chain's type, padded."""
@@ -132,17 +131,14 @@ class ConvChain(PackedChain):
     def _packed_edge(self, weight: Tensor, edge: windows.Windows) -> Scratch:
         """The edge's weights: strip = four channels of x, lane = 4 (channel mod 4) + pixel of the run."""
         outputs, inputs = weight.shape[:2]
-        kernel = tuple(weight.shape[2:])
         flat = torch.cat([weight.flatten(2), weight.new_zeros(outputs, inputs, 1)], 2)  # the last tap is none
-        none = math.prod(kernel)
-        index = [[none if tap < 0 else windows.ravel((*row[:-1], tap), kernel) for tap in row[-1]] for row in edge.rows]
         pixels = windows.EDGE_PIXELS
-        chosen = flat[:, :, torch.tensor(index, dtype=torch.int64, device=flat.device).reshape(-1)]
+        chosen = flat[:, :, edge.offsets.reshape(-1)]
         dense = chosen.reshape(outputs, inputs, len(edge.rows), pixels).permute(2, 0, 1, 3)  # row, out, in, pixel
         groups = -(-inputs // _EDGE_CHANNELS)
         dense = F.pad(dense, (0, 0, 0, groups * _EDGE_CHANNELS - inputs)).contiguous()
         lanes = groups * _EDGE_CHANNELS * pixels
-        rows = [row * outputs * lanes for row in range(len(edge.rows))]
+        rows = torch.arange(len(edge.rows), device="cpu") * (outputs * lanes)
         return self._packed(dense, rows, outputs, lanes, lanes, 1, whole=True)
 
     def _call(

@@ -81,14 +81,13 @@ class PackedChain(abc.ABC):
 
 
 def pack(
-    source: Tensor, rows: list[int], inputs: int, outputs: int, strides: tuple[int, int], *, depth: int, bfloat: bool
+    source: Tensor, rows: Tensor, inputs: int, outputs: int, strides: tuple[int, int], *, depth: int, bfloat: bool
 ) -> Scratch:
     """[strip][row][channel up to depth][16] of the weight from input i to output o at rows[r] + i·strides[0] +
-    o·strides[1] of float32 `source`; bfloat16 with channels in pairs."""
+    o·strides[1] of float32 `source`, rows int64; bfloat16 with channels in pairs."""
     packed = Scratch(-(-outputs // STRIP) * len(rows) * depth * STRIP * (2 if bfloat else 4))
-    offsets = torch.tensor(rows, dtype=torch.int64, device="cpu")
     native.module().conv_chain_pack(
-        source.data_ptr(), packed.address, bfloat, offsets.data_ptr(), len(rows), inputs, depth, outputs, *strides,
+        source.data_ptr(), packed.address, bfloat, rows.data_ptr(), len(rows), inputs, depth, outputs, *strides,
         torch.get_num_threads(),
     )  # fmt: skip
     return packed

@@ -11,6 +11,7 @@ import collections
 import dataclasses
 import functools
 import itertools
+import math
 import threading
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
@@ -85,13 +86,26 @@ class Windows:
     base: Tensor
     output: Tensor
     rows: tuple[tuple[Any, ...], ...]
+    kernel: tuple[int, ...]  # of a convolution; its rows' keys are indices into it
 
     @property
     def nbytes(self) -> int:
         tables = (self.first_tap, self.tap_pixel, self.tap_weight, self.first_output, self.base, self.output)
         return sum(table.nbytes for table in tables) + 100 * len(self.rows)
 
-    @property
+    @functools.cached_property
+    def offsets(self) -> Tensor:  # (rows,) int64; of an edge (rows, EDGE_PIXELS)
+        """Each row's tap by its place in the kernel, row-major; one past the last for an edge's that is none."""
+        none = math.prod(self.kernel)
+
+        def place(row: Sequence[Any]) -> Any:
+            if row and isinstance(row[-1], tuple):
+                return [none if tap < 0 else ravel((*row[:-1], tap), self.kernel) for tap in row[-1]]
+            return ravel(row, self.kernel)
+
+        return torch.from_numpy(np.asarray([place(row) for row in self.rows], dtype=np.int64))
+
+    @functools.cached_property
     def arguments(self) -> tuple[int, ...]:
         """Classes, outputs, and the tables' addresses."""
         tables = (self.first_tap, self.tap_pixel, self.tap_weight, self.first_output, self.base, self.output)
@@ -148,7 +162,9 @@ def _edge_axis(*geometry: int) -> _Axis:
     return axis_of(runs)
 
 
-def product(axes: Sequence[_Axis], read_size: Sequence[int], out_size: Sequence[int]) -> Windows:
+def product(
+    axes: Sequence[_Axis], read_size: Sequence[int], out_size: Sequence[int], kernel: tuple[int, ...] = ()
+) -> Windows:
     """The classes of a map from those of its dimensions; `read_size` is the map that is read."""
     rows: dict[tuple[Any, ...], int] = {}
     first_tap, first_output = [0], [0]
@@ -179,7 +195,7 @@ def product(axes: Sequence[_Axis], read_size: Sequence[int], out_size: Sequence[
 
     return Windows(
         table(first_tap), table(pixels), table(weights), table(first_output), table(np.concatenate(bases)),
-        table(np.concatenate(outputs)), tuple(rows),
+        table(np.concatenate(outputs)), tuple(rows), kernel,
     )  # fmt: skip
 
 
@@ -216,7 +232,7 @@ def forward_windows(
 ) -> Windows:
     """The convolution: rows are taps (one index a dimension), outputs the map's pixels."""
     axes = [_forward_axis(*axis) for axis in zip(inputs, outputs, kernel, stride, padding, dilation, strict=True)]
-    return product(axes, inputs, outputs)
+    return product(axes, inputs, outputs, kernel)
 
 
 @_remembered
@@ -225,7 +241,7 @@ def backward_windows(
 ) -> Windows:
     """Its data gradient: what is read is the map of outputs, what is made that of inputs."""
     axes = [_backward_axis(*axis) for axis in zip(inputs, outputs, kernel, stride, padding, dilation, strict=True)]
-    return product(axes, outputs, inputs)
+    return product(axes, outputs, inputs, kernel)
 
 
 @_remembered
@@ -236,4 +252,4 @@ def edge_windows(
     geometry = list(zip(inputs, outputs, kernel, stride, padding, dilation, strict=True))
     axes = [_backward_axis(*axis) for axis in geometry[:-1]] + [_edge_axis(*geometry[-1])]
     runs = -(-inputs[-1] // EDGE_PIXELS)
-    return product(axes, outputs, (*inputs[:-1], runs))
+    return product(axes, outputs, (*inputs[:-1], runs), kernel)

@@ -119,11 +119,10 @@ class ForwardPass:
         outputs, inputs, *kernel = layer.weight.shape
         taps = math.prod(kernel)
         table = windows.forward_windows(*self._geometry(layer))
-        offsets = [windows.ravel(row, kernel) for row in table.rows]
         bfloat = layer.inputs[0] not in self._pixels and self._pays_in_bfloat(taps, inputs)
-        weights = packed(layer.weight, offsets, inputs, outputs, (taps, inputs * taps), bfloat)
+        weights = packed(layer.weight, table.offsets, inputs, outputs, (taps, inputs * taps), bfloat)
         return {
-            "windows": table, "weights": weights, "bfloat": bfloat, "rows": len(offsets), "inputs": inputs,
+            "windows": table, "weights": weights, "bfloat": bfloat, "rows": len(table.rows), "inputs": inputs,
             "outputs": outputs,
         }  # fmt: skip
 

@@ -90,9 +90,7 @@ def tap_numbers(table: windows.Windows, kernel: layers.Size) -> Tensor:
     return torch.tensor([windows.ravel(row, kernel) for row in table.rows], dtype=torch.float32)
 
 
-def packed(
-    source: Tensor, rows: list[int], inputs: int, outputs: int, strides: tuple[int, int], bfloat: bool
-) -> Scratch:
+def packed(source: Tensor, rows: Tensor, inputs: int, outputs: int, strides: tuple[int, int], bfloat: bool) -> Scratch:
     """[strip][row][channel][16] of float32, or of bfloat16 with channels in pairs, filled up to whole tiles."""
     depth = -(-inputs // BFLOAT_DEPTH) * BFLOAT_DEPTH if bfloat else inputs
     return pack(source.detach().float().contiguous(), rows, inputs, outputs, strides, depth=depth, bfloat=bfloat)

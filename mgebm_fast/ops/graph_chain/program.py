@@ -138,17 +138,18 @@ class Program(ForwardPass):
             flat = flat.reshape(outputs, taps * depth).contiguous()
             table = windows.forward_windows((), (), (), (), (), ())
             bfloat = self._pays_in_bfloat(1, outputs)
-            weights = packed(flat, [0], outputs, taps * depth, (taps * depth, 1), bfloat)
+            weights = packed(
+                flat, torch.zeros(1, dtype=torch.int64, device="cpu"), outputs, taps * depth, (taps * depth, 1), bfloat
+            )
             return {
                 "source": grad, "windows": table, "weights": weights, "bfloat": bfloat, "rows": 1, "inputs": outputs,
                 "outputs": taps * depth,
             }  # fmt: skip
         table = windows.backward_windows(*self._geometry(layer))
-        offsets = [windows.ravel(row, kernel) for row in table.rows]
         bfloat = self._pays_in_bfloat(taps, outputs)
-        weights = packed(layer.weight, offsets, outputs, inputs, (inputs * taps, taps), bfloat)
+        weights = packed(layer.weight, table.offsets, outputs, inputs, (inputs * taps, taps), bfloat)
         return {
-            "source": grad, "windows": table, "weights": weights, "bfloat": bfloat, "rows": len(offsets),
+            "source": grad, "windows": table, "weights": weights, "bfloat": bfloat, "rows": len(table.rows),
             "inputs": outputs, "outputs": inputs,
         }  # fmt: skip
 
