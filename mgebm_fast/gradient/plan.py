@@ -50,7 +50,11 @@ def plan(
         raise ValueError(f"{where}: precision must be one of {', '.join(PRECISIONS)}, got {precision!r}{near}")
     compiler = compiler_of(compile, where)
     plain = why_not_plain(x)
-    stack: Stack | str = f"x is {plain}" if plain else read(energy, x)
+    on_gpu = x.device.type == "cuda"
+    stack: Stack | str = f"x is {plain}" if plain else read(energy, x, blocks=on_gpu)
+    if isinstance(stack, Stack) and stack.has_shortcuts:
+        if reason := resident.why_not(stack, x, _precision(precision, stack, x)):
+            stack = f"residual blocks are for the resident chain, which cannot run: {reason}"
     if isinstance(stack, Stack) and isinstance(energy, nn.Module) and (reason := why_not_trusted(energy, stack, x)):
         warnings.warn(
             f"{where}: {type(energy).__name__} looks like a stack of convolutions, but {reason}; it runs by autograd",
@@ -70,9 +74,8 @@ def plan(
                 "compile=True computes any energy in it"
             )
         return autograd.AutogradPlan(energy, where, (stack, made), x.device.type)
-    if precision == "auto":
-        precision = conv.auto_precision(x.device.type, len(stack.stages))
-    if x.device.type == "cuda":
+    precision = _precision(precision, stack, x)
+    if on_gpu:
         not_resident = resident.why_not(stack, x, precision)
         if not not_resident:
             return resident.ResidentPlan(stack, energy, x)
@@ -89,6 +92,11 @@ def plan(
     if faster == "conv":
         return conv.ConvPlan(stack, energy, precision, reason)
     return engine.NativePlan(stack, energy, precision, where)
+
+
+def _precision(precision: str, stack: Stack, x: Tensor) -> str:
+    layers = sum(stage.shortcut is None for stage in stack.stages)
+    return conv.auto_precision(x.device.type, layers) if precision == "auto" else precision
 
 
 def compiler_of(compile: bool | str, where: str) -> str:

@@ -82,7 +82,7 @@ class ResidentPlan(GradientPlan):
         resident.launch(chains, nets, before, self.bad_step)
 
     def refresh(self) -> None:
-        stack = reread(self._energy, self._example, self._layouts)
+        stack = reread(self._energy, self._example, self._layouts, blocks=True)
         self._chain.load(stack.stages, stack.head)
 
     def explain(self) -> PlanReport:

@@ -17,11 +17,13 @@ from types import NoneType
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import BackendError
-from ..nets import EnergyNet, Negative
+from ..nets import EnergyNet, Negative, ResidualNet
 from ..nets.layers import BN_EPS, BatchStatistics, ConvLayer, LinearHead
+from ..nets.residual import ResidualBlock
 from ..ops.state import why_not_plain
 from .builder import Builder, label
 from .stages import BatchNorm, Stack, Stage, Unreadable
@@ -30,26 +32,27 @@ from .trust import why_not_read
 __all__ = ["BatchNorm", "Stack", "Stage", "example_input", "layout_of", "read", "reread"]
 
 
-def read(energy: Any, x: Tensor) -> Stack | str:  # x: (N, C, *spatial); only its shape, dtype and device are used
+def read(energy: Any, x: Tensor, *, blocks: bool = False) -> Stack | str:  # x: (N, C, *spatial); its form alone counts
     """The stack of `energy` for tensors like x; or the reason, naming the layer, why it cannot be read as one.
 
     Read are EnergyNet (not its subclasses), the `Negative` of what is read, and nn.Sequential, nested or not, of
     Conv1d/2d/3d (zero padding, one group), BatchNorm right after a convolution or Linear, ReLU, LeakyReLU, SiLU, ELU
     (alpha 1), Identity, Dropout that does nothing, Flatten and Linear, that ends in Flatten(0), so that it returns
     (N,). Hooks, methods put on an instance and tensors that are not plain memory make a net one that is not read.
+    With `blocks` a ResidualNet without labels is read too, as stages with shortcuts.
     """
     try:
-        return _read(energy, x)
+        return _read(energy, x, blocks)
     except Unreadable as reason:
         return str(reason)
 
 
-def reread(energy: Any, x: Tensor, forms: Sequence[tuple[Any, ...]] | None = None) -> Stack:
+def reread(energy: Any, x: Tensor, forms: Sequence[tuple[Any, ...]] | None = None, *, blocks: bool = False) -> Stack:
     """The stack of `energy` as it is now, for a plan that takes layers of these forms alone; None: of any.
 
     Raises BackendError where the energy is no longer such a stack.
     """
-    stack = read(energy, x)
+    stack = read(energy, x, blocks=blocks)
     if isinstance(stack, str):
         raise BackendError(f"refresh: the energy must still be a stack of convolutions, but {stack}")
     if forms is not None and [layout_of(stage) for stage in stack.stages] != list(forms):
@@ -62,7 +65,7 @@ def layout_of(stage: Stage) -> tuple[Any, ...]:
     eps = None if stage.norm is None else stage.norm.eps
     return (
         stage.weight.shape, stage.bias is None, stage.stride, stage.padding, stage.dilation, eps, stage.activation,
-        stage.slope,
+        stage.slope, stage.shortcut,
     )  # fmt: skip
 
 
@@ -72,13 +75,13 @@ def example_input(stack: Stack) -> Tensor:  # (2, C, *size), expanded from one e
 
 
 @torch.no_grad()
-def _read(energy: Any, x: Tensor) -> Stack:
+def _read(energy: Any, x: Tensor, blocks: bool) -> Stack:
     if type(energy) is Negative:
-        stack = _read(energy.f, x)
+        stack = _read(energy.f, x, blocks)
         if reason := why_not_read(energy):
             raise Unreadable(reason)
         return dataclasses.replace(stack, head=-stack.head)
-    if type(energy) not in (EnergyNet, nn.Sequential):
+    if type(energy) not in ((EnergyNet, nn.Sequential, ResidualNet) if blocks else (EnergyNet, nn.Sequential)):
         raise Unreadable(f"{type(energy).__name__} is not an EnergyNet or nn.Sequential")
     if x.dtype != torch.float32:
         raise Unreadable(f"x is {x.dtype}")
@@ -93,6 +96,8 @@ def _read(energy: Any, x: Tensor) -> Stack:
             raise Unreadable(f"{path} is {reason}")
     if isinstance(energy, EnergyNet):
         return _read_energy_net(energy, x, builder)
+    if isinstance(energy, ResidualNet):
+        return _read_residual_net(energy, x)
     for path, module in _flat(energy):
         builder.take(path, module)
     return builder.finish()
@@ -124,6 +129,60 @@ def _read_energy_net(net: EnergyNet, x: Tensor, builder: Builder) -> Stack:
     if not isinstance(net.head, LinearHead) or tuple(net.head.weight.shape) != (1, math.prod(shape)):
         raise Unreadable(f"the head does not fit a feature map of shape {shape}")
     return builder.stack(-net.head.effective_weight().reshape(shape))
+
+
+def _read_residual_net(net: ResidualNet, x: Tensor) -> Stack:
+    """Pooling, the mean over blocks of 2 pixels a dimension, is made a part of the convolution before it, whose kernel
+    it widens to 4, at stride 2, and of the shortcut's."""
+    if net.labels is not None:
+        raise Unreadable("the net takes labels")
+    if any(getattr(module, "observe", False) for module in net.modules()):
+        raise Unreadable("the net is observing data")
+    net.config()  # ValueError where layers were changed
+    try:
+        net.check_input(x)
+    except ValueError as error:
+        raise Unreadable(str(error)) from None
+    ndim, stages = x.dim() - 2, list[Stage]()
+    one, slope = (1,) * ndim, {"leaky_relu": net.negative_slope, "relu": 0.0}.get(net.activation, 1.0)
+
+    def add(name: str, weight: Tensor, bias: Tensor | None, size: tuple[int, ...], shortcut: int | None = None) -> None:
+        stride, padding = (2 if weight.shape[2] % 2 == 0 else 1,) * ndim, ((weight.shape[2] - 1) // 2,) * ndim
+        out = tuple(length // stride[0] for length in size)
+        activation = net.activation if shortcut is None else "none"
+        stages.append(
+            Stage(name, weight, bias, stride, padding, one, None, activation, slope, size, out, shortcut=shortcut)
+        )
+
+    for index, layer in enumerate(net.layers):
+        name, size = f"layers.{index}", stages[-1].out_size if stages else tuple(x.shape[2:])
+        if isinstance(layer, ConvLayer):
+            add(name, layer.effective_weight(), layer.bias, size)
+        elif isinstance(layer, ResidualBlock):
+            source, last = len(stages) - 1, layer.second.effective_weight()
+            add(f"{name}.first", layer.first.effective_weight(), layer.first.bias, size)
+            bias: Tensor | None = layer.second.bias
+            skip = torch.eye(len(last), device=x.device).reshape(-1, len(last), *one)
+            if layer.shortcut is not None:
+                assert layer.second.bias is not None and layer.shortcut.bias is not None
+                bias, skip = layer.second.bias + layer.shortcut.bias, layer.shortcut.effective_weight()
+            if layer.pool:
+                last, skip = _pooled(last), _pooled(skip)
+            add(f"{name}.shortcut", skip, None, size, shortcut=source)
+            add(f"{name}.second", last, bias, size)
+    channels, top = net.stages[-1], stages[-1].out_size
+    head = -net.head.effective_weight().reshape(channels, *(top if net.head_kind == "linear" else one))
+    if net.head_kind == "mean":
+        head = head / math.prod(top)
+    return Stack(ndim, net.channels, tuple(x.shape[2:]), tuple(stages), head.expand(channels, *top))
+
+
+def _pooled(weight: Tensor) -> Tensor:  # (out, in, *kernel) -> one tap more a dimension, for stride 2
+    """The convolution whose result is the mean over blocks of 2 pixels a dimension of that of `weight`."""
+    for dim in range(2, weight.dim()):
+        pads = [0, 0] * (weight.dim() - 1 - dim)
+        weight = (F.pad(weight, [*pads, 0, 1]) + F.pad(weight, [*pads, 1, 0])) / 2
+    return weight
 
 
 def _flat(module: nn.Sequential, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:

@@ -31,6 +31,9 @@ class Stage:
     slope: float  # of leaky_relu; 0 for relu, 1 for none
     in_size: tuple[int, ...]
     out_size: tuple[int, ...]
+    # Of a shortcut: the index of the stage whose z it reads. It adds to the z of the stage after it, and the stages
+    # around it are one behind the other. Only the resident chain takes one.
+    shortcut: int | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,6 +45,10 @@ class Stack:
     size: tuple[int, ...]  # of x
     stages: tuple[Stage, ...]
     head: Tensor  # (C_top, *top size) = dE/d(top map), the same for every sample
+
+    @property
+    def has_shortcuts(self) -> bool:
+        return any(stage.shortcut is not None for stage in self.stages)
 
 
 class Unreadable(Exception):

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from torch import nn
 
-from ..nets import EnergyNet, Negative
+from ..nets import EnergyNet, Negative, ResidualNet
 from ..nets.layers import BatchStatistics, ConvLayer, LinearHead, SpectralWeight
+from ..nets.residual import Activation, ResidualBlock
 
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 GLOBAL_HOOKS = tuple(f"_global{name}" for name in HOOKS)
@@ -13,7 +14,7 @@ GLOBAL_HOOKS = tuple(f"_global{name}" for name in HOOKS)
 _READ = (
     nn.Module, nn.Sequential, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear, nn.Flatten, nn.BatchNorm1d, nn.BatchNorm2d,
     nn.BatchNorm3d, nn.ReLU, nn.LeakyReLU, nn.SiLU, nn.ELU, nn.Identity, EnergyNet, Negative, ConvLayer, LinearHead,
-    BatchStatistics, SpectralWeight,
+    BatchStatistics, SpectralWeight, ResidualNet, ResidualBlock, Activation,
 )  # fmt: skip
 _METHODS = ("__call__", "_call_impl", "forward", "_conv_forward", "score", "effective_weight", "check_input")
 _CODE = [(kind, name, getattr(kind, name)) for kind in _READ for name in _METHODS if hasattr(kind, name)]

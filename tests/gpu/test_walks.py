@@ -1,5 +1,6 @@
 """What chains, cascades and training ask of a GPU, on fake tensors: launches, copies, synchronisations, captures."""
 
+import dataclasses
 import types
 
 import numpy as np
@@ -9,9 +10,12 @@ from helpers.fake_cuda import count, illegal, tally, to_cuda
 
 from mgebm_fast import noise, ops
 from mgebm_fast.data import ImageData
+from mgebm_fast.gradient.plan import plan
 from mgebm_fast.learning import MultiGridTrainer, apply_overrides, build_model, load_preset
 from mgebm_fast.models import MultiGrid
 from mgebm_fast.nets import multigrid_net
+from mgebm_fast.ops import state
+from mgebm_fast.ops.conv_chain import resident, resident_layout
 from mgebm_fast.sampling import Langevin, graphs
 
 DYNAMICS = Langevin(3, step_size=0.3, reference_std=50.0, clamp=(0.0, 255.0))
@@ -116,6 +120,56 @@ def test_a_cascade_is_one_replay_and_a_pipeline_one_sync(world, norm, variant, s
         events = world.take()
         assert not illegal(events)
     assert count(events, "replay") == 1
+
+
+@pytest.fixture
+def built(world, monkeypatch):
+    """The world of a module with CUDA kernels, in which resident chains may run."""
+
+    def layout(stages, samples):  # tables are numbers, not tensors without values
+        with torch._subclasses.fake_tensor.unset_fake_temporarily():
+            sizes = [dataclasses.replace(stage, weight=torch.empty(stage.weight.shape)) for stage in stages]
+            made = resident_layout.Layout(sizes, samples)
+        for part in made.parts:
+            part.swizzle = torch.empty(len(part.swizzle), dtype=torch.int64)
+        return made
+
+    world.archs = "90"
+    monkeypatch.delenv("MGEBM_RESIDENT")
+    monkeypatch.setattr(resident, "Layout", layout)
+    monkeypatch.setattr(state, "why_not_plain", lambda tensor, **_: "")
+    return world
+
+
+@pytest.mark.parametrize("variant", ["compact", "residual"])
+def test_small_nets_are_one_launch_a_chain_and_a_cascade(built, variant):
+    net, x = net_of(8, None if variant == "residual" else "none", variant), images(2, 8)
+    model = to_cuda(MultiGrid((1, 4, 8), channels=3, norm="none", variant=variant, langevin=DYNAMICS))
+    start = torch.rand(2, 3, 1, 1, device="cuda")
+    for run in (lambda: DYNAMICS(net, x, seed=1), lambda: model.cascade(start, seed=1)):
+        for _ in range(2):
+            built.take()
+            run()
+            events = built.take()
+            assert not illegal(events)
+        captured = [event.name for event in events if event.captured and event.kind in ("native", "triton")]
+        assert captured == ["conv_chain"], captured
+        run()
+        assert count(built.take(), "replay") == 1
+    assert plan(net, x).explain().plan == "resident"
+
+
+def test_what_is_no_resident_chain_says_why(built):
+    def explained(net, size, precision="auto"):
+        found = plan(net, images(2, size), precision).explain()
+        return found.plan, " ".join(found.why_not_faster)
+
+    name, why = explained(net_of(4, "batch"), 4)
+    assert name == "fused" and "its own samples alone, and layer layers.0 normalises by batch statistics" in why
+    name, why = explained(net_of(16, None, "residual"), 16)
+    assert name == "autograd" and "take 810 KiB of shared memory, of 227" in why
+    name, why = explained(net_of(8, None, "residual"), 8, "fp32")
+    assert name == "autograd" and "its weights and maps are fp16, not fp32" in why
 
 
 def test_captures_of_a_lane_share_one_stream_and_a_failed_one_gives_the_callers_back(world):

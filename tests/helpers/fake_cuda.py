@@ -85,6 +85,7 @@ class World:
         self.streams = itertools.count(1)
         self.current = [Stream(self)]
         self.fail_captures = False
+        self.archs = ""  # what the native module was built for
 
     def note(
         self, kind: str, name: str, detail: str = "", tensors: dict[str, Any] | None = None, **constants: Any
@@ -208,8 +209,8 @@ class _Native:
         self._module, self._world = module, world
 
     def __getattr__(self, name: str) -> Any:
-        if name == "cuda_archs":  # as in a build without CUDA: the launchers would ask for addresses
-            return lambda: ""
+        if name == "cuda_archs":  # "": as in a build without CUDA
+            return lambda: self._world.archs
         if name.endswith("_cuda"):
             return lambda *arguments: self._world.note("native", name.removesuffix("_cuda"))
         return getattr(self._module, name)

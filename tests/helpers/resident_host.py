@@ -106,6 +106,7 @@ class Stage:
     in_size: tuple[int, ...]
     out_size: tuple[int, ...]
     slope: float = 0.2
+    shortcut: int | None = None
     norm: None = None
     name: str = "layer"
 

@@ -6,6 +6,7 @@ a few units one sign that a rounding turns changes much; nets that are used, wit
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import math
 
@@ -16,7 +17,7 @@ from helpers.resident_host import advanced, gradient, launch, loaded, place_of, 
 
 from mgebm_fast import noise
 from mgebm_fast.gradient.stack import read
-from mgebm_fast.nets import multigrid_net
+from mgebm_fast.nets import ResidualNet, multigrid_net
 from mgebm_fast.ops import upsample
 from mgebm_fast.ops.conv_chain import conv_chain_reference, gradient_reference, resident
 from mgebm_fast.ops.conv_chain.resident_layout import Layout
@@ -76,12 +77,50 @@ def test_compact_nets_fit_a_block(size):
         assert error < 0.08  # signs of units near 0 flip
 
 
+RESIDUAL = [
+    # size, channels, stages, options
+    (8, 3, (32, 64), {}),  # as `multigrid_net` makes it
+    (4, 3, (32, 64), {"activation": "leaky_relu"}),
+    (5, 1, (12, 20, 8), {"activation": "elu", "head": "mean"}),
+    ((7, 6), 2, (10, 10), {"depth": 2, "activation": "leaky_relu", "head": "sum"}),
+    (9, 3, (8, 24, 24), {"ndim": 1, "spectral_norm": True}),
+    ((4, 3, 5), 1, (9, 9), {"ndim": 3, "activation": "relu"}),
+]
+
+
+@pytest.mark.parametrize("size, channels, widths, options", RESIDUAL)
+def test_residual_blocks_and_average_pooling(size, channels, widths, options):
+    """The gradient against autograd's of the net's own code, in float64; steps whatever the samples of a block are."""
+    net = ResidualNet(size, channels, widths, seed=1, **options)
+    with torch.no_grad():
+        for name, parameter in net.named_parameters():
+            if name.endswith("bias"):
+                parameter.uniform_(-0.3, 0.3, generator=torch.Generator().manual_seed(len(name)))
+    x = torch.rand(5, channels, *net.size, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    stack = read(net, x, blocks=True)
+    leaf = x.double().requires_grad_()
+    (expected,) = torch.autograd.grad(copy.deepcopy(net).double()(leaf).sum(), leaf)
+    assert float((gradient_reference(stack.stages, stack.head, x) - expected).norm() / expected.norm()) < 1e-6
+    got = gradient(stack.stages, stack.head, x, samples=2)
+    smooth = net.activation in ("silu", "elu")
+    assert float((got - expected).norm() / expected.norm()) < (5e-3 if smooth else 0.08)  # signs of units near 0 flip
+    ended = advanced(stack.stages, stack.head, x, LAW, samples=2, steps=2)
+    again = x
+    for step in range(2):
+        again = advanced(stack.stages, stack.head, again, LAW, samples=1 + step, steps=1, step=step, seed=5, blocks=2)
+    assert torch.equal(again, ended)
+
+
 def test_what_does_not_fit_is_named():
     assert "KiB of shared memory" in resident.why_not(compact(32).stages)
     batch = read(multigrid_net(4, 3, norm="batch"), torch.zeros(2, 3, 4, 4))
-    assert "batch statistics" in resident.why_not(batch.stages)
+    assert "layer layers.0 normalises by batch statistics" in resident.why_not(batch.stages)
+    for size, needed in ((8, ""), (4, ""), (2, ""), (16, "KiB of shared memory, of 227")):
+        net = multigrid_net(size, 3, variant="residual")
+        reason = resident.why_not(read(net, torch.zeros(2, 3, size, size), blocks=True).stages)
+        assert needed in reason and bool(reason) == bool(needed), (size, reason)
     stack = compact(4)
-    assert "up to 8 layers" in resident.why_not(stack.stages * 3)
+    assert "up to 16 layers" in resident.why_not(stack.stages * 6)
     negative = [dataclasses.replace(stage, slope=-0.5) for stage in stack.stages]
     assert "slope -0.5" in resident.why_not(negative)
 

@@ -8,6 +8,12 @@
 //
 //   forward l    z = W h_(l-1) + b;  map l <- a(z);  at the top  map <- head a'(z)
 //   backward l   map l-1 <- (W' map l) a'(z_(l-1))                                            l = top ... 1
+//
+// and where a stage l + 1 has a shortcut, a stage l of its own in the list, from an earlier stage s whose z is kept:
+//
+//   forward l    z of l+1 <- S z_s,  which forward l+1 adds
+//   backward l   map s <- S' map l+1,  to which the stage that reads h_s adds its own
+//
 //   edge         dx <- W' map 0
 //   update       x <- langevin_step_update(x, dx / scale, normal)
 //
@@ -182,7 +188,9 @@ class Resident {
   MG_BODY void forward(const ResidentNet& net, int l) {
     const ResidentStage& stage = net.stages.at[l];
     products<false, 2>(net, l, stage.out_chunks, [&](const Warp& warp, const auto& each_pair) {
-      if (curved(stage)) {
+      if (stage.shortcut) {
+        store_pairs(stage, stage.z, warp, each_pair);
+      } else if (curved(stage)) {
         finish_forward<true>(net, l, warp, each_pair);
       } else {
         finish_forward<false>(net, l, warp, each_pair);
@@ -190,17 +198,25 @@ class Resident {
     });
   }
 
+  // Adds to v0 and v1 the two numbers at `at`.
+  MG_BODY static void add_pair(const Warp& warp, uint32_t at, float& v0, float& v1) {
+    const uint32_t pair = warp.template load<uint32_t>(at);
+    v0 += unpack(static_cast<uint16_t>(pair)), v1 += unpack(static_cast<uint16_t>(pair >> 16));
+  }
+
   template <bool kCurved, typename EachPair>
   MG_BODY void finish_forward(const ResidentNet& net, int l, const Warp& warp, const EachPair& each_pair) {
     const ResidentStage& stage = net.stages.at[l];
-    const auto with_bias = [&](int column, float v) {
-      return v + warp.template load<float>(static_cast<uint32_t>(stage.bias + 4 * column));
+    const auto complete = [&](int s, int pixel, int column, float& v0, float& v1) {
+      v0 += warp.template load<float>(static_cast<uint32_t>(stage.bias + 4 * column));
+      v1 += warp.template load<float>(static_cast<uint32_t>(stage.bias + 4 * column + 4));
+      if (stage.adds) add_pair(warp, pair_at(stage, stage.z, s, pixel, column), v0, v1);
     };
     if (l + 1 == net.stages.count) {
       const float* head = number(net, net.head);
-      each_pair([&](int s, int pixel, int column, float v0, float v1) {
+      each_pair([&](int s, int pixel, int column, float z0, float z1) {
         const float* d = head + pixel * 8 * stage.out_chunks + column;
-        const float z0 = with_bias(column, v0), z1 = with_bias(column + 1, v1);
+        complete(s, pixel, column, z0, z1);
         // An overflow of the forward pass must reach dE/dx whatever the slope: z - z is NaN for inf and NaN, else 0.
         const float g0 = fused(d[0], slope_of<kCurved>(stage, z0), z0 - z0);
         const float g1 = fused(d[1], slope_of<kCurved>(stage, z1), z1 - z1);
@@ -208,23 +224,37 @@ class Resident {
       });
       return;
     }
-    each_pair([&](int s, int pixel, int column, float v0, float v1) {
-      const float z0 = with_bias(column, v0), z1 = with_bias(column + 1, v1);
+    each_pair([&](int s, int pixel, int column, float z0, float z1) {
+      complete(s, pixel, column, z0, z1);
       warp.store(pair_at(stage, stage.map, s, pixel, column),
                  pack(activate<kCurved>(stage, z0), activate<kCurved>(stage, z1)));
-      if constexpr (kCurved) warp.store(pair_at(stage, stage.z, s, pixel, column), pack(z0, z1));
+      if (stage.z >= 0) warp.store(pair_at(stage, stage.z, s, pixel, column), pack(z0, z1));
+    });
+  }
+
+  template <typename EachPair>
+  MG_BODY static void store_pairs(const ResidentStage& stage, int32_t map, const Warp& warp,
+                                  const EachPair& each_pair) {
+    each_pair([&](int s, int pixel, int column, float v0, float v1) {
+      warp.store(pair_at(stage, map, s, pixel, column), pack(v0, v1));
     });
   }
 
   MG_BODY void backward(const ResidentNet& net, int l) {
-    const ResidentStage& below = net.stages.at[l - 1];
+    const ResidentStage& stage = net.stages.at[l];
+    const ResidentStage& below = net.stages.at[stage.from];
     products<true, 2>(net, l, below.out_chunks, [&](const Warp& warp, const auto& each_pair) {
-      if (curved(below)) {
+      if (stage.shortcut) {
+        store_pairs(below, below.map, warp, each_pair);
+      } else if (below.z >= 0) {
         each_pair([&](int s, int pixel, int column, float v0, float v1) {
           const uint32_t z = warp.template load<uint32_t>(pair_at(below, below.z, s, pixel, column));
           const float z0 = unpack(static_cast<uint16_t>(z)), z1 = unpack(static_cast<uint16_t>(z >> 16));
-          warp.store(pair_at(below, below.map, s, pixel, column),
-                     pack(v0 * slope_of<true>(below, z0), v1 * slope_of<true>(below, z1)));
+          v0 *= curved(below) ? slope_of<true>(below, z0) : slope_of<false>(below, z0);
+          v1 *= curved(below) ? slope_of<true>(below, z1) : slope_of<false>(below, z1);
+          const uint32_t at = pair_at(below, below.map, s, pixel, column);
+          if (stage.adds_below) add_pair(warp, at, v0, v1);
+          warp.store(at, pack(v0, v1));
         });
       } else {
         each_pair([&](int s, int pixel, int column, float v0, float v1) {

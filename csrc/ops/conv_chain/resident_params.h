@@ -6,7 +6,7 @@
 
 namespace mgebm {
 
-constexpr int kResidentNets = 4, kResidentStages = 8;
+constexpr int kResidentNets = 4, kResidentStages = 16;
 
 // Offsets "in the image" are those in shared memory too, "in memory" those from ResidentNet::memory.
 struct ResidentWindows {
@@ -21,14 +21,20 @@ struct ResidentStage {
   ResidentWindows forward, backward;
   int32_t weights;  // in the image: 16-bit [row][8 out_chunks][8 in_chunks], in swizzled chunks
   int32_t bias;     // in the image: float (8 out_chunks)
+  int32_t from;     // the stage whose h it reads, or of a shortcut z; -1: x
+  int32_t reads;    // in shared memory: where that lies
   int32_t map;      // in shared memory: 16-bit [sample][out_pixels][8 out_chunks], in swizzled chunks
-  int32_t z;        // the same for z, where the slope of the activation needs it; else -1
+  int32_t z;        // the same for z, where a slope or a shortcut needs it; else -1
   int32_t in_pixels, out_pixels;
   int32_t in_chunks, out_chunks;  // 1, 2, 4, or a multiple of 8
   float slope;
   Activation activation;
-  MGEBM_FIELDS(forward, backward, weights, bias, map, z, in_pixels, out_pixels, in_chunks, out_chunks, slope,
-               activation)
+  // A shortcut adds to the z of the stage after it, whose map and z are its own too; it has no bias and no activation.
+  bool shortcut;
+  bool adds;        // to z, what the shortcut before it left there
+  bool adds_below;  // to dE/dz of `from`, what a shortcut of the same map left there
+  MGEBM_FIELDS(forward, backward, weights, bias, from, reads, map, z, in_pixels, out_pixels, in_chunks, out_chunks,
+               slope, activation, shortcut, adds, adds_below)
 };
 
 struct ResidentNet {

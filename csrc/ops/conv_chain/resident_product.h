@@ -64,7 +64,7 @@ class ResidentProduct {
     const int32_t* const inside = table(net, windows.inside);
     const int read_pixels = kBackward ? stage.out_pixels : stage.in_pixels;
     const int depth = kBackward ? stage.out_chunks : stage.in_chunks;  // chunks of a pixel that is read
-    const int32_t map = kBackward ? stage.map : l == 0 ? net.x_map : net.stages.at[l - 1].map;
+    const int32_t map = kBackward ? stage.map : stage.reads;
 
     PerLane<Row> from[kTiles];
     PerLane<Accumulator> sum[kTiles][2 * kPairs];

@@ -224,13 +224,22 @@ def gradient_reference(stages: Sequence[windows.StageLike], head: Tensor, x: Ten
     convolve = (F.conv1d, F.conv2d, F.conv3d)[x.dim() - 3]
     with torch.enable_grad():
         leaf = h = x.detach().double().requires_grad_()
+        zs: list[Tensor] = []  # of every stage, where a shortcut may read it
+        added: Tensor | float = 0.0
         for stage in stages:
             bias = None if stage.bias is None else stage.bias.detach().double()
-            h = convolve(h, stage.weight.detach().double(), bias, stage.stride, stage.padding, stage.dilation)
+            read = h if stage.shortcut is None else zs[stage.shortcut]
+            z = convolve(read, stage.weight.detach().double(), bias, stage.stride, stage.padding, stage.dilation)
+            zs.append(z)
+            if stage.shortcut is not None:
+                added = z
+                continue
+            zs[-1] = z = z + added
+            added = 0.0
             if stage.norm is not None:
                 scale, shift = stage.norm.weight.detach().double(), stage.norm.bias.detach().double()
-                h = F.batch_norm(h, None, None, scale, shift, True, 0.0, stage.norm.eps)
-            h = activate(h, stage.activation, stage.slope)
+                z = F.batch_norm(z, None, None, scale, shift, True, 0.0, stage.norm.eps)
+            h = activate(z, stage.activation, stage.slope)
         return torch.autograd.grad((h * head.detach().double()).sum(), leaf)[0]
 
 

@@ -25,7 +25,7 @@ from .packed import IDLE, nowhere
 from .resident_layout import WARPS, Layout, slope_of
 from .windows import StageLike
 
-MAX_NETS, MAX_STAGES = 4, 8  # kResidentNets, kResidentStages of resident_params.h
+MAX_NETS, MAX_STAGES = 4, 16  # kResidentNets, kResidentStages of resident_params.h
 MAX_SAMPLES = 16
 _HEAD_LOG2 = 1.0
 
@@ -60,11 +60,11 @@ def limits_of(device: torch.device) -> Limits:
 def why_not(stages: Sequence[StageLike], limits: Limits = H100) -> str:
     """Why a block cannot hold a chain of this net; an empty string when it can."""
     if len(stages) > MAX_STAGES:
-        return f"it takes up to {MAX_STAGES} layers, the net has {len(stages)}"
+        return f"it takes up to {MAX_STAGES} layers, with shortcuts, and the net has {len(stages)}"
     for index, stage in enumerate(stages):
         name = getattr(stage, "name", index)
         if stage.norm is not None:
-            return f"it has no batch statistics, layer {name} has"
+            return f"a block sees its own samples alone, and layer {name} normalises by batch statistics"
         if stage.activation == "leaky_relu" and stage.slope < 0:
             return f"it reads slopes from signs, and layer {name} has slope {slope_of(stage):g}"
     needed = Layout(stages, samples=1).shared_bytes

@@ -79,7 +79,8 @@ class Layout:
         at, waiting = 128, []
         descriptions = []
         for index, (part, stage) in enumerate(zip(self.parts, stages, strict=True)):
-            part.bias, at = at, at + 32 * part.out_chunks
+            if stage.shortcut is None:
+                part.bias, at = at, at + 32 * part.out_chunks
             columns = (part.out_chunks, part.in_chunks if index else -(-channels // 8))
             depths = (part.in_chunks, part.out_chunks)
             found = []
@@ -109,25 +110,39 @@ class Layout:
         at = self.image_bytes
         x, at = at, _up(at + 4 * samples * channels * pixels, 128)
         x_map, at = at, at + 16 * _up(samples * pixels * self.parts[0].in_chunks, 8)
-        maps, kept = [], []
-        for part, stage in zip(self.parts, stages, strict=True):
-            size_of_map = 16 * _up(samples * math.prod(stage.out_size) * part.out_chunks, 8)
-            maps.append(at)
-            at += size_of_map
-            needs_z = stage.activation in ("silu", "elu") and stage is not stages[-1]
-            kept.append(at if needs_z else -1)
-            at += size_of_map if needs_z else 0
+        maps, kept, places = [], [], []
+        sources = {stage.shortcut for stage in stages}
+        last = -1  # the stage that the next one reads
+        for index, (part, stage) in enumerate(zip(self.parts, stages, strict=True)):
+            if stage.shortcut is None:
+                size_of_map = 16 * _up(samples * math.prod(stage.out_size) * part.out_chunks, 8)
+                maps.append(at)
+                at += size_of_map
+                adds = index > 0 and stages[index - 1].shortcut is not None
+                needs_z = stage.activation in ("silu", "elu") and index + 1 < len(stages)
+                needs_z = needs_z or adds or index in sources
+                kept.append(at if needs_z else -1)
+                at += size_of_map if needs_z else 0
+                places.append((last, False, adds, last in sources))
+                last = index
+            else:  # its maps are those of the stage after it
+                maps.append(at)
+                kept.append(at + 16 * _up(samples * math.prod(stage.out_size) * part.out_chunks, 8))
+                places.append((stage.shortcut, True, False, False))
         # dE/dx: maps above the first are free by then.
         dx = maps[1] if len(maps) > 1 else at
         self.shared_bytes = max(at, dx + 4 * samples * channels * pixels)
 
         self.stages = [
             (
-                *(tuple(words) for words in found), part.weights, part.bias, place, z, math.prod(stage.in_size),
+                *(tuple(words) for words in found), part.weights, part.bias, source,
+                x_map if source < 0 else (kept if shortcut else maps)[source], place, z, math.prod(stage.in_size),
                 math.prod(stage.out_size), part.in_chunks, part.out_chunks, slope_of(stage),
-                _ACTIVATIONS[stage.activation],
+                _ACTIVATIONS[stage.activation], shortcut, adds, adds_below,
             )
-            for part, stage, found, place, z in zip(self.parts, stages, descriptions, maps, kept, strict=True)
+            for part, stage, found, place, z, (source, shortcut, adds, adds_below) in zip(
+                self.parts, stages, descriptions, maps, kept, places, strict=True
+            )
         ]  # fmt: skip
         # The fields of ResidentNet after `memory`, as far as the net settles them.
         self.arguments: list[Any] = [

@@ -54,6 +54,8 @@ class StageLike(Protocol):
     @property
     def slope(self) -> float: ...  # of leaky_relu
     @property
+    def shortcut(self) -> int | None: ...  # the stage whose z it adds to the z of the stage after it
+    @property
     def in_size(self) -> tuple[int, ...]: ...
     @property
     def out_size(self) -> tuple[int, ...]: ...
