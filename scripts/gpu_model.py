@@ -73,11 +73,11 @@ class Chain:
 
     @property
     def norm(self) -> str:
-        return "none" if self.variant == "compact" else "batch"
+        return "batch" if self.variant == "B" else "none"
 
     @property
     def title(self) -> str:
-        kind = "compact" if self.variant == "compact" else "published"
+        kind = "published" if self.variant == "B" else self.variant
         return f"{kind} {self.size}×{self.size}, batch {self.batch}"
 
     def net(self) -> Any:
@@ -90,6 +90,7 @@ class Chain:
 
 PUBLISHED = [Chain("B", size, batch) for batch in (128, 1056) for size in (64, 16, 4)]
 COMPACT = [Chain("compact", size, 132) for size in (2, 4, 8, 16, 32)]
+RESIDUAL = [Chain("residual", size, 132) for size in (2, 4, 8, 16)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -270,7 +271,7 @@ def _phase(layout: Layout, name: str, index: int, backward: bool) -> Phase:
 
 
 def stack_of(chain: Chain) -> Stack:
-    found = read(chain.net(), torch.zeros(2, 3, chain.size, chain.size))
+    found = read(chain.net(), torch.zeros(2, 3, chain.size, chain.size), blocks=True)
     assert isinstance(found, Stack), found
     return found
 
@@ -313,7 +314,7 @@ def measured(chain: Chain, results: Path = RESULTS) -> dict[str, float]:
             for row in csv.DictReader(file):
                 same = row["case"].split("-")[0] == str(chain.size) and row["batch"] == str(chain.batch)
                 ours = row["contender"] == "mgebm_auto" and row["status"] == "ok" and row["norm"] == chain.norm
-                if same and ours and chain.variant != "compact":
+                if same and ours and chain.variant == "B":
                     found |= {gpu.name: 1e3 * float(row["ms"]) for gpu in GPUS if gpu.name in row["device"]}
     return found
 
@@ -367,12 +368,14 @@ def resident_section(chains: Sequence[Chain], results: Path = RESULTS) -> str:
             [chain.title, str(layout.samples), f"{layout.image_bytes / 1024:.0f}", f"{layout.shared_bytes / 1024:.0f}",
              f"{time:.1f}", f"{100 * share:.0f} %", measured_cell(chain, results)]
         )  # fmt: skip
-        tables += [[chain.title if not i else "", phase.name, str(phase.products), f"{phase.loaded / 1024:.0f}",
-                    f"{phase.clocks:.0f}"] for i, phase in enumerate(phases(layout))]  # fmt: skip
+        if not stack.has_shortcuts:
+            tables += [[chain.title if not i else "", phase.name, str(phase.products), f"{phase.loaded / 1024:.0f}",
+                        f"{phase.clocks:.0f}"] for i, phase in enumerate(phases(layout))]  # fmt: skip
     heads = ["chain", "samples a block", "weights and tables, KiB", "shared memory, KiB", "predicted µs a step",
              "of the matrix rate", "measured µs a step"]  # fmt: skip
     parts = ["chain", "phase", "products", "operands, KiB", "clocks"]
-    return f"{markdown(heads, rows)}\n\nA step, phase by phase, of a block:\n\n{markdown(parts, tables)}\n"
+    between = "A step of the nets without shortcuts, phase by phase, of a block:"
+    return f"{markdown(heads, rows)}\n\n{between}\n\n{markdown(parts, tables)}\n"
 
 
 def most_samples(stack: Stack, shared_bytes: int) -> str:
@@ -387,7 +390,7 @@ def compiler_section(chains: Sequence[Chain]) -> str:
         [architecture, *compiled(architecture), f"{shared >> 10}", *(most_samples(stack, shared) for stack in stacks)]
         for architecture, shared in ARCHITECTURES.items()
     ]
-    sizes = [f"samples at {chain.size}×{chain.size}" for chain in chains]
+    sizes = [f"{chain.variant} {chain.size}×{chain.size}" for chain in chains]
     heads = ["architecture", "registers", "stack, bytes", "spilled, bytes", "shared memory of a block, KiB", *sizes]
     return f"{markdown(heads, rows)}\n"
 
@@ -420,8 +423,9 @@ def page(text: str) -> str:
     sections = [section(chain) for chain in [*PUBLISHED, *COMPACT]]
     kernels = [one.text for chain, one in zip([*PUBLISHED, *COMPACT], sections, strict=True) if chain.batch <= 132]
     tables = {
-        "constants": markdown(HEADS, CONSTANTS), "chains": summary(sections), "resident": resident_section(COMPACT),
-        "compiler": compiler_section(COMPACT), "kernels": "\n".join(kernels),
+        "constants": markdown(HEADS, CONSTANTS), "chains": summary(sections),
+        "resident": resident_section([*COMPACT, *RESIDUAL]),
+        "compiler": compiler_section([*COMPACT[:-1], *RESIDUAL[:-1]]), "kernels": "\n".join(kernels),
     }  # fmt: skip
     for name, table in tables.items():
         between = re.compile(rf"(?<=<!-- {name} -->\n).*?(?=<!-- end -->)", re.DOTALL)
@@ -437,7 +441,8 @@ def main(names: Sequence[str]) -> None:
     for name in names:
         variant, size, batch = name.split(":")
         chain = Chain(variant, int(size), int(batch))
-        print(section(chain).text)
+        if chain.variant != "residual":
+            print(section(chain).text)
         if chain.norm == "none":
             print(resident_section([chain]))
 

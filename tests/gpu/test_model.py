@@ -27,7 +27,7 @@ def test_kernels_are_those_that_the_package_launches(model, name):
 
 
 def test_the_resident_chain_is_as_laid_out(model):
-    text = model["resident_section"](model["COMPACT"])
+    text = model["resident_section"]([*model["COMPACT"], *model["RESIDUAL"]])
     assert text.strip() in PAGE, "run scripts/gpu_model.py"
     assert model["markdown"](model["HEADS"], model["CONSTANTS"]) in PAGE, "run scripts/gpu_model.py"
 

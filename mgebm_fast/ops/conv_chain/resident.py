@@ -12,6 +12,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -92,10 +93,10 @@ class ResidentChain:
 
     def __init__(self, stages: Sequence[StageLike], *, samples: int, device: torch.device | str = "cuda") -> None:
         self.layout = Layout(stages, samples)
-        memory = torch.zeros(self.layout.memory_bytes, dtype=torch.uint8)
+        words = np.zeros(self.layout.memory_bytes // 4, np.int32)
         for at, values in self.layout.tables:
-            memory[at : at + 4 * len(values)].view(torch.int32).copy_(torch.tensor(values, dtype=torch.int32))
-        self.memory = memory.to(device)
+            words[at // 4 : at // 4 + len(values)] = values
+        self.memory = torch.from_numpy(words).view(torch.uint8).to(device, copy=True)
         self._swizzles = [part.swizzle.to(device) for part in self.layout.parts]
 
     def _view(self, at: int, count: int, dtype: torch.dtype) -> Tensor:
