@@ -18,7 +18,7 @@ mkdir -p "$OUT"
 OUT=$(cd "$OUT" && pwd)
 small=0 images=512 tiny=() few=() groups=() per_test=()
 if [ "$DEVICE" = cpu ]; then
-    small=1 images=32 tiny=(--tiny) few=(--set steps=3 --set batch_size=8 --set langevin.steps=2) groups=(dense plans4none)
+    small=1 images=32 tiny=(--tiny) few=(--set steps=3 --set batch_size=8 --set langevin.steps=2) groups=(dense plans4none captured)
 fi
 # Without a GPU the limits would only cut a busy machine short.
 budget=${BUDGET:-$((small ? 3600 : 590))} failed=0 what=${1:-all}

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import io
+
 import numpy as np
 import pytest
 import torch
 from helpers.runs import same_files
 from helpers.training import tiny_data
+from rich.console import Console
 
 from mgebm_fast.data import ImageData
 from mgebm_fast.errors import BackendError
@@ -163,8 +166,11 @@ def test_measures_are_read_once_for_many_updates(trainer, recorded, monkeypatch)
     recorded()
     reads, read = [], captured.CapturedUpdate.read
     monkeypatch.setattr(captured.CapturedUpdate, "read", lambda self: reads.append(self.waiting) or read(self))
-    ours = trainer(steps=50, log_every=20, checkpoint_every=0, sample_every=0)
+    console = Console(file=io.StringIO(), width=200)
+    ours = trainer(steps=50, log_every=20, checkpoint_every=0, sample_every=0, console=console)
+    ours._loop.announces = True  # as on a GPU
     ours.fit()
+    assert console.file.getvalue().count("updates: a CUDA graph each, read every 20 updates\n") == 1
     assert reads == [20, 20, 10]
 
 
