@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from ..errors import BackendError
 from ..nets import EnergyNet, Negative, ResidualNet
 from ..nets.layers import BN_EPS, BatchStatistics, ConvLayer, LinearHead
-from ..nets.residual import ResidualBlock
+from ..nets.residual import Activation, ResidualBlock
 from ..ops.state import why_not_plain
 from .builder import Builder, label
 from .stages import BatchNorm, Stack, Stage, Unreadable
@@ -138,13 +138,19 @@ def _read_residual_net(net: ResidualNet, x: Tensor) -> Stack:
         raise Unreadable("the net takes labels")
     if any(getattr(module, "observe", False) for module in net.modules()):
         raise Unreadable("the net is observing data")
-    net.config()  # ValueError where layers were changed
     try:
         net.check_input(x)
     except ValueError as error:
         raise Unreadable(str(error)) from None
     ndim, stages = x.dim() - 2, list[Stage]()
     one, slope = (1,) * ndim, {"leaky_relu": net.negative_slope, "relu": 0.0}.get(net.activation, 1.0)
+
+    def check(name: str, layer: Any, kind: type, activation: str, kernel: int = 0) -> None:
+        form = [type(layer), getattr(layer, "activation", None), getattr(layer, "negative_slope", None)]
+        form += [layer.stride, layer.padding, layer.norm, layer.weight.shape[2:]] if form[0] is ConvLayer else []
+        known = [kind, activation, net.negative_slope]
+        if form != known + ([1, kernel // 2, None, (kernel,) * ndim] if kind is ConvLayer else []):
+            raise Unreadable(f"layer {name} is not a layer that a ResidualNet makes")
 
     def add(name: str, weight: Tensor, bias: Tensor | None, size: tuple[int, ...], shortcut: int | None = None) -> None:
         stride, padding = (2 if weight.shape[2] % 2 == 0 else 1,) * ndim, ((weight.shape[2] - 1) // 2,) * ndim
@@ -154,16 +160,24 @@ def _read_residual_net(net: ResidualNet, x: Tensor) -> Stack:
             Stage(name, weight, bias, stride, padding, one, None, activation, slope, size, out, shortcut=shortcut)
         )
 
-    for index, layer in enumerate(net.layers):
+    layers: Any = net.layers  # of types that are checked here
+    for index, layer in enumerate(layers):
         name, size = f"layers.{index}", stages[-1].out_size if stages else tuple(x.shape[2:])
-        if isinstance(layer, ConvLayer):
+        if not stages:
+            check(name, layer, ConvLayer, "none", 3)
             add(name, layer.effective_weight(), layer.bias, size)
-        elif isinstance(layer, ResidualBlock):
+        elif index + 1 == len(layers):
+            check(name, layer, Activation, net.activation)
+        else:
+            check(name, layer, ResidualBlock, net.activation)
+            check(f"{name}.first", layer.first, ConvLayer, net.activation, 3)
+            check(f"{name}.second", layer.second, ConvLayer, "none", 3)
             source, last = len(stages) - 1, layer.second.effective_weight()
             add(f"{name}.first", layer.first.effective_weight(), layer.first.bias, size)
             bias: Tensor | None = layer.second.bias
             skip = torch.eye(len(last), device=x.device).reshape(-1, len(last), *one)
             if layer.shortcut is not None:
+                check(f"{name}.shortcut", layer.shortcut, ConvLayer, "none", 1)
                 assert layer.second.bias is not None and layer.shortcut.bias is not None
                 bias, skip = layer.second.bias + layer.shortcut.bias, layer.shortcut.effective_weight()
             if layer.pool:

@@ -111,6 +111,19 @@ def test_residual_blocks_and_average_pooling(size, channels, widths, options):
     assert torch.equal(again, ended)
 
 
+def test_a_residual_net_whose_layers_were_changed_is_not_read():
+    def changed(change):
+        net = ResidualNet(4, 1, (4, 4))
+        change(net)
+        return read(net, torch.zeros(2, 1, 4, 4), blocks=True)
+
+    assert "layer layers.1.second is not" in changed(lambda net: setattr(net.layers[1].second, "activation", "relu"))
+    assert "layer layers.1.first is not" in changed(lambda net: setattr(net.layers[1].first, "stride", 2))
+    assert "layer layers.3 is not" in changed(lambda net: net.layers.__setitem__(3, torch.nn.SiLU()))
+    assert "takes labels" in read(ResidualNet(4, 1, (4,), labels=2), torch.zeros(2, 1, 4, 4), blocks=True)
+    assert "is not an EnergyNet" in read(ResidualNet(4, 1, (4,)), torch.zeros(2, 1, 4, 4))
+
+
 def test_what_does_not_fit_is_named():
     assert "KiB of shared memory" in resident.why_not(compact(32).stages)
     batch = read(multigrid_net(4, 3, norm="batch"), torch.zeros(2, 3, 4, 4))
