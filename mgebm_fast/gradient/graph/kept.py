@@ -53,14 +53,14 @@ def key_of(x: Tensor, precision: str) -> Hashable | None:
     return x.shape, precision, prefers_bfloat(), native.isa(), torch.get_default_dtype(), device
 
 
-def find(watch: Watch, key: Hashable) -> tuple[Any, ...] | None:
+def find(watch: Watch, key: Hashable, own: list[Tensor]) -> tuple[Any, ...] | None:
     """(the packed chain with the present weights, its form, how it is read, its precision); None where it must be read
-    again."""
+    again. own: the energy's `own_tensors`."""
     kept: Kept | None = watch.kept.get(key)
     if kept is None:
         return None
-    tensors = watch.tensors
-    if _layout(watch) != kept.layout:
+    tensors = [*own, *watch.tensors]
+    if _layout(tensors, len(own)) != kept.layout:
         return None
     before, chain = kept.state
     if changed := _changed(tensors, before):
@@ -79,14 +79,14 @@ def find(watch: Watch, key: Hashable) -> tuple[Any, ...] | None:
     return chain, *kept.plan
 
 
-def keep(watch: Watch, key: Hashable, graph: Graph, found: tuple[Any, ...], tape: Tape) -> None:
+def keep(watch: Watch, key: Hashable, own: list[Tensor], graph: Graph, found: tuple[Any, ...], tape: Tape) -> None:
     """Note what `find` is to give of a reading that was just made and is trusted."""
-    tensors, (chain, *plan) = watch.tensors, found
+    tensors, (chain, *plan) = [*own, *watch.tensors], found
     if sum(t.numel() for t in tensors) >= MOST:
         return
     places = {key_of_tensor(t): i for i, t in enumerate(tensors)}
     shared = collections.Counter(map(memory_of, tensors))
-    if any(key not in places for key in tape.leaves) or any(shared[memory_of(t)] > 1 for t in watch.own):
+    if any(key not in places for key in tape.leaves) or any(shared[memory_of(t)] > 1 for t in own):
         return
     leaves, refill = [places[key] for key in tape.leaves], None
     with contextlib.suppress(ValueError):
@@ -99,7 +99,7 @@ def keep(watch: Watch, key: Hashable, graph: Graph, found: tuple[Any, ...], tape
     for earlier in list(watch.kept)[: max(0, len(watch.kept) + 1 - _MOST_KEPT)]:
         watch.kept.pop(earlier, None)
     copies = [t.detach().clone() for t in tensors]
-    watch.kept[key] = Kept(_layout(watch), leaves, (copies, chain), refill, tuple(plan))
+    watch.kept[key] = Kept(_layout(tensors, len(own)), leaves, (copies, chain), refill, tuple(plan))
 
 
 def _changed(tensors: list[Tensor], before: list[Tensor]) -> set[int]:
@@ -115,11 +115,9 @@ def _bits(tensor: Tensor) -> Tensor:
     return tensor.detach().contiguous().view(torch.int32) if tensor.dtype == torch.float32 else tensor.detach()
 
 
-def _layout(watch: Watch) -> list[Hashable]:
-    """Of every tensor where it lies, and how; those of the energy's own may lie elsewhere from call to call."""
-    own = len(watch.own)
-    where = [0 if i < own else t.data_ptr() for i, t in enumerate(watch.tensors)]
-    return [(at, t.dtype, t.shape, t.stride()) for at, t in zip(where, watch.tensors, strict=True)]
+def _layout(tensors: list[Tensor], own: int) -> list[Hashable]:
+    """Of every tensor where it lies, and how; the first, the energy's own, may lie elsewhere from call to call."""
+    return [(t.data_ptr() if i >= own else 0, t.dtype, t.shape, t.stride()) for i, t in enumerate(tensors)]
 
 
 def _joined(tensors: list[Tensor]) -> Tensor:

@@ -28,7 +28,7 @@ from .cost import gains_by_bfloat
 from .recorder import noise_like, read_graph
 from .state import as_before
 from .tape import Tape
-from .watch import Watch, watch_of
+from .watch import Watch, own_tensors, watch_of
 
 # Reading an energy and packing its weights costs about as much as this many steps save.
 MIN_STEPS = 16
@@ -160,7 +160,7 @@ def plan_of(energy: Any, x: Tensor, where: str, precision: str = "auto") -> Grap
         return f"bf16 needs AVX512_BF16 or AMX, and {native.isa()} is in use"
     key = kept.key_of(x, precision)
     watch = None if key is None else watch_of(energy)
-    place = None if watch is None else (watch, key)
+    place = None if watch is None else (watch, key, own_tensors(energy))
     if watch is not None and (reason := watch.kept.get(("refused", key))):
         return reason
     if place is not None and (found := kept.find(*place)):
@@ -171,7 +171,7 @@ def plan_of(energy: Any, x: Tensor, where: str, precision: str = "auto") -> Grap
 
 
 def _plan_of(
-    energy: Any, x: Tensor, where: str, precision: str, place: tuple[Watch, Hashable] | None
+    energy: Any, x: Tensor, where: str, precision: str, place: tuple[Watch, Hashable, list[Tensor]] | None
 ) -> GraphPlan | str:
     """Reads the energy; `place`: where the reading is kept."""
     shape, tapes = x.shape, list[Tape]()

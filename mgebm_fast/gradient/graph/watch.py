@@ -76,7 +76,6 @@ class Watch:
         self._containers = _containers_of(energy)
         self._looked = _looked_at(energy, self._containers, own)
         _check_plain(own)
-        self._own = list(map(weakref.ref, own))
         seen = {id(energy), *map(id, own)}
         queue = collections.deque(value for value in _seen_in(energy) if id(value) not in seen)
         while queue:
@@ -108,7 +107,6 @@ class Watch:
         own: list[Tensor] = []
         if self._gone or _looked_at(energy, self._containers, own) != self._looked or any(map(why_not_plain, own)):
             return False
-        self._own = list(map(weakref.ref, own))
         for part, containers, looked in self._parts:
             value = part()
             if value is None or _looked_at(value, containers) != looked:
@@ -117,14 +115,16 @@ class Watch:
 
     @property
     def tensors(self) -> list[Tensor]:
-        """Every tensor that the energy reaches, while the watch holds; in the same order each time."""
-        return [tensor for part in (*self._own, *self._tensors) if (tensor := part()) is not None]
+        """Every tensor that the energy reaches but its own (`own_tensors`), while the watch holds; always in one order."""
+        return [tensor for part in self._tensors if (tensor := part()) is not None]
 
-    @property
-    def own(self) -> list[Tensor]:
-        """The first of them: those that the energy itself holds, as a function those of its closure. Another call may
-        bring others."""
-        return [tensor for part in self._own if (tensor := part()) is not None]
+
+def own_tensors(energy: Any) -> list[Tensor]:
+    """Those that an energy itself holds, as a function those of its closure: each call may bring others, in several
+    threads at once."""
+    own: list[Tensor] = []
+    _looked_at(energy, (), own)
+    return own
 
 
 _OWN = frozenset(vars(nn.Module()))

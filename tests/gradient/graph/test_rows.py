@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 from collections.abc import Callable
 from typing import Any
 
@@ -251,3 +252,17 @@ def test_another_number_of_samples_is_refused() -> None:
     assert isinstance(graph, layers.Graph)
     with pytest.raises(ValueError, match="x must have the 5 samples of the graph's constants, got 4"):
         GraphChain(graph).gradient(x[:4])
+
+
+def test_threads_keep_their_own_labels() -> None:
+    """Calls of one function's closures in several threads share a reading, never the labels."""
+    net, cases = made("Residual"), [batch(6, seed) for seed in range(4)]
+
+    def step(case: tuple[Tensor, Tensor]) -> Tensor:
+        x, y = case
+        return mg.langevin_sample(lambda x: net(x, y), x, steps=MIN_STEPS, step_size=0.05, seed=3, precision="fp32")
+
+    expected = list(map(step, cases))
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        got = list(pool.map(step, cases * 5))
+    assert all(torch.equal(a, b) for a, b in zip(got, expected * 5, strict=True))
