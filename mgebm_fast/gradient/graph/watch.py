@@ -115,7 +115,7 @@ class Watch:
 
     @property
     def tensors(self) -> list[Tensor]:
-        """Every tensor that the energy reaches but its own (`own_tensors`), while the watch holds; always in one order."""
+        """All that the energy reaches but its own (`own_tensors`), while the watch holds; always in one order."""
         return [tensor for part in self._tensors if (tensor := part()) is not None]
 
 
