@@ -130,12 +130,11 @@ class ForwardPass:
         inputs, outputs, *kernel = layer.weight.shape
         taps = math.prod(kernel)
         table = windows.backward_windows(*self._transposed_geometry(layer))
-        offsets = [windows.ravel(row, kernel) for row in table.rows]
         bfloat = layer.inputs[0] not in self._pixels and self._pays_in_bfloat(taps, inputs)
-        weights = packed(layer.weight, offsets, inputs, outputs, (outputs * taps, taps), bfloat)
+        weights = packed(layer.weight, table.offsets, inputs, outputs, (outputs * taps, taps), bfloat)
         self._make(
             "convolve", value, source=self._source(layer), bias=vector(layer.bias), windows=table, weights=weights,
-            bfloat=bfloat, rows=len(offsets), inputs=inputs, outputs=outputs,
+            bfloat=bfloat, rows=len(table.rows), inputs=inputs, outputs=outputs,
         )  # fmt: skip
 
     def _transposed_geometry(self, layer: layers.Transposed) -> tuple:

@@ -120,12 +120,11 @@ class Program(ForwardPass):
         inputs, outputs, *kernel = layer.weight.shape
         taps = math.prod(kernel)
         table = windows.forward_windows(*self._transposed_geometry(layer))
-        offsets = [windows.ravel(row, kernel) for row in table.rows]
         bfloat = self._pays_in_bfloat(taps, outputs)
-        weights = packed(layer.weight, offsets, outputs, inputs, (taps, outputs * taps), bfloat)
+        weights = packed(layer.weight, table.offsets, outputs, inputs, (taps, outputs * taps), bfloat)
         self._give(
             layer.inputs[0], value, "convolve", source=grad, windows=table, weights=weights, bfloat=bfloat,
-            rows=len(offsets), inputs=outputs, outputs=inputs,
+            rows=len(table.rows), inputs=outputs, outputs=inputs,
         )  # fmt: skip
 
     def _transposed_products(self, layer: layers.Convolution, grad: int) -> dict[str, object]:
