@@ -85,8 +85,8 @@ print(json.dumps({"part": "evaluate", "name": sys.argv[1], **json.load(open(sys.
 
 sanitise() { # the memory checker on kernels at small shapes; their Triton code was compiled by the smoke test
     local tool group
-    for tool in memcheck racecheck; do
-        for group in resident norms edge dense; do
+    for group in resident norms edge dense; do
+        for tool in memcheck racecheck; do
             LIMIT=25 timeout 30 compute-sanitizer --tool "$tool" --error-exitcode 9 "$PYTHON" scripts/gpu_smoke.py "$group" 2>&1 |
                 tail -n 15
         done

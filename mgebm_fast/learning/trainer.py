@@ -158,6 +158,7 @@ class MultiGridTrainer:
 
     def _begin(self) -> None:
         """Before the first update: the weights that training starts from, where they are another run's."""
+        self._loop.iteration = self._loop.updates.settle(self._loop.iteration)
         if self.iteration == 0 and self.config.start_from is not None and not self._begun:
             with self._loop.ranks.together():
                 start.begin(self.rule, self.config, self._loop.voice.say)

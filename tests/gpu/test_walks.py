@@ -234,7 +234,7 @@ def test_a_training_update_without_a_graph(world, rule_of, preset):
 # preset, updates, log_every, most launches in a graph, but for those of the backward pass of learning, which fake
 # tensors do not make. Without a graph digits has 231 and 10 copies beside its chains.
 CAPTURED = [
-    ("digits", 50, 20, 315),
+    ("digits", 12, 5, 315),
     pytest.param("cifar10", 5, 2, 440, marks=pytest.mark.slow),
     ("multigrid-released", 5, 2, 608),
 ]

@@ -68,8 +68,8 @@ class GraphedRule(ContrastiveRule):
             self._captured = None  # the memory of one at most is held
             try:
                 self._captured = CapturedUpdate(self, batch, iteration)
-            except BackendError as error:
-                self._refusal = str(error)
+            except (BackendError, torch.OutOfMemoryError) as error:
+                self._refusal = " ".join(str(error).split())
         if self._refusal and self.config.graph:
             raise BackendError(f"graph = true cannot be had: {self._refusal}")
         return self._captured

@@ -77,6 +77,7 @@ class Loop:
 
     def save(self, folder: Path) -> Path:
         """A checkpoint at exactly `folder`."""
+        self.iteration = self.updates.settle(self.iteration)
         with self.ranks.together():
             self.rule.check()
             if self.ranks.first:
@@ -212,8 +213,7 @@ class Loop:
                     self._run(stop)
         except RankLost as error:
             raise RankLost(f"{error}; {self._how_to_go_on()}") from error
-        seconds = time.monotonic() - began
-        return Outcome(self.iteration, self.iteration >= stop, seconds)
+        return Outcome(self.iteration, self.iteration >= stop, time.monotonic() - began)
 
     def _run(self, stop: int) -> None:
         began = time.monotonic()

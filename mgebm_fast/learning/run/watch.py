@@ -284,6 +284,11 @@ class Updates:
         self.at = following
         return metrics if following == launched else None
 
+    def settle(self, launched: int) -> int:
+        """Read what a run launched that an error or a second signal ended; how many updates were made."""
+        self.collect(launched, False, wait=True)
+        return self.at
+
 
 def measured(rule: UpdateRule, reference: Tensor | None) -> float | None:
     """The measure of a state: the energy distance of as many samples to the images `reference`, in the model's units;

@@ -15,6 +15,7 @@ from mgebm_fast.data import ImageData
 from mgebm_fast.errors import BackendError
 from mgebm_fast.learning import Run
 from mgebm_fast.learning.methods import captured
+from mgebm_fast.learning.run import checkpoint
 from mgebm_fast.learning.run.watch import RunAway
 from mgebm_fast.sampling import graphs
 from mgebm_fast.sampling.static import StaticCascade
@@ -162,6 +163,35 @@ def test_an_update_that_could_not_be_applied_is_made_again_without_a_graph(train
     same(tmp_path / "eager", tmp_path / "captured")
 
 
+def test_what_an_error_left_unread_is_read_before_it_is_saved_or_goes_on(trainer, tmp_path, recorded, monkeypatch):
+    """Update 5 could not be applied, and the data of update 7 fail before that is known."""
+    make(trainer, tmp_path / "eager", CHANGES["batch"]).fit()
+    recorded()
+    ours, runs, run_once = make(trainer, tmp_path / "captured", CHANGES["batch"]), [], StaticCascade.run_once
+    read = ours._loop.batches.batch
+
+    def failing(self):
+        run_once(self)
+        runs.append(1)
+        if len(runs) == 2 + 6:  # two captures, and update 5
+            self.healthy.fill_(False)
+
+    def batch(iteration):
+        if iteration == 7 and ours.iteration == 7:
+            raise OSError("the data are gone")
+        return read(iteration)
+
+    monkeypatch.setattr(StaticCascade, "run_once", failing)
+    ours._loop.batches.batch = batch
+    with pytest.raises(OSError, match="the data are gone"):
+        ours.fit()
+    ours.save(tmp_path / "saved")
+    assert ours.iteration == 5 and checkpoint.read(tmp_path / "saved")["iteration"] == 5
+    ours._loop.batches.batch = read
+    ours.fit()
+    same(tmp_path / "eager", tmp_path / "captured")
+
+
 def test_measures_are_read_once_for_many_updates(trainer, recorded, monkeypatch):
     recorded()
     reads, read = [], captured.CapturedUpdate.read
@@ -188,10 +218,14 @@ def test_what_is_not_captured_says_why(trainer, recorded, monkeypatch):
     monkeypatch.setenv("MGEBM_GRAPHS", "0")
     assert reason() == "MGEBM_GRAPHS=0" and "a CUDA graph each" in trainer(graph=True).explain()
     monkeypatch.delenv("MGEBM_GRAPHS")
+    batch = tiny_data(8).batch(slice(None))
+    full = trainer()
+    full.rule.static_chains = lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError("CUDA out of memory.\n8 MiB"))
+    full.rule.launch(batch, 0)
+    assert full.explain().endswith("because CUDA out of memory. 8 MiB")
     fails = trainer()
     monkeypatch.setattr(captured.Lane, "record", lambda *_: (_ for _ in ()).throw(RuntimeError("no memory")))
     before = fails.rule.snapshot()
-    batch = tiny_data(8).batch(slice(None))
     fails.rule.launch(batch, 0)
     assert fails.explain().endswith("because its capture failed: no memory")
     fresh = trainer()
