@@ -74,13 +74,14 @@ def find_nvcc() -> tuple[str | None, str]:
     if nvcc:
         with tempfile.TemporaryDirectory() as folder:
             probe = Path(folder, "probe.cu")
-            probe.write_text("__global__ void probe() {}\nint main() { probe<<<1, 1>>>(); }\n")
+            # Parameters of more than 4 KiB, which nvcc takes from 12.1 on.
+            probe.write_text("struct P { char at[9999]; };\n__global__ void probe(const __grid_constant__ P) {}\n")
             words = [nvcc, *NVCC_FLAGS.split(), *target_flags(), "-c", str(probe), "-o", f"{folder}/probe.o"]
             result = subprocess.run(words, capture_output=True, text=True)
         if result.returncode == 0:
             return nvcc, ""
         lines = (result.stderr or result.stdout).strip().splitlines() or ["no message"]
-        reason = f"{nvcc} does not compile a one-line kernel: {lines[0]}"
+        reason = f"{nvcc} does not compile a kernel of two lines (12.1 or newer does): {lines[0]}"
     if wanted == "1":
         sys.exit(f"MGEBM_CUDA=1, but {reason}")
     return None, reason
@@ -92,8 +93,8 @@ def target_flags() -> list[str]:
     flags = ["-ccbin", os.environ["CXX"]] if os.environ.get("CXX") else []
     for arch in os.environ.get("MGEBM_CUDA_ARCHS", DEFAULT_ARCHS).replace(",", ";").split(";"):
         match = re.fullmatch(r"(\d+)\.?(\d)?([af]?)(\+PTX)?", arch.strip())
-        if not match:
-            sys.exit(f"MGEBM_CUDA_ARCHS must be a list such as 80;90+PTX, got {arch!r}")
+        if not match or int(match[1] + (match[2] or "")) < 80:
+            sys.exit(f"MGEBM_CUDA_ARCHS must be a list such as 80;90+PTX, of 80 and newer, got {arch!r}")
         number = (match[1] + match[2] if match[2] else match[1]) + match[3]
         flags += ["-gencode", f"arch=compute_{number},code=sm_{number}"]
         if match[4]:

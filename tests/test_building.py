@@ -62,6 +62,32 @@ def test_paths_with_spaces_reach_the_compiler(checkout):
     assert subprocess.run(command.rpartition(" -o ")[0], shell=True, cwd=checkout).returncode == 0
 
 
+OLD_NVCC = """#!/bin/sh
+for word; do
+    case $word in *.cu) grep -Eq 'at\\[[0-9]{4,}\\]' "$word" && echo 'Formal parameter space overflowed' >&2 && exit 1 ;; esac
+done
+"""
+
+
+def test_an_nvcc_or_an_architecture_that_is_too_old_is_refused(tmp_path, monkeypatch):
+    """The resident chain has parameters of 9 KiB, and matrix products of 8.0."""
+    monkeypatch.setattr("setuptools.setup", lambda **_: None)
+    spec = importlib.util.spec_from_file_location("setup_module", ROOT / "setup.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin/nvcc").write_text(OLD_NVCC)
+    (tmp_path / "bin/nvcc").chmod(0o755)
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+    monkeypatch.setenv("MGEBM_CUDA", "auto")
+    found, reason = module.find_nvcc()
+    assert found is None and reason.endswith("(12.1 or newer does): Formal parameter space overflowed")
+    for archs in ("75", "7.0+PTX", "80;75"):
+        monkeypatch.setenv("MGEBM_CUDA_ARCHS", archs)
+        with pytest.raises(SystemExit, match="of 80 and newer, got '7"):
+            module.target_flags()
+
+
 def test_the_module_has_the_hash_of_its_sources(checkout):
     assert native.module().sources() == stamp.of_sources(ROOT / "csrc") == stamp.of_sources(checkout / "csrc")
     assert stamp.why_stale(ROOT / "mgebm_fast", native.module().sources()) == ""

@@ -92,9 +92,9 @@ class GraphedRule(ContrastiveRule):
     def how(self) -> str:
         refusal = why_not(self) if self._refusal is None else self._refusal
         every = min(self.config.log_every, MOST)
-        return (
-            f"without a CUDA graph, because {refusal}" if refusal else f"a CUDA graph each, read every {every} updates"
-        )
+        if refusal:
+            return f"without a CUDA graph, because {refusal}"
+        return f"a CUDA graph each; measures are read every {every} updates"
 
 
 def why_not(rule: GraphedRule) -> str:

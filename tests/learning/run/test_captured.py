@@ -82,7 +82,7 @@ def test_a_run_is_the_eager_one_bit_for_bit_also_where_it_is_stopped(trainer, tm
     captures = recorded()
     ours = make(trainer, tmp_path / "captured", CHANGES[name])
     ours.fit(1)
-    assert len(captures) == 2 and "a CUDA graph each, read every 5 updates" in ours.explain()
+    assert len(captures) == 2 and "a CUDA graph each; measures are read every 5 updates" in ours.explain()
     ours.fit(7)
     ours = make(trainer, tmp_path / "captured", CHANGES[name])
     ours.resume()
@@ -200,7 +200,7 @@ def test_measures_are_read_once_for_many_updates(trainer, recorded, monkeypatch)
     ours = trainer(steps=50, log_every=20, checkpoint_every=0, sample_every=0, console=console)
     ours._loop.announces = True  # as on a GPU
     ours.fit()
-    assert console.file.getvalue().count("updates: a CUDA graph each, read every 20 updates\n") == 1
+    assert console.file.getvalue().count("updates: a CUDA graph each; measures are read every 20 updates\n") == 1
     assert reads == [20, 20, 10]
 
 
