@@ -28,7 +28,7 @@ from .state import why_not_plain
 LEAST = 1e-18  # of a positive number: 1/σ² of a smaller one would not be a float32
 
 
-SHAPES = ("linear", "geometric", "cosine")
+SHAPES = ("linear", "geometric", "cosine", "first")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,10 +40,11 @@ class Schedule:
         linear     (1 − t)·start + t·end
         geometric  start^(1 − t) · end^t
         cosine     (1 − u)·start + u·end,  u = (1 − cos πt)/2: level at both ends
+        first      start at k = 0, end at all others
 
     Args:
         start, end: finite and ≥ 0; of a geometric one > 0, or equal.
-        shape: "linear", "geometric" or "cosine".
+        shape: "linear", "geometric", "cosine" or "first".
     """
 
     start: float
@@ -67,6 +68,8 @@ class Schedule:
     def _at(self, t: float) -> float:
         if self.shape == "geometric":
             return self.start ** (1 - t) * self.end**t
+        if self.shape == "first":
+            return self.end if t > 0 else self.start
         if self.shape == "cosine":
             t = (1 - math.cos(math.pi * t)) / 2
         return (1 - t) * self.start + t * self.end

@@ -183,7 +183,9 @@ def test_bad_numbers_are_refused_when_they_are_described():
         mg.langevin_sample(mlp(), images(), steps=3, step_size=[0.1, 0.2])
 
 
-@pytest.mark.parametrize(("shape", "quarter"), [("linear", 0.7525), ("geometric", 0.1**0.5), ("cosine", 0.855018)])
+@pytest.mark.parametrize(
+    ("shape", "quarter"), [("linear", 0.7525), ("geometric", 0.1**0.5), ("cosine", 0.855018), ("first", 0.01)]
+)
 def test_a_schedule_fits_chains_of_any_length(energy, shape, quarter):
     """The list of its values, bit for bit, and what its formula says at a quarter of the way from 1 to 0.01."""
     schedule = mg.Schedule(1.0, 0.01, shape)
@@ -234,7 +236,7 @@ def test_corrected_samplers_say_that_their_numbers_do_not_vary():
     with pytest.raises((TypeError, ValueError), match="step_size must be a number"):
         mg.MALA(3, step_size=[0.1, 0.2, 0.3])
     with pytest.raises(ValueError, match="step_size must be a number here, the same for all"):
-        mg.mg.Langevin(2, step_size=[0.1, 0.2]).update()
+        mg.Langevin(2, step_size=[0.1, 0.2]).update()
 
 
 @pytest.mark.parametrize(

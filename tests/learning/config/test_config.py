@@ -304,7 +304,8 @@ def test_noise_factor_scales_the_form_that_is_used():
     full = by_step(decoupled.dynamics())
     assert len(full) == 30 and full[0] == pytest.approx(0.06) and full[-1] == 0
     assert by_step(decoupled.dynamics([0.5, 1, 1])) == pytest.approx([0.5 * std for std in full])
-    constant = load_preset("cifar10").dynamics([0.5, 1, 1, 1])[0].update().noise_std
+    constant = apply_overrides(load_preset("cifar10"), ["langevin.noise_std=0.03"])
+    constant = constant.dynamics([0.5, 1, 1, 1])[0].update().noise_std
     assert constant == pytest.approx(0.5 * 0.03)
     assert coupled.dynamics([1, 0.5, 1])[1].update().noise_std == pytest.approx(0.15)
     assert coupled.dynamics([1, 0.5, 1])[0].update().noise_std == pytest.approx(0.3)
