@@ -10,7 +10,9 @@ from helpers.fake_cuda import count, illegal, tally, to_cuda
 
 from mgebm_fast import noise, ops
 from mgebm_fast.data import ImageData
+from mgebm_fast.gradient import verify
 from mgebm_fast.gradient.plan import plan
+from mgebm_fast.gradient.stack import read
 from mgebm_fast.learning import MultiGridTrainer, apply_overrides, build_model, load_preset
 from mgebm_fast.models import MultiGrid
 from mgebm_fast.nets import multigrid_net
@@ -169,6 +171,21 @@ def test_what_is_no_resident_chain_says_why(built):
     assert name == "autograd" and "take 810 KiB of shared memory, of 227" in why
     name, why = explained(net_of(8, None, "residual"), 8, "fp32")
     assert name == "autograd" and "its weights and maps are fp16, not fp32" in why
+
+
+def test_a_reading_is_compared_with_its_own_code_in_float32(world, monkeypatch):
+    """TF32, torch's default for convolutions, moves gradients of the published nets by 2 to 6 %: none was trusted."""
+    seen = []
+
+    class Watched(verify.AutogradPlan):
+        def gradient(self, x):
+            seen.append(torch.backends.cudnn.conv.fp32_precision)
+            return torch.zeros_like(x)
+
+    monkeypatch.setattr(verify, "AutogradPlan", Watched)
+    net, x = net_of(4, "batch"), images(2, 4)
+    verify.why_not_trusted(net, read(net, x), x)
+    assert seen == ["ieee"]
 
 
 def test_captures_of_a_lane_share_one_stream_and_a_failed_one_gives_the_callers_back(world):
