@@ -243,6 +243,11 @@ def resident_chain() -> Iterator[tuple[str, float, float]]:
         yield f"{size}: gradient", off(gradients[0], gradient_reference(stack.stages, stack.head, x)), 0.05
         for other in gradients[1:]:
             yield f"{size}: another grouping", differs(gradients[0], other), 0
+    for size in (2, 8) if GPU else ():
+        net, x = multigrid_net(size, variant="residual", seed=size).to(DEVICE), images(300, size, seed=2)
+        found = plan(net, x)
+        yield f"residual {size}: {found.explain()}", float(found.explain().plan != "resident"), 0
+        yield f"residual {size}: gradient", off(found.gradient(x), float64_gradient(net, x)), 0.05
 
 
 @check("graphs")
