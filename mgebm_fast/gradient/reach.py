@@ -104,7 +104,7 @@ def _held_by_object(value: Any) -> Iterable[Any]:
     if isinstance(value, functools.partial):
         return (value.func, *value.args, *value.keywords.values(), *attributes)
     if isinstance(value, Mapping):
-        attributes += itertools.islice(value.values(), _MOST)
+        attributes += itertools.islice(itertools.chain.from_iterable(value.items()), _MOST)
     elif isinstance(value, (list, tuple, set, frozenset, collections.deque)):
         attributes += itertools.islice(value, _MOST)
     elif _of_a_library(kind):

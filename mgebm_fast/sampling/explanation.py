@@ -56,7 +56,7 @@ def explained(energy: Any, x: Tensor, plan: GradientPlan, chain: str, update: st
         report = dataclasses.replace(report, steps="")
     if len(x):
         devices = [x.device] if x.device.type == "cuda" else []
-        with frozen_parameters(energy), torch.random.fork_rng(devices):
+        with torch.inference_mode(False), frozen_parameters(energy), torch.random.fork_rng(devices):
             finite = torch.nan_to_num(x.detach(), 0.0, 0.0, 0.0)
             try:
                 plan.gradient(finite[:4])

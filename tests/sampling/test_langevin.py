@@ -279,8 +279,13 @@ def test_explain_says_numbers_plan_and_backend():
 
 def test_explain_takes_energies_of_a_fixed_batch():
     labels = torch.arange(6.0)
-    said = Langevin(20, step_size=0.1).explain(lambda x: x.square().sum(1) * labels, torch.rand(6, 2))
+    said = Langevin(3, step_size=0.1).explain(lambda x: x.square().sum(1) * labels, torch.rand(6, 2))
     assert said.plan == "autograd"
+
+
+@torch.inference_mode()
+def test_explain_in_inference_mode():
+    assert Langevin(3, step_size=0.1).explain(lambda x: x.square().sum(1), torch.rand(6, 2)).plan == "autograd"
 
 
 def test_what_explain_says_is_true_and_what_a_run_refuses_it_refuses():

@@ -177,6 +177,8 @@ def test_whether_samples_are_coupled():
     assert "BatchNorm2d" in coupling(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)), x)
     assert coupling(lambda x: x.square().flatten(1).sum(1), x) == ""
     assert coupling(lambda x: (x - x.mean(0)).square().flatten(1).sum(1), x) != ""
+    scales = torch.ones(2, 1, 1, 1)  # which one sample takes as two
+    assert coupling(lambda x: (x * scales).square().flatten(1).sum(1), x[:2]) == ""
 
 
 def test_a_model_says_which_grid_does_not_fit():

@@ -25,7 +25,7 @@ from ...ops.graph_chain.refill import MOST, Refill
 from ..trust import GLOBAL_HOOKS
 from .tape import Recipe, Tape, memory_of
 from .tape import key_of as key_of_tensor
-from .watch import Watch
+from .watch import Watch, named_in
 
 _MOST_KEPT = 8  # readings of an energy: those used last
 
@@ -82,7 +82,7 @@ def find(watch: Watch, key: Hashable, own: list[Tensor]) -> tuple[Any, ...] | No
 def keep(watch: Watch, key: Hashable, own: list[Tensor], graph: Graph, found: tuple[Any, ...], tape: Tape) -> None:
     """Note what `find` is to give of a reading that was just made and is trusted."""
     tensors, (chain, *plan) = [*own, *watch.tensors], found
-    if sum(t.numel() for t in tensors) >= MOST:
+    if tape.hidden or sum(t.numel() for t in tensors) >= MOST:
         return
     places = {key_of_tensor(t): i for i, t in enumerate(tensors)}
     shared = collections.Counter(map(memory_of, tensors))
@@ -116,8 +116,11 @@ def _bits(tensor: Tensor) -> Tensor:
 
 
 def _layout(tensors: list[Tensor], own: int) -> list[Hashable]:
-    """Of every tensor where it lies, and how; the first, the energy's own, may lie elsewhere from call to call."""
-    return [(t.data_ptr() if i >= own else 0, t.dtype, t.shape, t.stride()) for i, t in enumerate(tensors)]
+    """Of every tensor where it lies, and how, and attributes that Python code gave it; the first, the energy's own, may
+    lie elsewhere from call to call."""
+    return [
+        (t.data_ptr() if i >= own else 0, t.dtype, t.shape, t.stride(), *named_in(t)) for i, t in enumerate(tensors)
+    ]
 
 
 def _joined(tensors: list[Tensor]) -> Tensor:

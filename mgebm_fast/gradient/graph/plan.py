@@ -161,13 +161,18 @@ def plan_of(energy: Any, x: Tensor, where: str, precision: str = "auto") -> Grap
     key = kept.key_of(x, precision)
     watch = None if key is None else watch_of(energy)
     place = None if watch is None else (watch, key, own_tensors(energy))
-    if watch is not None and (reason := watch.kept.get(("refused", key))):
+    if place is not None and (reason := place[0].kept.get(_refused(place))):
         return reason
     if place is not None and (found := kept.find(*place)):
         chain, form, read, made_in = found
         return GraphPlan.of_chain(chain, form, energy, read, where, precision=made_in)
     with as_before(energy):
         return _plan_of(energy, x, where, precision, place)
+
+
+def _refused(place: tuple[Watch, Hashable, list[Tensor]]) -> Hashable:
+    """What a refusal is kept by: the energy's own tensors may be of other kinds at the next call."""
+    return "refused", place[1], tuple((t.dtype, t.shape, t.stride()) for t in place[2])
 
 
 def _plan_of(
@@ -182,7 +187,7 @@ def _plan_of(
     graph = read(energy, tapes)
     if isinstance(graph, str):
         if place is not None and "its own code raises" not in graph:  # of the code, whatever its weights are
-            place[0].kept["refused", place[1]] = graph
+            place[0].kept[_refused(place)] = graph
         return graph
     if precision == "auto":
         precision = "bf16" if prefers_bfloat() and gains_by_bfloat(graph) else "fp32"

@@ -68,12 +68,14 @@ def read_graph(energy: Callable[[Tensor], Tensor], x: Tensor, tapes: list[Tape] 
 
 def _read(energy: Callable[[Tensor], Tensor], recorder: _Recorder) -> tuple[Graph | str, bool]:
     """The graph, or why not; and whether it is to be read on as many samples as x has."""
+    rewrites = Rewrites()
     try:
         with (
             _without_warnings(), torch.inference_mode(False), frozen_parameters(energy), torch.enable_grad(),
-            recorder, Rewrites(),
+            recorder, rewrites,
         ):  # fmt: skip
             out = energy(recorder.probe)
+        recorder.tape.hidden = rewrites.hidden
         return recorder.finish(out), recorder.by_sample
     except Unreadable as reason:
         return str(reason), False

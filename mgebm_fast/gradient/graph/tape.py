@@ -57,6 +57,7 @@ class Tape:
         self._places: dict[tuple[Hashable, ...], int] = {}
         self._kept: list[Any] = []
         self.of_all = False  # whether the energy is one of as many samples as x has, and no others
+        self.hidden = False  # whether numbers of tensors were taken by other means than ops
 
     def note(self, func: Any, args: tuple, kwargs: dict, out: Any) -> None:
         if func is torch.ops.aten.lift_fresh.default:  # of a tensor that Python made of numbers

@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import collections
 import contextvars
+import dis
 import functools
 import types
 import weakref
 from collections.abc import Iterable, MutableMapping
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
@@ -36,12 +38,8 @@ _PURE = {"torch", "math", "numpy", "operator", "functools", "einops", "typing", 
 _IMPURE = {
     "random", "time", "datetime", "os", "environ", "getenv", "sys", "threading", "uuid", "secrets", "default_rng",
     "get_default_dtype", "get_default_device", "get_num_threads", "initial_seed", "is_grad_enabled", "open", "input",
-    "exec", "globals", "is_inference_mode_enabled", "is_autocast_enabled", "import_module",
+    "exec", "globals", "__import__", "importlib", "is_inference_mode_enabled", "is_autocast_enabled", "import_module",
 }  # fmt: skip
-
-
-# Attributes in an energy's code that take numbers out of tensors unseen.
-_HIDING = {"tolist", "numpy", "asarray", "array", "__array__", "data_ptr"}
 
 
 class Unwatched(Exception):
@@ -168,7 +166,8 @@ def _seen_in(value: Any) -> list[Any]:
         _flatten(vars(value).values(), [], held)
     elif isinstance(value, types.FunctionType):
         if not is_known(value):
-            _check_names(names_of(value.__code__), _IMPURE | _HIDING)
+            _check_names(names_of(value.__code__))
+            _check_modules(value, value.__code__)
         elif value.__module__.partition(".")[0] not in _PURE:
             raise Unwatched(f"it calls {value.__module__}.{value.__name__}")
     elif isinstance(value, types.ModuleType):
@@ -179,14 +178,52 @@ def _seen_in(value: Any) -> list[Any]:
             return []
     elif is_known(kind) and not isinstance(value, (types.MethodType, functools.partial)):
         raise Unwatched(f"it holds a {kind.__name__}")
-    _flatten(held_by(value), [], held)
+    found = list(held_by(value))
+    _flatten(found, [], held)
+    direct = set(map(id, found)) if isinstance(value, types.FunctionType) else set()
+    if any(isinstance(h, types.ModuleType) and not is_pure(h) and id(h) not in direct for h in held):
+        raise Unwatched("it holds a module of Python's, whose names change unseen")
     return held
+
+
+def is_pure(module: types.ModuleType) -> bool:
+    return module.__name__.partition(".")[0] in _PURE
+
+
+def _check_modules(function: types.FunctionType, code: types.CodeType) -> None:
+    """Of a module's attributes those are seen that a function's code takes from it by name, and at once."""
+    inside = dict(zip(function.__code__.co_freevars, function.__closure__ or ()))
+    asked = ""
+    for instruction in dis.get_instructions(code):
+        if asked and not (instruction.opname in ("LOAD_ATTR", "LOAD_METHOD") and instruction.argval != "__dict__"):
+            raise Unwatched(f"its code hands the module {asked} on")
+        name, asked = instruction.argval, ""
+        if instruction.opname in ("LOAD_GLOBAL", "LOAD_NAME"):
+            value = function.__globals__.get(name)
+        elif instruction.opname in ("LOAD_DEREF", "LOAD_CLASSDEREF") and name in inside:
+            value = inside[name].cell_contents
+        elif instruction.opname == "IMPORT_NAME" and name.partition(".")[0] not in _PURE:
+            raise Unwatched(f"its code imports {name}")
+        else:
+            continue
+        asked = name if isinstance(value, types.ModuleType) and not is_pure(value) else ""
+    for constant in code.co_consts:
+        if isinstance(constant, types.CodeType):
+            _check_modules(function, constant)
+
+
+def named_in(tensor: Tensor) -> list[Any]:
+    """Attributes that Python code gave a tensor, with their values or, where these are no plain ones, identities."""
+    given = vars(tensor)
+    return [(name, v if type(v) in (int, float, bool, str) else id(v)) for name, v in given.items()] if given else []
 
 
 def _check_plain(tensors: Iterable[Tensor]) -> None:
     for tensor in tensors:
         if reason := why_not_plain(tensor):
             raise Unwatched(f"it holds a tensor that is {reason}")
+        if any(type(v) not in (int, float, bool, str) for v in vars(tensor).values()):
+            raise Unwatched("it holds a tensor with attributes")
 
 
 def _check_leaf(value: Any) -> None:
@@ -195,8 +232,10 @@ def _check_leaf(value: Any) -> None:
         _check_names({value.__name__, str(value.__module__)})
         if not (owner is None or isinstance(owner, (types.ModuleType, type))):
             raise Unwatched(f"it calls {value.__name__} of a {type(owner).__name__}")
-    elif type(value).__name__ == "ndarray":
+    elif isinstance(value, (np.ndarray, np.void)):
         raise Unwatched("it holds an array of numpy")
+    elif getattr(value, "__dict__", None):  # as of a class made from float
+        raise Unwatched(f"it holds a {type(value).__name__} with attributes")
 
 
 def _check_names(names: Iterable[str], such: set[str] = _IMPURE) -> None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import functools
 import gc
 import random
+import sys
 import types
 import weakref
 from collections.abc import Callable
@@ -270,3 +272,76 @@ def test_a_copy_has_a_reading_of_its_own() -> None:
     other.temperature = 0.1
     assert torch.equal(chain(net, x), before)
     torch.testing.assert_close(chain(other, x), by_hand(other, x), rtol=1e-5, atol=1e-5)
+
+
+class WithAttributes(float):
+    pass
+
+
+class Tables(dict):
+    """Can be watched, unlike a dict of Python's own."""
+
+
+MODULE: Any = types.ModuleType("of_the_user")
+GAINS = torch.ones(3)
+TABLE, NUMBER, ARRAY = Tables({1.0: GAINS}), WithAttributes(1.0), np.ones(1).view(np.recarray)
+
+
+def alpha_of(module: Any) -> float:
+    return module.alpha
+
+
+def importing(x: Tensor) -> Tensor:
+    import of_the_user
+
+    return of_the_user.alpha * x.square().sum(1)
+
+
+def weighted(factor: Callable[[], Any]) -> Callable[[Tensor], Tensor]:
+    return lambda x: float(factor()) * (x.square() * GAINS).sum(1)
+
+
+UNSEEN: dict[str, Callable[[Tensor], Tensor]] = {
+    "an attribute of a module, by name": weighted(lambda: getattr(MODULE, "alpha")),  # noqa: B009
+    "an attribute of a module, by its dict": weighted(lambda: MODULE.__dict__["alpha"]),
+    "a module that is handed on": weighted(lambda: alpha_of(MODULE)),
+    "a module in a partial": functools.partial(lambda module, x: module.alpha * x.square().sum(1), MODULE),
+    "a module that is imported in a function": importing,
+    "an attribute of a number": weighted(lambda: NUMBER.alpha),  # type: ignore[attr-defined]
+    "an attribute of a tensor": weighted(lambda: GAINS.alpha),  # type: ignore[attr-defined]
+    "a tensor's gradient": weighted(lambda: 1.0 if GAINS.grad is None else 3.0),
+    "whether a tensor requires gradients": weighted(lambda: 3.0 if GAINS.requires_grad else 1.0),
+    "a tensor by numpy's functions": weighted(lambda: np.asarray(GAINS[0].detach())),
+    "a tensor as text": weighted(lambda: str(GAINS.detach()).count("3") + 1),
+    "keys of a mapping": lambda x: sum(key * (x.square() * value).sum(1) for key, value in TABLE.items()),  # type: ignore
+    "a kind of numpy's arrays": weighted(lambda: ARRAY[0]),
+}
+
+
+@pytest.mark.parametrize("name", UNSEEN)
+def test_what_cannot_be_seen_is_read_again(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "of_the_user", MODULE)
+    energy, x, results = UNSEEN[name], points(), []
+    try:
+        for alpha in (1.0, 3.0):
+            MODULE.alpha = NUMBER.alpha = GAINS.alpha = ARRAY[0] = alpha  # type: ignore[attr-defined]
+            if alpha != 1:
+                TABLE.clear()
+                GAINS.mul_(alpha)
+                GAINS.requires_grad_().grad = torch.ones(3)
+            TABLE[alpha] = GAINS
+            results.append(chain(energy, x))
+            torch.testing.assert_close(results[-1], by_hand(energy, x))
+    finally:
+        GAINS.requires_grad_(False).fill_(1.0).grad = None
+        TABLE.clear()
+        TABLE[1.0] = GAINS
+    assert not torch.allclose(*results)
+
+
+def test_another_kind_of_target_is_not_refused_for_one_that_was() -> None:
+    def asked(target: Tensor) -> str:
+        energy = lambda x: (x - target).square().sum(1).float()  # noqa: E731
+        return mg.Langevin(MIN_STEPS, step_size=0.1).explain(energy, points()).plan
+
+    assert [asked(torch.ones(3, dtype=kind)) for kind in (torch.float64, torch.float32)] == ["autograd", "graph"]
