@@ -24,6 +24,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from ...ops.state import why_not_plain
 from ..reach import LEAVES, held_by, is_known, names_of
 from ..trust import HOOKS
+from .state import _contents
 
 _MOST = 1000  # objects that are watched at most
 _MISSES = 8  # watches in a row of one energy that held no second time, after which it has none
@@ -201,7 +202,7 @@ def _check_modules(function: types.FunctionType, code: types.CodeType) -> None:
         if instruction.opname in ("LOAD_GLOBAL", "LOAD_NAME"):
             value = function.__globals__.get(name)
         elif instruction.opname in ("LOAD_DEREF", "LOAD_CLASSDEREF") and name in inside:
-            value = inside[name].cell_contents
+            value = _contents(inside[name])
         elif instruction.opname == "IMPORT_NAME" and name.partition(".")[0] not in _PURE:
             raise Unwatched(f"its code imports {name}")
         else:

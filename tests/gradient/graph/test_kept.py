@@ -345,3 +345,9 @@ def test_another_kind_of_target_is_not_refused_for_one_that_was() -> None:
         return mg.Langevin(MIN_STEPS, step_size=0.1).explain(energy, points()).plan
 
     assert [asked(torch.ones(3, dtype=kind)) for kind in (torch.float64, torch.float32)] == ["autograd", "graph"]
+
+
+def test_a_variable_that_is_not_assigned_yet() -> None:
+    energy = lambda x: x.square().sum(1) if len(x) else later  # noqa: E731, F821
+    chain(energy, points())
+    later = 1  # noqa: F841
