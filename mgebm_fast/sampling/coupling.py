@@ -17,6 +17,7 @@ from torch.nn.modules.dropout import _DropoutNd
 
 from .. import noise
 from ..gradient import frozen_parameters
+from ..gradient.exact import exact_cudnn
 from ..gradient.reach import modules_of
 from ..gradient.stack import Stack, read
 from ..nets.layers import BatchStatistics
@@ -85,7 +86,8 @@ def _asked(energy: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     words, _ = noise.words(probe.shape[0], probe[0].numel() if len(probe) else 0, seed=0, step=0, device=x.device)
     devices = [x.device] if x.device.type == "cuda" else []
     # An energy that cannot run on so few samples, or has no memory for them, raises where it is really called.
-    with contextlib.suppress(Exception), torch.no_grad(), frozen_parameters(energy), torch.random.fork_rng(devices):
+    frozen, drawn, exact = frozen_parameters(energy), torch.random.fork_rng(devices), exact_cudnn(x.device)
+    with contextlib.suppress(Exception), torch.no_grad(), frozen, drawn, exact:  # TF32 rounds by more than is allowed
         shake = noise.normal(words).flatten(1)[:, : probe[0].numel()].reshape(probe.shape).to(x.dtype)
         probe = probe + 0.1 * (1.0 + probe.abs().amax()) * shake
         together, again = (energy(probe).detach().double() for _ in range(2))

@@ -1,5 +1,6 @@
 """What chains, cascades and training ask of a GPU, on fake tensors: launches, copies, synchronisations, captures."""
 
+import contextlib
 import dataclasses
 import types
 
@@ -18,7 +19,7 @@ from mgebm_fast.models import MultiGrid
 from mgebm_fast.nets import multigrid_net
 from mgebm_fast.ops import state
 from mgebm_fast.ops.conv_chain import resident, resident_layout
-from mgebm_fast.sampling import Langevin, graphs
+from mgebm_fast.sampling import Langevin, coupling, graphs
 
 DYNAMICS = Langevin(3, step_size=0.3, reference_std=50.0, clamp=(0.0, 255.0))
 
@@ -186,6 +187,13 @@ def test_a_reading_is_compared_with_its_own_code_in_float32(world, monkeypatch):
     net, x = net_of(4, "batch"), images(2, 4)
     verify.why_not_trusted(net, read(net, x), x)
     assert seen == ["ieee"]
+
+
+def test_energies_are_compared_in_float32_to_find_out_whether_samples_are_coupled(world, monkeypatch):
+    seen = []
+    monkeypatch.setattr(torch.random, "fork_rng", lambda devices: contextlib.nullcontext())
+    coupling._asked(lambda x: seen.append(torch.backends.cudnn.conv.fp32_precision) or x.sum((1, 2, 3)), images(4, 4))
+    assert seen == ["ieee"] * 4
 
 
 def test_captures_of_a_lane_share_one_stream_and_a_failed_one_gives_the_callers_back(world):
