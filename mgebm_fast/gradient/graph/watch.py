@@ -194,20 +194,20 @@ def is_pure(module: types.ModuleType) -> bool:
 def _check_modules(function: types.FunctionType, code: types.CodeType) -> None:
     """Of a module's attributes those are seen that a function's code takes from it by name, and at once."""
     inside = dict(zip(function.__code__.co_freevars, function.__closure__ or ()))
-    asked = ""
+    module: types.ModuleType | None = None  # that the last instruction put on the stack
     for instruction in dis.get_instructions(code):
-        if asked and not (instruction.opname in ("LOAD_ATTR", "LOAD_METHOD") and instruction.argval != "__dict__"):
-            raise Unwatched(f"its code hands the module {asked} on")
-        name, asked = instruction.argval, ""
-        if instruction.opname in ("LOAD_GLOBAL", "LOAD_NAME"):
+        name, value = instruction.argval, None
+        if module is not None:
+            if instruction.opname not in ("LOAD_ATTR", "LOAD_METHOD") or name == "__dict__":
+                raise Unwatched(f"its code hands the module {module.__name__} on")
+            value = vars(module).get(name)
+        elif instruction.opname in ("LOAD_GLOBAL", "LOAD_NAME"):
             value = function.__globals__.get(name)
         elif instruction.opname in ("LOAD_DEREF", "LOAD_CLASSDEREF") and name in inside:
             value = _contents(inside[name])
         elif instruction.opname == "IMPORT_NAME" and name.partition(".")[0] not in _PURE:
             raise Unwatched(f"its code imports {name}")
-        else:
-            continue
-        asked = name if isinstance(value, types.ModuleType) and not is_pure(value) else ""
+        module = value if isinstance(value, types.ModuleType) and not is_pure(value) else None
     for constant in code.co_consts:
         if isinstance(constant, types.CodeType):
             _check_modules(function, constant)

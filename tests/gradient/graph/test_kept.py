@@ -283,6 +283,8 @@ class Tables(dict):
 
 
 MODULE: Any = types.ModuleType("of_the_user")
+PACKAGE: Any = types.ModuleType("package_of_the_user")
+PACKAGE.inner = MODULE
 GAINS = torch.ones(3)
 TABLE, NUMBER, ARRAY = Tables({1.0: GAINS}), WithAttributes(1.0), np.ones(1).view(np.recarray)
 
@@ -305,6 +307,7 @@ UNSEEN: dict[str, Callable[[Tensor], Tensor]] = {
     "an attribute of a module, by name": weighted(lambda: getattr(MODULE, "alpha")),  # noqa: B009
     "an attribute of a module, by its dict": weighted(lambda: MODULE.__dict__["alpha"]),
     "a module that is handed on": weighted(lambda: alpha_of(MODULE)),
+    "a module of a module that is handed on": weighted(lambda: alpha_of(PACKAGE.inner)),
     "a module in a partial": functools.partial(lambda module, x: module.alpha * x.square().sum(1), MODULE),
     "a module that is imported in a function": importing,
     "an attribute of a number": weighted(lambda: NUMBER.alpha),  # type: ignore[attr-defined]
