@@ -28,6 +28,7 @@ class Stage:
     slope: float
     in_size: tuple[int, ...]
     out_size: tuple[int, ...]
+    shortcut: int | None = None
 
 
 def make(size, channels, layers, *, norm=False, activation="leaky_relu", slope=0.2, dilation=1, seed=0):

@@ -390,6 +390,13 @@ def test_pixels_past_an_int_are_refused_before_a_table_is_made():
         conv_chain.ConvChain([wide], torch.zeros(1, 1, 1))
 
 
+def test_a_shortcut_is_refused():
+    stages, head = net()
+    stages[1].shortcut = 0
+    with pytest.raises(ValueError, match="stages must have no shortcut but on a GPU"):
+        conv_chain.ConvChain(stages, head)
+
+
 @pytest.mark.parametrize("norm", [False, True])
 def test_flushed_subnormals_change_nothing(threads, norm):
     stages, head = net(norm=norm)

@@ -63,6 +63,8 @@ class ConvChain(PackedChain):
         if not 1 <= len(stages) <= MAX_STAGES:
             raise ValueError(f"conv_chain: stages must be 1 to {MAX_STAGES}, got {len(stages)}")
         for stage in stages:
+            if stage.shortcut is not None:
+                raise ValueError("conv_chain: stages must have no shortcut but on a GPU, got one")
             for size in (stage.in_size, stage.out_size):
                 if math.prod(size) >= MAX_PIXELS:
                     got = "×".join(map(str, size))
