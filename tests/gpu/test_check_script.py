@@ -1,5 +1,6 @@
 """scripts/gpu_check.sh with a Python that only notes what it is asked for, and the tables of what it leaves."""
 
+import importlib.util
 import json
 import os
 import subprocess
@@ -71,6 +72,23 @@ def test_what_fails_is_said_and_the_rest_goes_on(tmp_path):
 def test_no_part_begins_without_time(tmp_path):
     status, _, lines, _ = run(tmp_path, "first", DEVICE="cpu", BUDGET="3")
     assert status == 0 and {line["status"] for line in lines} == {"no time left", "nothing to evaluate"}
+
+
+def test_smoke_lines_have_the_worst_share_of_a_bound_and_what_is_only_noted(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("DEVICE", "cpu")
+    monkeypatch.setenv("OUT", str(tmp_path))
+    spec = importlib.util.spec_from_file_location("gpu_smoke", ROOT / "scripts/gpu_smoke.py")
+    smoke = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(smoke)
+    smoke.GROUPS["tried"] = [
+        lambda: iter([("near", 0.25, 0.5), ("other bits", 0.9, smoke.NOTED)]),
+        lambda: iter([("other bits", 0.9, smoke.NOTED), ("far", float("nan"), 0.5), ("not reached", 0.0, 0.5)]),
+    ]
+    assert smoke.run("tried") == 1
+    good, bad = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
+    assert good["ok"] and good["share_of_bound"] == 0.5 and good["noted"] == "other bits: 0.9"
+    assert not bad["ok"] and "far: off by nan, at most 0.5" in bad["said"] and bad["noted"] == "other bits: 0.9"
+    assert "     other bits: 0.9" in capsys.readouterr().out
 
 
 def test_tables_take_what_there_is(tmp_path):
