@@ -33,7 +33,7 @@ def device(request) -> str:
 
 
 @pytest.fixture
-def report(benchmark, device):
+def report(request, benchmark, device):
     """report(op, case, moved, ours, **baselines): interleaved medians; `moved` is the op's bytes model."""
 
     def run(op: str, case: str, moved: int, ours, **baselines) -> None:
@@ -60,6 +60,9 @@ def report(benchmark, device):
         for name in baselines:
             ROWS.append({**row, "baseline": name, "baseline_us": round(seconds[name] * 1e6, 2),
                          "ratio": round(seconds[name] / seconds["ours"], 2)})  # fmt: skip
+        if path := request.config.getoption("--csv"):  # at once: a run that is cut leaves what it has
+            Path(path).parent.mkdir(parents=True, exist_ok=True)
+            Path(path).write_text(csv_text(list(ROWS[0]), ROWS), encoding="utf-8", newline="")
 
     return run
 
@@ -96,8 +99,5 @@ def pytest_terminal_summary(terminalreporter, config) -> None:
                 f"  {row['op']:15} {row['case']:42} {row['ours_us']:10.1f} us  {row['gb_per_s']:8.2f} GB/s "
                 f"({row['percent_of_copy']:5.1f} % of copy)  {row['ratio']:6.2f}x {row['baseline']}"
             )
-    path = config.getoption("--csv")
-    if path:
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-        Path(path).write_text(csv_text(list(ROWS[0]), ROWS), encoding="utf-8", newline="")
+    if path := config.getoption("--csv"):
         terminalreporter.write_line(f"wrote {path}")

@@ -3,6 +3,7 @@
     python scripts/gpu_smoke.py                 all groups, each in a process of its own, side by side
     python scripts/gpu_smoke.py ops graphs      these groups, here
     DEVICE=cpu python scripts/gpu_smoke.py      the same over references and C++ loops: that the script itself runs
+    SMALL=1 python scripts/gpu_smoke.py edge    with few samples, for the memory checker
 
 A group is a process because an error of CUDA stays with its process, and because most of the time is Triton compiling.
 What fails is printed with its shapes and the rest goes on; lines are also appended to $OUT/results.jsonl. Exit status:
@@ -31,6 +32,7 @@ from mgebm_fast.sampling import Langevin
 
 DEVICE = os.environ.get("DEVICE", "cuda")
 GPU = DEVICE == "cuda"
+MOST = 9 if os.environ.get("SMALL") else 2000  # samples
 FAST = "triton" if GPU else "reference"
 LIMIT = float(os.environ.get("LIMIT", "60"))  # seconds for a group
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -145,6 +147,7 @@ def batch_norm_act() -> Iterator[tuple[str, float, float]]:
     bounds = dict(zip(DTYPES, (2e-3, 1e-2, 1e-4), strict=True))
     for dtype in DTYPES:
         for shape, last in (((128, 64, 32, 32), True), ((128, 512, 4, 4), True), ((9, 24, 6, 5), False)):
+            shape = (min(shape[0], MOST), *shape[1:])
             z = seeded(*shape, dtype=dtype, last=last) * 3 + 40  # sums of squares would lose a mean so far from 0
             w, b = seeded(shape[1], seed=3), seeded(shape[1], seed=5)
             grad = seeded(*shape, seed=4, dtype=dtype, last=last)
@@ -168,7 +171,8 @@ def edge_step() -> Iterator[tuple[str, float, float]]:
         ((50, 1, 8, 8), 32, 3, 1),
         ((9, 3, 7, 5), 24, 3, 2),
     ]
-    for shape, outputs, kernel, stride in cases:
+    for (n, *shape), outputs, kernel, stride in cases:
+        shape = [min(n, MOST), *shape]
         for dtype in DTYPES:
             weight = seeded(outputs, shape[1], kernel, kernel, seed=6, dtype=dtype) / 30
             sizes = [(n + 2 * (kernel // 2) - kernel) // stride + 1 for n in shape[2:]]
@@ -193,7 +197,7 @@ def dense_chain() -> Iterator[tuple[str, float, float]]:
         net = ops.dense_net(weights, biases, seeded(1024, seed=2), activations=["leaky_relu"] * 3, slopes=[0.2] * 3,
                             dtype=dtype)  # fmt: skip
         rest = {"step_size": 0.3, "reference_std": 50.0, "clamp": (0.0, 255.0), "seed": 1}
-        x = seeded(100, 48).mul(60).add(128).clamp(0, 255)
+        x = seeded(min(100, MOST), 48).mul(60).add(128).clamp(0, 255)
         got = ops.dense_chain_(x.clone(), net, steps=3, backend=FAST, **rest)
         want = ops.dense_chain_(x.clone(), net, steps=3, backend="reference", **rest)
         yield f"{dtype} mean of 3 steps", float((got - want).abs().mean()), bounds[dtype]
@@ -234,7 +238,7 @@ def resident_chain() -> Iterator[tuple[str, float, float]]:
     rest = {"drift": 20.0, "noise_std": 0.5, "clamp": (0.0, 255.0), "seed": 1}
     for size in (2, 4, 8, 16):
         net = multigrid_net(size, norm="none", variant="compact", seed=size).to(DEVICE)
-        x = images(300 if GPU else 5, size, seed=2)
+        x = images(min(300, MOST) if GPU else 5, size, seed=2)
         stack = read(net, x)
         backend = "native" if GPU or size < 16 else "reference"
         got = conv_chain(stack.stages, stack.head, x, steps=3, backend=backend, **rest)
@@ -258,7 +262,7 @@ def resident_chain() -> Iterator[tuple[str, float, float]]:
         for other in gradients[1:]:
             yield f"{size}: another grouping", differs(gradients[0], other), 0
     for size in (2, 8) if GPU else ():
-        net, x = multigrid_net(size, variant="residual", seed=size).to(DEVICE), images(300, size, seed=2)
+        net, x = multigrid_net(size, variant="residual", seed=size).to(DEVICE), images(min(300, MOST), size, seed=2)
         found = plan(net, x)
         yield f"residual {size}: {found.explain()}", float(found.explain().plan != "resident"), 0
         yield f"residual {size}: gradient", off(found.gradient(x), float64_gradient(net, x)), 0.05

@@ -1,21 +1,45 @@
-"""Tables, as Markdown, of what scripts/gpu_check.sh left in a folder: `python scripts/gpu_tables.py FOLDER`."""
+"""Tables, as Markdown, of what scripts/gpu_check.sh left in a folder: `python scripts/gpu_tables.py FOLDER`.
+
+Of each file the columns that one compares; all of them are in the files.
+"""
 
 from __future__ import annotations
 
 import csv
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from mgebm_fast.tables import markdown
 
+CHAINS = ("case", "batch", "contender", "precision", "ms", "low_ms", "high_ms", "vs_plain_loop", "percent_of_ceiling",
+          "gradient_error", "gpu_busy_percent", "status")  # fmt: skip
+OPS = ("op", "case", "ours_us", "gb_per_s", "percent_of_copy", "baseline", "ratio")
+EVALUATION = ("name", "num", "kid", "kid_real", "fid", "fid_real", "precision", "recall", "nearest_distance",
+              "nearest_distance_real", "confident_share", "confident_share_real")  # fmt: skip
+SMOKE = ("group", "check", "ok", "cases", "seconds", "share_of_bound", "said", "noted")
 
-def table(title: str, rows: list[dict]) -> str:
-    """Rows of one kind; a column is a key of any of them."""
+
+def cell(value: Any) -> str:
+    """A number in four digits; text on one line."""
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        return "; ".join(str("" if value is None else value).splitlines())
+    return f"{number:.0f}" if number.is_integer() or 1e4 <= abs(number) < 1e9 else f"{number:.4g}"
+
+
+def table(title: str, rows: Sequence[dict], columns: Sequence[str] = ()) -> str:
+    """Rows of one kind, by the columns that any of them has a value of; without `columns`, all."""
     if not rows:
         return f"## {title}\n\nnot measured\n"
-    columns = list(dict.fromkeys(key for row in rows for key in row))
-    body = markdown(columns, (["; ".join(str(row.get(column, "")).splitlines()) for column in columns] for row in rows))
+    known = columns or list(dict.fromkeys(key for row in rows for key in row))
+    shown = [name for name in known if any(row.get(name) not in (None, "") for row in rows)]
+    body = markdown(shown, ([cell(row.get(name)) for name in shown] for row in rows))
     return f"## {title}\n\n{body}\n"
 
 
@@ -41,24 +65,60 @@ def benches(path: Path) -> dict[str, list[dict]]:
     return {name: list(csv.DictReader(f"{line}\n" for line in lines)) for name, lines in parts.items()}
 
 
-def progress(path: Path) -> list[dict]:
-    """The last record of a run's metrics."""
-    return records(path)[-1:]
+def machine(tables: dict[str, list[dict]]) -> list[dict]:
+    """What was measured on, and the matrix rate that it reached in each precision."""
+    found: dict[tuple[str, str], dict] = {}
+    for row in (row for rows in tables.values() for row in rows if row.get("device")):
+        one = found.setdefault((row["device"], row["torch"]), {"device": row["device"], "torch": row["torch"]})
+        if row.get("ceiling_gflops"):
+            one[f"{row['precision']}, GFLOP/s"] = row["ceiling_gflops"]
+        if row.get("op") and float(row["percent_of_copy"]):
+            one["copy, GB/s"] = 100 * float(row["gb_per_s"]) / float(row["percent_of_copy"])
+    return list(found.values())
+
+
+def plans(rows: Sequence[dict]) -> str:
+    """What the package's own chains ran, a line a case."""
+    lines = []
+    for row in rows:
+        if row.get("contender") == "mgebm_auto" and row.get("explain"):
+            said = [line for line in row["explain"].splitlines() if line.startswith(("gradient:", "graph:"))]
+            lines.append(f"- {row['case']}: {'; '.join(said)}\n")
+    return "".join([*lines, "\n"]) if lines else ""
+
+
+def training(name: str, lines: Sequence[dict], batch: int | None) -> str:
+    """The last record of a run's metrics: how fast it is, and a row for each size."""
+    if not lines:
+        return f"## Training {name}\n\nnot measured\n"
+    last = lines[-1]
+    sizes: dict[str, dict] = {}
+    for key, value in last.items():
+        if key.startswith("size_"):
+            size, what = key.removeprefix("size_").split("/", 1)
+            sizes.setdefault(size, {"size": size})[what] = value
+    seconds = last.get("seconds_per_update")
+    pace = f", {1e3 * seconds:.3g} ms an update" if seconds else ""
+    if seconds and batch:
+        pace += f", {batch / seconds:,.0f} images a second"
+    return table(f"Training {name}: {last.get('step', '?')} updates{pace}", list(sizes.values()) or [last])
 
 
 def main(folder: Path) -> None:
-    lines = records(folder / "results.jsonl")
+    lines, tables = records(folder / "results.jsonl"), benches(folder / "bench.csv")
     kinds = {kind: [{k: v for k, v in line.items() if k != "part"} for line in lines if line.get("part") == kind]
-             for kind in ("run", "smoke", "evaluate")}  # fmt: skip
+             for kind in ("run", "smoke", "evaluate", "train")}  # fmt: skip
+    print(table("Machine", machine(tables)))
     print(table("Parts", kinds["run"]))
-    print(table("Smoke test: failures", [row for row in kinds["smoke"] if not row["ok"]] or [{"failures": "none"}])
-          if kinds["smoke"] else table("Smoke test", []))  # fmt: skip
-    print(table("Smoke test", kinds["smoke"]))
-    for name, rows in (benches(folder / "bench.csv") or {"Benches": []}).items():
-        print(table(name, rows))
-    print(table("Evaluation", kinds["evaluate"]))
+    failures = sum(not row["ok"] for row in kinds["smoke"])
+    print(table(f"Smoke test: {failures or 'no'} failures", sorted(kinds["smoke"], key=lambda row: row["ok"]), SMOKE))
+    for name, rows in (tables or {"Benches": []}).items():
+        print(table(name, rows, OPS if rows and "op" in rows[0] else CHAINS))
+        print(plans(rows), end="")
+    print(table("Evaluation", kinds["evaluate"], EVALUATION))
+    batches = {row["name"]: row["batch_size"] for row in kinds["train"]}
     for run in ("digits", "grid64"):
-        print(table(f"Training {run}, the last record", progress(folder / f"{run}.jsonl")))
+        print(training(run, records(folder / f"{run}.jsonl"), batches.get(run)))
 
 
 if __name__ == "__main__":

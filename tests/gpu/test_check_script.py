@@ -7,11 +7,13 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
 ROOT = Path(__file__).parents[2]
 STUB = r"""#!/usr/bin/env bash
 echo "$*" >>"$CALLS"
+case "$1 $3" in
+    "-c "*) exec "$REAL" "$@" ;;
+    *" evaluate") echo '{"kid": 0.5}'; exit ;;
+esac
 folder=""
 while (($#)); do
     case $1 in
@@ -23,21 +25,31 @@ while (($#)); do
 done
 if [ -n "$folder" ]; then
     mkdir -p "$folder/samples"
-    touch "$folder/config.toml"
-    echo '{"iteration": 7}' >"$folder/metrics.jsonl"
+    echo 'batch_size = 64' >"$folder/config.toml"
+    echo '{"step": 7, "size_2/gap": 0.25, "seconds_per_update": 0.002}' >"$folder/metrics.jsonl"
     touch "$folder/samples/7.png"
 fi
 """
+TOOL = r"""#!/usr/bin/env bash
+echo "${0##*/} $*" >>"$CALLS"
+case "${0##*/} $*" in
+    *--help*) echo "  --kernel-name" ;;
+    *racecheck*edge_step*) exit 9 ;;
+    *ncu*) while (($#)); do if [ "$1" = --log-file ]; then echo measured >"$2"; fi; shift; done ;;
+esac
+"""
 
 
-def run(folder: Path, what: str, **variables: str) -> tuple[int, list[str], list[dict], str]:
+def run(folder: Path, what: str, *tools: str, **variables: str) -> tuple[int, list[str], list[dict], str]:
     """(exit status, calls of Python, lines of results.jsonl, output)"""
     stub = folder / "python"
-    stub.write_text(STUB)
-    stub.chmod(0o755)
+    for name, text in (("python", STUB), *((tool, TOOL) for tool in tools)):
+        (folder / name).write_text(text)
+        (folder / name).chmod(0o755)
     (folder / "calls").write_text("")
     out = folder / "out"
-    given = {"PYTHON": str(stub), "REAL": sys.executable, "CALLS": str(folder / "calls"), "OUT": str(out), **variables}
+    given = {"PYTHON": str(stub), "REAL": sys.executable, "CALLS": str(folder / "calls"), "OUT": str(out),
+             "PATH": f"{folder}:{os.environ['PATH']}", **variables}  # fmt: skip
     done = subprocess.run(
         ["bash", "scripts/gpu_check.sh", what], cwd=ROOT, env={**os.environ, **given}, capture_output=True, text=True,
         timeout=60,
@@ -46,26 +58,45 @@ def run(folder: Path, what: str, **variables: str) -> tuple[int, list[str], list
     return done.returncode, (folder / "calls").read_text().splitlines(), lines, done.stdout
 
 
-@pytest.mark.parametrize("what", ["first", "second"])
-def test_results_lie_flat_and_are_few(tmp_path, what):
-    status, calls, lines, said = run(tmp_path, what, DEVICE="cuda")
+def test_results_lie_flat_and_are_few(tmp_path):
+    status, _, lines, said = run(tmp_path, "all", "ncu", DEVICE="cuda")
     assert status == 0, said
     left = sorted(path.relative_to(tmp_path / "out").as_posix() for path in (tmp_path / "out").rglob("*"))
     assert len(left) <= 8 and not [name for name in left if "/" in name], left
     assert {line["status"] for line in lines if line["part"] == "run"} == {"done"}
     assert "## Parts" in said and "not measured" in said  # the tables, with what there is no figure of
+    assert (tmp_path / "out/log.txt").read_text() == said  # to the last line
+    assert said.splitlines()[-1].startswith("all in ")
+    assert [line for line in lines if line["part"] == "evaluate"] == [
+        {"part": "evaluate", "name": name, "kid": 0.5} for name in ("digits", "grid64")
+    ]
+    assert "## Training grid64: 7 updates, 2 ms an update, 32,000 images a second" in said
+
+
+def test_the_memory_checker_and_the_profiler_take_the_package_s_kernels_by_name(tmp_path):
+    status, calls, lines, said = run(tmp_path, "first", "compute-sanitizer", DEVICE="cuda")
+    found = {line["name"]: line["status"] for line in lines if line["part"] == "run"}
+    assert status == 1 and found["sanitizer"] == "failed with 1" and found["racecheck edge"] == "failed with 9"
+    assert found["memcheck edge"] == found["racecheck resident"] == "done"
+    checked = [call for call in calls if "--tool memcheck" in call]
+    names = {call.split("kns=")[1].split()[0] for call in checked}
+    assert len({call.split("--port ")[1].split()[0] for call in calls if "--port" in call}) == 8
+    _, calls, _, _ = run(tmp_path, "second", "ncu", DEVICE="cuda")
+    names |= {call.split("regex:")[1].split()[0] for call in calls if call.startswith("ncu")}
+    kernels = "".join(path.read_text() for path in [*ROOT.glob("kernels/*.py"), *ROOT.glob("csrc/**/*.cu")])
+    assert len(names) == 5 and all(name in kernels for name in names), names
 
 
 def test_it_builds_without_a_network_and_smoke_comes_before_all_else(tmp_path):
     _, calls, lines, _ = run(tmp_path, "first", DEVICE="cuda")
     (build,) = [call for call in calls if "pip install" in call]
     assert "--no-index" in build and "--no-build-isolation" in build and "--no-deps" in build
-    assert [line["name"] for line in lines][:4] == ["build", "doctor", "smoke", "train digits"]
+    assert [line["name"] for line in lines if line["part"] == "run"][:4] == ["build", "doctor", "smoke", "train digits"]
 
 
 def test_what_fails_is_said_and_the_rest_goes_on(tmp_path):
     status, _, lines, _ = run(tmp_path, "first", DEVICE="cuda", SMOKE="1")
-    found = {line["name"]: line["status"] for line in lines}
+    found = {line["name"]: line["status"] for line in lines if line["part"] == "run"}
     assert status == 1 and found["smoke"] == "failed with 1" and found["chains"] == "done"
 
 
@@ -98,15 +129,20 @@ def test_tables_take_what_there_is(tmp_path):
         '{"part": "smoke", "gro'  # cut short
     )
     (tmp_path / "bench.csv").write_text(
-        '# chains chains.csv\ncase,ms,how\n64B,1.5,"two\nlines"\n# ops ops.csv\nop,us\nnoise,3\n'
+        "# chains chains.csv\ncase,contender,ms,explain,device,torch,precision,ceiling_gflops\n"
+        '64,mgebm_auto,1.51234,"chain: 9 steps\ngradient: resident\ngraph: replayed",GPU,2.11,fp16,790000\n'
+        "# ops ops.csv\nop,ours_us,gb_per_s,percent_of_copy,device,torch\nnoise,15605.5,3,50,GPU,2.11\n"
     )
     done = subprocess.run([sys.executable, "scripts/gpu_tables.py", tmp_path], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     for words in (
         "| build | done | 40 |",
-        "off by 1 \\| 2",
-        "| 64B | 1.5 | two; lines |",
-        "| noise | 3 |",
+        "## Smoke test: 1 failures",
+        "| edge | edge_step | no | off by 1 \\| 2 |",
+        "| 64 | mgebm_auto | fp16 | 1.512 |",
+        "- 64: gradient: resident; graph: replayed",
+        "| noise | 15606 | 3 | 50 |",
+        "| GPU | 2.11 | 790000 | 6 |",
         "not measured",
     ):
         assert words in done.stdout
