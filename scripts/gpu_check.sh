@@ -69,13 +69,15 @@ build() {
 }
 export -f build
 
+table() { # table NAME FILE: its rows, if it is there, are appended to bench.csv
+    if [ -e "$2" ]; then { echo "# $1 $(basename "$2")"; cat "$2"; } >>"$OUT/bench.csv"; fi
+}
+
 bench() { # bench NAME MOST ARGUMENTS...: rows are appended to bench.csv
     local name=$1 most=$2 file
     shift 2
     part "$name" "$most" "$PYTHON" -m mgebm_fast bench "$@" --csv "$scratch/$name"
-    for file in "$scratch/$name"/*.csv; do
-        if [ -e "$file" ]; then { echo "# $name $(basename "$file")"; cat "$file"; } >>"$OUT/bench.csv"; fi
-    done
+    for file in "$scratch/$name"/*.csv; do table "$name" "$file"; done
 }
 
 train() { # train NAME MOST ARGUMENTS...: pictures, metrics and KID of a run, also of one that was cut
@@ -162,8 +164,12 @@ second() {
     for op in "${ops[@]}"; do files+=("bench/ops/bench_$op.py"); done
     part ops 60 "$PYTHON" -m pytest -q -p no:cacheprovider --benchmark-disable -k "$DEVICE" --csv "$scratch/ops.csv" \
         "${files[@]}"
-    if [ -e "$scratch/ops.csv" ]; then { echo "# ops ops.csv"; cat "$scratch/ops.csv"; } >>"$OUT/bench.csv"; fi
-    if [ "$DEVICE" = cuda ] && command -v ncu >/dev/null; then profile; fi
+    table ops "$scratch/ops.csv"
+    if [ "$DEVICE" = cuda ]; then
+        part kernels 45 "$PYTHON" scripts/gpu_profile.py "$scratch/kernels.csv"
+        table kernels "$scratch/kernels.csv"
+        if command -v ncu >/dev/null; then profile; fi
+    fi
     bench training 45 training ${tiny[@]+"${tiny[@]}"}
     bench compiled 120 --only cascade --against mgebm_auto ${compiled[@]+"${compiled[@]}"} ${tiny[@]+"${tiny[@]}"}
     if [ "$DEVICE" = cuda ]; then

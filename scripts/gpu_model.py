@@ -6,7 +6,8 @@
 Kernels are those that the package launches: chains run on fake CUDA tensors (tests/helpers/fake_cuda.py), and what a
 captured step launches is counted. What the resident chain does is read off the tables that its kernel is given; what
 the compiler made of it, off nvcc. A prediction is the largest of a few times, as the page says; none is a measurement.
-Measured ones come from bench/results/<device>/chains.csv (`mgebm bench chains --csv`), where a GPU has been.
+Measured ones come from bench/results/<device>/, where a GPU has been: a step's from chains.csv (`mgebm bench chains
+--csv`), a kernel's from kernels.csv (scripts/gpu_profile.py).
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ sys.path.insert(0, str(ROOT / "tests"))
 import torch  # noqa: E402
 from helpers import fake_cuda  # noqa: E402
 
+from mgebm_fast.benchmarks.cases import cases  # noqa: E402
 from mgebm_fast.benchmarks.work import macs_inside  # noqa: E402
 from mgebm_fast.gradient.stack import Stack, read  # noqa: E402
 from mgebm_fast.nets import multigrid_net  # noqa: E402
@@ -306,21 +308,71 @@ def compiled(architecture: str) -> tuple[str, str, str]:
 # The page
 
 
-def measured(chain: Chain, results: Path = RESULTS) -> dict[str, float]:
-    """GPU -> microseconds of a step, where `mgebm bench chains` has been run on it."""
-    found: dict[str, float] = {}
-    for path in sorted(results.glob("*/chains.csv")):
-        with open(path, encoding="utf-8", newline="") as file:
-            for row in csv.DictReader(file):
-                same = row["case"].split("-")[0] == str(chain.size) and row["batch"] == str(chain.batch)
-                ours = row["contender"] == "mgebm_auto" and row["status"] == "ok" and row["norm"] == chain.norm
-                if same and ours and chain.variant == "B":
-                    found |= {gpu.name: 1e3 * float(row["ms"]) for gpu in GPUS if gpu.name in row["device"]}
+def rows_of(chain: Chain, results: Path, file: str) -> list[tuple[str, dict[str, str]]]:
+    """(GPU, row) of the cases of `mgebm bench` that are this chain."""
+    known = {case.name: (case.variant, case.sizes) for case in cases(("chains",), device="cuda", full=True)}
+    found = []
+    for path in sorted(results.glob(f"*/{file}")):
+        with open(path, encoding="utf-8", newline="") as lines:
+            for row in csv.DictReader(lines):
+                same = known.get(row["case"]) == (chain.variant, (chain.size,))
+                if same and (row["norm"], row["batch"]) == (chain.norm, str(chain.batch)):
+                    found += [(gpu.name, row) for gpu in GPUS if gpu.name in row["device"]]
     return found
 
 
-def measured_cell(chain: Chain, results: Path) -> str:
-    found = measured(chain, results)
+def measured(chain: Chain, results: Path = RESULTS, *, resident_plan: bool = False) -> dict[str, float]:
+    """GPU -> microseconds of a step that was measured on it, of the resident chain or of another plan."""
+    return {
+        gpu: 1e3 * float(row["ms"])
+        for gpu, row in rows_of(chain, results, "chains.csv")
+        if row["contender"] == "mgebm_auto"
+        and row["status"] == "ok"
+        and resident_plan == ("gradient: resident" in row["explain"])
+    }
+
+
+def measured_kernels(chain: Chain, kernels: Sequence[Kernel], results: Path = RESULTS) -> dict[str, list[float]]:
+    """GPU -> microseconds of each of these kernels, where its launches can be told apart."""
+    launches: dict[str, list[tuple[str, float]]] = {}
+    for gpu, row in rows_of(chain, results, "kernels.csv"):
+        launches.setdefault(gpu, []).append((row["kernel"], float(row["us"])))
+    found = {gpu: attributed([kernel.name for kernel in kernels], rows) for gpu, rows in launches.items()}
+    return {gpu: times for gpu, times in found.items() if times}
+
+
+def attributed(kernels: Sequence[str], launches: Sequence[tuple[str, float]]) -> list[float]:
+    """Microseconds of each kernel of a step, by the launches on a GPU; [] where they do not match.
+
+    The package's own are found by name. Between two of them is a convolution of the library, which may be several
+    launches, and other operators of PyTorch, one launch each.
+    """
+    times: list[float] = []
+    waiting: list[str] = []  # of the library, since the last own kernel
+    at = 0
+    for name in kernels:
+        if name not in _MOVED:
+            waiting.append(name)
+            continue
+        here = next((i for i in range(at, len(launches)) if launches[i][0] == f"{name}_kernel"), None)
+        if here is None:
+            return []
+        between = [time for _, time in launches[at:here]]
+        several = [i for i, other in enumerate(waiting) if other.startswith(("convolution ", "data gradient "))]
+        extra = len(between) - len(waiting)
+        if extra < 0 or len(several) > 1 or (extra and not several):
+            return []
+        for i in range(len(waiting)):
+            count = 1 + extra if i in several else 1
+            times.append(sum(between[:count]))
+            between = between[count:]
+        times.append(launches[here][1])
+        waiting, at = [], here + 1
+    return [] if waiting or at < len(launches) else times
+
+
+def measured_cell(chain: Chain, results: Path, *, resident_plan: bool = False) -> str:
+    found = measured(chain, results, resident_plan=resident_plan)
     return "; ".join(f"{name} {time:.1f}" for name, time in found.items()) or "not measured"
 
 
@@ -335,19 +387,31 @@ class Section:
 def section(chain: Chain, results: Path = RESULTS) -> Section:
     """The layer-wise plan of a chain, kernel by kernel."""
     kernels = [kernel_of(event) for event in captured_step(chain)]
+    known = measured_kernels(chain, kernels, results)
     rows = [
         [
             kernel.name, f"{kernel.moved / 1e6:.2f}", f"{kernel.flop / 1e9:.2f}",
             *(f"{kernel.predicted(gpu):.1f}" for gpu in GPUS), kernel.bound(H200),
+            *(f"{times[i]:.1f}" for times in known.values()),
         ]
-        for kernel in kernels
+        for i, kernel in enumerate(kernels)
     ]  # fmt: skip
     totals = [sum(kernel.predicted(gpu) for kernel in kernels) for gpu in GPUS]
     shares = [chain.flop() / (total * 1e-6) / gpu.matrix for total, gpu in zip(totals, GPUS, strict=True)]
     figures = [f"{total:.0f}" for total in totals]
     moved, flop = sum(kernel.moved for kernel in kernels), sum(kernel.flop for kernel in kernels)
-    rows.append(["all", f"{moved / 1e6:.2f}", f"{flop / 1e9:.2f}", *figures, ""])
-    heads = ["kernel", "MB", "GFLOP", *(f"{gpu.name}, µs" for gpu in GPUS), "bound by"]
+    rows.append(
+        [
+            "all",
+            f"{moved / 1e6:.2f}",
+            f"{flop / 1e9:.2f}",
+            *figures,
+            "",
+            *(f"{sum(times):.0f}" for times in known.values()),
+        ]
+    )
+    heads = ["kernel", "MB", "GFLOP", *(f"{gpu.name}, µs" for gpu in GPUS), "bound by",
+             *(f"measured on {gpu}, µs" for gpu in known)]  # fmt: skip
     text = f"### {chain.title}\n\n{markdown(heads, rows)}\n"
     percent = [f"{100 * share:.0f} %" for share in shares]
     row = [chain.title, str(len(kernels)), *figures, " / ".join(percent), measured_cell(chain, results)]
@@ -366,7 +430,7 @@ def resident_section(chains: Sequence[Chain], results: Path = RESULTS) -> str:
         share = chain.flop() / (time * 1e-6) / H100.matrix
         rows.append(
             [chain.title, str(layout.samples), f"{layout.image_bytes / 1024:.0f}", f"{layout.shared_bytes / 1024:.0f}",
-             f"{time:.1f}", f"{100 * share:.0f} %", measured_cell(chain, results)]
+             f"{time:.1f}", f"{100 * share:.0f} %", measured_cell(chain, results, resident_plan=True)]
         )  # fmt: skip
         if not stack.has_shortcuts:
             tables += [[chain.title if not i else "", phase.name, str(phase.products), f"{phase.loaded / 1024:.0f}",

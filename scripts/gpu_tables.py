@@ -1,18 +1,20 @@
 """Tables, as Markdown, of what scripts/gpu_check.sh left in a folder: `python scripts/gpu_tables.py FOLDER`.
 
-Of each file the columns that one compares; all of them are in the files.
+Of each file the columns that one compares; all of them are in the files. `gpu_tables.py FOLDER bench/results` keeps the
+benches too, as bench/results/<device>/chains.csv and so on, from which scripts/gpu_model.py takes what was measured.
 """
 
 from __future__ import annotations
 
 import csv
 import json
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from mgebm_fast.tables import markdown
+from mgebm_fast.tables import csv_text, markdown
 
 CHAINS = ("case", "batch", "contender", "precision", "ms", "low_ms", "high_ms", "vs_plain_loop", "percent_of_ceiling",
           "gradient_error", "gpu_busy_percent", "status")  # fmt: skip
@@ -54,21 +56,47 @@ def records(path: Path) -> list[dict]:
     return found
 
 
-def benches(path: Path) -> dict[str, list[dict]]:
-    """The tables of bench.csv, each after a line `# name file`."""
-    parts: dict[str, list[str]] = {}
+def benches(path: Path) -> dict[tuple[str, str], list[dict]]:
+    """The tables of bench.csv by (name, file), each after a line `# name file`."""
+    parts: dict[tuple[str, str], list[str]] = {}
     for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
         if line.startswith("# "):
-            parts[line[2:].split()[0]] = lines = []
+            name, file = line[2:].split()
+            parts[name, file] = lines = []
         elif parts:
             lines.append(line)
-    return {name: list(csv.DictReader(f"{line}\n" for line in lines)) for name, lines in parts.items()}
+    return {names: list(csv.DictReader(f"{line}\n" for line in lines)) for names, lines in parts.items()}
 
 
-def machine(tables: dict[str, list[dict]]) -> list[dict]:
+def keep(tables: dict[tuple[str, str], list[dict]], results: Path) -> list[Path]:
+    """One file a device and kind of table, `results`/<device>/<file>; what was there is replaced."""
+    found: dict[Path, list[dict]] = {}
+    for (_, file), rows in tables.items():
+        for row in rows:
+            folder = re.sub("[^a-z0-9]+", "-", row["device"].lower()).strip("-")
+            found.setdefault(results / folder / file, []).append(row)
+    for path, rows in found.items():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(csv_text(list(rows[0]), rows), encoding="utf-8", newline="")
+    return list(found)
+
+
+def longest(rows: Sequence[dict]) -> list[dict]:
+    """Of the kernels of each chain: how many, how long together, and the longest three."""
+    chains: dict[tuple[str, str], list[tuple[float, str]]] = {}
+    for row in rows:
+        chains.setdefault((row["case"], row["batch"]), []).append((float(row["us"]), row["kernel"]))
+    return [
+        {"case": case, "batch": batch, "kernels a step": len(found), "us a step": sum(time for time, _ in found),
+         "the longest": ", ".join(f"{name} {time:.1f}" for time, name in sorted(found, reverse=True)[:3])}
+        for (case, batch), found in chains.items()
+    ]  # fmt: skip
+
+
+def machine(tables: dict[tuple[str, str], list[dict]]) -> list[dict]:
     """What was measured on, and the matrix rate that it reached in each precision."""
     found: dict[tuple[str, str], dict] = {}
-    for row in (row for rows in tables.values() for row in rows if row.get("device")):
+    for row in (row for rows in tables.values() for row in rows if row.get("torch")):
         one = found.setdefault((row["device"], row["torch"]), {"device": row["device"], "torch": row["torch"]})
         if row.get("ceiling_gflops"):
             one[f"{row['precision']}, GFLOP/s"] = row["ceiling_gflops"]
@@ -112,8 +140,9 @@ def main(folder: Path) -> None:
     print(table("Parts", kinds["run"]))
     failures = sum(not row["ok"] for row in kinds["smoke"])
     print(table(f"Smoke test: {failures or 'no'} failures", sorted(kinds["smoke"], key=lambda row: row["ok"]), SMOKE))
-    for name, rows in (tables or {"Benches": []}).items():
-        print(table(name, rows, OPS if rows and "op" in rows[0] else CHAINS))
+    for (name, file), rows in (tables or {("Benches", ""): []}).items():
+        columns = {"ops.csv": OPS, "kernels.csv": ()}.get(file, CHAINS)
+        print(table(name, longest(rows) if file == "kernels.csv" else rows, columns))
         print(plans(rows), end="")
     print(table("Evaluation", kinds["evaluate"], EVALUATION))
     batches = {row["name"]: row["batch_size"] for row in kinds["train"]}
@@ -122,6 +151,8 @@ def main(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 2 or not Path(sys.argv[1]).is_dir():
-        sys.exit("usage: gpu_tables.py FOLDER (what gpu_check.sh wrote)")
+    if len(sys.argv) not in (2, 3) or not Path(sys.argv[1]).is_dir():
+        sys.exit("usage: gpu_tables.py FOLDER [RESULTS] (FOLDER: what gpu_check.sh wrote)")
     main(Path(sys.argv[1]))
+    for kept in keep(benches(Path(sys.argv[1], "bench.csv")), Path(sys.argv[2])) if sys.argv[2:] else ():
+        print(f"kept: {kept}")

@@ -14,7 +14,7 @@ TINY_WIDTH, TINY_BATCH, TINY_STEPS = 0.25, 8, 2
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """A chain of one published net (`sizes` of one entry) or a cascade, or the training iteration of a preset.
+    """A chain of one net (`sizes` of one entry) or a cascade, or the training iteration of a preset.
 
     Of "peers": an energy that other packages take too, a residual net at the size in `sizes`, or one of points.
     `steps` are Langevin steps a grid in one timing; of a preset that is trained as it is, they are its own (0 here).
@@ -26,6 +26,7 @@ class Case:
     steps: int = 0
     sizes: tuple[int, ...] = ()
     norm: str = "batch"
+    variant: str = "B"  # of `multigrid_net`; "B": the published nets
     width: float = 1.0
     preset: str = ""
     settings: tuple[str, ...] = ()
@@ -45,6 +46,11 @@ class Case:
 
 def _chain(name: str, size: int, batch: int, steps: int, **more) -> Case:
     return Case("chains", name, batch, steps, (size,), **more)
+
+
+def _small(variant: str, size: int, steps: int, full: bool = False) -> Case:
+    """A chain of a net without batch statistics, one sample for each processor of an H100."""
+    return _chain(f"{variant}-{size}", size, 132, steps, norm="none", variant=variant, full=full)
 
 
 # The released chain with the noise and the reference of the paper, so that no part of the update is left out.
@@ -78,8 +84,14 @@ def _cuda(full: bool) -> list[Case]:
     return [
         Case("chains", "cascade", 128, 30, LADDER),
         _chain("4", 4, 128, 30),
+        # Steps of microseconds: so many that a call's own do not count.
+        *(_small("compact", size, 300) for size in (2, 4, 8, 16)),
         _chain("64", 64, 1056, 10),
         _chain("16", 16, 1056, 10),
+        _small("compact", 32, 30, full=True),
+        *(_small("residual", size, 300, full=True) for size in (2, 4, 8)),
+        _small("residual", 16, 30, full=True),
+        _chain("4-1056", 4, 1056, 30, full=True),
         _chain("64-128", 64, 128, 30, full=True),
         _chain("16-128", 16, 128, 30, full=True),
         Case("chains", "cascade-none", 128, 30, LADDER, norm="none", full=True),

@@ -10,7 +10,7 @@ from torch.nn.functional import interpolate
 from torch.utils.flop_counter import FlopCounterMode
 
 from ..models import MultiGrid
-from ..nets import EnergyNet, multigrid_net
+from ..nets import EnergyNet, ScoreNet, multigrid_net
 from ..sampling import Langevin
 from .cases import Case
 from .contenders import SEED, Contender, described, explain, precision_of
@@ -27,17 +27,19 @@ class ChainBench:
     def __init__(self, case: Case, device: str) -> None:
         self.case, self.device = case, device
         ladder = case.sizes if len(case.sizes) > 1 else (1, *case.sizes)
-        nets = [multigrid_net(size, width=case.width, norm=case.norm, seed=size) for size in ladder[1:]]
+        nets = [
+            multigrid_net(size, width=case.width, norm=case.norm, variant=case.variant, seed=size)
+            for size in ladder[1:]
+        ]
         self.model = MultiGrid(ladder, nets=nets, batch_size=case.batch).to(device)
-        energies = [net for net in self.model.nets if isinstance(net, EnergyNet)]
-        self.nets: list[nn.Module] = [*energies]
+        self.nets: list[nn.Module] = list(self.model.nets)
         self.sizes = ladder[1:]
         first = self.model.langevin[0]
         self.dynamics = type(first)(steps=case.steps, step_size=0.3, reference_std=50.0, clamp=(0.0, 255.0))
         generator = torch.Generator().manual_seed(SEED)
         shapes = [(case.batch, 3, size, size) for size in ladder]
         self.start, *self.inputs = (torch.rand(shape, generator=generator).mul(255).to(device) for shape in shapes)
-        self.plain: list[nn.Module] = [plain_net(net) for net in energies]
+        self.plain: list[nn.Module] = [plain_net(net) if isinstance(net, EnergyNet) else net for net in self.nets]
         self._expect()
 
     def _expect(self) -> None:
@@ -47,7 +49,7 @@ class ChainBench:
     @property
     def flops(self) -> float:
         """Of one Langevin step a grid: a forward and a data gradient, each as much as a forward."""
-        return self.case.batch * sum(4.0 * macs_inside(net) for net in self.nets if isinstance(net, EnergyNet))
+        return self.case.batch * sum(4.0 * macs_inside(net) for net in self.nets if isinstance(net, ScoreNet))
 
     @property
     def units(self) -> int:

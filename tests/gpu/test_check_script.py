@@ -132,8 +132,13 @@ def test_tables_take_what_there_is(tmp_path):
         "# chains chains.csv\ncase,contender,ms,explain,device,torch,precision,ceiling_gflops\n"
         '64,mgebm_auto,1.51234,"chain: 9 steps\ngradient: resident\ngraph: replayed",GPU,2.11,fp16,790000\n'
         "# ops ops.csv\nop,ours_us,gb_per_s,percent_of_copy,device,torch\nnoise,15605.5,3,50,GPU,2.11\n"
+        "# kernels kernels.csv\ncase,batch,norm,device,place,kernel,us\n16,1056,batch,GPU,0,gemm,2\n"
+        "16,1056,batch,GPU,1,edge_step_kernel,7\n"
+        "# compiled chains.csv\ncase,contender,ms,explain,device,torch,precision,ceiling_gflops\n"
+        "64,compile_bf16,2.5,,GPU,2.11,bf16,790000\n"
     )
-    done = subprocess.run([sys.executable, "scripts/gpu_tables.py", tmp_path], cwd=ROOT, capture_output=True, text=True)
+    command = [sys.executable, "scripts/gpu_tables.py", tmp_path, tmp_path / "results"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     for words in (
         "| build | done | 40 |",
@@ -142,7 +147,16 @@ def test_tables_take_what_there_is(tmp_path):
         "| 64 | mgebm_auto | fp16 | 1.512 |",
         "- 64: gradient: resident; graph: replayed",
         "| noise | 15606 | 3 | 50 |",
-        "| GPU | 2.11 | 790000 | 6 |",
+        "| GPU | 2.11 | 790000 | 6 | 790000 |",
+        "| 16 | 1056 | 2 | 9 | edge_step_kernel 7.0, gemm 2.0 |",
         "not measured",
     ):
         assert words in done.stdout
+    kept = sorted(path.relative_to(tmp_path / "results").as_posix() for path in (tmp_path / "results").rglob("*.csv"))
+    assert kept == ["gpu/chains.csv", "gpu/kernels.csv", "gpu/ops.csv"]
+    assert [
+        row.split(",")[1] for row in (tmp_path / "results/gpu/chains.csv").read_text().splitlines() if "64," in row
+    ] == [
+        "mgebm_auto",
+        "compile_bf16",
+    ]

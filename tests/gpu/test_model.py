@@ -47,16 +47,54 @@ def test_a_layers_kernel_counts_what_it_moves_and_computes(model):
 def test_measured_times_stand_beside_predictions(model, tmp_path):
     folder = tmp_path / "nvidia-h200"
     folder.mkdir()
-    columns = "table,case,contender,precision,status,unit,ms,norm,batch,device"
+    columns = "table,case,contender,precision,status,unit,ms,norm,batch,explain,device"
     rows = [
-        "chains,4,mgebm_auto,fp16,ok,step,0.0815,batch,128,NVIDIA H200",
-        "chains,4,plain_loop,tf32,ok,step,0.9,batch,128,NVIDIA H200",
-        "chains,4,mgebm_auto,fp16,ok,step,7.0,batch,100,NVIDIA H200",
-        "chains,64,mgebm_auto,fp16,gradient off,step,,batch,128,NVIDIA H200",
+        "chains,4,mgebm_auto,fp16,ok,step,0.0815,batch,128,gradient: fused,NVIDIA H200",
+        "chains,4,plain_loop,tf32,ok,step,0.9,batch,128,,NVIDIA H200",
+        "chains,4,mgebm_auto,fp16,ok,step,7.0,batch,100,gradient: fused,NVIDIA H200",
+        "chains,64,mgebm_auto,fp16,gradient off,step,,batch,128,,NVIDIA H200",
+        "chains,compact-8,mgebm_auto,fp16,ok,step,0.0035,none,132,gradient: resident,NVIDIA H200",
+        "chains,residual-8,mgebm_auto,fp16,ok,step,0.007,none,132,gradient: resident,NVIDIA H200",
     ]
     (folder / "chains.csv").write_text("\n".join([columns, *rows]))
-    assert model["measured_cell"](model["Chain"]("B", 4, 128), tmp_path) == "H200 81.5"
-    assert model["measured"](model["Chain"]("B", 64, 128), tmp_path) == {}
+    chain = model["Chain"]
+    assert model["measured_cell"](chain("B", 4, 128), tmp_path) == "H200 81.5"
+    assert model["measured"](chain("B", 64, 128), tmp_path) == {}
+    assert model["measured"](chain("compact", 8, 132), tmp_path) == {}  # what replaced the plan that is asked for
+    assert model["measured"](chain("compact", 8, 132), tmp_path, resident_plan=True) == {"H200": 3.5}
+    assert "| compact 8×8, batch 132 | 1 |" in model["resident_section"]([chain("compact", 8, 132)], tmp_path)
+    assert "| H200 3.5 |" in model["resident_section"]([chain("compact", 8, 132)], tmp_path)
+
+
+def test_measured_kernels_stand_beside_predicted_ones(model, tmp_path):
+    """The recorded step of a chain, its convolutions of two launches each: the column adds them up."""
+    profile = runpy.run_path(str(ROOT / "scripts/gpu_profile.py"))
+    chain = model["Chain"]("compact", 8, 132)
+    kernels = [model["kernel_of"](event).name for event in model["captured_step"](chain)]
+    step = []
+    for name in kernels:
+        library = name.startswith(("convolution ", "data gradient "))
+        own = name in model["_MOVED"]
+        step += (
+            [("void cudnn::transposed<float>(int)", 2.0), ("sm90_xmma", 3.0)]
+            if library
+            else [(f"{name}_kernel" if own else "void at::native::elementwise<4>(int)", 1.5)]
+        )
+    warm = [("Memcpy HtoD", 9.0), *step, *step, *[(name, 3 * time) for name, time in step], *step]
+    found = profile["of_a_step"]([(profile["short"](name), time) for name, time in warm], 4)
+    assert found[0] == ("at::native::elementwise", 1.5) and len(found) == len(step)
+    names = ("case", "batch", "norm", "device", "kernel", "us")
+    rows = [f"compact-8,132,none,NVIDIA H200,{name},{time}" for name, time in found]
+    (tmp_path / "h200").mkdir()
+    (tmp_path / "h200/kernels.csv").write_text("\n".join([",".join(names), *rows]))
+    text = model["section"](chain, tmp_path).text
+    assert "measured on H200, µs |" in text and "| edge_step | 0.74 | 0.08 | 3.2 | 3.2 | launch | 1.5 |" in text
+    assert text.count("| launch | 5.0 |") == sum(name.startswith(("convolution ", "data")) for name in kernels)
+    whole = [("refill", 1.0), ("mgebm::conv_chain_kernel", 36.0)]
+    assert profile["of_a_step"](whole, 12) == [("mgebm::conv_chain_kernel", 3.0)]
+    with pytest.raises(ValueError, match="no two launches of edge_step among 1"):
+        profile["of_a_step"]([("gemm", 1.0)], 12)
+    assert model["attributed"](["sub 1", "bias_act"], [("a", 1.0), ("b", 1.0), ("bias_act_kernel", 1.0)]) == []
 
 
 def test_the_phases_of_a_step(model):
