@@ -14,7 +14,7 @@ from torch.overrides import has_torch_function
 
 from ..errors import BackendError
 from .base import GradientPlan, PlanReport
-from .holding import frozen_parameters, held_modules
+from .holding import frozen_parameters, on_meta
 from .reach import modules_of
 
 INDUCTOR = "inductor"  # what compile=True is
@@ -61,15 +61,6 @@ def _wrapper(weights: list[tuple[str, Tensor]]) -> str:
 
 def _wraps(tensor: Tensor) -> bool:
     return type(tensor).__torch_dispatch__ is not Tensor.__torch_dispatch__
-
-
-def _on_meta(energy: Any) -> bool:
-    """Whether an energy has weights on meta, of which torch makes, on a CPU, gradients of what its memory holds."""
-    for module in held_modules(energy):
-        for tensors in (module._parameters, module._buffers):
-            if any(tensor is not None and tensor.is_meta for tensor in tensors.values()):
-                return True
-    return False
 
 
 def _backward(energies: Tensor, leaf: Tensor, ones: Tensor) -> Tensor | None:
@@ -127,7 +118,7 @@ class AutogradPlan(GradientPlan):
 
     def _gradient(self, x: Tensor) -> Tensor:
         first = self._ones is None
-        if first and _on_meta(self._energy):
+        if first and on_meta(self._energy):
             _check_devices([(name, w) for name, w in _weights(self._energy) if w.is_meta], x, self._where)
         leaf = x.detach().requires_grad_()
         energies = self._ask(leaf)

@@ -37,56 +37,79 @@ class _Held:
 _held: dict[int, _Held] = {}  # by the id of a module, which is kept alive meanwhile
 
 
-class _Searched(threading.local):
-    """What this thread's innermost hold is of, and the modules that were found: who asks inside searches no more."""
+class _Innermost(threading.local):
+    """What this thread's innermost hold is of."""
 
     energy: Any = None
-    modules: list[nn.Module] = []  # noqa: RUF012  (replaced, never written to)
+    on_meta = False
 
 
-_searched = _Searched()
+_innermost = _Innermost()
 
 
-def held_modules(energy: Any) -> list[nn.Module]:
-    """Every module that `energy` is or holds; inside a hold of it as found at its start."""
-    return _searched.modules if _searched.energy is energy else list(modules_of(energy))
+def on_meta(energy: Any) -> bool:
+    """Whether an energy has weights on meta, of which torch makes, on a CPU, gradients of what its memory holds; inside
+    a hold of it as found at its start."""
+    return _innermost.on_meta if _innermost.energy is energy else any(_asked(m)[1] for m in modules_of(energy))
 
 
-@contextlib.contextmanager
-def frozen_parameters(energy: Callable[..., Any]) -> Iterator[None]:
+class frozen_parameters:  # noqa: N801  (used as a function)
     """Inside, the modules that a callable runs (`reach.modules_of`) are held: buffers that a forward moves, as running
     statistics and the vectors of a spectral norm in train mode, are put back at the end.
 
     A chain never needs weight gradients. While no other Python thread is alive the parameters are switched to
     `requires_grad=False` meanwhile, which keeps less memory; with others, which may be training them, they are left
-    alone: the gradient in x is the same.
+    alone: the gradient in x is the same. Raises Refused of a module without weights yet.
     """
-    found, outer = list(modules_of(energy)), (_searched.energy, _searched.modules)
-    modules = [module for module in found if _moves(module)]
-    alone = threading.active_count() == 1
-    with _lock:
-        for module in modules:
-            held = _held.get(id(module))
-            if held is None:
-                held = _held[id(module)] = _note(module)
-            held.count += 1
-            if alone:
-                for parameter in module._parameters.values():
-                    if parameter is not None and parameter.requires_grad:
-                        parameter.requires_grad = False
-                        held.frozen.append(parameter)
-    _searched.energy, _searched.modules = energy, found
-    try:
-        yield
-    finally:
-        _searched.energy, _searched.modules = outer
+
+    __slots__ = ("_energy", "_modules", "_outer")
+
+    def __init__(self, energy: Callable[..., Any]) -> None:
+        self._energy = energy
+
+    def __enter__(self) -> None:
+        found, any_on_meta = list[nn.Module](), False
+        for module in modules_of(self._energy):
+            moves, meta = _asked(module)
+            any_on_meta = any_on_meta or meta
+            if moves:
+                found.append(module)
+        alone = threading.active_count() == 1
+        self._modules: list[nn.Module] = []
         with _lock:
-            for module in modules:
-                held = _held[id(module)]
-                held.count -= 1
-                if held.count == 0:
-                    del _held[id(module)]
-                    _restore(module, held)
+            try:
+                for module in found:
+                    self._hold(module, alone)
+            except BaseException:  # as where there is no memory for a copy of a buffer
+                self._let_go()
+                raise
+        self._outer = _innermost.energy, _innermost.on_meta
+        _innermost.energy, _innermost.on_meta = self._energy, any_on_meta
+
+    def __exit__(self, *error: object) -> None:
+        _innermost.energy, _innermost.on_meta = self._outer
+        with _lock:
+            self._let_go()
+
+    def _hold(self, module: nn.Module, alone: bool) -> None:
+        held = _held.get(id(module))
+        if held is None:
+            held = _held[id(module)] = _note(module)
+        held.count += 1
+        self._modules.append(module)
+        if alone:
+            for parameter in module._parameters.values():
+                if parameter is not None and parameter.requires_grad and parameter.is_leaf:
+                    parameter.requires_grad = False
+                    held.frozen.append(parameter)
+
+    def _let_go(self) -> None:
+        for module in self._modules:
+            held = _held[id(module)]
+            held.count -= 1
+            if held.count == 0:
+                del _held[id(module)]
+                _restore(module, held)
 
 
 @contextlib.contextmanager
@@ -102,21 +125,19 @@ def untouched(energy: Callable[..., Any]) -> Iterator[None]:
                 _restore(module, note)
 
 
-def _moves(module: nn.Module) -> bool:
-    """Whether a chain could change a module: it has a buffer, or a parameter that is not frozen.
-
-    Raises Refused of a module without weights yet."""
-    moves = False
-    for tensors in (module._parameters, module._buffers):
-        for tensor in tensors.values():
-            if tensor is None:
-                continue
-            if is_lazy(tensor):
-                kind = type(module).__name__
-                must = "be called on x once before, which makes its weights"
-                raise Refused("energy", must, f"a {kind} without", "chain")
-            moves = moves or tensor.requires_grad or tensors is module._buffers
-    return moves or bool(module._buffers)
+def _asked(module: nn.Module) -> tuple[bool, bool]:
+    """Whether a chain could change a module, since it has a buffer, or a parameter that is not frozen; and whether any
+    of these is on meta. Raises Refused of a module without weights yet."""
+    parameters, buffers = module._parameters, module._buffers
+    moves, meta = bool(buffers), False
+    for tensor in (*parameters.values(), *buffers.values()) if parameters or buffers else ():
+        if tensor is None:
+            continue
+        if type(tensor) is not nn.Parameter and is_lazy(tensor):
+            must = "be called on x once before, which makes its weights"
+            raise Refused("energy", must, f"a {type(module).__name__} without", "chain")
+        moves, meta = moves or tensor.requires_grad, meta or tensor.is_meta
+    return moves, meta
 
 
 def _note(module: nn.Module) -> _Held:

@@ -227,6 +227,27 @@ def test_holds_nest_and_end_with_an_error():
     assert all(torch.equal(value, before[key]) for key, value in net.state_dict().items())
 
 
+def test_a_hold_that_fails_on_its_way_lets_go_of_what_it_held(monkeypatch):
+    net, note = nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3)), holding._note
+
+    def without_memory(module):
+        if module is net[1]:
+            raise MemoryError
+        return note(module)
+
+    monkeypatch.setattr(holding, "_note", without_memory)
+    with pytest.raises(MemoryError), frozen_parameters(net):
+        pass
+    assert all(p.requires_grad for p in net.parameters()) and not holding._held
+
+
+def test_weights_that_code_computes_and_puts_in_a_modules_place_are_left_alone():
+    net, factor = nn.Linear(2, 1), torch.ones(1, 2, requires_grad=True)
+    net._parameters["weight"] = factor * 2  # as inner loops of meta-learning do
+    mg.langevin_sample(lambda x: net(x).squeeze(1), torch.zeros(3, 2), steps=2, step_size=0.1)
+    assert net.weight.requires_grad and net.bias.requires_grad
+
+
 def test_samples_that_code_couples_or_draws_for():
     x = torch.randn(6, 2, 3)
     assert coupling(lambda x: x.square().flatten(1).sum(1), x) == ""
