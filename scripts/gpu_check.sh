@@ -8,7 +8,7 @@
 #
 # No network is needed, and no build isolation: the image's own setuptools, pybind11 and ninja build it. What the image
 # lacks is taken from wheels in .whl/, where there are any. BUDGET: seconds for this command, by default 580; the parts of
-# `first` take 480 at most, so that a lease of 15 minutes that counts its start leaves some 330 to `second`.
+# `first` take 490 at most, so that a lease of 15 minutes that counts its start leaves some 330 to `second`.
 # Exit status: 0, or 1 where a part failed; a part that ran out of time is listed, and is no failure.
 set -uo pipefail
 cd "$(dirname "$0")/.."
@@ -95,7 +95,7 @@ train() { # train NAME MOST ARGUMENTS...: pictures, metrics and KID of a run, al
         "$scratch/$name/config.toml" >>"$OUT/results.jsonl"
     # What `part` says must not come among the results.
     # shellcheck disable=SC2016
-    if part "evaluate $name" 45 bash -c '"$PYTHON" -m mgebm_fast evaluate "$1" --num "$2" --json >"$scratch/found.json"' \
+    if part "evaluate $name" 60 bash -c '"$PYTHON" -m mgebm_fast evaluate "$1" --num "$2" --json >"$scratch/found.json"' \
         evaluate "$scratch/$name" "$images"; then
         "$PYTHON" -c 'import json, sys
 print(json.dumps({"part": "evaluate", "name": sys.argv[1], **json.load(open(sys.argv[2]))}))' "$name" "$scratch/found.json" \

@@ -105,6 +105,14 @@ def test_a_corrupted_batch_is_refused_before_it_is_learnt_from(bad):
         watch.check_batch(spoilt, 1)
 
 
+def test_what_is_known_of_batches():
+    watch, (batch,) = watching(), batches(1)
+    watch.check_batch(batch, 1)
+    pixels = batch.numpy() / 255
+    expected = {"mean": pixels.mean(), "std": pixels.std(), "step": np.abs(np.diff(pixels)).mean()}
+    assert {name: mean for name, (mean, _) in watch.of_batches.items()} == pytest.approx(expected, rel=1e-5)
+
+
 def test_shuffled_bytes_are_unlike_images_of_the_same_mean_and_std():
     watch, ramp = watching(), torch.arange(0, 256, 4, dtype=torch.uint8).view(1, 1, 1, 64).expand(16, 1, 4, 64)
     shuffled = ramp[..., torch.randperm(64, generator=torch.Generator().manual_seed(0))]
