@@ -285,6 +285,70 @@ def resident_step(stack: Stack, batch: int, gpu: Gpu = H100) -> tuple[Layout, fl
     return layout, waves * gpu.microseconds(sum(phase.clocks for phase in phases(layout)))
 
 
+# What a block cannot hold: where the weights of the largest stages could lie instead
+
+CLUSTER_TRIP, LARGE = 180, 64 << 10  # clocks of a load from another block's shared memory; bytes of a large stage
+
+
+@dataclasses.dataclass(frozen=True)
+class Placement:
+    """One way to place a net whose weights and maps exceed a block's shared memory; of a sample's step."""
+
+    name: str
+    shared: float  # bytes of a block
+    over: float  # bytes that a block receives from L2 or from others' shared memory
+    clocks: float
+    at_once: int  # samples
+
+    def row(self, batch: int, gpu: Gpu = H100) -> list[str]:
+        fits = self.shared <= resident.H100.shared_bytes
+        time = math.ceil(batch / self.at_once) * gpu.microseconds(self.clocks)
+        return [self.name, f"{self.shared / 1024:.0f}{'' if fits else ', too much'}", f"{self.over / 1024:.0f}",
+                str(self.at_once), f"{time:.0f}" if fits else "–"]  # fmt: skip
+
+
+def placements(stack: Stack, gpu: Gpu = H100) -> list[Placement]:
+    """In a cluster, whose blocks share a sample: small stages by pixels, with all their weights; large ones by output
+    channels, whose blocks need the whole map below and add up what each has of its gradient. By a block alone: the
+    weights of large stages from L2, by tiles of 32 rows."""
+    layout, rate = Layout(stack.stages, 1), gpu.l2 / gpu.processors / gpu.clock
+    weights = [16.0 * len(part.swizzle) for part in layout.parts]
+    maps = [16.0 * part.out_chunks * math.prod(stage.out_size) for part, stage in zip(layout.parts, stack.stages)]
+    large = [i for i, size in enumerate(weights) if size > LARGE]
+    rest = layout.shared_bytes - sum(weights) - sum(maps)
+    steps, found = phases(layout), []
+    for blocks in (4, 8):
+        own = (blocks - 1) / blocks
+        whole = {i - 1 for i in large}
+        shared = rest / blocks + sum(w / blocks if i in large else w for i, w in enumerate(weights))
+        shared += sum(m if i in whole else m / blocks for i, m in enumerate(maps))
+        shared += 2 * max(maps[i] for i in whole) / blocks  # where one block's share of such sums arrives
+        # Up: the map below; down: partial sums of its gradient in float32, and that gradient where all need it.
+        over = own * sum(maps[i] + 2 * maps[i] + (maps[i] if i in large else 0) for i in whole)
+        products = sum((phase.clocks - BARRIER) / blocks for phase in steps)
+        clocks = products + over / rate + (len(steps) + len(large)) * (BARRIER + 2 * CLUSTER_TRIP)
+        found.append(Placement(f"a cluster of {blocks}", shared, over, clocks, gpu.processors // blocks))
+    shared = layout.shared_bytes - sum(weights[i] for i in large)
+    of_large = [phase for phase in steps if any(phase.name.endswith(f"ward {i + 1}") for i in large)]
+    tiles = [
+        (-(-math.prod(stack.stages[i].out_size) // 32), -(-math.prod(stack.stages[i].in_size) // 32)) for i in large
+    ]
+    for name, over in (
+        ("weights from L2, once a phase", sum(2 * weights[i] for i in large)),
+        ("weights from L2, once a tile", sum(sum(both) * weights[i] for both, i in zip(tiles, large))),
+    ):
+        others = sum(phase.clocks for phase in steps if phase not in of_large)
+        clocks = others + max(over / rate, sum(phase.clocks for phase in of_large))
+        found.append(Placement(name, shared, over, clocks, gpu.processors))
+    return found
+
+
+def placement_section(chain: Chain) -> str:
+    heads = ["", "shared memory of a block, KiB", "received by a block, KiB a step of a sample", "samples at a time",
+             "predicted µs a step"]  # fmt: skip
+    return f"{markdown(heads, [one.row(chain.batch) for one in placements(stack_of(chain))])}\n"
+
+
 # nvcc: what it says of conv_chain_kernel; shared memory of a block
 ARCHITECTURES = {"sm_80": 163 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10}
 
@@ -488,7 +552,7 @@ def page(text: str) -> str:
     kernels = [one.text for chain, one in zip([*PUBLISHED, *COMPACT], sections, strict=True) if chain.batch <= 132]
     tables = {
         "constants": markdown(HEADS, CONSTANTS), "chains": summary(sections),
-        "resident": resident_section([*COMPACT, *RESIDUAL]),
+        "resident": resident_section([*COMPACT, *RESIDUAL]), "placements": placement_section(COMPACT[-1]),
         "compiler": compiler_section([*COMPACT[:-1], *RESIDUAL[:-1]]), "kernels": "\n".join(kernels),
     }  # fmt: skip
     for name, table in tables.items():
