@@ -164,18 +164,21 @@ def dense_places(stage: Any) -> Tensor:
     taps = math.prod(kernel)
     strides = [math.prod(kernel[axis + 1 :]) for axis in range(len(kernel))]
     sites = [list(itertools.product(*map(range, size))) for size in (stage.out_size, stage.in_size)]
-    tap_of = torch.full((len(sites[0]), len(sites[1])), -1)
-    for row, out in enumerate(sites[0]):
-        for column, site in enumerate(sites[1]):
-            # An output at o meets an input at i through the tap k with o · stride − padding + dilation · k = i.
-            met = [divmod(i + p - o * s, d) for o, i, s, p, d in
-                   zip(out, site, stage.stride, stage.padding, stage.dilation)]  # fmt: skip
-            if all(rest == 0 and 0 <= k < size for (k, rest), size in zip(met, kernel)):
-                tap_of[row, column] = sum(k * stride for (k, _), stride in zip(met, strides))
+
+    def tap_of(out: tuple[int, ...], site: tuple[int, ...]) -> int:
+        """An output at o meets an input at i through the tap k with o · stride − padding + dilation · k = i."""
+        met = [divmod(i + p - o * s, d) for o, i, s, p, d in
+               zip(out, site, stage.stride, stage.padding, stage.dilation)]  # fmt: skip
+        if all(rest == 0 and 0 <= k < size for (k, rest), size in zip(met, kernel)):
+            return sum(k * stride for (k, _), stride in zip(met, strides))
+        return -1
+
+    taps_of = torch.tensor([[tap_of(out, site) for site in sites[1]] for out in sites[0]], device="cpu")
     device = stage.weight.device
-    tap_of = (tap_of.pin_memory() if device.type == "cuda" else tap_of).to(device, non_blocking=True)[None, :, None, :]
+    taps_of = (taps_of.pin_memory() if device.type == "cuda" else taps_of).to(device, non_blocking=True)
+    taps_of = taps_of[None, :, None, :]
     filters = torch.arange(outputs * inputs, device=device).reshape(outputs, 1, inputs, 1)
-    places = torch.where(tap_of < 0, stage.weight.numel(), filters * taps + tap_of)
+    places = torch.where(taps_of < 0, stage.weight.numel(), filters * taps + taps_of)
     return places.reshape(outputs * len(sites[0]), -1)
 
 

@@ -283,6 +283,10 @@ class LiveBytes(TorchDispatchMode):
         super().__init__()
         self.storages, self.peak = {}, 0
 
+    @classmethod
+    def _should_skip_dynamo(cls):
+        return False  # nothing is compiled in it, and torch would import its compiler to say so (seconds)
+
     def now(self):
         self.storages = {key: value for key, value in self.storages.items() if not value[0].expired()}
         return sum(size for _, size in self.storages.values())
@@ -302,9 +306,9 @@ class LiveBytes(TorchDispatchMode):
 
 @pytest.mark.parametrize("norm", ["none", "batch"])
 def test_memory(norm):
-    net = multigrid_net(16, norm=norm, width=0.5)
+    net = multigrid_net(16, norm=norm, width=0.25)
     net.requires_grad_(False)
-    x = pixels(8, 3, 16)
+    x = pixels(4, 3, 16)
     peaks = {}
     for name in ["autograd", *PRECISIONS]:
         chosen = AutogradPlan(net, "") if name == "autograd" else conv_plan(net, x, name)

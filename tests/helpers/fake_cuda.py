@@ -223,6 +223,10 @@ class _Log(TorchDispatchMode):
         super().__init__()
         self.world = world
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # nothing is compiled in it, and the wrapper that says so costs more than most operators
+
     def __torch_dispatch__(self, operator: Any, kinds: Any, args: Any = (), kwargs: Any = None) -> Any:
         name, kwargs = str(operator), kwargs or {}
         given = [leaf for leaf in torch.utils._pytree.tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]

@@ -21,7 +21,8 @@ def test_law_of_the_interpreted_triton_kernel():
         pytest.skip("test_law.py runs the Triton kernel itself here")
     # The longest chains, other scales, and targets with a single term are left to the compiled backends.
     chosen = (
-        "cpu-triton and not 1.0-40 and not 1.0-30 and not 0.3-10 and not 0.4-3.0 and not energy- and not reference-"
+        "cpu-triton and not 1.0-40 and not 1.0-30 and not 0.3-10 and not 0.4-3.0 and not 20.0-9.0 and not energy- "
+        "and not reference-"
     )
     run = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-rs", str(HERE / "test_law.py"), str(HERE / "test_langevin.py")]

@@ -21,7 +21,7 @@ from mgebm_fast.learning.run import checkpoint, records
 VARIANTS = {
     "adam": {"stabilise": {"ema": 0.9, "data_noise": 0.03, "noise_anneal": 0.3}, "flips": True, "spectral_norm": True,
              "optimiser": {"schedule": "cosine"}},
-    "residual": {"variant": "residual", "depth": 2, "spectral_norm": True, "langevin": {"steps": 16}},
+    "residual": {"variant": "residual", "depth": 1, "spectral_norm": True, "langevin": {"steps": 16}},
     "sgd, batch": {"norm": "batch", "optimiser": {"name": "sgd", "momentum": 0.9, "grad_rescale_max": 1.0}},
 }  # fmt: skip
 
