@@ -13,8 +13,6 @@ from mgebm_fast.gradient.graph import read_graph
 from mgebm_fast.ops.conv_chain import prefers_bfloat
 from mgebm_fast.ops.graph_chain import GraphChain, gradient_reference
 
-STEPS = 20
-
 
 class Block(nn.Module):
     """norm, SiLU, convolution, twice; a skip; an average pool."""
@@ -105,28 +103,32 @@ def dense_top() -> nn.Module:
     )  # fmt: skip
 
 
+def net_of(size: int, **settings: str):
+    return lambda: mg.nets.multigrid_net(size, norm="none", **settings)
+
+
 IMAGE = (3, 32, 32)
-CASES = {
-    "residual, SiLU, pools, batch 16": (Residual, IMAGE, 16, 5),
-    "residual, SiLU, pools, batch 64": (Residual, IMAGE, 64, 3),
-    "conv-SiLU x4, mean, linear, batch 16": (ConvSilu, IMAGE, 16, 10),
-    "WideResNet-16-4 classifier, batch 16": (Classifier, IMAGE, 16, 3),
-    "residual, group norm, batch 16": (lambda: Residual(8), IMAGE, 16, 5),
-    "MLP 2-64-64-1, 64 chains": (mlp, (2,), 64, 100),
-    "MLP 2-64-64-1, 1024 chains": (mlp, (2,), 1024, 100),
-    "conv, Linear(32768, 128), batch 8": (dense_top, (3, 64, 64), 8, 10),
-    "published 16, batch 1": (lambda: mg.nets.multigrid_net(16, norm="none"), (3, 16, 16), 1, STEPS),
-    "published 64, batch 1": (lambda: mg.nets.multigrid_net(64, norm="none"), (3, 64, 64), 1, STEPS),
-    "compact 64, batch 1": (lambda: mg.nets.multigrid_net(64, norm="none", variant="compact"), (3, 64, 64), 1, STEPS),
-    "compact 64, batch 8": (lambda: mg.nets.multigrid_net(64, norm="none", variant="compact"), (3, 64, 64), 8, 5),
-}
+# energy, how it is made, shape of x, batch, steps: from 16 on an energy is read as a graph
+CASES = [
+    ("residual net, SiLU, average pools", Residual, IMAGE, 16, 16),
+    ("residual net, SiLU, average pools", Residual, IMAGE, 64, 16),
+    ("conv-SiLU ×4, mean, linear", ConvSilu, IMAGE, 16, 16),
+    ("WideResNet-16-4 classifier, −logsumexp", Classifier, IMAGE, 16, 16),
+    ("residual net, group norm", lambda: Residual(8), IMAGE, 16, 16),
+    ("MLP 2-64-64-1, SiLU", mlp, (2,), 64, 100),
+    ("MLP 2-64-64-1, SiLU", mlp, (2,), 1024, 100),
+    ("conv, Linear(32768, 128)", dense_top, (3, 64, 64), 8, 16),
+    ("published 16", net_of(16), (3, 16, 16), 1, 20),
+    ("published 64", net_of(64), (3, 64, 64), 1, 20),
+    ("compact 64", net_of(64, variant="compact"), (3, 64, 64), 1, 20),
+    ("compact 64", net_of(64, variant="compact"), (3, 64, 64), 8, 16),
+]
 
 
-@pytest.mark.parametrize("name", CASES)
-def bench_graph_chain(report, device, name):
+@pytest.mark.parametrize(("name", "make", "shape", "samples", "steps"), CASES)
+def bench_graph_chain(report, device, name, make, shape, samples, steps):
     if device != "cpu":
         pytest.skip("a CPU engine")
-    make, shape, samples, steps = CASES[name]
     torch.manual_seed(0)
     net = make().eval().requires_grad_(False)
     x = torch.randn(samples, *shape)
@@ -136,11 +138,11 @@ def bench_graph_chain(report, device, name):
     assert (GraphChain(graph).gradient(few) - expected).norm() < 1e-4 * expected.norm()
 
     def ours(precision="fp32"):
-        mg.langevin_sample(net, x, steps=max(steps, 16), step_size=0.01, precision=precision, seed=0)
+        mg.langevin_sample(net, x, steps=steps, step_size=0.01, precision=precision, seed=0)
 
     def plain():
         state = x
-        for _ in range(max(steps, 16)):
+        for _ in range(steps):
             leaf = state.detach().requires_grad_()
             gradient = torch.autograd.grad(net(leaf).sum(), leaf)[0]
             state = state - 0.00005 * gradient + 0.01 * torch.randn_like(state)
@@ -148,5 +150,6 @@ def bench_graph_chain(report, device, name):
     weights = sum(p.numel() for p in net.parameters()) * 4
     others = {"plain_loop": plain}
     if prefers_bfloat():
-        others["auto_bf16"] = lambda: ours("auto")
-    report("graph_chain", name, weights, ours, **others)
+        others["auto"] = lambda: ours("auto")
+    case = f"{name} on {'×'.join(map(str, x.shape))}"
+    report("graph_chain", case, weights, ours, steps=steps, **others)

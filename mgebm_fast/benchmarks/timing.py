@@ -120,9 +120,12 @@ def _summary(values: list[float]) -> Timing:
     return Timing(median, low, high, len(values))
 
 
-def interleaved(contenders: dict[str, Run], device: str, rounds: int = 21) -> dict[str, float]:
+def interleaved(
+    contenders: dict[str, Run], device: str, rounds: int = 21, *, seconds: float = float("inf"), least: int = 5
+) -> dict[str, float]:
     """Median seconds a call of each contender, as `measure` takes them."""
-    return {name: timing.median for name, timing in measure(contenders, device, rounds=rounds).items()}
+    timings = measure(contenders, device, rounds=rounds, seconds=seconds, least=least)
+    return {name: timing.median for name, timing in timings.items()}
 
 
 @functools.cache
