@@ -3,7 +3,7 @@
     z, grad, out    (N, C, *spatial), float32 / float16 / bfloat16, contiguous or channels-last, one layout for all;
                     arithmetic, statistics and sums in float32
     kernels         statistics, then apply; backward sums (of d and of d n, n = (z - m) r, d = grad a'(w n + b)),
-                    then apply
+                    then apply. Of few rows (SINGLE_ROWS) one program makes both for its channels, in one launch
     thread mapping  rows are the N S values of a channel. A program of the first kernel takes a block of channels and
                     one of at most 128 runs of rows, keeps running values a thread, and stores one partial result; the
                     last program of a channel block to finish combines them, always in the same order
@@ -26,8 +26,8 @@ from torch import Tensor
 
 from .batch_norm_rows import (
     affine,
-    is_last_program,
-    load_partials,
+    combine_means,
+    combine_statistics,
     normalised,
     per_channel,
     row_offsets,
@@ -38,6 +38,7 @@ from .bias_act import activate, activation_code, sum_of, times_slope
 from .philox import OPTIONS
 
 MAX_SPLITS = 128  # runs of rows: the last program holds all their results at once
+SINGLE_ROWS = 1024  # a channel's values up to which one program reads them twice in less time than a launch takes
 REDUCING_TILE, APPLYING_TILE = 8192, 2048  # elements a program takes at a time
 
 _PLAIN = ["rows", "channels", "spatial", "run", "splits"]
@@ -55,6 +56,12 @@ def batch_norm_act_kernel(
     run,  # rows of a run, a multiple of ROWS
     splits,
     eps,
+    weight,  # this and the next three: with APPLY alone
+    bias,
+    out,
+    slope,
+    APPLY: tl.constexpr,  # one run is all rows: the program goes on to apply what it found
+    ACTIVATION: tl.constexpr,
     CHANNELS_INNER: tl.constexpr,
     EIGHTS: tl.constexpr,
     ROWS: tl.constexpr,
@@ -81,21 +88,24 @@ def batch_norm_act_kernel(
     count = tl.maximum((stop - start - lane + ROWS - 1) // ROWS, 0).to(tl.float32)
     run_mean = sum_of(mean * count, 0) / (stop - start).to(tl.float32)
     away = mean - tl.expand_dims(run_mean, 0)
-    store_partial(partial, run_mean, sum_of(square + count * away * away, 0), split, block, channels, COLUMNS)
-
-    if is_last_program(tickets, block, splits):
-        means = load_partials(partial, 0, block, channels, splits, SPLITS, COLUMNS)
-        squares = load_partials(partial, 1, block, channels, splits, SPLITS, COLUMNS)
-        index = tl.expand_dims(tl.arange(0, SPLITS), 1)
-        counts = tl.minimum(tl.maximum(rows - index * run, 0), run).to(tl.float32)
-        total = rows.to(tl.float32)
-        whole_mean = sum_of(means * counts, 0) / total
-        apart = means - tl.expand_dims(whole_mean, 0)
-        variance = sum_of(squares + counts * apart * apart, 0) / total
-        channel = block * COLUMNS + tl.arange(0, COLUMNS)
-        tl.store(statistics + channel, whole_mean, mask=channel < channels)
-        tl.store(statistics + channels + channel, 1.0 / tl.sqrt_rn(variance + eps), mask=channel < channels)
-        tl.store(tickets + block, 0)
+    run_square = sum_of(square + count * away * away, 0)
+    if APPLY:
+        WHOLE: tl.constexpr = CHANNELS_INNER and EIGHTS
+        scale = 1.0 / tl.sqrt_rn(run_square / rows.to(tl.float32) + eps)
+        own = block * COLUMNS + tl.arange(0, COLUMNS)
+        tl.store(statistics + own, run_mean, mask=own < channels)
+        tl.store(statistics + channels + own, scale, mask=own < channels)
+        for first_row in range(0, rows, ROWS):
+            at, _, inside = row_offsets(
+                first_row, block, rows, channels, spatial, CHANNELS_INNER, EIGHTS, ROWS, COLUMNS
+            )
+            value = tl.load(z + at, mask=inside, other=0.0).to(tl.float32)
+            normal = (value - tl.expand_dims(run_mean, 0)) * tl.expand_dims(scale, 0)
+            value = affine(normal, weight, bias, block, channels, WHOLE, COLUMNS)
+            tl.store(out + at, activate(value, slope, ACTIVATION).to(out.dtype.element_ty), mask=inside)
+    else:
+        store_partial(partial, run_mean, run_square, split, block, channels, COLUMNS)
+        combine_statistics(statistics, partial, tickets, block, rows, channels, run, splits, eps, SPLITS, COLUMNS)
 
 
 @triton.jit(do_not_specialize=_PLAIN)
@@ -142,6 +152,8 @@ def batch_norm_act_sums_kernel(
     run,
     splits,
     slope,
+    out,  # with APPLY alone
+    APPLY: tl.constexpr,  # as in batch_norm_act_kernel
     HEAD: tl.constexpr,
     ACTIVATION: tl.constexpr,
     CHANNELS_INNER: tl.constexpr,
@@ -165,15 +177,22 @@ def batch_norm_act_sums_kernel(
         d = times_slope(upstream(grad, head, at, here, inside, HEAD), value, slope, ACTIVATION)
         sum_d += d  # what does not exist has no upstream
         sum_dn += d * normal
-    store_partial(partial, sum_of(sum_d, 0), sum_of(sum_dn, 0), split, block, channels, COLUMNS)
-
-    if is_last_program(tickets, block, splits):
-        channel = block * COLUMNS + tl.arange(0, COLUMNS)
-        total = rows.to(tl.float32)
-        for which in tl.static_range(2):
-            part = sum_of(load_partials(partial, which, block, channels, splits, SPLITS, COLUMNS), 0) / total
-            tl.store(means + which * channels + channel, part, mask=channel < channels)
-        tl.store(tickets + block, 0)
+    total = rows.to(tl.float32)
+    if APPLY:
+        mean_d, mean_dn = tl.expand_dims(sum_of(sum_d, 0) / total, 0), tl.expand_dims(sum_of(sum_dn, 0) / total, 0)
+        for first_row in range(0, rows, ROWS):
+            at, here, inside = row_offsets(
+                first_row, block, rows, channels, spatial, CHANNELS_INNER, EIGHTS, ROWS, COLUMNS
+            )
+            normal = normalised(tl.load(z + at, mask=inside, other=0.0), statistics, block, channels, WHOLE, COLUMNS)
+            value = affine(normal, weight, bias, block, channels, WHOLE, COLUMNS)
+            d = times_slope(upstream(grad, head, at, here, inside, HEAD), value, slope, ACTIVATION)
+            scale = per_channel(statistics + channels, block, channels, WHOLE, COLUMNS)
+            result = (d - mean_d - normal * mean_dn) * (scale * per_channel(weight, block, channels, WHOLE, COLUMNS))
+            tl.store(out + at, result.to(out.dtype.element_ty), mask=inside)
+    else:
+        store_partial(partial, sum_of(sum_d, 0), sum_of(sum_dn, 0), split, block, channels, COLUMNS)
+        combine_means(means, partial, tickets, block, total, channels, splits, SPLITS, COLUMNS)
 
 
 @triton.jit(do_not_specialize=_PLAIN)
@@ -212,18 +231,19 @@ def batch_norm_act_backward_kernel(
     tl.store(out + at, result.to(out.dtype.element_ty), mask=inside)
 
 
-def _geometry(z: Tensor) -> tuple[dict[str, int], dict[str, object], int]:
-    """(sizes, layout constants, columns of a tile)."""
+def _geometry(z: Tensor, applied: bool) -> tuple[dict[str, int], dict[str, object], int, bool]:
+    """(sizes, layout constants, columns of a tile, whether a program has all rows and applies what it finds)."""
     samples, channels = z.shape[0], z.shape[1]
     spatial = z.numel() // (samples * channels)
     inner = not z.is_contiguous() or spatial == 1
     if samples * spatial >= 2**31 - REDUCING_TILE or channels * spatial >= 2**31:
         raise ValueError(f"batch_norm_act: a channel must have fewer than 2**31 values, got shape {tuple(z.shape)}")
-    # Channels-last: 64 bytes of a row at 16 bits, so that a few channels make several blocks.
-    columns = min(32 if inner else 8, triton.next_power_of_2(channels))
+    single = applied and samples * spatial <= SINGLE_ROWS
+    # Channels-last: 64 bytes of a row at 16 bits, so that a few channels make several blocks; 32 for a single program.
+    columns = min(8 if not inner else 16 if single else 32, triton.next_power_of_2(channels))
     eights = (channels if inner else spatial) % 8 == 0 and (columns % 8 == 0 or not inner)
     sizes = {"rows": samples * spatial, "channels": channels, "spatial": spatial}
-    return sizes, {"CHANNELS_INNER": inner, "EIGHTS": eights, "COLUMNS": columns}, columns
+    return sizes, {"CHANNELS_INNER": inner, "EIGHTS": eights, "COLUMNS": columns}, columns, single
 
 
 def _runs(rows: int, tile_rows: int) -> tuple[int, int]:
@@ -246,23 +266,26 @@ def batch_norm_act(
     eps: float = 1e-5,
 ) -> None:
     """statistics <- (m, r) of z, and out <- a(weight (z - m) r + bias)."""
-    sizes, layout, columns = _geometry(z)
+    sizes, layout, columns, single = _geometry(z, out is not None)
     blocks = triton.cdiv(z.shape[1], columns)
     reducing = REDUCING_TILE // columns
-    run, splits = _runs(sizes["rows"], reducing)
-    partial = torch.empty(splits, 2, z.shape[1], dtype=torch.float32, device=z.device)
+    run, splits = (sizes["rows"], 1) if single else _runs(sizes["rows"], reducing)
+    partial = statistics if single else torch.empty(splits, 2, z.shape[1], dtype=torch.float32, device=z.device)
+    shared = {
+        "z": z, "statistics": statistics, "weight": weight, "bias": bias, **sizes, "slope": float(slope),
+        "ACTIVATION": activation_code(activation, slope), **layout,
+    }  # fmt: skip
     with torch.cuda.device(z.device) if z.is_cuda else contextlib.nullcontext():
         batch_norm_act_kernel[splits, blocks](
-            z, statistics, partial, tickets, **sizes, run=run, splits=splits, eps=float(eps), **layout, ROWS=reducing,
-            SPLITS=MAX_SPLITS, num_warps=8, **OPTIONS,
+            **shared, out=out if single else z, partial=partial, tickets=tickets, run=run, splits=splits,
+            eps=float(eps), APPLY=single, ROWS=reducing, SPLITS=MAX_SPLITS, num_warps=8, **OPTIONS,
         )  # fmt: skip
-        if out is None:
+        if out is None or single:
             return
         applying = APPLYING_TILE // columns
         batch_norm_act_apply_kernel[triton.cdiv(sizes["rows"], applying) * blocks,](
-            z, statistics, weight, bias, out, **sizes, slope=float(slope),
-            ACTIVATION=activation_code(activation, slope), **layout, ROWS=applying, num_warps=4, **OPTIONS,
-        )  # fmt: skip
+            **shared, out=out, ROWS=applying, num_warps=4, **OPTIONS
+        )
 
 
 def batch_norm_act_backward(
@@ -279,10 +302,10 @@ def batch_norm_act_backward(
     slope: float = 0.0,
 ) -> None:
     """out <- dE/dz, through the statistics too."""
-    sizes, layout, columns = _geometry(z)
+    sizes, layout, columns, single = _geometry(z, True)
     blocks = triton.cdiv(z.shape[1], columns)
     reducing = REDUCING_TILE // 2 // columns  # two tensors are read
-    run, splits = _runs(sizes["rows"], reducing)
+    run, splits = (sizes["rows"], 1) if single else _runs(sizes["rows"], reducing)
     partial = torch.empty(splits, 2, z.shape[1], dtype=torch.float32, device=z.device)
     means = torch.empty(2, z.shape[1], dtype=torch.float32, device=z.device)
     upstream_of = {"grad": z if grad is None else grad, "head": z if head is None else head}
@@ -292,9 +315,11 @@ def batch_norm_act_backward(
     }  # fmt: skip
     with torch.cuda.device(z.device) if z.is_cuda else contextlib.nullcontext():
         batch_norm_act_sums_kernel[splits, blocks](
-            **shared, partial=partial, tickets=tickets, run=run, splits=splits, ROWS=reducing, SPLITS=MAX_SPLITS,
-            num_warps=8, **OPTIONS,
+            **shared, out=out, partial=partial, tickets=tickets, run=run, splits=splits, APPLY=single, ROWS=reducing,
+            SPLITS=MAX_SPLITS, num_warps=8, **OPTIONS,
         )  # fmt: skip
+        if single:
+            return
         applying = APPLYING_TILE // columns
         batch_norm_act_backward_kernel[triton.cdiv(sizes["rows"], applying) * blocks,](
             **shared, out=out, ROWS=applying, num_warps=4, **OPTIONS

@@ -6,6 +6,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .bias_act import sum_of
+
 
 @triton.jit
 def row_offsets(
@@ -78,6 +80,36 @@ def load_partials(partial, which, block, channels, splits, SPLITS: tl.constexpr,
     at = partial + split * (2 * channels) + which * channels + channel
     # Past L1: other programs wrote them.
     return tl.load(at, mask=(split < splits) & (channel < channels), other=0.0, cache_modifier=".cg")
+
+
+@triton.jit
+def combine_statistics(statistics, partial, tickets, block, rows, channels, run, splits, eps, SPLITS: tl.constexpr,
+                       COLUMNS: tl.constexpr):  # fmt: skip
+    """The last program of a channel block makes the statistics of all runs."""
+    if is_last_program(tickets, block, splits):
+        means = load_partials(partial, 0, block, channels, splits, SPLITS, COLUMNS)
+        squares = load_partials(partial, 1, block, channels, splits, SPLITS, COLUMNS)
+        index = tl.expand_dims(tl.arange(0, SPLITS), 1)
+        counts = tl.minimum(tl.maximum(rows - index * run, 0), run).to(tl.float32)
+        total = rows.to(tl.float32)
+        whole_mean = sum_of(means * counts, 0) / total
+        apart = means - tl.expand_dims(whole_mean, 0)
+        variance = sum_of(squares + counts * apart * apart, 0) / total
+        channel = block * COLUMNS + tl.arange(0, COLUMNS)
+        tl.store(statistics + channel, whole_mean, mask=channel < channels)
+        tl.store(statistics + channels + channel, 1.0 / tl.sqrt_rn(variance + eps), mask=channel < channels)
+        tl.store(tickets + block, 0)
+
+
+@triton.jit
+def combine_means(means, partial, tickets, block, total, channels, splits, SPLITS: tl.constexpr, COLUMNS: tl.constexpr):
+    """The last program of a channel block makes the means over all runs."""
+    if is_last_program(tickets, block, splits):
+        channel = block * COLUMNS + tl.arange(0, COLUMNS)
+        for which in tl.static_range(2):
+            part = sum_of(load_partials(partial, which, block, channels, splits, SPLITS, COLUMNS), 0) / total
+            tl.store(means + which * channels + channel, part, mask=channel < channels)
+        tl.store(tickets + block, 0)
 
 
 @triton.jit

@@ -127,9 +127,9 @@ class Kernel:
 # What each Triton kernel reads and writes of its tensors; one that is changed in place is moved twice.
 _MOVED = {
     "edge_step": ("x", "x", "upstream"),
-    "batch_norm_act": ("z",),
+    "batch_norm_act": ("z", "out"),
     "batch_norm_act_apply": ("z", "out"),
-    "batch_norm_act_sums": ("grad", "z"),
+    "batch_norm_act_sums": ("grad", "z", "out"),
     "batch_norm_act_backward": ("grad", "z", "out"),
     "bias_act": ("z", "out", "mask"),
     "bias_act_backward": ("grad", "kept", "out"),
@@ -172,11 +172,14 @@ def kernel_of(event: fake_cuda.Event) -> Kernel:
     sizes = event.tensors
     if event.kind == "triton":
         absent = {"mask": event.name == "bias_act" and not event.constants["MASKED"],
-                  "grad": bool(event.constants.get("HEAD"))}  # fmt: skip
+                  "grad": bool(event.constants.get("HEAD")),
+                  "out": event.constants.get("APPLY") is False}  # fmt: skip
         moved = sum(sizes[role][1] for role in _MOVED[event.name] if not absent.get(role))
         if event.name == "edge_step":
             return _edge(event, moved)
-        return _dense(event, moved) if event.name == "dense_chain" else Kernel(event.name, moved)
+        if event.name == "dense_chain":
+            return _dense(event, moved)
+        return _single(event, moved) if event.constants.get("APPLY") else Kernel(event.name, moved)
     name = event.name.removeprefix("aten.").rpartition(".")[0]
     moved = sum(size for _, size in sizes.values())
     if name not in ("convolution", "convolution_backward"):
@@ -191,6 +194,14 @@ def kernel_of(event: fake_cuda.Event) -> Kernel:
     arrow = f"{weight[0]} → {weight[1]}" if backward else f"{weight[1]} → {weight[0]}"
     label = f"{'data gradient' if backward else 'convolution'} {arrow}, {_shape(weight[2:])}, {_shape(top[2:])} pixels"
     return Kernel(label, moved, 2.0 * top[0] * math.prod(top[2:]) * math.prod(weight), rate)
+
+
+def _single(event: fake_cuda.Event, moved: float) -> Kernel:
+    """Statistics or sums and what is made of them, by a program for some channels, which reads its part twice."""
+    numbers = event.constants
+    reads = 1 if event.name == "batch_norm_act" or numbers["HEAD"] else 2
+    share = numbers["COLUMNS"] / numbers["channels"] * event.tensors["z"][1]
+    return Kernel(event.name, moved, clocks=(2 * reads + 1) * share / (H200.l2 / H200.processors / H200.clock))
 
 
 def _shape(sizes: Iterable[int]) -> str:

@@ -146,7 +146,12 @@ def bias_act() -> Iterator[tuple[str, float, float]]:
 def batch_norm_act() -> Iterator[tuple[str, float, float]]:
     bounds = dict(zip(DTYPES, (2e-3, 1e-2, 1e-4), strict=True))
     for dtype in DTYPES:
-        for shape, last in (((128, 64, 32, 32), True), ((128, 512, 4, 4), True), ((9, 24, 6, 5), False)):
+        for shape, last in (
+            ((128, 64, 32, 32), True),
+            ((128, 96, 2, 2), True),
+            ((128, 512, 4, 4), True),
+            ((9, 24, 6, 5), False),
+        ):
             shape = (min(shape[0], MOST), *shape[1:])
             z = seeded(*shape, dtype=dtype, last=last) * 3 + 40  # sums of squares would lose a mean so far from 0
             w, b = seeded(shape[1], seed=3), seeded(shape[1], seed=5)

@@ -62,7 +62,9 @@ def close(got, wanted, dtype):
 
 
 @pytest.mark.parametrize(("shape", "layout", "dtype"), each(SHAPES, ["nchw", "nhwc"], [torch.float32, torch.float16]))
-def test_there_and_back(kernels, device, shape, layout, dtype):
+def test_there_and_back(kernels, device, shape, layout, dtype, monkeypatch):
+    if (dtype == torch.float16) == (layout == "nchw"):  # by two launches; else by one
+        monkeypatch.setattr(kernels.batch_norm_act, "SINGLE_ROWS", 0)
     z, grad, weight, bias = case(shape, layout, dtype, device)
     y, dz, statistics = there_and_back(kernels, z, grad, weight, bias, "leaky_relu")
     wanted_y, wanted_dz = expected(z, grad, weight, bias, "leaky_relu")
@@ -92,9 +94,11 @@ def test_a_head_stands_for_the_gradient_of_every_sample(kernels, device, layout)
     close(dz, expected(z, head, weight, bias, "relu")[1], torch.float32)
 
 
+@pytest.mark.parametrize("single", [True, False])
 @pytest.mark.parametrize("layout", ["nchw", "nhwc"])
-def test_many_runs_and_many_tiles(kernels, device, layout, monkeypatch):
-    """Several programs a channel block, runs of several tiles, and a last tile that is not full."""
+def test_many_runs_and_many_tiles(kernels, device, layout, single, monkeypatch):
+    """Several programs a channel block or one, runs of several tiles, and a last tile that is not full."""
+    monkeypatch.setattr(kernels.batch_norm_act, "SINGLE_ROWS", 270 if single else 269)
     monkeypatch.setattr(kernels.batch_norm_act, "REDUCING_TILE", 64)
     monkeypatch.setattr(kernels.batch_norm_act, "APPLYING_TILE", 64)
     monkeypatch.setattr(kernels.batch_norm_act, "MAX_SPLITS", 8)
@@ -153,6 +157,17 @@ def test_whole_vectors_and_no_spills(compiled, kernel, layout, dtype):
     assert "st.global.v4.b32" in found or kernel in (KERNELS[0], KERNELS[2])
 
 
+@pytest.mark.parametrize("kernel", KERNELS[::2])
+def test_few_rows_take_one_launch(compiled, kernel):
+    """Statistics, or sums, and what is made of them: no other kernel, whole vectors, no spills."""
+    launched = launches(compiled, (128, 64, 2, 2), "nhwc", torch.float16, kernel)
+    assert launched.arguments["APPLY"] is True
+    built = build(launched, 90)
+    check_unspilled(built)
+    found = accesses(built.ptx)
+    assert {"ld.global.v4.b32", "st.global.v4.b32"} <= set(found) and "st.global.b16" not in found
+
+
 @pytest.mark.parametrize("kernel", KERNELS[2:])
 def test_the_last_layers_way_back(compiled, kernel):
     built = build(launches(compiled, (8, 64, 16, 16), "nhwc", torch.float16, kernel, head=True), 90)
@@ -162,5 +177,5 @@ def test_the_last_layers_way_back(compiled, kernel):
 
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_batches_share_one_kernel(compiled, kernel):
-    first, other = (specialisation(launches(compiled, (n, 64, 8, 8), "nhwc", torch.float16, kernel)) for n in (1, 48))
+    first, other = (specialisation(launches(compiled, (n, 64, 8, 8), "nhwc", torch.float16, kernel)) for n in (17, 48))
     assert first == other
