@@ -35,6 +35,7 @@ class Judges:
 
     space: FeatureSpace
     reference: Tensor  # (N, D) float64, the features of the training images, or of a choice (`FeatureSpace.most`)
+    names: list[str]  # the classes of the same images; empty where the data have no labels
     recogniser: Recogniser | None  # None where the data have fewer than two labels
     seconds: dict[str, float] = dataclasses.field(default_factory=dict)  # what fitting took, by stage
 
@@ -50,12 +51,13 @@ def fit_judges(
     seconds: dict[str, float] = {}
     with _stage("the feature space", "features", seconds, progress):
         space = feature_space(features, train, held_out, seed=seed)
-        reference = space.reference(train.images, seed)
+        chosen = space.chosen(len(train), seed)
+        reference = space.extract(np.asarray(train.images[chosen]))
     recogniser = None
     if len(classes_of(train)) > 1:
         with _stage("training the recogniser", "recogniser", seconds, progress):
             recogniser = fit_recogniser(train, seed=seed)
-    return Judges(space, reference, recogniser, seconds)
+    return Judges(space, reference, _names(train, chosen), recogniser, seconds)
 
 
 def evaluate(
@@ -83,13 +85,14 @@ def evaluate(
       confident_share         labelled data: share of the samples that `recogniser` recognises with confidence
       class_shares            labelled data: label → share recognised as it; they add up to confident_share
       confident_share_noise   labelled data: the same share for uniform noise, which should be next to nothing
+      class_kid               class-conditional models: mean over classes of the KID of a class's samples
       class_agreement         class-conditional models: share of the samples whose likeliest class by the recogniser is
                               the one that they were drawn for; of held-out images, share rightly recognised
       class_accuracy          class-conditional models: share of held-out images whose class is that of lowest energy
       recogniser, notes, seconds
     and kid_real, fid_real, precision_real, recall_real, nearest_distance_real, confident_share_real,
-    class_shares_real: the same of the held-out images, null where there are none. Keys for labelled data are left out
-    otherwise, `notes` says why.
+    class_shares_real, class_kid_real: the same of the held-out images, null where there are none. Keys for labelled
+    data are left out otherwise, `notes` says why.
 
     Where the feature space does not tell the training images apart, kid and fid are null and a note says so; samples
     that are all the same image are measured, and noted.
@@ -115,8 +118,12 @@ def evaluate(
     if judges is None:
         judges = fit_judges(train, held_out, seed=seed, features=features, progress=progress)
         seconds |= judges.seconds
+    drawn_as = None
+    if isinstance(model, MultiGrid) and model.classes:
+        drawn_as = [model.classes[k] for k in model.draw_labels(num, seed=seed).tolist()]
     with _stage("FID and KID", "fid_kid", seconds, progress):
-        result |= {"feature_space": judges.space.name} | _set_distances(judges, samples, real, seed, notes)
+        names = None if drawn_as is None else {"": drawn_as, "_real": _names(held_out, chosen)}
+        result |= {"feature_space": judges.space.name} | _set_distances(judges, samples, real, names, seed, notes)
     with _stage("nearest training images", "nearest", seconds, progress):
         nearest = nearest_distance(np.concatenate([samples, real]), train.images)
         result["nearest_distance"] = float(nearest[:num].mean())
@@ -124,13 +131,18 @@ def evaluate(
     if judges.recogniser is not None:
         with _stage("recognising classes", "recognising", seconds, progress):
             result |= _recognised(judges.recogniser, samples, real, seed, notes)
-            if isinstance(model, MultiGrid) and model.classes:
-                result |= _by_class(model, judges.recogniser, samples, held_out, chosen, seed)
+            if drawn_as is not None:
+                assert isinstance(model, MultiGrid)
+                result |= _by_class(model, judges.recogniser, samples, drawn_as, held_out, chosen)
     else:
         why = "the data have no labels" if train.labels is None else "the data have a single class"
         notes.append(f"confident_share and class_shares left out: {why}")
     seconds["total"] = time.perf_counter() - started
     return result | {"notes": notes, "seconds": {key: round(value, 2) for key, value in seconds.items()}}
+
+
+def _names(data: ImageData, chosen: np.ndarray) -> list[str]:
+    return [] if data.labels is None else [data.class_names[k] for k in data.labels[chosen]]
 
 
 def record_of(result: Mapping[str, Any], update: int) -> dict[str, float]:
@@ -140,7 +152,7 @@ def record_of(result: Mapping[str, Any], update: int) -> dict[str, float]:
     record: dict[str, float] = {"step": update, "num": result["num"]}
     for figure, part in (
         ("kid", space), ("fid", space), ("precision", space), ("recall", space), ("nearest_distance", ""),
-        ("confident_share", ""), ("class_agreement", ""),
+        ("confident_share", ""), ("class_kid", space), ("class_agreement", ""),
     ):  # fmt: skip
         drawn = "fid_matched" if figure == "fid" else figure  # of as many images as the held-out value
         pairs = (("samples", drawn), ("held out", f"{figure}_real"))
@@ -181,12 +193,19 @@ def _draw(model: Sampler, num: int, seed: int, device: Any, shape: tuple[int, ..
 
 
 def _set_distances(
-    judges: Judges, samples: np.ndarray, real: np.ndarray, seed: int, notes: list[str]
+    judges: Judges,
+    samples: np.ndarray,
+    real: np.ndarray,
+    names: Mapping[str, list[str]] | None,  # the classes of both, by suffix, where samples are drawn by class
+    seed: int,
+    notes: list[str],
 ) -> dict[str, float | None]:
     space, reference = judges.space, judges.reference
     result: dict[str, float | None] = dict.fromkeys(
         ["kid", "kid_real", "fid", "fid_real", "fid_matched", "precision", "precision_real", "recall", "recall_real"]
     )
+    if names is not None:
+        result |= dict.fromkeys(["class_kid", "class_kid_real"])
     if (samples == samples[:1]).all():
         notes.append("all samples are the same image")
     if alike(reference):
@@ -205,7 +224,24 @@ def _set_distances(
         if suffix != "_matched":
             result[f"kid{suffix}"] = kid(reference, features, subset_size=subset_size, seed=seed)
             result |= _supports(reference, features, suffix, smallest, seed)
+            if names is not None:
+                result[f"class_kid{suffix}"] = _class_kid(judges, features, names[suffix], seed)
     return result
+
+
+def _class_kid(judges: Judges, features: Tensor, names: list[str], seed: int) -> float | None:
+    """The mean over classes of the KID of a class; None where one has fewer than two images on either side."""
+    kids = []
+    for name in sorted({*names, *judges.names}):
+        sets = [
+            rows[torch.tensor([other == name for other in labels], dtype=torch.bool)]
+            for rows, labels in ((judges.reference, judges.names), (features, names))
+        ]
+        smallest = min(map(len, sets))
+        if smallest < 2 or alike(sets[0]):
+            return None
+        kids.append(kid(*sets, subset_size=min(KID_SUBSET_SIZE, smallest), seed=seed))
+    return float(np.mean(kids)) if kids else None
 
 
 def _supports(reference: Tensor, features: Tensor, suffix: str, num: int, seed: int) -> dict[str, float | None]:
@@ -241,17 +277,21 @@ def _recognised(
 
 
 def _by_class(
-    model: MultiGrid, recogniser: Recogniser, samples: np.ndarray, held_out: ImageData, chosen: np.ndarray, seed: int
+    model: MultiGrid,
+    recogniser: Recogniser,
+    samples: np.ndarray,
+    drawn_as: list[str],
+    held_out: ImageData,
+    chosen: np.ndarray,
 ) -> dict[str, float | None]:
     def agreement(images: np.ndarray, names: list[str]) -> float:
         return float(np.mean([guess == name for guess, name in zip(recogniser.guesses(images), names, strict=True)]))
 
-    drawn = [model.classes[k] for k in model.draw_labels(len(samples), seed=seed).tolist()]
-    result: dict[str, float | None] = {"class_agreement": agreement(samples, drawn)}
+    result: dict[str, float | None] = {"class_agreement": agreement(samples, drawn_as)}
     if held_out.labels is None or not len(chosen):
         return result | dict.fromkeys(("class_agreement_real", "class_accuracy"))
     real = np.asarray(held_out.images[chosen])
-    names = [held_out.class_names[k] for k in held_out.labels[chosen]]
+    names = _names(held_out, chosen)
     with torch.no_grad():
         energies = model.class_energies(torch.from_numpy(real).to(model.colours.device))
     lowest = torch.stack(list(energies.values())).sum(0).argmin(1).tolist()

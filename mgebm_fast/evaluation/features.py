@@ -36,12 +36,11 @@ class FeatureSpace:
     extract: Callable[[np.ndarray], Tensor]  # (N, C, S, S) uint8 -> (N, D) float64 on the CPU
     most: int | None = None  # training images that samples are compared with, a random choice; None: all
 
-    def reference(self, images: np.ndarray, seed: int) -> Tensor:
-        """The features that samples are compared with."""
-        if self.most is None or len(images) <= self.most:
-            return self.extract(images)
-        chosen = np.sort(np.random.default_rng(seed).permutation(len(images))[: self.most])
-        return self.extract(np.asarray(images[chosen]))
+    def chosen(self, count: int, seed: int) -> np.ndarray:
+        """The training images, of `count`, that samples are compared with."""
+        if self.most is None or count <= self.most:
+            return np.arange(count)
+        return np.sort(np.random.default_rng(seed).permutation(count)[: self.most])
 
 
 def check_kind(kind: str) -> None:

@@ -34,7 +34,8 @@ _COLOURS = ("#1f4e8c", "#b5512b", "#1f7a4c", "#7a4ca0", "#b08a00", "#3a8fb7", "#
 _NO_CURVE = {"step", "seconds_per_update", "rollbacks", "diverged_at", "num"}
 _TITLES = {  # in the order of the charts
     "kid": "KID, lower is nearer", "fid": "FID, of as many images", "precision": "precision", "recall": "recall",
-    "confident_share": "share recognised", "class_agreement": "share taken for its class",
+    "confident_share": "share recognised", "class_kid": "KID by class, lower is nearer",
+    "class_agreement": "share taken for its class",
     "nearest_distance": "distance to the nearest training image",
     "gap": "energy gap: data minus samples", "energy_observed": "energy of data",
     "energy_synthesised": "energy of samples", "gradient_to_noise": "gradient to noise of a step",

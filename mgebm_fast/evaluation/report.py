@@ -27,6 +27,7 @@ _ROWS = (
         "to the nearest training image; far below real: memorised",
     ),
     ("confident_share", "confident share", "{:.3f}", "recognised as some class; as near to real as possible"),
+    ("class_kid", "KID by class", "{:.4f}", "of each class's samples to its training images, the mean over classes"),
     ("class_agreement", "class agreement", "{:.3f}", "taken for the class that it was drawn for; of real, its own"),
 )
 

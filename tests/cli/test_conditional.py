@@ -10,6 +10,8 @@ import torch
 from helpers.console import one_line
 
 import mgebm_fast as mg
+from mgebm_fast import evaluation
+from mgebm_fast.evaluation.distances import kid
 
 from .conftest import TINY, train_tiny
 
@@ -54,6 +56,27 @@ def test_a_run_without_classes_and_an_export_are_refused(mgebm, trained, by_clas
 def test_training_from_a_run_needs_its_classes(mgebm, by_class, tmp_path):
     result = mgebm("train", "digits", *TINY, "--from", by_class, "--out", tmp_path / "on")
     assert "classes of a class-conditional model must be 0, 1, 2" in one_line(result) and "got none" in one_line(result)
+
+
+def test_kid_by_class_is_the_mean_of_kids_of_one_class_each(by_class):
+    model = mg.MultiGrid.load(by_class)
+    train, held_out = (mg.data.load("digits", size=8, channels=1, split=split) for split in ("train", "held_out"))
+    judges = evaluation.fit_judges(train, held_out, seed=0, progress=False)
+    found = evaluation.evaluate(model, train, held_out, num=120, judges=judges, progress=False)
+    labels, real_labels = model.draw_labels(120, seed=0).numpy(), held_out.labels
+    chosen = np.sort(np.random.default_rng(0).permutation(len(held_out))[:120])
+    sets = {
+        "class_kid": (model.to_uint8(model.sample(120, seed=0)).numpy(), labels),
+        "class_kid_real": (held_out.images[chosen], real_labels[chosen]),
+    }
+    for key, (images, classes) in sets.items():
+        kids = []
+        for k in range(10):
+            reference, features = (
+                judges.space.extract(x) for x in (train.images[train.labels == k], images[classes == k])
+            )
+            kids.append(kid(reference, features, subset_size=min(250, len(reference), len(features))))
+        assert found[key] == pytest.approx(np.mean(kids), rel=1e-6), key
 
 
 def test_evaluation_counts_classes(mgebm, by_class):

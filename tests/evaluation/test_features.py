@@ -150,7 +150,7 @@ def test_imagenet_features_that_cannot_be_had_are_an_error(imagenet, monkeypatch
 def test_a_large_net_reads_a_choice_of_the_training_images():
     images = np.arange(40, dtype=np.uint8).reshape(40, 1, 1, 1)
     space = module.FeatureSpace("pixels", lambda x: torch.from_numpy(x.reshape(-1, 1)).double(), most=7)
-    chosen = space.reference(images, 3)
-    assert len(chosen) == 7 == len(chosen.unique()) and torch.equal(chosen, space.reference(images, 3))
-    assert not torch.equal(chosen, space.reference(images, 4))
-    assert len(space.reference(images[:5], 0)) == 5
+    chosen = space.chosen(len(images), 3)
+    assert len(chosen) == 7 == len(np.unique(chosen)) and np.array_equal(chosen, space.chosen(len(images), 3))
+    assert not np.array_equal(chosen, space.chosen(len(images), 4))
+    assert space.chosen(5, 0).tolist() == list(range(5))
