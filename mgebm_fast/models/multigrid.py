@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .. import noise
-from ..checks import is_int
+from ..checks import is_int, positive_int
 from ..errors import Refused
 from ..sampling import graphs
 from ..sampling.cascade import GridCallback, cascade, check_known
@@ -27,7 +27,11 @@ class MultiGrid(EnergyModel):
     """The multi-grid energy-based model (Gao et al., CVPR 2018): one net for each size but the first.
 
     The chain at sizes[i] starts at the replicated result of the one at sizes[i − 1], the first at a 1×1 image.
-    Arguments and state as `EnergyModel`'s.
+    State and other arguments as `EnergyModel`'s.
+
+    Args:
+        sample_steps: of each grid's chain in a sample; None: those of `langevin`.
+        denoise: last steps of the finest chain of a sample that have no noise.
 
     With `classes`, K names, energies are those of an image and its class, E(x, y): nets take C + K channels, of which
     the last K are label planes, an eighth of `value_range` in the plane of the image's class and 0 in the others.
@@ -37,13 +41,31 @@ class MultiGrid(EnergyModel):
     kind = storage.FORMAT  # the name of the class in model files
     labels: Tensor
 
-    def __init__(self, sizes: Sequence[int] = (1, 4, 16, 64), *, classes: Sequence[str] = (), **arguments: Any) -> None:
+    def __init__(
+        self,
+        sizes: Sequence[int] = (1, 4, 16, 64),
+        *,
+        classes: Sequence[str] = (),
+        sample_steps: int | None = None,
+        denoise: int = 0,
+        **arguments: Any,
+    ) -> None:
         names = [classes] if isinstance(classes, str) else list(classes)
         if len(names) == 1 or len(set(names)) < len(names) or not all(isinstance(n, str) and n for n in names):
             raise Refused("classes", "be two or more different names, or none", names, self.kind)
         super().__init__(sizes, classes=names, **arguments)
+        self.sample_steps = positive_int(sample_steps, "sample_steps", self.kind, none=True)
+        if not is_int(denoise, 0):
+            raise Refused("denoise", "be a whole number of at least 0", repr(denoise), self.kind)
+        self.denoise = int(denoise)
         if names:
             self._register_rows("labels", dtype=torch.int64)
+
+    @property
+    def sampling(self) -> tuple[Langevin, ...]:
+        steps = self.sample_steps
+        *coarse, finest = self.langevin if steps is None else (chain.of_length(steps) for chain in self.langevin)
+        return (*coarse, finest.denoised(self.denoise) if self.denoise else finest)
 
     @torch.no_grad()
     def set_colours(self, colours: Tensor, labels: Tensor | None = None) -> None:  # (M, C) or (M, C, 1, 1), (M,)
@@ -200,9 +222,14 @@ class MultiGrid(EnergyModel):
             **group.engine,
         )  # fmt: skip
 
+    def config(self) -> dict[str, Any]:
+        own = {"sample_steps": self.sample_steps} if self.sample_steps else {}
+        return super().config() | own | ({"denoise": self.denoise} if self.denoise else {})
+
     @classmethod
     def from_config(cls: type[AnyEnergyModel], config: Mapping[str, Any]) -> AnyEnergyModel:
-        return cls(config["sizes"], classes=config.get("classes", ()), **cls._arguments(config))
+        own = {name: config[name] for name in ("classes", "sample_steps", "denoise") if name in config}
+        return cls(config["sizes"], **own, **cls._arguments(config))
 
     @classmethod
     def _loadable(cls) -> list[type[Any]]:

@@ -3,19 +3,27 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
+from torch.nn import Module
 
-from ... import noise
+from ... import noise, ops
+from ...errors import BackendError, CheckpointError, ConfigError, DivergenceError
 from ...models import MultiGrid
+from ...models.storage import fault_of
 from ...nets import ResidualNet, ScoreNet
+from ...sampling import Langevin
 from ...sampling.cascade import static_cascade
 from ...sampling.graphs import Graph, Session
 from ...sampling.static import StaticCascade
-from ..config.keys import Flag, key
+from ..config.keys import MOST_SAMPLES, MOST_STEPS, Flag, Maybe, Real, Whole, key
 from ..config.method import Method, register
 from ..config.train_config import TrainConfig
+from ..run import checkpoint
+from .banks import Slots
 from .captured import GraphedRule
 from .synthesis import Synthesis
 from .work import work_of_chains
@@ -26,6 +34,22 @@ class MultiGridConfig:
     """`[multigrid]`."""
 
     conditional: bool = key(False, Flag(), "learn an energy of image and class, of data with labels", fixed=True)
+    bank_size: Any = key(
+        None,
+        Maybe(Whole(1, MOST_SAMPLES)),
+        "chains of every grid that are stored, and go on in later updates; none: all start anew in each",
+        fixed=True,
+    )
+    restart: float = key(
+        0.1, Real(0, 1), "with a bank: share of a batch whose chains start anew, where coarser ones ended", fixed=True
+    )
+    sample_steps: Any = key(
+        None, Maybe(Whole(1, MOST_STEPS)), "steps of every grid's chain in a sample; none: as in training"
+    )
+    denoise: int = key(0, Whole(0, MOST_STEPS), "last steps of the finest chain of a sample that have no noise")
+
+
+BANK_FILE = "bank.safetensors"
 
 
 class MultiGridRule(GraphedRule):
@@ -33,12 +57,30 @@ class MultiGridRule(GraphedRule):
 
     All grids are sampled before any is updated; since a chain of one grid never uses another grid's net, updating
     each grid right after its chain is the same.
+
+    With `bank_size`, most chains are persistent (Tieleman, ICML 2008): every update takes so many slots of a bank as
+    the batch has images, the same of every grid. The first of them, a share of `restart`, start anew where the chains
+    of the coarser grid ended, at the first grid at the observed means; the others go on where they were left, with the
+    numbers of a chain's last step (`Langevin.settled`). Energies then have to be right after many times K steps, not
+    after K alone. A bank begins as flat images of the stored colours.
     """
 
     model: MultiGrid
-    divisible = True
+
+    def __init__(self, model: MultiGrid, config: TrainConfig, *, images: int) -> None:
+        super().__init__(model, config, images=images)
+        size, batch_size, restart = config.options.bank_size, config.batch_size, config.options.restart
+        self.slots: Slots | None = None
+        self.bank: list[Tensor] = []  # (bank_size, C + K, s, s) of each grid; filled by the first update
+        if size is not None:
+            if size < batch_size:
+                raise ConfigError(f"multigrid.bank_size must be at least batch_size ({batch_size}), got {size}")
+            self.slots = Slots.of(size, batch_size, images, restart, config.seed)
+        self.divisible = self.slots is None
 
     def synthesise(self, observed: list[Tensor], iteration: int, first_sample: int, graph: Graph = None) -> Synthesis:
+        if self.slots is not None:
+            return self._with_bank(self.slots, observed, iteration, first_sample, graph)
         results = self.model.run(
             observed[0],
             seed=self.config.seed,
@@ -50,7 +92,94 @@ class MultiGridRule(GraphedRule):
         )
         return Synthesis(results[1:], first_sample)
 
+    def _with_bank(
+        self, slots: Slots, observed: list[Tensor], iteration: int, first_sample: int, graph: Graph
+    ) -> Synthesis:
+        model, start = self.model, observed[0]
+        if not self.bank:
+            self.bank = self._first_bank(slots.size)
+        ids = slots.at(iteration, first_sample, len(start), self.attempt).to(start.device)
+        anew = round(slots.restart * len(ids))
+        results = [start]
+        for grid, (net, chain, bank) in enumerate(zip(model.nets, model.langevin, self.bank, strict=True), start=1):
+            factor = model.sizes[grid] // model.sizes[grid - 1]
+            coarse = results[-1] if grid == 1 else results[-1].roll(-anew, 0)  # of chains that went on, not of new ones
+            parts = (
+                (chain, ops.upsample(coarse[:anew].contiguous(), factor), ids[:anew]),
+                (chain.settled(), bank[ids[anew:]], ids[anew:]),
+            )
+            made = [self._chain(law, net, x, own, grid, iteration, graph) for law, x, own in parts if len(own)]
+            results.append(torch.cat(made))
+        return Synthesis(results[1:], ids)
+
+    def _chain(
+        self, chain: Langevin, net: Module, x: Tensor, ids: Tensor, grid: int, iteration: int, graph: Graph
+    ) -> Tensor:
+        mask = None  # label planes are held
+        if self.model.classes:
+            mask = (torch.arange(x.shape[1], device=x.device) < self.model.channels)[:, None, None].expand_as(x)
+        return chain(
+            net, x, mask=mask, seed=self.config.seed, first_sample=ids, first_step=iteration * chain.steps,
+            stream=noise.stream(self.purpose(noise.Purpose.TRAINING_CHAIN), grid), precision=self.precision,
+            graph=graph, where=f"training: grid {grid} (size {self.model.sizes[grid]})",
+        )  # fmt: skip
+
+    def _first_bank(self, size: int) -> list[Tensor]:
+        model, stream = self.model, noise.stream(self.purpose(noise.Purpose.INITIAL_STATE))
+        rows = noise.integers(
+            len(model.colours), size, seed=self.config.seed, step=0, stream=stream, device=model.colours.device
+        )
+        start = model.colours[rows][:, :, None, None]
+        if model.classes:
+            start = model.with_planes(start, model.labels[rows])
+        return [ops.upsample(start, side) for side in model.sizes[1:]]
+
+    def keep(self, made: list[Synthesis]) -> None:
+        if self.slots is not None:
+            for part in made:
+                for bank, images in zip(self.bank, part.images, strict=True):
+                    bank[part.ids] = images
+
+    # the bank's part of a state
+
+    def check(self) -> None:
+        super().check()
+        if fault := fault_of(self._bank_tensors()):
+            raise DivergenceError(f"training: {fault}")
+
+    def write(self, folder: Path, iteration: int) -> None:
+        super().write(folder, iteration)
+        if self.bank:
+            checkpoint.write_tensors(folder / BANK_FILE, self._bank_tensors())
+
+    def read(self, folder: Path) -> None:
+        super().read(folder)
+        path = folder / BANK_FILE
+        self._take_bank(checkpoint.read_tensors(path) if path.exists() else {}, str(path))
+
+    def snapshot(self) -> dict[str, dict[str, Tensor]]:
+        return super().snapshot() | {"bank": {name: tensor.clone() for name, tensor in self._bank_tensors().items()}}
+
+    def restore(self, snapshot: dict[str, dict[str, Tensor]]) -> None:
+        super().restore(snapshot)
+        self._take_bank({name: tensor.clone() for name, tensor in snapshot["bank"].items()}, "snapshot")
+
+    def _bank_tensors(self) -> dict[str, Tensor]:
+        return {f"bank_{size}": images for size, images in zip(self.model.sizes[1:], self.bank)}
+
+    def _take_bank(self, tensors: dict[str, Tensor], where: str) -> None:
+        """The bank of a state; none in one from before the first update, which is filled again as it was."""
+        self.bank, slots, model = [], self.slots, self.model
+        if slots is None or not tensors:
+            return
+        wanted = {f"bank_{size}": (slots.size, *model.input_shape(size)) for size in model.sizes[1:]}
+        if {name: tuple(tensor.shape) for name, tensor in tensors.items()} != wanted:
+            raise CheckpointError(f"{where}: must hold a bank of {slots.size} chains of every grid")
+        self.bank = [tensors[name].to(model.colours.device, torch.float32) for name in wanted]
+
     def static_chains(self, start: Tensor, session: Session) -> StaticCascade:
+        if self.slots is not None:
+            raise BackendError("its chains go on from a bank")
         model, purpose = self.model, self.purpose(noise.Purpose.TRAINING_CHAIN)
         held = None
         if model.classes:
@@ -70,6 +199,8 @@ def build_model(config: TrainConfig) -> MultiGrid:
         variant=config.variant,
         depth=config.depth,
         classes=config.classes if config.options.conditional else (),
+        sample_steps=config.options.sample_steps,
+        denoise=config.options.denoise,
         **config.model_arguments(),
     )
 
@@ -104,7 +235,11 @@ def describe_model(model: MultiGrid) -> dict[str, Any]:
         "batch_size": model.batch_size,
         "langevin": chains,
         "classes": list(model.classes),
-        "multigrid": {"conditional": bool(model.classes)},
+        "multigrid": {
+            "conditional": bool(model.classes),
+            "sample_steps": model.sample_steps,
+            "denoise": model.denoise,
+        },
     }
 
 

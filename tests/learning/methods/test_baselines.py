@@ -153,7 +153,7 @@ def test_chains_do_not_depend_on_how_a_batch_is_split(method):
     torch.testing.assert_close(torch.cat(parts), whole, atol=1e-6, rtol=0)
 
 
-@pytest.mark.parametrize("method", SINGLE)
+@pytest.mark.parametrize("method", (*SINGLE, "multigrid"))
 def test_no_counter_is_used_twice(trainer, method, monkeypatch):
     """Training and sampling draw from disjoint (stream, step, sample id)."""
     used: list[tuple[int, int, int]] = []
@@ -181,6 +181,8 @@ def test_no_counter_is_used_twice(trainer, method, monkeypatch):
     ours = trainer(method=method, stabilise={"data_noise": 0.1}, flips=True)
     if method == "pcd":
         ours = trainer(method=method, pcd={"bank_size": 24, "restart": 0.5}, flips=True, stabilise={"data_noise": 0.1})
+    if method == "multigrid":
+        ours = trainer(multigrid={"bank_size": 24, "restart": 0.5}, flips=True, stabilise={"data_noise": 0.1})
     # The measure of the best state draws the same samples at every checkpoint, as pictures do, and teaches nothing.
     monkeypatch.setattr(loop, "measured", lambda rule, reference: None)
     monkeypatch.setattr(ops, "noise", noted_draw)

@@ -26,6 +26,7 @@ LATENT = {"latent": 2, "generator_width": 2, "infer_steps": 2}
 FAMILIES = {
     "multigrid": {"stabilise": {"ema": 0.9, "data_noise": 0.03, "noise_anneal": 0.3}, "flips": True,
                   "spectral_norm": True, "optimiser": {"schedule": "cosine"}},
+    "multigrid, bank": {"multigrid": {"bank_size": 12, "restart": 0.25}, "stabilise": {"ema": 0.9}},
     "batch statistics": {"norm": "batch", "optimiser": {"name": "sgd", "momentum": 0.9}, "batch_parts": 2},
     "cd": {"method": "cd", "stabilise": {"data_noise": 0.1}},
     "single-grid-cd": {"method": "single-grid-cd"},
@@ -41,7 +42,7 @@ FAMILIES = {
     "spatial-temporal": {"method": "spatial-temporal", "batch_size": 2, **COUPLED,
                          "spatial-temporal": {"size": [4, 6, 8], "layers": [[3, 3, 2]]}},
 }  # fmt: skip
-IN_MEMORY = ("multigrid", "shared bank")  # without a folder too
+IN_MEMORY = ("multigrid", "multigrid, bank", "shared bank")  # without a folder too
 DATA = (noise.Purpose.DATA_ORDER, noise.Purpose.AUGMENTATION)  # which images are shown, and how, is no matter of chains
 
 

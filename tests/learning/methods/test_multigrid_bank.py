@@ -1,0 +1,163 @@
+"""Multi-grid with persistent chains: closed forms on an affine energy, what starts anew where, and longer samples."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from helpers.factors import Linear
+from helpers.training import tiny_config, tiny_data
+
+import mgebm_fast as mg
+from mgebm_fast import noise, ops
+from mgebm_fast.errors import BackendError, CheckpointError, ConfigError, DivergenceError, Refused
+from mgebm_fast.learning import MultiGridTrainer, build_model
+from mgebm_fast.learning.methods.multigrid import MultiGridRule
+from mgebm_fast.sampling.graphs import Session
+
+STEPS, DRIFT, FIRST, LAST, SEED, LR = 3, 0.3, 0.4, 0.1, 5, 0.125
+BANK = {"bank_size": 12, "restart": 0.25}  # of 8 chains a batch 2 start anew
+AFFINE = {
+    "seed": SEED, "sizes": [1, 4], "precision": "fp32", "multigrid": BANK, "optimiser": {"name": "sgd", "lr": LR},
+    "langevin": {"steps": STEPS, "drift": DRIFT, "clamp": False,
+                 "noise_std": {"start": FIRST, "end": LAST, "shape": "first"}},
+}  # fmt: skip
+STILL = {"langevin": {"steps": 1, "drift": 1e-9, "noise_std": 0.0}}  # chains that stay where they start
+
+
+def draw(ids, step):
+    where = noise.stream(noise.Purpose.TRAINING_CHAIN, 1)
+    words, _ = noise.words(len(ids), 16, seed=SEED, step=step, first_sample=ids, stream=where)
+    return noise.normal(words).reshape(-1, 1, 4, 4).double()
+
+
+def first_rows(model, seed):
+    return noise.integers(len(model.colours), 12, seed=seed, step=0, stream=noise.stream(noise.Purpose.INITIAL_STATE))
+
+
+def first_bank(model, seed, size):
+    return ops.upsample(model.colours[first_rows(model, seed)][:, :, None, None], size)
+
+
+def test_gradient_on_a_linear_energy_is_the_closed_form():
+    """E = −⟨w, x⟩: x_K = x_0 + K δ w + Σ s_k ε_k, s_0 that of the schedule's start in chains that start anew alone."""
+    config, net = tiny_config(**AFFINE), Linear()
+    model = mg.MultiGrid((1, 4), channels=1, langevin=config.dynamics(), nets=[net], value_range=(-1, 1))
+    trainer = MultiGridTrainer(model, tiny_data(), config, quiet=True)
+    weight = net.weight.detach().double()
+    bank = first_bank(model, SEED, 4).double()
+    batch = tiny_data().batch(slice(8))
+    observed = batch.double() / 127.5 - 1
+    for iteration in range(4):
+        ids = trainer.rule.slots.at(iteration, 0, 8)
+        x = bank[ids]
+        x[:2] = observed.mean((2, 3), keepdim=True).expand_as(observed)[:2]
+        for k in range(STEPS):
+            std = torch.full((8, 1, 1, 1), LAST, dtype=torch.float64)
+            std[:2] = FIRST if k == 0 else LAST
+            x = x + DRIFT * weight + std * draw(ids, iteration * STEPS + k)
+        bank[ids] = x
+        trainer.step(batch)
+        weight = weight - LR * (x.mean(0) - observed.mean(0))
+        torch.testing.assert_close(net.weight.detach().double(), weight, atol=3e-6, rtol=0)
+    torch.testing.assert_close(trainer.rule.bank[0].double(), bank, atol=3e-6, rtol=0)
+
+
+def test_new_chains_start_where_coarser_ones_ended_that_went_on(trainer):
+    rule = trainer(multigrid=BANK, **STILL).rule
+    means = torch.linspace(-0.9, 0.9, 8).reshape(8, 1, 1, 1)
+    made = rule.synthesise([means, *(means.expand(-1, -1, s, s) for s in rule.model.sizes[1:])], 0, 0)
+    coarse, finer = made.images[0], made.images[1:]
+    torch.testing.assert_close(coarse[:2], ops.upsample(means, 2)[:2], atol=1e-6, rtol=0)
+    for images in finer:
+        torch.testing.assert_close(images[:2], ops.upsample(coarse[2:4].contiguous(), 2), atol=1e-6, rtol=0)
+        coarse = images
+    assert not torch.equal(made.images[0][2:4], made.images[0][:2])
+
+
+@pytest.mark.parametrize("restart", [0, 1])
+def test_all_chains_may_go_on_or_start_anew(trainer, restart):
+    ours = trainer(multigrid={"bank_size": 12, "restart": restart}, **STILL)
+    batch = tiny_data(8).batch(slice(None))
+    flat = first_bank(ours.model, ours.config.seed, 2)
+    ours.step(batch)
+    ids = ours.rule.slots.at(0, 0, 8)
+    means = ops.upsample(ours.rule.observed(batch)[0], 2)
+    torch.testing.assert_close(ours.rule.bank[0][ids], means if restart else flat[ids], atol=1e-6, rtol=0)
+
+
+def test_an_update_that_is_not_applied_leaves_the_bank(trainer):
+    ours = trainer(multigrid=BANK)
+    batch = tiny_data(8).batch(slice(None))
+    ours.step(batch)
+    before = [images.clone() for images in ours.rule.bank]
+    with torch.no_grad():
+        ours.model.nets[0].head.bias.fill_(torch.inf)
+    with pytest.raises(DivergenceError):
+        ours.step(batch)
+    assert all(map(torch.equal, ours.rule.bank, before))
+
+
+def test_label_planes_stay_those_of_the_stored_chains():
+    config = tiny_config(multigrid={**BANK, "conditional": True}, classes=["a", "b"])
+    model = build_model(config)
+    model.set_colours(torch.rand(6, 1), torch.tensor([0, 1, 1, 0, 1, 0]))
+    rule = MultiGridRule(model, config, images=20)
+    images = torch.rand(8, 1, 4, 4) * 2 - 1
+    batch = model.with_planes(images, torch.arange(8) % 2)
+    for iteration in range(3):
+        rule.update(batch, iteration)
+    labels = model.labels[first_rows(model, config.seed)]
+    for images in rule.bank:
+        own = images[:, 1:, 0, 0] != 0
+        assert torch.equal(own.sum(1), torch.ones(12, dtype=torch.int64))
+        assert torch.equal(images[:, 1:], images[:, 1:, :1, :1].expand_as(images[:, 1:]))
+    untouched = [i for i in range(12) if all(i not in rule.slots.at(k, 0, 8)[:2] for k in range(3))]
+    assert untouched and torch.equal(own.int().argmax(1)[untouched], labels[untouched])
+
+
+def test_samples_have_their_own_steps_and_end_without_noise(tmp_path):
+    law = mg.Langevin(4, drift=0.5, noise_std=mg.Schedule(0.3, 0.1, "first"))
+    model = mg.MultiGrid(
+        (1, 2, 4), channels=1, variant="compact", norm="none", langevin=law, sample_steps=7, denoise=2,
+        value_range=(-1, 1),
+    )  # fmt: skip
+    model.set_colours(torch.tensor([[0.5], [-0.5]]))
+    coarse = dataclasses.replace(law, steps=7)
+    fine = dataclasses.replace(law, steps=7, noise_std=(0.3, 0.1, 0.1, 0.1, 0.1, 0.0, 0.0))
+    assert model.sampling == (coarse, fine) and model.langevin == (law, law)
+    x = model.sample(5, seed=3)
+    torch.testing.assert_close(x, model.cascade(model.draw_colours(5, seed=3), seed=3, langevin=(coarse, fine))[-1])
+    model.save(tmp_path / "model.safetensors")
+    again = mg.MultiGrid.load(tmp_path / "model.safetensors")
+    assert (again.sample_steps, again.denoise) == (7, 2) and torch.equal(again.sample(5, seed=3), x)
+    for bad, words in (({"denoise": -1}, "denoise must be a whole number"), ({"sample_steps": 0}, "sample_steps must")):
+        with pytest.raises(Refused, match=words):
+            mg.MultiGrid((1, 2), **bad)
+
+
+def test_a_chain_without_noise_at_its_end_in_both_forms():
+    assert mg.Langevin(3, drift=1.0, noise_std=0.2).denoised(1).noise_std == (0.2, 0.2, 0.0)
+    assert mg.Langevin(3, step_size=0.3, noise_scale=0.5).denoised(2).noise_scale == (0.5, 0.0, 0.0)
+    assert mg.Langevin(2, drift=1.0, noise_std=(0.2, 0.1)).denoised(5).noise_std == (0.0, 0.0)
+
+
+def test_a_settled_chain_has_the_numbers_of_the_last_step():
+    law = mg.Langevin(3, drift=(3.0, 2.0, 1.0), noise_std=mg.Schedule(0.4, 0.1), reference_std=2.0)
+    assert law.settled() == mg.Langevin(3, drift=1.0, noise_std=0.1, reference_std=2.0)
+
+
+def test_what_a_bank_cannot_be(trainer, tmp_path):
+    with pytest.raises(ConfigError, match=r"multigrid.bank_size must be at least batch_size \(8\), got 7"):
+        trainer(multigrid={"bank_size": 7})
+    with pytest.raises(ConfigError, match="batch_parts must be 1, on one rank"):
+        trainer(multigrid=BANK, batch_parts=2)
+    ours = trainer(multigrid=BANK)
+    with pytest.raises(BackendError, match="go on from a bank"):
+        ours.rule.static_chains(torch.zeros(8, 1, 1, 1), Session())
+    ours.step(tiny_data(8).batch(slice(None)))
+    ours.rule.bank[1] = ours.rule.bank[1][:3]
+    ours.rule.write(tmp_path, 1)
+    with pytest.raises(CheckpointError, match=r"bank.safetensors: must hold a bank of 12 chains"):
+        ours.rule.read(tmp_path)
