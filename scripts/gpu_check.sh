@@ -111,7 +111,8 @@ sanitise() { # the memory checker on one kernel a time at small shapes, all side
             port=$((port + 16))
             (
                 status=0
-                timeout --kill-after=5 "$1" compute-sanitizer --port "$port" --tool "$tool" --error-exitcode 9 \
+                # Without OUT: what the smoke test found stays as it is.
+                OUT='' timeout --kill-after=5 "$1" compute-sanitizer --port "$port" --tool "$tool" --error-exitcode 9 \
                     --print-limit 5 "$filter" "kns=${pair#*:}" "$PYTHON" scripts/gpu_smoke.py "${pair%:*}" \
                     >"$scratch/$tool.${pair%:*}" 2>&1 || status=$?
                 record "$tool ${pair%:*}" "$(said "$status")" "$SECONDS"
@@ -130,7 +131,7 @@ export -f sanitise said record
 profile() { # one launch of each kernel, which is not the first of its name
     local pair
     for pair in resident:conv_chain edge:edge_step norms:batch_norm_act_kernel; do
-        part "profile ${pair#*:}" 20 ncu --csv --clock-control none --launch-skip 1 --launch-count 1 \
+        part "profile ${pair#*:}" 20 env OUT= ncu --csv --clock-control none --launch-skip 1 --launch-count 1 \
             --kernel-name "regex:${pair#*:}" --log-file "$scratch/profile.csv" "$PYTHON" scripts/gpu_smoke.py "${pair%:*}"
         cat "$scratch/profile.csv" >>"$OUT/profile.csv" 2>/dev/null
     done

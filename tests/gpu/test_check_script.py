@@ -31,7 +31,7 @@ if [ -n "$folder" ]; then
 fi
 """
 TOOL = r"""#!/usr/bin/env bash
-echo "${0##*/} $*" >>"$CALLS"
+echo "${0##*/} $*${OUT:+ and writes results}" >>"$CALLS"
 case "${0##*/} $*" in
     *--help*) echo "  --kernel-name" ;;
     *racecheck*edge_step*) exit 9 ;;
@@ -83,6 +83,7 @@ def test_the_memory_checker_and_the_profiler_take_the_package_s_kernels_by_name(
     assert len({call.split("--port ")[1].split()[0] for call in calls if "--port" in call}) == 8
     _, calls, _, _ = run(tmp_path, "second", "ncu", DEVICE="cuda")
     names |= {call.split("regex:")[1].split()[0] for call in calls if call.startswith("ncu")}
+    assert not [call for call in calls if "gpu_smoke.py" in call and "writes results" in call]
     kernels = "".join(path.read_text() for path in [*ROOT.glob("kernels/*.py"), *ROOT.glob("csrc/**/*.cu")])
     assert len(names) == 5 and all(name in kernels for name in names), names
 
