@@ -40,8 +40,11 @@ class MultiGridConfig:
         "chains of every grid that are stored, and go on in later updates; none: all start anew in each",
         fixed=True,
     )
-    restart: float = key(
-        0.1, Real(0, 1), "with a bank: share of a batch whose chains start anew, where coarser ones ended", fixed=True
+    bank_share: float = key(
+        0.5, Real(0, 1), "share of a batch whose chains go on from the bank; the others start anew", fixed=True
+    )
+    bank_renewal: float = key(
+        0.1, Real(0, 1), "share of the chains that start anew which are stored, in the place of others", fixed=True
     )
     sample_steps: Any = key(
         None, Maybe(Whole(1, MOST_STEPS)), "steps of every grid's chain in a sample; none: as in training"
@@ -58,24 +61,25 @@ class MultiGridRule(GraphedRule):
     All grids are sampled before any is updated; since a chain of one grid never uses another grid's net, updating
     each grid right after its chain is the same.
 
-    With `bank_size`, most chains are persistent (Tieleman, ICML 2008): every update takes so many slots of a bank as
-    the batch has images, the same of every grid. The first of them, a share of `restart`, start anew where the chains
-    of the coarser grid ended, at the first grid at the observed means; the others go on where they were left, with the
-    numbers of a chain's last step (`Langevin.settled`). Energies then have to be right after many times K steps, not
-    after K alone. A bank begins as flat images of the stored colours.
+    With `bank_size`, a share of `bank_share` of the chains is persistent (Tieleman, ICML 2008): every update draws as
+    many slots of a bank as the batch has images, the same of every grid. The chains of these go on where they were
+    left, with the numbers of a chain's last step (`Langevin.settled`); those of the other slots start anew where chains
+    of the coarser grid ended that went on, at the first grid at the observed means. Of what starts anew a share of
+    `bank_renewal` is stored. Energies then have to be right after K steps and after many times K. A bank begins as flat
+    images of the stored colours.
     """
 
     model: MultiGrid
 
     def __init__(self, model: MultiGrid, config: TrainConfig, *, images: int) -> None:
         super().__init__(model, config, images=images)
-        size, batch_size, restart = config.options.bank_size, config.batch_size, config.options.restart
+        size, batch_size = config.options.bank_size, config.batch_size
         self.slots: Slots | None = None
         self.bank: list[Tensor] = []  # (bank_size, C + K, s, s) of each grid; filled by the first update
         if size is not None:
             if size < batch_size:
                 raise ConfigError(f"multigrid.bank_size must be at least batch_size ({batch_size}), got {size}")
-            self.slots = Slots.of(size, batch_size, images, restart, config.seed)
+            self.slots = Slots.of(size, batch_size, images, 0.0, config.seed)
         self.divisible = self.slots is None
 
     def synthesise(self, observed: list[Tensor], iteration: int, first_sample: int, graph: Graph = None) -> Synthesis:
@@ -99,7 +103,7 @@ class MultiGridRule(GraphedRule):
         if not self.bank:
             self.bank = self._first_bank(slots.size)
         ids = slots.at(iteration, first_sample, len(start), self.attempt).to(start.device)
-        anew = round(slots.restart * len(ids))
+        anew = self._anew(len(ids))
         results = [start]
         for grid, (net, chain, bank) in enumerate(zip(model.nets, model.langevin, self.bank, strict=True), start=1):
             factor = model.sizes[grid] // model.sizes[grid - 1]
@@ -134,11 +138,18 @@ class MultiGridRule(GraphedRule):
             start = model.with_planes(start, model.labels[rows])
         return [ops.upsample(start, side) for side in model.sizes[1:]]
 
+    def _anew(self, chains: int) -> int:
+        """How many of them start anew, the first ones."""
+        return chains - round(self.config.options.bank_share * chains)
+
     def keep(self, made: list[Synthesis]) -> None:
-        if self.slots is not None:
-            for part in made:
-                for bank, images in zip(self.bank, part.images, strict=True):
-                    bank[part.ids] = images
+        for part in made if self.slots is not None else ():
+            assert isinstance(part.ids, Tensor)
+            anew = self._anew(len(part.ids))
+            stored = torch.arange(len(part.ids), device=part.ids.device)
+            stored = stored[(stored < round(self.config.options.bank_renewal * anew)) | (stored >= anew)]
+            for bank, images in zip(self.bank, part.images, strict=True):
+                bank[part.ids[stored]] = images[stored]
 
     # the bank's part of a state
 

@@ -182,7 +182,7 @@ def test_no_counter_is_used_twice(trainer, method, monkeypatch):
     if method == "pcd":
         ours = trainer(method=method, pcd={"bank_size": 24, "restart": 0.5}, flips=True, stabilise={"data_noise": 0.1})
     if method == "multigrid":
-        ours = trainer(multigrid={"bank_size": 24, "restart": 0.5}, flips=True, stabilise={"data_noise": 0.1})
+        ours = trainer(multigrid={"bank_size": 24}, flips=True, stabilise={"data_noise": 0.1})
     # The measure of the best state draws the same samples at every checkpoint, as pictures do, and teaches nothing.
     monkeypatch.setattr(loop, "measured", lambda rule, reference: None)
     monkeypatch.setattr(ops, "noise", noted_draw)

@@ -26,7 +26,7 @@ LATENT = {"latent": 2, "generator_width": 2, "infer_steps": 2}
 FAMILIES = {
     "multigrid": {"stabilise": {"ema": 0.9, "data_noise": 0.03, "noise_anneal": 0.3}, "flips": True,
                   "spectral_norm": True, "optimiser": {"schedule": "cosine"}},
-    "multigrid, bank": {"multigrid": {"bank_size": 12, "restart": 0.25}, "stabilise": {"ema": 0.9}},
+    "multigrid, bank": {"multigrid": {"bank_size": 12}, "stabilise": {"ema": 0.9}},
     "batch statistics": {"norm": "batch", "optimiser": {"name": "sgd", "momentum": 0.9}, "batch_parts": 2},
     "cd": {"method": "cd", "stabilise": {"data_noise": 0.1}},
     "single-grid-cd": {"method": "single-grid-cd"},
