@@ -161,7 +161,6 @@ def dense_places(stage: Any) -> Tensor:
     """(outputs, inputs) int64: where a stage's matrix has its entries among its weights, flattened; the number of the
     weights where the entry is 0."""
     outputs, inputs, *kernel = stage.weight.shape
-    taps = math.prod(kernel)
     strides = [math.prod(kernel[axis + 1 :]) for axis in range(len(kernel))]
     sites = [list(itertools.product(*map(range, size))) for size in (stage.out_size, stage.in_size)]
 
@@ -169,16 +168,14 @@ def dense_places(stage: Any) -> Tensor:
         """An output at o meets an input at i through the tap k with o · stride − padding + dilation · k = i."""
         met = [divmod(i + p - o * s, d) for o, i, s, p, d in
                zip(out, site, stage.stride, stage.padding, stage.dilation)]  # fmt: skip
-        if all(rest == 0 and 0 <= k < size for (k, rest), size in zip(met, kernel)):
-            return sum(k * stride for (k, _), stride in zip(met, strides))
-        return -1
+        fits = all(rest == 0 and 0 <= k < size for (k, rest), size in zip(met, kernel))
+        return sum(k * stride for (k, _), stride in zip(met, strides)) if fits else -1
 
-    taps_of = torch.tensor([[tap_of(out, site) for site in sites[1]] for out in sites[0]], device="cpu")
+    tapped = torch.tensor([[tap_of(out, site) for site in sites[1]] for out in sites[0]], device="cpu")
     device = stage.weight.device
-    taps_of = (taps_of.pin_memory() if device.type == "cuda" else taps_of).to(device, non_blocking=True)
-    taps_of = taps_of[None, :, None, :]
+    tapped = (tapped.pin_memory() if device.type == "cuda" else tapped).to(device, non_blocking=True)[None, :, None, :]
     filters = torch.arange(outputs * inputs, device=device).reshape(outputs, 1, inputs, 1)
-    places = torch.where(taps_of < 0, stage.weight.numel(), filters * taps + taps_of)
+    places = torch.where(tapped < 0, stage.weight.numel(), filters * math.prod(kernel) + tapped)
     return places.reshape(outputs * len(sites[0]), -1)
 
 

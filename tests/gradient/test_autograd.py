@@ -184,7 +184,7 @@ def test_refresh_has_nothing_to_do():
 
 
 class Attention(torch.nn.Module):
-    """No graph of the engine's: attention over points."""
+    """No graph of the engine's: attention over points, whose weights have sum 1 over the points that ask."""
 
     def __init__(self):
         super().__init__()
@@ -192,7 +192,7 @@ class Attention(torch.nn.Module):
 
     def forward(self, x):
         h = self.inner(x)
-        return self.outer(torch.softmax(h @ h.mT, -1) @ h).sum((1, 2))
+        return self.outer(torch.softmax(h @ h.mT, 1) @ h).sum((1, 2))
 
 
 def points(n=5):

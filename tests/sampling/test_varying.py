@@ -24,7 +24,7 @@ def mlp():
 
 
 class Attention(nn.Module):
-    """Softmax: its chains run by autograd."""
+    """Softmax over the first of two dimensions: its chains run by autograd."""
 
     def __init__(self):
         super().__init__()
@@ -32,7 +32,7 @@ class Attention(nn.Module):
 
     def forward(self, x):
         rows = x.flatten(2)
-        return (torch.softmax(self.mix(rows), -1) * rows).sum((1, 2))
+        return (torch.softmax(self.mix(rows), 1) * rows).sum((1, 2))
 
 
 ENERGIES = {

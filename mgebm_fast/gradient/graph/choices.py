@@ -11,7 +11,7 @@ from torch import Tensor
 from ...ops.graph_chain import layers
 from ..stages import Unreadable
 from .rules import _add, _mul, _sub, constant, rule, shape_of, value
-from .shapes import _dims, _logsumexp, _reduced
+from .shapes import _dims, _log_of_sums, _reduced
 from .values import GraphBuilder, Value
 
 
@@ -59,15 +59,15 @@ def _nll_loss(
 @rule("_log_softmax")
 def _log_softmax(b: GraphBuilder, out: Tensor, x: Any, dim: int, half_to_float: bool = False) -> Value:
     x = value(b, x)
-    if len(x.shape) != 1 or _dims(dim, x) != [0]:
+    if _dims(dim, x) != [len(x.shape) - 1]:
         raise Unreadable(f"{b.name} is over one dimension of a tensor of shape {x.shape}")
     x = b.features(x)
-    most = _logsumexp(b, out[:, :1], x, 1, True)
+    most = _log_of_sums(b, x, -1, (*x.shape[:-1], 1))
     return b.combined(layers.Add, x, most, -1.0)
 
 
-@rule("_softmax")
-def _softmax(b: GraphBuilder, out: Tensor, x: Any, dim: int, half_to_float: bool = False) -> Value:
+@rule("_softmax", "_safe_softmax")
+def _softmax(b: GraphBuilder, out: Tensor, x: Any, dim: int, *rest: Any) -> Value:
     return b.pointwise(_log_softmax(b, out, x, dim), "exp")
 
 

@@ -5,6 +5,7 @@ Where several are the greatest, torch's gradient is shared among them by some op
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from torch import Tensor
@@ -56,18 +57,24 @@ def _pooled(b: GraphBuilder, x: Value, kernel: tuple[int, ...]) -> Value:
 
 
 def _of_features(b: GraphBuilder, x: Value, places: list[int]) -> Value:
-    """The greatest of all features, by halves."""
-    if x.is_map or len(places) < len(x.shape) or x.held.channels > _MOST:
+    """The greatest of features over their first dimensions, by halves."""
+    count = math.prod(x.shape[: len(places)])
+    if x.is_map or places != list(range(len(places))) or count > _MOST:
         raise Unreadable(f"{b.name} is over channels of a tensor of shape {x.shape}")
-    while (count := x.held.channels) > 1:
+    each = x.held.channels // count
+
+    def part(x: Value, first: int, many: int) -> Value:
+        return b.add(layers.Slice, [x], Map(many * each, ()), (many * each,), first * each)
+
+    while count > 1:
         half = count // 2
-        first, second = (b.add(layers.Slice, [x], Map(half, ()), (half,), at) for at in (0, half))
+        first, second = part(x, 0, half), part(x, half, half)
         above = b.pointwise(b.combined(layers.Add, first, second, -1.0), "leaky_relu", 0.0)
         greater = b.combined(layers.Add, second, above, 1.0)
         if count % 2:
-            last = b.add(layers.Slice, [x], Map(1, ()), (1,), 2 * half)
-            greater = b.add(layers.Concat, [greater, last], Map(half + 1, ()), (half + 1,))
-        x = greater
+            held = Map((half + 1) * each, ())
+            greater = b.add(layers.Concat, [greater, part(x, 2 * half, 1)], held, (held.channels,))
+        x, count = greater, count - half
     return x
 
 

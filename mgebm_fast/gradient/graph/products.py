@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from typing import Any
 
@@ -11,7 +12,7 @@ from torch import Tensor
 from ...ops.graph_chain import layers
 from ...ops.graph_chain.layers import Map
 from ..stages import Unreadable
-from .rules import constant, rule, shape_of, value
+from .rules import MAX_ROWS, constant, rule, shape_of, value
 from .values import GraphBuilder, Value
 
 MAX_PRODUCTS = 4096  # single products of a matrix product that no dense layer makes
@@ -62,21 +63,29 @@ def _addmm(b: GraphBuilder, out: Tensor, bias: Any, x: Any, weight: Any, *, beta
     bias = constant(b, bias)
     if bias.dim() != 1 or bias.shape[0] != out.shape[1]:
         raise Unreadable(f"{b.name} has a bias of shape {tuple(bias.shape)}")
-    return b.dense(value(b, x), constant(b, weight).T, bias.detach(), shape_of(out))
+    return _dense(b, value(b, x), constant(b, weight).T, bias)
 
 
 @rule("mm")
 def _mm(b: GraphBuilder, out: Tensor, x: Any, weight: Any) -> Value:
-    return b.dense(value(b, x), constant(b, weight).T, None, shape_of(out))
+    return _dense(b, value(b, x), constant(b, weight).T, None)
+
+
+def _dense(b: GraphBuilder, x: Value, weight: Tensor, bias: Tensor | None) -> Value:
+    """W x + b of the last dimension: of x as it is, or of each of its rows, by one matrix with W for each."""
+    weight, bias = weight.detach(), None if bias is None else bias.detach()
+    shape = (*x.shape[:-1], len(weight))
+    if len(shape) == 1:
+        return b.dense(x, weight, bias, shape)
+    if math.prod(x.shape) * math.prod(shape) > MAX_ROWS:
+        raise Unreadable(f"{b.name} takes the last dimension of a tensor of shape {x.shape}")
+    made = b.linear(x, lambda basis: basis @ weight.T, shape)
+    return dataclasses.replace(made if bias is None else b.affine(made, None, bias), rows=x.rows)
 
 
 @rule("linear")
 def _linear(b: GraphBuilder, out: Tensor, x: Any, weight: Any, bias: Any = None) -> Value:
-    x = value(b, x)
-    if len(x.shape) != 1:
-        raise Unreadable(f"{b.name} takes the last dimension of a tensor of shape {x.shape}")
-    bias = constant(b, bias)
-    return b.dense(x, constant(b, weight), None if bias is None else bias.detach(), shape_of(out))
+    return _dense(b, value(b, x), constant(b, weight), constant(b, bias))
 
 
 @rule("mv")

@@ -254,7 +254,7 @@ class _Recorder(TorchDispatchMode):
         values = results if isinstance(results, list) else [results]
         for place, tensor in enumerate(made):
             known = values[place] if place < len(values) else f"a second result of {name} is used"
-            if isinstance(known, Value) and not known.merged and tuple(tensor.shape) != (builder.samples, *known.shape):
+            if isinstance(known, Value) and tuple(tensor.shape) != known.tensor_shape(builder.samples):
                 raise Unreadable(f"{builder.name} gives {tuple(tensor.shape)} for {builder.samples} samples")
             self._values[key_of(tensor)] = known
 

@@ -41,6 +41,7 @@ class Rewrites(TorchFunctionMode):
 
 
 def _cosine(x1: Tensor, x2: Tensor, dim: int = 1, eps: float = 1e-8) -> Tensor:
+    x1, x2 = torch.broadcast_tensors(x1, x2)
     norms = (torch.linalg.vector_norm(x, dim=dim).clamp_min(eps) for x in (x1, x2))
     return (x1 * x2).sum(dim) / math.prod(norms)
 

@@ -14,6 +14,10 @@ from ...ops.graph_chain import layers
 from ..stages import Unreadable
 from .values import GraphBuilder, Value
 
+# Entries of the matrix of a dense layer on each of several rows, or of a transposition between two of them: most are
+# zeros, which cost as much, so that autograd is faster beyond.
+MAX_ROWS = 3 << 14
+
 Rule = Callable[..., Any]  # (builder, result of the op, *its arguments with values in place of tensors) -> Value
 RULES: dict[str, Rule] = {}
 
@@ -279,11 +283,12 @@ def _group_norm(b: GraphBuilder, out: Tensor, x: Any, weight: Any, bias: Any, *s
 @rule("native_layer_norm")
 def _layer_norm(b: GraphBuilder, out: Tensor, x: Any, shape: Any, weight: Any, bias: Any, eps: float) -> Value:
     x, weight, bias = value(b, x), constant(b, weight), constant(b, bias)
-    if tuple(shape) != x.shape:
+    held, rows = x.map_shape if x.is_map else (x.held.channels,), x.shape[: len(x.shape) - len(shape)]
+    # Of each row by itself: those of a map are its channels, those of features lie one after the other.
+    if rows and (x.flattened or x.is_map and len(rows) > 1 or math.prod(x.shape) ** 2 > MAX_ROWS):
         raise Unreadable(f"{b.name} normalises {tuple(shape)} of a tensor of shape {x.shape}")
-    held = x.map_shape if x.is_map else (x.held.channels,)
-    parts = (None if t is None else t.detach().reshape(held) for t in (weight, bias))
-    return b.add(layers.GroupNorm, [x], x.held, x.shape, 1, eps, *parts)
+    parts = (None if t is None else t.detach().expand(x.shape).reshape(held).contiguous() for t in (weight, bias))
+    return b.add(layers.GroupNorm, [x], x.held, x.shape, math.prod(rows), eps, *parts)
 
 
 # ---- what leaves the numbers as they are ----

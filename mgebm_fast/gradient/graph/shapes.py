@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from typing import Any
 
@@ -13,6 +14,8 @@ from ...ops.graph_chain.layers import Map
 from ..stages import Unreadable
 from .rules import constant, rule, shape_of, value
 from .values import GraphBuilder, Value
+
+MOST_ROWS = 64  # of which each is reduced by layers of its own
 
 
 def _dims(dims: Any, x: Value) -> list[int]:
@@ -89,7 +92,7 @@ def _kept(b: GraphBuilder, out: Tensor, x: Value, dims: Any) -> Value:
     """The mean over dimensions, which stay as dimensions of length 1."""
     places = _dims(dims, x)
     shape = tuple(1 if place in places else n for place, n in enumerate(x.shape))
-    return _reduced(b, out.new_empty(b.samples, *shape), x, dims, mean=True)
+    return _reduced(b, torch.empty(b.samples, *shape), x, dims, mean=True)
 
 
 @rule("glu")
@@ -108,11 +111,21 @@ def _norm(b: GraphBuilder, out: Tensor, x: Any, order: Any = 2, dims: Any = None
 
 @rule("logsumexp")
 def _logsumexp(b: GraphBuilder, out: Tensor, x: Any, dims: Any, keepdim: bool = False) -> Value:
-    x = value(b, x)
+    return _log_of_sums(b, value(b, x), dims, shape_of(out))
+
+
+def _log_of_sums(b: GraphBuilder, x: Value, dims: Any, shape: tuple[int, ...]) -> Value:
+    """log Σ exp over the last dimensions."""
     places = _dims(dims, x)
-    if places != list(range(len(x.shape))):
+    rows, length = (math.prod(part) for part in (x.shape[: places[0]], x.shape[places[0] :]))
+    if places != list(range(places[0], len(x.shape))) or rows > MOST_ROWS:
         raise Unreadable(f"{b.name} over {len(places)} dimensions of a tensor of shape {x.shape}")
-    return b.add(layers.LogSumExp, [b.features(x)], Map(1, ()), shape_of(out))
+    x = b.features(x)
+    if rows == 1:
+        return b.add(layers.LogSumExp, [x], Map(1, ()), shape)
+    parts = [b.add(layers.Slice, [x], Map(length, ()), (length,), row * length) for row in range(rows)]
+    parts = [b.add(layers.LogSumExp, [part], Map(1, ()), ()) for part in parts]
+    return b.add(layers.Concat, parts, Map(rows, ()), shape)
 
 
 # ---- shapes ----
@@ -127,7 +140,12 @@ def _view(b: GraphBuilder, out: Tensor, x: Any, *rest: Any) -> Value:
         return b.viewed(Value(x.index, x.held, x.map_shape), shape_of(out))
     if out.shape[:1] == (1,) and b.samples > 1 and tuple(out.shape[1:]) == (b.samples * x.held.channels, *x.held.size):
         return Value(x.index, x.held, x.map_shape, merged=True)
-    return b.viewed(x, shape_of(out))
+    whole = dataclasses.replace(x, rows=False)
+    if out.shape[0] != b.samples and tuple(out.shape) == (rows := dataclasses.replace(x, rows=True)).tensor_shape(
+        b.samples
+    ):
+        return rows
+    return b.viewed(whole, shape_of(out))
 
 
 @rule("expand")

@@ -21,13 +21,20 @@ class Value:
     """A tensor (N, *shape) that depends on x, and the graph's value that holds it.
 
     The value is a map (C, *size) with shape its own or flattened, or features: one pixel, whose channels are the
-    elements of `shape` in order. merged: (1, N·C, *size), as an instance norm sees its input.
+    elements of `shape` in order. merged: the tensor is (1, N·C, *size), as an instance norm sees its input; rows: it is
+    (N·T, D), as a dense layer sees tokens of shape (T, D).
     """
 
     index: int
     held: Map
     shape: tuple[int, ...]
     merged: bool = False
+    rows: bool = False
+
+    def tensor_shape(self, samples: int) -> tuple[int, ...]:
+        if self.rows:
+            return (samples * math.prod(self.shape[:-1]), self.shape[-1])
+        return (1, samples * self.held.channels, *self.held.size) if self.merged else (samples, *self.shape)
 
     @property
     def is_map(self) -> bool:
@@ -66,7 +73,8 @@ class GraphBuilder:
     # ---- layers ----
 
     def pointwise(self, x: Value, function: str, a: float = 0.0, b: float = 0.0) -> Value:
-        return self.add(layers.Pointwise, [x], x.held, x.shape, function, float(a), float(b))
+        made = self.add(layers.Pointwise, [x], x.held, x.shape, function, float(a), float(b))
+        return dataclasses.replace(made, rows=x.rows)
 
     def affine(self, x: Value, scale: Tensor | float | None, shift: Tensor | float | None = None) -> Value:
         """x · scale + shift, constants that broadcast to (N, *shape)."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 
 import pytest
@@ -97,6 +98,7 @@ POINTS: dict[str, Callable[[Tensor], Tensor]] = {
         + torch.addcmul(vector, x, x, value=2.0) + torch.addcdiv(x, vector, x.square() + 1)
     ).sum(1),
     "cosine": lambda x: -F.cosine_similarity(x, rows, dim=1),
+    "cosine to one vector": lambda x: -F.cosine_similarity(x, vector),
     "one-hot by writing": lambda x: (linear(x) * written(x)).sum(1),
     "masked": lambda x: x.masked_fill(rows > 0, 0.5).pow(3).sum(1),
 }  # fmt: skip
@@ -116,6 +118,49 @@ def test_gradient_is_autograds(name: str) -> None:
     leaf = x.clone().requires_grad_()
     own = torch.autograd.grad(energy(leaf).sum(), leaf)[0]
     assert float((found.gradient(x) - own).norm()) <= 1e-5 * float(own.norm())
+
+
+class Tokens(nn.Module):
+    """Dense layers on each of five tokens, with and without a bias; in between what `mix` does to them."""
+
+    def __init__(self, mix: Callable[[Tokens, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.mix, self.norm = mix, nn.LayerNorm(6)
+        self.first, self.across, self.last = nn.Linear(4, 6), nn.Linear(5, 5, bias=False), nn.Linear(6, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.mix(self, F.silu(self.first(x)))).squeeze(-1)
+
+
+TOKENS: dict[str, Callable[[Tokens, Tensor], Tensor]] = {
+    "points": lambda net, h: h.amax(1),
+    "mixer": lambda net, h: (h + F.gelu(net.across(net.norm(h).mT)).mT).mean(1),
+    "attention": lambda net, h: (torch.softmax(h @ net.norm(h).mT / 6**0.5, -1) @ h).mean(1),
+    "torch's attention": lambda net, h: F.scaled_dot_product_attention(h, net.norm(h), h).mean(1),
+    "free energy": lambda net, h: (torch.logsumexp(h, 2, keepdim=True) * net.norm(h)).mean(1),
+    "rows": lambda net, h: net.norm(h).flatten(0, 1).tanh().unflatten(0, h.shape[:2]).mean(1),
+}
+
+
+@pytest.mark.parametrize("name", TOKENS)
+def test_dense_layers_on_tokens(name: str) -> None:
+    net, x = made(lambda: Tokens(TOKENS[name])), numbers(N, 5, 4)
+    found = plan_of(net, x, "fp32", steps=MIN_STEPS)
+    assert found.explain().plan == "graph", found.explain()
+    leaf, exact = x.double().requires_grad_(), copy.deepcopy(net).double()
+    own = torch.autograd.grad(exact(leaf).sum(), leaf)[0]
+    assert float((found.gradient(x) - own).norm()) <= 1e-6 * float(own.norm())
+
+
+def test_readings_of_softmax_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    net, x = made(lambda: Tokens(TOKENS["attention"])), numbers(N, 5, 4)
+    plan_of(net, x, "fp32", steps=MIN_STEPS)
+    with torch.no_grad():
+        net.first.weight.mul_(1.1)
+    monkeypatch.setattr(plan, "read_graph", None)
+    got = plan_of(net, x, "fp32", steps=MIN_STEPS).gradient(x)
+    leaf = x.clone().requires_grad_()
+    torch.testing.assert_close(got, torch.autograd.grad(net(leaf).sum(), leaf)[0], rtol=1e-4, atol=1e-6)
 
 
 def test_tensors_that_choose_are_followed(monkeypatch: pytest.MonkeyPatch) -> None:

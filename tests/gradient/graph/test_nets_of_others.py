@@ -151,7 +151,7 @@ class PixelsUnshuffled(nn.Module):
         return self.net(x)[:, 0]
 
 
-@net("view|permute|map of shape|reshape|shape")
+@net()
 class Rearranged(nn.Module):
     """b c (h p) (w q) -> b (h w) (p q c), as einops has it, then a linear layer for every patch."""
 
@@ -289,7 +289,7 @@ class InstanceNormed(nn.Module):
         return F.relu(self.norm(self.conv(x))).sum((1, 2, 3))
 
 
-@net("native_layer_norm|permute|map of shape|normalises")
+@net()
 class ConvNeXtNorm(nn.Module):
     """A layer norm over channels, by permutations."""
 

@@ -271,8 +271,15 @@ REFUSED = {
     "buffers written": (counting, "writes into a tensor"),
     "custom function": (lambda: lambda x: Straight.apply(x).pow(2).sum(1), "custom autograd.Function"),
     "no_grad": (lambda: inside_no_grad, "no_grad"),
-    "attention": (
-        lambda: lambda x: F.scaled_dot_product_attention(*[x.reshape(-1, 3, 1)] * 3).sum((1, 2)), "softmax"
+    "attention of several heads": (
+        lambda: lambda x: F.scaled_dot_product_attention(*[x[:, :, None, None].expand(-1, 3, 2, 2)] * 3).sum((1, 2, 3)),
+        "for 3 samples",
+    ),
+    "a dense layer on many rows": (
+        lambda: lambda x: F.linear(x[:, :, None] * torch.ones(99), torch.eye(99)).sum((1, 2)), "the last dimension"
+    ),
+    "a norm of many rows": (
+        lambda: lambda x: F.layer_norm(x[:, :, None] * torch.arange(99.0), (99,)).square().sum((1, 2)), "normalises"
     ),
     "over the batch": (lambda: lambda x: (x - x.mean(0)).pow(2).sum(1), "over the batch"),
     "a view after a change in place": (lambda: viewed_in_place, "changed in place"),
