@@ -139,7 +139,8 @@ def main(folder: Path) -> None:
     print(table("Machine", machine(tables)))
     print(table("Parts", kinds["run"]))
     failures = sum(not row["ok"] for row in kinds["smoke"])
-    print(table(f"Smoke test: {failures or 'no'} failures", sorted(kinds["smoke"], key=lambda row: row["ok"]), SMOKE))
+    found = f": {failures or 'no'} failures" if kinds["smoke"] else ""
+    print(table(f"Smoke test{found}", sorted(kinds["smoke"], key=lambda row: row["ok"]), SMOKE))
     for (name, file), rows in (tables or {("Benches", ""): []}).items():
         columns = {"ops.csv": OPS, "kernels.csv": ()}.get(file, CHAINS)
         print(table(name, longest(rows) if file == "kernels.csv" else rows, columns))
