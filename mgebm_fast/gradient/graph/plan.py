@@ -26,7 +26,7 @@ from ..stack import Stack, example_input, reread
 from . import kept
 from .cost import gains_by_bfloat
 from .recorder import noise_like, read_graph
-from .state import as_before
+from .state import as_before, plain_values
 from .tape import Tape
 from .watch import Watch, own_tensors, watch_of
 
@@ -36,7 +36,7 @@ MIN_STEPS = 16
 # few elements; and the largest median of |difference|, against the gradient's root mean square.
 BOUNDS = {"fp32": (0.01, 1e-4), "bf16": (0.15, 0.15)}
 _SAMPLES = 4
-_MOST_SAMPLES = 256  # of x that are compared as well
+_MOST_BYTES = 1 << 29  # of the maps of as many samples of x as are compared as well
 
 Reader = Callable[[Any], "Graph | str"]  # energy -> its graph as it is now, or why it has none
 
@@ -230,7 +230,9 @@ def _why_not_trusted(energy: Any, graph: Graph, plan: GraphPlan, x: Tensor, of_a
     # In bfloat16 a wrong reading could hide in the rounding: the same graph is compared in float32 first.
     chains: dict[str, GraphChain | GraphPlan] = {} if plan.precision == "fp32" else {"fp32": GraphChain(graph)}
     chains[plan.precision] = plan
-    few, some = (len(x), len(x)) if of_all else (_SAMPLES, _MOST_SAMPLES)
+    # All of x, since code may go another way by their number; as many as autograd surely has memory for.
+    each = 8 * sum(layer.out.channels * layer.out.pixels for layer in graph.layers)
+    few, some = (len(x), len(x)) if of_all else (_SAMPLES, max(_SAMPLES, _MOST_BYTES // each))
     for probe in (noise_like(few, x, 0), x[:some]):
         for precision, chain in chains.items():
             reason, shown = _compared(energy, graph, chain, probe, BOUNDS[precision])
@@ -250,13 +252,18 @@ def _compared(
     try:
         with frozen_parameters(energy):
             own = AutogradPlan(energy, "plan").gradient(probe)
+            before = plain_values(energy)
             again = AutogradPlan(energy, "plan").gradient(probe)
+            after = plain_values(energy)
     except (MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:
         return f"its own code raises {type(error).__name__}: {' '.join(str(error).split())}", True
     if not torch.equal(own.nan_to_num(), again.nan_to_num()):
         return "its own code gives other gradients when it is asked again", True
+    if before != after:
+        kind = next((a[0] for a, b in zip(before, after) if a != b), "object")
+        return f"its own code moves a number of Python's at every call, as a counter does, in a {kind}", True
     got = chain.gradient(probe)
     finite = torch.isfinite(own)
     if not torch.equal(finite, torch.isfinite(got)):

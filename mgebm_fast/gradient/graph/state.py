@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import functools
-from collections.abc import Iterator
+import operator
+from collections.abc import Iterator, Sized
 from typing import Any
 
 import torch
 
-from ..reach import modules_of
+from ..reach import held_by, modules_of
 
+_MOST = 1000  # objects that are asked at most
 _PLAIN = (bool, int, float, complex, str, type(None))
 
 
@@ -36,6 +39,32 @@ def as_before(energy: Any) -> Iterator[None]:
         for cell, value in closed:
             if _contents(cell) is not value:
                 cell.cell_contents = value
+
+
+def plain_values(energy: Any) -> list[tuple[str, Any]]:
+    """The numbers, strings and lengths that an energy reaches, in the order of a search, each with the kind of object
+    that holds it; of iterators how far they are. Two lists differ where a call in between moved one of them."""
+    seen: set[int] = set()
+    keep: list[Any] = []  # ids stay taken while their objects live
+    found: list[tuple[str, Any]] = []
+    queue = collections.deque([energy])
+    while queue and len(keep) < _MOST:
+        value = queue.popleft()
+        if id(value) in seen:
+            continue
+        seen.add(id(value))
+        keep.append(value)
+        name = type(value).__name__
+        if isinstance(value, Iterator):
+            found.append((name, (repr(value), operator.length_hint(value, -1))))
+        if isinstance(value, Sized) and isinstance(value, (dict, list, set, collections.deque)):
+            found.append((name, len(value)))
+        for held in held_by(value):
+            if isinstance(held, _PLAIN):
+                found.append((name, held))
+            else:
+                queue.append(held)
+    return found
 
 
 class _Kept:

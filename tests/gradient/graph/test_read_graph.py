@@ -8,6 +8,8 @@ import gc
 import math
 import re
 import weakref
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -317,6 +319,45 @@ def test_another_function_is_found_by_comparison() -> None:
 def test_an_energy_that_changes_with_every_call_is_not_trusted() -> None:
     report = plan(frozen_in_time(), torch.randn(4, 3), steps=100).explain()
     assert report.plan == "autograd" and "asked again" in report.why_not_faster[-1]
+
+
+class Counting(nn.Module):
+    calls = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        return x.pow(2).sum(1) * (5.0 if self.calls > 8 else 1.0)
+
+
+def by_list() -> Callable[[Tensor], Tensor]:
+    calls: list[int] = []
+    return lambda x: x.pow(2).sum(1) * (5.0 if calls.append(1) or len(calls) > 8 else 1.0)
+
+
+def by_iterator() -> Callable[[Tensor], Tensor]:
+    scales = iter([1.0] * 8 + [5.0] * 99)
+    return lambda x: x.pow(2).sum(1) * next(scales)
+
+
+@pytest.mark.parametrize("make", [Counting, by_list, by_iterator])
+def test_code_that_counts_its_calls_is_run_at_every_step(make: Callable[[], Any]) -> None:
+    energy, x = make(), torch.ones(4, 3)
+    report = plan(energy, x, steps=100).explain()
+    assert report.plan == "autograd" and "as a counter does" in report.why_not_faster[-1]
+    if make is Counting:  # whose counter the reading put back
+        got = mg.langevin_sample(energy, x, steps=MIN_STEPS, drift=0.01, noise_std=0.0)
+        torch.testing.assert_close(got, x * 0.98**8 * 0.9 ** (MIN_STEPS - 8))
+        assert energy.calls == MIN_STEPS
+
+
+@pytest.mark.parametrize("energy", [
+    lambda x: x.pow(2).sum(1) * (5.0 if len(x) > 256 else 1.0),
+    lambda x: x.pow(2).sum(1) * (5.0 if x.numel() > 900 else 1.0),
+])  # fmt: skip
+def test_code_that_goes_another_way_with_many_samples(energy: Callable[[Tensor], Tensor]) -> None:
+    assert plan(energy, torch.ones(256, 3), steps=100).explain().plan == "graph"
+    report = plan(energy, torch.ones(400, 3), steps=100).explain()
+    assert report.plan == "autograd" and "not trusted" in report.why_not_faster[-1]
 
 
 def test_values_of_the_moment() -> None:
