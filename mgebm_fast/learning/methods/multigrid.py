@@ -12,7 +12,7 @@ from torch.nn import Module
 
 from ... import noise, ops
 from ...errors import BackendError, CheckpointError, ConfigError, DivergenceError
-from ...models import MultiGrid
+from ...models import EnergyModel, MultiGrid
 from ...models.storage import fault_of
 from ...nets import ResidualNet, ScoreNet
 from ...sampling import Langevin
@@ -216,7 +216,7 @@ def build_model(config: TrainConfig) -> MultiGrid:
     )
 
 
-def describe_model(model: MultiGrid) -> dict[str, Any]:
+def describe_model(model: EnergyModel) -> dict[str, Any]:
     """The configuration keys that a given model settles. ValueError where its chains cannot be written as keys."""
     first = model.nets[0]
     built = isinstance(first, ScoreNet)  # a module of one's own says nothing of these keys
@@ -226,6 +226,11 @@ def describe_model(model: MultiGrid) -> dict[str, Any]:
             "MultiGridTrainer: every chain of the model must clamp to its value_range "
             f"{model.value_range}, or none of them, got {sorted(map(str, clamps))}"
         )
+    own = {}
+    if isinstance(model, MultiGrid):
+        own = {
+            "conditional": bool(model.classes), "sample_steps": model.sample_steps, "denoise": model.denoise,
+        }  # fmt: skip
     chains: dict[str, Any] = {"clamp": clamps == {model.value_range}}
     for name in (
         "steps", "step_size", "noise_scale", "drift", "noise_std", "reference_std", "reference_mean", "grad_clamp",
@@ -246,11 +251,7 @@ def describe_model(model: MultiGrid) -> dict[str, Any]:
         "batch_size": model.batch_size,
         "langevin": chains,
         "classes": list(model.classes),
-        "multigrid": {
-            "conditional": bool(model.classes),
-            "sample_steps": model.sample_steps,
-            "denoise": model.denoise,
-        },
+        "multigrid": own,
     }
 
 

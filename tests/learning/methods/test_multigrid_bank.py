@@ -137,6 +137,15 @@ def test_samples_have_their_own_steps_and_end_without_noise(tmp_path):
             mg.MultiGrid((1, 2), **bad)
 
 
+def test_a_given_model_settles_how_its_samples_are_drawn():
+    model = mg.MultiGrid(
+        (1, 2), channels=1, variant="compact", norm="none", langevin=mg.Langevin(2, drift=1.0, noise_std=0.1),
+        sample_steps=5, denoise=1, value_range=(-1, 1),
+    )  # fmt: skip
+    options = MultiGridTrainer(model, tiny_data(), steps=1, quiet=True).config.options
+    assert (options.sample_steps, options.denoise, options.bank_size) == (5, 1, None)
+
+
 def test_a_chain_without_noise_at_its_end_in_both_forms():
     assert mg.Langevin(3, drift=1.0, noise_std=0.2).denoised(1).noise_std == (0.2, 0.2, 0.0)
     assert mg.Langevin(3, step_size=0.3, noise_scale=0.5).denoised(2).noise_scale == (0.5, 0.0, 0.0)
