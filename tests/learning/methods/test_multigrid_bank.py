@@ -139,7 +139,7 @@ def test_samples_have_their_own_steps_and_end_without_noise(tmp_path):
 
 def test_a_given_model_settles_how_its_samples_are_drawn():
     model = mg.MultiGrid(
-        (1, 2), channels=1, variant="compact", norm="none", langevin=mg.Langevin(2, drift=1.0, noise_std=0.1),
+        (1, 2, 4), channels=1, variant="compact", norm="none", langevin=mg.Langevin(2, drift=1.0, noise_std=0.1),
         sample_steps=5, denoise=1, value_range=(-1, 1),
     )  # fmt: skip
     options = MultiGridTrainer(model, tiny_data(), steps=1, quiet=True).config.options
