@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import io
+import itertools
 import json
+import types
 from contextlib import closing
 
 import numpy as np
@@ -12,6 +14,7 @@ import torch
 from helpers.runs import board, same_files, same_run
 from helpers.training import tiny_config, tiny_data
 from rich.console import Console
+from tensorboard.summary.writer import event_file_writer
 
 from mgebm_fast import noise
 from mgebm_fast.cli import app
@@ -146,7 +149,10 @@ def test_what_a_run_says_and_writes(run, tmp_path):
     assert not [p for p in tmp_path.rglob("*") if p.name.startswith(".")]
 
 
-def test_abandoned_records_are_gone_from_both_places(tmp_path):
+def test_abandoned_records_are_gone_from_both_places(tmp_path, monkeypatch):
+    # TensorBoard reads files in the order of their names: second, then a number that is not padded.
+    seconds = itertools.count(1_700_000_000)
+    monkeypatch.setattr(event_file_writer, "time", types.SimpleNamespace(time=lambda: next(seconds)))
     with closing(records.Recorder(tmp_path, 0)) as recorder:
         for step in (1, 2, 3):
             recorder.add(step, {"gap": float(step)})
