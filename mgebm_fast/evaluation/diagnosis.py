@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from ..files import write_bytes
-from ..models import EnergyModel, MultiGrid, OneNet
+from ..models import EnergyModel
 from ..pictures import labelled_panel, save_png
 from ..sampling import Langevin, diagnostics
 from ..sampling.corrected import Corrected
@@ -25,7 +25,6 @@ from .plots import ChainReport, plot_chain
 RECORDS = 250  # records of a chain at most: about as many as a plot can show
 MIXED = 1.05  # split R-hat above which halves of chains count as different
 INSTALL = 'pip install "mgebm_fast[diagnostics]"'
-_OWN_STEPS = (MultiGrid, OneNet)  # models whose samples may have other numbers of steps than their training
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,17 +98,14 @@ def diagnose(
 @contextlib.contextmanager
 def _lengthened(model: EnergyModel, steps: int | None) -> Iterator[None]:
     """Inside, every chain that the model samples with has `steps` steps."""
-    dynamics, sample_steps = model.langevin, model.sample_steps if isinstance(model, _OWN_STEPS) else None
+    dynamics, sample_steps = model.langevin, model.sample_steps
     try:
         if steps is not None:
             model.langevin = tuple(chain.of_length(steps) for chain in dynamics)
-            if isinstance(model, _OWN_STEPS):
-                model.sample_steps = None
+            model.sample_steps = None
         yield
     finally:
-        model.langevin = dynamics
-        if isinstance(model, _OWN_STEPS):
-            model.sample_steps = sample_steps
+        model.langevin, model.sample_steps = dynamics, sample_steps
 
 
 def report(name: str, chain: Langevin | Corrected, trace: Trace, *, warm_up: float = 0.5) -> ChainReport:

@@ -49,6 +49,8 @@ class EnergyModel(Model):
     State: parameters of the nets, and the buffer `colours` (M, C) float32, the stored distribution of 1×1 images.
     """
 
+    sample_steps: int | None = None  # of each chain of a sample, where a class has them; None: those of `langevin`
+
     def __init__(
         self,
         sizes: Sequence[int] = (1, 4, 16, 64),
@@ -104,7 +106,8 @@ class EnergyModel(Model):
 
     @property
     def sampling(self) -> tuple[Langevin, ...]:
-        return self.langevin
+        steps = self.sample_steps
+        return self.langevin if steps is None else tuple(chain.of_length(steps) for chain in self.langevin)
 
     @property
     def active_nets(self) -> list[nn.Module]:

@@ -63,8 +63,7 @@ class MultiGrid(EnergyModel):
 
     @property
     def sampling(self) -> tuple[Langevin, ...]:
-        steps = self.sample_steps
-        *coarse, finest = self.langevin if steps is None else (chain.of_length(steps) for chain in self.langevin)
+        *coarse, finest = super().sampling
         return (*coarse, finest.denoised(self.denoise) if self.denoise else finest)
 
     @torch.no_grad()

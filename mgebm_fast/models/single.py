@@ -37,11 +37,6 @@ class OneNet(EnergyModel):
         super().__init__((1, size), channels=channels, **arguments)
         self.sample_steps = checks.positive_int(sample_steps, "sample_steps", self.kind, none=True)
 
-    @property
-    def sampling(self) -> tuple[Langevin, ...]:
-        chain = self.langevin[0]
-        return (chain if self.sample_steps is None else chain.of_length(self.sample_steps),)
-
     @abc.abstractmethod
     def _start(self, group: Group) -> Tensor:
         """Where the chains of a group start; known pixels are put there by the caller."""

@@ -146,10 +146,10 @@ class MultiGridRule(GraphedRule):
         for part in made if self.slots is not None else ():
             assert isinstance(part.ids, Tensor)
             anew = self._anew(len(part.ids))
-            stored = torch.arange(len(part.ids), device=part.ids.device)
-            stored = stored[(stored < round(self.config.options.bank_renewal * anew)) | (stored >= anew)]
+            renewed, went_on = slice(round(self.config.options.bank_renewal * anew)), slice(anew, None)
             for bank, images in zip(self.bank, part.images, strict=True):
-                bank[part.ids[stored]] = images[stored]
+                for stored in (renewed, went_on):
+                    bank[part.ids[stored]] = images[stored]
 
     # the bank's part of a state
 
