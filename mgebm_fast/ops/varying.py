@@ -84,6 +84,11 @@ def is_varying(value: Any) -> bool:
     return isinstance(value, (list, tuple, Schedule)) or (isinstance(value, (Tensor, np.ndarray)) and value.ndim > 0)
 
 
+def listed(value: Any, steps: int) -> Any:
+    """A `Schedule` as the list of its values over so many steps; any other value as it is."""
+    return value.values(steps) if isinstance(value, Schedule) else value
+
+
 def _check_tensor(value: Tensor, name: str, where: str) -> None:
     # A compiler's tensors are none yet: the kernel asks when it runs.
     if not torch.compiler.is_compiling() and (reason := why_not_plain(value.resolve_neg(), dispatched=True)):
@@ -127,8 +132,7 @@ def by_step_and_sample(
     """A checked number as it is, or a varying one as float64 (K or 1, N or 1) on x's device."""
     if not is_varying(value):
         return value
-    if isinstance(value, Schedule):
-        value = value.values(steps)
+    value = listed(value, steps)
     found, samples = values_of(value, name, where, positive=positive).to(x.device), x.shape[0]
     shape = tuple(found.shape)
     if isinstance(value, (list, tuple)):

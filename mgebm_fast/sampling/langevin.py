@@ -116,7 +116,7 @@ class Langevin:
         def values(value: Any, scale: float | None = None) -> Sequence[float]:
             if scale is not None:
                 value = tuple(v * scale for v in value) if isinstance(value, tuple) else value * scale
-            given = value.values(self.steps) if isinstance(value, varying.Schedule) else value
+            given = varying.listed(value, self.steps)
             return given if isinstance(given, (tuple, list)) else [given] * length
 
         length = self.steps if self.varying else 1
@@ -141,17 +141,14 @@ class Langevin:
 
     def settled(self) -> Langevin:
         """The chain whose numbers are, at every step, what they are at the last: what goes on where this one ended."""
-        values = {name: getattr(self, name) for name in self.varying}
-        lists = {n: v.values(self.steps) if isinstance(v, varying.Schedule) else v for n, v in values.items()}
-        found: dict[str, Any] = {name: value[-1] for name, value in lists.items() if isinstance(value, (list, tuple))}
+        values = {name: varying.listed(getattr(self, name), self.steps) for name in self.varying}
+        found: dict[str, Any] = {name: value[-1] for name, value in values.items() if isinstance(value, (list, tuple))}
         return dataclasses.replace(self, **found)
 
     def denoised(self, steps: int) -> Langevin:
         """The chain whose last `steps` steps have no noise."""
         name = "noise_std" if self.step_size is None else "noise_scale"
-        value, first = getattr(self, name), max(0, self.steps - steps)
-        if isinstance(value, varying.Schedule):
-            value = value.values(self.steps)
+        value, first = varying.listed(getattr(self, name), self.steps), max(0, self.steps - steps)
         values = value if isinstance(value, (tuple, list)) else [value] * self.steps
         found: dict[str, Any] = {name: (*values[:first], *[0.0] * (self.steps - first))}
         return dataclasses.replace(self, **found)
