@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 import mgebm_fast as mg
@@ -392,6 +393,26 @@ def test_no_bit_depends_on_threads_batch_or_split(seed: int) -> None:
     assert torch.equal(state, whole)
     ids = torch.arange(21).flip(0)
     assert torch.equal(chain(graph, x.flip(0), first_sample=ids), whole.flip(0))
+
+
+@pytest.mark.parametrize("width", [3, 33, 130])
+@pytest.mark.parametrize("channels", [1, 2, 3, 4])
+def test_few_outputs_are_summed_as_many_are(channels: int, width: int) -> None:
+    """The gradient in an image of few channels has rows for lanes; with channels that nothing reads it has not."""
+    generator = torch.Generator().manual_seed(0)
+    weight, x = torch.randn(width, channels, 3, 3, generator=generator), torch.randn(5, channels, 7, 7)
+    head = torch.randn(1, width, 7, 7, generator=generator)
+
+    def gradient(unread: int) -> Tensor:
+        more, ones = (0, 0, 0, 0, 0, unread), (1, 1)
+        graph = Graph(Map(channels + unread, (7, 7)), (
+            layers.Convolution((0,), Map(width, (7, 7)), "a", F.pad(weight, more), None, ones, ones, ones),
+            layers.Pointwise((1,), Map(width, (7, 7)), "f", "tanh"),
+            layers.Convolution((2,), Map(1, ()), "s", head, None, ones, (0, 0), ones),
+        ))  # fmt: skip
+        return GraphChain(graph).gradient(F.pad(x, more))[:, :channels]
+
+    assert torch.equal(gradient(0), gradient(4))
 
 
 def test_large_maps_are_shared_by_threads() -> None:

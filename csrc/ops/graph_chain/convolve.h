@@ -5,11 +5,14 @@
 #pragma once
 
 #include "ops/conv_chain/engine.h"
+#include "ops/graph_chain/few.h"
 #include "ops/graph_chain/team.h"
 
 namespace mgebm::MGEBM_ISA {
 
 constexpr int kRunRows = 4 * kRowsAtOnce;  // of a piece of work: they stay in L1 while a part's weights pass
+constexpr int kFewRows = 32;               // of one with few outputs
+constexpr int kMostRows = kRunRows > kFewRows ? kRunRows : kFewRows;
 
 // One part of the sums of kRows rows and kWide strips; row r reads at rows[r].
 template <int kRows, int kWide>
@@ -54,13 +57,12 @@ MG_INLINE void part_of_run(const float* const* rows, int count, int depth, int i
   }
 }
 
-// Never part of its callers: their code took the registers that the sums need, a third of the speed.
-template <int kWide>
-static __attribute__((noinline)) void products_of_run(const float* const* rows, int count, int depth, int inputs,
-                                                      const Taps& taps, const float* w, int64_t strip, float* out) {
-  if (taps.count == 0) __builtin_memset(out, 0, sizeof(float) * count * kTileWidth);
+// part(rows, inputs, taps, weights, whether the first) for every part of a run's sums, in order.
+template <typename Part>
+MG_INLINE void each_part(const float* const* rows, int count, int depth, int inputs, const Taps& taps, const float* w,
+                         const Part& part) {
   // A dense layer of many inputs is one tap of them: it is cut as well.
-  if (inputs > kPart && taps.count > 0) {
+  if (inputs > kPart) {
     for (int t = 0; t < taps.count; ++t) {
       const int32_t none = 0;
       for (int k = 0; k < inputs; k += kPart) {
@@ -68,16 +70,66 @@ static __attribute__((noinline)) void products_of_run(const float* const* rows, 
         for (int r = 0; r < count; ++r) at[r] = rows[r] + static_cast<int64_t>(taps.pixel[t]) * depth + k;
         const float* weight = w + (static_cast<int64_t>(taps.weight[t]) * inputs + k) * 16;
         const int here = inputs - k < kPart ? inputs - k : kPart;
-        part_of_run<kRowsAtOnce, kWide>(at, count, depth, here, {&none, &none, 1}, weight, strip, t == 0 && k == 0,
-                                        out);
+        part(at, here, Taps{&none, &none, 1}, weight, t == 0 && k == 0);
       }
     }
     return;
   }
   const int step = taps_of_part(inputs);
-  for (int t = 0; t < taps.count; t += step) {
-    part_of_run<kRowsAtOnce, kWide>(rows, count, depth, inputs, part_of(taps, t, step), w, strip, t == 0, out);
+  for (int t = 0; t < taps.count; t += step) part(rows, inputs, part_of(taps, t, step), w, t == 0);
+}
+
+// Never part of its callers: their code took the registers that the sums need, a third of the speed.
+template <int kWide>
+static __attribute__((noinline)) void products_of_run(const float* const* rows, int count, int depth, int inputs,
+                                                      const Taps& taps, const float* w, int64_t strip, float* out) {
+  if (taps.count == 0) __builtin_memset(out, 0, sizeof(float) * count * kTileWidth);
+  each_part(rows, count, depth, inputs, taps, w,
+            [&](const float* const* at, int here, const Taps& part, const float* weight, bool first)
+                __attribute__((always_inline)) {
+                  part_of_run<kRowsAtOnce, kWide>(at, count, depth, here, part, weight, strip, first, out);
+                });
+}
+
+#if defined(__AVX2__)
+
+template <int kGroups, int kOutputs>
+MG_INLINE void few_products_of_groups(const float* const* rows, int count, int depth, int inputs, const Taps& taps,
+                                      const float* w, float* out) {
+  constexpr int kRows = kGroups * kLanes;
+  alignas(64) float sums[kOutputs * kRows] = {};
+  const float* all[kRows];
+  for (int r = 0; r < kRows; ++r) all[r] = rows[r < count ? r : 0];
+  each_part(all, kRows, depth, inputs, taps, w,
+            [&](const float* const* at, int here, const Taps& part, const float* weight, bool first) __attribute__((
+                always_inline)) { part_of_groups<kGroups, kOutputs>(at, depth, here, part, weight, first, sums); });
+  for (int r = 0; r < count && r < kRows; ++r, out += kTileWidth) {
+    for (int o = 0; o < 16; ++o) out[o] = o < kOutputs ? sums[o * kRows + r] : 0.0f;
   }
+}
+
+// The same numbers as products_of_run's first strip, of so few outputs.
+template <int kOutputs>
+static __attribute__((noinline)) void few_products_of_run(const float* const* rows, int count, int depth, int inputs,
+                                                          const Taps& taps, const float* w, float* out) {
+  for (; count > kLanes; count -= 2 * kLanes, rows += 2 * kLanes, out += 2 * kLanes * kTileWidth) {
+    few_products_of_groups<2, kOutputs>(rows, count, depth, inputs, taps, w, out);
+  }
+  if (count > 0) few_products_of_groups<1, kOutputs>(rows, count, depth, inputs, taps, w, out);
+}
+
+#endif
+
+using FewProducts = void (*)(const float* const*, int, int, int, const Taps&, const float*, float*);
+
+// Those for so many outputs; null where rows of outputs are as fast, or four inputs at once could lie outside a map.
+MG_INLINE FewProducts few_products([[maybe_unused]] int outputs, [[maybe_unused]] int depth) {
+#if defined(__AVX2__)
+  constexpr FewProducts kBy[] = {few_products_of_run<1>, few_products_of_run<2>, few_products_of_run<3>,
+                                 few_products_of_run<4>};
+  if (depth % 4 == 0 && outputs <= 4) return kBy[outputs - 1];
+#endif
+  return nullptr;
 }
 
 // What a product reads: windows over maps of `depth` floats a pixel, of which `inputs` are channels, and packed
@@ -116,10 +168,21 @@ MG_INLINE void each_product(const Samples& g, const Product<float>& p, const In&
   const Windows& w = p.windows;
   const int strips = (p.outputs + 15) / 16;
   const int64_t strip_size = 16LL * p.rows * p.inputs;
-  each_run(g, w, kRunRows, [&](int c, int64_t start, int count) {
-    alignas(64) float tile[kRunRows * kTileWidth];
-    const Run<kRunRows> run(w, c, start, count, p.depth, in);
+  const auto few = few_products(p.outputs, p.depth);
+  each_run(g, w, few ? kFewRows : kRunRows, [&](int c, int64_t start, int count) {
+    alignas(64) float tile[kMostRows * kTileWidth];
+    const Run<kMostRows> run(w, c, start, count, p.depth, in);
     const Taps taps = taps_of(w, c);
+    const auto give = [&](int strip, int wide) {
+      for (int r = 0; r < count; ++r) {
+        const auto take = out(run.sample[r], run.pixel[r]);
+        take(strip, tile + r * kTileWidth, wide);
+      }
+    };
+    if (few) {
+      few(run.at, count, p.depth, p.inputs, taps, p.weights, tile);
+      return give(0, 1);
+    }
     for (int strip = 0; strip < strips; strip += kWideAtOnce) {
       const int wide = strips - strip < kWideAtOnce ? strips - strip : kWideAtOnce;
       const float* weights = p.weights + strip * strip_size;
@@ -128,10 +191,7 @@ MG_INLINE void each_product(const Samples& g, const Product<float>& p, const In&
       } else {
         products_of_run<1>(run.at, count, p.depth, p.inputs, taps, weights, strip_size, tile);
       }
-      for (int r = 0; r < count; ++r) {
-        const auto take = out(run.sample[r], run.pixel[r]);
-        take(strip, tile + r * kTileWidth, wide);
-      }
+      give(strip, wide);
     }
   });
 }

@@ -50,14 +50,19 @@ class Layer:
 
 
 @dataclasses.dataclass(frozen=True)
-class Convolution(Layer):
-    """W * x + b, any number of dimensions; a kernel of x's size without padding makes a map one pixel."""
+class _Kernel(Layer):
+    """What slides a kernel over maps of any number of dimensions."""
 
-    weight: Tensor  # (out, in, *kernel)
+    weight: Tensor  # (out, in, *kernel), of a transposed convolution (in, out, *kernel)
     bias: Tensor | None  # (out,)
     stride: Size
     padding: Size
     dilation: Size
+
+
+@dataclasses.dataclass(frozen=True)
+class Convolution(_Kernel):
+    """W * x + b; a kernel of x's size without padding makes a map one pixel."""
 
     def reference(self, *inputs: Tensor) -> Tensor:
         (x,) = inputs
@@ -88,14 +93,8 @@ class Convolution(Layer):
 
 
 @dataclasses.dataclass(frozen=True)
-class Transposed(Layer):
+class Transposed(_Kernel):
     """A transposed convolution, as the data gradient of one that would make x of what this makes."""
-
-    weight: Tensor  # (in, out, *kernel)
-    bias: Tensor | None  # (out,)
-    stride: Size
-    padding: Size
-    dilation: Size
 
     def reference(self, *inputs: Tensor) -> Tensor:
         (x,) = inputs
