@@ -176,17 +176,25 @@ def static_cascade(
     precision and backend. BackendError names the grid whose chain no graph can hold."""
     statics = []
     for grid, (net, langevin) in enumerate(zip(nets, dynamics, strict=True), start=1):
-        where, size = f"cascade: grid {grid} (size {sizes[grid]})", sizes[grid]
-        x = start.new_empty((*start.shape[:2], *(size,) * (start.dim() - 2)))
-        cells = None if held is None else updated_cells(held[1], size)
-        chain = prepare(
-            net, x, langevin.steps, langevin, mask=cells, seed=0, first_sample=first_sample,
-            stream=noise.stream(purpose, grid), where=where, **options,
-        ).chain  # fmt: skip
-        if reason := graphs.why_not_plan(chain.plan, session):
-            raise BackendError(f"{where}: {reason}")
-        statics.append(StaticChain(chain, x, langevin.steps))
+        x = start.new_empty((*start.shape[:2], *(sizes[grid],) * (start.dim() - 2)))
+        cells = None if held is None else updated_cells(held[1], sizes[grid])
+        chain = static_chain(
+            net, x, langevin, session, mask=cells, first_sample=first_sample, stream=noise.stream(purpose, grid),
+            where=f"cascade: grid {grid} (size {sizes[grid]})", **options,
+        )  # fmt: skip
+        statics.append(chain)
     return StaticCascade(statics, start, held, functools.partial(walk, sizes))
+
+
+def static_chain(
+    net: Energy, x: Tensor, langevin: Langevin, session: graphs.Session, *, where: str, **options: Any
+) -> StaticChain:
+    """One chain from tensors like x at fixed addresses; `options` as `prepare`'s. BackendError where no graph can hold
+    it."""
+    chain = prepare(net, x, langevin.steps, langevin, seed=0, where=where, **options).chain
+    if reason := graphs.why_not_plan(chain.plan, session):
+        raise BackendError(f"{where}: {reason}")
+    return StaticChain(chain, x, langevin.steps)
 
 
 def walk(

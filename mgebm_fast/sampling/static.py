@@ -90,6 +90,11 @@ class StaticChain:
         place = dataclasses.replace(self._chain.place, seed_tensor=seed, step_tensor=step)
         self._chain = dataclasses.replace(self._chain, place=place, numbers=self._numbers)
 
+    def read_ids_from(self, ids: Tensor) -> None:
+        """Read the sample ids, (N,) int64, where the caller writes them."""
+        self._ids = ids
+        self._chain = dataclasses.replace(self._chain, place=dataclasses.replace(self._chain.place, sample_tensor=ids))
+
     def run_once(self) -> None:
         energy = self._energy()
         chain = dataclasses.replace(self._chain, energy=_gone if energy is None else energy)
@@ -125,6 +130,21 @@ def _gone(x: Tensor) -> Tensor:
     raise ReferenceError("the energy of a captured chain was deleted")
 
 
+class StaticChains(Protocol):
+    """The chains of a training update, as a graph of the whole update holds them: a `StaticCascade` is one."""
+
+    healthy: Tensor  # 0-dim bool, whether all chains of the last run were
+
+    @property
+    def chains(self) -> Sequence[StaticChain]: ...
+    @property
+    def images(self) -> list[Tensor]: ...  # of the last run, one batch a net
+    def refresh(self) -> None: ...
+    def enter(self, start: Tensor) -> None: ...
+    def run_once(self) -> None: ...
+    def gradient(self, net: int, x: Tensor) -> Tensor: ...
+
+
 class StaticCascade:
     """All chains of a cascade, coarse to fine, and what lies between them."""
 
@@ -146,6 +166,15 @@ class StaticCascade:
     def refresh(self) -> None:
         for chain in self.chains:
             chain.refresh()
+
+    @property
+    def images(self) -> list[Tensor]:
+        """What each chain made in the last run."""
+        return [chain.x for chain in self.chains]
+
+    def gradient(self, net: int, x: Tensor) -> Tensor:
+        """∇E(x) of a net, by its weights at the last `refresh`."""
+        return self.chains[net].plan.gradient(x)
 
     def load(
         self,
@@ -179,9 +208,9 @@ class StaticCascade:
         done: list[Tensor] = []
         if self._together > 1:
             StaticChain.run_together(self.chains[: self._together], self._start)
-            done = [self._start, *(chain.x for chain in self.chains[: self._together])]
+            done = [self._start, *self.images[: self._together]]
         self._first.copy_(self._walk(self._start, self._held, advance, done=done)[0])
         self.healthy.copy_(torch.stack([chain.healthy for chain in self.chains]).all())
 
     def results(self) -> list[Tensor]:
-        return [self._first.clone(), *(chain.x.clone() for chain in self.chains)]
+        return [self._first.clone(), *(x.clone() for x in self.images)]

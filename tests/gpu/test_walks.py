@@ -232,6 +232,7 @@ def rule_of(world, monkeypatch):
         model = to_cuda(model)
         monkeypatch.setattr(MultiGridTrainer, "_colours", lambda self: types.SimpleNamespace(numpy=lambda: np.zeros(3)))
         monkeypatch.setattr(type(model), "set_colours", lambda self, colours: None)
+        model.colours = torch.rand(40, config.channels, device="cuda")
         monkeypatch.setattr(type(model), "check_storable", lambda self: None)  # fake tensors are not
         monkeypatch.setattr(torch.autograd, "grad", lambda loss, inputs, *_, **__: (
             [torch.empty_like(x) for x in inputs] if isinstance(inputs, (list, tuple)) else [torch.empty_like(inputs)]
@@ -261,6 +262,7 @@ CAPTURED = [
     ("digits", 12, 5, 315),
     pytest.param("cifar10", 5, 2, 440, marks=pytest.mark.slow),
     ("multigrid-released", 2, 1, 624),  # with what records have
+    ("digits multigrid.bank_size=16 multigrid.bank_share=0.5", 5, 2, 560),
 ]
 
 
@@ -268,7 +270,7 @@ CAPTURED = [
 def test_training_updates_are_one_graph_each_with_one_read_every_log_every(
     world, rule_of, preset, updates, every, launches
 ):
-    rule, batch = rule_of(preset, f"log_every={every}")
+    rule, batch = rule_of(*preset.split(), f"log_every={every}")
     captures, reads = [], []
     for iteration in range(updates):
         world.take()

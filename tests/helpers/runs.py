@@ -12,12 +12,10 @@ from mgebm_fast.models import Model
 
 
 def same_files(a: Path, b: Path, last: str) -> None:
-    """Weights, averages, optimiser state, last picture and final model are equal, every bit."""
-    for name in (
-        "model.safetensors",
-        f"checkpoints/{last}/model.safetensors",
-        f"checkpoints/{last}/optimiser.safetensors",
-    ):
+    """Weights, averages, optimiser state, banks, last picture and final model are equal, every bit."""
+    checkpoints = [f"checkpoints/{last}/{path.name}" for path in a.glob(f"checkpoints/{last}/*.safetensors")]
+    assert len(checkpoints) >= 2
+    for name in ("model.safetensors", *checkpoints):
         ours, theirs = (checkpoint.read_tensors(run / name) for run in (a, b))
         assert ours.keys() == theirs.keys()
         for key in ours:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from ... import noise, ops
+from ...gradient import GradientPlan
+from ...sampling.static import StaticChain
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,3 +52,55 @@ class Slots:
             device=slots.device,
         )  # fmt: skip
         return draw[:, 0] <= self.restart
+
+
+Advance = Callable[[int, bool, Tensor], Tensor]  # (grid, whether its chains go on, their start) -> their end
+
+
+class BankCascade:
+    """The chains of an update of which some go on from a bank, at fixed addresses.
+
+    Args:
+        by_part: the chain of (grid, whether it goes on), coarse to fine.
+        plans: of each net, for whole batches.
+        start: (N, C, 1, 1), where the coarsest new chains start.
+        ids: the slots of the batch, which the caller writes before a run.
+        walk: walk(start, ids, advance), the batches of all grids.
+    """
+
+    def __init__(
+        self,
+        by_part: Mapping[tuple[int, bool], StaticChain],
+        plans: Sequence[GradientPlan],
+        start: Tensor,
+        ids: Tensor,
+        walk: Callable[[Tensor, Tensor, Advance], list[Tensor]],
+    ) -> None:
+        self.chains, self._by_part = list(by_part.values()), by_part
+        self._plans, self._start, self._ids, self._walk = plans, start.clone(), ids, walk
+        self.images: list[Tensor] = []
+        self.healthy = torch.ones((), dtype=torch.bool, device=start.device)
+        for (_, goes_on), chain in by_part.items():
+            chain.read_ids_from(ids[-len(chain.x) :] if goes_on else ids[: len(chain.x)])
+
+    def refresh(self) -> None:
+        for chain in self.chains:
+            chain.refresh()
+
+    def enter(self, start: Tensor) -> None:
+        self._start.copy_(start)
+
+    def run_once(self) -> None:
+        def advance(grid: int, goes_on: bool, x: Tensor) -> Tensor:
+            chain = self._by_part[grid, goes_on]
+            chain.enter(x, None)
+            chain.run_once()
+            return chain.x
+
+        self.images = self._walk(self._start, self._ids, advance)
+        self.healthy.copy_(torch.stack([chain.healthy for chain in self.chains]).all())
+
+    def gradient(self, net: int, x: Tensor) -> Tensor:
+        """∇E(x) of a net for a whole batch."""
+        self._plans[net].refresh()
+        return self._plans[net].gradient(x)

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import abc
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from statistics import fmean
 from typing import Any
 
@@ -23,10 +23,10 @@ from torch import Tensor
 from ...errors import BackendError
 from ...models import EnergyModel
 from ...nets import ScoreNet
-from ...sampling import graphs
+from ...sampling import Langevin, graphs
 from ...sampling.lanes import Lane
 from ...sampling.memory import is_out_of_memory
-from ...sampling.static import StaticCascade
+from ...sampling.static import StaticChains
 from ..config.train_config import TrainConfig
 from .contrastive import ContrastiveRule
 from .synthesis import Learned, Numbers, Synthesis, law_of, measured_of_samples
@@ -45,9 +45,26 @@ class GraphedRule(ContrastiveRule):
         self._alone = 0  # updates to make without it, after one that could not be applied
 
     @abc.abstractmethod
-    def static_chains(self, start: Tensor, session: graphs.Session) -> StaticCascade:
-        """The chains of an update at fixed addresses, from 1×1 images like `start`. BackendError where a graph cannot
-        hold them."""
+    def static_chains(self, start: Tensor, ids: Tensor, session: graphs.Session) -> StaticChains:
+        """The chains of an update at fixed addresses, from 1×1 images like `start`; `ids` holds the update's slots.
+        BackendError where a graph cannot hold them."""
+
+    def laws(self, dynamics: Sequence[Langevin], n: int) -> list[tuple[int, Langevin]]:
+        """The net and the numbers of each of `static_chains` of a batch of `n`, `dynamics` being those of the nets."""
+        return list(enumerate(dynamics))
+
+    # what goes on from update to update beside the model: nothing, where a method says no more
+
+    def stored(self) -> list[Tensor]:
+        """It, at its addresses, which an update changes."""
+        return []
+
+    def slots_at(self, iteration: int, n: int) -> list[int]:
+        """The slots of it that update `iteration`, of a batch of `n`, uses."""
+        return []
+
+    def store(self, made: Synthesis, spoilt: Tensor) -> None:
+        """Write what it comes to by an update, from captured code; `spoilt` is 1 where it stays as it is."""
 
     def launch(self, batch: Tensor, iteration: int, *, detail: bool = False) -> None:
         captured = self._update_for(batch, iteration)
@@ -140,23 +157,26 @@ class CapturedUpdate:
         with torch.inference_mode(False), torch.no_grad():
             self._dynamics = rule.config.dynamics()
             start = torch.zeros((*batch.shape[:2], 1, 1), dtype=torch.float32, device=device)
-            self._chains = rule.static_chains(start, graphs.Session(rule.config.graph))
+            whole = 1 + nets + len(rule.slots_at(iteration, len(batch)))  # numbers of a row, at its beginning
+            self._words = torch.zeros(whole, dtype=torch.int64, device=device)
+            self._ids = self._words[1 + nets :]
+            self._chains = rule.static_chains(start, self._ids, graphs.Session(rule.config.graph))
             self._batch = torch.empty_like(batch, device=device)
             width = len(self._row(iteration))
             self._table = torch.zeros(self.length, width, dtype=torch.float64, device=device)
             self._exact = torch.zeros(1, width, dtype=torch.float64, device=device)
             self._narrow = torch.zeros(width, dtype=torch.float32, device=device)
-            self._words = torch.zeros(1 + nets, dtype=torch.int64, device=device)
             self._place = torch.zeros(1, dtype=torch.int64, device=device)  # the row of the next update
             self._stuck = torch.zeros((), dtype=torch.float32, device=device)  # 1 from an update on that is not applied
             self._log = torch.zeros(self.length, 1 + 7 * nets, dtype=torch.float32, device=device)
             seed = torch.full((), _signed(rule.config.seed), dtype=torch.int64, device=device)
         # The order of `_row`.
-        sizes = [1 + nets, nets, nets, 1, 3 * nets, *(chain.numbers for chain in self._chains.chains)]
-        self._stds = slice(3 * nets + 3, 6 * nets + 2, 3)  # of the chains' noise, in a row
+        sizes = [whole, nets, nets, 1, 3 * nets, *(chain.numbers for chain in self._chains.chains)]
+        self._stds = slice(sum(sizes[:4]) + 1, sum(sizes[:5]), 3)  # of the chains' noise, in a row
         _, rates, noises, share, laws, *tables = self._narrow.split(sizes)
-        for chain, step, table in zip(self._chains.chains, self._words[1:].unbind(), tables, strict=True):
-            chain.read_from(seed, step, table)
+        owners = [net for net, _ in rule.laws(self._dynamics, len(batch))]
+        for chain, net, table in zip(self._chains.chains, owners, tables, strict=True):
+            chain.read_from(seed, self._words[1 + net], table)
         exact = self._exact[0].split(sizes)[1]  # a fused optimiser takes float32 on a GPU, and float64 on a CPU
         quiet = rule.numbers(0).data_noise
         self._numbers = Numbers(
@@ -223,14 +243,17 @@ class CapturedUpdate:
         return [self._row(iteration + k) for k in range(self.length)]
 
     def _row(self, iteration: int) -> list[Any]:
-        """What update `iteration` reads: its counter and those of its chains, rates, data noise, its share in the
-        average, means of the chains' numbers, and the numbers of each step; whole numbers are exact in float64."""
-        rule, numbers = self._rule, self._rule.numbers(iteration)
-        tables = [chain.table(factor) for chain, factor in zip(self._dynamics, rule.config.noise_factors(iteration))]
-        steps = [iteration * chain.steps for chain in self._dynamics]
+        """What update `iteration` reads: its counter and those of its chains, its slots of what is stored, rates, data
+        noise, its share in the average, means of the chains' numbers, and the numbers of each step; whole numbers are
+        exact in float64."""
+        rule, numbers, dynamics = self._rule, self._rule.numbers(iteration), self._dynamics
+        factors = rule.config.noise_factors(iteration)
+        tables = [chain.table(factor) for chain, factor in zip(dynamics, factors, strict=True)]
+        words = [iteration * chain.steps for chain in dynamics] + rule.slots_at(iteration, len(self._batch))
         laws = [fmean(column) for table in tables for column in zip(*table)]
-        entries = [entry for table in tables for numbers_of_step in table for entry in numbers_of_step]
-        return [iteration, *steps, *numbers.rates, *numbers.data_noise, numbers.share, *laws, *entries]
+        of_chains = [law.table(factors[net]) for net, law in rule.laws(dynamics, len(self._batch))]
+        entries = [entry for table in of_chains for numbers_of_step in table for entry in numbers_of_step]
+        return [iteration, *words, *numbers.rates, *numbers.data_noise, numbers.share, *laws, *entries]
 
     def _record(self, detail: bool) -> Replay:
         """Capture the update. What warms libraries up makes it once: the state is put back."""
@@ -270,7 +293,7 @@ class CapturedUpdate:
                 chains.refresh()
                 chains.enter(observed[0])
                 chains.run_once()
-            return Synthesis([chain.x for chain in chains.chains])
+            return Synthesis(chains.images, self._ids)
 
         grids = rule.learn(self._batch, 0, self._numbers, synthesise)
         learned = Learned(grids, [], chains.healthy.float())
@@ -278,11 +301,11 @@ class CapturedUpdate:
         with torch.no_grad():
             if detail:
                 measured |= measured_of_samples(
-                    rule.model, [chain.x for chain in chains.chains], rule.observed(self._batch)[1:],
-                    lambda net, x: chains.chains[net].plan.gradient(x), self._laws,
+                    rule.model, chains.images, rule.observed(self._batch)[1:], chains.gradient, self._laws,
                 )  # fmt: skip
             stuck = torch.maximum(spoilt.float(), self._stuck)
             rule.apply(learned, self._numbers, stuck)
+            rule.store(Synthesis(chains.images, self._ids), stuck)
             for buffer, value in zip(rule.buffers, before, strict=True):
                 buffer.copy_(torch.where(stuck == 1, value, buffer))
             if rule.average is not None:
@@ -298,7 +321,7 @@ def state_of(rule: GraphedRule) -> list[Tensor]:
     """All that an update changes."""
     moments = [tensor for optimiser in rule.optimisers for tensor in _moments(optimiser)]
     averages = [] if rule.average is None else list(rule.average.state().values())
-    return [*sum(rule.parameters, []), *rule.buffers, *moments, *averages]
+    return [*sum(rule.parameters, []), *rule.buffers, *moments, *averages, *rule.stored()]
 
 
 def _moments(optimiser: torch.optim.Optimizer) -> list[Tensor]:

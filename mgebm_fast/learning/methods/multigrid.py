@@ -3,27 +3,29 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import Module
 
 from ... import noise, ops
-from ...errors import BackendError, CheckpointError, ConfigError, DivergenceError
+from ...errors import CheckpointError, ConfigError, DivergenceError
+from ...gradient import plan
 from ...models import EnergyModel, MultiGrid
 from ...models.storage import fault_of
 from ...nets import ResidualNet, ScoreNet
 from ...sampling import Langevin
-from ...sampling.cascade import static_cascade
+from ...sampling.cascade import static_cascade, static_chain
 from ...sampling.graphs import Graph, Session
-from ...sampling.static import StaticCascade
+from ...sampling.static import StaticChains
 from ..config.keys import MOST_SAMPLES, MOST_STEPS, Flag, Maybe, Real, Whole, key
 from ..config.method import Method, register
 from ..config.train_config import TrainConfig
 from ..run import checkpoint
-from .banks import Slots
+from .banks import Advance, BankCascade, Slots
 from .captured import GraphedRule
 from .synthesis import Synthesis
 from .work import work_of_chains
@@ -84,7 +86,10 @@ class MultiGridRule(GraphedRule):
 
     def synthesise(self, observed: list[Tensor], iteration: int, first_sample: int, graph: Graph = None) -> Synthesis:
         if self.slots is not None:
-            return self._with_bank(self.slots, observed, iteration, first_sample, graph)
+            self._fill_bank(self.slots)
+            ids = self.slots.at(iteration, first_sample, len(observed[0]), self.attempt).to(observed[0].device)
+            advance = functools.partial(self._advance, ids, iteration, graph)
+            return Synthesis(self._walk(observed[0], ids, advance), ids)
         results = self.model.run(
             observed[0],
             seed=self.config.seed,
@@ -96,60 +101,111 @@ class MultiGridRule(GraphedRule):
         )
         return Synthesis(results[1:], first_sample)
 
-    def _with_bank(
-        self, slots: Slots, observed: list[Tensor], iteration: int, first_sample: int, graph: Graph
-    ) -> Synthesis:
-        model, start = self.model, observed[0]
-        if not self.bank:
-            self.bank = self._first_bank(slots.size)
-        ids = slots.at(iteration, first_sample, len(start), self.attempt).to(start.device)
-        anew = self._anew(len(ids))
+    def _walk(self, start: Tensor, ids: Tensor, advance: Advance) -> list[Tensor]:
+        """The batch of every grid, with the chains of slots `ids`: those that start anew come first."""
+        anew, sizes = self._anew(len(ids)), self.model.sizes
         results = [start]
-        for grid, (net, chain, bank) in enumerate(zip(model.nets, model.langevin, self.bank, strict=True), start=1):
-            factor = model.sizes[grid] // model.sizes[grid - 1]
+        for grid, bank in enumerate(self.bank, start=1):
             coarse = results[-1] if grid == 1 else results[-1].roll(-anew, 0)  # of chains that went on, not of new ones
-            parts = (
-                (chain, ops.upsample(coarse[:anew].contiguous(), factor), ids[:anew]),
-                (chain.settled(), bank[ids[anew:]], ids[anew:]),
-            )
-            made = [self._chain(law, net, x, own, grid, iteration, graph) for law, x, own in parts if len(own)]
-            results.append(torch.cat(made))
-        return Synthesis(results[1:], ids)
+            starts = ops.upsample(coarse[:anew].contiguous(), sizes[grid] // sizes[grid - 1]), bank[ids[anew:]]
+            results.append(torch.cat([advance(grid, bool(part), x) for part, x in enumerate(starts) if len(x)]))
+        return results[1:]
 
-    def _chain(
-        self, chain: Langevin, net: Module, x: Tensor, ids: Tensor, grid: int, iteration: int, graph: Graph
-    ) -> Tensor:
+    def _advance(self, ids: Tensor, iteration: int, graph: Graph, grid: int, goes_on: bool, x: Tensor) -> Tensor:
+        chain, anew = self.model.langevin[grid - 1], self._anew(len(ids))
+        return (chain.settled() if goes_on else chain)(
+            self.model.nets[grid - 1], x, seed=self.config.seed, first_sample=ids[anew:] if goes_on else ids[:anew],
+            first_step=iteration * chain.steps, graph=graph, **self._options(grid, x),
+        )  # fmt: skip
+
+    def _options(self, grid: int, x: Tensor) -> dict[str, Any]:
         mask = None  # label planes are held
         if self.model.classes:
             mask = (torch.arange(x.shape[1], device=x.device) < self.model.channels)[:, None, None].expand_as(x)
-        return chain(
-            net, x, mask=mask, seed=self.config.seed, first_sample=ids, first_step=iteration * chain.steps,
-            stream=noise.stream(self.purpose(noise.Purpose.TRAINING_CHAIN), grid), precision=self.precision,
-            graph=graph, where=f"training: grid {grid} (size {self.model.sizes[grid]})",
-        )  # fmt: skip
+        return {
+            "mask": mask, "stream": noise.stream(self.purpose(noise.Purpose.TRAINING_CHAIN), grid),
+            "precision": self.precision, "where": f"training: grid {grid} (size {self.model.sizes[grid]})",
+        }  # fmt: skip
 
-    def _first_bank(self, size: int) -> list[Tensor]:
+    def _fill_bank(self, slots: Slots) -> None:
+        """Make the bank, where there is none yet."""
+        if self.bank:
+            return
         model, stream = self.model, noise.stream(self.purpose(noise.Purpose.INITIAL_STATE))
         rows = noise.integers(
-            len(model.colours), size, seed=self.config.seed, step=0, stream=stream, device=model.colours.device
+            len(model.colours), slots.size, seed=self.config.seed, step=0, stream=stream, device=model.colours.device
         )
         start = model.colours[rows][:, :, None, None]
         if model.classes:
             start = model.with_planes(start, model.labels[rows])
-        return [ops.upsample(start, side) for side in model.sizes[1:]]
+        self.bank = [ops.upsample(start, side) for side in model.sizes[1:]]
 
     def _anew(self, chains: int) -> int:
         """How many of them start anew, the first ones."""
         return chains - round(self.config.options.bank_share * chains)
 
     def keep(self, made: list[Synthesis]) -> None:
-        for part in made if self.slots is not None else ():
-            assert isinstance(part.ids, Tensor)
-            anew = self._anew(len(part.ids))
-            renewed, went_on = slice(round(self.config.options.bank_renewal * anew)), slice(anew, None)
-            for bank, images in zip(self.bank, part.images, strict=True):
-                for stored in (renewed, went_on):
-                    bank[part.ids[stored]] = images[stored]
+        for part in made:
+            self.store(part)
+
+    def store(self, made: Synthesis, spoilt: Tensor | None = None) -> None:
+        if self.slots is None:
+            return
+        assert isinstance(made.ids, Tensor)
+        anew = self._anew(len(made.ids))
+        renewed, went_on = slice(round(self.config.options.bank_renewal * anew)), slice(anew, None)
+        for bank, images in zip(self.bank, made.images, strict=True):
+            for stored in (renewed, went_on):
+                ids, ends = made.ids[stored], images[stored]
+                bank[ids] = ends if spoilt is None else torch.where(spoilt == 1, bank[ids], ends)
+
+    # what a captured update asks
+
+    def stored(self) -> list[Tensor]:
+        return self.bank
+
+    def slots_at(self, iteration: int, n: int) -> list[int]:
+        return [] if self.slots is None else self.slots.at(iteration, 0, n, self.attempt).tolist()
+
+    def laws(self, dynamics: Sequence[Langevin], n: int) -> list[tuple[int, Langevin]]:
+        if self.slots is None:
+            return super().laws(dynamics, n)
+        return [
+            (net, chain.settled() if goes_on else chain)
+            for net, chain in enumerate(dynamics)
+            for goes_on in self._parts(n)
+        ]
+
+    def _parts(self, chains: int) -> dict[bool, int]:
+        """How many chains start anew (False) and how many go on (True), where there are any."""
+        anew = self._anew(chains)
+        return {goes_on: count for goes_on, count in ((False, anew), (True, chains - anew)) if count}
+
+    def static_chains(self, start: Tensor, ids: Tensor, session: Session) -> StaticChains:
+        model, purpose = self.model, self.purpose(noise.Purpose.TRAINING_CHAIN)
+        if self.slots is not None:
+            return self._static_chains_of(self.slots, start, ids, session)
+        held = None
+        if model.classes:
+            known, mask = model.held_planes(start)
+            held = known, mask.expand_as(known)
+        return static_cascade(
+            list(model.nets), model.sizes, model.langevin, start, held, purpose=purpose, session=session,
+            precision=self.precision,
+        )  # fmt: skip
+
+    def _static_chains_of(self, slots: Slots, start: Tensor, ids: Tensor, session: Session) -> BankCascade:
+        self._fill_bank(slots)
+        by_part, plans = {}, []
+        for grid, (net, bank, chain) in enumerate(zip(self.model.nets, self.bank, self.model.langevin), start=1):
+            whole = bank.new_empty((len(ids), *bank.shape[1:]))
+            for goes_on, count in self._parts(len(ids)).items():
+                by_part[grid, goes_on] = static_chain(
+                    net, whole[:count], chain.settled() if goes_on else chain, session, first_sample=ids[:count],
+                    **self._options(grid, whole[:count]),
+                )  # fmt: skip
+            plans.append(plan(net, whole, self.precision, "training"))
+        return BankCascade(by_part, plans, start, ids, self._walk)
 
     # the bank's part of a state
 
@@ -187,19 +243,6 @@ class MultiGridRule(GraphedRule):
         if {name: tuple(tensor.shape) for name, tensor in tensors.items()} != wanted:
             raise CheckpointError(f"{where}: must hold a bank of {slots.size} chains of every grid")
         self.bank = [tensors[name].to(model.colours.device, torch.float32) for name in wanted]
-
-    def static_chains(self, start: Tensor, session: Session) -> StaticCascade:
-        if self.slots is not None:
-            raise BackendError("its chains go on from a bank")
-        model, purpose = self.model, self.purpose(noise.Purpose.TRAINING_CHAIN)
-        held = None
-        if model.classes:
-            known, mask = model.held_planes(start)
-            held = known, mask.expand_as(known)
-        return static_cascade(
-            list(model.nets), model.sizes, model.langevin, start, held, purpose=purpose, session=session,
-            precision=self.precision,
-        )  # fmt: skip
 
 
 def build_model(config: TrainConfig) -> MultiGrid:

@@ -15,6 +15,7 @@ from mgebm_fast.data import ImageData
 from mgebm_fast.errors import BackendError
 from mgebm_fast.learning import Run
 from mgebm_fast.learning.methods import captured
+from mgebm_fast.learning.methods.banks import BankCascade
 from mgebm_fast.learning.run import checkpoint
 from mgebm_fast.learning.run.watch import RunAway
 from mgebm_fast.sampling import graphs
@@ -29,6 +30,11 @@ CHANGES = {
     "spectral": {"spectral_norm": True, "flips": True, "optimiser": {"name": "adamw", "per_layer_divide": True},
                  "langevin": {"steps": [3, 2], "step_size": 0.3, "reference_std": 1.0}},
     "conditional": {"multigrid": {"conditional": True}, "stabilise": {"data_noise": 0.05}},
+    "bank": {"multigrid": {"bank_size": 12, "bank_share": 0.5, "bank_renewal": 0.5, "conditional": True},
+             "stabilise": {"noise_anneal": 0.3},
+             "langevin": {"steps": 3, "drift": 1.0, "noise_std": {"start": 0.06, "end": 0.01}, "grad_clamp": 0.3}},
+    "bank of batch statistics": {"norm": "batch", "multigrid": {"bank_size": 12, "bank_share": 1.0},
+                                 "langevin": {"steps": [2, 3], "step_size": 0.3}},
 }  # fmt: skip
 
 
@@ -127,12 +133,14 @@ def refuse_a_batch(ours, monkeypatch):
     ours._loop.history.watch.check_batch = checked
 
 
-@pytest.mark.parametrize("fault", [spoil_weights, collapse, refuse_a_batch])
-def test_a_run_goes_back_to_where_an_eager_one_does(trainer, tmp_path, recorded, monkeypatch, fault):
+@pytest.mark.parametrize(
+    "fault, name", [(spoil_weights, "plain"), (collapse, "plain"), (refuse_a_batch, "plain"), (collapse, "bank")]
+)
+def test_a_run_goes_back_to_where_an_eager_one_does(trainer, tmp_path, recorded, monkeypatch, fault, name):
     """Found up to log_every updates later, at the same update: the state that is gone back to is the same."""
-    for name in ("eager", "captured"):
-        captures = recorded() if name == "captured" else []
-        ours = make(trainer, tmp_path / name, CHANGES["plain"])
+    for kind in ("eager", "captured"):
+        captures = recorded() if kind == "captured" else []
+        ours = make(trainer, tmp_path / kind, CHANGES[name])
         fault(ours, monkeypatch)
         assert ours.fit().finished
     assert len(captures) == 4
@@ -141,11 +149,14 @@ def test_a_run_goes_back_to_where_an_eager_one_does(trainer, tmp_path, recorded,
     same(tmp_path / "eager", tmp_path / "captured")
 
 
-def test_an_update_that_could_not_be_applied_is_made_again_without_a_graph(trainer, tmp_path, recorded, monkeypatch):
+@pytest.mark.parametrize("name, cascade", [("batch", StaticCascade), ("bank", BankCascade)])
+def test_an_update_that_could_not_be_applied_is_made_again_without_a_graph(
+    trainer, tmp_path, recorded, monkeypatch, name, cascade
+):
     """As where 16 bits overflow: nothing after it is applied either, until the measures are read."""
-    make(trainer, tmp_path / "eager", CHANGES["batch"]).fit()
+    make(trainer, tmp_path / "eager", CHANGES[name]).fit()
     recorded()
-    ours, runs, run_once = make(trainer, tmp_path / "captured", CHANGES["batch"]), [], StaticCascade.run_once
+    ours, runs, run_once = make(trainer, tmp_path / "captured", CHANGES[name]), [], cascade.run_once
 
     def failing(self):
         run_once(self)
@@ -153,7 +164,7 @@ def test_an_update_that_could_not_be_applied_is_made_again_without_a_graph(train
         if len(runs) == 2 + 2:  # two captures, and update 2
             self.healthy.fill_(False)
 
-    monkeypatch.setattr(StaticCascade, "run_once", failing)
+    monkeypatch.setattr(cascade, "run_once", failing)
     eager, update = [], ours.rule.update
     ours.rule.update = lambda batch, iteration, **options: (
         eager.append(iteration) or update(batch, iteration, **options)
