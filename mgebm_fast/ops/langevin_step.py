@@ -187,7 +187,10 @@ def launcher(
         launch_place(x),
     )
 
-    def launch(grad: Tensor, numbers: Update, placed: counters.Counters) -> None:
+    # The state and the mask live for as long as what holds their addresses.
+    def launch(
+        grad: Tensor, numbers: Update, placed: counters.Counters, _held: tuple[Tensor | None, ...] = (x, mask)
+    ) -> None:
         (grad_at,) = addresses(OP, grad, dispatched=True)
         run(
             at, grad_at, mask_at, *sizes, layout, strides(grad), steps, GRAD_TYPES[grad.dtype],

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import importlib.util
 import warnings
+import weakref
 from types import SimpleNamespace
 
 import numpy as np
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 
 from mgebm_fast import native, ops
 from mgebm_fast.ops import backend as backends
+from mgebm_fast.ops.langevin_step import launcher
 
 OP = "langevin_step"
 SHAPES = [(1,), (3, 5), (2, 3, 7), (2, 3, 5, 7), (3, 3, 8, 8), (1, 4, 16, 17), (2, 2, 3, 4, 5), (2, 3, 33, 32)]
@@ -355,3 +357,12 @@ def test_steps_without_a_seed_never_share_their_noise():
     torch.manual_seed(0)
     assert not torch.equal(first, second)
     assert torch.equal(first, ops.langevin_step_(x.clone(), grad, step_size=0.5))
+
+
+@pytest.mark.skipif(not native.available(), reason="the compiled module is not built")
+def test_what_a_launcher_has_the_address_of_lives():
+    x, mask = torch.zeros(4, 4), torch.ones(4, 4, dtype=torch.bool)
+    held = weakref.ref(x), weakref.ref(mask)
+    launch = launcher(x, mask, "native")
+    del x, mask
+    assert all(tensor() is not None for tensor in held), launch
