@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import math
 import types
 
 import numpy as np
@@ -15,6 +16,7 @@ from mgebm_fast.gradient import verify
 from mgebm_fast.gradient.plan import plan
 from mgebm_fast.gradient.stack import read
 from mgebm_fast.learning import MultiGridTrainer, apply_overrides, build_model, load_preset
+from mgebm_fast.learning.methods.contrast import contrast
 from mgebm_fast.models import MultiGrid
 from mgebm_fast.nets import multigrid_net
 from mgebm_fast.ops import state
@@ -262,7 +264,7 @@ CAPTURED = [
     ("digits", 12, 5, 315),
     pytest.param("cifar10", 5, 2, 440, marks=pytest.mark.slow),
     ("multigrid-released", 2, 1, 624),  # with what records have
-    ("digits multigrid.bank_size=16 multigrid.bank_share=0.5", 5, 2, 560),
+    ("digits multigrid.bank_size=16 multigrid.bank_share=0.5 learning_precision=bf16", 2, 1, 780),
 ]
 
 
@@ -294,6 +296,33 @@ def test_training_updates_are_one_graph_each_with_one_read_every_log_every(
             assert not {event.name for event in events if event.launches}
     assert captures[0] == min(every, 2) and not any(captures[1:])  # without and with what records have
     assert reads == [(every, 1, 0)] * 2
+
+
+# precision, learning_precision, how float32 is multiplied, bytes of a number in convolutions behind the first
+LEARNT = [
+    ("auto", "auto", "tf32", 4), ("fp32", "auto", "ieee", 4), ("fp16", "fp32", "ieee", 4), ("fp32", "bf16", "tf32", 2),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("norm", ["batch", "none"])
+def test_nets_learn_in_the_precision_that_is_asked_for(world, monkeypatch, norm):
+    net, x, seen = net_of(8, norm, "compact"), images(4, 8), []
+
+    def grad(loss, parameters, **_):
+        seen.append((torch.backends.cudnn.conv.fp32_precision, torch.backends.cuda.matmul.allow_tf32))
+        return [torch.empty_like(parameter) for parameter in parameters]
+
+    monkeypatch.setattr(torch.autograd, "grad", grad)
+    before = torch.backends.cudnn.conv.fp32_precision, torch.get_float32_matmul_precision()
+    for precision, learning_precision, kind, size in LEARNT:
+        world.take()
+        contrast(net, list(net.parameters()), x, x, 0.0, precision, learning_precision)
+        made = [e.tensors.values() for e in world.take() if e.name.startswith("aten.convolution")]
+        widths = [{taken // math.prod(shape) for shape, taken in tensors} for tensors in made]
+        forwards, layers = (2 if norm == "batch" else 1), len(net.convolutions)
+        assert widths == [{4}, *[{size}] * (layers - 1)] * forwards
+        assert seen.pop() == (kind, kind == "tf32")
+    assert (torch.backends.cudnn.conv.fp32_precision, torch.get_float32_matmul_precision()) == before
 
 
 def test_the_compiled_baseline_is_one_graph_a_chain(world, monkeypatch):

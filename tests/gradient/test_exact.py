@@ -5,7 +5,7 @@ import threading
 import pytest
 import torch
 
-from mgebm_fast.gradient.exact import exact_cudnn
+from mgebm_fast.gradient.exact import exact_cudnn, float32_as
 
 CUDA = torch.device("cuda")
 cudnn = torch.backends.cudnn
@@ -68,3 +68,27 @@ def test_elsewhere_they_are_left_alone():
     before = switches()
     with exact_cudnn(torch.device("cpu")):
         assert switches() == before
+
+
+@pytest.mark.parametrize("products", ["highest", "high", "medium"])
+def test_products_are_float32_or_tf32_inside_and_as_they_were_afterwards(products):
+    matmul, onednn = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul
+
+    def state():
+        return torch.get_float32_matmul_precision(), matmul.fp32_precision, onednn.fp32_precision, *switches()
+
+    first = state()
+    torch.set_float32_matmul_precision(products)
+    before = state()
+    try:
+        with float32_as("tf32", CUDA):
+            assert (matmul.allow_tf32, cudnn.allow_tf32, cudnn.deterministic) == (True, True, False)
+            with float32_as("ieee", CUDA):
+                assert (matmul.allow_tf32, cudnn.allow_tf32, cudnn.deterministic) == (False, False, True)
+                with float32_as("tf32", CUDA):  # another thread's learning does not round an exact chain
+                    assert not matmul.allow_tf32 and cudnn.conv.fp32_precision == "ieee"
+            assert matmul.allow_tf32 and cudnn.conv.fp32_precision == "tf32"
+        assert state() == before
+    finally:
+        torch.set_float32_matmul_precision(first[0])
+        matmul.fp32_precision, onednn.fp32_precision = first[1:3]

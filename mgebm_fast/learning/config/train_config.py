@@ -93,6 +93,11 @@ class TrainConfig:
         Choice(PRECISIONS),
         "precision of gradients in chains, and in learning on CPUs: auto is 16 bits where it pays",
     )
+    learning_precision: str = key(
+        "auto",
+        Choice(("auto", "fp32", "tf32", "bf16")),
+        "precision in which nets learn on a GPU: auto is fp32 where `precision` is, else tf32",
+    )
     graph: Any = key(
         None, Auto(Flag()), "updates as CUDA graphs: auto: where a GPU can; true: or an error that says why not; false"
     )

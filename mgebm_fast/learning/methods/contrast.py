@@ -5,12 +5,17 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_map_only
 
 from ... import native
+from ...gradient.exact import float32_as
 from ...gradient.stack import Stack, read
 from ...models.energies import norm_of
 from ...nets import EnergyNet
@@ -23,7 +28,7 @@ Contrast = tuple[list[Tensor], Tensor, Tensor]  # a gradient a parameter, and th
 
 def contrast(
     net: nn.Module, parameters: list[nn.Parameter], observed: Tensor, synthesised: Tensor, energy_l2: float,
-    precision: str = "fp32",
+    precision: str = "fp32", on_gpu: str = "auto",
 ) -> Contrast:  # fmt: skip
     """The gradients of mean E(observed) − mean E(synthesised) + energy_l2 · mean(E(observed)² + E(synthesised)²), and
     the two means.
@@ -32,19 +37,56 @@ def contrast(
     follow the observed ones. An `EnergyNet` on a CPU with AVX2 or more learns in the native engine, others by autograd.
 
     precision: of the run. "bf16" lets the engine round the operands of gradients to bfloat16 where the CPU multiplies
-    it, "auto" where that is faster; all else is float32.
+        it, "auto" where that is faster; all else is float32.
+    on_gpu: "fp32": exact; "tf32": operands rounded to TF32; "bf16": convolutions behind the first and their maps in
+        bfloat16, of float32 weights; "auto": "fp32" where `precision` is, else "tf32". Statistics of batches, heads,
+        energies and gradients of weights are float32 in all.
     """
     stack = readable(net, observed, synthesised)
     if isinstance(stack, Stack):
         assert isinstance(net, EnergyNet)
         bfloat = in_bfloat(stack, precision)
         return _by_engine(net, stack, parameters, observed, synthesised, energy_l2, bfloat)
-    on_observed, on_synthesised = _energies(net, observed, synthesised)
+    if on_gpu == "auto":
+        on_gpu = "fp32" if precision == "fp32" else "tf32"
+    bfloat = on_gpu == "bf16" and observed.device.type == "cuda"
+    with float32_as("ieee" if on_gpu == "fp32" else "tf32", observed.device):
+        return _by_autograd(net, parameters, observed, synthesised, energy_l2, bfloat)
+
+
+def _by_autograd(
+    net: nn.Module, parameters: list[nn.Parameter], observed: Tensor, synthesised: Tensor, energy_l2: float,
+    bfloat: bool,
+) -> Contrast:  # fmt: skip
+    on_observed, on_synthesised = _energies(net, observed, synthesised, _InBfloat if bfloat else contextlib.nullcontext)
     loss = on_observed.mean() - on_synthesised.mean()
     if energy_l2:
         loss = loss + energy_l2 * (on_observed.square().mean() + on_synthesised.square().mean())
     found = torch.autograd.grad(loss, parameters, allow_unused=True)
     return _filled(parameters, found), on_observed.detach().mean(), on_synthesised.detach().mean()
+
+
+class _InBfloat(TorchFunctionMode):
+    """One forward pass whose convolutions are bfloat16, and the maps between them, of weights that stay float32. The
+    first takes its images as they are: of pixels to 255, bfloat16 loses up to half a unit. A head and the sums of maps
+    are float32. torch.autocast would round the first and the energies too, and cannot take a spectral norm."""
+
+    _first = True
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if function in _CONVOLUTIONS and self._first:
+            self._first = False
+            return function(*args, **kwargs).bfloat16()
+        if function in _CONVOLUTIONS:
+            args, kwargs = tree_map_only(Tensor, Tensor.bfloat16, (args, kwargs))
+        elif function in _SUMS and args[0].dtype == torch.bfloat16:
+            args = (args[0].float(), *args[1:])
+        return function(*args, **kwargs)
+
+
+_CONVOLUTIONS = (functional.conv1d, functional.conv2d, functional.conv3d)
+_SUMS = (functional.linear, Tensor.sum, Tensor.mean)
 
 
 def readable(net: nn.Module, observed: Tensor, synthesised: Tensor) -> Stack | str:
@@ -115,12 +157,16 @@ def _filled(parameters: list[nn.Parameter], gradients: Sequence[Tensor | None]) 
     return [torch.zeros_like(p) if g is None else g for p, g in zip(parameters, gradients, strict=True)]
 
 
-def _energies(net: nn.Module, observed: Tensor, synthesised: Tensor) -> tuple[Tensor, Tensor]:
-    with net.observing() if isinstance(net, ScoreNet) else contextlib.nullcontext():
+def _energies(
+    net: nn.Module, observed: Tensor, synthesised: Tensor, inside: Callable[[], contextlib.AbstractContextManager[Any]]
+) -> tuple[Tensor, Tensor]:
+    """The energies of both batches, each forward pass in a context of its own from `inside`."""
+    with net.observing() if isinstance(net, ScoreNet) else contextlib.nullcontext(), inside():
         if norm_of(net) != "batch":
             on_observed, on_synthesised = net(torch.cat([observed, synthesised])).split(
                 [len(observed), len(synthesised)]
             )
             return on_observed, on_synthesised
         on_observed = net(observed)
-    return on_observed, net(synthesised)
+    with inside():
+        return on_observed, net(synthesised)

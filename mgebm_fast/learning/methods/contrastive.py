@@ -218,7 +218,13 @@ class ContrastiveRule(ModelRule):
         chains, grids = synthesise([means, *images]).images, []
         for net, parameters, real, chain in zip(self.model.active_nets, self.parameters, images, chains, strict=True):
             gradients, on_real, on_chain = contrast(
-                net, parameters, real, chain, self.config.stabilise.energy_l2, self.precision
+                net,
+                parameters,
+                real,
+                chain,
+                self.config.stabilise.energy_l2,
+                self.precision,
+                self.config.learning_precision,
             )
             grids.append(GridLearned(self.tied(gradients), on_real, on_chain))
         return grids

@@ -192,3 +192,26 @@ def test_one_value_a_channel_is_refused_as_by_the_net():
     x = torch.randn(1, 1, 2, 2)
     with pytest.raises(ValueError, match="more than one value a channel"):
         contrast(net, list(net.parameters()), x, x, 0.0)
+
+
+@pytest.mark.parametrize(
+    "name", ["compact 4", "published 16", "compact 8, spectral", "trained 8", "residual 8", "bytes"]
+)
+def test_bfloat16_maps_move_gradients_by_seven_percent_at_most(name):
+    """As learning_precision = "bf16" learns on a GPU; here torch's own kernels round in the same places."""
+    if name == "residual 8":
+        net, real, chain = young(8, 3, "residual", norm=None)
+    elif name == "bytes":  # of which bfloat16 would lose up to half a unit
+        net, *batches = young(16, 3, "B", 0.25)
+        real, chain = (127.5 * (x + 1) for x in batches)
+    else:
+        net, real, chain = LEARNERS[name]()
+    exact = copy.deepcopy(net).double()
+    found, *energies = module._by_autograd(net, list(net.parameters()), real, chain, 0.01, True)
+    expected, *sums = module._by_autograd(exact, list(exact.parameters()), real.double(), chain.double(), 0.01, False)
+    assert {tensor.dtype for tensor in (*found, *energies, *net.buffers())} <= {torch.float32, torch.int64}
+    error = torch.cat([(a - b).flatten() for a, b in zip(found, expected, strict=True)]).norm()
+    assert 1e-3 < error / torch.cat([b.flatten() for b in expected]).norm() <= 0.07
+    torch.testing.assert_close(torch.stack(energies).double(), torch.stack(sums), rtol=1e-2, atol=1e-3)
+    for buffer, value in zip(net.buffers(), exact.buffers(), strict=True):
+        torch.testing.assert_close(buffer, value.to(buffer.dtype), rtol=1e-2, atol=1e-3)
