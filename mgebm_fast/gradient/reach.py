@@ -34,7 +34,7 @@ LEAVES = (
 _LIBRARIES = ("torch", "numpy", "builtins")
 _MOST = 20_000  # objects searched at most, against energies that hold a data set
 # What nn.Module keeps of its own; its submodules are found by `modules()`.
-_OWN = frozenset(vars(nn.Module()))
+OWN = frozenset(vars(nn.Module()))
 _HOOKS = operator.itemgetter(*HOOKS)
 
 
@@ -92,7 +92,7 @@ def _held_by_library_module(module: nn.Module) -> list[Any]:
 
 def _held_by_module(module: nn.Module) -> list[Any]:
     found = _held_by_library_module(module)
-    found += [held for name, held in vars(module).items() if name not in _OWN]
+    found += [held for name, held in vars(module).items() if name not in OWN]
     kind: Any = type(module)
     found += _classes(kind)
     return found

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import copy
 import functools
 import operator
 from collections.abc import Iterator, Sized
@@ -11,16 +12,18 @@ from typing import Any
 
 import torch
 
-from ..reach import held_by, modules_of
+from ..reach import OWN, held_by, modules_of
 
 _MOST = 1000  # objects that are asked at most
 _PLAIN = (bool, int, float, complex, str, type(None))
+_BOXES = (list, dict, set, collections.deque)
 
 
 @contextlib.contextmanager
 def as_before(energy: Any) -> Iterator[None]:
-    """At the end numbers, strings and Nones are what they were at the start: attributes of the energy, of its modules
-    and of the object whose method it is, and variables of its closure. Attributes that came are taken away."""
+    """At the end numbers, strings and Nones are what they were at the start, and lists, dicts, sets and deques hold
+    what they held: attributes of the energy, of its modules and of the object whose method it is, and variables of its
+    closure. Attributes that came are taken away. How far an iterator is cannot be put back."""
     owners = [*modules_of(energy), *_called(energy)]
     notes = [
         (values, {name: value if isinstance(value, _PLAIN) else _Kept for name, value in values.items()})
@@ -29,6 +32,8 @@ def as_before(energy: Any) -> Iterator[None]:
     ]
     cells = [cell for owner in owners for cell in getattr(owner, "__closure__", None) or ()]
     closed = [(cell, value) for cell in cells if isinstance(value := _contents(cell), _PLAIN)]
+    held = [value for values, _ in notes for name, value in values.items() if name not in OWN]
+    boxes = [(box, copy.copy(box)) for box in (*held, *map(_contents, cells)) if _is_box(box)]
     try:
         yield
     finally:
@@ -39,6 +44,19 @@ def as_before(energy: Any) -> Iterator[None]:
         for cell, value in closed:
             if _contents(cell) is not value:
                 cell.cell_contents = value
+        for box, before in boxes:
+            if len(box) != len(before) or any(map(operator.is_not, _parts(box), _parts(before))):
+                box.clear()
+                box.update(before) if isinstance(box, (dict, set)) else box.extend(before)
+
+
+def _is_box(value: Any) -> bool:
+    """Whether what a value holds can be put back: a container of Python's own, not a large one."""
+    return isinstance(value, _BOXES) and type(value).__module__ in ("builtins", "collections") and len(value) <= _MOST
+
+
+def _parts(box: Any) -> list[Any]:
+    return [*box.keys(), *box.values()] if isinstance(box, dict) else list(box)
 
 
 def plain_values(energy: Any) -> list[tuple[str, Any]]:
@@ -57,7 +75,7 @@ def plain_values(energy: Any) -> list[tuple[str, Any]]:
         name = type(value).__name__
         if isinstance(value, Iterator):
             found.append((name, (repr(value), operator.length_hint(value, -1))))
-        if isinstance(value, Sized) and isinstance(value, (dict, list, set, collections.deque)):
+        if isinstance(value, Sized) and isinstance(value, _BOXES):
             found.append((name, len(value)))
         for held in held_by(value):
             if isinstance(held, _PLAIN):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 from collections.abc import Callable
 
 import pytest
@@ -196,6 +197,35 @@ def test_what_python_code_counts_or_caches_is_as_before() -> None:
     assert calls == 0
     assert plan_of(module.forward, points()).explain().plan == "autograd"
     assert module.calls == 0
+
+
+class Recording(torch.nn.Module):
+    """Keeps what it met in containers of every kind."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls, self.last, self.seen, self.by_name = [0], collections.deque([1], maxlen=3), {0}, {"a": 1}
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls.append(len(self.calls))
+        self.last.append(len(self.calls))
+        self.seen.add(len(self.calls))
+        self.by_name["a"] = 1000 + len(self.calls)
+        return quadratic(x) * len(self.calls)
+
+
+def test_what_containers_hold_is_as_before() -> None:
+    module = Recording()
+    kept: list[list[int]] = [[]]
+
+    def energy(x: Tensor) -> Tensor:
+        kept[0] = [*kept[0], 1]
+        return quadratic(x) * len(kept[0])
+
+    parameters = module._parameters
+    assert plan_of(module, points()).explain().plan == plan_of(energy, points()).explain().plan == "autograd"
+    assert (module.calls, list(module.last), module.seen, module.by_name) == ([0], [1], {0}, {"a": 1})
+    assert kept == [[]] and module._parameters is parameters
 
 
 class Blocks(torch.nn.Module):
