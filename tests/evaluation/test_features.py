@@ -12,7 +12,7 @@ from mgebm_fast.data import ImageData
 from mgebm_fast.errors import BackendError
 from mgebm_fast.evaluation import features as module
 from mgebm_fast.evaluation.distances import fid
-from mgebm_fast.evaluation.features import classifier_space, feature_space
+from mgebm_fast.evaluation.features import _Pool, classifier_space, feature_space
 
 
 def digits(split: str) -> ImageData:
@@ -154,3 +154,9 @@ def test_a_large_net_reads_a_choice_of_the_training_images():
     assert len(chosen) == 7 == len(np.unique(chosen)) and np.array_equal(chosen, space.chosen(len(images), 3))
     assert not np.array_equal(chosen, space.chosen(len(images), 4))
     assert space.chosen(5, 0).tolist() == list(range(5))
+
+
+@pytest.mark.parametrize("side", [1, 2, 3, 4, 8])
+def test_pooling_on_a_gpu_is_the_same_function(side):
+    x = torch.randn(2, 3, side, side)
+    torch.testing.assert_close(_Pool(4).by_products(x), _Pool(4)(x), rtol=1e-6, atol=1e-6)

@@ -12,6 +12,7 @@ from helpers.fake_cuda import count, illegal, tally, to_cuda
 
 from mgebm_fast import noise, ops
 from mgebm_fast.data import ImageData
+from mgebm_fast.evaluation import features
 from mgebm_fast.gradient import verify
 from mgebm_fast.gradient.plan import plan
 from mgebm_fast.gradient.stack import read
@@ -296,6 +297,36 @@ def test_training_updates_are_one_graph_each_with_one_read_every_log_every(
             assert not {event.name for event in events if event.launches}
     assert captures[0] == min(every, 2) and not any(captures[1:])  # without and with what records have
     assert reads == [(every, 1, 0)] * 2
+
+
+def test_the_feature_net_of_evaluate_is_trained_and_runs_on_the_device(world, monkeypatch):
+    """One copy each of a batch's images and labels a step, nothing that waits, in float32 that is float32."""
+    data = ImageData(np.zeros((70, 1, 24, 24), np.uint8), np.arange(70) % 3, ("a", "b", "c"), "random")
+    monkeypatch.setattr(ImageData, "batch", lambda _, rows: torch.zeros(len(rows), 1, 24, 24, dtype=torch.uint8))
+    with torch._subclasses.fake_tensor.unset_fake_temporarily():
+        net = features.SmallConvNet(1, 24, 3)
+    net, seen = to_cuda(net), []
+    convolve = torch.nn.functional.conv2d
+    monkeypatch.setattr(
+        torch.nn.functional,
+        "conv2d",
+        lambda x, *rest: seen.append((x.device.type, torch.backends.cudnn.conv.fp32_precision)) or convolve(x, *rest),
+    )
+
+    def backward(loss):  # which fake tensors have not
+        seen.append((loss.device.type, torch.backends.cudnn.conv.fp32_precision))
+        for parameter in net.parameters():
+            parameter.grad = torch.empty_like(parameter)
+
+    monkeypatch.setattr(torch.Tensor, "backward", backward)
+    world.take()
+    features._fit(net, data, np.arange(3), 5 * 64, "cuda")
+    events = world.take()
+    assert seen == [("cuda", "ieee")] * 4 * 5
+    assert count(events, "copy") == 2 * 5 and not count(events, "sync")
+    assert len([e for e in events if "bmm" in e.name]) >= 5  # pooling by products
+    features._in_chunks(net.features, data.images, 64, "cuda")
+    assert seen[20:] == [("cuda", "ieee")] * 3 * 2
 
 
 # precision, learning_precision, how float32 is multiplied, bytes of a number in convolutions behind the first

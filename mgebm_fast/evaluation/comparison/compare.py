@@ -97,7 +97,9 @@ def compare(
             if record is None:
                 if judges is None:
                     say("training the judges: feature space and recogniser")
-                    judges = fit_judges(training, held_out, seed=settings.seed, progress=console is not None)
+                    judges = fit_judges(
+                        training, held_out, seed=settings.seed, device=device, progress=console is not None
+                    )
                 say(f"{head}: measuring")
                 try:
                     record = measured(entry, training, held_out, judges, settings, device) | {"conditions": wanted}
