@@ -25,74 +25,45 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "tests"))
+sys.path[:0] = [str(ROOT / "scripts"), str(ROOT / "tests")]
 
 import torch  # noqa: E402
+from gpu_placements import placement_section, statistics_section  # noqa: E402
+from gpu_predictions import (  # noqa: E402
+    BACKWARD,
+    BARRIER,
+    COMPACT,
+    FORWARD,
+    GAP,
+    GPUS,
+    H100,
+    H200,
+    L2_TRIP,
+    LEAST,
+    NARROW,
+    NORMALS,
+    PRODUCT,
+    PUBLISHED,
+    RESIDUAL,
+    SHARED,
+    STREAM,
+    WARP_PRODUCT,
+    Chain,
+    Gpu,
+    phases,
+    resident_step,
+    stack_of,
+)  # fmt: skip
 from helpers import fake_cuda  # noqa: E402
 
 from mgebm_fast.benchmarks.cases import cases  # noqa: E402
-from mgebm_fast.benchmarks.work import macs_inside  # noqa: E402
-from mgebm_fast.gradient.stack import Stack, read  # noqa: E402
-from mgebm_fast.nets import multigrid_net  # noqa: E402
+from mgebm_fast.gradient.stack import Stack  # noqa: E402
 from mgebm_fast.ops.conv_chain import resident  # noqa: E402
-from mgebm_fast.ops.conv_chain.resident_layout import WARPS, Layout  # noqa: E402
+from mgebm_fast.ops.conv_chain.resident_layout import Layout  # noqa: E402
 from mgebm_fast.sampling import Langevin  # noqa: E402
 from mgebm_fast.tables import markdown  # noqa: E402
 
 PAGE, RESULTS = ROOT / "docs/gpu.md", ROOT / "bench/results"
-
-
-@dataclasses.dataclass(frozen=True)
-class Gpu:
-    """A GPU as the predictions take it. Rates of the data sheet, but for the shares named on the page."""
-
-    name: str
-    copy: float  # bytes a second
-    matrix: float = 790e12  # FLOP a second, 16 bits, dense
-    l2: float = 5.5e12  # bytes a second
-    processors: int = 132
-    clock: float = 989e12 / (132 * 4096)  # Hz; a processor's matrix units make 4,096 FLOP a clock
-
-    def microseconds(self, clocks: float) -> float:
-        return clocks / self.clock * 1e6
-
-
-H100, H200 = Gpu("H100", 0.9 * 3.35e12), Gpu("H200", 0.9 * 4.8e12)
-GPUS = (H100, H200)
-GAP, LEAST = 1.2, 2.0  # microseconds: between two nodes of a graph; of the shortest kernel
-STREAM, FORWARD, BACKWARD, NARROW, WARP_PRODUCT = 0.8, 0.7, 0.6, 0.35, 0.629  # shares of a rate
-BARRIER, PRODUCT, NORMALS, SHARED, L2_TRIP = 135, 24, 240, 128, 263  # clocks, but SHARED: bytes a clock
-
-
-@dataclasses.dataclass(frozen=True)
-class Chain:
-    """A chain of a net, at a batch."""
-
-    variant: str
-    size: int
-    batch: int
-    steps = 3
-
-    @property
-    def norm(self) -> str:
-        return "batch" if self.variant == "B" else "none"
-
-    @property
-    def title(self) -> str:
-        kind = "published" if self.variant == "B" else self.variant
-        return f"{kind} {self.size}×{self.size}, batch {self.batch}"
-
-    def net(self) -> Any:
-        return multigrid_net(self.size, 3, norm=self.norm, variant=self.variant)
-
-    def flop(self) -> int:
-        """Of a step: the forward pass and the data gradient, without products with the zeros around maps."""
-        return 2 * 2 * self.batch * macs_inside(self.net())
-
-
-PUBLISHED = [Chain("B", size, batch) for batch in (128, 1056) for size in (64, 16, 4)]
-COMPACT = [Chain("compact", size, 132) for size in (2, 4, 8, 16, 32)]
-RESIDUAL = [Chain("residual", size, 132) for size in (2, 4, 8, 16)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -228,136 +199,6 @@ def _dense(event: fake_cuda.Event, moved: float) -> Kernel:
     phases = 2 * numbers["LAYERS"]
     clocks = phases * (3 * L2_TRIP + BARRIER) + NORMALS
     return Kernel("dense_chain", moved / numbers["steps"], flop, WARP_PRODUCT, l2, clocks)
-
-
-# The resident chain
-
-
-@dataclasses.dataclass(frozen=True)
-class Phase:
-    """What a block does between two barriers."""
-
-    name: str
-    products: int = 0  # of matrices of 16 × 16 and 16 × 8
-    loaded: int = 0  # bytes of operands, from shared memory
-    busiest: float = 0.0  # clocks of the warp that has most to do
-
-    @property
-    def clocks(self) -> float:
-        return max(self.products / WARP_PRODUCT, self.loaded / SHARED, self.busiest) + BARRIER
-
-
-def phases(layout: Layout) -> list[Phase]:
-    """Those of a step, from the tables that the kernel is given."""
-    layers = range(len(layout.stages))
-    quads = -(-math.prod(layout.shape) // 4) * layout.samples
-    rounds = -(-quads // (32 * WARPS))  # of all threads; a quarter of the warps shares a scheduler
-    update = Phase("update", busiest=NORMALS * min(WARPS // 4, -(-quads // 128)) * rounds)
-    return [
-        *(_phase(layout, f"forward {i + 1}", i, False) for i in layers),
-        *(_phase(layout, f"backward {i + 1}" if i else "edge", i, True) for i in reversed(layers)),
-        update,
-    ]
-
-
-def _phase(layout: Layout, name: str, index: int, backward: bool) -> Phase:
-    words, part, edge = dict(layout.tables), layout.parts[index], name == "edge"
-    _, tile_rows, first_tap, _, first_output = layout.stages[index][backward][:5]
-    depth = part.out_chunks if backward else part.in_chunks
-    columns = -(-layout.shape[0] // 8) if edge else part.in_chunks if backward else part.out_chunks
-    pairs = 1 if edge else 2
-    taps, outputs = words[first_tap], words[first_output]
-    products = loaded = unit = 0
-    busy = [0.0] * WARPS
-    for one in range(len(taps) - 1):
-        count, rows = taps[one + 1] - taps[one], (outputs[one + 1] - outputs[one]) * layout.samples
-        deep = -(-count // 2) if depth == 1 else count * depth // 2
-        for first in range(0, rows, tile_rows):
-            tiles = 2 if tile_rows > 16 and rows - first > 16 else 1
-            for _ in range(-(-columns // (2 * pairs))):
-                products += deep * tiles * 2 * pairs
-                loaded += deep * (tiles + pairs) * 512
-                # A sum waits for the one before; four schedulers share the matrix units.
-                busy[unit % WARPS] += deep * max(PRODUCT, tiles * 2 * pairs * 4 / WARP_PRODUCT)
-                unit += 1
-    return Phase(name, products, loaded, max(busy))
-
-
-def stack_of(chain: Chain) -> Stack:
-    found = read(chain.net(), torch.zeros(2, 3, chain.size, chain.size), blocks=True)
-    assert isinstance(found, Stack), found
-    return found
-
-
-def resident_step(stack: Stack, batch: int, gpu: Gpu = H100) -> tuple[Layout, float]:
-    """The layout that the plan chooses, and the microseconds of a step of all samples."""
-    layout = Layout(stack.stages, resident.best_samples(stack.stages, batch))
-    waves = math.ceil(math.ceil(batch / layout.samples) / gpu.processors)
-    return layout, waves * gpu.microseconds(sum(phase.clocks for phase in phases(layout)))
-
-
-# What a block cannot hold: where the weights of the largest stages could lie instead
-
-CLUSTER_TRIP, LARGE = 180, 64 << 10  # clocks of a load from another block's shared memory; bytes of a large stage
-
-
-@dataclasses.dataclass(frozen=True)
-class Placement:
-    """One way to place a net whose weights and maps exceed a block's shared memory; of a sample's step."""
-
-    name: str
-    shared: float  # bytes of a block
-    over: float  # bytes that a block receives from L2 or from others' shared memory
-    clocks: float
-    at_once: int  # samples
-
-    def row(self, batch: int, gpu: Gpu = H100) -> list[str]:
-        fits = self.shared <= resident.H100.shared_bytes
-        time = math.ceil(batch / self.at_once) * gpu.microseconds(self.clocks)
-        return [self.name, f"{self.shared / 1024:.0f}{'' if fits else ', too much'}", f"{self.over / 1024:.0f}",
-                str(self.at_once), f"{time:.0f}" if fits else "–"]  # fmt: skip
-
-
-def placements(stack: Stack, gpu: Gpu = H100) -> list[Placement]:
-    """In a cluster, whose blocks share a sample: small stages by pixels, with all their weights; large ones by output
-    channels, whose blocks need the whole map below and add up what each has of its gradient. By a block alone: the
-    weights of large stages from L2, by tiles of 32 rows."""
-    layout, rate = Layout(stack.stages, 1), gpu.l2 / gpu.processors / gpu.clock
-    weights = [16.0 * len(part.swizzle) for part in layout.parts]
-    maps = [16.0 * part.out_chunks * math.prod(stage.out_size) for part, stage in zip(layout.parts, stack.stages)]
-    large = [i for i, size in enumerate(weights) if size > LARGE]
-    rest = layout.shared_bytes - sum(weights) - sum(maps)
-    steps, found = phases(layout), []
-    for blocks in (4, 8):
-        own = (blocks - 1) / blocks
-        whole = {i - 1 for i in large}
-        shared = rest / blocks + sum(w / blocks if i in large else w for i, w in enumerate(weights))
-        shared += sum(m if i in whole else m / blocks for i, m in enumerate(maps))
-        shared += 2 * max(maps[i] for i in whole) / blocks  # where one block's share of such sums arrives
-        # Up: the map below; down: partial sums of its gradient in float32, and that gradient where all need it.
-        over = own * sum(maps[i] + 2 * maps[i] + (maps[i] if i in large else 0) for i in whole)
-        products = sum((phase.clocks - BARRIER) / blocks for phase in steps)
-        clocks = products + over / rate + (len(steps) + len(large)) * (BARRIER + 2 * CLUSTER_TRIP)
-        found.append(Placement(f"a cluster of {blocks}", shared, over, clocks, gpu.processors // blocks))
-    shared = layout.shared_bytes - sum(weights[i] for i in large)
-    of_large = [phase for phase in steps if any(phase.name.endswith(f"ward {i + 1}") for i in large)]
-    tiles = [
-        (-(-math.prod(stack.stages[i].out_size) // 32), -(-math.prod(stack.stages[i].in_size) // 32)) for i in large
-    ]
-    for name, over in (
-        ("weights from L2, once a phase", sum(2 * weights[i] for i in large)),
-        ("weights from L2, once a tile", sum(sum(both) * weights[i] for both, i in zip(tiles, large))),
-    ):
-        others = sum(phase.clocks for phase in steps if phase not in of_large)
-        clocks = others + max(over / rate, sum(phase.clocks for phase in of_large))
-        found.append(Placement(name, shared, over, clocks, gpu.processors))
-    return found
-
-
-def placement_section(chain: Chain) -> str:
-    heads = ["", "shared memory of a block, KiB", "received by a block, KiB a step of a sample", "samples at a time",
-             "predicted µs a step"]  # fmt: skip
-    return f"{markdown(heads, [one.row(chain.batch) for one in placements(stack_of(chain))])}\n"
 
 
 # nvcc: what it says of conv_chain_kernel; shared memory of a block
@@ -549,6 +390,7 @@ CONSTANTS = [
     ("processors", f"{H100.processors} at {H100.clock / 1e9:.2f} GHz", "the clock of the data sheet's matrix rate"),
 ]
 HEADS = ["constant", "taken as", "from"]
+COUPLED = PUBLISHED[2]  # at 4×4
 
 
 def summary(sections: Sequence[Section]) -> str:
@@ -564,6 +406,7 @@ def page(text: str) -> str:
     tables = {
         "constants": markdown(HEADS, CONSTANTS), "chains": summary(sections),
         "resident": resident_section([*COMPACT, *RESIDUAL]), "placements": placement_section(COMPACT[-1]),
+        "statistics": statistics_section(COUPLED, float(sections[PUBLISHED.index(COUPLED)].row[2])),
         "compiler": compiler_section([*COMPACT[:-1], *RESIDUAL[:-1]]), "kernels": "\n".join(kernels),
     }  # fmt: skip
     for name, table in tables.items():

@@ -7,7 +7,7 @@ import math
 from ..nets import ScoreNet
 
 
-def _taps_inside(inputs: int, outputs: int, kernel: int, stride: int, padding: int) -> int:
+def taps_inside(inputs: int, outputs: int, kernel: int, stride: int, padding: int) -> int:
     """Over all outputs of one dimension, the taps that read a pixel and not the zeros around the map."""
     starts = [o * stride - padding for o in range(outputs)]
     return sum(min(inputs, start + kernel) - max(0, start) for start in starts)
@@ -21,6 +21,6 @@ def macs_inside(net: ScoreNet) -> int:
     total = 0
     for layer, size in net.placed():
         top = tuple(layer.map_size(s) for s in size)
-        taps = [_taps_inside(i, o, layer.kernel, layer.stride, layer.padding) for i, o in zip(size, top, strict=True)]
+        taps = [taps_inside(i, o, layer.kernel, layer.stride, layer.padding) for i, o in zip(size, top, strict=True)]
         total += layer.weight.shape[0] * layer.weight.shape[1] * math.prod(taps)
     return total + (net.head.weight.numel() if net.head is not None else 0)

@@ -1,5 +1,7 @@
 """docs/gpu.md against the script that makes it: the tables of what is cheap to make are made again."""
 
+import dataclasses
+import importlib
 import runpy
 from pathlib import Path
 
@@ -30,6 +32,26 @@ def test_the_resident_chain_is_as_laid_out(model):
     text = model["resident_section"]([*model["COMPACT"], *model["RESIDUAL"]])
     assert text.strip() in PAGE, "run scripts/gpu_model.py"
     assert model["markdown"](model["HEADS"], model["CONSTANTS"]) in PAGE, "run scripts/gpu_model.py"
+
+
+def test_kernels_that_are_not_written_are_compared_on_the_page(model):
+    layerwise = float(PAGE.split("| published 4×4, batch 128 | 14 | ")[1].split(" ")[0])
+    for text in (
+        model["placement_section"](model["COMPACT"][-1]),
+        model["statistics_section"](model["COUPLED"], layerwise),
+    ):
+        assert text.strip() in PAGE, "run scripts/gpu_model.py"
+
+
+def test_blocks_share_rows_and_columns_out(model):
+    """32 rows of 24 channels from 40 inputs, by hand: columns alone in three blocks, or by halves of the rows too."""
+    placements = importlib.import_module("gpu_placements")
+    step = placements.Exchange(rows=32, columns=24, depth=40, received=10_000, statistics=16)
+    rate = model["H100"].l2 / model["H100"].processors / model["H100"].clock
+    assert step.clocks(1, 3, model["H100"]) == pytest.approx((32 * 10_000 + 8 * 16) / rate)
+    assert step.best((1, 2), 6, model["H100"]) == pytest.approx((16 * 10_000 + 2 * 8 * 16) / rate)
+    still = dataclasses.replace(step, received=0, statistics=0)  # 2 × 3 × 3 products by one block alone
+    assert still.clocks(1, 1, model["H100"]) == pytest.approx(18 / placements.WARP_PRODUCT)
 
 
 def test_a_layers_kernel_counts_what_it_moves_and_computes(model):
@@ -103,4 +125,4 @@ def test_the_phases_of_a_step(model):
     forward, edge, update = model["phases"](model["Layout"]([stage], samples=1))
     assert [phase.name for phase in (forward, edge, update)] == ["forward 1", "edge", "update"]
     assert (forward.products, edge.products) == (3 * 4, 3 * 2)
-    assert model["Phase"]("", products=629).clocks == 1000 + model["BARRIER"]
+    assert importlib.import_module("gpu_predictions").Phase("", products=629).clocks == 1000 + model["BARRIER"]
