@@ -12,7 +12,7 @@ PLACES += [("cuda", "reference"), ("cuda", "native"), ("cuda", "triton")]
 
 
 # Triton's interpreter takes seconds for what a kernel does in microseconds.
-FEW, MANY = (3, 3, 8, 8), (256, 3, 8, 8)
+FEW, MANY = (2, 3, 8, 8), (256, 3, 8, 8)
 
 
 @pytest.fixture(params=PLACES, ids=lambda place: "-".join(place))
