@@ -4,6 +4,8 @@
 // own accumulator, and starts again every kPart channels: no tiling changes its value.
 #pragma once
 
+#include <new>
+
 #include "ops/conv_chain/engine.h"
 #include "ops/graph_chain/few.h"
 #include "ops/graph_chain/team.h"
@@ -173,11 +175,13 @@ MG_INLINE void each_product(const Samples& g, const Product<float>& p, const In&
     alignas(64) float tile[kMostRows * kTileWidth];
     const Run<kMostRows> run(w, c, start, count, p.depth, in);
     const Taps taps = taps_of(w, c);
+    // Made once for all strips: where a row's numbers go takes about as long to find as a strip to finish.
+    using Take = decltype(out(0, 0));
+    alignas(Take) unsigned char room[kMostRows * sizeof(Take)];
+    Take* const take = reinterpret_cast<Take*>(room);
+    for (int r = 0; r < count; ++r) new (take + r) Take(out(run.sample[r], run.pixel[r]));
     const auto give = [&](int strip, int wide) {
-      for (int r = 0; r < count; ++r) {
-        const auto take = out(run.sample[r], run.pixel[r]);
-        take(strip, tile + r * kTileWidth, wide);
-      }
+      for (int r = 0; r < count; ++r) take[r](strip, tile + r * kTileWidth, wide);
     };
     if (few) {
       few(run.at, count, p.depth, p.inputs, taps, p.weights, tile);
