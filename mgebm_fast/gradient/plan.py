@@ -88,6 +88,10 @@ def plan(
         return conv.ConvPlan(stack, energy, precision, f"the native engine cannot run: {reason}")
     faster, reason = graph.fastest(stack, x.shape[0], precision)
     if faster == "graph":
+        # Weights of a dense layer take as long to pack as to use: a reading that is kept has them.
+        made = _graph_plan(energy, x, where, precision, steps) if graph.has_large_dense(stack) else ""
+        if isinstance(made, graph.GraphPlan):
+            return made
         return graph.plan_of_stack(stack, energy, where, precision, reason)
     if faster == "conv":
         return conv.ConvPlan(stack, energy, precision, reason)

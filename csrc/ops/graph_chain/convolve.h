@@ -5,6 +5,7 @@
 #pragma once
 
 #include <new>
+#include <utility>
 
 #include "ops/conv_chain/engine.h"
 #include "ops/graph_chain/few.h"
@@ -144,12 +145,13 @@ struct Product {
 };
 
 // The rows of a run: where each reads, and what it gives.
-template <int kMost>
+template <int kMost, typename T = float>
 struct Run {
-  const float* at[kMost];
+  static constexpr int kRows = kMost;
+  const T* at[kMost];
   int sample[kMost], pixel[kMost];
 
-  // in(sample): its map, of `depth` floats a pixel.
+  // in(sample): its map, of `depth` numbers a pixel.
   template <typename In>
   MG_METHOD Run(const Windows& w, int c, int64_t start, int count, int depth, const In& in) {
     const int first = w.first_output[c], outputs = w.first_output[c + 1] - first;
@@ -163,129 +165,50 @@ struct Run {
   }
 };
 
+// What takes the numbers of each row of a run. Made once for all strips: where a row's numbers go takes about as long
+// to find as a strip to finish.
+template <typename Rows, typename Out>
+struct Takes {
+  using Take = decltype(std::declval<const Out&>()(0, 0));
+  alignas(Take) unsigned char room[Rows::kRows * sizeof(Take)];
+
+  MG_METHOD Takes(const Rows& run, int count, const Out& out) {
+    for (int r = 0; r < count; ++r) new (room + r * sizeof(Take)) Take(out(run.sample[r], run.pixel[r]));
+  }
+  MG_METHOD const Take& operator[](int r) const { return reinterpret_cast<const Take*>(room)[r]; }
+};
+
 // W * in. in(sample): its map; out(sample, pixel): what takes (first strip, its numbers, strips), and may write over
 // them.
 template <typename Samples, typename In, typename Out>
 MG_INLINE void each_product(const Samples& g, const Product<float>& p, const In& in, const Out& out) {
   const Windows& w = p.windows;
-  const int strips = (p.outputs + 15) / 16;
   const int64_t strip_size = 16LL * p.rows * p.inputs;
   const auto few = few_products(p.outputs, p.depth);
-  each_run(g, w, few ? kFewRows : kRunRows, [&](int c, int64_t start, int count) {
+  const int most = few ? kFewRows : kRunRows;
+  each_run_of_strips(g, w, most, strips_of(p.outputs), [&](int c, int64_t start, int count, int strip, int last) {
     alignas(64) float tile[kMostRows * kTileWidth];
     const Run<kMostRows> run(w, c, start, count, p.depth, in);
     const Taps taps = taps_of(w, c);
-    // Made once for all strips: where a row's numbers go takes about as long to find as a strip to finish.
-    using Take = decltype(out(0, 0));
-    alignas(Take) unsigned char room[kMostRows * sizeof(Take)];
-    Take* const take = reinterpret_cast<Take*>(room);
-    for (int r = 0; r < count; ++r) new (take + r) Take(out(run.sample[r], run.pixel[r]));
-    const auto give = [&](int strip, int wide) {
+    const Takes<Run<kMostRows>, Out> take(run, count, out);
+    const auto give = [&](int wide) {
       for (int r = 0; r < count; ++r) take[r](strip, tile + r * kTileWidth, wide);
     };
     if (few) {
       few(run.at, count, p.depth, p.inputs, taps, p.weights, tile);
-      return give(0, 1);
+      return give(1);
     }
-    for (int strip = 0; strip < strips; strip += kWideAtOnce) {
-      const int wide = strips - strip < kWideAtOnce ? strips - strip : kWideAtOnce;
+    for (; strip < last; strip += kWideAtOnce) {
+      const int wide = last - strip < kWideAtOnce ? last - strip : kWideAtOnce;
       const float* weights = p.weights + strip * strip_size;
       if (wide == kWideAtOnce) {
         products_of_run<kWideAtOnce>(run.at, count, p.depth, p.inputs, taps, weights, strip_size, tile);
       } else {
         products_of_run<1>(run.at, count, p.depth, p.inputs, taps, weights, strip_size, tile);
       }
-      give(strip, wide);
+      give(wide);
     }
   });
-}
-
-// ---- in bfloat16, sums in float32 ----
-
-constexpr int kBfloatRun = 32;  // rows: two blocks of `tiles`
-
-// The bytes of a run's operands: the number of each tap, then the rows' inputs of each.
-MG_INLINE int64_t numbers_bytes(int taps) { return (4LL * taps + kAlign - 1) / kAlign * kAlign; }
-static inline int64_t bfloat_run_bytes(const Windows& w, int inputs) {
-  int most = 0;
-  for (int c = 0; c < w.classes; ++c) {
-    const int taps = taps_of(w, c).count;
-    most = taps > most ? taps : most;
-  }
-  return numbers_bytes(most) + 2LL * kBfloatRun * most * padded<Bf16>(inputs);
-}
-
-// to[tap][row][depth] <- what up to 16 rows read; zero where there is no channel or no row.
-static void gather_rows(const float* const* rows, int count, int in_depth, int inputs, const Taps& taps, Bf16* to) {
-  const int depth = padded<Bf16>(inputs), whole = inputs / 16 * 16;
-  for (int t = 0; t < taps.count; ++t) {
-    const int64_t tap = static_cast<int64_t>(taps.pixel[t]) * in_depth;
-    for (int r = 0; r < 16; ++r, to += depth) {
-      if (r >= count) {
-        __builtin_memset(static_cast<void*>(to), 0, sizeof(Bf16) * depth);
-        continue;
-      }
-      const float* from = rows[r] + tap;
-      for (int k = 0; k < whole; k += 16) store(to + k, load(from + k));
-      for (int k = whole; k < depth; k += 16) {
-        float rest[16] = {};
-        for (int i = 0; k + i < inputs; ++i) rest[i] = from[k + i];
-        store(to + k, load(rest));
-      }
-    }
-  }
-}
-
-// The same by bfloat16 operands; own: this thread's, bfloat_run_bytes.
-template <typename Samples, typename In, typename Out>
-static void each_product(const Samples& g, const Product<Bf16>& p, char* own, const In& in, const Out& out) {
-  const Windows& w = p.windows;
-  const int depth = padded<Bf16>(p.inputs), strips = (p.outputs + 15) / 16;
-  const int64_t strip_size = 16LL * p.rows * depth;
-  const Rows rows_of_run{16LL * depth, 1, depth, depth};
-  each_run(g, w, kBfloatRun, [&](int c, int64_t start, int count) {
-    alignas(64) float tile[2][16 * kTileWidth];
-    const Run<kBfloatRun> run(w, c, start, count, p.depth, in);
-    const Taps taps = taps_of(w, c);
-    int32_t* numbers = reinterpret_cast<int32_t*>(own);
-    for (int t = 0; t < taps.count; ++t) numbers[t] = t;
-    Bf16* packed = reinterpret_cast<Bf16*>(own + numbers_bytes(taps.count));
-    const int rows[2] = {count < 16 ? count : 16, count - 16}, blocks = count > 16 ? 2 : 1;
-    Bf16* const a[2] = {packed, packed + taps.count * rows_of_run.pixel};
-    for (int i = 0; i < blocks; ++i) gather_rows(run.at + 16 * i, rows[i], p.depth, p.inputs, taps, a[i]);
-    for (int strip = 0; strip < strips; strip += kStrips) {
-      const int wide = strips - strip < kStrips ? strips - strip : kStrips;
-      tiles<false>(a, rows, blocks, rows_of_run, {numbers, taps.weight, taps.count}, p.weights + strip * strip_size,
-                   strip_size, wide, tile);
-      for (int r = 0; r < count; ++r) {
-        const auto take = out(run.sample[r], run.pixel[r]);
-        take(strip, tile[r / 16] + r % 16 * kTileWidth, wide);
-      }
-    }
-  });
-}
-
-// W * in + bias + second.
-static void convolve(const Group& g, const GraphStep& s) {
-  const int in_depth = g.buffer(s.in).depth, out_depth = g.buffer(s.out).depth;
-  const auto out = [&](int sample, int pixel) {
-    const Finish finish(g, s, sample);
-    const float* second = s.second < 0 ? nullptr : g.at(s.second, sample);
-    return [=, &s](int strip, float* z, int strips) {
-      const int64_t at = static_cast<int64_t>(pixel) * out_depth + 16 * strip;
-      for (int i = 0; i < 16 * strips; i += 16) {
-        if (s.bias) store(z + i, load(z + i) + load(s.bias + 16 * strip + i));
-        if (second) store(z + i, load(z + i) + load(second + at + i));
-      }
-      finish(at, z, strips);
-    };
-  };
-  const auto in = [&](int sample) { return g.at(s.in, sample); };
-  if (s.bfloat_weights) {
-    const Bf16* weights = static_cast<const Bf16*>(s.bfloat_weights);
-    return each_product(g, {s.windows, weights, s.rows, s.inputs, s.outputs, in_depth}, g.own, in, out);
-  }
-  each_product(g, {s.windows, s.weights, s.rows, s.inputs, s.outputs, in_depth}, in, out);
 }
 
 }  // namespace mgebm::MGEBM_ISA

@@ -89,8 +89,11 @@ struct GraphStep {
   int groups;
   float eps;
   int from_channel, to_channel;
+  const int32_t* place;  // of a product in bfloat16: which pixel of `in` stands at each of the map that windows is of,
+  int placed;            // which has so many; -1: zeros, around it
   MGEBM_FIELDS(kind, in, second, third, out, keep, slope, accumulate, windows, weights, bfloat_weights, rows, inputs,
-               outputs, bias, per_element, row_floats, function, a, b, factor, groups, eps, from_channel, to_channel)
+               outputs, bias, per_element, row_floats, function, a, b, factor, groups, eps, from_channel, to_channel,
+               place, placed)
 };
 
 struct GraphChainParams {

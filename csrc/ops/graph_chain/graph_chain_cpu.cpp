@@ -7,7 +7,7 @@
 #include "mgebm/cpu.h"
 #include "mgebm/noise_block.h"
 #include "ops/conv_chain/sweep.h"
-#include "ops/graph_chain/convolve.h"
+#include "ops/graph_chain/convolve_bfloat.h"
 #include "ops/graph_chain/layers.h"
 
 namespace mgebm::MGEBM_ISA {
@@ -176,51 +176,59 @@ void run_chain(const Group& g, uint64_t* ids, bool* stop) {
 struct Plan {
   bool shared;  // all threads on every step of one group after the other
   int threads, room;
-  int64_t own_bytes;  // of each thread
+  int64_t rounded_bytes, own_bytes;  // of bfloat16 products, of each group and of each thread
 };
 
 // A group's buffers in half of a core's L2, and rows enough for the matrix products of maps of one pixel.
 Plan plan_of(const GraphChainParams& p, int threads) {
   constexpr int64_t kMostSamples = 64;
   const int64_t bytes = larger(1, p.sample_floats * static_cast<int64_t>(sizeof(float)));
-  int64_t weights = 0, own = 0;
+  int64_t weights = 0, dense = 0, own = 0, rounded = 0;  // dense: weights that are read for a row a sample
   for (int i = 0; i < p.steps.count; ++i) {
     const GraphStep& s = p.steps.at[i];
     if (s.kind != GraphKind::kConvolve) continue;
-    weights += (s.bfloat_weights ? 32LL : 64LL) * s.rows * s.inputs * ((s.outputs + 15) / 16);
-    if (s.bfloat_weights) own = larger(own, bfloat_run_bytes(s.windows, s.inputs));
+    const int64_t here = (s.bfloat_weights ? 32LL : 64LL) * s.rows * s.inputs * strips_of(s.outputs);
+    weights += here, dense += s.windows.outputs == 1 ? here : 0;
+    if (!s.bfloat_weights) continue;
+    own = larger(own, aligned(run_bytes(s.windows, s.inputs, p.samples)));
+    rounded = larger(rounded, rounded_bytes({s.place, s.placed}, s.inputs));
   }
-  own = (own + kAlign - 1) / kAlign * kAlign;
   // The weights are read once a group and step: that should be little beside what its samples' buffers are.
   int64_t room = smaller(larger(larger(chunk_bytes(), weights / 4) / bytes, 1), kMostSamples);
   room = smaller(room, (p.samples + threads - 1) / threads);
   // Whole tiles of rows.
-  const int at_once = own ? kBfloatRun : kRowsAtOnce;
+  const int at_once = own ? kPairRows : kRowsAtOnce;
   if (room > at_once) room = room / at_once * at_once;
   const int64_t groups = (p.samples + room - 1) / room;
   const int64_t rounds = (groups + threads - 1) / threads;
   const bool idle = 4 * groups < 3 * rounds * threads;
-  if (threads > 1 && idle && bytes >= (256 << 10))
-    return {true, threads, static_cast<int>(smaller(p.samples, larger(1, weights / 4 / bytes))), own};
-  return {false, static_cast<int>(smaller(threads, groups)), static_cast<int>(room), own};
+  const auto plan = [&](bool shared, int64_t by, int64_t samples) {
+    return Plan{shared, static_cast<int>(by), static_cast<int>(samples), aligned(rounded * samples), own};
+  };
+  // Threads that share a step share out the weights of a dense layer as well, where each would read all of them.
+  const bool read_twice = dense > 4 * chunk_bytes() && groups <= threads;
+  if (threads > 1 && (idle || read_twice) && bytes >= (256 << 10))
+    return plan(true, threads, smaller(p.samples, larger(1, weights / 4 / bytes)));
+  return plan(false, smaller(threads, groups), room);
 }
 
-int64_t group_bytes(const GraphChainParams& p, int room) {
-  const int64_t buffers = (p.sample_floats * room * static_cast<int64_t>(sizeof(float)) + kAlign - 1) / kAlign * kAlign;
-  return buffers + (room + 15) / 16 * 16 * static_cast<int64_t>(sizeof(uint64_t)) + kAlign;
+int64_t ids_bytes(const Plan& plan) { return (plan.room + 15) / 16 * 16 * static_cast<int64_t>(sizeof(uint64_t)); }
+// The samples' numbers, what is rounded for a product, and the buffers.
+int64_t group_bytes(const GraphChainParams& p, const Plan& plan) {
+  return ids_bytes(plan) + plan.rounded_bytes + aligned(p.sample_floats * plan.room * sizeof(float));
 }
 
 }  // namespace
 
 int64_t graph_chain_workspace(const GraphChainParams& p, int threads) {
   const Plan plan = plan_of(p, threads);
-  return group_bytes(p, plan.room) * (plan.shared ? 1 : plan.threads) + plan.own_bytes * plan.threads;
+  return group_bytes(p, plan) * (plan.shared ? 1 : plan.threads) + plan.own_bytes * plan.threads;
 }
 
 void graph_chain_cpu(const GraphChainParams& p, int threads) {
   const Plan plan = plan_of(p, threads);
   Interrupt interrupt;
-  const int64_t each = group_bytes(p, plan.room);
+  const int64_t each = group_bytes(p, plan);
   bool stop[2] = {};
   int64_t next = 0;
   int done = 0;
@@ -230,14 +238,15 @@ void graph_chain_cpu(const GraphChainParams& p, int threads) {
     char* const base = static_cast<char*>(p.workspace) + (plan.shared ? 0 : me * each);
     char* const own = static_cast<char*>(p.workspace) + each * (plan.shared ? 1 : plan.threads) + me * plan.own_bytes;
     uint64_t* const ids = reinterpret_cast<uint64_t*>(base);
-    float* const buffers = reinterpret_cast<float*>(base + (plan.room + 15) / 16 * 16 * sizeof(uint64_t));
+    char* const rounded = base + ids_bytes(plan);
+    float* const buffers = reinterpret_cast<float*>(rounded + plan.rounded_bytes);
     for (int64_t first = 0;;) {
       if (!plan.shared) first = __atomic_fetch_add(&next, plan.room, __ATOMIC_RELAXED);
       if (first >= p.samples || (!plan.shared && interrupt.asked())) break;
       const int count = static_cast<int>(smaller(plan.room, p.samples - first));
       const int all = plan.shared ? omp_get_num_threads() : 1;
       const int mine = plan.shared ? me : 0;
-      run_chain({{interrupt, me == 0, all, mine}, p, first, count, plan.room, buffers, own}, ids, stop);
+      run_chain({{interrupt, me == 0, all, mine}, p, first, count, plan.room, buffers, rounded, own}, ids, stop);
       if (plan.shared) first += plan.room;
     }
     __atomic_fetch_add(&done, 1, __ATOMIC_RELAXED);

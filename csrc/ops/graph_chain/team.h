@@ -38,7 +38,8 @@ struct Group : Team {
   int64_t first;    // sample
   int count, room;  // samples, and how many the buffers have room for
   float* base;
-  char* own;  // this thread's, for bfloat16 products: the operands of a run of rows
+  char* rounded;  // for bfloat16 products: what one reads, of all samples
+  char* own;      // and, this thread's, the operands of a run of rows
 
   float* at(int buffer, int sample) const {
     const GraphBuffer& b = p.buffers.at[buffer];
@@ -111,29 +112,44 @@ MG_INLINE void each_strip(const Group& g, const GraphStep& s, const Body& body) 
   });
 }
 
-// Rows of one class of windows: at most `most` pairs of (sample, output) a piece. body(class, first, count): output
+// The pieces of at most `most` rows that a class of windows is cut into, a row being a pair of (sample, output).
+MG_INLINE int64_t runs_of(const Windows& w, int c, int samples, int most) {
+  const int64_t rows = static_cast<int64_t>(w.first_output[c + 1] - w.first_output[c]) * samples;
+  return (rows + most - 1) / most;
+}
+
+// Rows of one class of windows, at most `most` a piece, with all strips or some of them, where threads would have no
+// work otherwise. body(class, first row, count, first strip, the one past the last): output
 // `first_output[class] + i % outputs` of sample i / outputs, for i in first ... first + count - 1.
 template <typename Samples, typename Body>
-MG_INLINE void each_run(const Samples& g, const Windows& w, int most, const Body& body) {
-  int64_t pieces = 0;
-  for (int c = 0; c < w.classes; ++c) {
-    const int64_t rows = static_cast<int64_t>(w.first_output[c + 1] - w.first_output[c]) * g.count;
-    pieces += (rows + most - 1) / most;
-  }
+MG_INLINE void each_run_of_strips(const Samples& g, const Windows& w, int most, int strips, const Body& body) {
+  int64_t runs = 0;
+  for (int c = 0; c < w.classes; ++c) runs += runs_of(w, c, g.count, most);
+  const int64_t wanted = g.threads > 1 && runs > 0 ? (4 * g.threads + runs - 1) / runs : 1;
+  // Whole tiles of two strips.
+  const int each = static_cast<int>((strips + 2 * wanted - 1) / (2 * wanted)) * 2;
+  const int parts = (strips + each - 1) / each;
   int c = 0;
-  int64_t before = 0;  // pieces of the classes before c
-  g.share(pieces, [&](int64_t i) {
-    for (;; ++c) {
-      const int64_t rows = static_cast<int64_t>(w.first_output[c + 1] - w.first_output[c]) * g.count;
-      const int64_t here = (rows + most - 1) / most;
-      if (i < before + here) {
-        const int64_t start = (i - before) * most;
-        body(c, start, static_cast<int>(rows - start < most ? rows - start : most));
-        return;
-      }
+  int64_t before = 0;  // runs of the classes before c
+  g.share(runs * parts, [&](int64_t i) {
+    const int64_t run = i / parts;
+    const int strip = static_cast<int>(i % parts) * each;
+    int64_t here = runs_of(w, c, g.count, most);
+    while (run >= before + here) {
       before += here;
+      here = runs_of(w, ++c, g.count, most);
     }
+    const int64_t rows = static_cast<int64_t>(w.first_output[c + 1] - w.first_output[c]) * g.count;
+    const int64_t start = (run - before) * most;
+    const int count = static_cast<int>(rows - start < most ? rows - start : most);
+    body(c, start, count, strip, strip + each < strips ? strip + each : strips);
   });
+}
+
+// The same of all strips.
+template <typename Samples, typename Body>
+MG_INLINE void each_run(const Samples& g, const Windows& w, int most, const Body& body) {
+  each_run_of_strips(g, w, most, 1, [&](int c, int64_t start, int count, int, int) { body(c, start, count); });
 }
 
 }  // namespace mgebm::MGEBM_ISA

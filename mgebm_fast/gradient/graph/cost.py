@@ -1,36 +1,77 @@
 """Which of the plans that can run a stack of convolutions on a CPU is the fastest.
 
 The native engine of stacks works on blocks of sixteen samples, that of graphs on rows of samples and pixels alike, and
-the conv plan by torch's convolutions. Where samples are independent the net alone decides, so that the bits of a sample
-do not depend on the batch that it is in: up to maps of 8×8 pixels the engine of stacks is up to twice as fast, and fast
-enough with a single sample; on larger maps the two are level from sixteen samples on, and below the engine of stacks is
-up to eight times slower, which is slower than torch's convolutions. (`pytest bench/ops`, AVX2.)
+the conv plan by torch's convolutions. Where samples are independent, no bit of a sample may depend on the batch that it
+is in. With AMX both engines give a stack of leaky ReLUs the same bits in bfloat16: there that of graphs takes small
+batches, which would leave most of a block empty, and that of stacks the rest, at up to twice the speed. Elsewhere the
+net alone decides: up to maps of 8×8 pixels the engine of stacks is up to twice as fast, and fast enough with a single
+sample; on larger maps the two are level from sixteen samples on, and below the engine of stacks is up to eight times
+slower, which is slower than torch's convolutions. A dense layer on a larger map is slow there for any batch: each
+of its pixels is a class of windows.
+(`pytest bench/ops`.)
 """
 
 from __future__ import annotations
 
 import math
 
+from ... import native
 from ...ops.graph_chain import layers
+from ...ops.graph_chain.forward import pays_in_bfloat
 from ...ops.graph_chain.layers import Graph
-from ..stack import Stack
+from ..stack import Stack, Stage
 
 BLOCK = 16  # samples of a block of the engine of stacks
+FEW = 8  # samples for which that of graphs is faster on larger maps
 SMALL_MAP = 64  # pixels
-LARGE_MAP = 64 * 64  # with bfloat16, where the engine of stacks multiplies as fast as that of graphs with few samples
+LARGE_MAP = 64 * 64  # with bfloat16 where bits differ
 
 
 def fastest(stack: Stack, samples: int, precision: str) -> tuple[str, str]:
     """("native" | "graph" | "conv", why not "native")."""
     largest = max(math.prod(size) for stage in stack.stages for size in (stage.in_size, stage.out_size))
+    normed = any(stage.norm is not None for stage in stack.stages)
+    if not normed and has_large_dense(stack):
+        return (
+            "graph",
+            f"the engine of stacks is slow for a dense layer on a map of more than {SMALL_MAP} pixels",
+        )
+    if precision == "bf16" and largest > SMALL_MAP and _bits_agree(stack):
+        if samples > FEW:
+            return "native", ""
+        return "graph", f"the engine of stacks takes blocks of {BLOCK} samples, x has {samples}"
     small = SMALL_MAP if precision == "fp32" else LARGE_MAP
     if largest <= small:
         return "native", ""
-    if not any(stage.norm is not None for stage in stack.stages):
+    if not normed:
         return "graph", f"the engine of stacks is made for maps of up to {small} pixels, one here has {largest}"
     if samples >= BLOCK:
         return "native", ""
     return "conv", f"with batch statistics the native engine takes blocks of {BLOCK} samples, x has {samples}"
+
+
+def has_large_dense(stack: Stack) -> bool:
+    """Whether a convolution covers a map that is not small: a dense layer on it."""
+    return any(
+        math.prod(stage.in_size) > SMALL_MAP and tuple(stage.weight.shape[2:]) == stage.in_size
+        for stage in stack.stages
+    )
+
+
+def _bits_agree(stack: Stack) -> bool:
+    """Whether the two engines give a sample the same bits in bfloat16: they do by AMX, whose sums have no parts, where
+    functions are computed alike and both round the operands of all products but those of x."""
+
+    def alike(place: int, stage: Stage) -> bool:
+        outputs, inputs, *kernel = stage.weight.shape
+        channels = (outputs,) if place == 0 else (outputs, inputs)
+        rounded = all(pays_in_bfloat(math.prod(kernel), c) for c in channels)
+        linear = stage.activation in ("none", "relu") or (stage.activation == "leaky_relu" and stage.slope >= 0)
+        return rounded and linear and stage.norm is None and stage.shortcut is None
+
+    # What is linear up to the energy, that of graphs takes as known, in float32.
+    open_top = stack.stages[-1].activation == "none"
+    return native.isa() == "amx" and not open_top and all(alike(*stage) for stage in enumerate(stack.stages))
 
 
 def gains_by_bfloat(graph: Graph) -> bool:

@@ -21,13 +21,14 @@ from ... import native
 from ...ops.conv_chain import prefers_bfloat
 from ...ops.graph_chain import GraphChain
 from ...ops.graph_chain.layers import Graph
-from ...ops.graph_chain.refill import MOST, Refill
+from ...ops.graph_chain.refill import Refill
 from ..trust import GLOBAL_HOOKS
 from .tape import Recipe, Tape, memory_of
 from .tape import key_of as key_of_tensor
 from .watch import Watch, named_in
 
 _MOST_KEPT = 8  # readings of an energy: those used last
+_MOST_NUMBERS = 1 << 24  # in its tensors: a reading holds copies of them
 
 
 @dataclasses.dataclass
@@ -82,7 +83,7 @@ def find(watch: Watch, key: Hashable, own: list[Tensor]) -> tuple[Any, ...] | No
 def keep(watch: Watch, key: Hashable, own: list[Tensor], graph: Graph, found: tuple[Any, ...], tape: Tape) -> None:
     """Note what `find` is to give of a reading that was just made and is trusted."""
     tensors, (chain, *plan) = [*own, *watch.tensors], found
-    if tape.hidden or sum(t.numel() for t in tensors) >= MOST:
+    if tape.hidden or sum(t.numel() for t in tensors) > _MOST_NUMBERS:
         return
     places = {key_of_tensor(t): i for i, t in enumerate(tensors)}
     shared = collections.Counter(map(memory_of, tensors))
@@ -104,7 +105,9 @@ def keep(watch: Watch, key: Hashable, own: list[Tensor], graph: Graph, found: tu
 
 def _changed(tensors: list[Tensor], before: list[Tensor]) -> set[int]:
     """Which of the tensors have other numbers than before, bit for bit."""
-    if torch.equal(_joined(tensors).view(torch.int32), _joined(before).view(torch.int32)):
+    # Of many small tensors one comparison is faster than one of each.
+    small = sum(t.numel() for t in tensors) < 1 << 20
+    if small and torch.equal(_joined(tensors).view(torch.int32), _joined(before).view(torch.int32)):
         rest = [i for i, t in enumerate(tensors) if t.dtype != torch.float32]
     else:
         rest = list(range(len(tensors)))

@@ -5,15 +5,22 @@ from __future__ import annotations
 import math
 
 import torch
+from torch import Tensor
 
 from ..conv_chain import windows
 from . import layers
+from .frames import framed_backward, framed_forward
 from .layers import Graph
-from .packing import affine_vectors, gather_tables, norm_vectors, packed, padded, tap_numbers, vector
+from .packing import affine_vectors, as_features, gather_tables, norm_vectors, packed, padded, tap_numbers, vector
 from .steps import MAX_NORM_CHANNELS, Buffer, Step
 
 # Below so many inputs most of a bfloat16 tile is zeros; and the operands of a run of rows are to stay in a cache.
 MIN_BFLOAT_INPUTS, MAX_BFLOAT_ROW = 8, 1 << 16
+
+
+def pays_in_bfloat(taps: int, inputs: int) -> bool:
+    """Whether a product of so many taps of so many channels is computed in bfloat16 where one asks for it."""
+    return inputs >= MIN_BFLOAT_INPUTS and taps * inputs <= MAX_BFLOAT_ROW
 
 
 def pixels_of(graph: Graph) -> set[int]:
@@ -110,31 +117,52 @@ class ForwardPass:
         return fields | {"slope": kept}
 
     def _forward_Convolution(self, layer: layers.Convolution, value: int, second: int = -1) -> None:
-        self._make(
-            "convolve", value, source=self._source(layer), second=second, bias=vector(layer.bias),
-            **self._products(layer),
-        )  # fmt: skip
+        fields = self._products(layer)
+        source = self._source(layer)
+        if fields["inputs"] != layer.weight.shape[1]:
+            source = self._as_features(source)
+        self._make("convolve", value, source=source, second=second, bias=vector(layer.bias), **fields)
+
+    def _as_features(self, buffer: int) -> int:
+        """The same memory as a map of one pixel."""
+        held = self.buffers[buffer]
+        return self._new(1, held.pixels * held.depth, buffer if held.of is None else held.of)
 
     def _products(self, layer: layers.Convolution) -> dict[str, object]:
         outputs, inputs, *kernel = layer.weight.shape
         taps = math.prod(kernel)
-        table = windows.forward_windows(*self._geometry(layer))
         bfloat = layer.inputs[0] not in self._pixels and self._pays_in_bfloat(taps, inputs)
-        weights = packed(layer.weight, table.offsets, inputs, outputs, (taps, inputs * taps), bfloat)
+        if bfloat and taps > 1 and layer.covers(self._graph.value(layer.inputs[0]).size):
+            # Pixels of fewer channels than a tile takes would be filled up one by one.
+            depth = taps * padded(inputs)
+            return self._product(False, ((),) * 6, as_features(layer.weight), depth, outputs, (1, depth), bfloat)
+        strides = (taps, inputs * taps)
+        return self._product(False, self._geometry(layer), layer.weight, inputs, outputs, strides, bfloat)
+
+    def _product(
+        self, back: bool, geometry: tuple, weight: Tensor, inputs: int, outputs: int, strides: tuple[int, int],
+        bfloat: bool,
+    ) -> dict[str, object]:  # fmt: skip
+        """A step that slides a kernel, or that is the data gradient of one; strides: of weight's inputs and outputs."""
+        place = None
+        if bfloat:
+            table, place = (framed_backward if back else framed_forward)(*geometry)
+        else:
+            table = (windows.backward_windows if back else windows.forward_windows)(*geometry)
+        weights = packed(weight, table.offsets, inputs, outputs, strides, bfloat)
         return {
-            "windows": table, "weights": weights, "bfloat": bfloat, "rows": len(table.rows), "inputs": inputs,
-            "outputs": outputs,
+            "windows": table, "weights": weights, "bfloat": bfloat, "place": place, "rows": len(table.rows),
+            "inputs": inputs, "outputs": outputs,
         }  # fmt: skip
 
     def _forward_Transposed(self, layer: layers.Transposed, value: int) -> None:
         inputs, outputs, *kernel = layer.weight.shape
         taps = math.prod(kernel)
-        table = windows.backward_windows(*self._transposed_geometry(layer))
         bfloat = layer.inputs[0] not in self._pixels and self._pays_in_bfloat(taps, inputs)
-        weights = packed(layer.weight, table.offsets, inputs, outputs, (outputs * taps, taps), bfloat)
+        geometry, strides = self._transposed_geometry(layer), (outputs * taps, taps)
         self._make(
-            "convolve", value, source=self._source(layer), bias=vector(layer.bias), windows=table, weights=weights,
-            bfloat=bfloat, rows=len(table.rows), inputs=inputs, outputs=outputs,
+            "convolve", value, source=self._source(layer), bias=vector(layer.bias),
+            **self._product(True, geometry, layer.weight, inputs, outputs, strides, bfloat),
         )  # fmt: skip
 
     def _transposed_geometry(self, layer: layers.Transposed) -> tuple:
@@ -143,7 +171,7 @@ class ForwardPass:
         return layer.out.size, size, kernel, layer.stride, layer.padding, layer.dilation
 
     def _pays_in_bfloat(self, taps: int, inputs: int) -> bool:
-        return self._bfloat and inputs >= MIN_BFLOAT_INPUTS and taps * inputs <= MAX_BFLOAT_ROW
+        return self._bfloat and pays_in_bfloat(taps, inputs)
 
     def _geometry(self, layer: layers.Convolution) -> tuple:
         size = self._graph.value(layer.inputs[0]).size

@@ -90,6 +90,12 @@ def tap_numbers(table: windows.Windows, kernel: layers.Size) -> Tensor:
     return torch.tensor([windows.ravel(row, kernel) for row in table.rows], dtype=torch.float32)
 
 
+def as_features(weight: Tensor) -> Tensor:  # (out, in, *kernel) -> (out, pixels · depth)
+    """The weights of a dense layer on all pixels of a map, as [pixel][depth] holds them."""
+    depth = padded(weight.shape[1])
+    return F.pad(weight.detach().float().flatten(2).transpose(1, 2), (0, depth - weight.shape[1])).flatten(1)
+
+
 def packed(source: Tensor, rows: Tensor, inputs: int, outputs: int, strides: tuple[int, int], bfloat: bool) -> Scratch:
     """[strip][row][channel][16] of float32, or of bfloat16 with channels in pairs, filled up to whole tiles."""
     depth = -(-inputs // BFLOAT_DEPTH) * BFLOAT_DEPTH if bfloat else inputs

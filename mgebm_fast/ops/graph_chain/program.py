@@ -12,14 +12,13 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ..conv_chain import windows
 from . import layers
 from .forward import ForwardPass
 from .layers import Graph
-from .packing import affine_vectors, gather_tables, norm_vectors, packed, padded, tap_numbers, transposed
+from .packing import affine_vectors, as_features, gather_tables, norm_vectors, padded, tap_numbers, transposed
 from .steps import BUFFERS, FINISHING, MAX_BUFFERS, MAX_STEPS, Buffer, Step
 
 _LINEAR = (layers.Convolution, layers.Transposed, layers.Gather, layers.Affine, layers.Add, layers.Slice, layers.Concat)
@@ -119,47 +118,29 @@ class Program(ForwardPass):
     def _backward_Transposed(self, layer: layers.Transposed, value: int, grad: int) -> None:
         inputs, outputs, *kernel = layer.weight.shape
         taps = math.prod(kernel)
-        table = windows.forward_windows(*self._transposed_geometry(layer))
-        bfloat = self._pays_in_bfloat(taps, outputs)
-        weights = packed(layer.weight, table.offsets, outputs, inputs, (taps, outputs * taps), bfloat)
-        self._give(
-            layer.inputs[0], value, "convolve", source=grad, windows=table, weights=weights, bfloat=bfloat,
-            rows=len(table.rows), inputs=outputs, outputs=inputs,
+        fields = self._product(
+            False, self._transposed_geometry(layer), layer.weight, outputs, inputs, (taps, outputs * taps),
+            self._pays_in_bfloat(taps, outputs),
         )  # fmt: skip
+        self._give(layer.inputs[0], value, "convolve", source=grad, **fields)
 
     def _transposed_products(self, layer: layers.Convolution, grad: int) -> dict[str, object]:
         outputs, inputs, *kernel = layer.weight.shape
         taps = math.prod(kernel)
+        geometry, weight, strides = self._geometry(layer), layer.weight, (inputs * taps, taps)
         if layer.covers(self._graph.value(layer.inputs[0]).size):
             # All pixels at once, as the features of one.
-            depth = padded(inputs)
-            flat = F.pad(layer.weight.detach().float().flatten(2).transpose(1, 2), (0, depth - inputs))
-            flat = flat.reshape(outputs, taps * depth).contiguous()
-            table = windows.forward_windows((), (), (), (), (), ())
-            bfloat = self._pays_in_bfloat(1, outputs)
-            weights = packed(
-                flat, torch.zeros(1, dtype=torch.int64, device="cpu"), outputs, taps * depth, (taps * depth, 1), bfloat
-            )
-            return {
-                "source": grad, "windows": table, "weights": weights, "bfloat": bfloat, "rows": 1, "inputs": outputs,
-                "outputs": taps * depth,
-            }  # fmt: skip
-        table = windows.backward_windows(*self._geometry(layer))
+            weight = as_features(weight)
+            inputs, taps, geometry, strides = weight.shape[1], 1, ((),) * 6, (weight.shape[1], 1)
         bfloat = self._pays_in_bfloat(taps, outputs)
-        weights = packed(layer.weight, table.offsets, outputs, inputs, (inputs * taps, taps), bfloat)
-        return {
-            "source": grad, "windows": table, "weights": weights, "bfloat": bfloat, "rows": len(table.rows),
-            "inputs": outputs, "outputs": inputs,
-        }  # fmt: skip
+        return {"source": grad, **self._product(True, geometry, weight, outputs, inputs, strides, bfloat)}
 
     def _view_as_features(self, step: Step) -> None:
         """The buffers of a dense layer's backward pass as maps of one pixel."""
         for name in ("out", "second", "slope"):
             buffer = getattr(step, name)
             if buffer >= 0:
-                held = self.buffers[buffer]
-                view = self._new(1, held.pixels * held.depth, buffer if held.of is None else held.of)
-                setattr(step, name, view)
+                setattr(step, name, self._as_features(buffer))
 
     def _backward_Gather(self, layer: layers.Gather, value: int, grad: int) -> None:
         (source,) = layer.inputs

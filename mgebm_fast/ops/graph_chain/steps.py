@@ -51,7 +51,8 @@ class Step:
     accumulate: bool = False
     windows: windows.Windows | None = None
     weights: Tensor | Scratch | None = None
-    bfloat: bool = False  # whether weights, and what they multiply, are bfloat16
+    bfloat: bool = False  # whether weights, and what they multiply, are bfloat16; then with `place`
+    place: Tensor | None = None  # (pixels of the map that windows are of,) int32, as `frames` makes it
     rows: int = 0
     inputs: int = 0
     outputs: int = 0
@@ -94,13 +95,14 @@ class Step:
     def arguments(self) -> tuple:
         table = (0,) * 8 if self.windows is None else self.windows.arguments
         weights = self.weights.address if isinstance(self.weights, Scratch) else _address(self.weights)
+        place = (0, 0) if self.place is None else (self.place.data_ptr(), len(self.place))
         kinds = (0, weights) if self.bfloat else (weights, 0)
         function = FUNCTIONS[self.function][0] if self.function else 0
         return (
             _KINDS[self.kind], self.source, self.second, self.third, self.out, self.keep, self.slope, self.accumulate,
             table, *kinds, self.rows, self.inputs, self.outputs, _address(self.bias), self.per_element,
             self.row_floats, function, self.a, self.b, self.factor, self.groups, self.eps, self.from_channel,
-            self.to_channel,
+            self.to_channel, *place,
         )  # fmt: skip
 
 

@@ -1,0 +1,74 @@
+"""Which engine a stack runs on, and that no bit shows it where the number of samples decides."""
+
+import random
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import mgebm_fast as mg
+from mgebm_fast import native
+from mgebm_fast.gradient import plan
+from mgebm_fast.gradient.graph import cost
+from mgebm_fast.gradient.stack import read
+from mgebm_fast.ops.conv_chain import has_bfloat
+
+
+def stack_of(seed: int, curved: bool = False) -> tuple[nn.Module, tuple[int, ...]]:
+    """Two to four convolutions with leaky ReLUs or none, now and then none on top, a linear layer; a sample's shape."""
+    draw = random.Random(seed)
+    torch.manual_seed(seed)
+    channels, size = draw.choice([1, 3]), draw.choice([11, 16, 20])
+    shape, modules = (channels, size, size + draw.choice([0, 3])), list[nn.Module]()
+    for _ in range(draw.randint(2, 4)):
+        wide, kernel, stride = draw.choice([8, 20, 33, 64]), draw.choice([1, 3, 4, 5]), draw.choice([1, 1, 2])
+        modules.append(nn.Conv2d(channels, wide, kernel, stride, padding=draw.choice([0, kernel // 2])))
+        modules.append(nn.SiLU() if curved else draw.choice([nn.Identity(), nn.ReLU(), nn.LeakyReLU(0.2)]))
+        channels = wide
+    net = nn.Sequential(*modules, nn.Flatten())
+    features = net(torch.zeros(1, *shape)).shape[1]
+    return nn.Sequential(*net, nn.Linear(features, 1), nn.Flatten(0)).eval().requires_grad_(False), shape
+
+
+def chain(net: nn.Module, x: Tensor, first_sample: int = 0) -> Tensor:
+    return mg.langevin_sample(
+        net, x, steps=3, step_size=0.2, precision="bf16", seed=3, first_sample=first_sample, clamp=(-2.0, 2.0)
+    )
+
+
+@pytest.mark.skipif(not has_bfloat(), reason="the CPU multiplies no bfloat16")
+@pytest.mark.parametrize("seed", range(12))
+def test_no_bit_shows_which_engine_a_batch_runs_on(seed: int) -> None:
+    """19 samples in one call, and by calls of few: with AMX by another engine."""
+    net, shape = stack_of(seed, curved=seed % 4 == 3)
+    x = torch.randn(19, *shape)
+    whole = chain(net, x)
+    parts = [chain(net, x[first : first + some], first) for first, some in ((0, 1), (1, 3), (4, 8), (12, 7))]
+    assert torch.equal(torch.cat(parts), whole)
+    if native.isa() == "amx" and seed % 4 != 3 and not isinstance(net[-4], nn.Identity):
+        names = [str(plan(net, x[:n], "bf16").explain()).split(",")[0] for n in (1, 8, 9, 19)]
+        assert names == ["graph", "graph", "native", "native"]
+
+
+def test_a_curved_stack_has_one_engine_for_any_batch() -> None:
+    net, shape = stack_of(3, curved=True)
+    stack = read(net, torch.zeros(2, *shape))
+    assert not isinstance(stack, str)
+    assert {cost.fastest(stack, n, "bf16")[0] for n in (1, 8, 16, 64)} in ({"native"}, {"graph"})
+
+
+@pytest.mark.parametrize("precision", ["fp32", "auto"])
+def test_a_dense_layer_on_a_map_runs_as_a_graph_and_its_reading_is_kept(precision: str) -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(3, 16, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(16 * 100, 24), nn.ReLU(),
+                        nn.Linear(24, 1), nn.Flatten(0)).requires_grad_(False)  # fmt: skip
+    x = torch.randn(3, 3, 10, 10)
+    assert str(plan(net, x, precision, steps=16).explain()).startswith("graph")
+    first = mg.langevin_sample(net, x, steps=16, step_size=0.1, seed=0, precision=precision)
+    assert torch.equal(mg.langevin_sample(net, x, steps=16, step_size=0.1, seed=0, precision=precision), first)
+    with torch.no_grad():
+        net[3].weight += 0.3  # weights may change from call to call
+    changed = mg.langevin_sample(net, x, steps=16, step_size=0.1, seed=0, precision=precision)
+    again = nn.Sequential(*net)  # read anew
+    assert not torch.equal(changed, first)
+    assert torch.equal(mg.langevin_sample(again, x, steps=16, step_size=0.1, seed=0, precision=precision), changed)
