@@ -24,6 +24,7 @@ from ..errors import BackendError
 from ..nets import EnergyNet, Negative, ResidualNet
 from ..nets.layers import BN_EPS, BatchStatistics, ConvLayer, LinearHead
 from ..nets.residual import Activation, ResidualBlock
+from ..ops.conv_chain.sharing import once
 from ..ops.state import why_not_plain
 from .builder import Builder, label
 from .stages import BatchNorm, Stack, Stage, Unreadable
@@ -41,10 +42,14 @@ def read(energy: Any, x: Tensor, *, blocks: bool = False) -> Stack | str:  # x: 
     (N,). Hooks, methods put on an instance and tensors that are not plain memory make a net one that is not read.
     With `blocks` a ResidualNet without labels is read too, as stages with shortcuts.
     """
-    try:
-        return _read(energy, x, blocks)
-    except Unreadable as reason:
-        return str(reason)
+
+    def make() -> Stack | str:
+        try:
+            return _read(energy, x, blocks)
+        except Unreadable as reason:
+            return str(reason)
+
+    return once(("stack", id(energy), x.shape, x.dtype, x.device, blocks), energy, make)
 
 
 def reread(energy: Any, x: Tensor, forms: Sequence[tuple[Any, ...]] | None = None, *, blocks: bool = False) -> Stack:

@@ -21,12 +21,18 @@ from .backend import choose, register
 from .conv_chain import ACTIVATIONS, MAX_STAGES, activate, has_bfloat, windows
 from .conv_chain.packed import STRIP
 from .conv_chain.scratch import Scratch
-from .graph_chain.forward import MAX_BFLOAT_ROW, MIN_BFLOAT_INPUTS
+from .graph_chain.forward import MIN_BFLOAT_INPUTS
 from .graph_chain.packing import packed
 from .state import addresses, why_not_plain
 
 OP = "conv_learn"
 register(OP, cpu=True, traced=False)
+
+
+def splits() -> bool:
+    """Whether three products of bfloat16, of operands as the sums of two such numbers, take less time than one of
+    float32: with AMX tile registers."""
+    return native.isa() == "amx"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,8 +84,9 @@ def conv_learn(
         split: with batch statistics, samples from here on are normalised apart from those before it; None: all
             together.
         bfloat: the native backend's gradients, of weights and of feature maps, from bfloat16 operands (AVX512_BF16 or
-            AMX). The first layer, the forward pass, whose signs choose the slopes of a leaky ReLU, sums, statistics,
-            biases and norms are float32 in either case.
+            AMX). The forward pass, whose signs choose the slopes of a leaky ReLU, is float32, or with AMX of operands
+            of 17 bits, each the sum of two bfloat16 numbers. The first layer, sums, statistics, biases and norms are
+            float32 in either case.
         backend: "native", "reference" (float64 by autograd, rounded at the end) or "auto".
 
     Raises: TypeError, ValueError, BackendError.
@@ -136,21 +143,22 @@ class _Native:
         weight = stage.weight.detach().contiguous()
         outputs, inputs = weight.shape[:2]
         kernel = tuple(weight.shape[2:])
-        self.stage, self.taps = stage, math.prod(kernel)
+        self.stage = stage
         geometry = (stage.in_size, stage.out_size, kernel, stage.stride, stage.padding, stage.dilation)
         forward, backward = windows.forward_windows(*geometry), windows.backward_windows(*geometry)
-        self.rows = forward.offsets
-        bfloat &= not first and min(weight.shape[:2]) >= MIN_BFLOAT_INPUTS and self.taps * outputs <= MAX_BFLOAT_ROW
-        ahead = packed(weight, self.rows, inputs, outputs, (self.taps, inputs * self.taps), bfloat=False)
+        taps, bfloat = math.prod(kernel), bfloat and not first and min(weight.shape[:2]) >= MIN_BFLOAT_INPUTS
+        split = bfloat and splits()
+        of_rows = weight, forward.offsets, inputs, outputs, (taps, inputs * taps), split
+        ahead, rest = packed(*of_rows), packed(*of_rows, rest=True) if split else None
         behind: Scratch | None = None
         if not first:
-            behind = packed(weight, backward.offsets, outputs, inputs, (inputs * self.taps, self.taps), bfloat)
+            behind = packed(weight, backward.offsets, outputs, inputs, (inputs * taps, taps), bfloat)
         width = -(-outputs // STRIP) * STRIP
         norm = stage.norm
         given = (stage.bias,) if norm is None else (None, norm.weight, norm.bias)
         vectors = [_filled(vector, width, weight) for vector in given]
         # Of the weight, and of the bias or the norm's; of the norm's weight, mean and variance.
-        self.found = [weight.new_empty(len(self.rows), inputs, width)]
+        self.found = [torch.empty_like(weight)]
         self.found += [weight.new_empty(width) for _ in range(1 if norm is None else 4)]
         conv = (
             forward.arguments, backward.arguments, ahead.address, len(forward.rows),
@@ -159,16 +167,15 @@ class _Native:
             0.0 if norm is None else norm.eps, 0.0 if stage.activation == "relu" else stage.slope,
             ACTIVATIONS[stage.activation], math.prod(stage.in_size), math.prod(stage.out_size), inputs, outputs,
         )  # fmt: skip
-        self.arguments = (conv, bfloat, *addresses(OP, *self.found, *[None] * (5 - len(self.found))))
-        self.held = (forward, backward, ahead, behind, vectors)
+        self.arguments = (
+            conv, bfloat, 0 if rest is None else rest.address, forward.offsets.data_ptr(), taps,
+            *addresses(OP, *self.found, *[None] * (5 - len(self.found))),
+        )  # fmt: skip
+        self.held = (forward, backward, ahead, rest, behind, vectors)
 
     def gradients(self) -> StageGradients:
-        weight, *vectors = self.found
-        outputs, inputs = self.stage.weight.shape[:2]
-        taps = weight.new_zeros(self.taps, inputs, outputs)  # one that always lies outside the map has no row
-        taps.index_copy_(0, self.rows, weight[:, :, :outputs])
-        shift, *rest = (vector[:outputs] for vector in vectors)
-        of_weight = taps.permute(2, 1, 0).contiguous().reshape(self.stage.weight.shape)
+        of_weight, *vectors = self.found
+        shift, *rest = (vector[: len(of_weight)] for vector in vectors)
         if self.stage.norm is None:
             return StageGradients(of_weight, None if self.stage.bias is None else shift, None)
         # Batch statistics take a bias off again.
@@ -185,15 +192,14 @@ def _native(
     outputs = head.shape[0]
     # (C, *top) -> (pixel, channel), padded to whole strips
     flat = F.pad(head.detach().flatten(1).T, (0, -outputs % STRIP)).contiguous()
-    energies, of_head = torch.empty_like(linear), torch.empty_like(flat)
+    energies, of_head, of_bias = torch.empty_like(linear), torch.empty_like(flat), linear.new_empty(())
     arguments = [
         [stage.arguments for stage in made], *addresses(OP, flat), bias,
-        *addresses(OP, x, linear, square, energies, of_head), len(x), split,
+        *addresses(OP, x, linear, square, energies, of_head, of_bias), len(x), split,
     ]  # fmt: skip
     threads = torch.get_num_threads()
     workspace = Scratch(native.module().conv_learn_workspace(*arguments, 0, threads))
     native.module().conv_learn_cpu(*arguments, workspace.address, threads)
-    of_bias = torch.addcmul(linear.double(), square.double(), energies.double(), value=2).sum().float()
     gradient = of_head[:, :outputs].T.reshape(head.shape).contiguous()
     return Learnt(energies, tuple(stage.gradients() for stage in made), gradient, of_bias)
 

@@ -54,6 +54,7 @@ class Langevin:
     grad_clamp: float | None = None
     clamp: tuple[float, float] | None = None
     _same: ClassVar[Update | None]  # of an instance: its checked numbers, where none varies
+    _on_cpu: ClassVar[Update | None] = None  # where they do by step alone, once asked for
 
     def __post_init__(self) -> None:
         as_numbers_(self, "clamp")
@@ -62,8 +63,7 @@ class Langevin:
         for name in _varying(fields):
             value = fields[name]
             if name != "reference_mean":
-                positive = name in ("step_size", "reference_std")
-                varying.values_of(value, name, "Langevin", positive=positive)
+                varying.values_of(value, name, "Langevin", positive=name in ("step_size", "reference_std"))
                 if isinstance(value, tuple):
                     varying.check_length(value, name, self.steps, "Langevin")
                 fields[name] = 1.0
@@ -90,10 +90,15 @@ class Langevin:
         """The checked numbers, in the decoupled form, for chains on tensors like x; without x none may vary."""
         if self._same is not None:
             return self._same
+        if x is not None and x.is_cpu and self._on_cpu is not None:
+            return self._on_cpu
         numbers = self._numbers()
         if x is None and (names := _varying(numbers)):
             raise Refused(names[0], "be a number here, the same for all", "one that varies", where)
-        return update(where=where, x=x, steps=self.steps, **numbers)
+        found = update(where=where, x=x, steps=self.steps, **numbers)
+        if x is not None and x.is_cpu and not any(isinstance(v, (Tensor, np.ndarray)) for v in numbers.values()):
+            object.__setattr__(self, "_on_cpu", found)
+        return found
 
     def by_step(self) -> list[Update]:
         """The numbers of each step; of the first alone where none vary. Refused where samples differ in one."""

@@ -133,12 +133,14 @@ def rounded_reference(turned, *arguments):
         return conv_learn_reference(*arguments)
 
 
+@pytest.mark.parametrize("splits", [False, True], ids=["float32 forward", "split forward"])
 @pytest.mark.parametrize("isa", ["portable", "avx2", "avx512bf16", "amx"])
 @pytest.mark.parametrize("seed", [1, 4, 11, 16, 17, 38, 67, 71])  # stacks of later layers with eight channels or more
-def test_gradients_from_bfloat16_operands(seed, isa, multiplies_bfloat):
-    module, before = native.module(), native.isa()
-    if not module.set_isa(isa):
+def test_gradients_from_bfloat16_operands(seed, isa, splits, multiplies_bfloat, monkeypatch):
+    compiled, before = native.module(), native.isa()
+    if not compiled.set_isa(isa):
         pytest.skip(f"this CPU has no {isa}")
+    monkeypatch.setattr(module, "splits", lambda: splits)
     try:
         draw = random.Random(seed)
         stages, head, channels, size = random_stack(draw)
@@ -152,15 +154,21 @@ def test_gradients_from_bfloat16_operands(seed, isa, multiplies_bfloat):
         by_float32 = tensors(conv_learn(*arguments[:5], bias=0.3, split=split))
         largest = max(value.norm() for value in exact.values())
         for name, value in rounded.items():
-            # A float32 that falls to the other side of a bfloat16's middle moves by a whole unit: a few do.
-            bound = 0.1 * (value - exact[name]).norm() + 1e-5 * value.norm() + 1e-7 * largest
+            # A float32 that falls to the other side of a bfloat16's middle moves by a whole unit: a few do, and of the
+            # split forward's, whose errors are larger, some more.
+            bound = (0.5 if splits else 0.1) * (value - exact[name]).norm()
+            bound += (3e-5 if splits else 1e-5) * value.norm() + 1e-7 * largest
             assert (found[name] - value).norm() <= bound + 2 * (by_float32[name] - exact[name]).norm(), name
             assert (found[name] - exact[name]).norm() <= 0.03 * exact[name].norm() + 1e-5 * largest, name
         of_first = "0 StageGradients weight"
         assert (found[of_first] - by_float32[of_first]).norm() > 1e-4 * exact[of_first].norm()
-        assert torch.equal(found["energies"], by_float32["energies"])
+        # Of three products of bfloat16 numbers, operands have 17 bits: an error of 2^-17 each, and of rounding.
+        if splits:
+            assert (found["energies"] - exact["energies"]).norm() <= 3e-5 * exact["energies"].norm()
+        else:
+            assert torch.equal(found["energies"], by_float32["energies"])
     finally:
-        module.set_isa(before)
+        compiled.set_isa(before)
 
 
 @pytest.mark.parametrize("bfloat", [False, True], ids=["fp32", "bf16"])
@@ -176,14 +184,15 @@ def test_no_bit_depends_on_threads(norm, bfloat, isa, threads, multiplies_bfloat
         assert all(torch.equal(run[name], value) for name, value in runs[0].items())
 
 
-def test_an_energy_does_not_depend_on_its_batch_nor_on_the_layout_of_x():
+@pytest.mark.parametrize("bfloat", [False, True], ids=["fp32", "bf16"])
+def test_an_energy_does_not_depend_on_its_batch_nor_on_the_layout_of_x(bfloat, multiplies_bfloat):
     stages, head = make((8, 8), 3, [(24, 3, 1, 1), (20, 3, 2, 1)], activation="silu")
     x = images(40, 3, (8, 8))
-    whole = conv_learn(stages, head, x, *upstream(40))
+    whole = conv_learn(stages, head, x, *upstream(40), bfloat=bfloat)
     for first, last in ((0, 1), (5, 9), (30, 40)):
-        part = conv_learn(stages, head, x[first:last], *(u[first:last] for u in upstream(40)))
+        part = conv_learn(stages, head, x[first:last], *(u[first:last] for u in upstream(40)), bfloat=bfloat)
         assert torch.equal(part.energies, whole.energies[first:last])
-    other = conv_learn(stages, head, x.to(memory_format=torch.channels_last), *upstream(40))
+    other = conv_learn(stages, head, x.to(memory_format=torch.channels_last), *upstream(40), bfloat=bfloat)
     assert all(torch.equal(value, tensors(whole)[name]) for name, value in tensors(other).items())
 
 

@@ -103,6 +103,11 @@ MG_INLINE void store_pairs(Bf16* p, F16 a, F16 b) {
   _mm512_storeu_si512(p, _mm512_or_si512(even, _mm512_slli_epi32(odd, 16)));
 }
 #else
+MG_INLINE F16 load(const Bf16* p) {
+  float v[16];
+  for (int i = 0; i < 16; ++i) v[i] = as_float(static_cast<uint32_t>(p[i].bits) << 16);
+  return load(v);
+}
 MG_INLINE void store(Bf16* p, F16 a) {
   float v[16];
   store(v, a);

@@ -67,10 +67,11 @@ struct ConvChainPack {
   const float* from;
   void* to;
   bool bfloat;
+  bool rest;  // not the weights, but what rounding them to bfloat16 leaves
   const int64_t* rows;
   int row_count, inputs, depth, outputs;
   int64_t input_stride, output_stride;
-  MGEBM_FIELDS(from, to, bfloat, rows, row_count, inputs, depth, outputs, input_stride, output_stride)
+  MGEBM_FIELDS(from, to, bfloat, rest, rows, row_count, inputs, depth, outputs, input_stride, output_stride)
 };
 void conv_chain_pack(const ConvChainPack& pack, int threads);
 

@@ -26,7 +26,9 @@ void pack_typed(const ConvChainPack& p, int threads) {
         for (int c = 0; c < channels; ++c) {
 #pragma omp simd
           for (int lane = 0; lane < lanes; ++lane) {
-            convert(tap[lane * p.output_stride + c * p.input_stride], at[lane * kPair + c]);
+            float weight = tap[lane * p.output_stride + c * p.input_stride];
+            if (p.rest) weight -= as_float(static_cast<uint32_t>(bfloat_of(weight)) << 16);
+            convert(weight, at[lane * kPair + c]);
           }
         }
       }

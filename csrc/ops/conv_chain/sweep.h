@@ -20,8 +20,8 @@ static inline int64_t chunk_bytes() {
 
 // body(block[], output[], base[], items, taps, strip, strips) for every pair of items (an output of a block) that
 // read alike, and every pair of strips.
-template <typename T, typename Body>
-static void sweep(const Engine<T>& e, const Windows& w, int all_strips, int64_t item_bytes, int64_t weight_bytes,
+template <typename Samples, typename Body>
+static void sweep(const Samples& e, const Windows& w, int all_strips, int64_t item_bytes, int64_t weight_bytes,
                   const Body& body) {
   const int pairs = (all_strips + kStrips - 1) / kStrips, mine = e.mine();
   const int64_t total = static_cast<int64_t>(w.outputs) * mine;

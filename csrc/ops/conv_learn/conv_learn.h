@@ -13,26 +13,32 @@
 
 namespace mgebm {
 
+// bfloat: backward_weights in bfloat16, and the operands of both gradients rounded to it. With `rest`, which is what
+// rounding leaves of the forward weights, these are in bfloat16 too: z is then the sum of three products of bfloat16,
+// W high(h) + rest high(h) + W low(h) with high(h) + low(h) = h to 17 bits. The first stage has none of this.
 struct LearnStage {
-  ConvStage conv;          // forward_weights in float32; the first stage has no backward ones
-  bool bfloat;             // backward_weights in bfloat16, and the operands of both gradients rounded to it
-  float *weight, *bias;    // gradients: (tap rows, input channels, whole strips), (whole strips); bias: also beta's
+  ConvStage conv;  // the first stage has no backward_weights
+  bool bfloat;
+  const void* rest;
+  const int64_t* rows;  // a row of taps -> its place in the kernel, of `taps`
+  int taps;
+  float *weight, *bias;    // gradients: (outputs, inputs, taps), (whole strips); bias: also beta's
   float* gamma;            // with batch statistics, as the next two, of the samples before `split`
   float *mean, *variance;  // biased
-  MGEBM_FIELDS(conv, bfloat, weight, bias, gamma, mean, variance)
+  MGEBM_FIELDS(conv, bfloat, rest, rows, taps, weight, bias, gamma, mean, variance)
 };
 
 struct ConvLearnParams {
   List<LearnStage, kMaxStages> stages;
   const float* head;  // (top pixels, whole strips)
   float bias;
-  const float* x;                // (samples, channels, pixels), contiguous
-  const float *linear, *square;  // (samples)
-  float* energies;               // (samples)
-  float* head_gradient;          // as head
+  const float* x;                        // (samples, channels, pixels), contiguous
+  const float *linear, *square;          // (samples)
+  float* energies;                       // (samples)
+  float *head_gradient, *bias_gradient;  // as head; of what every energy has added to it
   int64_t samples, split;
   void* workspace;
-  MGEBM_FIELDS(stages, head, bias, x, linear, square, energies, head_gradient, samples, split, workspace)
+  MGEBM_FIELDS(stages, head, bias, x, linear, square, energies, head_gradient, bias_gradient, samples, split, workspace)
 };
 
 }  // namespace mgebm

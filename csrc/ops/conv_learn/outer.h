@@ -4,6 +4,7 @@
 // chunk; chunks are added up in order, so that no tiling and no share of a thread changes a bit.
 #pragma once
 
+#include "ops/conv_learn/conv_learn.h"
 #include "ops/graph_chain/convolve.h"
 
 namespace mgebm::MGEBM_ISA {
@@ -146,6 +147,32 @@ static void outer_sums(const Team& team, const Outer& o) {
     }
   }
   team.meet();
+}
+
+// The sums as the weight lies in memory, (outputs, inputs, taps); 0 for a tap that always lies outside the map.
+static void give_sums(const Team& team, const Outer& o, const LearnStage& to, int outputs) {
+  const int64_t row_size = static_cast<int64_t>(o.inputs) * o.strips * 16, output_size = 1LL * o.inputs * to.taps;
+  team.share(static_cast<int64_t>(o.strips) * o.inputs, [&](int64_t i) {
+    const int strip = static_cast<int>(i / o.inputs), c = static_cast<int>(i % o.inputs);
+    const int lanes = outputs - 16 * strip < 16 ? outputs - 16 * strip : 16;
+    const float* const from = o.to + (static_cast<int64_t>(c) * o.strips + strip) * 16;
+    float* const weight = to.weight + 16 * strip * output_size + static_cast<int64_t>(c) * to.taps;
+    if (o.rows < to.taps) {
+      for (int lane = 0; lane < lanes; ++lane) {
+        __builtin_memset(weight + lane * output_size, 0, sizeof(float) * to.taps);
+      }
+    }
+    for (int row = 0; row < o.rows; row += 16) {
+      const int rows = o.rows - row < 16 ? o.rows - row : 16;
+      alignas(64) float in[16][16], out[16][16];
+      for (int r = 0; r < 16; ++r) store(in[r], r < rows ? load(from + (row + r) * row_size) : all(0.0f));
+      transpose(in[0], 16, out);
+      for (int lane = 0; lane < lanes; ++lane) {
+        float* const at = weight + lane * output_size;
+        for (int r = 0; r < rows; ++r) at[to.rows[row + r]] = out[lane][r];
+      }
+    }
+  });
 }
 
 }  // namespace mgebm::MGEBM_ISA

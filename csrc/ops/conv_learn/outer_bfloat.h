@@ -8,7 +8,6 @@
 #pragma once
 
 #include "ops/conv_learn/outer.h"
-#include "ops/graph_chain/gathered.h"
 
 namespace mgebm::MGEBM_ISA {
 

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "ops/conv_chain/engine.h"
+#include "ops/conv_learn/conv_learn.h"
 
 namespace mgebm::MGEBM_ISA {
 
@@ -22,11 +23,15 @@ MG_INLINE Sums sum_of(int64_t count, const Body& body) {
 }
 
 // 0, or NaN where a weight of the stage is not finite.
-static inline float nothing_of(const ConvStage& s) {
+static inline float nothing_of(const LearnStage& learn) {
+  const ConvStage& s = learn.conv;
   F16 sum = all(0.0f);
-  const int64_t size = 16LL * s.forward_rows * s.in_channels * strips_of(s.out_channels);
-  const float* w = static_cast<const float*>(s.forward_weights);
-  for (int64_t i = 0; i < size; i += 16) sum = multiply_add(load(w + i), all(0.0f), sum);
+  const auto add = [&](const auto* w, int inputs) {
+    const int64_t size = 16LL * s.forward_rows * inputs * strips_of(s.out_channels);
+    for (int64_t i = 0; i < size; i += 16) sum = multiply_add(load(w + i), all(0.0f), sum);
+  };
+  learn.rest ? add(static_cast<const Bf16*>(s.forward_weights), padded<Bf16>(s.in_channels))
+             : add(static_cast<const float*>(s.forward_weights), s.in_channels);
   for (int i = 0; i < 16 * strips_of(s.out_channels); i += 16) {
     sum = multiply_add(load(s.bias + i), all(0.0f), sum);
     if (s.gamma) sum = sum + (load(s.gamma + i) + load(s.beta + i)) * all(0.0f);

@@ -114,14 +114,15 @@ def _by_engine(
     energy_l2: float, bfloat: bool,
 ) -> Contrast:  # fmt: skip
     n, m = len(observed), len(synthesised)
-    share = observed.new_tensor([1 / n, -1 / m]).repeat_interleave(torch.tensor([n, m]))
+    share = observed.new_full((n + m,), 1 / n)
+    share[n:] = -1 / m
     # Where there is a spectral norm, a weight is a function of the parameter, and the first forward moves it.
     with net.observing():
         weights = [layer.effective_weight() for layer in net.convolutions]
         head = None if net.head is None else net.head.effective_weight()
-    stages = [
-        dataclasses.replace(stage, weight=weight.detach()) for stage, weight in zip(stack.stages, weights, strict=True)
-    ]
+    stages = stack.stages
+    if net.spectral_norm:
+        stages = tuple(dataclasses.replace(s, weight=w.detach()) for s, w in zip(stages, weights, strict=True))
     bias = None if net.head is None else net.head.bias
     found = conv_learn(
         stages,

@@ -13,6 +13,7 @@ from ... import noise, ops
 from ...errors import DivergenceError
 from ...gradient import energy_gradient
 from ...models import EnergyModel
+from ...ops.conv_chain.sharing import weights_stay
 from ...sampling import graphs
 from ..config.keys import pick
 from ..config.train_config import TrainConfig
@@ -215,7 +216,11 @@ class ContrastiveRule(ModelRule):
         """What each net learns of one part of a batch, against what `synthesise` makes of it at every size."""
         means, *images = self.observed(batch)
         images = [self._with_noise(x, grid, numbers, first_sample) for grid, x in enumerate(images, start=1)]
-        chains, grids = synthesise([means, *images]).images, []
+        with weights_stay():
+            return self._learn(images, synthesise([means, *images]).images)
+
+    def _learn(self, images: list[Tensor], chains: list[Tensor]) -> list[GridLearned]:
+        grids = []
         for net, parameters, real, chain in zip(self.model.active_nets, self.parameters, images, chains, strict=True):
             gradients, on_real, on_chain = contrast(
                 net,

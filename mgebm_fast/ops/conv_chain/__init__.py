@@ -19,7 +19,7 @@ from ... import native
 from ..backend import choose, register
 from ..counters import Counters, seed_or_fresh
 from ..langevin_step import langevin_step_reference
-from ..state import addresses, why_not_plain
+from ..state import addresses, all_finite, why_not_plain
 from ..update import Number, Update, check_steps, prepare
 from . import resident, windows
 from .packed import PackedChain, pack
@@ -82,7 +82,7 @@ class ConvChain(PackedChain):
             # (C, *top) -> (pixel, channel), padded to whole strips
             self._head = _padded(head.detach().float().flatten(1).T, 1)
             # An activation may hide a NaN (ReLU makes it 0): every gradient of such weights is NaN, as autograd's are.
-            self.finite = bool(torch.stack(torch._foreach_norm([*tensors, head], torch.inf)).isfinite().all())
+            self.finite = all_finite([*tensors, head])
             if not self.finite:
                 self._head.fill_(torch.nan)
         self._size = stages[0].in_size

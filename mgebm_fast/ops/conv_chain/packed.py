@@ -15,6 +15,7 @@ from ..counters import Counters, check
 from ..state import addresses, check_mask
 from ..update import Update, check_steps
 from .scratch import Scratch
+from .sharing import once
 
 STRIP = 16  # outputs of a strip of weights
 # The numbers of a call that makes no step.
@@ -81,13 +82,17 @@ class PackedChain(abc.ABC):
 
 
 def pack(
-    source: Tensor, rows: Tensor, inputs: int, outputs: int, strides: tuple[int, int], *, depth: int, bfloat: bool
-) -> Scratch:
+    source: Tensor, rows: Tensor, inputs: int, outputs: int, strides: tuple[int, int], *, depth: int, bfloat: bool,
+    rest: bool = False,
+) -> Scratch:  # fmt: skip
     """[strip][row][channel up to depth][16] of the weight from input i to output o at rows[r] + i·strides[0] +
-    o·strides[1] of float32 `source`, rows int64; bfloat16 with channels in pairs."""
-    packed = Scratch(-(-outputs // STRIP) * len(rows) * depth * STRIP * (2 if bfloat else 4))
-    native.module().conv_chain_pack(
-        source.data_ptr(), packed.address, bfloat, rows.data_ptr(), len(rows), inputs, depth, outputs, *strides,
-        torch.get_num_threads(),
-    )  # fmt: skip
-    return packed
+    o·strides[1] of float32 `source`, rows int64; bfloat16 with channels in pairs. `rest`: of what rounding leaves of
+    the weights."""
+    shape = (bfloat, rest, rows.data_ptr(), len(rows), inputs, depth, outputs, *strides)
+
+    def make() -> Scratch:
+        packed = Scratch(-(-outputs // STRIP) * len(rows) * depth * STRIP * (2 if bfloat else 4))
+        native.module().conv_chain_pack(source.data_ptr(), packed.address, *shape, torch.get_num_threads())
+        return packed
+
+    return once(("packed", source.data_ptr(), *shape), (source, rows), make)

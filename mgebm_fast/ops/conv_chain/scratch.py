@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import threading
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor
 
 _KEPT_BYTES = 256 << 20
 _ALIGN = 64
-_kept: list[Tensor] = []
+_kept: list[Tensor] = []  # from the smallest on
 # Reentrant: a collection may run `__del__` wherever the lock is held.
 _lock = threading.RLock()
 
@@ -33,14 +34,14 @@ class Scratch:
         if buffer is None or _lock is None:  # at exit the module may be gone before its buffers' users
             return
         with _lock:
-            if sum(kept.numel() for kept in _kept) + buffer.numel() <= _KEPT_BYTES:
-                _kept.append(buffer)
+            if sum(map(Tensor.numel, _kept)) + buffer.numel() <= _KEPT_BYTES:
+                bisect.insort(_kept, buffer, key=Tensor.numel)
 
 
 def _take(nbytes: int) -> Tensor:
     """The smallest kept buffer that is large enough, and not four times that; else a new one."""
     with _lock:
-        fitting = [i for i, kept in enumerate(_kept) if nbytes <= kept.numel() <= 4 * nbytes]
-        if fitting:
-            return _kept.pop(min(fitting, key=lambda i: _kept[i].numel()))
+        at = bisect.bisect_left(_kept, nbytes, key=Tensor.numel)
+        if at < len(_kept) and _kept[at].numel() <= 4 * nbytes:
+            return _kept.pop(at)
     return torch.empty(nbytes, dtype=torch.uint8, device="cpu")

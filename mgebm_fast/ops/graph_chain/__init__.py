@@ -17,7 +17,7 @@ from ..conv_chain.packed import PackedChain
 from ..conv_chain.scratch import Scratch
 from ..counters import Counters, seed_or_fresh
 from ..langevin_step import langevin_step_reference
-from ..state import addresses, why_not_plain
+from ..state import addresses, all_finite, why_not_plain
 from ..update import Number, Update, check_steps, prepare
 from .layers import Graph
 from .program import Program
@@ -43,7 +43,7 @@ class GraphChain(PackedChain):
         addresses(OP, *tensors)
         self._x, self.samples = graph.x, graph.samples
         # A function may hide a NaN (ReLU makes it 0): every gradient of such weights is NaN, as autograd's are.
-        self._finite = all(bool(torch.linalg.vector_norm(t, torch.inf).isfinite()) for t in tensors if t.numel())
+        self._finite = all_finite(tensors)
         with torch.no_grad(), torch.device("cpu"):  # whatever torch's default device is
             self._program = Program(graph, bfloat)
         self._arguments = self._program.arguments

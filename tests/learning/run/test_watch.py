@@ -140,7 +140,7 @@ def test_the_energy_distance():
 
 COLLAPSING = {
     "sizes": [1, 4], "stabilise": {"energy_l2": 0.01}, "optimiser": {"lr": 0.3}, "steps": 400, "checkpoint_every": 20,
-    "log_every": 10, "sample_every": 0, "keep_checkpoints": 1, "width": 0.1,
+    "log_every": 10, "sample_every": 0, "keep_checkpoints": 1, "width": 0.1, "precision": "fp32",
     "rollback": {"attempts": 1, "lr_factor": 1.0},
 }  # fmt: skip
 
