@@ -155,12 +155,13 @@ struct Run {
   template <typename In>
   MG_METHOD Run(const Windows& w, int c, int64_t start, int count, int depth, const In& in) {
     const int first = w.first_output[c], outputs = w.first_output[c + 1] - first;
+    int n = static_cast<int>(start / outputs), output = static_cast<int>(start % outputs);
+    const T* map = in(n);
     for (int r = 0; r < count; ++r) {
-      const int64_t i = start + r;
-      sample[r] = static_cast<int>(i / outputs);
-      const int output = first + static_cast<int>(i % outputs);
-      at[r] = in(sample[r]) + static_cast<int64_t>(w.base[output]) * depth;
-      pixel[r] = w.output[output];
+      sample[r] = n;
+      at[r] = map + static_cast<int64_t>(w.base[first + output]) * depth;
+      pixel[r] = w.output[first + output];
+      if (++output == outputs && r + 1 < count) map = in(++n), output = 0;
     }
   }
 };

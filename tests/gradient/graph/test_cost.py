@@ -72,3 +72,21 @@ def test_a_dense_layer_on_a_map_runs_as_a_graph_and_its_reading_is_kept(precisio
     again = nn.Sequential(*net)  # read anew
     assert not torch.equal(changed, first)
     assert torch.equal(mg.langevin_sample(again, x, steps=16, step_size=0.1, seed=0, precision=precision), changed)
+
+
+def test_threads_that_share_out_the_weights_of_a_dense_layer_change_no_bit() -> None:
+    """A layer of more weights than caches hold, and fewer groups of samples than would keep threads busy."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(3, 16, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(16 * 1600, 100), nn.ReLU(),
+                        nn.Linear(100, 1), nn.Flatten(0)).requires_grad_(False)  # fmt: skip
+    x, before = torch.randn(5, 3, 40, 40), torch.get_num_threads()
+    precisions = ["fp32", "bf16"] if has_bfloat() else ["fp32"]
+    try:
+        for precision in precisions:
+            found = []
+            for threads in (1, 2, 3):
+                torch.set_num_threads(threads)
+                found.append(mg.langevin_sample(net, x, steps=2, step_size=0.2, precision=precision, seed=1))
+            assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
+    finally:
+        torch.set_num_threads(before)
