@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 import mgebm_fast as mg
 from mgebm_fast.gradient.graph import read_graph
+from mgebm_fast.learning.config import build_model, load_preset
 from mgebm_fast.ops.conv_chain import prefers_bfloat
 from mgebm_fast.ops.graph_chain import GraphChain, gradient_reference
 
@@ -107,6 +108,18 @@ def net_of(size: int, **settings: str):
     return lambda: mg.nets.multigrid_net(size, norm="none", **settings)
 
 
+def wall() -> nn.Module:
+    """A texture's net: wide kernels first."""
+    return nn.Sequential(
+        nn.Conv2d(3, 100, 15, 3, 7), nn.ReLU(), nn.Conv2d(100, 64, 5, 1, 2), nn.ReLU(), nn.Conv2d(64, 30, 3, 1, 1),
+        nn.ReLU(), nn.Flatten(), nn.Linear(30 * 75 * 75, 1), nn.Flatten(0),
+    )  # fmt: skip
+
+
+def preset_net(name: str):
+    return lambda: build_model(load_preset(name)).nets[0]
+
+
 IMAGE = (3, 32, 32)
 # energy, how it is made, shape of x, batch, steps: from 16 on an energy is read as a graph
 CASES = [
@@ -122,6 +135,9 @@ CASES = [
     ("published 64", net_of(64), (3, 64, 64), 1, 20),
     ("compact 64", net_of(64, variant="compact"), (3, 64, 64), 1, 20),
     ("compact 64", net_of(64, variant="compact"), (3, 64, 64), 8, 16),
+    ("net of chimes", preset_net("chimes"), (1, 16384), 3, 16),
+    ("net of fire", preset_net("fire"), (3, 20, 32, 32), 3, 16),
+    ("texture net", wall, (3, 224, 224), 1, 16),
 ]
 
 
