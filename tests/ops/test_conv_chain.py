@@ -127,6 +127,14 @@ def test_steps_agree_with_the_float64_reference():
     torch.testing.assert_close(conv_chain.conv_chain(stages, head, x, **arguments), expected, rtol=0, atol=1e-4)
 
 
+def test_a_relu_has_no_slope_in_any_backend():
+    stages, head = make((8, 8), 3, [(16, 3, 1, 1), (16, 3, 2, 1)], activation="relu", slope=0.7)
+    x = images(3, 3, (8, 8))
+    gradient = conv_chain.ConvChain(stages, head).gradient(x)
+    expected = conv_chain.gradient_reference(stages, head, x).float()
+    torch.testing.assert_close(gradient, expected, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("bfloat", [False, True], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("isa", ISAS)
 def test_results_do_not_depend_on_threads_split_or_layout(isa, bfloat):

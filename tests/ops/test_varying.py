@@ -9,7 +9,7 @@ from torch import nn
 
 from mgebm_fast import ops
 from mgebm_fast.gradient.stack import read
-from mgebm_fast.ops.conv_chain import conv_chain
+from mgebm_fast.ops.conv_chain import conv_chain, has_bfloat
 from mgebm_fast.ops.dense_chain import dense_chain_, dense_net_of
 from mgebm_fast.ops.update import update
 
@@ -91,6 +91,31 @@ def test_the_conv_chain_s_backends_agree():
         conv_chain(stack.stages, stack.head, x, backend=backend, **law) for backend in ("native", "reference")
     )
     torch.testing.assert_close(native, reference, rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("bfloat", [False, True], ids=["fp32", "bf16"])
+def test_samples_of_a_conv_chain_have_their_own_numbers_whatever_their_place_and_the_threads(bfloat, threads):
+    """More samples than one thread takes at a time, against chains of one sample each."""
+    if bfloat and not has_bfloat():
+        pytest.skip("no bfloat16 here")
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(2, 16, 3, padding=1), nn.ReLU(), nn.Conv2d(16, 16, 3, 2, 1), nn.ReLU(), nn.Flatten(),
+                        nn.Linear(16 * 4, 1), nn.Flatten(0))  # fmt: skip
+    (x, _, mean), sizes, stds = inputs((50, 2, 4, 4)), torch.rand(1, 50) + 0.1, torch.rand(1, 50) + 0.5
+    stack = read(net, x)
+
+    def chain(first, last):
+        return conv_chain(
+            stack.stages, stack.head, x[first:last], steps=2, step_size=sizes[:, first:last],
+            reference_std=stds[:, first:last], reference_mean=mean[first:last], seed=1, first_sample=first,
+            bfloat=bfloat, backend="native",
+        )  # fmt: skip
+
+    threads(1)
+    alone = torch.cat([chain(i, i + 1) for i in range(50)])
+    for count in (1, 2, 3, 5):
+        threads(count)
+        assert torch.equal(chain(0, 50), alone)
 
 
 X = torch.zeros(4, 3, 2, 2)

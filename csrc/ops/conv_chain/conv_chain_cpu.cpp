@@ -154,6 +154,8 @@ ConvChainParams part(const ConvChainParams& p, int64_t first, int64_t samples) {
   some.x = p.x + offset;
   if (p.gradient) some.gradient = p.gradient + offset;
   if (p.mask) some.mask = p.mask + offset;
+  if (p.update.at) some.update.at = p.update.at + first * p.update.by_sample;
+  if (p.update.mean) some.update.mean = p.update.mean + first * p.update.mean_by_sample;
   Counters& c = some.counters;
   if (c.samples_at && !c.one_base) {
     c.samples_at += first;

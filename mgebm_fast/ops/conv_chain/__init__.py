@@ -262,7 +262,7 @@ def conv_chain_reference(
 
 def activate(h: Tensor, name: str, slope: float) -> Tensor:
     if name in ("leaky_relu", "relu"):
-        return F.leaky_relu(h, slope)
+        return F.leaky_relu(h, 0.0 if name == "relu" else slope)
     if name == "none":
         return h
     return F.silu(h) if name == "silu" else F.elu(h)
