@@ -38,7 +38,8 @@ def why_not_trusted(energy: nn.Module, stack: Stack, x: Tensor) -> str:
     with _lock:
         known = _found.setdefault(energy, {})
     if key not in known:
-        reason = _compared(energy, stack, x)
+        with torch.inference_mode(False):  # whose tensors autograd refuses: the net would be distrusted for good
+            reason = _compared(energy, stack, x)
         if reason is None:
             return ""
         known[key] = reason

@@ -229,3 +229,12 @@ def test_the_negative_of_a_net_is_read_and_that_of_code_is_not():
     assert torch.equal(copy.deepcopy(mg.negative(net))(x), -net(x))
     with pytest.raises(TypeError, match="negative: f must be a module or a callable.*got int"):
         mg.negative(3)
+
+
+def test_a_net_that_is_first_asked_in_inference_mode_is_trusted():
+    net, x = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(144, 1), nn.Flatten(0)), images()
+    other = copy.deepcopy(net)
+    expected = str(plan(other, x, "fp32").explain())
+    with torch.inference_mode():
+        mg.langevin_sample(net, x, steps=1, step_size=0.1, precision="fp32")
+    assert str(plan(net, x, "fp32").explain()) == expected
