@@ -53,8 +53,8 @@ class Langevin:
     reference_mean: Any = 0.0  # float or tensor
     grad_clamp: float | None = None
     clamp: tuple[float, float] | None = None
-    _same: ClassVar[Update | None]  # of an instance: its checked numbers, where none varies
-    _on_cpu: ClassVar[Update | None] = None  # where they do by step alone, once asked for
+    _checked: ClassVar[Update]  # of an instance, with 1 for what varies
+    _by_step: ClassVar[Update | None] = None  # on a CPU, where no sample differs, once asked for
 
     def __post_init__(self) -> None:
         as_numbers_(self, "clamp")
@@ -74,7 +74,7 @@ class Langevin:
         checked = update(where="Langevin", **fields)
         if checked.drift == 0:
             raise Refused("drift", "be > 0", 0.0, "Langevin")
-        object.__setattr__(self, "_same", checked if not self.varying else None)
+        object.__setattr__(self, "_checked", checked)
 
     def _numbers(self) -> dict[str, Any]:
         fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
@@ -88,16 +88,18 @@ class Langevin:
 
     def update(self, x: Tensor | None = None, where: str = "Langevin") -> Update:
         """The checked numbers, in the decoupled form, for chains on tensors like x; without x none may vary."""
-        if self._same is not None:
-            return self._same
-        if x is not None and x.is_cpu and self._on_cpu is not None:
-            return self._on_cpu
+        if self._by_step is not None and x is not None and x.is_cpu:
+            return self._by_step
         numbers = self._numbers()
-        if x is None and (names := _varying(numbers)):
+        if not (names := _varying(numbers)):
+            return self._checked
+        if x is None:
             raise Refused(names[0], "be a number here, the same for all", "one that varies", where)
-        found = update(where=where, x=x, steps=self.steps, **numbers)
-        if x is not None and x.is_cpu and not any(isinstance(v, (Tensor, np.ndarray)) for v in numbers.values()):
-            object.__setattr__(self, "_on_cpu", found)
+        if not x.is_cpu or any(isinstance(numbers[name], (Tensor, np.ndarray)) for name in names):
+            return update(where=where, x=x, steps=self.steps, **numbers)
+        table, nan = torch.tensor(self.table(), dtype=torch.float64).float()[:, None], math.nan
+        found = dataclasses.replace(self._checked, drift=nan, noise_std=nan, inverse_variance=nan, table=table)
+        object.__setattr__(self, "_by_step", found)
         return found
 
     def by_step(self) -> list[Update]:
@@ -182,9 +184,8 @@ class Langevin:
         """
         chain = prepare(
             energy, x, self.steps, self, mask=mask, seed=seed, generator=generator, first_sample=first_sample,
-            first_step=first_step, stream=stream, precision=precision, backend=backend,
-            graph=session_of(graph, callback, where), together=None if callback is None else 1, compile=compile,
-            where=where,
+            first_step=first_step, stream=stream, precision=precision, backend=backend, compile=compile, where=where,
+            graph=session_of(graph, callback, where), together=None if callback is None else 1,
         )  # fmt: skip
         return chain.run(x, self.steps, callback)
 
@@ -345,6 +346,5 @@ def langevin_sample(
     dynamics = (_described if plain else Langevin)(*numbers, clamp)
     return dynamics(
         energy, x, mask=mask, seed=seed, generator=generator, first_sample=first_sample, first_step=first_step,
-        stream=stream, precision=precision, backend=backend, graph=graph, compile=compile,
-        callback=callback,
+        stream=stream, precision=precision, backend=backend, graph=graph, compile=compile, callback=callback,
     )  # fmt: skip

@@ -43,6 +43,17 @@ MG_INLINE bool curved(Activation activation) {
   return activation == Activation::kSilu || activation == Activation::kElu;
 }
 
+// The slope of a leaky ReLU, held in registers: a loop that stores would read it from the stage each time, which it
+// could change for all that a compiler knows.
+struct Leaky {
+  F16 slope;
+  bool relu;
+
+  explicit Leaky(const ConvStage& stage) : slope(all(stage.slope)), relu(stage.slope == 0.0f) {}
+  // v a'(z) by the sign of z; v = z: a(z).
+  MG_METHOD F16 times_slope(F16 v, uint16_t sign) const { return select(sign, v, relu ? all(0.0f) : v * slope); }
+};
+
 // a(z), and for a piecewise linear a the sign that its slope will need.
 MG_INLINE F16 activate(const ConvStage& stage, F16 z, uint16_t* sign) {
   switch (stage.activation) {

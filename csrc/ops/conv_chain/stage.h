@@ -5,40 +5,6 @@
 
 namespace mgebm::MGEBM_ISA {
 
-// A leaky ReLU's rows of a tile, of `depth` numbers each, with what is the same for all of them held in registers:
-// stores could change the stage's fields, for all that a compiler knows.
-struct Leaky {
-  F16 slope;
-  bool relu;
-
-  explicit Leaky(const ConvStage& stage) : slope(all(stage.slope)), relu(stage.slope == 0.0f) {}
-  MG_METHOD F16 down(F16 v) const { return relu ? all(0.0f) : v * slope; }
-  // z + bias -> h, with the sign that its slope will need
-  template <typename T>
-  MG_METHOD void forward(const float* tile, F16 bias, T* h, int depth, uint16_t* sign) const {
-    for (int n = 0; n < 16; ++n) {
-      const F16 z = load(tile + n * kTileWidth) + bias;
-      sign[n] = positive(z);
-      store(h + n * depth, select(sign[n], z, down(z)));
-    }
-  }
-  // z + bias -> the gradient's slope times g, the same for all samples
-  template <typename T>
-  MG_METHOD void top(const float* tile, F16 bias, F16 g, T* h, int depth) const {
-    const F16 below = down(g);
-    for (int n = 0; n < 16; ++n) {
-      store(h + n * depth, select(positive(load(tile + n * kTileWidth) + bias), g, below));
-    }
-  }
-  template <typename T>
-  MG_METHOD void backward(const float* tile, T* h, int depth, const uint16_t* sign) const {
-    for (int n = 0; n < 16; ++n) {
-      const F16 g = load(tile + n * kTileWidth);
-      store(h + n * depth, select(sign[n], g, down(g)));
-    }
-  }
-};
-
 // z_l -> h_l; at the top dE/dh_L a'(z_L) at once. With batch statistics: keeps z_l and the pixel's share of them.
 template <typename T>
 static void finish_forward(const Engine<T>& e, int l, int block, int pixel, int strip, float* tile) {
@@ -60,8 +26,13 @@ static void finish_forward(const Engine<T>& e, int l, int block, int pixel, int 
   T* h = e.h_at(l, at, strip);
   if (stage.activation == Activation::kLeaky) {
     const Leaky leaky(stage);
-    return e.top(l) ? leaky.top(tile, bias, head, h, depth)
-                    : leaky.forward(tile, bias, h, depth, e.mask_at(l, at, strip));
+    uint16_t* const sign = e.mask_at(l, at, strip);
+    for (int n = 0; n < 16; ++n) {
+      const F16 z = load(tile + n * kTileWidth) + bias;
+      sign[n] = positive(z);
+      store(h + n * depth, leaky.times_slope(e.top(l) ? head : z, sign[n]));
+    }
+    return;
   }
   for (int n = 0; n < 16; ++n) {
     const F16 z = load(tile + n * kTileWidth) + bias;
@@ -85,7 +56,11 @@ static void finish_backward(const Engine<T>& e, int l, int block, int pixel, int
   T* h = e.h_at(l, at, strip);
   const T* z = e.z_at(l, at, strip);  // read where there is one
   const uint16_t* sign = stage.activation == Activation::kLeaky ? e.mask_at(l, at, strip) : nullptr;
-  if (sign && !stage.gamma) return Leaky(stage).backward(tile, h, depth, sign);
+  if (sign && !stage.gamma) {
+    const Leaky leaky(stage);
+    for (int n = 0; n < 16; ++n) store(h + n * depth, leaky.times_slope(load(tile + n * kTileWidth), sign[n]));
+    return;
+  }
   const bool needs_z = stage.gamma || curved(stage.activation);
   const Affine norm = affine(e, l, strip);
   F16 sum = all(0.0f), product = all(0.0f);

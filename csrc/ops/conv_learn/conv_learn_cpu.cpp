@@ -51,13 +51,27 @@ struct Learner : LearnState {
     const LearnMaps& k = kept[l];
     const int depth = input_depth(l);
     const float* const in = input(l);
-    const auto take = [&](int64_t row, int first, const float* sums, int strips) __attribute__((always_inline)) {
-      for (int strip = first; strip < first + strips; ++strip, sums += 16) {
-        const F16 z = load(sums) + load(s.bias + 16 * strip);
-        if (keeps_z(l)) store(k.z + row * k.depth + 16 * strip, z);
-        if (!s.gamma) activate_at(l, row, strip, z);
-      }
-    };
+    const bool leaky = s.activation == Activation::kLeaky && !s.gamma;
+    const Leaky slope(s);
+    const auto take = [=, this, &s, &k](int64_t row, int first, const float* sums, int strips)
+                          __attribute__((always_inline)) {
+                            if (leaky) {
+                              float* const h = k.h + row * k.depth + 16 * first;
+                              uint16_t* const sign = k.sign + row * k.strips + first;
+                              const float* const bias = s.bias + 16 * first;
+                              for (int i = 0; i < strips; ++i) {
+                                const F16 z = load(sums + 16 * i) + load(bias + 16 * i);
+                                sign[i] = positive(z);
+                                store(h + 16 * i, slope.times_slope(z, sign[i]));
+                              }
+                              return;
+                            }
+                            for (int strip = first; strip < first + strips; ++strip, sums += 16) {
+                              const F16 z = load(sums) + load(s.bias + 16 * strip);
+                              if (keeps_z(l)) store(k.z + row * k.depth + 16 * strip, z);
+                              if (!s.gamma) activate_at(l, row, strip, z);
+                            }
+                          };
     if (const Bf16* rest = static_cast<const Bf16*>(p.stages.at[l].rest)) {
       to_blocks(*this, in, count, s.in_pixels, depth, blocked);
       const SplitWeights weights{static_cast<const Bf16*>(s.forward_weights), rest};
@@ -223,13 +237,20 @@ struct Learner : LearnState {
     give_sums(*this, outer, p.stages.at[l], s.out_channels);
     if (l == 0) return;
     const LearnMaps& below = kept[l - 1];
-    const auto take = [&](int64_t sample, int pixel, int first, const float* g, int strips)
-                          __attribute__((always_inline)) {
-                            const int64_t row = sample * s.in_pixels + pixel;
-                            for (int strip = first; strip < first + strips; ++strip, g += 16) {
-                              store(below.h + row * below.depth + 16 * strip, back(l - 1, sample, row, strip, load(g)));
-                            }
-                          };
+    const bool leaky = stage(l - 1).activation == Activation::kLeaky;
+    const Leaky slope(stage(l - 1));
+    const auto take = [=, this, &s, &below](int64_t sample, int pixel, int first, const float* g, int strips) {
+      const int64_t row = sample * s.in_pixels + pixel;
+      if (leaky) {
+        float* const h = below.h + row * below.depth + 16 * first;
+        const uint16_t* const sign = below.sign + row * below.strips + first;
+        for (int i = 0; i < strips; ++i) store(h + 16 * i, slope.times_slope(load(g + 16 * i), sign[i]));
+        return;
+      }
+      for (int strip = first; strip < first + strips; ++strip, g += 16) {
+        store(below.h + row * below.depth + 16 * strip, back(l - 1, sample, row, strip, load(g)));
+      }
+    };
     if (bfloat) {
       to_blocks(*this, k.h, count, s.out_pixels, k.depth, {blocked.high, nullptr});
       const SplitWeights weights{static_cast<const Bf16*>(s.backward_weights), nullptr};

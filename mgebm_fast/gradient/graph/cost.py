@@ -13,7 +13,10 @@ of its pixels is a class of windows.
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
 import math
+from collections.abc import Iterator
 
 from ... import native
 from ...ops.graph_chain import layers
@@ -21,10 +24,22 @@ from ...ops.graph_chain.forward import pays_in_bfloat
 from ...ops.graph_chain.layers import Graph
 from ..stack import Stack, Stage
 
+_settled: contextvars.ContextVar[bool] = contextvars.ContextVar("_settled", default=False)
 BLOCK = 16  # samples of a block of the engine of stacks
 FEW = 8  # samples for which that of graphs is faster on larger maps
 SMALL_MAP = 64  # pixels
 LARGE_MAP = 64 * 64  # with bfloat16 where bits differ
+
+
+@contextlib.contextmanager
+def settled_batch() -> Iterator[None]:
+    """Inside, a sample's bits may depend on how many are in its batch, as in training, where that is settled: the
+    engine of stacks then takes whole blocks on larger maps too, where it is up to a quarter faster."""
+    token = _settled.set(True)
+    try:
+        yield
+    finally:
+        _settled.reset(token)
 
 
 def fastest(stack: Stack, samples: int, precision: str) -> tuple[str, str]:
@@ -41,7 +56,7 @@ def fastest(stack: Stack, samples: int, precision: str) -> tuple[str, str]:
             return "native", ""
         return "graph", f"the engine of stacks takes blocks of {BLOCK} samples, x has {samples}"
     small = SMALL_MAP if precision == "fp32" else LARGE_MAP
-    if largest <= small:
+    if largest <= small or (_settled.get() and samples % BLOCK == 0):
         return "native", ""
     if not normed:
         return "graph", f"the engine of stacks is made for maps of up to {small} pixels, one here has {largest}"

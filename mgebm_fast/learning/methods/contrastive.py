@@ -12,6 +12,7 @@ from torch import Tensor
 from ... import noise, ops
 from ...errors import DivergenceError
 from ...gradient import energy_gradient
+from ...gradient.graph import settled_batch
 from ...models import EnergyModel
 from ...ops.conv_chain.sharing import weights_stay
 from ...sampling import graphs
@@ -216,7 +217,7 @@ class ContrastiveRule(ModelRule):
         """What each net learns of one part of a batch, against what `synthesise` makes of it at every size."""
         means, *images = self.observed(batch)
         images = [self._with_noise(x, grid, numbers, first_sample) for grid, x in enumerate(images, start=1)]
-        with weights_stay():
+        with weights_stay(), settled_batch():
             return self._learn(images, synthesise([means, *images]).images)
 
     def _learn(self, images: list[Tensor], chains: list[Tensor]) -> list[GridLearned]:
