@@ -90,3 +90,13 @@ def test_threads_that_share_out_the_weights_of_a_dense_layer_change_no_bit() -> 
             assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
     finally:
         torch.set_num_threads(before)
+
+
+def test_a_settled_batch_of_whole_blocks_is_taken_by_the_engine_of_stacks():
+    net = mg.nets.multigrid_net(16, 3, variant="compact", norm="none")
+    for samples, inside in ((64, "native"), (24, "graph")):
+        stack = read(net, torch.zeros(samples, 3, 16, 16))
+        assert cost.fastest(stack, samples, "fp32")[0] == "graph"
+        with cost.settled_batch():
+            assert cost.fastest(stack, samples, "fp32")[0] == inside
+        assert cost.fastest(stack, samples, "fp32")[0] == "graph"
