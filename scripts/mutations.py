@@ -175,10 +175,7 @@ MUTATIONS = (
     ),
     Mutation("hidden-pixels-infer", "python", POSTERIOR, "rest = rest * self.seen", "rest = rest * 1.0", LATENT),
     # where chains of training start
-    Mutation(
-        "learning-sign", "python", CONTRAST, "observed.new_tensor([1 / n, -1 / m])",
-        "observed.new_tensor([-1 / n, 1 / m])", BASELINES,
-    ),
+    Mutation("learning-sign", "python", CONTRAST, "share[n:] = -1 / m", "share.neg_()[n:] = 1 / m", BASELINES),
     Mutation("bank-not-stored", "python", STARTS, "self.model.bank[made.ids] = made.images[0]", "return", BASELINES),
     Mutation("restart-ignored", "python", BANKS, "draw[:, 0] <= self.restart", "draw[:, 0] <= 0", BASELINES),
     Mutation("restart-inverted", "python", BANKS, "draw[:, 0] <= self.restart", "draw[:, 0] > self.restart", BASELINES),
