@@ -176,8 +176,11 @@ class MultiGridTrainer:
         self,
         batch: Tensor,  # (N, C, S, S) uint8, or float32 in value_range units
         labels: Tensor | None = None,  # (N,) int64, of a class-conditional model
+        *,
+        detail: bool = True,
     ) -> dict[str, float]:
-        """One update from a batch of the caller's; the numbers that a record of the metrics holds.
+        """One update from a batch of the caller's; the numbers that a record of the metrics holds. Without `detail` not
+        those that `fit` measures in every `log_every`-th update alone, which cost a gradient more of every net.
 
         Of several ranks each gives its share, in the order of ranks and all of one length.
 
@@ -198,7 +201,7 @@ class MultiGridTrainer:
             labels = self.model._check_labels(labels, len(batch), "step")
             batch = self.model.with_planes(batch.to(labels.device), labels)
         self._begin()
-        metrics = self.rule.update(batch, self._loop.iteration, detail=True)
+        metrics = self.rule.update(batch, self._loop.iteration, detail=detail)
         self._loop.iteration += 1
         return metrics
 

@@ -257,6 +257,14 @@ def test_a_run_that_diverges_names_the_last_good_checkpoint(trainer, tmp_path):
     assert sorted(p.name for p in (tmp_path / "run/checkpoints").iterdir()) == ["best", "step_000002"]
 
 
+def test_without_detail_a_step_is_the_same_and_measures_no_samples(trainer):
+    a, b, batch = trainer(), trainer(), tiny_data().batch(slice(0, 8))
+    whole, less = a.step(batch), b.step(batch, detail=False)
+    assert {name.rpartition("/")[2] for name in whole.keys() - less.keys()} >= {"gradient_to_noise", "spread"}
+    assert less.items() <= whole.items()
+    assert all(torch.equal(p, q) for p, q in zip(a.model.parameters(), b.model.parameters(), strict=True))
+
+
 @pytest.mark.filterwarnings("ignore:.*the fp16 gradient overflowed")
 @pytest.mark.parametrize("precision", ["auto", "fp32", "bf16", "fp16"])
 def test_a_chain_that_diverges_names_grid_and_step(trainer, precision):
