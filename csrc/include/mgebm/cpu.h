@@ -7,6 +7,7 @@
 namespace mgebm::MGEBM_ISA {
 
 constexpr int64_t kAlign = 64;  // bytes of a cache line
+static inline int64_t aligned(int64_t bytes) { return (bytes + kAlign - 1) / kAlign * kAlign; }
 
 static inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 static inline int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }

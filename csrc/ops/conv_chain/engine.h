@@ -54,7 +54,7 @@ struct Engine {
     int64_t used = 0;
     const auto take = [&](auto*& pointer, int64_t count) {
       pointer = reinterpret_cast<decltype(&*pointer)>(base + used);
-      used += (count * static_cast<int64_t>(sizeof(*pointer)) + kAlign - 1) / kAlign * kAlign;
+      used += aligned(count * static_cast<int64_t>(sizeof(*pointer)));
     };
     const int64_t state = blocks * elements() * 16;
     take(x, state);

@@ -43,7 +43,7 @@ struct LearnState : Team {
     int64_t used = 0, h = 0, g = 0, high = 0, low = 0, weights = 0;
     const auto take = [&](auto*& pointer, int64_t size) {
       pointer = reinterpret_cast<decltype(&*pointer)>(base + used);
-      used += (size * static_cast<int64_t>(sizeof(*pointer)) + kAlign - 1) / kAlign * kAlign;
+      used += aligned(size * static_cast<int64_t>(sizeof(*pointer)));
     };
     const ConvStage& first = stage(0);
     take(x, p.samples * first.in_pixels * first.in_channels);

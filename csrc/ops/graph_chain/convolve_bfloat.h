@@ -18,7 +18,6 @@ struct Frame {
   int count;
 };
 
-MG_INLINE int64_t aligned(int64_t bytes) { return (bytes + kAlign - 1) / kAlign * kAlign; }
 MG_INLINE int64_t rounded_bytes(const Frame& f, int inputs) { return 2LL * f.count * padded<Bf16>(inputs); }
 
 MG_INLINE int most_taps(const Windows& w) {

@@ -112,10 +112,12 @@ MG_INLINE void each_strip(const Group& g, const GraphStep& s, const Body& body) 
   });
 }
 
-// The pieces of at most `most` rows that a class of windows is cut into, a row being a pair of (sample, output).
+// The rows of a class of windows, pairs of (sample, output), and the pieces of at most `most` that they are cut into.
+MG_INLINE int64_t rows_of(const Windows& w, int c, int samples) {
+  return static_cast<int64_t>(w.first_output[c + 1] - w.first_output[c]) * samples;
+}
 MG_INLINE int64_t runs_of(const Windows& w, int c, int samples, int most) {
-  const int64_t rows = static_cast<int64_t>(w.first_output[c + 1] - w.first_output[c]) * samples;
-  return (rows + most - 1) / most;
+  return (rows_of(w, c, samples) + most - 1) / most;
 }
 
 // Rows of one class of windows, at most `most` a piece, with all strips or some of them, where threads would have no
@@ -139,8 +141,7 @@ MG_INLINE void each_run_of_strips(const Samples& g, const Windows& w, int most, 
       before += here;
       here = runs_of(w, ++c, g.count, most);
     }
-    const int64_t rows = static_cast<int64_t>(w.first_output[c + 1] - w.first_output[c]) * g.count;
-    const int64_t start = (run - before) * most;
+    const int64_t start = (run - before) * most, rows = rows_of(w, c, g.count);
     const int count = static_cast<int>(rows - start < most ? rows - start : most);
     body(c, start, count, strip, strip + each < strips ? strip + each : strips);
   });

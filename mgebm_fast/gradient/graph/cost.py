@@ -47,10 +47,7 @@ def fastest(stack: Stack, samples: int, precision: str) -> tuple[str, str]:
     largest = max(math.prod(size) for stage in stack.stages for size in (stage.in_size, stage.out_size))
     normed = any(stage.norm is not None for stage in stack.stages)
     if not normed and has_large_dense(stack):
-        return (
-            "graph",
-            f"the engine of stacks is slow for a dense layer on a map of more than {SMALL_MAP} pixels",
-        )
+        return "graph", f"the engine of stacks is slow for a dense layer on a map of more than {SMALL_MAP} pixels"
     if precision == "bf16" and largest > SMALL_MAP and _bits_agree(stack):
         if samples > FEW:
             return "native", ""
