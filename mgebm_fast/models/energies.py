@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import noise, ops
+from ..checks import positive_number
 from ..errors import CheckpointError, DivergenceError, Refused
 from ..gradient import frozen_parameters
 from ..gradient.plan import Energy
@@ -36,7 +37,8 @@ class EnergyModel(Model):
         channels: of the images.
         langevin: the dynamics, one for all grids or one a net. Default: the paper's, 30 steps of size 0.3 with the
             reference N(0, 50²) and pixels clamped to `value_range`.
-        width, norm, variant, depth, activation, spectral_norm: of the nets, as in `nets.multigrid_net`.
+        width: of the nets, as in `nets.multigrid_net`; one for all, or a sequence of one a net.
+        norm, variant, depth, activation, spectral_norm: as there, of all nets.
         value_range: (lo, hi), the pixel values of the model's black and white.
         batch_size: samples to a group in `sample`; with norm="batch", whose samples are coupled, the batch size of
             training. Default 100.
@@ -57,7 +59,7 @@ class EnergyModel(Model):
         *,
         channels: int = 3,
         langevin: Langevin | Sequence[Langevin] | None = None,
-        width: float = 1.0,
+        width: float | Sequence[float] = 1.0,
         norm: str | None = None,
         variant: str = "B",
         depth: int = 1,
@@ -71,16 +73,17 @@ class EnergyModel(Model):
     ) -> None:
         super().__init__(sizes, channels, value_range, batch_size)
         self.classes = tuple(classes)
-        self.width, self.variant = width, variant
+        self.width, self.variant = self._widths(width), variant
         seed = noise.check_seed(seed, self.kind)
+        widths = self.width if isinstance(self.width, tuple) else (self.width,) * (len(self.sizes) - 1)
         if nets is None:
             nets = [
                 multigrid_net(
-                    size, channels + len(self.classes), width, norm, variant, depth=depth, activation=activation,
+                    size, channels + len(self.classes), net_width, norm, variant, depth=depth, activation=activation,
                     spectral_norm=spectral_norm,
                     seed=(seed * len(self.sizes) + grid) % 2**63,
                 )
-                for grid, size in enumerate(self.sizes[1:], start=1)
+                for grid, (size, net_width) in enumerate(zip(self.sizes[1:], widths, strict=True), start=1)
             ]  # fmt: skip
         nets = list(nets)
         if len(nets) != len(self.sizes) - 1:
@@ -97,6 +100,15 @@ class EnergyModel(Model):
         self.norm = next((found for found in map(norm_of, nets) if found != "none"), "none")
         paper = Langevin(steps=30, step_size=0.3, noise_scale=1.0, reference_std=50.0, clamp=self.value_range)
         self.langevin = self._per_net(paper if langevin is None else langevin)
+
+    def _widths(self, width: float | Sequence[float]) -> float | tuple[float, ...]:
+        """A width as it was given, checked: of all nets, or of each."""
+        if not isinstance(width, Sequence) or isinstance(width, str):
+            return positive_number(width, "width", self.kind)
+        if len(width) != len(self.sizes) - 1:
+            wanted = f"be a number, or {len(self.sizes) - 1} of them, one a size after the first"
+            raise Refused("width", wanted, list(width), self.kind)
+        return tuple(positive_number(own, "width", self.kind) for own in width)
 
     def _per_net(self, langevin: Langevin | Sequence[Langevin]) -> tuple[Langevin, ...]:
         dynamics = (langevin,) * len(self.nets) if isinstance(langevin, Langevin) else tuple(langevin)
@@ -232,7 +244,7 @@ class EnergyModel(Model):
         return {
             "sizes": list(self.sizes),
             "channels": self.channels,
-            "width": self.width,
+            "width": list(self.width) if isinstance(self.width, tuple) else self.width,
             "variant": self.variant,
             "norm": self.norm,
             "value_range": list(self.value_range),

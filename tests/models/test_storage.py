@@ -39,7 +39,12 @@ def file(tmp_path):
 
 @pytest.mark.parametrize(
     ("norm", "more"),
-    [("batch", {}), ("none", {"spectral_norm": True}), (None, {"variant": "residual", "spectral_norm": True})],
+    [
+        ("batch", {}),
+        ("none", {"spectral_norm": True}),
+        (None, {"variant": "residual", "spectral_norm": True}),
+        ("none", {"width": [0.2, 0.1]}),
+    ],
 )
 def test_a_stored_model_samples_the_same(tmp_path, norm, more):
     m = model(norm=norm, langevin=[SHORT, Langevin(3, step_size=0.1)], **more)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import operator
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -106,15 +107,16 @@ def _settled(values: dict[str, Any], given: set[str], before: tuple[int, ...]) -
     sizes = values["sizes"]
     if "sizes" in given:
         for name in set(per_grid_keys()) - given:
-            section, _, leaf = name.partition(".")
-            value = values[section].get(leaf)
+            section, _, leaf = name.rpartition(".")
+            table = values[section] if section else values
+            value = table.get(leaf)
             if isinstance(value, list):
                 if name in _BY_RANK:  # the finest keeps the finest's, a coarse one takes the nearest coarse one's
                     coarse = before[1:-1] or before[1:]
                     fitted = [*(value[_nearest_size(size, coarse)] for size in sizes[1:-1]), value[-1]]
                 else:
                     fitted = [value[_nearest_size(size, before[1:])] for size in sizes[1:]]
-                values[section][leaf] = fitted
+                table[leaf] = fitted
     return values
 
 
@@ -185,8 +187,7 @@ def _check_together(config: TrainConfig) -> None:
     if not low < high:
         raise ConfigError(f"value_range must be [low, high] with low < high, got {list(config.value_range)}")
     for name in per_grid_keys():
-        section, _, leaf = name.partition(".")
-        value = getattr(getattr(config, section), leaf)
+        value = operator.attrgetter(name)(config)
         if isinstance(value, tuple) and len(value) != len(sizes) - 1:
             raise ConfigError(
                 f"{name} must be one value, or a list of {len(sizes) - 1} for the nets of sizes "

@@ -224,7 +224,7 @@ def build_model(config: TrainConfig) -> GeneratorModel:
 def build_generator(config: TrainConfig, latent_map: int = 1) -> Generator:
     """The generator that a configuration's own table describes, of images at its finest size."""
     options = config.options
-    width = max(1, round(options.generator_width * config.width))
+    width = max(1, round(options.generator_width * pick(config.width, -1)))
     try:
         layers = generator_layers(config.sizes[-1], config.channels, width, latent_map)
     except ValueError:  # other arguments were checked with the configuration

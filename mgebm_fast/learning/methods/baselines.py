@@ -208,7 +208,7 @@ def build_model(config: TrainConfig) -> SingleGrid:
         one.sizes[-1],
         start=METHODS[config.method].start.sampled_from,
         sample_steps=None if one.options is None else one.options.sample_steps,
-        width=one.width,
+        width=pick(one.width, -1),
         variant=one.variant,
         depth=one.depth,
         **one.model_arguments(),

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ...models import GenerativeConvNet
 from ...nets import ConvSpec
-from ..config.keys import MOST_CHANNELS, MOST_SAMPLES, MOST_STEPS, Choice, Many, Maybe, Real, Whole, key
+from ..config.keys import MOST_CHANNELS, MOST_SAMPLES, MOST_STEPS, Choice, Many, Maybe, Real, Whole, key, pick
 from ..config.method import Method, register
 from ..config.train_config import TrainConfig
 from .baselines import SingleGridRule, Zeros, narrow
@@ -102,7 +102,7 @@ def work(model: GenerativeConvNet, config: TrainConfig) -> float:
 def layers_of(config: TrainConfig) -> tuple[ConvSpec, ...]:
     """The convolutions that the method's keys describe, `width` times their channels."""
     return tuple(
-        ConvSpec(max(1, round(channels * config.width)), kernel, stride)
+        ConvSpec(max(1, round(channels * pick(config.width, -1))), kernel, stride)
         for channels, kernel, stride in config.options.layers
     )
 

@@ -13,7 +13,7 @@ from ... import noise
 from ...models import CoopNets
 from ...models.latent import Residual, draw_latents
 from ...sampling.graphs import Graph
-from ..config.keys import Real, key
+from ..config.keys import Real, key, pick
 from ..config.method import Method, register
 from ..config.train_config import TrainConfig
 from .abp import GeneratorConfig, build_generator, build_inference
@@ -111,7 +111,7 @@ def build_model(config: TrainConfig) -> CoopNets:
         build_generator(one),
         build_inference(one),
         complete_steps=one.options.complete_steps,
-        width=one.width,
+        width=pick(one.width, -1),
         variant=one.variant,
         depth=one.depth,
         **one.model_arguments(),

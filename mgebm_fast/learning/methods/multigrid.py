@@ -284,7 +284,7 @@ def describe_model(model: EnergyModel) -> dict[str, Any]:
     return {
         "sizes": list(model.sizes),
         "channels": model.channels,
-        "width": float(model.width),
+        "width": list(model.width) if isinstance(model.width, tuple) else model.width,
         "variant": model.variant,
         "depth": first.depth if isinstance(first, ResidualNet) else 1,
         "norm": "batch" if model.norm == "batch" else "none",

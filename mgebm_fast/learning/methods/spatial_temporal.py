@@ -28,6 +28,7 @@ from ..config.keys import (
     Real,
     Whole,
     key,
+    pick,
 )
 from ..config.method import Method, register
 from ..config.train_config import TrainConfig
@@ -179,7 +180,7 @@ def build_model(config: TrainConfig) -> SpatialTemporal:
         raise ConfigError(f"flips must be false for sounds, size {list(size)}, whose last dimension is time, got true")
     return SpatialTemporal(
         size,
-        [ConvSpec(max(1, round(c * one.width)), kernel, stride) for c, kernel, stride in options.layers],
+        [ConvSpec(max(1, round(c * pick(one.width, -1))), kernel, stride) for c, kernel, stride in options.layers],
         head=options.head,
         rate=_rate(one),
         sample_steps=options.sample_steps,

@@ -14,6 +14,7 @@ from mgebm_fast.errors import ConfigError
 from mgebm_fast.learning import (
     TrainConfig,
     apply_overrides,
+    build_model,
     describe_keys,
     load_config,
     load_preset,
@@ -161,6 +162,19 @@ def test_new_sizes_take_values_a_net_along(sizes, expected):
     assert tuple(chain.noise_std for chain in changed.dynamics()) == expected
     with pytest.raises(ConfigError, match="stabilise.data_noise must be one value, or a list of 1 .*got 3 values"):
         apply_overrides(config, ["sizes=1,2", "stabilise.data_noise=1,2,3"])
+
+
+def test_every_net_may_have_a_width_of_its_own():
+    config = apply_overrides(load_preset("digits"), ["width=[3,2,0.5]"])
+    assert config.width == (3.0, 2.0, 0.5)
+    channels = [[spec.channels for spec in net.specs] for net in build_model(config).nets]
+    assert channels == [[96, 192], [64, 128, 128], [16, 32, 32]]
+    assert apply_overrides(config, ["sizes=[1,4,8,16]"]).width == (2.0, 0.5, 0.5)
+    assert from_dict(config.to_dict()) == config
+    one = merge(config, {"method": "single-grid-cd"})
+    assert [spec.channels for spec in build_model(one).nets[0].specs] == [16, 32, 32]
+    with pytest.raises(ConfigError, match="width must be one value, or a list of 3 .*got 2 values"):
+        merge(config, {"width": [1, 2]})
 
 
 @pytest.mark.parametrize(
