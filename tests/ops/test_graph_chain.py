@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers.graph_functions import DOMAIN, NUMBERS, float32_error
 from torch import Tensor
 
 import mgebm_fast as mg
@@ -22,12 +23,6 @@ from mgebm_fast.ops.graph_chain.layers import FUNCTIONS, Graph, Map
 
 pytestmark = pytest.mark.skipif(not native.available(), reason="the compiled module is not built")
 
-NUMBERS = {
-    "leaky_relu": (0.2, 0.0), "any_leaky_relu": (-0.3, 0.0), "elu": (1.3, 0.9), "softplus": (1.5, 20.0),
-    "power": (3.0, 0.0), "clamp": (-0.7, 0.8), "hardtanh": (-0.7, 0.8), "step": (0.2, 0.0),
-    "real_power": (1.5, 0.0),
-}  # fmt: skip
-DOMAIN = {"log", "sqrt", "root", "real_power"}  # of positive numbers: given a softplus first
 MILD = [name for name in FUNCTIONS if name not in {"exp", "log", "sqrt", "root", "power"}]
 
 
@@ -168,13 +163,6 @@ def weight_fan(channels: int, kernel: tuple[int, ...]) -> int:
 
 def state_of(graph: Graph, samples: int, seed: int = 0) -> Tensor:
     return torch.randn(samples, graph.x.channels, *graph.x.size, generator=torch.Generator().manual_seed(seed))
-
-
-def float32_error(graph: Graph, x: Tensor, exact: Tensor) -> float:
-    """The error of torch's own float32 on the same layers."""
-    leaf = x.clone().requires_grad_()
-    own = torch.autograd.grad(graph.energies(leaf).sum(), leaf)[0]
-    return float((own.double() - exact).norm())
 
 
 @pytest.mark.parametrize("seed", range(60))

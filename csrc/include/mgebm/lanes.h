@@ -96,6 +96,12 @@ MG_INLINE F16 load(const Bf16* p) {
 MG_INLINE void store(Bf16* p, F16 a) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(a.v)));
 }
+// What a is rounded to, and what that leaves of it.
+MG_INLINE void store_halves(Bf16* high, Bf16* low, F16 a) {
+  const __m256i bits = reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(a.v));
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(high), bits);
+  store(low, a - F16{_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16))});
+}
 // p[2 i] <- a[i], p[2 i + 1] <- b[i]
 MG_INLINE void store_pairs(Bf16* p, F16 a, F16 b) {
   const __m512i even = _mm512_cvtepu16_epi32(reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(a.v)));
@@ -112,6 +118,10 @@ MG_INLINE void store(Bf16* p, F16 a) {
   float v[16];
   store(v, a);
   for (int i = 0; i < 16; ++i) p[i].bits = bfloat_of(v[i]);
+}
+MG_INLINE void store_halves(Bf16* high, Bf16* low, F16 a) {
+  store(high, a);
+  store(low, a - load(high));
 }
 MG_INLINE void store_pairs(Bf16* p, F16 a, F16 b) {
   float even[16], odd[16];

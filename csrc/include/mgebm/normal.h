@@ -63,13 +63,19 @@ struct Quad {
 
 MG_HD Quad uniforms_of(Words w) { return {uniform_of(w.w0), uniform_of(w.w1), uniform_of(w.w2), uniform_of(w.w3)}; }
 
-// Box-Muller: (u0, u1) and (u2, u3) give two normals each.
+struct NormalPair {
+  float v0, v1;
+};
+
+// Box-Muller.
+MG_HD NormalPair normals_of(uint32_t w0, uint32_t w1) {
+  const float radius = square_root(-2.0f * log_of(uniform_of(w0)));
+  const SinCos turn = sincos_turns(uniform_of(w1));
+  return {radius * turn.cosine, radius * turn.sine};
+}
 MG_HD Quad normals_of(Words w) {
-  const float radius_a = square_root(-2.0f * log_of(uniform_of(w.w0)));
-  const float radius_b = square_root(-2.0f * log_of(uniform_of(w.w2)));
-  const SinCos a = sincos_turns(uniform_of(w.w1));
-  const SinCos b = sincos_turns(uniform_of(w.w3));
-  return {radius_a * a.cosine, radius_a * a.sine, radius_b * b.cosine, radius_b * b.sine};
+  const NormalPair a = normals_of(w.w0, w.w1), b = normals_of(w.w2, w.w3);
+  return {a.v0, a.v1, b.v0, b.v1};
 }
 
 enum class Distribution : int { kNormal = 0, kUniform = 1, kBits = 2 };

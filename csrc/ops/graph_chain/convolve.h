@@ -179,6 +179,12 @@ struct Takes {
   MG_METHOD const Take& operator[](int r) const { return reinterpret_cast<const Take*>(room)[r]; }
 };
 
+// Gives each row of a run what its tile holds of a strip or two.
+template <typename Out, typename Taken>
+MG_INLINE void give_rows(const Out&, const Taken& take, int count, int strip, float* tile, int wide) {
+  for (int r = 0; r < count; ++r) take[r](strip, tile + r * kTileWidth, wide);
+}
+
 // W * in. in(sample): its map; out(sample, pixel): what takes (first strip, its numbers, strips), and may write over
 // them.
 template <typename Samples, typename In, typename Out>
@@ -192,12 +198,9 @@ MG_INLINE void each_product(const Samples& g, const Product<float>& p, const In&
     const Run<kMostRows> run(w, c, start, count, p.depth, in);
     const Taps taps = taps_of(w, c);
     const Takes<Run<kMostRows>, Out> take(run, count, out);
-    const auto give = [&](int wide) {
-      for (int r = 0; r < count; ++r) take[r](strip, tile + r * kTileWidth, wide);
-    };
     if (few) {
       few(run.at, count, p.depth, p.inputs, taps, p.weights, tile);
-      return give(1);
+      return give_rows(out, &take[0], count, strip, tile, 1);
     }
     for (; strip < last; strip += kWideAtOnce) {
       const int wide = last - strip < kWideAtOnce ? last - strip : kWideAtOnce;
@@ -207,7 +210,7 @@ MG_INLINE void each_product(const Samples& g, const Product<float>& p, const In&
       } else {
         products_of_run<1>(run.at, count, p.depth, p.inputs, taps, weights, strip_size, tile);
       }
-      give(wide);
+      give_rows(out, &take[0], count, strip, tile, wide);
     }
   });
 }

@@ -5,6 +5,7 @@
 #pragma once
 
 #include "ops/graph_chain/convolve.h"
+#include "ops/graph_chain/convolved.h"
 
 namespace mgebm::MGEBM_ISA {
 
@@ -12,7 +13,8 @@ constexpr int kPairRows = 32;    // two blocks of `tiles`
 constexpr int kBfloatPairs = 4;  // of a piece of work: two strips' weights stay in L1 while they pass
 constexpr int kBfloatRun = kBfloatPairs * kPairRows;
 
-// pixel[i]: of the map that is read, what stands at pixel i of the rounded one; -1: zeros.
+// pixel[i]: of the map that is read, what stands at pixel i of the rounded one; -1: zeros. Null: of the only pixel,
+// what it is rounded to and what that leaves.
 struct Frame {
   const int32_t* pixel;
   int count;
@@ -38,29 +40,79 @@ static inline int64_t run_bytes(const Windows& w, int inputs, int64_t samples) {
   return numbers_bytes(taps) + pairs * pair_bytes(taps, padded<Bf16>(inputs));
 }
 
+// Sixteen numbers, zeros after the first `count`.
+MG_INLINE F16 load_some(const float* from, int count) {
+  float some[16] = {};
+  for (int c = 0; c < count; ++c) some[c] = from[c];
+  return load(some);
+}
+
 // to[sample][pixel of the frame][depth], rounded; zeros where there is no channel.
 template <typename Samples, typename In>
 MG_INLINE void round_maps(const Samples& g, const Product<Bf16>& p, const Frame& f, const In& in, Bf16* to) {
   constexpr int kPiece = 32;
-  const int depth = padded<Bf16>(p.inputs), whole = p.inputs / 16 * 16, pieces = (f.count + kPiece - 1) / kPiece;
-  g.share(static_cast<int64_t>(g.count) * pieces, [&](int64_t i) {
-    const int sample = static_cast<int>(i / pieces), first = static_cast<int>(i % pieces) * kPiece;
-    const float* const map = in(sample);
-    Bf16* out = to + (static_cast<int64_t>(sample) * f.count + first) * depth;
-    for (int pixel = first; pixel < first + kPiece && pixel < f.count; ++pixel, out += depth) {
-      if (f.pixel[pixel] < 0) {
+  const int depth = padded<Bf16>(p.inputs), whole = p.inputs / 16 * 16;
+  if (!f.pixel) {
+    return g.share((g.count + kPiece - 1) / kPiece, [&](int64_t i) {
+      const int last = static_cast<int>(smaller(kPiece * (i + 1), g.count));
+      for (int n = static_cast<int>(kPiece * i); n < last; ++n) {
+        const float* const from = in(n);
+        Bf16* const high = to + 2LL * n * depth;
+        for (int k = 0; k < depth; k += 16) {
+          const F16 v = k < whole ? load(from + k) : load_some(from + k, p.inputs - k);
+          store_halves(high + k, high + depth + k, v);
+        }
+      }
+    });
+  }
+  const int64_t all_pixels = static_cast<int64_t>(g.count) * f.count;
+  g.share((all_pixels + kPiece - 1) / kPiece, [&](int64_t i) {
+    const int64_t first = i * kPiece, last = smaller(first + kPiece, all_pixels);
+    int sample = static_cast<int>(first / f.count), pixel = static_cast<int>(first % f.count);
+    const float* map = in(sample);
+    Bf16* out = to + first * depth;
+    for (int64_t at = first; at < last; ++at, out += depth) {
+      const int place = f.pixel[pixel];
+      const float* from = map + static_cast<int64_t>(place) * p.depth;
+      if (place < 0) {
         __builtin_memset(static_cast<void*>(out), 0, sizeof(Bf16) * depth);
-        continue;
+      } else {
+        for (int k = 0; k < whole; k += 16) store(out + k, load(from + k));
+        for (int k = whole; k < depth; k += 16) store(out + k, load_some(from + k, p.inputs - k));
       }
-      const float* from = map + static_cast<int64_t>(f.pixel[pixel]) * p.depth;
-      for (int k = 0; k < whole; k += 16) store(out + k, load(from + k));
-      for (int k = whole; k < depth; k += 16) {
-        float rest[16] = {};
-        for (int c = 0; k + c < p.inputs; ++c) rest[c] = from[k + c];
-        store(out + k, load(rest));
-      }
+      if (++pixel == f.count && at + 1 < last) map = in(++sample), pixel = 0;
     }
   });
+}
+
+// W * in as the sum of three products, with high what rounding gives and low what it leaves:
+// high W high + high W low + low W high, to 2^-17 of each product. in: one pixel; its frame: high, low.
+struct SplitProduct {
+  static constexpr int kRows = 2, kTaps = 3;
+  int32_t first_tap[2] = {0, kTaps}, tap_pixel[kTaps] = {0, 1, 0}, tap_weight[kTaps] = {0, 0, 1};
+  int32_t first_output[2] = {0, 1}, zero[1] = {0};
+
+  Windows windows() const { return {1, 1, first_tap, tap_pixel, tap_weight, first_output, zero, zero}; }
+  Frame frame() const { return {nullptr, 2}; }
+};
+MG_INLINE int64_t split_numbers(const GraphStep& s) {
+  return 16LL * strips_of(s.outputs) * SplitProduct::kRows * padded<Bf16>(s.inputs);
+}
+// [strip][channel][16] of float32 -> [strip][high, low][channel / 2][16][2].
+static void split_weights(const GraphStep& s, Bf16* to) {
+  const int depth = padded<Bf16>(s.inputs);
+  for (int strip = 0; strip < strips_of(s.outputs); ++strip) {
+    const float* const from = s.weights + 16LL * strip * s.inputs;
+    Bf16* const high = to + 16LL * strip * SplitProduct::kRows * depth;
+    const auto at = [&](int c) { return c < s.inputs ? load(from + 16 * c) : all(0.0f); };
+    for (int c = 0; c < depth; c += 2) {
+      const F16 a = at(c), b = at(c + 1);
+      Bf16 rounded[2][16];
+      store(rounded[0], a), store(rounded[1], b);
+      store_pairs(high + 16 * c, a, b);
+      store_pairs(high + 16 * (depth + c), a - load(rounded[0]), b - load(rounded[1]));
+    }
+  }
 }
 
 // to[tap][row][depth] <- what up to 16 rows read; zeros where there is no row.
@@ -143,7 +195,7 @@ static void each_product(const Samples& g, const Product<Bf16>& p, const Frame& 
         tiles<false>(q.a, q.rows, q.blocks, q.lie, {q.tap_pixel, taps.weight, taps.count}, weights, strip_size, wide,
                      tile);
         for (int b = 0; b < q.blocks; ++b) {
-          for (int r = 0; r < q.rows[b]; ++r) take[first + 16 * b + r](strip, tile[b] + r * kTileWidth, wide);
+          if (q.rows[b] > 0) give_rows(out, &take[first + 16 * b], q.rows[b], strip, tile[b], wide);
         }
       }
     }
@@ -152,26 +204,21 @@ static void each_product(const Samples& g, const Product<Bf16>& p, const Frame& 
 
 // W * in + bias + second.
 static void convolve(const Group& g, const GraphStep& s) {
-  const int in_depth = g.buffer(s.in).depth, out_depth = g.buffer(s.out).depth;
-  const auto out = [&](int sample, int pixel) {
-    const Finish finish(g, s, sample);
-    const float* second = s.second < 0 ? nullptr : g.at(s.second, sample);
-    return [=, &s](int strip, float* z, int strips) {
-      const int64_t at = static_cast<int64_t>(pixel) * out_depth + 16 * strip;
-      for (int i = 0; i < 16 * strips; i += 16) {
-        if (s.bias) store(z + i, load(z + i) + load(s.bias + 16 * strip + i));
-        if (second) store(z + i, load(z + i) + load(second + at + i));
-      }
-      finish(at, z, strips);
-    };
-  };
+  const int depth = g.buffer(s.in).depth;
+  const Convolved out(g, s);
   const auto in = [&](int sample) { return g.at(s.in, sample); };
+  if (s.split >= 0) {
+    const SplitProduct split;
+    const Windows windows = split.windows();
+    const Product<Bf16> product{windows, g.split + s.split, SplitProduct::kRows, s.inputs, s.outputs, depth};
+    return each_product(g, product, split.frame(), g.rounded, g.own, in, out);
+  }
   if (s.bfloat_weights) {
     const Bf16* weights = static_cast<const Bf16*>(s.bfloat_weights);
-    const Product<Bf16> product{s.windows, weights, s.rows, s.inputs, s.outputs, in_depth};
+    const Product<Bf16> product{s.windows, weights, s.rows, s.inputs, s.outputs, depth};
     return each_product(g, product, {s.place, s.placed}, g.rounded, g.own, in, out);
   }
-  each_product(g, {s.windows, s.weights, s.rows, s.inputs, s.outputs, in_depth}, in, out);
+  each_product(g, {s.windows, s.weights, s.rows, s.inputs, s.outputs, depth}, in, out);
 }
 
 }  // namespace mgebm::MGEBM_ISA

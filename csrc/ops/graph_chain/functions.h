@@ -31,6 +31,26 @@ MG_INLINE Vector multiply_add(Vector a, Vector b, Vector c) {
 }
 MG_INLINE Vector multiply_add(Vector a, Vector b, float c) { return multiply_add(a, b, c + Vector{}); }
 
+// The bound where x lies outside of it; NaN passes.
+MG_INLINE Vector at_least(Vector bound, Vector x) {
+#if defined(__AVX512F__)
+  return _mm512_max_ps(bound, x);
+#elif defined(__AVX2__)
+  return _mm256_max_ps(bound, x);
+#else
+  return x < bound ? bound : x;
+#endif
+}
+MG_INLINE Vector at_most(Vector bound, Vector x) {
+#if defined(__AVX512F__)
+  return _mm512_min_ps(bound, x);
+#elif defined(__AVX2__)
+  return _mm256_min_ps(bound, x);
+#else
+  return x > bound ? bound : x;
+#endif
+}
+
 // f(z) and f'(z).
 template <typename V>
 struct Both {
@@ -39,8 +59,8 @@ struct Both {
 
 // e^x as in activation.h.
 MG_INLINE Vector exponential(Vector x) {
-  x = x < -87.0f ? -87.0f + Vector{} : x;
-  x = x > 88.0f ? 88.0f + Vector{} : x;
+  x = at_least(-87.0f + Vector{}, x);
+  x = at_most(88.0f + Vector{}, x);
   // 3 2^22 added and taken away rounds to the nearest whole number, which the sum's low bits hold.
   const Vector sum = multiply_add(x, 1.44269504f + Vector{}, 12582912.0f), n = sum - 12582912.0f;
   const Vector r = multiply_add(n, 2.12194440e-4f + Vector{}, multiply_add(n, -0.693359375f + Vector{}, x));
@@ -60,7 +80,16 @@ MG_INLINE Vector less_one(Vector x, Vector e) {
   p = p * x + 1.0f;
   return x < 0.25f && x > -0.25f ? p * x : e - 1.0f;
 }
-MG_INLINE Vector sigmoid(Vector z) { return 1.0f / (1.0f + exponential(-z)); }
+// 1 / x for x from 1 on, to about a unit in the last place: a division would take longer than all else of a sigmoid.
+MG_INLINE Vector reciprocal(Vector x) {
+#if defined(__AVX512F__)
+  const Vector guess = _mm512_rcp14_ps(x);
+  return _mm512_fmadd_ps(_mm512_fnmadd_ps(x, guess, _mm512_set1_ps(1.0f)), guess, guess);
+#else
+  return 1.0f / x;
+#endif
+}
+MG_INLINE Vector sigmoid(Vector z) { return reciprocal(1.0f + exponential(-z)); }
 MG_INLINE Vector hyperbolic_tangent(Vector z) {
   const Vector m = less_one(2.0f * z, exponential(2.0f * z));
   return m / (m + 2.0f);
@@ -69,6 +98,19 @@ MG_INLINE Vector hyperbolic_tangent(Vector z) {
 MG_INLINE Both<Vector> silu_both(Vector z) {
   const Vector s = sigmoid(z), v = z * s;
   return {v, s + v * (1.0f - s)};
+}
+// Of sixteen numbers, the same bits.
+MG_INLINE Both<F16> silu_both(F16 z) {
+  Vector v[kVectors], d[kVectors];
+  __builtin_memcpy(v, &z, sizeof v);
+  for (int i = 0; i < kVectors; ++i) {
+    const Both<Vector> both = silu_both(v[i]);
+    v[i] = both.value, d[i] = both.slope;
+  }
+  Both<F16> out;
+  __builtin_memcpy(&out.value, v, sizeof v);
+  __builtin_memcpy(&out.slope, d, sizeof d);
+  return out;
 }
 MG_INLINE Both<Vector> elu_both(Vector z, float a, float b) {
   const Vector low = z < 0.0f ? z : Vector{}, e = exponential(low);

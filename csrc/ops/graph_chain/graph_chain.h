@@ -91,9 +91,13 @@ struct GraphStep {
   int from_channel, to_channel;
   const int32_t* place;  // of a product in bfloat16: which pixel of `in` stands at each of the map that windows is of,
   int placed;            // which has so many; -1: zeros, around it
+  int64_t split;         // of a float32 product with one tap of one pixel that is the sum of three of bfloat16: where
+                         // its weights begin among all such, in numbers; -1: it is none
+  const float* top;      // of a convolution whose function is the last before a known dE/dh, a number a channel or an
+                         // element: that times f'(z) goes into `out`, f(z) nowhere
   MGEBM_FIELDS(kind, in, second, third, out, keep, slope, accumulate, windows, weights, bfloat_weights, rows, inputs,
                outputs, bias, per_element, row_floats, function, a, b, factor, groups, eps, from_channel, to_channel,
-               place, placed)
+               place, placed, split, top)
 };
 
 struct GraphChainParams {

@@ -74,8 +74,9 @@ void write(const Group& g, int buffer, float* to) {
   });
 }
 
-// Elements first ... first + count - 1 of one sample, in (channel, pixel) order; normal[i]: of element first + i.
-void update_elements(const Group& g, int64_t k, int sample, int64_t first, int count, const float* normal) {
+// Elements first ... first + count - 1 of one sample, in (channel, pixel) order; normal[i apart]: of element first + i.
+MG_INLINE void update_elements(const Group& g, int64_t k, int sample, int64_t first, int count, const float* normal,
+                               int apart) {
   const GraphChainParams& p = g.p;
   const int depth = g.buffer(p.state).depth, upstream = g.buffer(p.slope).depth;
   LangevinStepCoefficients own = coefficients_of(p.update, k, g.first + sample);
@@ -87,7 +88,7 @@ void update_elements(const Group& g, int64_t k, int sample, int64_t first, int c
   for (int i = 0; i < count; ++i) {
     float& value = x[pixel * depth + c];
     if (mean) own.reference_mean = mean[first + i];
-    const float next = langevin_step_update(own, value, slope[pixel * upstream + c], normal[i]);
+    const float next = langevin_step_update(own, value, slope[pixel * upstream + c], normal[i * apart]);
     if (!mask || mask[i]) value = next;
     if (++pixel == p.pixels) pixel = 0, ++c;
   }
@@ -97,24 +98,27 @@ void update_elements(const Group& g, int64_t k, int sample, int64_t first, int c
 void update_small(const Group& g, int64_t k, const SampleKey& key, const uint64_t* ids) {
   const GraphChainParams& p = g.p;
   const int elements = p.channels * p.pixels, quads = (elements + 3) / 4;
+  const bool noise = p.update.at || p.update.all.noise_std != 0.0f;
   g.share((g.count + 15) / 16, [&](int64_t block) {
     const int first = static_cast<int>(block) * 16, some = g.count - first < 16 ? g.count - first : 16;
     for (int quad = 0; quad < quads; ++quad) {
       alignas(64) uint32_t words[4][16];
-      alignas(64) float normal[16][4] = {};
-      if (p.update.at || p.update.all.noise_std != 0.0f) {
+      alignas(64) float normal[4][16] = {};
+      const int count = elements - 4 * quad < 4 ? elements - 4 * quad : 4;
+      if (noise) {
         philox_samples(key, static_cast<uint32_t>(quad), ids + first, words);
+        for (int pair = 0; pair < (count + 1) / 2; ++pair) {
 #pragma omp simd
-        for (int i = 0; i < 16; ++i) {
-          const Quad q = normals_of({words[0][i], words[1][i], words[2][i], words[3][i]});
-          normal[i][0] = q.v0, normal[i][1] = q.v1, normal[i][2] = q.v2, normal[i][3] = q.v3;
+          for (int i = 0; i < 16; ++i) {
+            const NormalPair normals = normals_of(words[2 * pair][i], words[2 * pair + 1][i]);
+            normal[2 * pair][i] = normals.v0, normal[2 * pair + 1][i] = normals.v1;
+          }
         }
         if (!key.valid) {
-          for (int i = 0; i < 64; ++i) normal[i / 4][i % 4] = __builtin_nanf("");
+          for (int i = 0; i < 64; ++i) normal[i / 16][i % 16] = __builtin_nanf("");
         }
       }
-      const int count = elements - 4 * quad < 4 ? elements - 4 * quad : 4;
-      for (int i = 0; i < some; ++i) update_elements(g, k, first + i, 4 * quad, count, normal[i]);
+      for (int i = 0; i < some; ++i) update_elements(g, k, first + i, 4 * quad, count, &normal[0][i], 16);
     }
   });
 }
@@ -133,7 +137,7 @@ void update_large(const Group& g, int64_t k, const SampleKey& key, const uint64_
       mine.sample = static_cast<uint32_t>(ids[sample]);
       noise_quads<Distribution::kNormal>(mine, static_cast<uint32_t>(first / 4), (count + 3) / 4, normal);
     }
-    update_elements(g, k, sample, first, count, normal);
+    update_elements(g, k, sample, first, count, normal, 1);
   });
 }
 
@@ -177,18 +181,25 @@ struct Plan {
   bool shared;  // all threads on every step of one group after the other
   int threads, room;
   int64_t rounded_bytes, own_bytes;  // of bfloat16 products, of each group and of each thread
+  int64_t split_bytes;               // of the weights of split products
 };
 
 // A group's buffers in half of a core's L2, and rows enough for the matrix products of maps of one pixel.
 Plan plan_of(const GraphChainParams& p, int threads) {
   constexpr int64_t kMostSamples = 64;
   const int64_t bytes = larger(1, p.sample_floats * static_cast<int64_t>(sizeof(float)));
-  int64_t weights = 0, dense = 0, own = 0, rounded = 0;  // dense: weights that are read for a row a sample
+  int64_t weights = 0, dense = 0, own = 0, rounded = 0, split = 0;  // dense: weights that are read for a row a sample
   for (int i = 0; i < p.steps.count; ++i) {
     const GraphStep& s = p.steps.at[i];
     if (s.kind != GraphKind::kConvolve) continue;
     const int64_t here = (s.bfloat_weights ? 32LL : 64LL) * s.rows * s.inputs * strips_of(s.outputs);
     weights += here, dense += s.windows.outputs == 1 ? here : 0;
+    if (s.split >= 0) {
+      const SplitProduct product;
+      split += 2 * split_numbers(s);
+      own = larger(own, aligned(run_bytes(product.windows(), s.inputs, p.samples)));
+      rounded = larger(rounded, rounded_bytes(product.frame(), s.inputs));
+    }
     if (!s.bfloat_weights) continue;
     own = larger(own, aligned(run_bytes(s.windows, s.inputs, p.samples)));
     rounded = larger(rounded, rounded_bytes({s.place, s.placed}, s.inputs));
@@ -203,7 +214,7 @@ Plan plan_of(const GraphChainParams& p, int threads) {
   const int64_t rounds = (groups + threads - 1) / threads;
   const bool idle = 4 * groups < 3 * rounds * threads;
   const auto plan = [&](bool shared, int64_t by, int64_t samples) {
-    return Plan{shared, static_cast<int>(by), static_cast<int>(samples), aligned(rounded * samples), own};
+    return Plan{shared, static_cast<int>(by), static_cast<int>(samples), aligned(rounded * samples), own, split};
   };
   // Threads that share a step share out the weights of a dense layer as well, where each would read all of them.
   const bool read_twice = dense > 4 * chunk_bytes() && groups <= threads;
@@ -222,7 +233,7 @@ int64_t group_bytes(const GraphChainParams& p, const Plan& plan) {
 
 int64_t graph_chain_workspace(const GraphChainParams& p, int threads) {
   const Plan plan = plan_of(p, threads);
-  return group_bytes(p, plan) * (plan.shared ? 1 : plan.threads) + plan.own_bytes * plan.threads;
+  return group_bytes(p, plan) * (plan.shared ? 1 : plan.threads) + plan.own_bytes * plan.threads + plan.split_bytes;
 }
 
 void graph_chain_cpu(const GraphChainParams& p, int threads) {
@@ -232,11 +243,16 @@ void graph_chain_cpu(const GraphChainParams& p, int threads) {
   bool stop[2] = {};
   int64_t next = 0;
   int done = 0;
+  char* const own_bytes = static_cast<char*>(p.workspace) + each * (plan.shared ? 1 : plan.threads);
+  Bf16* const split = reinterpret_cast<Bf16*>(own_bytes + plan.own_bytes * plan.threads);
+  for (int i = 0; i < p.steps.count; ++i) {
+    if (p.steps.at[i].split >= 0) split_weights(p.steps.at[i], split + p.steps.at[i].split);
+  }
 #pragma omp parallel num_threads(plan.threads) if (plan.threads > 1)
   {
     const int me = omp_get_thread_num();
     char* const base = static_cast<char*>(p.workspace) + (plan.shared ? 0 : me * each);
-    char* const own = static_cast<char*>(p.workspace) + each * (plan.shared ? 1 : plan.threads) + me * plan.own_bytes;
+    char* const own = own_bytes + me * plan.own_bytes;
     uint64_t* const ids = reinterpret_cast<uint64_t*>(base);
     char* const rounded = base + ids_bytes(plan);
     float* const buffers = reinterpret_cast<float*>(rounded + plan.rounded_bytes);
@@ -246,7 +262,7 @@ void graph_chain_cpu(const GraphChainParams& p, int threads) {
       const int count = static_cast<int>(smaller(plan.room, p.samples - first));
       const int all = plan.shared ? omp_get_num_threads() : 1;
       const int mine = plan.shared ? me : 0;
-      run_chain({{interrupt, me == 0, all, mine}, p, first, count, plan.room, buffers, rounded, own}, ids, stop);
+      run_chain({{interrupt, me == 0, all, mine}, p, first, count, plan.room, buffers, rounded, own, split}, ids, stop);
       if (plan.shared) first += plan.room;
     }
     __atomic_fetch_add(&done, 1, __ATOMIC_RELAXED);

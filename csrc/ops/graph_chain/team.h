@@ -38,8 +38,9 @@ struct Group : Team {
   int64_t first;    // sample
   int count, room;  // samples, and how many the buffers have room for
   float* base;
-  char* rounded;  // for bfloat16 products: what one reads, of all samples
-  char* own;      // and, this thread's, the operands of a run of rows
+  char* rounded;      // for bfloat16 products: what one reads, of all samples
+  char* own;          // and, this thread's, the operands of a run of rows
+  const Bf16* split;  // the weights of split products
 
   float* at(int buffer, int sample) const {
     const GraphBuffer& b = p.buffers.at[buffer];

@@ -51,10 +51,11 @@ class GraphPlan(GradientPlan):
     backends = ("native",)
 
     def __init__(
-        self, graph: Graph, energy: Any, read: Reader, where: str, *, precision: str = "fp32", why: str = ""
-    ) -> None:
+        self, graph: Graph, energy: Any, read: Reader, where: str, *, precision: str = "fp32", split: bool = False,
+        why: str = "",
+    ) -> None:  # fmt: skip
         self._energy, self._read, self._where, self._why = energy, read, where, why
-        self.precision = precision
+        self.precision, self._split = precision, split
         self._pack(graph)
 
     @classmethod
@@ -64,7 +65,7 @@ class GraphPlan(GradientPlan):
         """The plan of an energy that was read and packed before, and did not change."""
         plan = object.__new__(cls)
         plan._energy, plan._read, plan._where, plan._why = energy, read, where, ""
-        plan.precision, plan.chain, plan.form = precision, chain, form
+        plan.precision, plan.chain, plan.form, plan._split = precision, chain, form, chain.split
         return plan
 
     def _pack(self, graph: Graph) -> None:
@@ -73,7 +74,7 @@ class GraphPlan(GradientPlan):
                 f"{self._where}: the energy's weights must be finite, got NaN or infinite values in {name}"
             )
         self.form = form_of(graph)
-        self.chain = GraphChain(graph, bfloat=self.precision == "bf16")
+        self.chain = GraphChain(graph, bfloat=self.precision == "bf16", split=self._split)
 
     def gradient(self, x: Tensor) -> Tensor:  # (N, ...) float32 -> the same, contiguous
         """∇E(x), float32."""
@@ -98,6 +99,8 @@ class GraphPlan(GradientPlan):
             how += f", constants of {self.chain.samples} samples"
         if self.precision == "bf16":
             how += "; state, first convolution, functions and sums in fp32"
+        if self.chain.split:
+            how += "; dense layers as three products of bfloat16 each, off by 1e-5"
         return PlanReport("graph", self.precision, how, "all steps in one call", why)
 
 
@@ -189,10 +192,12 @@ def _plan_of(
         if place is not None and "its own code raises" not in graph:  # of the code, whatever its weights are
             place[0].kept[_refused(place)] = graph
         return graph
+    split = False
     if precision == "auto":
         precision = "bf16" if prefers_bfloat() and gains_by_bfloat(graph) else "fp32"
+        split = precision == "fp32" and native.isa() == "amx"
     try:
-        plan = GraphPlan(graph, energy, read, where, precision=precision)
+        plan = GraphPlan(graph, energy, read, where, precision=precision, split=split)
     except (MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:
@@ -215,7 +220,7 @@ _lock = threading.Lock()
 def _why_not_trusted(energy: Any, graph: Graph, plan: GraphPlan, x: Tensor, of_all: bool) -> tuple[str, bool]:
     """Why a reading is not trusted, "" where it is; and whether that was ever shown by a gradient. of_all: whether the
     energy takes as many samples as x has, and no others."""
-    key = (*form_of(graph), x.shape[0], plan.precision)
+    key = (*form_of(graph), x.shape[0], plan.precision, plan.chain.split)
     with _lock:
         if isinstance(energy, torch.nn.Module):
             known = _of_modules.setdefault(energy, {})

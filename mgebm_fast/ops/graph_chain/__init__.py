@@ -28,7 +28,8 @@ register("graph_chain", cpu=True, traced=False)
 
 
 class GraphChain(PackedChain):
-    """A graph with its constants packed for the native engine; bfloat: its products in bfloat16, sums in float32.
+    """A graph with its constants packed for the native engine; bfloat: its products in bfloat16, sums in float32;
+    split: those of dense layers as sums of three, of what rounding to bfloat16 gives and leaves, off by 1e-5.
 
     On CPUs that do not multiply bfloat16 those are computed in float32 from rounded operands, slowly: for tests.
 
@@ -38,14 +39,14 @@ class GraphChain(PackedChain):
     op = OP
     _packed: Scratch | None = None  # holds the constants of one that was refilled
 
-    def __init__(self, graph: Graph, *, bfloat: bool = False) -> None:
+    def __init__(self, graph: Graph, *, bfloat: bool = False, split: bool = False) -> None:
         tensors = [tensor for _, tensor in graph.tensors()]
         addresses(OP, *tensors)
         self._x, self.samples = graph.x, graph.samples
         # A function may hide a NaN (ReLU makes it 0): every gradient of such weights is NaN, as autograd's are.
         self._finite = all_finite(tensors)
         with torch.no_grad(), torch.device("cpu"):  # whatever torch's default device is
-            self._program = Program(graph, bfloat)
+            self._program = Program(graph, bfloat, split)
         self._arguments = self._program.arguments
 
     def refill(self, graph: Graph, values: Tensor, places: dict[int, Tensor]) -> Refill:
@@ -60,6 +61,11 @@ class GraphChain(PackedChain):
         chain._packed = refill.pack(values)
         chain._arguments = refill.arguments(chain._packed)
         return chain
+
+    @property
+    def split(self) -> bool:
+        """Whether a dense layer is computed so."""
+        return any(step.split >= 0 for step in self._program.steps)
 
     def _call(
         self, x: Tensor, gradient: Tensor | None, mask: Tensor | None, steps: int, numbers: Update, place: Counters

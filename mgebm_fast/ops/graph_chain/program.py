@@ -28,18 +28,20 @@ class Program(ForwardPass):
     """The steps that give dE/dx of a graph, with its constants packed; `state` and `slope`: the buffers of x and dE/dx.
 
     bfloat: products in bfloat16, with float32 sums, where they read what is no pixel of x and are large enough.
+    split: dense layers as the sum of three products of bfloat16, where they are large enough.
 
     Raises ValueError where the graph is larger than the engine takes.
     """
 
-    def __init__(self, graph: Graph, bfloat: bool = False) -> None:
-        super().__init__(graph.folded(), bfloat)
+    def __init__(self, graph: Graph, bfloat: bool = False, split: bool = False) -> None:
+        super().__init__(graph.folded(), bfloat, split)
         self._grad: dict[int, int] = {}  # of a value, its gradient so far
         self._backward()
         if 0 not in self._grad:
             raise ValueError("graph_chain: the energy must depend on x, got a graph that does not")
         self.slope = self._grad[0]
         self._drop_unused()
+        self._end_at_top()
         self.sample_floats = self._place()
         if len(self.steps) > MAX_STEPS or len(self.buffers) > MAX_BUFFERS:
             raise ValueError(f"graph_chain: a program has at most {MAX_STEPS} steps, got {len(self.steps)}")
@@ -223,6 +225,23 @@ class Program(ForwardPass):
                 wanted |= {self._root(b) for b in step.reads()}
                 kept.append(step)
         self.steps = kept[::-1]
+
+    def _end_at_top(self) -> None:
+        """A convolution's last function whose gradient is known is not evaluated: its slope times that is."""
+        readers: dict[int, list[Step]] = {}
+        for step in self.steps:
+            for buffer in step.reads():
+                readers.setdefault(self._root(buffer), []).append(step)
+        makers = {step.slope if step.slope >= 0 else step.out: step for step in self.steps if step.kind == "convolve"}
+        for fill in [step for step in self.steps if step.kind == "fill" and step.slope in makers]:
+            maker = makers[fill.slope]
+            made = {self._root(buffer) for buffer in maker.writes()}
+            alone = all(reader is fill for buffer in made for reader in readers.get(buffer, []))
+            plain = not (fill.accumulate or fill.row_floats or maker.accumulate) and maker.keep < 0
+            if plain and alone and maker.function:
+                maker.top, maker.per_element = fill.bias, fill.per_element
+                maker.out, maker.slope = fill.out, -1
+                self.steps = [step for step in self.steps if step is not fill]
 
     def _place(self) -> int:
         """Offsets such that no two buffers share memory while both are alive; the floats of a sample in all."""

@@ -21,7 +21,7 @@ from .steps import Step
 
 _ALIGN = 16  # floats: an array begins at a cache line
 MOST = 1 << 22  # weights whose places float32 can tell apart
-_WEIGHTS, _BIAS = 9, 14  # their places in `Step.arguments`
+_PLACES = {"weights": 9, "bias": 14, "top": -1}  # of constants, in `Step.arguments`
 
 
 class Refill:
@@ -34,7 +34,7 @@ class Refill:
             raise ValueError("graph_chain: too many weights to tell apart")
         self._program = program
         table = _Table(values.numel())
-        programs = [program, *(Program(_with(graph, places, names)) for names in table.names)]
+        programs = [program, *(Program(_with(graph, places, n), split=program.split) for n in table.names)]
         if any(_form(p.steps) != _form(program.steps) for p in programs):
             raise ValueError("graph_chain: a program that depends on its weights")
         self._starts, at = [], 0
@@ -68,8 +68,8 @@ class Refill:
         found = []
         for step, own in zip(self._program.steps, steps, strict=True):
             changed = list(own)
-            for place, array in ((_WEIGHTS, step.weights), (_BIAS, step.bias)):
-                if array is not None:
+            for name, place in _PLACES.items():
+                if getattr(step, name) is not None:
                     changed[place] = packed.address + 4 * next(starts)
             found.append(tuple(changed))
         return (buffers, found, *rest)
@@ -114,13 +114,13 @@ class _Table:
 
 def _arrays(steps: list[Step]) -> list[Tensor]:
     """The constants of a program's steps, in order, flat."""
-    held = [array for step in steps for array in (step.weights, step.bias) if array is not None]
+    held = [array for step in steps for name in _PLACES if (array := getattr(step, name)) is not None]
     return [array.floats() if isinstance(array, Scratch) else array.reshape(-1) for array in held]
 
 
 def _form(steps: list[Step]) -> list[object]:
     """What of steps does not depend on weights, if a program is the same for all."""
-    apart = ("windows", "weights", "bias")
+    apart = ("windows", *_PLACES)
     fields = [(name, value) for step in steps for name, value in vars(step).items() if name not in apart]
     return [*fields, *(len(array) for array in _arrays(steps))]
 

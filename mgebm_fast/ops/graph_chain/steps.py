@@ -53,10 +53,12 @@ class Step:
     weights: Tensor | Scratch | None = None
     bfloat: bool = False  # whether weights, and what they multiply, are bfloat16; then with `place`
     place: Tensor | None = None  # (pixels of the map that windows are of,) int32, as `frames` makes it
+    split: int = -1  # of a dense layer as three products of bfloat16: where its weights begin among all such
     rows: int = 0
     inputs: int = 0
     outputs: int = 0
     bias: Tensor | None = None
+    top: Tensor | None = None  # of a convolution: dE/dh behind its function, where that is known
     per_element: bool = False
     row_floats: int = 0
     function: str = ""
@@ -89,7 +91,7 @@ class Step:
     @property
     def _keeps_slope(self) -> bool:
         """Whether `slope` is written, as on the forward pass."""
-        return self.function not in ("", "leaky_relu")
+        return self.function not in ("", "leaky_relu") and self.top is None
 
     @property
     def arguments(self) -> tuple:
@@ -102,7 +104,7 @@ class Step:
             _KINDS[self.kind], self.source, self.second, self.third, self.out, self.keep, self.slope, self.accumulate,
             table, *kinds, self.rows, self.inputs, self.outputs, _address(self.bias), self.per_element,
             self.row_floats, function, self.a, self.b, self.factor, self.groups, self.eps, self.from_channel,
-            self.to_channel, *place,
+            self.to_channel, *place, self.split, _address(self.top),
         )  # fmt: skip
 
 
