@@ -3,6 +3,7 @@
 
 #include "mgebm/lanes.h"
 #include "ops/conv_chain/conv_chain.h"
+#include "ops/conv_chain/curves.h"
 
 namespace mgebm::MGEBM_ISA {
 
@@ -22,25 +23,13 @@ MG_INLINE float exponential(float x) {
   return p * as_float(static_cast<uint32_t>(static_cast<int32_t>(n) + 127) << 23);
 }
 
-MG_INLINE F16 each(F16 in, float (*function)(float)) {
-  alignas(64) float v[16];
-  store(v, in);
-#pragma omp simd
-  for (int i = 0; i < 16; ++i) v[i] = function(v[i]);
-  return load(v);
-}
-
-MG_INLINE float silu(float z) { return z / (1.0f + exponential(-z)); }
-MG_INLINE float silu_slope(float z) {
-  const float s = 1.0f / (1.0f + exponential(-z));
-  return s * (1.0f + z * (1.0f - s));
-}
-MG_INLINE float elu(float z) { return z > 0.0f ? z : exponential(z) - 1.0f; }
-MG_INLINE float elu_slope(float z) { return z > 0.0f ? 1.0f : exponential(z); }
-
 // Whether the slope needs z itself, and not its sign alone.
 MG_INLINE bool curved(Activation activation) {
   return activation == Activation::kSilu || activation == Activation::kElu;
+}
+// a(z) and a'(z) of such a one.
+MG_INLINE Both<F16> curve(Activation activation, F16 z) {
+  return activation == Activation::kSilu ? silu_both(z) : elu_both(z, 1.0f, 1.0f);
 }
 
 // The slope of a leaky ReLU, held in registers: a loop that stores would read it from the stage each time, which it
@@ -62,10 +51,8 @@ MG_INLINE F16 activate(const ConvStage& stage, F16 z, uint16_t* sign) {
     case Activation::kLeaky:
       *sign = positive(z);
       return select(*sign, z, stage.slope == 0.0f ? all(0.0f) : z * all(stage.slope));
-    case Activation::kSilu:
-      return each(z, silu);
     default:
-      return each(z, elu);
+      return curve(stage.activation, z).value;
   }
 }
 
@@ -76,10 +63,8 @@ MG_INLINE F16 times_slope(const ConvStage& stage, F16 g, uint16_t sign, F16 z) {
       return g;
     case Activation::kLeaky:
       return select(sign, g, stage.slope == 0.0f ? all(0.0f) : g * all(stage.slope));
-    case Activation::kSilu:
-      return g * each(z, silu_slope);
     default:
-      return g * each(z, elu_slope);
+      return g * curve(stage.activation, z).slope;
   }
 }
 

@@ -22,7 +22,8 @@ MG_INLINE int padded(int channels) {
 template <typename T>
 struct Kept {
   T* h;            // [16][depth]: h_l, then dE/dz_l in its place
-  T* z;            // [16][depth]: with batch statistics or a curved activation
+  T* z;            // [16][depth]: with batch statistics
+  float* slope;    // [16][depth]: a'(z) of a curved activation without them
   uint16_t* mask;  // [strip][16]: the sign of what entered a piecewise linear activation
   float* sums;     // [2][strips * 16]: a pixel's share of the batch's statistics
   float* scale;    // [6][strips * 16]: gamma/std, beta, mean, 1/std; then mean(g), mean(g zh)
@@ -68,7 +69,8 @@ struct Engine {
       k.strips = strips_of(stage.out_channels);
       const int64_t pixels = static_cast<int64_t>(blocks) * stage.out_pixels;
       take(k.h, pixels * 16 * k.depth);
-      take(k.z, stage.gamma || curved(stage.activation) ? pixels * 16 * k.depth : 0);
+      take(k.z, stage.gamma ? pixels * 16 * k.depth : 0);
+      take(k.slope, curved(stage.activation) && !stage.gamma && !top(l) ? pixels * 16 * k.depth : 0);
       take(k.mask, stage.activation == Activation::kLeaky ? pixels * 16 * k.strips : 0);
       take(k.sums, stage.gamma ? pixels * 2 * k.strips * 16 : 0);
       take(k.scale, stage.gamma ? 6 * k.strips * 16 : 0);
@@ -82,6 +84,9 @@ struct Engine {
     return static_cast<int64_t>(block) * p.stages.at[l].out_pixels + pixel;
   }
   T* h_at(int l, int64_t pixel, int strip) const { return kept[l].h + pixel * 16 * kept[l].depth + 16 * strip; }
+  float* slope_at(int l, int64_t pixel, int strip) const {
+    return kept[l].slope + pixel * 16 * kept[l].depth + 16 * strip;
+  }
   T* z_at(int l, int64_t pixel, int strip) const { return kept[l].z + pixel * 16 * kept[l].depth + 16 * strip; }
   uint16_t* mask_at(int l, int64_t pixel, int strip) const {
     return kept[l].mask + (pixel * kept[l].strips + strip) * 16;

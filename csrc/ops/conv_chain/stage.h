@@ -34,16 +34,17 @@ static void finish_forward(const Engine<T>& e, int l, int block, int pixel, int 
     }
     return;
   }
+  const bool bent = curved(stage.activation);
+  float* const slope = e.slope_at(l, at, strip);
   for (int n = 0; n < 16; ++n) {
     const F16 z = load(tile + n * kTileWidth) + bias;
-    uint16_t sign = 0;
-    const F16 out = activate(stage, z, &sign);
-    if (e.top(l)) {
-      store(h + n * depth, times_slope(stage, head, sign, z));
+    if (!bent) {
+      store(h + n * depth, e.top(l) ? head : z);
       continue;
     }
-    if (curved(stage.activation)) store(e.z_at(l, at, strip) + n * depth, z);
-    store(h + n * depth, out);
+    const Both<F16> both = curve(stage.activation, z);
+    if (!e.top(l)) store(slope + n * depth, both.slope);
+    store(h + n * depth, e.top(l) ? head * both.slope : both.value);
   }
 }
 
@@ -54,29 +55,34 @@ static void finish_backward(const Engine<T>& e, int l, int block, int pixel, int
   const int depth = e.kept[l].depth;
   const int64_t at = e.pixel_at(l, block, pixel);
   T* h = e.h_at(l, at, strip);
-  const T* z = e.z_at(l, at, strip);  // read where there is one
   const uint16_t* sign = stage.activation == Activation::kLeaky ? e.mask_at(l, at, strip) : nullptr;
   if (sign && !stage.gamma) {
     const Leaky leaky(stage);
     for (int n = 0; n < 16; ++n) store(h + n * depth, leaky.times_slope(load(tile + n * kTileWidth), sign[n]));
     return;
   }
-  const bool needs_z = stage.gamma || curved(stage.activation);
+  if (!stage.gamma) {
+    const bool bent = curved(stage.activation);
+    const float* const slope = e.slope_at(l, at, strip);
+    for (int n = 0; n < 16; ++n) {
+      const F16 g = load(tile + n * kTileWidth);
+      store(h + n * depth, bent ? g * load(slope + n * depth) : g);
+    }
+    return;
+  }
+  const T* z = e.z_at(l, at, strip);
   const Affine norm = affine(e, l, strip);
   F16 sum = all(0.0f), product = all(0.0f);
   const int count = e.valid(block);
   for (int n = 0; n < 16; ++n) {
-    const F16 raw = needs_z ? load(z + n * depth) : all(0.0f);
-    const F16 entered = stage.gamma ? norm.of(raw) : raw;
-    const F16 g = times_slope(stage, load(tile + n * kTileWidth), sign ? sign[n] : 0, entered);
-    store(h + n * depth, g);
-    if (stage.gamma && n < count) {
+    const F16 raw = load(z + n * depth);
+    store(h + n * depth, times_slope(stage, load(tile + n * kTileWidth), sign ? sign[n] : 0, norm.of(raw)));
+    if (n < count) {
       const F16 held = load(h + n * depth);
       sum = sum + held;
       product = multiply_add(held, norm.unit(raw), product);
     }
   }
-  if (!stage.gamma) return;
   store(e.sums_at(l, at, 0, strip), sum);
   store(e.sums_at(l, at, 1, strip), product);
 }

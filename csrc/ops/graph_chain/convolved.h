@@ -56,59 +56,58 @@ struct Convolved {
     }
   }
 
-  MG_METHOD void end_at_top(const Row* rows, int count, int first, const float* tile, int wide) const {
-    if (s.function == Function::kSilu) {
-      return each(rows, count, first, tile, wide, [](const Row& row, int channel, F16 z) __attribute__((always_inline)) {
-        store(row.out + channel, load(row.top + channel) * silu_both(z).slope);
-      });
-    }
-    each(rows, count, first, tile, wide, [this](const Row& row, int channel, F16 z) __attribute__((always_inline)) {
-      alignas(64) float value[16], slope[16];
-      store(value, z);
-      values_and_slopes(s, value, value, slope, 16);
-      store(row.out + channel, load(row.top + channel) * load(slope));
-    });
-  }
-
-  // A copy of its own for each function that is frequent: a switch for every sixteen numbers takes about as long as they.
+  // A copy of its own for each function that is frequent: a switch for every sixteen numbers takes about as long as
+  // they.
   MG_METHOD void operator()(const Row* rows, int count, int first, const float* tile, int wide) const {
     const bool back = s.slope >= 0, more = s.accumulate;
+    const float a = s.a, b = s.b;
+    const auto all_rows = [=, this](const auto& end)
+                              __attribute__((always_inline)) { each(rows, count, first, tile, wide, end); };
     const auto give = [=](const Row& row, int channel, F16 z) __attribute__((always_inline)) {
       store(row.out + channel, more ? load(row.out + channel) + z : z);
     };
-    if (s.function == Function::kNone && !back) return each(rows, count, first, tile, wide, give);
-    if (s.function == Function::kNone) {
-      return each(rows, count, first, tile, wide, [=](const Row& row, int channel, F16 z) __attribute__((always_inline)) {
-        give(row, channel, z * load(row.slope + channel));
+    // f(z) and f'(z): the numbers of a step, or at the top the gradient behind it times the slope.
+    const auto curved = [=, this](const auto& both) __attribute__((always_inline)) {
+      if (s.top) {
+        return all_rows([=](const Row& row, int channel, F16 z) __attribute__((always_inline)) {
+          store(row.out + channel, load(row.top + channel) * both(z).slope);
+        });
+      }
+      all_rows([=](const Row& row, int channel, F16 z) __attribute__((always_inline)) {
+        const Both<F16> found = both(z);
+        give(row, channel, found.value);
+        if (back) store(row.slope + channel, found.slope);
       });
+    };
+    switch (s.function) {
+      case Function::kNone:
+        if (!back) return all_rows(give);
+        return all_rows([=](const Row& row, int channel, F16 z)
+                            __attribute__((always_inline)) { give(row, channel, z * load(row.slope + channel)); });
+      case Function::kLeaky:
+        return all_rows([=](const Row& row, int channel, F16 z) __attribute__((always_inline)) {
+          // f(z) has the sign of z.
+          const uint16_t up = positive(back ? load(row.slope + channel) : z);
+          const F16 v = row.top ? load(row.top + channel) : z;
+          give(row, channel, select(up, v, a == 0.0f ? all(0.0f) : v * all(a)));
+        });
+      case Function::kSilu:
+        return curved([](F16 z) __attribute__((always_inline)) { return silu_both(z); });
+      case Function::kElu:
+        return curved([=](F16 z) __attribute__((always_inline)) { return elu_both(z, a, b); });
+      default:
+        return curved([this](F16 z) __attribute__((always_inline)) {
+          alignas(64) float value[16], slope[16];
+          store(value, z);
+          values_and_slopes(s, value, value, slope, 16);
+          return Both<F16>{load(value), load(slope)};
+        });
     }
-    if (s.top) return end_at_top(rows, count, first, tile, wide);
-    if (s.function == Function::kLeaky) {
-      const F16 low = all(s.a);
-      const bool relu = s.a == 0.0f;
-      return each(rows, count, first, tile, wide, [=](const Row& row, int channel, F16 z) __attribute__((always_inline)) {
-        // f(z) has the sign of z.
-        const uint16_t up = positive(back ? load(row.slope + channel) : z);
-        give(row, channel, select(up, z, relu ? all(0.0f) : z * low));
-      });
-    }
-    if (s.function == Function::kSilu && back && !more) {
-      return each(rows, count, first, tile, wide, [=](const Row& row, int channel, F16 z) __attribute__((always_inline)) {
-        const Both<F16> both = silu_both(z);
-        store(row.out + channel, both.value), store(row.slope + channel, both.slope);
-      });
-    }
-    each(rows, count, first, tile, wide, [=, this](const Row& row, int channel, F16 z) __attribute__((always_inline)) {
-      alignas(64) float value[16], slope[16];
-      store(value, z);
-      values_and_slopes(s, value, value, slope, 16);
-      give(row, channel, load(value));
-      if (back) store(row.slope + channel, load(slope));
-    });
   }
 };
 
-MG_INLINE void give_rows(const Convolved& out, const Convolved::Row* rows, int count, int strip, float* tile, int wide) {
+MG_INLINE void give_rows(const Convolved& out, const Convolved::Row* rows, int count, int strip, float* tile,
+                         int wide) {
   out(rows, count, strip, tile, wide);
 }
 

@@ -2,8 +2,8 @@
 
 The native engine of stacks works on blocks of sixteen samples, that of graphs on rows of samples and pixels alike, and
 the conv plan by torch's convolutions. Where samples are independent, no bit of a sample may depend on the batch that it
-is in. With AMX both engines give a stack of leaky ReLUs the same bits in bfloat16: there that of graphs takes small
-batches, which would leave most of a block empty, and that of stacks the rest, at up to twice the speed. Elsewhere the
+is in. With AMX both engines give a stack the same bits in bfloat16: there that of graphs takes small batches, which
+would leave most of a block empty, and that of stacks the rest, at up to twice the speed. Elsewhere the
 net alone decides: up to maps of 8×8 pixels the engine of stacks is up to twice as fast, and fast enough with a single
 sample; on larger maps the two are level from sixteen samples on, and below the engine of stacks is up to eight times
 slower, which is slower than torch's convolutions. A dense layer on a larger map is slow there for any batch: each
@@ -78,8 +78,8 @@ def _bits_agree(stack: Stack) -> bool:
         outputs, inputs, *kernel = stage.weight.shape
         channels = (outputs,) if place == 0 else (outputs, inputs)
         rounded = all(pays_in_bfloat(math.prod(kernel), c) for c in channels)
-        linear = stage.activation in ("none", "relu") or (stage.activation == "leaky_relu" and stage.slope >= 0)
-        return rounded and linear and stage.norm is None and stage.shortcut is None
+        same = stage.activation != "leaky_relu" or stage.slope >= 0
+        return rounded and same and stage.norm is None and stage.shortcut is None
 
     # What is linear up to the energy, that of graphs takes as known, in float32.
     open_top = stack.stages[-1].activation == "none"

@@ -15,7 +15,8 @@ from mgebm_fast.ops.conv_chain import has_bfloat
 
 
 def stack_of(seed: int, curved: bool = False) -> tuple[nn.Module, tuple[int, ...]]:
-    """Two to four convolutions with leaky ReLUs or none, now and then none on top, a linear layer; a sample's shape."""
+    """Two to four convolutions with leaky ReLUs or none, now and then none on top, or with SiLU and ELU; a linear layer;
+    a sample's shape."""
     draw = random.Random(seed)
     torch.manual_seed(seed)
     channels, size = draw.choice([1, 3]), draw.choice([11, 16, 20])
@@ -23,7 +24,7 @@ def stack_of(seed: int, curved: bool = False) -> tuple[nn.Module, tuple[int, ...
     for _ in range(draw.randint(2, 4)):
         wide, kernel, stride = draw.choice([8, 20, 33, 64]), draw.choice([1, 3, 4, 5]), draw.choice([1, 1, 2])
         modules.append(nn.Conv2d(channels, wide, kernel, stride, padding=draw.choice([0, kernel // 2])))
-        modules.append(nn.SiLU() if curved else draw.choice([nn.Identity(), nn.ReLU(), nn.LeakyReLU(0.2)]))
+        modules.append(draw.choice([nn.SiLU(), nn.ELU()] if curved else [nn.Identity(), nn.ReLU(), nn.LeakyReLU(0.2)]))
         channels = wide
     net = nn.Sequential(*modules, nn.Flatten())
     features = net(torch.zeros(1, *shape)).shape[1]
@@ -40,21 +41,14 @@ def chain(net: nn.Module, x: Tensor, first_sample: int = 0) -> Tensor:
 @pytest.mark.parametrize("seed", range(12))
 def test_no_bit_shows_which_engine_a_batch_runs_on(seed: int) -> None:
     """19 samples in one call, and by calls of few: with AMX by another engine."""
-    net, shape = stack_of(seed, curved=seed % 4 == 3)
+    net, shape = stack_of(seed, curved=seed % 2 == 1)
     x = torch.randn(19, *shape)
     whole = chain(net, x)
     parts = [chain(net, x[first : first + some], first) for first, some in ((0, 1), (1, 3), (4, 8), (12, 7))]
     assert torch.equal(torch.cat(parts), whole)
-    if native.isa() == "amx" and seed % 4 != 3 and not isinstance(net[-4], nn.Identity):
+    if native.isa() == "amx" and not isinstance(net[-4], nn.Identity):
         names = [str(plan(net, x[:n], "bf16").explain()).split(",")[0] for n in (1, 8, 9, 19)]
         assert names == ["graph", "graph", "native", "native"]
-
-
-def test_a_curved_stack_has_one_engine_for_any_batch() -> None:
-    net, shape = stack_of(3, curved=True)
-    stack = read(net, torch.zeros(2, *shape))
-    assert not isinstance(stack, str)
-    assert {cost.fastest(stack, n, "bf16")[0] for n in (1, 8, 16, 64)} in ({"native"}, {"graph"})
 
 
 @pytest.mark.parametrize("precision", ["fp32", "auto"])
