@@ -86,7 +86,7 @@ def plan(
     reason = engine.why_not(stack, x, precision)
     if reason:
         return conv.ConvPlan(stack, energy, precision, f"the native engine cannot run: {reason}")
-    faster, reason = graph.fastest(stack, x.shape[0], precision)
+    faster, reason = graph.fastest(stack, x.shape[0], precision, steps)
     if faster == "graph":
         # Weights of a dense layer take as long to pack as to use: a reading that is kept has them.
         made = _graph_plan(energy, x, where, precision, steps) if graph.has_large_dense(stack) else ""

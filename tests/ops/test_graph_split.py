@@ -5,9 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
-
 from helpers.graph_functions import DOMAIN, NUMBERS, float32_error
+from torch import Tensor, nn
 
 import mgebm_fast as mg
 from mgebm_fast import native
@@ -30,7 +29,7 @@ def relative(got: Tensor, exact: Tensor) -> float:
 
 @pytest.mark.parametrize("isa", ["portable", "avx2", "avx512", "avx512bf16", "amx"])
 def test_split_dense_layers(isa: str) -> None:
-    """Within 2⁻¹⁴ of float64, where one product of bfloat16 is off by 2⁻⁹, whatever is left over of strips and tiles."""
+    """Within 2⁻¹⁴ of float64, where one product of bfloat16 is off by 2⁻⁹, whatever is left over of tiles."""
     module, before = native.module(), native.isa()
     if not module.set_isa(isa):
         pytest.skip(f"this CPU has no {isa}")

@@ -29,6 +29,8 @@ BLOCK = 16  # samples of a block of the engine of stacks
 FEW = 8  # samples for which that of graphs is faster on larger maps
 SMALL_MAP = 64  # pixels
 LARGE_MAP = 64 * 64  # with bfloat16 where bits differ
+# Multiplications of the samples that a block lacks, over all steps, from which a graph's longer packing is made up for.
+WORTH_PACKING = 150_000_000
 
 
 @contextlib.contextmanager
@@ -42,14 +44,15 @@ def settled_batch() -> Iterator[None]:
         _settled.reset(token)
 
 
-def fastest(stack: Stack, samples: int, precision: str) -> tuple[str, str]:
-    """("native" | "graph" | "conv", why not "native")."""
+def fastest(stack: Stack, samples: int, precision: str, steps: int = BLOCK) -> tuple[str, str]:
+    """("native" | "graph" | "conv", why not "native"); `steps` in one go matter where bits do not."""
     largest = max(math.prod(size) for stage in stack.stages for size in (stage.in_size, stage.out_size))
     normed = any(stage.norm is not None for stage in stack.stages)
     if not normed and has_large_dense(stack):
         return "graph", f"the engine of stacks is slow for a dense layer on a map of more than {SMALL_MAP} pixels"
     if precision == "bf16" and largest > SMALL_MAP and _bits_agree(stack):
-        if samples > FEW:
+        each = sum(math.prod(stage.out_size) * stage.weight.numel() for stage in stack.stages)
+        if samples > FEW or steps * (BLOCK - samples) * each < WORTH_PACKING:
             return "native", ""
         return "graph", f"the engine of stacks takes blocks of {BLOCK} samples, x has {samples}"
     small = SMALL_MAP if precision == "fp32" else LARGE_MAP

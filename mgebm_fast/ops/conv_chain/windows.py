@@ -14,7 +14,7 @@ import itertools
 import math
 import threading
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar, cast
 
 import numpy as np
 import torch
@@ -203,21 +203,29 @@ def product(
 
 Sizes = tuple[int, ...]
 _KEPT_BYTES = 64 << 20
-_kept: collections.OrderedDict[tuple[Any, ...], Windows] = collections.OrderedDict()
 _lock = threading.Lock()
 
 
-def _remembered(make: Callable[..., Windows]) -> Callable[..., Windows]:
+class Tables(Protocol):
+    @property
+    def nbytes(self) -> int: ...
+
+
+T = TypeVar("T", bound=Tables)
+_kept: collections.OrderedDict[tuple[Any, ...], Tables] = collections.OrderedDict()
+
+
+def remembered(make: Callable[..., T]) -> Callable[..., T]:
     """`make`, whose latest results are kept while they take at most _KEPT_BYTES in all: those of many sizes may take
     gigabytes."""
 
     @functools.wraps(make)
-    def remembered(*geometry: Sizes) -> Windows:
+    def found(*geometry: Sizes) -> T:
         key = (make.__name__, *geometry)
         with _lock:
             if key in _kept:
                 _kept.move_to_end(key)
-                return _kept[key]
+                return cast(T, _kept[key])
         made = make(*geometry)
         with _lock:
             _kept[key] = made
@@ -225,10 +233,10 @@ def _remembered(make: Callable[..., Windows]) -> Callable[..., Windows]:
                 _kept.popitem(last=False)
         return made
 
-    return remembered
+    return found
 
 
-@_remembered
+@remembered
 def forward_windows(
     inputs: Sizes, outputs: Sizes, kernel: Sizes, stride: Sizes, padding: Sizes, dilation: Sizes
 ) -> Windows:
@@ -237,7 +245,7 @@ def forward_windows(
     return product(axes, inputs, outputs, kernel)
 
 
-@_remembered
+@remembered
 def backward_windows(
     inputs: Sizes, outputs: Sizes, kernel: Sizes, stride: Sizes, padding: Sizes, dilation: Sizes
 ) -> Windows:
@@ -246,7 +254,7 @@ def backward_windows(
     return product(axes, outputs, inputs, kernel)
 
 
-@_remembered
+@remembered
 def edge_windows(
     inputs: Sizes, outputs: Sizes, kernel: Sizes, stride: Sizes, padding: Sizes, dilation: Sizes
 ) -> Windows:

@@ -8,6 +8,8 @@ depend on threads, on the batch that a sample is in or on the layout of x.
 
 from __future__ import annotations
 
+import contextlib
+
 import torch
 from torch import Tensor
 
@@ -25,6 +27,12 @@ from .refill import Refill
 
 OP = "graph_chain"
 register("graph_chain", cpu=True, traced=False)
+
+
+def _on_cpu() -> contextlib.AbstractContextManager[object]:
+    """Makes tensors on the CPU whatever torch's default device is. Where no mode of torch's is on, as a default device
+    is one, that is so already, and a context would only make every op slower."""
+    return torch.device("cpu") if torch._C._len_torch_function_stack() else contextlib.nullcontext()
 
 
 class GraphChain(PackedChain):
@@ -45,13 +53,13 @@ class GraphChain(PackedChain):
         self._x, self.samples = graph.x, graph.samples
         # A function may hide a NaN (ReLU makes it 0): every gradient of such weights is NaN, as autograd's are.
         self._finite = all_finite(tensors)
-        with torch.no_grad(), torch.device("cpu"):  # whatever torch's default device is
+        with torch.no_grad(), _on_cpu():
             self._program = Program(graph, bfloat, split)
         self._arguments = self._program.arguments
 
     def refill(self, graph: Graph, values: Tensor, places: dict[int, Tensor]) -> Refill:
         """The table that packs other weights, of the graph that this was made of in float32; ValueError for none."""
-        with torch.no_grad(), torch.device("cpu"):
+        with torch.no_grad(), _on_cpu():
             return Refill(graph, self._program, values, places)
 
     def refilled(self, refill: Refill, values: Tensor) -> GraphChain:

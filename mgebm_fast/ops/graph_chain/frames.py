@@ -22,7 +22,12 @@ class Framed(NamedTuple):
     windows: windows.Windows
     place: Tensor
 
+    @property
+    def nbytes(self) -> int:
+        return self.windows.nbytes + self.place.nbytes
 
+
+@windows.remembered
 def framed_forward(inputs: Size, outputs: Size, kernel: Size, stride: Size, padding: Size, dilation: Size) -> Framed:
     """A convolution: `padding` before each dimension, and what the last output reads after it."""
     axes = list(zip(inputs, outputs, kernel, stride, padding, dilation, strict=True))
@@ -32,6 +37,7 @@ def framed_forward(inputs: Size, outputs: Size, kernel: Size, stride: Size, padd
     return Framed(table, _place(inputs, padding, after))
 
 
+@windows.remembered
 def framed_backward(inputs: Size, outputs: Size, kernel: Size, stride: Size, padding: Size, dilation: Size) -> Framed:
     """Its data gradient, which reads the map of outputs: outputs o with o·stride − padding + t·dilation in the map of
     inputs for some tap t, though the convolution has none there."""

@@ -15,8 +15,8 @@ from mgebm_fast.ops.conv_chain import has_bfloat
 
 
 def stack_of(seed: int, curved: bool = False) -> tuple[nn.Module, tuple[int, ...]]:
-    """Two to four convolutions with leaky ReLUs or none, now and then none on top, or with SiLU and ELU; a linear layer;
-    a sample's shape."""
+    """Two to four convolutions with leaky ReLUs or none, now and then none on top, or with SiLU and ELU; a linear
+    layer; a sample's shape."""
     draw = random.Random(seed)
     torch.manual_seed(seed)
     channels, size = draw.choice([1, 3]), draw.choice([11, 16, 20])
@@ -47,8 +47,16 @@ def test_no_bit_shows_which_engine_a_batch_runs_on(seed: int) -> None:
     parts = [chain(net, x[first : first + some], first) for first, some in ((0, 1), (1, 3), (4, 8), (12, 7))]
     assert torch.equal(torch.cat(parts), whole)
     if native.isa() == "amx" and not isinstance(net[-4], nn.Identity):
-        names = [str(plan(net, x[:n], "bf16").explain()).split(",")[0] for n in (1, 8, 9, 19)]
+        names = [str(plan(net, x[:n], "bf16", steps=9999).explain()).split(",")[0] for n in (1, 8, 9, 19)]
         assert names == ["graph", "graph", "native", "native"]
+
+
+@pytest.mark.skipif(native.isa() != "amx", reason="without AMX bits differ")
+def test_few_steps_of_a_small_stack_are_not_worth_packing_a_graph() -> None:
+    net, x = mg.nets.multigrid_net(16, norm="none", variant="compact").requires_grad_(False), torch.randn(1, 3, 16, 16)
+    few, many = plan(net, x, "bf16", steps=1), plan(net, x, "bf16", steps=100)
+    assert str(few.explain()).startswith("native") and str(many.explain()).startswith("graph")
+    assert torch.equal(few.gradient(x), many.gradient(x))
 
 
 @pytest.mark.parametrize("precision", ["fp32", "auto"])
