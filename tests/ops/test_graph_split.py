@@ -11,10 +11,16 @@ from torch import Tensor, nn
 import mgebm_fast as mg
 from mgebm_fast import native
 from mgebm_fast.gradient.graph import plan, read_graph
-from mgebm_fast.ops.graph_chain import GraphChain, gradient_reference, layers
+from mgebm_fast.ops.graph_chain import GraphChain, forward, gradient_reference, layers
 from mgebm_fast.ops.graph_chain.layers import FUNCTIONS, Graph, Map
 
 pytestmark = pytest.mark.skipif(not native.available(), reason="the compiled module is not built")
+
+
+@pytest.fixture(autouse=True)
+def small_layers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What fills no tile is split too."""
+    monkeypatch.setattr(forward, "MIN_SPLIT", 32)
 
 
 def mlp(*widths: int) -> nn.Sequential:
