@@ -12,7 +12,9 @@ from .options import (
     MOST_SEED,
     Device,
     Json,
+    Precision,
     RunPath,
+    Steps,
     Threads,
     collapse_of,
     fingerprint_of,
@@ -21,6 +23,7 @@ from .options import (
     open_model,
     print_json,
     source_of,
+    take_steps,
     use_threads,
 )
 from .outputs import check_place
@@ -47,8 +50,10 @@ def evaluate(
         bool, typer.Option("--record", help="Add the figures to the run, for `mgebm report` and a model card.")
     ] = False,
     json: Json = False,
+    steps: Steps = None,
     device: Device = "auto",
     threads: Threads = None,
+    precision: Precision = "auto",
 ) -> None:
     """Draw samples and measure how near they come to held-out real images.
 
@@ -57,6 +62,7 @@ def evaluate(
       mgebm evaluate runs/digits --num 1000
       mgebm evaluate runs/digits --num 1000 --json > digits.json
       mgebm evaluate runs/photos --features imagenet
+      mgebm evaluate runs/photos --steps 150
       mgebm evaluate runs/digits/checkpoints/step_003000 --record
 
     KID and FID compare feature statistics (the feature space is named); lower is nearer. Colour images are judged by a
@@ -78,7 +84,10 @@ def evaluate(
     from ..files import read_regular, write_inside
     from ..models.storage import MOST_JSON
 
+    if record and steps is not None:
+        raise ValueError(f"--record: must be left out with --steps: it is for the model's own samples, got {steps}")
     model, config = open_model(run, device, "evaluate")
+    take_steps(model, steps, run)
     trained = _recorded(run) if record else None
     source = source_of(run, data, config)
     classes = config.classes if config else ()
@@ -88,7 +97,7 @@ def evaluate(
         load_images(source, size, channels, classes, split=split, like=like) for split in ("train", "held_out")
     )
     with named_options("features"):
-        result = measure(model, train, held_out, num=num, seed=seed, features=features)
+        result = measure(model, train, held_out, num=num, seed=seed, features=features, precision=precision)
     if words := collapse_of(run):
         result["notes"].append(words)
     if trained is not None:

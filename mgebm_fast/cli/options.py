@@ -41,6 +41,10 @@ RunPath = Annotated[
 Device = Annotated[str, typer.Option(help="cpu, cuda or cuda:N; auto takes CUDA where torch finds it.")]
 Json = Annotated[bool, typer.Option("--json", help="Print exactly one JSON object on stdout.")]
 Precision = Annotated[str, typer.Option(help="Precision of the gradient: auto, fp32, bf16 or fp16.")]
+Steps = Annotated[
+    int | None,
+    typer.Option(min=1, max=MOST_STEPS, help="Steps of every grid's chain. Default: the model's own for samples."),
+]
 Threads = Annotated[
     int | None,
     typer.Option(
@@ -70,6 +74,17 @@ def open_model(run: Path, device: str, command: str) -> tuple[Model, TrainConfig
     model = Model.load(file, device=find_device(device))
     check_images(model, run, command)
     return model, config
+
+
+def take_steps(model: Model, steps: int | None, run: Path) -> None:
+    """Give the chains of a model's samples the steps of `--steps`; ValueError where a sample has no chain."""
+    from ..models import EnergyModel
+
+    if steps is None:
+        return
+    if not isinstance(model, EnergyModel):
+        raise ValueError(f"--steps: must be left out for {run}, a {type(model).__name__} without chains of images")
+    model.sample_steps = steps
 
 
 def use_threads(threads: int | None) -> None:

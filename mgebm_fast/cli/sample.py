@@ -14,11 +14,13 @@ from .options import (
     Device,
     Precision,
     RunPath,
+    Steps,
     Threads,
     at_most,
     find_rank_device,
     one_voice,
     open_run,
+    take_steps,
     use_threads,
 )
 from .outputs import IMAGE_FILES, SAMPLE_WRITERS, check_out, check_place
@@ -78,6 +80,7 @@ def sample(
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace the samples in a folder that is not empty.")
     ] = False,
+    steps: Steps = None,
     device: Device = "auto",
     threads: Threads = None,
     precision: Precision = "auto",
@@ -124,6 +127,7 @@ def sample(
         with ranks.together():
             source, _ = open_run(run)
             model = Model.load(source, device=hardware)
+            take_steps(model, steps, run)
             if size is not None:
                 model = _resized(model, size, run)
             recorded = model if isinstance(model, SpatialTemporal) else None

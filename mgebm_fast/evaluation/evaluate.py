@@ -24,7 +24,7 @@ NEIGHBOURS = 3  # of the supports that precision and recall are measured by
 class Sampler(Protocol):
     """What `evaluate` needs of a model."""
 
-    def sample(self, n: int, *, seed: int) -> Any: ...
+    def sample(self, n: int, *, seed: int, **options: Any) -> Any: ...
 
     def to_uint8(self, x: Tensor) -> Tensor: ...
 
@@ -76,6 +76,7 @@ def evaluate(
     device: str | torch.device | None = None,  # where the model is moved to, and judges are fitted; None leaves it
     features: str = "auto",  # "auto", "imagenet", "inception", "classifier": see feature_space
     judges: Judges | None = None,  # None: fitted here, as `fit_judges(train, held_out, seed=seed, features=features)`
+    precision: str = "auto",  # of the gradients in a sample's chains
     progress: bool = True,
 ) -> dict[str, Any]:
     """Measure `num` samples, and as many held-out images, against the training images.
@@ -113,7 +114,7 @@ def evaluate(
     notes: list[str] = []
 
     with _stage(f"drawing {num} samples", "sampling", seconds, progress):
-        samples = _draw(model, num, seed, device, train.images.shape[1:])
+        samples = _draw(model, num, seed, device, train.images.shape[1:], precision)
     # real images are taken in random order: a held-out set may be sorted by class
     chosen = np.sort(np.random.default_rng(seed).permutation(len(held_out))[:num])
     real = np.asarray(held_out.images[chosen])
@@ -189,10 +190,11 @@ def _check(train: ImageData, held_out: ImageData, num: int) -> None:
         )
 
 
-def _draw(model: Sampler, num: int, seed: int, device: Any, shape: tuple[int, ...]) -> np.ndarray:
+def _draw(model: Sampler, num: int, seed: int, device: Any, shape: tuple[int, ...], precision: str) -> np.ndarray:
     if device is not None and isinstance(model, torch.nn.Module):
         model.to(device)
-    samples = model.to_uint8(model.sample(num, seed=seed)).cpu().numpy()
+    options = {} if precision == "auto" else {"precision": precision}
+    samples = model.to_uint8(model.sample(num, seed=seed, **options)).cpu().numpy()
     if samples.shape != (num, *shape) or samples.dtype != np.uint8:
         raise ValueError(
             f"evaluate: model must draw uint8 images of shape {(num, *shape)} like the training images, "

@@ -43,6 +43,14 @@ def test_samples_by_the_generator_alone(runs, tmp_path, name):
     assert np.abs(later.astype(int) - alone[3:]).max() <= 1
 
 
+def test_steps_are_of_chains_alone(runs, tmp_path):
+    few, many = (drawn(runs, "cooperative", tmp_path / f"{k}.npy", "--num", 3, "--steps", k) for k in (3, 9))
+    assert np.array_equal(few, drawn(runs, "cooperative", tmp_path / "own.npy", "--num", 3)) and (few != many).any()
+    refused = mgebm("sample", runs / "abp", "--steps", 9, "--out", tmp_path / "x.png", ends=2)
+    words = " ".join(refused.stderr.split())
+    assert "--steps: must be left out for" in words and "a GeneratorModel without chains of images" in words
+
+
 @pytest.mark.parametrize("name", ["cooperative", "abp"])
 def test_rows_between_samples(runs, tmp_path, name):
     rows = drawn(runs, name, tmp_path / "rows.npy", "--num", 2, "--interpolate", 5)

@@ -13,6 +13,7 @@ import pytest
 from helpers.console import one_line
 from typer.testing import CliRunner
 
+import mgebm_fast as mg
 from mgebm_fast import __version__, doctor, native
 from mgebm_fast.cli import app
 from mgebm_fast.evaluation import features
@@ -33,6 +34,20 @@ def test_evaluate_prints_one_object_on_stdout(mgebm, trained):
     assert figures["confident_share_noise"] <= 0.02
     for doing in ("drawing 40 samples", "the feature space", "FID and KID"):  # no terminal: lines
         assert f"{doing}\n" in result.stderr
+
+
+def test_evaluate_takes_other_steps_and_precisions(mgebm, trained, monkeypatch):
+    asked = []
+    sample = mg.MultiGrid.sample
+    monkeypatch.setattr(
+        mg.MultiGrid,
+        "sample",
+        lambda self, *args, **options: asked.append((self.sample_steps, options)) or sample(self, *args, **options),
+    )
+    result = mgebm("evaluate", trained, "--num", 8, "--seed", 3, "--steps", 3, "--precision", "fp32", "--json")
+    assert asked == [(3, {"seed": 3, "precision": "fp32"})] and json.loads(result.stdout)["num"] == 8
+    refused = mgebm("evaluate", trained, "--num", 8, "--steps", 3, "--record")
+    assert "--record: must be left out with --steps: it is for the model's own samples, got 3" in one_line(refused)
 
 
 def test_evaluate_says_that_a_model_is_from_before_a_collapse(mgebm, run, monkeypatch):

@@ -23,6 +23,16 @@ def test_an_array_is_the_models_own_samples(mgebm, trained, tmp_path):
     np.testing.assert_array_equal(stored, np.round(255 * (x - low) / (high - low)).astype(np.uint8))
 
 
+def test_steps_replace_those_of_every_grids_chain(mgebm, trained, tmp_path):
+    assert mgebm("sample", trained, "--num", 5, "--steps", 7, "--out", tmp_path / "x.npy").exit_code == 0
+    model = mg.MultiGrid.load(trained)
+    own = model.to_uint8(model.sample(5, seed=0)).numpy()
+    model.sample_steps = 7
+    stored = np.load(tmp_path / "x.npy")
+    np.testing.assert_array_equal(stored, model.to_uint8(model.sample(5, seed=0)).numpy())
+    assert (stored != own).any()
+
+
 def test_seed_and_first_sample_name_the_samples(mgebm, trained, tmp_path):
     calls = {"a": ["--num", 4], "b": ["--num", 4], "tail": ["--num", 2, "--first-sample", 2], "other": ["--seed", 1]}
     for name, extra in calls.items():

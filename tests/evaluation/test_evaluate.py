@@ -111,7 +111,7 @@ def test_one_seed_one_result(digits):
 def test_unlabelled_colour_images(digits):
     photos = data.load("lfw", size=24, channels=3, split="all")
     train, held_out = photos.subset(slice(0, 70)), photos.subset(slice(70, 100))
-    result = run(noise_of(train), train, held_out, num=40, progress=False)
+    result = run(noise_of(train), train, held_out, num=40, features="classifier", progress=False)
     assert set(result) == COMMON | {k + s for k in TWINS for s in ("", "_real")}
     assert any("the data have no labels" in note for note in result["notes"])
     assert any("30 images in 64 dimensions" in note for note in result["notes"])
