@@ -24,7 +24,7 @@ NEIGHBOURS = 3  # of the supports that precision and recall are measured by
 class Sampler(Protocol):
     """What `evaluate` needs of a model."""
 
-    def sample(self, n: int, *, seed: int, **options: Any) -> Any: ...
+    def sample(self, n: int, *, seed: int) -> Any: ...
 
     def to_uint8(self, x: Tensor) -> Tensor: ...
 
@@ -193,8 +193,9 @@ def _check(train: ImageData, held_out: ImageData, num: int) -> None:
 def _draw(model: Sampler, num: int, seed: int, device: Any, shape: tuple[int, ...], precision: str) -> np.ndarray:
     if device is not None and isinstance(model, torch.nn.Module):
         model.to(device)
-    options = {} if precision == "auto" else {"precision": precision}
-    samples = model.to_uint8(model.sample(num, seed=seed, **options)).cpu().numpy()
+    draw: Any = model.sample  # only models of the package need to know of a precision
+    drawn = draw(num, seed=seed) if precision == "auto" else draw(num, seed=seed, precision=precision)
+    samples = model.to_uint8(drawn).cpu().numpy()
     if samples.shape != (num, *shape) or samples.dtype != np.uint8:
         raise ValueError(
             f"evaluate: model must draw uint8 images of shape {(num, *shape)} like the training images, "
