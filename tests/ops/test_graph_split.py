@@ -54,6 +54,7 @@ def test_split_dense_layers(isa: str) -> None:
 def test_no_bit_of_a_split_product_depends_on_threads_or_batch() -> None:
     net, x, before = mlp(3, 48, 80), torch.randn(77, 3), torch.get_num_threads()
     packed = GraphChain(read_graph(net, x), split=True)
+    assert packed.split
     try:
         torch.set_num_threads(1)
         whole = packed.gradient(x)
@@ -79,6 +80,17 @@ def test_auto_splits_on_amx_and_follows_new_weights(monkeypatch: pytest.MonkeyPa
         assert not torch.equal(exactly.gradient(x), made.gradient(x))
         for parameter in net.parameters():
             parameter.data.add_(torch.randn_like(parameter), alpha=0.1 * (step + 1))
+
+
+def test_weights_of_split_products_lie_side_by_side() -> None:
+    """Also where a dense layer is left out, as one is that leads to the energy alone: there is room for no others'."""
+    torch.manual_seed(3)
+    net = nn.Sequential(nn.Linear(2, 64), nn.SiLU(), nn.Linear(64, 64), nn.SiLU(), nn.Linear(64, 512))
+    net, x = net.requires_grad_(False), torch.randn(40, 2)
+    graph = read_graph(lambda x: net(x).sum(1), x)
+    split = GraphChain(graph, split=True)
+    assert [step.split for step in split._program.steps if step.split >= 0] == [0, 2 * 64 * 64]
+    assert relative(split.gradient(x), gradient_reference(graph, x)) < 2**-14
 
 
 def test_narrow_layers_are_not_split() -> None:

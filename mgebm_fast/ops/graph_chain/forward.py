@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..conv_chain import windows
-from . import layers, packing
+from . import layers
 from .frames import framed_backward, framed_forward
 from .layers import Graph
 from .packing import affine_vectors, as_features, gather_tables, norm_vectors, packed, padded, tap_numbers, vector
@@ -16,8 +16,9 @@ from .steps import MAX_NORM_CHANNELS, Buffer, Step
 
 # Below so many inputs most of a bfloat16 tile is zeros; and the operands of a run of rows are to stay in a cache.
 MIN_BFLOAT_INPUTS, MAX_BFLOAT_ROW = 8, 1 << 16
-# Inputs and outputs of a dense layer from which three products of bfloat16 take less time than one of float32: 1.3
-# times at 128 and 1.7 at 512, as long at 64.
+# Inputs and outputs of a dense layer from which three products of bfloat16 take less time than one of float32, on 64
+# samples or more: 1.3 times at 128 and 1.7 at 512, as long at 64. Of a few samples they take longer, but no bit may
+# depend on how many there are.
 MIN_SPLIT = 128
 
 
@@ -44,7 +45,6 @@ class ForwardPass:
     def __init__(self, graph: Graph, bfloat: bool = False, split: bool = False) -> None:
         self._graph = graph
         self._bfloat, self.split = bfloat, split
-        self._split_numbers = 0  # of the weights of split products so far
         self._pixels = pixels_of(graph)
         self.buffers: list[Buffer] = []
         self.steps: list[Step] = []
@@ -154,12 +154,11 @@ class ForwardPass:
         else:
             table = (windows.backward_windows if back else windows.forward_windows)(*geometry)
         weights = packed(weight, table.offsets, inputs, outputs, strides, bfloat)
-        split = -1
-        if self.split and not bfloat and _is_dense(table) and min(inputs, outputs) >= MIN_SPLIT:
-            split = self._split_numbers
-            self._split_numbers += 2 * -(-inputs // packing.BFLOAT_DEPTH) * packing.BFLOAT_DEPTH * padded(outputs)
+        # A row has the operands of all three.
+        pays = min(inputs, outputs) >= MIN_SPLIT and 3 * inputs <= MAX_BFLOAT_ROW
+        split = self.split and not bfloat and _is_dense(table) and pays
         return {
-            "windows": table, "weights": weights, "bfloat": bfloat, "place": place, "split": split,
+            "windows": table, "weights": weights, "bfloat": bfloat, "place": place, "split": 0 if split else -1,
             "rows": len(table.rows), "inputs": inputs, "outputs": outputs,
         }  # fmt: skip
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..conv_chain import windows
-from . import layers
+from . import layers, packing
 from .forward import ForwardPass
 from .layers import Graph
 from .packing import affine_vectors, as_features, gather_tables, norm_vectors, padded, tap_numbers, transposed
@@ -42,6 +42,7 @@ class Program(ForwardPass):
         self.slope = self._grad[0]
         self._drop_unused()
         self._end_at_top()
+        self._place_split()
         self.sample_floats = self._place()
         if len(self.steps) > MAX_STEPS or len(self.buffers) > MAX_BUFFERS:
             raise ValueError(f"graph_chain: a program has at most {MAX_STEPS} steps, got {len(self.steps)}")
@@ -242,6 +243,15 @@ class Program(ForwardPass):
                 maker.top, maker.per_element = fill.bias, fill.per_element
                 maker.out, maker.slope = fill.out, -1
                 self.steps = [step for step in self.steps if step is not fill]
+
+    def _place_split(self) -> None:
+        """Where the weights of each split product begin, among those of the steps that are left: the engine has room
+        for these alone."""
+        at = 0
+        for step in self.steps:
+            if step.split >= 0:
+                step.split = at
+                at += 2 * -(-step.inputs // packing.BFLOAT_DEPTH) * packing.BFLOAT_DEPTH * padded(step.outputs)
 
     def _place(self) -> int:
         """Offsets such that no two buffers share memory while both are alive; the floats of a sample in all."""
