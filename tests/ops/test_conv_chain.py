@@ -192,8 +192,9 @@ def test_statistics_survive_a_mean_far_above_the_deviation():
     assert found < 2 * error(torch_gradient, expected) + 1e-5
 
 
-def test_nan_stays_with_its_sample():
-    stages, head = make((8, 8), 3, [(24, 5, 2, 2), (40, 3, 1, 1)], activation="silu")
+@pytest.mark.parametrize("activation", ["silu", "elu"])
+def test_nan_stays_with_its_sample(activation):
+    stages, head = make((8, 8), 3, [(24, 5, 2, 2), (40, 3, 1, 1)], activation=activation)
     x = images(20, 3, (8, 8))
     x[3, 0, 0, 0] = float("nan")
     gradient = conv_chain.ConvChain(stages, head).gradient(x)

@@ -96,7 +96,7 @@ MG_INLINE Both<Vector> silu_both(Vector z) {
   return {v, s + v * (1.0f - s)};
 }
 MG_INLINE Both<Vector> elu_both(Vector z, float a, float b) {
-  const Vector low = z < 0.0f ? z : Vector{}, e = exponential(low);
+  const Vector low = z > 0.0f ? Vector{} : z, e = exponential(low);  // NaN passes
   return {z > 0.0f ? b * z : b * (a * less_one(low, e)), z > 0.0f ? b + Vector{} : b * (a * e)};
 }
 
