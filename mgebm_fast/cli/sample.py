@@ -147,7 +147,7 @@ def sample(
             _check_group(model, first_sample)
             if generator or interpolate is not None:
                 option = "--generator" if interpolate is None else "--interpolate"
-                _check_generator(model, run, option, grids)
+                _check_generator(model, run, option, grids, steps)
         with ranks.together():  # once all ranks have checked, since the check makes folders for a moment
             if ranks.first:
                 check_place(out, folder=out.is_dir())
@@ -233,7 +233,7 @@ def _lowest(model: Any, images: np.ndarray, best: int) -> np.ndarray:
     return np.argsort(score(model, ImageData(images)).energies[SUM], kind="stable")[:best]
 
 
-def _check_generator(model: Model, run: Path, option: str, grids: bool) -> None:
+def _check_generator(model: Model, run: Path, option: str, grids: bool, steps: int | None) -> None:
     from ..models.latent import Generates
 
     if not isinstance(model, Generates):
@@ -242,6 +242,8 @@ def _check_generator(model: Model, run: Path, option: str, grids: bool) -> None:
         )
     if grids:
         raise ValueError(f"--grids: must be left out beside {option}, whose images have one size")
+    if steps is not None:
+        raise ValueError(f"--steps: must be left out beside {option}, where no chain is run, got {steps}")
 
 
 def _generate(model, num: int, points: int | None, *, seed: int, first_sample: int) -> list:

@@ -83,6 +83,7 @@ def test_a_descriptor_has_chains_to_diagnose(runs):
         (("sample", "cd", "--generator"), "--generator: the run must have a generator"),
         (("sample", "cd", "--interpolate", 4), "--interpolate: the run must have a generator"),
         (("sample", "abp", "--interpolate", 4, "--grids"), "--grids: must be left out beside --interpolate"),
+        (("sample", "cooperative", "--generator", "--steps", 3), "--steps: must be left out beside --generator"),
         (("sample", "abp", "--interpolate", 1), "greater than or equal to 2"),
         (("diagnose", "abp"), "must have chains to diagnose"),
     ],
