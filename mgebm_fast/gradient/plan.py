@@ -37,8 +37,9 @@ def plan(
     precision: "fp32" is float32 throughout; "bf16" and "fp16" are 16-bit operands of the convolutions, which need an
     energy that an engine reads (a stack of convolutions; bf16 on CPUs also any graph): BackendError, with the reason,
     where none can. "auto" is fp16 on CUDA (bf16 for more than eight layers) and bf16 on CPUs that multiply it faster,
-    where the energy can be read, else fp32. The autograd plan is always fp32. float16 underflows, silently, where a
-    deep net shrinks gradients.
+    where the energy can be read, else fp32; a graph's large dense layers are then, by AMX, sums of three products of
+    bfloat16, off by 1e-5. The autograd plan is always fp32. float16 underflows, silently, where a deep net shrinks
+    gradients.
     """
     if not callable(energy):
         raise TypeError(f"{where}: energy must be a module or a callable x -> (N,), got {type(energy).__name__}")

@@ -1,13 +1,13 @@
 """Which of the plans that can run a stack of convolutions on a CPU is the fastest.
 
-The native engine of stacks works on blocks of sixteen samples, that of graphs on rows of samples and pixels alike, and
-the conv plan by torch's convolutions. Where samples are independent, no bit of a sample may depend on the batch that it
-is in. With AMX both engines give a stack the same bits in bfloat16: there that of graphs takes small batches, which
-would leave most of a block empty, and that of stacks the rest, at up to twice the speed. Elsewhere the
-net alone decides: up to maps of 8×8 pixels the engine of stacks is up to twice as fast, and fast enough with a single
-sample; on larger maps the two are level from sixteen samples on, and below the engine of stacks is up to eight times
-slower, which is slower than torch's convolutions. A dense layer on a larger map is slow there for any batch: each
-of its pixels is a class of windows.
+The native engine of stacks works on blocks of sixteen samples, that of graphs on rows of samples and pixels alike,
+and the conv plan by torch's convolutions. Where samples are independent, no bit of a sample may depend on the batch
+that it is in. With AMX both engines give a stack the same bits in bfloat16: there that of graphs takes small batches,
+which would leave most of a block empty, where there are steps enough to make up for its packing, and that of stacks
+the rest, at up to twice the speed. Elsewhere the net alone decides: up to maps of 8×8 pixels the engine of stacks is
+up to twice as fast, and fast enough with a single sample; on larger maps the two are level from sixteen samples on,
+and below the engine of stacks is up to eight times slower, which is slower than torch's convolutions. A dense layer
+on a larger map is slow there for any batch: each of its pixels is a class of windows.
 (`pytest bench/ops`.)
 """
 
@@ -29,7 +29,8 @@ BLOCK = 16  # samples of a block of the engine of stacks
 FEW = 8  # samples for which that of graphs is faster on larger maps
 SMALL_MAP = 64  # pixels
 LARGE_MAP = 64 * 64  # with bfloat16 where bits differ
-# Multiplications of the samples that a block lacks, over all steps, from which a graph's longer packing is made up for.
+# A block that is not full costs as much as a full one. Packing a graph takes longer than packing a stack, and pays
+# where so many multiplications, over all steps, would be spent on samples that are not there.
 WORTH_PACKING = 150_000_000
 
 
@@ -44,8 +45,9 @@ def settled_batch() -> Iterator[None]:
         _settled.reset(token)
 
 
-def fastest(stack: Stack, samples: int, precision: str, steps: int = BLOCK) -> tuple[str, str]:
-    """("native" | "graph" | "conv", why not "native"); `steps` in one go matter where bits do not."""
+def fastest(stack: Stack, samples: int, precision: str, steps: int = 1) -> tuple[str, str]:
+    """("native" | "graph" | "conv", why not "native"); `steps`, made in one call, decide only between engines that give
+    the same bits."""
     largest = max(math.prod(size) for stage in stack.stages for size in (stage.in_size, stage.out_size))
     normed = any(stage.norm is not None for stage in stack.stages)
     if not normed and has_large_dense(stack):
