@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -49,6 +49,10 @@ def evaluate(
     record: Annotated[
         bool, typer.Option("--record", help="Add the figures to the run, for `mgebm report` and a model card.")
     ] = False,
+    by_size: Annotated[
+        bool,
+        typer.Option("--by-size", help="KID at every size instead, by where chains begin: which net is to blame?"),
+    ] = False,
     json: Json = False,
     steps: Steps = None,
     device: Device = "auto",
@@ -63,6 +67,7 @@ def evaluate(
       mgebm evaluate runs/digits --num 1000 --json > digits.json
       mgebm evaluate runs/photos --features imagenet
       mgebm evaluate runs/photos --steps 150
+      mgebm evaluate runs/photos --by-size
       mgebm evaluate runs/digits/checkpoints/step_003000 --record
 
     KID and FID compare feature statistics (the feature space is named); lower is nearer. Colour images are judged by a
@@ -74,18 +79,22 @@ def evaluate(
 
     --record adds them to evaluations.jsonl in the folder of the run, at the update that the model is of: `mgebm report`
     draws them beside the curves of training, and `mgebm export --to pretrained` writes them on the model card.
+
+    --by-size draws by chains that begin at held-out images of each size of a multi-grid model as well: what a size adds
+    to the KID of those that begin at the size below is the error of its own net, the rest was there before.
     """
     use_threads(threads)
     from json import dumps
 
     from ..evaluation import evaluate as measure
-    from ..evaluation import format_report
+    from ..evaluation import evaluate_by_size, format_by_size, format_report
     from ..evaluation.evaluate import record_of
     from ..files import read_regular, write_inside
     from ..models.storage import MOST_JSON
 
-    if record and steps is not None:
-        raise ValueError(f"--record: must be left out with --steps: it is for the model's own samples, got {steps}")
+    if record and (steps is not None or by_size):
+        given = "--by-size" if by_size else f"--steps {steps}"
+        raise ValueError(f"--record: must be left out with {given}: it is for the model's own samples")
     model, config = open_model(run, device, "evaluate")
     take_steps(model, steps, run)
     trained = _recorded(run) if record else None
@@ -97,7 +106,8 @@ def evaluate(
         load_images(source, size, channels, classes, split=split, like=like) for split in ("train", "held_out")
     )
     with named_options("features"):
-        result = measure(model, train, held_out, num=num, seed=seed, features=features, precision=precision)
+        options: dict[str, Any] = {"num": num, "seed": seed, "features": features, "precision": precision}
+        result = (evaluate_by_size if by_size else measure)(model, train, held_out, **options)
     if words := collapse_of(run):
         result["notes"].append(words)
     if trained is not None:
@@ -111,7 +121,7 @@ def evaluate(
         return
     from rich.console import Console
 
-    Console().print(format_report(result))
+    Console().print((format_by_size if by_size else format_report)(result))
 
 
 def _recorded(path: Path) -> tuple[Path, Run]:

@@ -55,13 +55,13 @@ def fit_judges(
     """
     check_varied("fit_judges", train)
     seconds: dict[str, float] = {}
-    with _stage("the feature space", "features", seconds, progress):
+    with stage("the feature space", "features", seconds, progress):
         space = feature_space(features, train, held_out, device, seed=seed)
         chosen = space.chosen(len(train), seed)
         reference = space.extract(np.asarray(train.images[chosen]))
     recogniser = None
     if len(classes_of(train)) > 1:
-        with _stage("training the recogniser", "recogniser", seconds, progress):
+        with stage("training the recogniser", "recogniser", seconds, progress):
             recogniser = fit_recogniser(train, seed=seed)
     return Judges(space, reference, _names(train, chosen), recogniser, seconds)
 
@@ -113,7 +113,7 @@ def evaluate(
     seconds: dict[str, float] = {}
     notes: list[str] = []
 
-    with _stage(f"drawing {num} samples", "sampling", seconds, progress):
+    with stage(f"drawing {num} samples", "sampling", seconds, progress):
         samples = _draw(model, num, seed, device, train.images.shape[1:], precision)
     # real images are taken in random order: a held-out set may be sorted by class
     chosen = np.sort(np.random.default_rng(seed).permutation(len(held_out))[:num])
@@ -131,15 +131,15 @@ def evaluate(
     drawn_as = None
     if isinstance(model, MultiGrid) and model.classes:
         drawn_as = [model.classes[k] for k in model.draw_labels(num, seed=seed).tolist()]
-    with _stage("FID and KID", "fid_kid", seconds, progress):
+    with stage("FID and KID", "fid_kid", seconds, progress):
         names = None if drawn_as is None else {"": drawn_as, "_real": _names(held_out, chosen)}
         result |= {"feature_space": judges.space.name} | _set_distances(judges, samples, real, names, seed, notes)
-    with _stage("nearest training images", "nearest", seconds, progress):
+    with stage("nearest training images", "nearest", seconds, progress):
         nearest = nearest_distance(np.concatenate([samples, real]), train.images)
         result["nearest_distance"] = float(nearest[:num].mean())
         result["nearest_distance_real"] = float(nearest[num:].mean()) if len(real) else None
     if judges.recogniser is not None:
-        with _stage("recognising classes", "recognising", seconds, progress):
+        with stage("recognising classes", "recognising", seconds, progress):
             result |= _recognised(judges.recogniser, samples, real, seed, notes)
             if drawn_as is not None:
                 assert isinstance(model, MultiGrid)
@@ -313,7 +313,7 @@ def _by_class(
 
 
 @contextmanager
-def _stage(words: str, key: str, seconds: dict[str, float], progress: bool) -> Iterator[None]:
+def stage(words: str, key: str, seconds: dict[str, float], progress: bool) -> Iterator[None]:
     """Time a stage, and show it on standard error while it runs."""
     started = time.perf_counter()
     if progress:
