@@ -110,6 +110,10 @@ def evaluate(
         result = (evaluate_by_size if by_size else measure)(model, train, held_out, **options)
     if words := collapse_of(run):
         result["notes"].append(words)
+    if steps is not None:
+        result["notes"].append(f"chains of {steps} steps a grid (--steps)")
+    if precision != "auto":
+        result["notes"].append(f"chains with gradients in {precision} (--precision)")
     if trained is not None:
         file, found = trained
         line = dumps(record_of(result, found.update_of(file))) + "\n"

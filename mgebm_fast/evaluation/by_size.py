@@ -71,7 +71,13 @@ def evaluate_by_size(
                 grids = _continued(model, model.from_uint8(real[begin]), labels, **options)
             sizes = model.sizes[-len(grids) :]
             drawn[begin] = {size: model.to_uint8(x) for size, x in zip(sizes, grids, strict=True)}
-    result: dict[str, Any] = {"num": len(chosen), "sizes": judged, "kid": {str(b): {} for b in drawn}, "kid_real": {}, "notes": []}
+    result: dict[str, Any] = {
+        "num": len(chosen),
+        "sizes": judged,
+        "kid": {str(b): {} for b in drawn},
+        "kid_real": {},
+        "notes": [],
+    }
     for size in judged:
         (images,) = _means(train.images, [size])
         own = ImageData(images.numpy(), train.labels, train.class_names)
@@ -106,7 +112,7 @@ def _labels(model: MultiGrid, held_out: ImageData, chosen: np.ndarray, where: st
 
 
 def _continued(model: MultiGrid, x: Tensor, labels: Tensor | None, *, seed: int, precision: str) -> list[Tensor]:
-    """The results at the sizes from that of x on, of chains of samples that begin at x, in groups of a sample's size."""
+    """The results at the sizes from that of x on, of chains of samples that begin at x, in groups as of samples."""
     first = model.sizes.index(x.shape[-1])
     groups = []
     for i in range(0, len(x), model.batch_size):
@@ -141,5 +147,9 @@ def format_by_size(result: Mapping[str, Any]) -> RenderableType:
     title = f"KID of {result['num']} chains at each size"
     table = console_table(title, ("begun at", *(f"{key}×{key}" for key in keys)), rows, styles=("bold",))
     seconds = ", ".join(f"{key} {value:g}" for key, value in result["seconds"].items())
-    notes = [("features", result["feature_space"]), *(("note", words) for words in result["notes"]), ("seconds", seconds)]
+    notes = [
+        ("features", result["feature_space"]),
+        *(("note", words) for words in result["notes"]),
+        ("seconds", seconds),
+    ]
     return Group(table, *(note(*line) for line in notes))

@@ -46,8 +46,10 @@ def test_evaluate_takes_other_steps_and_precisions(mgebm, trained, monkeypatch):
     )
     result = mgebm("evaluate", trained, "--num", 8, "--seed", 3, "--steps", 3, "--precision", "fp32", "--json")
     assert asked == [(3, {"seed": 3, "precision": "fp32"})] and json.loads(result.stdout)["num"] == 8
+    notes = json.loads(result.stdout)["notes"]
+    assert {"chains of 3 steps a grid (--steps)", "chains with gradients in fp32 (--precision)"} <= set(notes)
     refused = mgebm("evaluate", trained, "--num", 8, "--steps", 3, "--record")
-    assert "--record: must be left out with --steps: it is for the model's own samples, got 3" in one_line(refused)
+    assert "--record: must be left out with --steps 3: it is for the model's own samples" in one_line(refused)
 
 
 def test_evaluate_says_that_a_model_is_from_before_a_collapse(mgebm, run, monkeypatch):

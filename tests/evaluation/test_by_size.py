@@ -22,7 +22,9 @@ STILL = mg.Langevin(1, drift=1e-9, noise_std=0.0, clamp=(-1.0, 1.0))
 
 @pytest.fixture(scope="module")
 def digits():
-    return data.load("digits", size=8, channels=1, split="train"), data.load("digits", size=8, channels=1, split="held_out")
+    return data.load("digits", size=8, channels=1, split="train"), data.load(
+        "digits", size=8, channels=1, split="held_out"
+    )
 
 
 @pytest.fixture(autouse=True)
@@ -44,7 +46,11 @@ def test_chains_that_stay_are_the_enlarged_images_they_begin_at(digits):
     train, held_out = digits
     result = evaluate_by_size(still_model(train), train, held_out, num=50, features="classifier", progress=False)
     assert result["sizes"] == [4, 8] and result["num"] == 50
-    assert {begin: set(sizes) for begin, sizes in result["kid"].items()} == {"1": {"4", "8"}, "2": {"4", "8"}, "4": {"8"}}
+    assert {begin: set(sizes) for begin, sizes in result["kid"].items()} == {
+        "1": {"4", "8"},
+        "2": {"4", "8"},
+        "4": {"8"},
+    }
     chosen = np.sort(np.random.default_rng(0).permutation(len(held_out))[:50])
     space = features.feature_space("classifier", train, held_out, visits=512)
     reference = space.extract(train.images)
@@ -81,7 +87,9 @@ def test_chains_of_class_conditional_models_hold_the_labels_of_held_out_images(d
 
 def test_what_has_no_sizes_or_labels_is_refused(digits):
     train, held_out = digits
-    with pytest.raises(Refused, match="evaluate_by_size: model must be a MultiGrid with a size of at least 4, got 'Sing"):
+    with pytest.raises(
+        Refused, match="evaluate_by_size: model must be a MultiGrid with a size of at least 4, got 'Sing"
+    ):
         evaluate_by_size(SingleGrid(8, channels=1, width=0.1), train, held_out)
     model = still_model(train, classes=["a", "b"] + [str(i) for i in range(2, 10)])
     with pytest.raises(Refused, match="held_out must have labels among the model's classes, a, b, 2, .*got 0, 1, 2"):
