@@ -80,8 +80,8 @@ def evaluate(
     --record adds them to evaluations.jsonl in the folder of the run, at the update that the model is of: `mgebm report`
     draws them beside the curves of training, and `mgebm export --to pretrained` writes them on the model card.
 
-    --by-size draws by chains that begin at held-out images of each size of a multi-grid model as well: what a size adds
-    to the KID of those that begin at the size below is the error of its own net, the rest was there before.
+    --by-size also begins chains at held-out images of each size of a multi-grid model. KID at a size, of chains begun
+    at the size below, is the error of that size's own net; what samples have beyond it comes from coarser ones.
     """
     use_threads(threads)
     from json import dumps

@@ -39,8 +39,8 @@ def evaluate_by_size(
     """KID of a model's chains at every size from 4×4 on, by where the cascade begins.
 
     It begins at the model's own colours, as samples do, and at the block means of `num` held-out images at each size
-    but the finest. Chains above are those of a sample. What a size adds to the KID of those begun at the size below is
-    the error of its own net; the rest was there before.
+    but the finest. Chains above are those of a sample. KID at a size, of chains begun at the size below, is the error
+    of that size's own net; what samples have beyond it comes from coarser ones.
 
     Returns a dict that JSON can hold: num, feature_space, sizes (those that are judged), kid: {where it begins: {size:
     KID}}, kid_real: {size: KID of the held-out images themselves}; sizes and beginnings are keys like "8", the model's
