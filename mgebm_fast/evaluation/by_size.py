@@ -16,7 +16,7 @@ from ..models import Model, MultiGrid
 from ..sampling.cascade import cascade
 from ..tables import console_table, note, number
 from .distances import KID_SUBSET_SIZE, kid
-from .evaluate import check_varied, stage
+from .evaluate import check_varied, chosen_of, names_of, stage
 from .features import check_kind, feature_space
 
 if TYPE_CHECKING:
@@ -56,7 +56,7 @@ def evaluate_by_size(
     check_varied(where, train)
     if len(held_out) < 2:
         raise Refused("held_out", "hold at least two images", len(held_out), where)
-    chosen = np.sort(np.random.default_rng(seed).permutation(len(held_out))[:num])
+    chosen = chosen_of(held_out, num, seed)
     labels = _labels(model, held_out, chosen, where) if model.classes else None
     judged = [size for size in model.sizes[1:] if size >= SMALLEST]
     real = dict(zip(model.sizes[1:], _means(held_out.images[chosen], model.sizes[1:]), strict=True))
@@ -104,7 +104,7 @@ def _means(images: np.ndarray, sizes: Any) -> list[Tensor]:
 
 
 def _labels(model: MultiGrid, held_out: ImageData, chosen: np.ndarray, where: str) -> Tensor:
-    names = [] if held_out.labels is None else [held_out.class_names[k] for k in held_out.labels[chosen]]
+    names = names_of(held_out, chosen)
     if not names or not set(names) <= set(model.classes):
         wanted = f"have labels among the model's classes, {', '.join(model.classes)}"
         raise Refused("held_out", wanted, ", ".join(sorted(set(names))) or "none", where)
@@ -116,12 +116,12 @@ def _continued(model: MultiGrid, x: Tensor, labels: Tensor | None, *, seed: int,
     first = model.sizes.index(x.shape[-1])
     groups = []
     for i in range(0, len(x), model.batch_size):
-        start, held = x[i : i + model.batch_size].contiguous(), {}
+        start = x[i : i + model.batch_size].contiguous()
+        held: dict[str, Any] = {}
         if labels is not None:
             start = model.with_planes(start, labels[i : i + model.batch_size])
-            known = ops.upsample(start, model.sizes[-1] // x.shape[-1])
-            pixels = torch.arange(known.shape[1], device=known.device) < model.channels
-            held = {"known": known, "mask": pixels[:, None, None].expand_as(known)}
+            known, mask = model.held_planes(start)
+            held = {"known": known, "mask": mask.expand_as(known)}
         groups.append(
             cascade(
                 list(model.nets[first:]), model.sizes[first:], model.sampling[first:], start, seed=seed,

@@ -63,7 +63,7 @@ def fit_judges(
     if len(classes_of(train)) > 1:
         with stage("training the recogniser", "recogniser", seconds, progress):
             recogniser = fit_recogniser(train, seed=seed)
-    return Judges(space, reference, _names(train, chosen), recogniser, seconds)
+    return Judges(space, reference, names_of(train, chosen), recogniser, seconds)
 
 
 def evaluate(
@@ -115,8 +115,7 @@ def evaluate(
 
     with stage(f"drawing {num} samples", "sampling", seconds, progress):
         samples = _draw(model, num, seed, device, train.images.shape[1:], precision)
-    # real images are taken in random order: a held-out set may be sorted by class
-    chosen = np.sort(np.random.default_rng(seed).permutation(len(held_out))[:num])
+    chosen = chosen_of(held_out, num, seed)
     real = np.asarray(held_out.images[chosen])
     if len(real) < num:
         notes.append(f"only {len(real)} held-out images: figures ending in _real are of these; compare fid_matched")
@@ -132,7 +131,7 @@ def evaluate(
     if isinstance(model, MultiGrid) and model.classes:
         drawn_as = [model.classes[k] for k in model.draw_labels(num, seed=seed).tolist()]
     with stage("FID and KID", "fid_kid", seconds, progress):
-        names = None if drawn_as is None else {"": drawn_as, "_real": _names(held_out, chosen)}
+        names = None if drawn_as is None else {"": drawn_as, "_real": names_of(held_out, chosen)}
         result |= {"feature_space": judges.space.name} | _set_distances(judges, samples, real, names, seed, notes)
     with stage("nearest training images", "nearest", seconds, progress):
         nearest = nearest_distance(np.concatenate([samples, real]), train.images)
@@ -151,7 +150,13 @@ def evaluate(
     return result | {"notes": notes, "seconds": {key: round(value, 2) for key, value in seconds.items()}}
 
 
-def _names(data: ImageData, chosen: np.ndarray) -> list[str]:
+def chosen_of(held_out: ImageData, num: int, seed: int) -> np.ndarray:
+    """Which held-out images are compared: `num` of them at random, since a set may be sorted by class."""
+    return np.sort(np.random.default_rng(seed).permutation(len(held_out))[:num])
+
+
+def names_of(data: ImageData, chosen: np.ndarray) -> list[str]:
+    """The classes of some images by name; none where the data have no labels."""
     return [] if data.labels is None else [data.class_names[k] for k in data.labels[chosen]]
 
 
@@ -303,7 +308,7 @@ def _by_class(
     if held_out.labels is None or not len(chosen):
         return result | dict.fromkeys(("class_agreement_real", "class_accuracy"))
     real = np.asarray(held_out.images[chosen])
-    names = _names(held_out, chosen)
+    names = names_of(held_out, chosen)
     with torch.no_grad():
         energies = model.class_energies(torch.from_numpy(real).to(model.colours.device))
     lowest = torch.stack(list(energies.values())).sum(0).argmin(1).tolist()

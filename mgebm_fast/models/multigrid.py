@@ -146,10 +146,10 @@ class MultiGrid(EnergyModel):
         dynamics = self.langevin if langevin is None else langevin
         return cascade(list(self.nets), self.sizes, dynamics, start, mask=mask, known=known, **options)
 
-    def held_planes(self, start: Tensor) -> tuple[Tensor, Tensor]:  # (N, C + K, 1, 1)
+    def held_planes(self, start: Tensor) -> tuple[Tensor, Tensor]:  # (N, C + K, s, s)
         """(known, mask) of chains that hold the label planes of their starts and no pixel, as `cascade` takes them."""
         mask = (torch.arange(start.shape[1], device=start.device) < self.channels)[:, None, None]
-        return start.expand(-1, -1, *(self.sizes[-1],) * 2), mask
+        return start[:, :, :1, :1].expand(-1, -1, *(self.sizes[-1],) * 2), mask  # a plane is alike in every pixel
 
     def with_planes(self, images: Tensor, labels: Tensor) -> Tensor:  # (N, C, s, s), (N,) -> (N, C + K, s, s)
         """Images with their label planes, float32, as the nets of a class-conditional model take them; bytes are
