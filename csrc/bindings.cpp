@@ -6,7 +6,9 @@
 
 #include <stdexcept>
 #include <string>
+#include <tuple>
 #include <type_traits>
+#include <utility>
 #include <vector>
 
 #include "dispatch.h"
@@ -126,6 +128,23 @@ PYBIND11_MODULE(_C, m) {
     return op##_workspace(params, threads);                   \
   });
   MGEBM_WORKSPACES(MGEBM_ADD_WORKSPACE)
+  // Whether all numbers are finite, of (address, count) each; which arrays differ, of (address, address, bytes) each.
+  m.def("all_finite", [](const std::vector<std::pair<uintptr_t, int64_t>>& arrays) {
+    for (const auto& [at, count] : arrays) {
+      if (!all_finite(reinterpret_cast<const float*>(at), count)) return false;
+    }
+    return true;
+  });
+  m.def("differing", [](const std::vector<std::tuple<uintptr_t, uintptr_t, int64_t>>& arrays) {
+    std::vector<int> found;
+    for (size_t i = 0; i < arrays.size(); ++i) {
+      const auto& [one, other, bytes] = arrays[i];
+      if (!all_same(reinterpret_cast<const void*>(one), reinterpret_cast<const void*>(other), bytes)) {
+        found.push_back(static_cast<int>(i));
+      }
+    }
+    return found;
+  });
   // The shared header's arithmetic on given words, (quads, 4) uint32 -> (quads, 4) float32: extremes that no seed
   // reaches.
   m.def("normals_of_words", [](uintptr_t words, uintptr_t out, int64_t quads) {

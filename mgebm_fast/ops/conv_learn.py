@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -18,11 +19,11 @@ from torch import Tensor
 
 from .. import native
 from .backend import choose, register
-from .conv_chain import ACTIVATIONS, MAX_STAGES, activate, has_bfloat, windows
-from .conv_chain.packed import STRIP
+from .conv_chain import MAX_STAGES, Geometry, activate, geometry_of, has_bfloat, windows
+from .conv_chain.packed import STRIP, Packs, as_source
 from .conv_chain.scratch import Scratch
 from .graph_chain.forward import MIN_BFLOAT_INPUTS
-from .graph_chain.packing import packed
+from .graph_chain.packing import depth_of, padded
 from .state import addresses, why_not_plain
 
 OP = "conv_learn"
@@ -101,8 +102,7 @@ def conv_learn(
         raise ValueError(f"{OP}: bfloat needs AVX512_BF16 or AMX, got the {native.isa()} instruction set")
     if backend == "reference":
         return conv_learn_reference(stages, head, x, linear, square, bias, split)
-    tensors = [tensor for stage in stages for tensor in windows.tensors_of(stage, OP)]
-    addresses(OP, head, *tensors)
+    addresses(OP, head, *(t for stage in stages for t in windows.tensors_of(stage, OP)))
     with torch.no_grad():
         return _native(stages, head, x, linear, square, bias, split, bfloat)
 
@@ -136,51 +136,56 @@ def _check(
     return split
 
 
-class _Native:
-    """One stage for the native call: its arguments, and the buffers that they point into."""
+class _Form:
+    """A stack but for the numbers of its weights: tables, and where its packed weights and vectors lie."""
 
-    def __init__(self, stage: windows.StageLike, *, first: bool, bfloat: bool) -> None:
-        weight = stage.weight.detach().contiguous()
-        outputs, inputs = weight.shape[:2]
-        kernel = tuple(weight.shape[2:])
-        self.stage = stage
-        geometry = (stage.in_size, stage.out_size, kernel, stage.stride, stage.padding, stage.dilation)
-        forward, backward = windows.forward_windows(*geometry), windows.backward_windows(*geometry)
-        taps, bfloat = math.prod(kernel), bfloat and not first and min(weight.shape[:2]) >= MIN_BFLOAT_INPUTS
-        split = bfloat and splits()
-        of_rows = weight, forward.offsets, inputs, outputs, (taps, inputs * taps), split
-        ahead, rest = packed(*of_rows), packed(*of_rows, rest=True) if split else None
-        behind: Scratch | None = None
-        if not first:
-            behind = packed(weight, backward.offsets, outputs, inputs, (inputs * taps, taps), bfloat)
-        width = -(-outputs // STRIP) * STRIP
-        norm = stage.norm
-        given = (stage.bias,) if norm is None else (None, norm.weight, norm.bias)
-        vectors = [_filled(vector, width, weight) for vector in given]
-        # Of the weight, and of the bias or the norm's; of the norm's weight, mean and variance.
-        self.found = [torch.empty_like(weight)]
-        self.found += [weight.new_empty(width) for _ in range(1 if norm is None else 4)]
-        conv = (
-            forward.arguments, backward.arguments, ahead.address, len(forward.rows),
-            0 if behind is None else behind.address, len(backward.rows),
-            *addresses(OP, *vectors, *[None] * (3 - len(vectors))),
-            0.0 if norm is None else norm.eps, 0.0 if stage.activation == "relu" else stage.slope,
-            ACTIVATIONS[stage.activation], math.prod(stage.in_size), math.prod(stage.out_size), inputs, outputs,
-        )  # fmt: skip
-        self.arguments = (
-            conv, bfloat, 0 if rest is None else rest.address, forward.offsets.data_ptr(), taps,
-            *addresses(OP, *self.found, *[None] * (5 - len(self.found))),
-        )  # fmt: skip
-        self.held = (forward, backward, ahead, rest, behind, vectors)
+    def __init__(self, bfloat: bool, splits: bool, *stages: Geometry) -> None:
+        self._packs, self._stages, self.nbytes, source = Packs(), [], 0, 0
+        for index, (shape, in_size, out_size, *geometry, has_bias, eps, slope, activation) in enumerate(stages):
+            outputs, inputs, *kernel = shape
+            taps = math.prod(kernel)
+            window = in_size, out_size, tuple(kernel), *geometry
+            forward, backward = windows.forward_windows(*window), windows.backward_windows(*window)
+            rounded = bfloat and index > 0 and min(outputs, inputs) >= MIN_BFLOAT_INPUTS
+            halves = rounded and splits
+            of_rows = source, forward, inputs, outputs, (taps, inputs * taps)
+            ahead, rest = self._job(*of_rows, halves), self._job(*of_rows, True, rest=True) if halves else None
+            behind = self._job(source, backward, outputs, inputs, (inputs * taps, taps), rounded) if index else None
+            vectors: list[int | None] = [source + 1] if has_bias else [None]
+            source += 2 if has_bias else 1
+            if eps is not None:  # batch statistics take a bias off again
+                vectors, source = [None, source, source + 1], source + 2
+            jobs = [ahead, behind, rest, *(self._packs.vector(v, outputs) for v in vectors)]
+            numbers = (0.0 if eps is None else eps, slope, activation, math.prod(in_size), math.prod(out_size))
+            self._stages.append((forward, backward, jobs, (*numbers, inputs, outputs), rounded, taps))
+            self.nbytes += forward.nbytes + backward.nbytes
 
-    def gradients(self) -> StageGradients:
-        of_weight, *vectors = self.found
-        shift, *rest = (vector[: len(of_weight)] for vector in vectors)
-        if self.stage.norm is None:
-            return StageGradients(of_weight, None if self.stage.bias is None else shift, None)
-        # Batch statistics take a bias off again.
-        bias = None if self.stage.bias is None else torch.zeros_like(shift)
-        return StageGradients(of_weight, bias, NormGradients(rest[0], shift, *rest[1:]))
+    def _job(
+        self, source: int, table: windows.Windows, inputs: int, outputs: int, strides: tuple[int, int], bfloat: bool,
+        rest: bool = False,
+    ) -> int:  # fmt: skip
+        depth = depth_of(inputs, bfloat)
+        return self._packs.add(source, table.offsets, inputs, outputs, strides, depth=depth, bfloat=bfloat, rest=rest)
+
+    def arguments(self, sources: Sequence[Tensor], found: Sequence[Sequence[Tensor]]) -> tuple[list[Any], list[Any]]:
+        """The stages' arguments of the native call with these weights, gradients into `found`; and what holds the
+        addresses."""
+        at, held = self._packs.run(sources)
+        stages = []
+        for (forward, backward, jobs, numbers, rounded, taps), into in zip(self._stages, found, strict=True):
+            ahead, behind, rest, *vectors = (0 if job is None else at[job] for job in jobs)
+            conv = (
+                forward.arguments, backward.arguments, ahead, len(forward.rows), behind, len(backward.rows),
+                *vectors, *[0] * (3 - len(vectors)), *numbers,
+            )  # fmt: skip
+            to = [tensor.data_ptr() for tensor in into]
+            stages.append((conv, rounded, rest, forward.offsets.data_ptr(), taps, *to, *[0] * (5 - len(to))))
+        return stages, [self, *held]
+
+
+@windows.remembered
+def _learning(*geometry: Any) -> _Form:
+    return _Form(*geometry)
 
 
 def _native(
@@ -188,28 +193,38 @@ def _native(
     split: int, bfloat: bool,
 ) -> Learnt:  # fmt: skip
     x, linear, square = (tensor.detach().resolve_neg().contiguous() for tensor in (x, linear, square))
-    made = [_Native(stage, first=index == 0, bfloat=bfloat) for index, stage in enumerate(stages)]
+    sources = [as_source(tensor) for stage in stages for tensor in windows.tensors_of(stage, OP)]
+    # Of each weight, and of its bias or the norm's; of the norm's weight, mean and variance.
+    found = [
+        [
+            torch.empty_like(stage.weight, memory_format=torch.contiguous_format),
+            *x.new_empty((1 if stage.norm is None else 4, padded(len(stage.weight)))),
+        ]
+        for stage in stages
+    ]
     outputs = head.shape[0]
     # (C, *top) -> (pixel, channel), padded to whole strips
     flat = F.pad(head.detach().flatten(1).T, (0, -outputs % STRIP)).contiguous()
     energies, of_head, of_bias = torch.empty_like(linear), torch.empty_like(flat), linear.new_empty(())
-    arguments = [
-        [stage.arguments for stage in made], *addresses(OP, flat), bias,
-        *addresses(OP, x, linear, square, energies, of_head, of_bias), len(x), split,
-    ]  # fmt: skip
+    of_stages, held = _learning(bfloat, splits(), *map(geometry_of, stages)).arguments(sources, found)
+    made = [tensor.data_ptr() for tensor in (energies, of_head, of_bias)]
+    arguments = [of_stages, flat.data_ptr(), bias, *addresses(OP, x, linear, square), *made, x.shape[0], split]
     threads = torch.get_num_threads()
     workspace = Scratch(native.module().conv_learn_workspace(*arguments, 0, threads))
     native.module().conv_learn_cpu(*arguments, workspace.address, threads)
+    del held
     gradient = of_head[:, :outputs].T.reshape(head.shape).contiguous()
-    return Learnt(energies, tuple(stage.gradients() for stage in made), gradient, of_bias)
+    return Learnt(energies, tuple(map(_gradients, stages, found)), gradient, of_bias)
 
 
-def _filled(vector: Tensor | None, width: int, like: Tensor) -> Tensor:
-    """float32, filled up with zeros."""
-    out = like.new_zeros(width)
-    if vector is not None:
-        out[: len(vector)] = vector.detach()
-    return out
+def _gradients(stage: windows.StageLike, found: Sequence[Tensor]) -> StageGradients:
+    of_weight, *vectors = found
+    shift, *rest = (vector[: len(of_weight)] for vector in vectors)
+    if stage.norm is None:
+        return StageGradients(of_weight, None if stage.bias is None else shift, None)
+    # Batch statistics take a bias off again.
+    bias = None if stage.bias is None else torch.zeros_like(shift)
+    return StageGradients(of_weight, bias, NormGradients(rest[0], shift, *rest[1:]))
 
 
 def conv_learn_reference(

@@ -15,7 +15,7 @@ namespace mgebm {
 
 constexpr int kMaxStages = 32;
 constexpr int kEdgePixels = 4;    // neighbouring pixels of the state that are computed together: a quad of noise
-constexpr int kEdgeChannels = 4;  // and how many of its channels
+constexpr int kEdgeChannels = 4;  // and how many of its channels, or of a single one's rows
 
 // Which inputs an output reads. Outputs that read the same taps at the same offsets form a class.
 struct Windows {
@@ -33,7 +33,8 @@ enum class Activation : int { kNone = 0, kLeaky = 1, kSilu = 2, kElu = 3 };
 
 // Packed weights: [strip of 16 outputs][tap row][input channel, padded][16], bfloat16 with input channels in pairs.
 struct ConvStage {
-  Windows forward, backward;  // of stage 0, backward is the edge: its outputs are runs of kEdgePixels pixels
+  // Of stage 0, backward is the edge: its outputs are runs of kEdgePixels pixels, or patches of as many rows of them.
+  Windows forward, backward;
   const void *forward_weights, *backward_weights;
   int forward_rows, backward_rows;
   const float* bias;          // padded to whole strips; zeros where a norm follows
@@ -54,15 +55,17 @@ struct ConvChainParams {
   const uint8_t* mask;  // (samples, elements), 0 holds; or null
   int64_t samples, steps;
   int channels, pixels, row;  // of x; row: length of its last dimension
+  int rows;                   // of a plane, where the edge's outputs are patches; else 0
   LangevinStepNumbers update;
   Counters counters;  // of the first step
   void* workspace;
-  MGEBM_FIELDS(stages, bfloat, head, x, gradient, mask, samples, steps, channels, pixels, row, update, counters,
+  MGEBM_FIELDS(stages, bfloat, head, x, gradient, mask, samples, steps, channels, pixels, row, rows, update, counters,
                workspace)
 };
 
 // Rows of packed weights from any strided source: to[strip][row][channel][lane] <- the weight from input `channel` to
-// output 16 strip + lane at from[rows[row] + channel input_stride + output output_stride]; zeros fill it up.
+// output 16 strip + lane at from[rows[row] + channel input_stride + output output_stride]; zeros fill it up. With a run
+// of several lanes an output, a row has as many entries, of which those below 0 are zeros.
 struct ConvChainPack {
   const float* from;
   void* to;
@@ -71,8 +74,15 @@ struct ConvChainPack {
   const int64_t* rows;
   int row_count, inputs, depth, outputs;
   int64_t input_stride, output_stride;
-  MGEBM_FIELDS(from, to, bfloat, rest, rows, row_count, inputs, depth, outputs, input_stride, output_stride)
+  int run;  // 1, kEdgePixels, or 16
+  MGEBM_FIELDS(from, to, bfloat, rest, rows, row_count, inputs, depth, outputs, input_stride, output_stride, run)
 };
-void conv_chain_pack(const ConvChainPack& pack, int threads);
+struct ConvChainPacks {
+  List<ConvChainPack, 8 * kMaxStages> jobs;
+  MGEBM_FIELDS(jobs)
+};
+void conv_chain_pack(const ConvChainPacks& packs, int threads);
+bool all_finite(const float* numbers, int64_t count);
+bool all_same(const void* one, const void* other, int64_t bytes);
 
 }  // namespace mgebm

@@ -87,29 +87,34 @@ static void update_quad(const Engine<T>& e, int block, int64_t quad, int count, 
   }
 }
 
-// dE/dx from dE/dz_0, and with it the update: the outputs are runs of four pixels, a strip four channels of each.
+// dE/dx from dE/dz_0, and with it the update. The outputs are runs of four pixels, a strip four channels of each; with
+// a single channel the four rows of a patch of 4 x 4 pixels take the place of channels, whose lanes would be empty.
 template <typename T>
 static void edge(const Engine<T>& e, const SampleKey& key, int64_t k) {
   const ConvChainParams& p = e.p;
   const ConvStage& stage = p.stages.at[0];
   const int runs = (p.row + kEdgePixels - 1) / kEdgePixels;  // a row of pixels
-  const int strips = (p.channels + kEdgeChannels - 1) / kEdgeChannels;
+  const bool patches = p.rows > 0;
+  const int strips = patches ? 1 : (p.channels + kEdgeChannels - 1) / kEdgeChannels;
+  const int height = patches ? kEdgeChannels : 1, groups = patches ? (p.rows + height - 1) / height : 1;
   const Source<T, false> upstream{e.kept[0].h, stage.out_pixels, e.kept[0].depth};
   convolve(e, stage.backward, upstream, {stage.backward_weights, stage.backward_rows, strips},
-           [&](int block, int run, int strip, float* tile) {
+           [&](int block, int output, int strip, float* tile) {
              alignas(64) float slope[16][16];
              transpose(tile, kTileWidth, slope);
-             const int first = run / runs * p.row + run % runs * kEdgePixels;
+             const int column = output % runs * kEdgePixels, row = output / runs;
+             const int first = row % groups * height;  // row of a patch's first pixels in its plane
              for (int c = 0; c < kEdgeChannels; ++c) {
                const int channel = strip * kEdgeChannels + c;
-               if (channel >= p.channels) break;
-               const int64_t element = static_cast<int64_t>(channel) * p.pixels + first;
+               if (patches ? first + c >= p.rows : channel >= p.channels) break;
+               const int64_t element = patches ? (row / groups * p.rows + first + c) * p.row + column
+                                               : static_cast<int64_t>(channel) * p.pixels + row * p.row + column;
                if (e.fused()) {
                  update_quad(e, block, element / 4, 4, slope + kEdgePixels * c, key, k);
                  continue;
                }
                float* out = e.dx + (block * e.elements() + element) * 16;
-               const int count = p.row - run % runs * kEdgePixels;
+               const int count = p.row - column;
                for (int j = 0; j < count && j < kEdgePixels; ++j) {
                  store(out + 16 * j, load(slope[kEdgePixels * c + j]));
                }

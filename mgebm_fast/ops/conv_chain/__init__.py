@@ -7,9 +7,9 @@ Results do not depend on threads, on the batch that a sample is in (but for batc
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -19,10 +19,10 @@ from ... import native
 from ..backend import choose, register
 from ..counters import Counters, seed_or_fresh
 from ..langevin_step import langevin_step_reference
-from ..state import addresses, all_finite, why_not_plain
+from ..state import addresses, why_not_plain
 from ..update import Number, Update, check_steps, prepare
 from . import resident, windows
-from .packed import PackedChain, pack
+from .packed import STRIP, PackedChain, Packs, as_source, finite
 from .scratch import Scratch
 
 OP = "conv_chain"
@@ -30,7 +30,6 @@ register("conv_chain", cpu=True, cuda=True, traced=False)
 ACTIVATIONS = {"none": 0, "leaky_relu": 1, "relu": 1, "silu": 2, "elu": 3}
 MAX_STAGES = 32
 MAX_PIXELS = 2**31  # of a map: the tables of windows are int32
-_EDGE_CHANNELS = 4
 
 
 def has_bfloat() -> bool:
@@ -43,12 +42,72 @@ def prefers_bfloat() -> bool:
     return native.available() and native.module().isa_prefers_bfloat()
 
 
-@dataclasses.dataclass(frozen=True)
-class _Stage:
-    """One stage packed: the arguments of the native call, and the tensors that they point into."""
+Geometry = tuple[Any, ...]
 
-    arguments: tuple
-    held: tuple[Tensor | Scratch | windows.Windows, ...]
+
+def geometry_of(stage: windows.StageLike) -> Geometry:
+    """What of a stage is not a number of its weights."""
+    return (
+        tuple(stage.weight.shape), stage.in_size, stage.out_size, stage.stride, stage.padding, stage.dilation,
+        stage.bias is not None, None if stage.norm is None else stage.norm.eps,
+        0.0 if stage.activation == "relu" else stage.slope, ACTIVATIONS[stage.activation],
+    )  # fmt: skip
+
+
+class _Form:
+    """A stack but for the numbers of its weights: tables, and where everything lies in one buffer of packed weights.
+
+    The first convolution reads the state, which is float32 and not padded; its data gradient is the edge's.
+    """
+
+    def __init__(self, bfloat: bool, *stages: Geometry) -> None:
+        self._packs, self._stages, self.nbytes, source = Packs(), [], 0, 0
+        for index, (shape, in_size, out_size, *geometry, has_bias, eps, slope, activation) in enumerate(stages):
+            outputs, inputs, *kernel = shape
+            taps = math.prod(kernel)
+            window = in_size, out_size, tuple(kernel), *geometry
+            forward = windows.forward_windows(*window)
+            run = 1
+            if index:
+                backward = windows.backward_windows(*window)
+            elif windows.in_patches(inputs, in_size):
+                backward, run = windows.patch_windows(*window), windows.EDGE_PIXELS**2
+            else:
+                backward, run = windows.edge_windows(*window), windows.EDGE_PIXELS
+            unit = 32 if bfloat else STRIP
+            ahead = self._packs.add(
+                source, forward.offsets, inputs, outputs, (taps, inputs * taps), bfloat=bfloat and index > 0,
+                depth=-(-inputs // unit) * unit if index else inputs,
+            )  # fmt: skip
+            behind = self._packs.add(
+                source, backward.offsets, outputs, inputs, (inputs * taps, taps), bfloat=bfloat,
+                depth=-(-outputs // unit) * unit, run=run,
+            )  # fmt: skip
+            bias = self._packs.vector(source + 1 if has_bias else None, outputs)
+            source += 2 if has_bias else 1
+            norm: list[int] = []
+            if eps is not None:
+                norm = [self._packs.vector(source, outputs), self._packs.vector(source + 1, outputs)]
+                source += 2
+            numbers = (0.0 if eps is None else eps, slope, activation, math.prod(in_size), math.prod(out_size))
+            self._stages.append((forward, backward, ahead, behind, bias, norm, (*numbers, inputs, outputs)))
+            self.nbytes += forward.nbytes + backward.nbytes
+
+    def packed(self, sources: Sequence[Tensor]) -> tuple[list[tuple], list[Any]]:
+        """The stages' arguments of the native call with these weights, and what holds their addresses."""
+        at, held = self._packs.run(sources)
+        return [
+            (
+                forward.arguments, backward.arguments, at[ahead], len(forward.rows), at[behind], len(backward.rows),
+                at[bias], *((at[norm[0]], at[norm[1]]) if norm else (0, 0)), *rest,
+            )
+            for forward, backward, ahead, behind, bias, norm, rest in self._stages
+        ], [self, *held]  # fmt: skip
+
+
+@windows.remembered
+def _form(*geometry: Any) -> _Form:
+    return _Form(*geometry)
 
 
 class ConvChain(PackedChain):
@@ -78,79 +137,27 @@ class ConvChain(PackedChain):
         if tuple(head.shape) != top:
             raise ValueError(f"{OP}: head must be {top}, as the last map is, got {tuple(head.shape)}")
         with torch.no_grad():
-            self._stages = [self._pack(stage, first=index == 0) for index, stage in enumerate(stages)]
+            sources = [as_source(tensor) for tensor in tensors]
+            self._stages, self._held = _form(bfloat, *map(geometry_of, stages)).packed(sources)
             # (C, *top) -> (pixel, channel), padded to whole strips
             self._head = _padded(head.detach().float().flatten(1).T, 1)
             # An activation may hide a NaN (ReLU makes it 0): every gradient of such weights is NaN, as autograd's are.
-            self.finite = all_finite([*tensors, head])
+            self.finite = finite([*sources, self._head])
             if not self.finite:
                 self._head.fill_(torch.nan)
         self._size = stages[0].in_size
         # Pixels of the smallest map with batch statistics; 2 where there are none.
         self._smallest = min((math.prod(stage.out_size) for stage in stages if stage.norm is not None), default=2)
         self._channels = stages[0].weight.shape[1]
-
-    def _pack(self, stage: windows.StageLike, *, first: bool) -> _Stage:
-        weight = stage.weight.detach().float().contiguous()
-        outputs, inputs = weight.shape[:2]
-        kernel = tuple(weight.shape[2:])
-        taps = math.prod(kernel)
-        geometry = (stage.in_size, stage.out_size, kernel, stage.stride, stage.padding, stage.dilation)
-        forward = windows.forward_windows(*geometry)
-        # The first stage reads the state, which is float32 and not padded.
-        ahead = self._packed(weight, forward.offsets, inputs, outputs, taps, inputs * taps, whole=not first)
-        if first:
-            backward = windows.edge_windows(*geometry)
-            behind = self._packed_edge(weight, backward)
-        else:
-            backward = windows.backward_windows(*geometry)
-            behind = self._packed(weight, backward.offsets, outputs, inputs, inputs * taps, taps, whole=True)
-        bias = _padded(weight.new_zeros(outputs) if stage.bias is None else stage.bias.detach().float(), 0)
-        norm = stage.norm
-        # Copies: the parameters may change later, this chain keeps the weights of now.
-        gamma, beta = (None, None) if norm is None else (_copy(norm.weight), _copy(norm.bias))
-        eps = 0.0 if norm is None else norm.eps
-        slope = 0.0 if stage.activation == "relu" else stage.slope
-        arguments = (
-            forward.arguments, backward.arguments, ahead.address, len(forward.rows), behind.address,
-            len(backward.rows), bias.data_ptr(), 0 if gamma is None else gamma.data_ptr(),
-            0 if beta is None else beta.data_ptr(), eps, slope, ACTIVATIONS[stage.activation],
-            math.prod(stage.in_size), math.prod(stage.out_size), inputs, outputs,
-        )  # fmt: skip
-        held = tuple(part for part in (forward, backward, ahead, behind, bias, gamma, beta) if part is not None)
-        return _Stage(arguments, held)
-
-    def _packed(
-        self, source: Tensor, rows: Tensor, inputs: int, outputs: int, input_stride: int, output_stride: int,
-        *, whole: bool,
-    ) -> Scratch:  # fmt: skip
-        """[strip][row][channel][16], bfloat16 with channels in pairs; `whole`: in the chain's type, padded."""
-        bfloat = self.bfloat and whole
-        unit = 32 if bfloat else 16
-        depth = -(-inputs // unit) * unit if whole else inputs
-        return pack(source, rows, inputs, outputs, (input_stride, output_stride), depth=depth, bfloat=bfloat)
-
-    def _packed_edge(self, weight: Tensor, edge: windows.Windows) -> Scratch:
-        """The edge's weights: strip = four channels of x, lane = 4 (channel mod 4) + pixel of the run."""
-        outputs, inputs = weight.shape[:2]
-        flat = torch.cat([weight.flatten(2), weight.new_zeros(outputs, inputs, 1)], 2)  # the last tap is none
-        pixels = windows.EDGE_PIXELS
-        chosen = flat[:, :, edge.offsets.reshape(-1)]
-        dense = chosen.reshape(outputs, inputs, len(edge.rows), pixels).permute(2, 0, 1, 3)  # row, out, in, pixel
-        groups = -(-inputs // _EDGE_CHANNELS)
-        dense = F.pad(dense, (0, 0, 0, groups * _EDGE_CHANNELS - inputs)).contiguous()
-        lanes = groups * _EDGE_CHANNELS * pixels
-        rows = torch.arange(len(edge.rows), device="cpu") * (outputs * lanes)
-        return self._packed(dense, rows, outputs, lanes, lanes, 1, whole=True)
+        self._rows = self._size[-2] if windows.in_patches(self._channels, self._size) else 0
 
     def _call(
         self, x: Tensor, gradient: Tensor | None, mask: Tensor | None, steps: int, numbers: Update, place: Counters
     ) -> None:
         module = native.module()
-        stages = [stage.arguments for stage in self._stages]
         arguments = [
-            stages, self.bfloat, *addresses(OP, self._head, x, gradient, mask), x.shape[0], steps, self._channels,
-            math.prod(self._size), self._size[-1], numbers.native_arguments, place.native_arguments,
+            self._stages, self.bfloat, *addresses(OP, self._head, x, gradient, mask), x.shape[0], steps, self._channels,
+            math.prod(self._size), self._size[-1], self._rows, numbers.native_arguments, place.native_arguments,
         ]  # fmt: skip
         threads = torch.get_num_threads()
         workspace = Scratch(module.conv_chain_workspace(*arguments, 0, threads))
@@ -266,10 +273,6 @@ def activate(h: Tensor, name: str, slope: float) -> Tensor:
     if name == "none":
         return h
     return F.silu(h) if name == "silu" else F.elu(h)
-
-
-def _copy(tensor: Tensor) -> Tensor:
-    return tensor.detach().to(torch.float32, copy=True).contiguous()
 
 
 def _padded(tensor: Tensor, dim: int) -> Tensor:

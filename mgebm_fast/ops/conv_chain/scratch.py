@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 _KEPT_BYTES = 256 << 20
-_ALIGN = 64
+ALIGN = 64
 _kept: list[Tensor] = []  # from the smallest on
 # Reentrant: a collection may run `__del__` wherever the lock is held.
 _lock = threading.RLock()
@@ -20,9 +20,9 @@ class Scratch:
 
     def __init__(self, nbytes: int) -> None:
         self._asked = nbytes
-        self._buffer = _take(nbytes + _ALIGN)
-        self.nbytes = self._buffer.numel() - _ALIGN
-        self.address = -(-self._buffer.data_ptr() // _ALIGN) * _ALIGN
+        self._buffer = _take(nbytes + ALIGN)
+        self.nbytes = self._buffer.numel() - ALIGN
+        self.address = -(-self._buffer.data_ptr() // ALIGN) * ALIGN
 
     def floats(self) -> Tensor:
         """Its memory, as many bytes as were asked for, as float32; for as long as it is held."""

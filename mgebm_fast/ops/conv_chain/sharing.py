@@ -8,7 +8,7 @@ from collections.abc import Callable, Hashable, Iterator
 from typing import Any, TypeVar
 
 Made = TypeVar("Made")
-_made: contextvars.ContextVar[dict[Hashable, tuple[Any, Any]] | None] = contextvars.ContextVar("_made", default=None)
+_made: contextvars.ContextVar[dict[Hashable, tuple[Any, ...]] | None] = contextvars.ContextVar("_made", default=None)
 
 
 @contextlib.contextmanager
@@ -21,12 +21,17 @@ def weights_stay() -> Iterator[None]:
         _made.reset(token)
 
 
+def made() -> dict[Hashable, tuple[Any, ...]] | None:
+    """What was made inside `weights_stay`, by key, with what holds the addresses that a key names; None outside."""
+    return _made.get()
+
+
 def once(key: Hashable, held: Any, make: Callable[[], Made]) -> Made:
     """`make()`, or what it gave before for this key inside `weights_stay`. `held` owns the addresses that the key
     names, so that nothing else can come to lie there."""
-    made = _made.get()
-    if made is None:
+    known = _made.get()
+    if known is None:
         return make()
-    if key not in made:
-        made[key] = (make(), held)
-    return made[key][0]
+    if key not in known:
+        known[key] = (make(), held)
+    return known[key][0]

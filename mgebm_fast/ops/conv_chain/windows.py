@@ -11,7 +11,6 @@ import collections
 import dataclasses
 import functools
 import itertools
-import math
 import threading
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol, TypeVar, cast
@@ -96,14 +95,14 @@ class Windows:
         return sum(table.nbytes for table in tables) + 100 * len(self.rows)
 
     @functools.cached_property
-    def offsets(self) -> Tensor:  # (rows,) int64; of an edge (rows, EDGE_PIXELS)
-        """Each row's tap by its place in the kernel, row-major; one past the last for an edge's that is none."""
-        none = math.prod(self.kernel)
+    def offsets(self) -> Tensor:  # (rows,) int64; of an edge (rows, its pixels)
+        """Each row's tap by its place in the kernel, row-major; −1 for an edge's that is none."""
 
         def place(row: Sequence[Any]) -> Any:
-            if row and isinstance(row[-1], tuple):
-                return [none if tap < 0 else ravel((*row[:-1], tap), self.kernel) for tap in row[-1]]
-            return ravel(row, self.kernel)
+            if not any(isinstance(taps, tuple) for taps in row):
+                return ravel(row, self.kernel)
+            each = itertools.product(*(taps if isinstance(taps, tuple) else (taps,) for taps in row))
+            return [-1 if min(taps) < 0 else ravel(taps, self.kernel) for taps in each]
 
         return torch.from_numpy(np.asarray([place(row) for row in self.rows], dtype=np.int64))
 
@@ -263,3 +262,19 @@ def edge_windows(
     axes = [_backward_axis(*axis) for axis in geometry[:-1]] + [_edge_axis(*geometry[-1])]
     runs = -(-inputs[-1] // EDGE_PIXELS)
     return product(axes, outputs, (*inputs[:-1], runs), kernel)
+
+
+def in_patches(channels: int, size: Sizes) -> bool:
+    """Whether an edge's outputs are patches of EDGE_PIXELS × EDGE_PIXELS pixels: of a single channel, runs would leave
+    three quarters of a strip empty."""
+    return channels == 1 and len(size) > 1
+
+
+@remembered
+def patch_windows(
+    inputs: Sizes, outputs: Sizes, kernel: Sizes, stride: Sizes, padding: Sizes, dilation: Sizes
+) -> Windows:
+    """The data gradient in patches along the last two dimensions, for the state."""
+    geometry = list(zip(inputs, outputs, kernel, stride, padding, dilation, strict=True))
+    axes = [_backward_axis(*axis) for axis in geometry[:-2]] + [_edge_axis(*axis) for axis in geometry[-2:]]
+    return product(axes, outputs, (*inputs[:-2], *(-(-length // EDGE_PIXELS) for length in inputs[-2:])), kernel)

@@ -96,11 +96,16 @@ def as_features(weight: Tensor) -> Tensor:  # (out, in, *kernel) -> (out, pixels
     return F.pad(weight.detach().float().flatten(2).transpose(1, 2), (0, depth - weight.shape[1])).flatten(1)
 
 
+def depth_of(inputs: int, bfloat: bool) -> int:
+    """Channels of a row of packed weights."""
+    return -(-inputs // BFLOAT_DEPTH) * BFLOAT_DEPTH if bfloat else inputs
+
+
 def packed(
     source: Tensor, rows: Tensor, inputs: int, outputs: int, strides: tuple[int, int], bfloat: bool, rest: bool = False
 ) -> Scratch:
     """[strip][row][channel][16] of float32, or of bfloat16 with channels in pairs, filled up to whole tiles; `rest` as
     in `pack`."""
-    depth = -(-inputs // BFLOAT_DEPTH) * BFLOAT_DEPTH if bfloat else inputs
+    depth = depth_of(inputs, bfloat)
     weights = source.detach().float().contiguous()
     return pack(weights, rows, inputs, outputs, strides, depth=depth, bfloat=bfloat, rest=rest)
