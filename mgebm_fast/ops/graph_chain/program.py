@@ -228,18 +228,13 @@ class Program(ForwardPass):
         self.steps = kept[::-1]
 
     def _end_at_top(self) -> None:
-        """A convolution's last function whose gradient is known is not evaluated: its slope times that is."""
-        readers: dict[int, list[Step]] = {}
-        for step in self.steps:
-            for buffer in step.reads():
-                readers.setdefault(self._root(buffer), []).append(step)
+        """A convolution's last function whose gradient is known is not evaluated: its slope times that is. Whatever else
+        reads the function's value has given a share of its gradient, to which the known one is added."""
         makers = {step.slope if step.slope >= 0 else step.out: step for step in self.steps if step.kind == "convolve"}
         for fill in [step for step in self.steps if step.kind == "fill" and step.slope in makers]:
             maker = makers[fill.slope]
-            made = {self._root(buffer) for buffer in maker.writes()}
-            alone = all(reader is fill for buffer in made for reader in readers.get(buffer, []))
             plain = not (fill.accumulate or fill.row_floats or maker.accumulate) and maker.keep < 0
-            if plain and alone and maker.function:
+            if plain and maker.function:
                 maker.top, maker.per_element = fill.bias, fill.per_element
                 maker.out, maker.slope = fill.out, -1
                 self.steps = [step for step in self.steps if step is not fill]
