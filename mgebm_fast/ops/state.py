@@ -21,22 +21,44 @@ def why_not_plain(tensor: Any, *, dispatched: bool = False) -> str:
     if kind is not Tensor and kind is not Parameter:
         if not dispatched or not isinstance(tensor, Tensor) or kind.__torch_dispatch__ is not Tensor.__torch_dispatch__:
             return f"a {kind.__name__}"
+    if _keys_of(tensor) not in _PLAIN_KEYS and (reason := _why_not_strided(tensor)):
+        return reason
+    elements = tensor.numel()
+    if tensor.is_contiguous():
+        last = tensor.storage_offset() + elements
+    else:
+        last = tensor.storage_offset() + 1
+        last += sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
+    if elements and last * tensor.element_size() > tensor.untyped_storage().nbytes():
+        return "larger than its storage"
+    return ""
+
+
+def _why_not_strided(tensor: Tensor) -> str:
     if tensor.layout is not torch.strided or tensor.is_nested:
         return f"of layout {'nested' if tensor.is_nested else str(tensor.layout).removeprefix('torch.')}"
     if tensor.is_neg() or tensor.is_conj():
         return "a negative or conjugate view"
     if torch._C._functorch.is_functorch_wrapped_tensor(tensor) or torch._is_functional_tensor(tensor):
         return "wrapped by a transform of torch's"
-    if tensor.is_meta:
-        return "on meta"
-    if tensor.is_contiguous():
-        elements = tensor.storage_offset() + tensor.numel()
-    else:
-        elements = tensor.storage_offset() + 1
-        elements += sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
-    if tensor.numel() and elements * tensor.element_size() > tensor.untyped_storage().nbytes():
-        return "larger than its storage"
-    return ""
+    return "on meta" if tensor.is_meta else ""
+
+
+def _keys_of(tensor: Tensor) -> int | None:
+    """Which of torch's kernels are for a tensor: every kind that is not plain has a key of its own."""
+    try:
+        return torch._C._dispatch_keys(tensor).raw_repr()
+    except AttributeError:  # of a torch without that name
+        return None
+
+
+def _plain_keys() -> frozenset[int | None]:
+    usual = torch.empty(0, device="cpu")
+    with torch.inference_mode():
+        return frozenset((_keys_of(usual), _keys_of(torch.empty(0, device="cpu")))) - {None}
+
+
+_PLAIN_KEYS = _plain_keys()
 
 
 def addresses(where: str, *tensors: Tensor | None, dispatched: bool = False) -> list[int]:
