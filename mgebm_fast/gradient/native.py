@@ -10,10 +10,11 @@ from torch import Tensor
 
 from .. import native
 from ..errors import DivergenceError
-from ..ops.conv_chain import MAX_STAGES, ConvChain, has_bfloat, prefers_bfloat
+from ..ops.conv_chain import MAX_STAGES, has_bfloat, prefers_bfloat
 from ..ops.counters import Counters
 from ..ops.update import Update
 from .base import GradientPlan, PlanReport
+from .kept import packed
 from .stack import Stack, example_input, reread
 
 
@@ -46,7 +47,7 @@ class NativePlan(GradientPlan):
         self._pack(stack)
 
     def _pack(self, stack: Stack) -> None:
-        self._chain = ConvChain(stack.stages, stack.head, bfloat=self.precision == "bf16")
+        self._chain = packed(stack, self.precision == "bf16")
         if not self._chain.finite:
             raise DivergenceError(
                 f"{self._where}: the energy's weights must be finite, got NaN or infinite values in {not_finite(stack)}"

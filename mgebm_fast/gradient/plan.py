@@ -14,7 +14,8 @@ from . import autograd, conv, cuda, graph, resident
 from . import native as engine
 from .base import GradientPlan
 from .holding import frozen_parameters
-from .stack import Stack, read
+from .kept import read
+from .stack import Stack
 from .verify import why_not_trusted
 
 Energy = Callable[[Tensor], Tensor]  # (N, ...) float32 -> (N,), energies

@@ -26,8 +26,7 @@ from ..nets.layers import BN_EPS, BatchStatistics, ConvLayer, LinearHead
 from ..nets.residual import Activation, ResidualBlock
 from ..ops.conv_chain.sharing import once
 from ..ops.state import why_not_plain
-from .builder import Builder, label
-from .stages import BatchNorm, Stack, Stage, Unreadable
+from .builder import BatchNorm, Builder, Stack, Stage, Unreadable, label
 from .trust import why_not_read
 
 __all__ = ["BatchNorm", "Stack", "Stage", "example_input", "layout_of", "read", "reread"]

@@ -20,13 +20,20 @@ _METHODS = ("__call__", "_call_impl", "forward", "_conv_forward", "score", "effe
 _CODE = [(kind, name, getattr(kind, name)) for kind in _READ for name in _METHODS if hasattr(kind, name)]
 
 
+def why_not_known() -> str:
+    """Which method of a class that is read was replaced since it was imported; an empty string where none was."""
+    for kind, name, code in _CODE:
+        if getattr(kind, name) is not code:
+            return f"{kind.__name__}.{name} was replaced"
+    return ""
+
+
 def why_not_read(energy: nn.Module) -> str:
     """Why the modules of an energy may run other code than their classes'; an empty string where they do not."""
     if any(getattr(nn.modules.module, name, None) for name in GLOBAL_HOOKS):
         return "hooks are registered for all modules"
-    for kind, name, code in _CODE:
-        if getattr(kind, name) is not code:
-            return f"{kind.__name__}.{name} was replaced"
+    if reason := why_not_known():
+        return reason
     for path, module in energy.named_modules():
         kind = type(module)
         where = f"layer {path} ({kind.__name__})" if path else "the net"

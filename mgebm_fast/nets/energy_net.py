@@ -18,7 +18,7 @@ NORMS = ("batch", "frozen", "none")
 HEADS = ("linear", "sum")
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, slots=True)
 class ConvSpec:
     """One convolution: output channels, kernel length and stride, the same along every spatial dimension."""
 

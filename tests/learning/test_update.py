@@ -204,7 +204,7 @@ def test_the_numbers_of_an_update_are_read_once(trainer, norm, detail, monkeypat
     monkeypatch.setattr(graphs, "not_finite", lambda graph: "")
     monkeypatch.setattr(graphs, "GraphChain", lambda graph: SimpleNamespace(gradient=torch.zeros_like))
     chain = SimpleNamespace(gradient=torch.zeros_like, finite=True)
-    monkeypatch.setattr(native, "ConvChain", lambda stages, head, bfloat: chain)
+    monkeypatch.setattr(native, "packed", lambda stack, bfloat: chain)
     monkeypatch.setattr(contrast, "readable", lambda *_: "what GPUs run is tested")
     ours = trainer(norm=norm, optimiser={"grad_clip_norm": 1.0, "grad_rescale_max": 1.0}, stabilise={"ema": 0.9})
     images = [torch.rand(8, 1, size, size) for size in ours.config.sizes[1:]]

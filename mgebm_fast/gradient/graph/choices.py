@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ...ops.graph_chain import layers
-from ..stages import Unreadable
+from ..builder import Unreadable
 from .rules import _add, _mul, _sub, constant, rule, shape_of, value
 from .shapes import _dims, _log_of_sums, _reduced
 from .values import GraphBuilder, Value

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ...ops.graph_chain import layers
 from ...ops.graph_chain.layers import Map
-from ..stages import Unreadable
+from ..builder import Unreadable
 from .pooling import _numbers, _spatial
 from .rules import _add, _sub, rule, shape_of, value
 from .shapes import _dims

@@ -28,7 +28,7 @@ from .tape import key_of as key_of_tensor
 from .watch import Watch, named_in
 
 _MOST_KEPT = 8  # readings of an energy: those used last
-_MOST_NUMBERS = 1 << 24  # in its tensors: a reading holds copies of them
+_MOST_NUMBERS = 1 << 25  # in its tensors: a reading holds copies of them
 
 
 @dataclasses.dataclass
@@ -76,7 +76,7 @@ def find(watch: Watch, key: Hashable, own: list[Tensor]) -> tuple[Any, ...] | No
         if made is None or not bool(torch.isfinite(values).all()):
             return None
         chain = chain.refilled(refill, values)
-        kept.state = [t.detach().clone() if i in changed else before[i] for i, t in enumerate(tensors)], chain
+        kept.state = [_copied(t) if i in changed else before[i] for i, t in enumerate(tensors)], chain
     return chain, *kept.plan
 
 
@@ -99,23 +99,18 @@ def keep(watch: Watch, key: Hashable, own: list[Tensor], graph: Graph, found: tu
     watch.kept.pop(key, None)
     for earlier in list(watch.kept)[: max(0, len(watch.kept) + 1 - _MOST_KEPT)]:
         watch.kept.pop(earlier, None)
-    copies = [t.detach().clone() for t in tensors]
-    watch.kept[key] = Kept(_layout(tensors, len(own)), leaves, (copies, chain), refill, tuple(plan))
+    watch.kept[key] = Kept(_layout(tensors, len(own)), leaves, ([*map(_copied, tensors)], chain), refill, tuple(plan))
 
 
 def _changed(tensors: list[Tensor], before: list[Tensor]) -> set[int]:
-    """Which of the tensors have other numbers than before, bit for bit."""
-    # Of many small tensors one comparison is faster than one of each.
-    small = sum(t.numel() for t in tensors) < 1 << 20
-    if small and torch.equal(_joined(tensors).view(torch.int32), _joined(before).view(torch.int32)):
-        rest = [i for i, t in enumerate(tensors) if t.dtype != torch.float32]
-    else:
-        rest = list(range(len(tensors)))
-    return {i for i in rest if not torch.equal(_bits(tensors[i]), _bits(before[i]))}
+    """Which of the tensors, all of one layout with those before, have other numbers, bit for bit."""
+    now = [tensor.contiguous() for tensor in tensors]
+    pairs = [(a.data_ptr(), b.data_ptr(), a.nbytes) for a, b in zip(now, before, strict=True)]
+    return set(native.module().differing(pairs))
 
 
-def _bits(tensor: Tensor) -> Tensor:
-    return tensor.detach().contiguous().view(torch.int32) if tensor.dtype == torch.float32 else tensor.detach()
+def _copied(tensor: Tensor) -> Tensor:
+    return tensor.detach().clone(memory_format=torch.contiguous_format)
 
 
 def _layout(tensors: list[Tensor], own: int) -> list[Hashable]:

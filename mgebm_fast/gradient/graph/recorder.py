@@ -24,9 +24,9 @@ from torch.utils._pytree import tree_map_only
 from ...ops.graph_chain import layers
 from ...ops.graph_chain.layers import Graph, Map
 from ...ops.state import why_not_plain
+from ..builder import Unreadable
 from ..holding import frozen_parameters
 from ..reach import modules_of
-from ..stages import Unreadable
 from ..trust import GLOBAL_HOOKS, HOOKS
 from . import choices, extremes, pooling, products, shapes  # noqa: F401  (their rules)
 from .choices import TRUTHS

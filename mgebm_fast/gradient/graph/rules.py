@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ...ops.graph_chain import layers
-from ..stages import Unreadable
+from ..builder import Unreadable
 from .values import GraphBuilder, Value
 
 # Entries of the matrix of a dense layer on each of several rows, or of a transposition between two of them: most are

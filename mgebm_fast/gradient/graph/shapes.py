@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ...ops.graph_chain import layers
 from ...ops.graph_chain.layers import Map
-from ..stages import Unreadable
+from ..builder import Unreadable
 from .rules import constant, rule, shape_of, value
 from .values import GraphBuilder, Value
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ...ops.graph_chain import layers
 from ...ops.graph_chain.layers import Map
-from ..stages import Unreadable
+from ..builder import Unreadable
 
 MAX_MATRIX = 1 << 22  # entries of the matrix of a linear op that has no layer of its own
 

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
+from ...nets import ConvSpec
 from ...ops.state import why_not_plain
 from ..reach import LEAVES, held_by, is_known, names_of
 from ..trust import HOOKS
@@ -33,7 +34,7 @@ _CONTAINERS = frozenset((*_MAPPINGS, list, tuple, set, frozenset, collections.de
 # Objects that are what they hold, and cannot be referred to weakly.
 _WRAPPERS = frozenset((property, staticmethod, classmethod, weakref.ref, contextvars.ContextVar))
 _CHANGING = (Tensor, torch.Generator)  # leaves of a search whose value is not their identity
-_PLAIN = (*(kind for kind in LEAVES if kind not in _CHANGING), torch.Size, slice, range, type(...))
+_PLAIN = (*(kind for kind in LEAVES if kind not in _CHANGING), torch.Size, slice, range, type(...), ConvSpec)
 # Libraries whose functions give the same for the same arguments, and names in them, or built in, that do not.
 _PURE = {"torch", "math", "numpy", "operator", "functools", "einops", "typing", "builtins", __name__.partition(".")[0]}
 _IMPURE = {
