@@ -136,7 +136,7 @@ def cascade(
 
     ids = isinstance(first_sample, Tensor) and first_sample.dim() > 0
     slot = None  # in a pipeline each grid has a graph of its own
-    if session.on is None:
+    if session.on is None and start.device.type in graphs.DEVICES:
         like = start.new_empty(())  # of an x only the shape and the device count: it takes no memory
         numbers = [d.update(like.expand(shape(g)), name(g)) for g, d in zip(grids, dynamics, strict=True)]
         rest = tuple(sizes), tuple((d.steps, n.form) for d, n in zip(dynamics, numbers, strict=True)), purpose, ids

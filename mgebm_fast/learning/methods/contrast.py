@@ -16,7 +16,8 @@ from torch.utils._pytree import tree_map_only
 
 from ... import native
 from ...gradient.exact import float32_as
-from ...gradient.stack import Stack, read
+from ...gradient.kept import read
+from ...gradient.stack import Stack
 from ...models.energies import norm_of
 from ...nets import EnergyNet
 from ...nets.score_net import ScoreNet
@@ -117,7 +118,7 @@ def _by_engine(
     share = observed.new_full((n + m,), 1 / n)
     share[n:] = -1 / m
     # Where there is a spectral norm, a weight is a function of the parameter, and the first forward moves it.
-    with net.observing():
+    with net.observing() if net.spectral_norm else contextlib.nullcontext():
         weights = [layer.effective_weight() for layer in net.convolutions]
         head = None if net.head is None else net.head.effective_weight()
     stages = stack.stages

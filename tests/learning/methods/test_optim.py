@@ -19,6 +19,7 @@ from mgebm_fast.learning.methods.optim import (
     norm,
     rate_factor,
     state_tensors,
+    step,
 )
 from mgebm_fast.nets import multigrid_net
 
@@ -51,6 +52,27 @@ def test_gradient_changes_are_made_in_order():
     zero = [torch.zeros(3)]
     condition_(zero, OptimiserConfig(grad_clip_norm=0.1, grad_rescale_max=1.0))
     assert zero[0].tolist() == [0, 0, 0]
+
+
+@pytest.mark.parametrize("name", ["adam", "adamw"])
+def test_a_step_of_adam_is_torchs_own_and_is_told_to_who_listens(name):
+    config = OptimiserConfig(name=name, weight_decay=0.1, betas=(0.5, 0.99))
+    heard, generator = [], torch.Generator().manual_seed(0)
+    nets = [[nn.Parameter(torch.ones(5, 3)), nn.Parameter(torch.ones(7)), nn.Parameter(torch.ones(2))] for _ in "ab"]
+    direct, listened = (build_optimiser(net, config) for net in nets)
+    listened.register_step_post_hook(lambda *_: heard.append(0))  # goes by the optimiser's own step
+    for k in range(5):
+        gradients = [torch.randn(p.shape, generator=generator) for p in nets[0][:2]]
+        spoilt = torch.tensor(float(k == 3))
+        before = [p.detach().clone() for p in nets[0]]
+        for net, optimiser in zip(nets, (direct, listened)):
+            step(optimiser, net, [*(g.clone() for g in gradients), None], 0.1 / (k + 1), spoilt)
+        assert len(heard) == k + 1
+        assert [torch.equal(p, q) for p, q in zip(before, nets[0])] == [k == 3, k == 3, True]
+        assert all(torch.equal(p, q) for p, q in zip(*nets))
+        mine, theirs = state_tensors(direct), state_tensors(listened)
+        assert mine.keys() == theirs.keys() and all(torch.equal(mine[key], theirs[key]) for key in mine)
+    assert float(mine["0.step"]) == 4
 
 
 def test_map_areas_of_the_published_net():
