@@ -195,7 +195,7 @@ static void each_product(const Samples& g, const Product<Bf16>& p, const Frame& 
         tiles<false>(q.a, q.rows, q.blocks, q.lie, {q.tap_pixel, taps.weight, taps.count}, weights, strip_size, wide,
                      tile);
         for (int b = 0; b < q.blocks; ++b) {
-          if (q.rows[b] > 0) give_rows(out, &take[first + 16 * b], q.rows[b], strip, tile[b], wide);
+          give_rows(out, &take[first + 16 * b], q.rows[b], strip, tile[b], wide);
         }
       }
     }
