@@ -43,7 +43,8 @@ def read(energy: Any, x: Tensor, *, blocks: bool = False) -> Stack | str:
     """`stack.read`, or what it gave before where the energy is still what it was."""
 
     def find() -> Stack | str:
-        key = key_of(x, "") if type(energy) in _KINDS and native.available() else None
+        maps = type(energy) in _KINDS and x.dim() > 2  # an MLP on points is no stack, which is soon known
+        key = key_of(x, "") if maps and native.available() else None
         watch = None if key is None or torch.is_inference_mode_enabled() else watch_of(energy)
         if watch is None or why_not_known():
             return stacks.read(energy, x, blocks=blocks)
