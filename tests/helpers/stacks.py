@@ -51,8 +51,8 @@ def images(samples, channels, size, seed=1):
     return torch.rand((samples, channels, *size), generator=torch.Generator().manual_seed(seed)) * 2 - 1
 
 
-def net(norm=False, size=(8, 8)):
-    return make(size, 3, [(24, 5, 2, 2), (40, 3, 1, 1), (16, 3, 1, 1)], norm=norm)
+def net(norm=False, size=(8, 8), channels=3):
+    return make(size, channels, [(24, 5, 2, 2), (40, 3, 1, 1), (16, 3, 1, 1)], norm=norm)
 
 
 def place(**base):

@@ -53,6 +53,11 @@ SHAPES = {
     "one dimension": ((30,), 2, [(9, 7, 3, 3), (17, 3, 1, 1)], 16),
     "three dimensions": ((5, 6, 4), 3, [(8, 3, 2, 1), (6, 3, 1, 1)], 7),
     "one sample": ((8, 8), 3, [(16, 3, 1, 1), (16, 3, 2, 1)], 1),
+    # Of a single channel the outputs of the edge are patches of pixels.
+    "whole patches": ((8, 12), 1, [(20, 5, 1, 2), (7, 3, 2, 1)], 19),
+    "cut patches": ((7, 9), 1, [(9, 4, 3, 1), (7, 1, 1, 0)], 18),
+    "patches of planes": ((3, 6, 5), 1, [(8, 3, 2, 1), (6, 1, 1, 0)], 7),
+    "one dimension, one channel": ((22,), 1, [(9, 5, 2, 2)], 5),
 }
 
 
@@ -96,12 +101,12 @@ def test_dilation():
 
 
 @pytest.mark.parametrize("size", [(8, 8), (8, 6), (5, 3)], ids=["quads", "rows of 6", "odd"])
-@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("masked, channels", [(False, 3), (True, 3), (True, 1)])
 @pytest.mark.parametrize("isa", ISAS)
-def test_a_step_is_the_update_op_on_the_engines_gradient(isa, size, masked):
+def test_a_step_is_the_update_op_on_the_engines_gradient(isa, size, masked, channels):
     use(isa)
-    stages, head = net(size=size)
-    x = images(20, 3, size) * 60 + 100
+    stages, head = net(size=size, channels=channels)
+    x = images(20, channels, size) * 60 + 100
     mask = torch.rand(20, 1, *size, generator=torch.Generator().manual_seed(2)) < 0.7 if masked else None
     for bfloat in {False, conv_chain.has_bfloat()}:
         chain = conv_chain.ConvChain(stages, head, bfloat=bfloat)
@@ -135,13 +140,14 @@ def test_a_relu_has_no_slope_in_any_backend():
     torch.testing.assert_close(gradient, expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("channels", [3, 1])
 @pytest.mark.parametrize("bfloat", [False, True], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("isa", ISAS)
-def test_results_do_not_depend_on_threads_split_or_layout(isa, bfloat):
+def test_results_do_not_depend_on_threads_split_or_layout(isa, bfloat, channels):
     use(isa, bfloat)
-    stages, head = net()
+    stages, head = net(channels=channels)
     chain = conv_chain.ConvChain(stages, head, bfloat=bfloat)
-    x = images(37, 3, (8, 8)) * 60 + 100
+    x = images(37, channels, (8, 8)) * 60 + 100
     threads = torch.get_num_threads()
 
     def run(part, first, steps=5, step=0, layout=torch.contiguous_format):
