@@ -97,11 +97,49 @@ def mlp() -> nn.Module:
     return nn.Sequential(nn.Linear(2, 64), nn.SiLU(), nn.Linear(64, 64), nn.SiLU(), nn.Linear(64, 1), nn.Flatten(0))
 
 
-def dense_top() -> nn.Module:
-    return nn.Sequential(
-        nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 64 * 64, 128), nn.ReLU(),
+def dense_top(size: int):
+    return lambda: nn.Sequential(
+        nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(8 * size**2, 128), nn.ReLU(),
         nn.Linear(128, 1), nn.Flatten(0),
     )  # fmt: skip
+
+
+class Attention(nn.Module):
+    """Patches of 4×4 pixels as tokens, two layers of attention of four heads: no engine reads it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.patches = nn.Conv2d(3, 64, 4, 4)
+        layer = nn.TransformerEncoderLayer(64, 4, 128, dropout=0.0, activation="gelu", batch_first=True)
+        self.layers, self.head = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False), nn.Linear(64, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.layers(self.patches(x).flatten(2).transpose(1, 2)).mean(1)).squeeze(1)
+
+
+class Swish(torch.autograd.Function):
+    """x σ(x) with a backward of its own."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x * torch.sigmoid(x)
+
+    @staticmethod
+    def backward(ctx, upstream: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        s = torch.sigmoid(x)
+        return upstream * (s + x * s * (1 - s))
+
+
+class OwnFunction(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, 64, 3, 2, 1), nn.Conv2d(64, 64, 3, 2, 1)
+        self.head = nn.Linear(64, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(Swish.apply(self.second(Swish.apply(self.first(x)))).mean((2, 3))).squeeze(1)
 
 
 def net_of(size: int, **settings: str):
@@ -130,7 +168,9 @@ CASES = [
     ("residual net, group norm", lambda: Residual(8), IMAGE, 16, 16),
     ("MLP 2-64-64-1, SiLU", mlp, (2,), 64, 100),
     ("MLP 2-64-64-1, SiLU", mlp, (2,), 1024, 100),
-    ("conv, Linear(32768, 128)", dense_top, (3, 64, 64), 8, 16),
+    ("conv, Linear(8192, 128)", dense_top(32), (3, 32, 32), 8, 16),
+    ("conv, Linear(32768, 128)", dense_top(64), (3, 64, 64), 8, 16),
+    ("conv, Linear(131072, 128)", dense_top(128), (3, 128, 128), 8, 16),
     ("published 16", net_of(16), (3, 16, 16), 1, 20),
     ("published 64", net_of(64), (3, 64, 64), 1, 20),
     ("compact 64", net_of(64, variant="compact"), (3, 64, 64), 1, 20),
@@ -139,6 +179,14 @@ CASES = [
     ("net of fire", preset_net("fire"), (3, 20, 32, 32), 3, 16),
     ("texture net", wall, (3, 224, 224), 1, 16),
 ]
+
+
+def by_hand(energy, x: Tensor, steps: int) -> None:
+    state = x
+    for _ in range(steps):
+        leaf = state.detach().requires_grad_()
+        gradient = torch.autograd.grad(energy(leaf), leaf)[0]
+        state = state - 0.00005 * gradient + 0.01 * torch.randn_like(state)
 
 
 @pytest.mark.parametrize(("name", "make", "shape", "samples", "steps"), CASES)
@@ -156,16 +204,46 @@ def bench_graph_chain(report, device, name, make, shape, samples, steps):
     def ours(precision="fp32"):
         mg.langevin_sample(net, x, steps=steps, step_size=0.01, precision=precision, seed=0)
 
-    def plain():
-        state = x
-        for _ in range(steps):
-            leaf = state.detach().requires_grad_()
-            gradient = torch.autograd.grad(net(leaf).sum(), leaf)[0]
-            state = state - 0.00005 * gradient + 0.01 * torch.randn_like(state)
-
     weights = sum(p.numel() for p in net.parameters()) * 4
-    others = {"plain_loop": plain}
+    others = {"plain_loop": lambda: by_hand(lambda state: net(state).sum(), x, steps)}
     if prefers_bfloat():
         others["auto"] = lambda: ours("auto")
     case = f"{name} on {'×'.join(map(str, x.shape))}"
     report("graph_chain", case, weights, ours, steps=steps, **others)
+
+
+@pytest.mark.parametrize(("name", "make"), [("attention", Attention), ("a function of one's own", OwnFunction)])
+def bench_autograd_chain(report, device, name, make):
+    """What no engine reads, also by torch.compile, ours and by hand."""
+    if device != "cpu":
+        pytest.skip("chains on a CPU")
+    torch.manual_seed(0)
+    net, steps = make().eval().requires_grad_(False), 16
+    x = torch.randn(16, *IMAGE)
+    compiled = torch.compile(lambda state: net(state).sum())
+
+    def ours(**options):
+        mg.langevin_sample(net, x, steps=steps, step_size=0.01, precision="fp32", seed=0, **options)
+
+    weights = sum(p.numel() for p in net.parameters()) * 4
+    report(
+        "graph_chain", f"{name} on {'×'.join(map(str, x.shape))}", weights, ours, steps=steps,
+        plain_loop=lambda: by_hand(lambda state: net(state).sum(), x, steps),
+        compiled=lambda: ours(compile=True), compiled_by_hand=lambda: by_hand(compiled, x, steps),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(("size", "samples"), [(8, 16), (16, 64)])
+def bench_one_step(report, device, size, samples):
+    """A loop of one's own that makes a step a call: what was read and packed at the call before is used again."""
+    if device != "cpu":
+        pytest.skip("chains on a CPU")
+    net = net_of(size, variant="compact")().requires_grad_(False)
+    x = torch.randn(samples, 3, size, size)
+    weights = sum(p.numel() for p in net.parameters()) * 4
+
+    def ours():
+        mg.langevin_sample(net, x, steps=1, step_size=0.01, seed=0)
+
+    case = f"a step of compact {size} on {'×'.join(map(str, x.shape))}"
+    report("conv_chain", case, weights, ours, plain_step=lambda: by_hand(lambda state: net(state).sum(), x, 1))
