@@ -228,8 +228,8 @@ class Program(ForwardPass):
         self.steps = kept[::-1]
 
     def _end_at_top(self) -> None:
-        """A convolution's last function whose gradient is known is not evaluated: its slope times that is. Whatever else
-        reads the function's value gave a share of its gradient, to which a fill adds, and takes no slope."""
+        """A convolution's last function whose gradient is known is not evaluated: its slope times that is. Whatever
+        else reads the function's value gave a share of its gradient, to which a fill adds, and takes no slope."""
         makers = {step.slope if step.slope >= 0 else step.out: step for step in self.steps if step.kind == "convolve"}
         for fill in [step for step in self.steps if step.kind == "fill" and step.slope in makers]:
             maker = makers[fill.slope]
