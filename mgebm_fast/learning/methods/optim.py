@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -80,7 +81,7 @@ def step(
     for group in optimiser.param_groups:
         group["lr"] = rate
     for parameter, gradient in zip(parameters, gradients, strict=True):
-        parameter.grad = gradient
+        parameter.grad = None if gradient is None else _laid_as(parameter, gradient)
     try:
         if _is_plain_adam(optimiser, spoilt) and _adam_(optimiser, parameters, spoilt):
             pass
@@ -92,6 +93,11 @@ def step(
     finally:  # a capture may fail
         vars(optimiser).pop("found_inf", None)
         optimiser.zero_grad(set_to_none=True)
+
+
+def _laid_as(parameter: Tensor, tensor: Tensor) -> Tensor:
+    """`tensor`, of the parameter's shape, in its order of memory: torch's fused kernels on CPUs go by that alone."""
+    return tensor if tensor.stride() == parameter.stride() else torch.empty_like(parameter).copy_(tensor)
 
 
 def _is_plain_adam(optimiser: torch.optim.Optimizer, spoilt: Tensor) -> bool:
@@ -109,16 +115,16 @@ def _is_plain_adam(optimiser: torch.optim.Optimizer, spoilt: Tensor) -> bool:
 
 def _adam_(optimiser: torch.optim.Optimizer, parameters: list[nn.Parameter], spoilt: Tensor) -> bool:
     """What `step()` of a plain Adam makes, by its kernel alone: what torch does around it takes three times as long for
-    a small net. False, with nothing done, before its state is there."""
+    a small net. False, with nothing done, before its state is there or where torch has another kernel."""
     group = optimiser.param_groups[0]
     given: list[Tensor] = [parameter for parameter in parameters if parameter.grad is not None]
     gradients = [parameter.grad for parameter in given if parameter.grad is not None]
     states: list[dict[str, Tensor]] = [optimiser.state.get(parameter, {}) for parameter in given]
-    if not given or not all(states):
+    decoupled = group.get("decoupled_weight_decay", type(optimiser) is torch.optim.AdamW)
+    kernel = _kernel("_fused_adamw_" if decoupled else "_fused_adam_")
+    if kernel is None or not given or not all(states):
         return False
     steps = [state["step"] for state in states]
-    decoupled = group.get("decoupled_weight_decay", type(optimiser) is torch.optim.AdamW)
-    kernel = torch._fused_adamw_ if decoupled else torch._fused_adam_
     with torch.no_grad():
         torch._foreach_add_(steps, 1)
         kernel(
@@ -128,6 +134,23 @@ def _adam_(optimiser: torch.optim.Optimizer, parameters: list[nn.Parameter], spo
         )  # fmt: skip
         torch._foreach_sub_(steps, [spoilt] * len(steps))
     return True
+
+
+@functools.cache
+def _kernel(name: str) -> Callable[..., None] | None:
+    """A kernel of torch's by its private name; None where there is none that makes of one number what it must."""
+    try:
+        kernel: Callable[..., None] = getattr(torch, name)
+        with torch.inference_mode(False), torch.no_grad():
+            number, gradient, mean, square, at = torch.tensor([1.0, 2.0, 0.0, 0.0, 1.0], device="cpu").split(1)
+            kernel(
+                [number], [gradient], [mean], [square], [], [at[0]], amsgrad=False, lr=0.5, beta1=0.5, beta2=0.75,
+                weight_decay=0.0, eps=0.0, maximize=False, grad_scale=None, found_inf=torch.zeros((), device="cpu"),
+            )  # fmt: skip
+            made = torch.cat([number, mean, square]).tolist()
+    except (AttributeError, TypeError, RuntimeError):
+        return None
+    return kernel if made == [0.5, 1.0, 1.0] else None
 
 
 def map_areas(net: nn.Module) -> dict[int, float]:
@@ -176,10 +199,11 @@ def load_state_tensors(optimiser: torch.optim.Optimizer, tensors: dict[str, Tens
         index, _, name = key.partition(".")
         if not index.isdigit() or int(index) >= len(parameters):
             raise CheckpointError(f"{where}: tensor {key!r} is not of this optimiser")
-        shape = tuple(parameters[int(index)].shape)
+        parameter = parameters[int(index)]
+        shape = tuple(parameter.shape)
         if tuple(value.shape) not in ((), shape):
             raise CheckpointError(f"{where}: tensor {key!r} must have shape {shape}, got {tuple(value.shape)}")
-        state.setdefault(int(index), {})[name] = value.clone()
+        state.setdefault(int(index), {})[name] = (_laid_as(parameter, value) if value.dim() else value).clone()
     optimiser.load_state_dict({"state": state, "param_groups": optimiser.state_dict()["param_groups"]})
     if isinstance(optimiser, torch.optim.SGD) and optimiser.defaults["momentum"]:
         _begin_momentum(optimiser)

@@ -10,6 +10,7 @@ from torch import nn
 
 from mgebm_fast.errors import CheckpointError
 from mgebm_fast.learning import OptimiserConfig
+from mgebm_fast.learning.methods import optim
 from mgebm_fast.learning.methods.ema import Average
 from mgebm_fast.learning.methods.optim import (
     build_optimiser,
@@ -73,6 +74,53 @@ def test_a_step_of_adam_is_torchs_own_and_is_told_to_who_listens(name):
         mine, theirs = state_tensors(direct), state_tensors(listened)
         assert mine.keys() == theirs.keys() and all(torch.equal(mine[key], theirs[key]) for key in mine)
     assert float(mine["0.step"]) == 4
+
+
+@pytest.mark.parametrize("kernel", [None, lambda *_, **__: None, lambda weights: None])
+def test_without_torchs_kernel_a_step_is_the_optimisers_own(kernel, monkeypatch):
+    def trained() -> tuple[nn.Parameter, dict[str, torch.Tensor]]:
+        weight = nn.Parameter(torch.ones(5, 3))
+        optimiser = build_optimiser([weight], OptimiserConfig(name="adam"))
+        for k in range(3):
+            step(optimiser, [weight], [torch.full((5, 3), k + 1.0)], 0.1, torch.zeros(()))
+        return weight, state_tensors(optimiser)
+
+    calls = []
+    monkeypatch.setattr(
+        torch.optim.Adam, "step", lambda self, _step=torch.optim.Adam.step: (calls.append(0), _step(self))
+    )
+    weight, state = trained()
+    assert len(calls) == 1  # which makes the state
+    own = torch._fused_adam_
+    monkeypatch.setattr(torch, "_fused_adam_", kernel)
+    optim._kernel.cache_clear()
+    try:
+        assert optim._kernel("_fused_adam_") is None
+        monkeypatch.setattr(torch, "_fused_adam_", own)
+        other, same = trained()
+    finally:
+        optim._kernel.cache_clear()
+    assert len(calls) == 4 and torch.equal(weight, other)
+    assert state.keys() == same.keys() and all(torch.equal(state[key], same[key]) for key in state)
+
+
+@pytest.mark.parametrize("config", [OptimiserConfig(), OptimiserConfig(name="sgd", momentum=0.9)])
+def test_weights_in_another_order_of_memory_learn_the_same(config):
+    def trained(order: torch.memory_format, resumed: bool) -> torch.Tensor:
+        generator = torch.Generator().manual_seed(0)
+        weight = nn.Parameter(torch.randn(4, 3, 2, 2, generator=generator).contiguous(memory_format=order))
+        optimiser = build_optimiser([weight], config)
+        for k in range(4):
+            step(optimiser, [weight], [torch.randn(4, 3, 2, 2, generator=generator)], 0.1, torch.zeros(()))
+            if k == 1 and resumed:
+                state = {name: value.contiguous() for name, value in state_tensors(optimiser).items()}
+                optimiser = build_optimiser([weight], config)
+                load_state_tensors(optimiser, state, "here")
+        return weight.detach()
+
+    expected = trained(torch.contiguous_format, False)
+    for resumed in (False, True):
+        assert torch.equal(trained(torch.channels_last, resumed), expected)
 
 
 def test_map_areas_of_the_published_net():
