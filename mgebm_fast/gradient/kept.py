@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from .. import native
 from ..nets import EnergyNet
@@ -62,6 +63,9 @@ def read(energy: Any, x: Tensor, *, blocks: bool = False) -> Stack | str:
 def _keep(watch: Watch, key: Hashable, layout: list[Hashable], energy: Any, stack: Stack | str) -> Stack | str:
     if isinstance(stack, str) or not watch.holds(energy):
         return stack
+    # What a parametrisation gives may depend on the numbers of tensors that are no stage's, even which memory it is.
+    if any(map(parametrize.is_parametrized, energy.modules())):
+        return stack
     lie = {tensor.untyped_storage().data_ptr() for tensor in watch.tensors}
     tensors = [tensor for stage in stack.stages for tensor in windows.tensors_of(stage, "stack")]
     if any(tensor.untyped_storage().data_ptr() not in lie for tensor in tensors):
@@ -75,7 +79,9 @@ def _keep(watch: Watch, key: Hashable, layout: list[Hashable], energy: Any, stac
         def head(net: Any) -> Tensor:
             return -net.head.weight.detach().reshape(shape)
 
-    stack = dataclasses.replace(stack, packed={})
+    # Readings for other batches, which are packed alike, share what is packed.
+    others = [kept.stack.packed for kept in list(watch.kept.values()) if isinstance(kept, _Kept)]
+    stack = dataclasses.replace(stack, packed=others[-1] if others else {})
     for earlier in list(watch.kept)[: max(0, len(watch.kept) + 1 - _MOST)]:
         watch.kept.pop(earlier, None)
     watch.kept[key] = _Kept(layout, stack, head)

@@ -38,8 +38,10 @@ def images(seed: int = 0) -> torch.Tensor:
     return torch.rand(5, 1, 8, 8, generator=torch.Generator().manual_seed(seed))
 
 
-def step(net: nn.Module, **options) -> torch.Tensor:
-    return mg.langevin_sample(net, images(), steps=1, drift=0.5, noise_std=0.0, precision="fp32", **options)
+def step(net: nn.Module, x: torch.Tensor | None = None, **options) -> torch.Tensor:
+    return mg.langevin_sample(
+        net, images() if x is None else x, steps=1, drift=0.5, noise_std=0.0, precision="fp32", **options
+    )
 
 
 def by_optimiser(net: nn.Module) -> None:
@@ -234,6 +236,38 @@ def test_computed_weights_are_computed_each_time(make):
             buffer.data.add_(0.5 * torch.rand(buffer.shape))
     after = step(net)
     assert not torch.equal(after, before) and torch.equal(after, step(copy.deepcopy(net)))
+
+
+class Chosen(nn.Module):
+    """A parametrisation that gives the weight itself, or a view of it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("turned", torch.zeros(()))
+
+    def forward(self, weight: torch.Tensor) -> torch.Tensor:
+        return weight.mT if self.turned else weight
+
+
+def test_a_parametrisation_that_gives_another_view_of_the_same_memory():
+    net = sequential()
+    nn.utils.parametrize.register_parametrization(net[0], "weight", Chosen())
+    net.eval()
+    before = step(net)
+    assert torch.equal(step(net), before)
+    net[0].parametrizations.weight[0].turned.fill_(1)
+    after = step(net)
+    assert not torch.equal(after, before) and torch.equal(after, step(copy.deepcopy(net)))
+
+
+def test_batches_of_any_size_share_one_packed_chain(monkeypatch):
+    net, packs = energy_net(), counted(monkeypatch)
+    alone = [step(copy.deepcopy(net), x=images()[:n]) for n in (5, 4, 3)]
+    del packs[:]
+    assert all(torch.equal(step(net, x=images()[:n]), expected) for n, expected in zip((5, 4, 3), alone))
+    assert len(packs) == 1
+    in_data(net)
+    assert torch.equal(step(net, x=images()[:4]), step(copy.deepcopy(net), x=images()[:4]))
 
 
 def test_a_plan_keeps_the_weights_that_it_was_made_with():
