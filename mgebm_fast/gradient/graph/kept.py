@@ -22,6 +22,7 @@ from ...ops.conv_chain import prefers_bfloat
 from ...ops.graph_chain import GraphChain
 from ...ops.graph_chain.layers import Graph
 from ...ops.graph_chain.refill import Refill
+from ...ops.state import why_not_plain
 from ..trust import GLOBAL_HOOKS
 from .tape import Recipe, Tape, memory_of
 from .tape import key_of as key_of_tensor
@@ -61,7 +62,7 @@ def find(watch: Watch, key: Hashable, own: list[Tensor]) -> tuple[Any, ...] | No
     if kept is None:
         return None
     tensors = [*own, *watch.tensors]
-    if _layout(tensors, len(own)) != kept.layout:
+    if _layout(tensors, len(own)) != kept.layout or any(map(why_not_plain, tensors)):
         return None
     before, chain = kept.state
     if changed := _changed(tensors, before):
@@ -84,6 +85,8 @@ def keep(watch: Watch, key: Hashable, own: list[Tensor], graph: Graph, found: tu
     """Note what `find` is to give of a reading that was just made and is trusted."""
     tensors, (chain, *plan) = [*own, *watch.tensors], found
     if tape.hidden or sum(t.numel() for t in tensors) > _MOST_NUMBERS:
+        return
+    if any(t.device.type != "cpu" for t in tensors):  # of whose memory nothing can be asked
         return
     places = {key_of_tensor(t): i for i, t in enumerate(tensors)}
     shared = collections.Counter(map(memory_of, tensors))

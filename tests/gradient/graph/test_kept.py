@@ -104,6 +104,9 @@ CHANGES: dict[str, Callable[[Net], Any]] = {
     "weights in place": lambda net: net.layers[0].weight.data.mul_(2),
     "weights as data": lambda net: setattr(net.layers[0].weight, "data", torch.ones(8, 3)),
     "weights by numpy": of_memory,
+    "weights as their negative": lambda net: setattr(
+        net.layers[0].weight, "data", torch._neg_view(net.layers[0].weight.data)
+    ),
     "weights of a module outside": lambda net: net.outside[0].weight.data.neg_(),
     "a parameter": lambda net: setattr(net.layers[1], "weight", nn.Parameter(torch.ones(8, 8))),
     "a buffer": lambda net: net.centre.add_(1),
