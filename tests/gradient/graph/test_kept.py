@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 import mgebm_fast as mg
 from mgebm_fast import native
-from mgebm_fast.gradient.graph import MIN_STEPS, plan, read_graph
+from mgebm_fast.gradient.graph import MIN_STEPS, kept, plan, read_graph
 from mgebm_fast.gradient.graph.watch import Unwatched, Watch, watch_of
 from mgebm_fast.ops.graph_chain import GraphChain
 
@@ -147,6 +147,18 @@ def test_a_change_is_seen(name: str, monkeypatch: pytest.MonkeyPatch, readings: 
             handle.remove()
     assert float((own - before).abs().max()) > 1e-3  # the change is one
     torch.testing.assert_close(after, own, rtol=1e-5, atol=1e-5)
+
+
+def test_large_energies_have_few_readings(monkeypatch: pytest.MonkeyPatch, readings: list[Any]) -> None:
+    net, batches = Net(), [points()[:n] for n in (5, 4, 3)]
+    numbers = sum(tensor.numel() for tensor in watch_of(net).tensors)
+    for allowed, readings_made in ((3 * numbers, 3), (2 * numbers, 6), (numbers - 1, 6)):
+        net = Net()
+        monkeypatch.setattr(kept, "_MOST_NUMBERS", allowed)
+        del readings[:]
+        for x in (*batches, *batches):
+            assert torch.equal(chain(net, x), chain(Net(), x))
+        assert sum(energy is net for energy in readings) == readings_made
 
 
 def test_closures_and_functions_made_for_each_call(readings: list[Any]) -> None:
