@@ -102,10 +102,13 @@ def _laid_as(parameter: Tensor, tensor: Tensor) -> Tensor:
 
 def _is_plain_adam(optimiser: torch.optim.Optimizer, spoilt: Tensor) -> bool:
     """Whether a step is one call of a fused kernel on a CPU, and nobody listens to it."""
-    heard = (
-        optimiser._optimizer_step_pre_hooks, optimiser._optimizer_step_post_hooks,
-        heard_by_all._global_optimizer_pre_hooks, heard_by_all._global_optimizer_post_hooks,
-    )  # fmt: skip
+    try:
+        heard = (
+            optimiser._optimizer_step_pre_hooks, optimiser._optimizer_step_post_hooks,
+            heard_by_all._global_optimizer_pre_hooks, heard_by_all._global_optimizer_post_hooks,
+        )  # fmt: skip
+    except AttributeError:  # of a torch that keeps them elsewhere
+        return False
     usual = type(optimiser) in (torch.optim.Adam, torch.optim.AdamW) and "step" not in vars(optimiser)
     if not usual or any(heard) or len(optimiser.param_groups) > 1 or spoilt.device.type != "cpu":
         return False

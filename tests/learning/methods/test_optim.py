@@ -104,6 +104,13 @@ def test_without_torchs_kernel_a_step_is_the_optimisers_own(kernel, monkeypatch)
     assert state.keys() == same.keys() and all(torch.equal(state[key], same[key]) for key in state)
 
 
+def test_a_torch_whose_listeners_are_not_found_makes_its_own_steps(monkeypatch):
+    optimiser = build_optimiser([nn.Parameter(torch.ones(3))], OptimiserConfig(name="adam"))
+    assert optim._is_plain_adam(optimiser, torch.zeros(()))
+    monkeypatch.delattr(optim.heard_by_all, "_global_optimizer_post_hooks")
+    assert not optim._is_plain_adam(optimiser, torch.zeros(()))
+
+
 @pytest.mark.parametrize("config", [OptimiserConfig(), OptimiserConfig(name="sgd", momentum=0.9)])
 def test_weights_in_another_order_of_memory_learn_the_same(config):
     def trained(order: torch.memory_format, resumed: bool) -> torch.Tensor:
