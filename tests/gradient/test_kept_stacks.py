@@ -306,6 +306,19 @@ def test_an_update_packs_for_itself_and_leaves_what_is_kept():
     assert not torch.equal(within, before) and torch.equal(step(net), within)
 
 
+@pytest.mark.parametrize("steps", [1, 16])
+@pytest.mark.parametrize("make", [sequential, lambda: nn.Sequential(nn.Flatten(), nn.Linear(64, 1), nn.Flatten(0))])
+def test_weights_that_torch_is_to_swap_are_not_referred_to(make, steps):
+    net = make()
+    torch.__future__.set_swap_module_params_on_conversion(True)
+    try:
+        mg.langevin_sample(net, images(), steps=steps, drift=0.5, noise_std=0.0)
+        net.double()
+    finally:
+        torch.__future__.set_swap_module_params_on_conversion(False)
+    assert all(parameter.dtype == torch.float64 for parameter in net.parameters())
+
+
 def test_nothing_keeps_the_energy_alive():
     net = energy_net()
     step(net)

@@ -45,11 +45,11 @@ class Kept:
 
 def key_of(x: Tensor, precision: str) -> Hashable | None:
     """What a reading is for beside the energy; None where there is none to be kept: torch is traced or computes
-    otherwise than usual."""
+    otherwise than usual, or is to swap weights for others, which it refuses where a watch refers to them."""
     if torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None:
         return None
     hooks = any(getattr(torch.nn.modules.module, name, None) for name in GLOBAL_HOOKS)
-    if hooks or torch.is_autocast_enabled("cpu"):
+    if hooks or torch.is_autocast_enabled("cpu") or torch.__future__.get_swap_module_params_on_conversion():
         return None
     device = torch.empty(0).device  # the default one: torch 2.9's get_default_device fails once it was set back
     return x.shape, precision, prefers_bfloat(), native.isa(), torch.get_default_dtype(), device
