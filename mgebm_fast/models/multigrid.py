@@ -202,8 +202,11 @@ class MultiGrid(EnergyModel):
     def _starts(self, group: Group) -> tuple[Tensor, Tensor | None]:
         """Colours that the chains of a group start from, and their classes."""
         place = {"seed": group.seed, "first_sample": group.first_sample}
-        if not self.classes or group.labels is None:
-            return self.draw_colours(group.n, **place), self.draw_labels(group.n, **place) if self.classes else None
+        if not self.classes:
+            return self.draw_colours(group.n, **place), None
+        if group.labels is None:
+            rows = self._draw_rows(len(self.colours), group.n, **place)
+            return self.colours[rows][:, :, None, None], self.labels[rows]
         rows = torch.empty_like(group.labels)
         for label in group.labels.unique().tolist():
             members = (self.labels == label).nonzero()[:, 0]

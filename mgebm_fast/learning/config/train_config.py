@@ -62,7 +62,12 @@ class TrainConfig:
         "the grids, coarse to fine; the first has no net",
         fixed=True,
     )
-    width: Any = key(1.0, PerGrid(Real(0, 64, above=True)), "multiplies hidden channels", fixed=True)
+    width: Any = key(
+        1.0,
+        PerGrid(Real(0, 64, above=True)),
+        "multiplies hidden channels; of a list, methods of one net take the last",
+        fixed=True,
+    )
     variant: str = key("compact", Choice(VARIANTS), "family of nets", fixed=True)
     depth: int = key(1, Whole(1, 64), "residual blocks a stage, of the variant residual; 1 for others", fixed=True)
     norm: str = key("none", Choice(("batch", "none")), "normalisation of the nets", fixed=True)
