@@ -24,12 +24,11 @@ from ..ops.conv_chain.sharing import made, once
 from ..ops.state import why_not_plain
 from . import stack as stacks
 from .builder import Stack
-from .graph.kept import key_of
+from .graph.kept import MOST_KEPT, key_of
 from .graph.watch import Watch, watch_of
 from .trust import why_not_known
 
 _KINDS = (EnergyNet, nn.Sequential)
-_MOST = 8  # readings of an energy
 _MOST_NUMBERS = 1 << 25  # of a chain that is kept, with copies of them
 
 
@@ -82,9 +81,7 @@ def _keep(watch: Watch, key: Hashable, layout: list[Hashable], energy: Any, stac
     # Readings for other batches, which are packed alike, share what is packed.
     others = [kept.stack.packed for kept in list(watch.kept.values()) if isinstance(kept, _Kept)]
     stack = dataclasses.replace(stack, packed=others[-1] if others else {})
-    for earlier in list(watch.kept)[: max(0, len(watch.kept) + 1 - _MOST)]:
-        watch.kept.pop(earlier, None)
-    watch.kept[key] = _Kept(layout, stack, head)
+    watch.keep(key, _Kept(layout, stack, head), MOST_KEPT)
     return stack
 
 

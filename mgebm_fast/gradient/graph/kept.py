@@ -28,7 +28,7 @@ from .tape import Recipe, Tape, memory_of
 from .tape import key_of as key_of_tensor
 from .watch import Watch, named_in
 
-_MOST_KEPT = 8  # readings of an energy: those used last
+MOST_KEPT = 8  # readings of an energy: those used last
 _MOST_NUMBERS = 1 << 25  # in the tensors of all of them: a reading holds copies of its energy's
 
 
@@ -84,7 +84,7 @@ def find(watch: Watch, key: Hashable, own: list[Tensor]) -> tuple[Any, ...] | No
 def keep(watch: Watch, key: Hashable, own: list[Tensor], graph: Graph, found: tuple[Any, ...], tape: Tape) -> None:
     """Note what `find` is to give of a reading that was just made and is trusted."""
     tensors, (chain, *plan) = [*own, *watch.tensors], found
-    most = min(_MOST_KEPT, _MOST_NUMBERS // max(1, sum(t.numel() for t in tensors)))
+    most = min(MOST_KEPT, _MOST_NUMBERS // max(1, sum(t.numel() for t in tensors)))
     if tape.hidden or most == 0:
         return
     if any(t.device.type != "cpu" for t in tensors):  # of whose memory nothing can be asked
@@ -100,10 +100,8 @@ def keep(watch: Watch, key: Hashable, own: list[Tensor], graph: Graph, found: tu
             starts = itertools.accumulate((c.numel() for c in constants), initial=0)
             order = [torch.arange(at, at + c.numel()).reshape(c.shape) for at, c in zip(starts, constants)]
             refill = recipe, chain.refill(graph, _joined(constants), dict(zip(map(id, constants), order, strict=True)))
-    watch.kept.pop(key, None)
-    for earlier in list(watch.kept)[: max(0, len(watch.kept) + 1 - most)]:
-        watch.kept.pop(earlier, None)
-    watch.kept[key] = Kept(_layout(tensors, len(own)), leaves, ([*map(_copied, tensors)], chain), refill, tuple(plan))
+    made = Kept(_layout(tensors, len(own)), leaves, ([*map(_copied, tensors)], chain), refill, tuple(plan))
+    watch.keep(key, made, most)
 
 
 def _changed(tensors: list[Tensor], before: list[Tensor]) -> set[int]:

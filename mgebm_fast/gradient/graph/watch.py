@@ -89,6 +89,13 @@ class Watch:
             if len(seen) > _MOST or len(self._leaves) > 10 * _MOST:
                 raise Unwatched("it holds too many objects")
 
+    def keep(self, key: Any, made: Any, most: int) -> None:
+        """Note what was made of the energy as the newest of `kept`, of which at most `most` stay: the newest."""
+        self.kept.pop(key, None)
+        for earlier in list(self.kept)[: max(0, len(self.kept) + 1 - most)]:
+            self.kept.pop(earlier, None)
+        self.kept[key] = made
+
     def _add(self, value: Any, queue: collections.deque[Any]) -> None:
         try:
             part = weakref.ref(value, self._gone.note)
