@@ -23,7 +23,7 @@ from .loggers import Logger
 from .progress import Pace, Progress, Voice, duration
 from .records import Mark, NoRecorder
 from .rule import UpdateRule
-from .watch import Updates, measured
+from .watch import Updates, error_of, measured
 
 
 @dataclasses.dataclass(frozen=True)
@@ -301,7 +301,7 @@ class Loop:
                     self.recorder.synchronise()
                     self._save(final=done == stop, good=good)
                     if good and watched:
-                        self.states.offer(done, measure, self.rule, self._state(good=True))
+                        self.states.offer(done, measure, error_of(self.reference), self.rule, self._state(good=True))
                 if drawn and self.folder.writes and self.after_pictures is not None:
                     self.after_pictures()
         return stops

@@ -29,6 +29,7 @@ from .resuming import Found
 from .rule import UpdateRule
 from .watch import RunAway, Watch
 
+CLEARLY = 1.5  # times the lowest measure so far, above which a state is not taken for the best
 _ADVICE = (  # where a number was not finite
     "a smaller optimiser.lr, optimiser.grad_clip_norm, stabilise.energy_l2 or spectral_norm keep training in bounds"
 )
@@ -114,7 +115,7 @@ class MemoryStates:
     def __init__(self, history: History, most: int) -> None:
         self.history, self.most = history, most
         self._kept: list[Kept] = []
-        self._best: tuple[int, float | None, Any] | None = None  # updates made, measure, what the rule gave
+        self._best: tuple[int, float | None, Any] | None = None  # updates made, lowest measure, what the rule gave
 
     def known(self) -> bool:
         """Whether there is a state to go back to."""
@@ -124,14 +125,20 @@ class MemoryStates:
         self._kept, self._best = [], None
 
     def best(self) -> tuple[int, float | None] | None:
-        """The updates made in the best state so far, and its measure; None where there is none."""
+        """The updates made in the best state so far, and the lowest measure so far; None where there is none."""
         return None if self._best is None else self._best[:2]
 
-    def offer(self, iteration: int, measure: float | None, rule: UpdateRule, state: Mapping[str, Any]) -> None:
-        """Keep the present state as the best, where its measure is the lowest; without a measure the newest is best."""
+    def offer(
+        self, iteration: int, measure: float | None, error: float, rule: UpdateRule, state: Mapping[str, Any]
+    ) -> None:
+        """Keep the present state as the best, unless its measure, which may be off by `error`, is clearly above the
+        lowest so far: the measure tells mud from pictures, and of two good states the longer trained is the better one.
+        Without a measure the newest is best."""
         best = self.best()
-        if best is None or measure is None or best[1] is None or measure < best[1]:
-            self._keep_best(iteration, measure, rule, state)
+        lowest = None if best is None else best[1]
+        if lowest is None or measure is None or measure <= CLEARLY * max(lowest, 0.0) + error:
+            known = [value for value in (measure, lowest) if value is not None]
+            self._keep_best(iteration, None if measure is None else min(known), rule, state)
 
     def _keep_best(self, iteration: int, measure: float | None, rule: UpdateRule, state: Mapping[str, Any]) -> None:
         self._best = iteration, measure, rule.snapshot()

@@ -318,6 +318,13 @@ def energy_distance(samples: Tensor, images: Tensor) -> float:  # (N, C, S, S) f
     return float(2 * torch.cdist(x, y).mean() - _within(x) - _within(y))
 
 
+def error_of(reference: Tensor | None) -> float:
+    """What the measure by so many images is off by, about: mean |φ(y) − φ(y′)| / N; 0 where there is none."""
+    if reference is None or len(reference) < 2:
+        return 0.0
+    return float(_within(_features(reference.float().cpu()))) / len(reference)
+
+
 def _features(images: Tensor) -> Tensor:  # (N, C, *size) -> (N, d)
     steps = [images.diff(dim=dim) for dim in range(2, images.dim())]
     return torch.cat([part.flatten(1) for part in (images, *steps)], 1)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import types
 
 import numpy as np
 import pytest
@@ -12,7 +14,8 @@ from helpers.training import tiny_config, tiny_data
 from mgebm_fast.errors import DivergenceError
 from mgebm_fast.learning import MultiGridTrainer, Run
 from mgebm_fast.learning.run import checkpoint
-from mgebm_fast.learning.run.watch import RunAway, Watch, energy_distance
+from mgebm_fast.learning.run.rollback import History, MemoryStates
+from mgebm_fast.learning.run.watch import RunAway, Watch, energy_distance, error_of
 
 HEALTHY = {"gradient_clamped": 0.6, "saturated": 0.1, "spread": 1.1, "gradient_to_noise": 7.0}
 
@@ -136,6 +139,21 @@ def test_the_energy_distance():
     x, y = (torch.randn(64, 3, 8, 8, generator=draw) for _ in range(2))
     mud = torch.zeros_like(x) + torch.randn(64, 3, 1, 1, generator=draw)
     assert abs(energy_distance(x, y)) < 0.2 < 5 < energy_distance(mud, y)
+    features = torch.cat([y.flatten(1), y.diff(dim=2).flatten(1), y.diff(dim=3).flatten(1)], 1)
+    assert error_of(y) == pytest.approx(float(torch.pdist(features).mean()) / 64, rel=1e-5) and error_of(None) == 0
+
+
+def test_the_best_state_is_the_newest_that_is_not_clearly_worse_than_another():
+    """A run's measure is lowest after a few updates, by chance, and no better picture may be thrown away for it."""
+    states = MemoryStates(History(tiny_config()), 2)
+    rule = types.SimpleNamespace(snapshot=lambda: None)
+    found = []
+    for iteration, measure in enumerate([0.52, 0.6, 5.0, math.inf, 0.9, 0.4, 0.75, 0.71, None, 9.0]):
+        states.offer(iteration, measure, 0.13, rule, {})
+        found.append(states.best())
+    assert found == [
+        (0, 0.52), (1, 0.52), (1, 0.52), (1, 0.52), (4, 0.52), (5, 0.4), (5, 0.4), (7, 0.4), (8, None), (9, 9.0)
+    ]  # fmt: skip
 
 
 COLLAPSING = {
