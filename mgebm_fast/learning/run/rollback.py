@@ -136,9 +136,10 @@ class MemoryStates:
         Without a measure the newest is best."""
         best = self.best()
         lowest = None if best is None else best[1]
-        if lowest is None or measure is None or measure <= CLEARLY * max(lowest, 0.0) + error:
-            known = [value for value in (measure, lowest) if value is not None]
-            self._keep_best(iteration, None if measure is None else min(known), rule, state)
+        if lowest is None or measure is None:
+            self._keep_best(iteration, measure, rule, state)
+        elif measure <= CLEARLY * max(lowest, 0.0) + error:
+            self._keep_best(iteration, min(measure, lowest), rule, state)
 
     def _keep_best(self, iteration: int, measure: float | None, rule: UpdateRule, state: Mapping[str, Any]) -> None:
         self._best = iteration, measure, rule.snapshot()
