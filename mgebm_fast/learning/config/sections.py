@@ -88,6 +88,7 @@ class RollbackConfig:
         2, Whole(0, MAX_ATTEMPT), "times that a run which diverges goes back to its last good state; 0: it stops"
     )
     lr_factor: float = key(0.5, Real(0, 1, above=True), "each time, learning rates are multiplied by this, for good")
+    data_noise_factor: float = key(1.5, Real(1), "each time, stabilise.data_noise is multiplied by this, for good")
     gap_ratio: Any = key(
         30.0,
         Maybe(Real(1, above=True)),

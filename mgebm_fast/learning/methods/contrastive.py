@@ -202,7 +202,7 @@ class ContrastiveRule(ModelRule):
         return Numbers(
             iteration,
             [pick(config.optimiser.lr, net) * schedule for net in range(len(self.model.nets))],
-            [pick(config.stabilise.data_noise, net) * factor for net, factor in enumerate(factors)],
+            [pick(config.stabilise.data_noise, net) * factor * self.roughening for net, factor in enumerate(factors)],
             0.0 if self.average is None else self.average.share(iteration),
         )
 

@@ -129,7 +129,7 @@ class Loop:
     # going back
 
     def _tell_rule(self) -> None:
-        self.rule.attempt, self.rule.rate = len(self.history.made), self.history.rate
+        self.history.tell(self.rule)
         self.updates.begin(self.iteration)
 
     def _begin_good(self) -> None:
@@ -154,8 +154,7 @@ class Loop:
         if history.exhausted or not self._enter_good():
             raise self._diverged(error) from error
         self.ranks.failed = False
-        entry = rollback.Rollback(update, self.iteration, self.config.rollback.lr_factor, str(error))
-        history.made = [*made, entry]
+        history.made = [*made, history.entry(update, self.iteration, str(error))]
         self._tell_rule()
         with self.ranks.together():
             # Killed between these, a run goes on from a checkpoint that fits its records.
@@ -163,10 +162,7 @@ class Loop:
             self.recorder.rewind(self.iteration, len(made))
             self.folder.save(self.rule, self.iteration, self._state(good=True))
             self._record_going_back()
-        self.voice.say(
-            f"{error}; back to update {self.iteration}, with other noise and the learning rate times "
-            f"{history.rate:g} from here on (rollback {len(history.made)} of at most {history.config.attempts})"
-        )
+        self.voice.say(f"{error}; back to update {self.iteration}, {history.changes}")
 
     def _record_going_back(self) -> None:
         """Where the run has just come back to a good state, a record of it."""

@@ -3,6 +3,7 @@
 A run that goes back to the state after g updates makes the updates after g again, with
 
     learning rates · rate                rate = the product of `rollback.lr_factor` over all times it went back
+    data noise · roughening              roughening = that of `rollback.data_noise_factor`
     noise of attempt number a            a = how often it went back (`noise.retried`)
 
 for the rest of its life. Good states are those after a multiple of `checkpoint_every` updates, and the one that the run
@@ -43,6 +44,7 @@ class Rollback:
     to: int
     factor: float  # of the learning rates from there on
     why: str
+    data_noise: float = 1.0  # factor of the noise on observed images from there on; older checkpoints have none
 
 
 # A good state in memory: updates made, what the rule gave, what the watch gave.
@@ -53,7 +55,8 @@ class History:
     """How often a run went back, and what it watches: the part of a run's state that is about divergence."""
 
     def __init__(self, config: TrainConfig) -> None:
-        self.config = config.rollback
+        self.config, noise = config.rollback, config.stabilise.data_noise
+        self.noisy = any(noise) if isinstance(noise, tuple) else noise > 0
         self.made: list[Rollback] = []
         self.watch = Watch(config)
 
@@ -69,6 +72,28 @@ class History:
     def rate(self) -> float:
         """What learning rates are multiplied by."""
         return math.prod(entry.factor for entry in self.made)
+
+    @property
+    def roughening(self) -> float:
+        """What the noise on observed images is multiplied by."""
+        return math.prod(entry.data_noise for entry in self.made)
+
+    def entry(self, at: int, to: int, why: str) -> Rollback:
+        """A return from update number `at` to the state after `to`, with what the configuration changes then."""
+        return Rollback(at, to, self.config.lr_factor, why, self.config.data_noise_factor if self.noisy else 1.0)
+
+    def tell(self, rule: UpdateRule) -> None:
+        """Let `rule` learn as the run does now."""
+        rule.attempt, rule.rate, rule.roughening = len(self.made), self.rate, self.roughening
+
+    @property
+    def changes(self) -> str:
+        """What is other after the last return."""
+        numbers = f"the learning rate times {self.rate:g}"
+        if self.roughening != 1.0:
+            numbers += f" and data noise times {self.roughening:g}"
+        times = f"rollback {len(self.made)} of at most {self.config.attempts}"
+        return f"with other noise for its chains, {numbers} from here on ({times})"
 
     def state(self, *, good: bool) -> dict[str, Any]:
         """What a checkpoint's state says of it: nothing where there is nothing to say."""

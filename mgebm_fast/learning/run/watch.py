@@ -32,11 +32,11 @@ _GAP = "/gap"
 _ADVICE = {
     "gap": (
         "optimiser.lr (halve it, of this net alone if others hold), stabilise.energy_l2 (the wall of the gap is at "
-        "1/energy_l2), or stabilise.data_noise, which must be at least the chain's own noise"
+        "1/energy_l2), or stabilise.data_noise, which must be at least the chain's own noise; twice that holds longer"
     ),
     "clamped": (
-        "optimiser.lr, or stabilise.noise_anneal (less annealing: gradients grow while the noise falls) and "
-        "langevin.grad_clamp"
+        "stabilise.data_noise (twice the noise of a chain's step keeps a net from growing so steep that its chains "
+        "swing), optimiser.lr, or stabilise.noise_anneal (less annealing: gradients grow while the noise falls)"
     ),
     "saturated": "langevin.drift or optimiser.lr; stabilise.data_noise_clamp must be true where chains are clamped",
     "spread": "langevin.noise_std or langevin.drift, optimiser.lr, or stabilise.data_noise",

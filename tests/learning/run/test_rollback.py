@@ -1,4 +1,4 @@
-"""Going back after divergence: the good state bit for bit, other noise, lower rates, and how such runs end."""
+"""Going back after divergence: the good state bit for bit, what is other from there on, and how such runs end."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ from mgebm_fast.cli import app
 from mgebm_fast.errors import ConfigError, DivergenceError
 from mgebm_fast.learning import MultiGridTrainer, Run
 from mgebm_fast.learning.run import checkpoint, records
+from mgebm_fast.learning.run.rollback import History
 from mgebm_fast.learning.run.watch import WINDOW, RunAway, Watch
 
 BANK = {"scales": [2.0], "orientations": 2}
@@ -99,7 +100,7 @@ def test_the_good_state_is_gone_on_from_with_other_noise_and_half_the_rate(run, 
         fresh = run(attempts=0, **changes)
         fresh.resume(good)
         at_good = fresh.rule.snapshot()
-        fresh.rule.attempt, fresh.rule.rate = attempt, rate
+        fresh.rule.attempt, fresh.rule.rate, fresh.rule.roughening = attempt, rate, 1.5
         fresh.fit()
         return at_good, fresh.rule.snapshot()
 
@@ -135,10 +136,10 @@ def test_what_a_run_says_and_writes(run, tmp_path):
     diverge(run(tmp_path, Console(file=words, width=40), log_every=2), (4, 0), (6, 1)).fit()
     said = [line for line in words.getvalue().splitlines() if "rollback" in line]
     assert said == [
-        "training: it was made to fail; back to update 2, with other noise and the learning rate times 0.5 from here "
-        "on (rollback 1 of at most 2)",
-        "training: it was made to fail; back to update 4, with other noise and the learning rate times 0.25 from here "
-        "on (rollback 2 of at most 2)",
+        "training: it was made to fail; back to update 2, with other noise for its chains, the learning rate times "
+        "0.5 from here on (rollback 1 of at most 2)",
+        "training: it was made to fail; back to update 4, with other noise for its chains, the learning rate times "
+        "0.25 from here on (rollback 2 of at most 2)",
     ]
     lines = Run(tmp_path).metrics()
     assert [(r["step"], r.get("rollbacks"), r.get("diverged_at"), r.get("lr_factor")) for r in lines] == [
@@ -147,6 +148,27 @@ def test_what_a_run_says_and_writes(run, tmp_path):
     state = json.loads((tmp_path / "checkpoints/step_000006/state.json").read_text())["rollback"]
     assert [(e["at"], e["to"], e["factor"]) for e in state["made"]] == [(4, 2, 0.5), (6, 4, 0.5)]
     assert not [p for p in tmp_path.rglob("*") if p.name.startswith(".")]
+
+
+def test_each_return_adds_noise_to_observed_images(run, tmp_path):
+    """By `rollback.data_noise_factor`, for the rest of the run, a resumed one included; no noise stays none."""
+    noisy = {"stabilise": {"data_noise": (0.0, 0.04), "noise_anneal": 0.5}, "rollback": {"data_noise_factor": 1.25}}
+    words = io.StringIO()
+    ours = diverge(run(tmp_path, Console(file=words, width=40), **noisy), (4, 0), (6, 1))
+    ours.fit(5)
+    assert ours.rule.numbers(0).data_noise == [0.0, 0.04 * 1.25]
+    again = run(tmp_path, **noisy)
+    again.resume()
+    assert again.rule.numbers(0).data_noise == [0.0, 0.04 * 1.25]
+    diverge(again, (6, 1)).fit()
+    assert again.rule.numbers(5).data_noise == pytest.approx([0.0, 0.04 * 1.25**2 * 0.5])
+    assert "the learning rate times 0.5 and data noise times 1.25 from here on (rollback 1" in words.getvalue()
+
+
+def test_a_return_of_an_older_version_left_data_noise_as_it_was():
+    history = History(tiny_config(stabilise={"data_noise": 0.04}))
+    history.restore({"rollback": {"made": [{"at": 4, "to": 2, "factor": 0.5, "why": "it ran away"}]}})
+    assert (history.rate, history.roughening) == (0.5, 1.0)
 
 
 def test_abandoned_records_are_gone_from_both_places(tmp_path, monkeypatch):
@@ -194,7 +216,7 @@ def test_noise_that_anneals_is_back_where_it_was(run):
     changes = {"stabilise": {"noise_anneal": 0.3}, "checkpoint_every": 0}
     ours, fresh = diverge(run(**changes), (5, 0)), run(**changes)
     ours.fit()
-    fresh.rule.attempt, fresh.rule.rate = 1, 0.5
+    fresh.rule.attempt, fresh.rule.rate, fresh.rule.roughening = 1, 0.5, 1.5
     for iteration in range(6):
         fresh.rule.update(fresh._loop.batches.batch(iteration), iteration)
     assert equal(ours.rule.snapshot(), fresh.rule.snapshot())
