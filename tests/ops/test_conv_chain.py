@@ -368,7 +368,7 @@ def test_a_signal_ends_a_chain_and_x_is_as_it_was(alarm, threads, norm, samples,
 
 
 def test_a_chain_with_batch_statistics_on_many_images_answers_within_a_step(alarm, threads):
-    """One step takes a second here: the work of its passes is cut. Measured on one thread, whose CPU time is its own."""
+    """One step takes a second here: the work of its passes is cut. On one thread, whose CPU time is its own."""
     threads(1)
     stages, head = make((64, 64), 3, [(48, 5, 1, 2), (48, 5, 1, 2), (48, 5, 1, 2)], norm=True)
     chain = conv_chain.ConvChain(stages, head)
