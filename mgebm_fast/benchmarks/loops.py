@@ -200,7 +200,9 @@ class PlainTrainer:
         dtype: torch.dtype = torch.float32,
     ) -> None:  # fmt: skip
         self.config, self.loop, self.device, self.dtype = config, loop, torch.device(device), dtype
-        self.nets = [plain_net(net).to(device, dtype) for net in build_model(config).nets if isinstance(net, EnergyNet)]
+        model = build_model(config)
+        self.nets = [plain_net(net).to(device, dtype) for net in model.nets if isinstance(net, EnergyNet)]
+        self.upsampling = "bilinear" if getattr(model, "upsampling", "nearest") == "linear" else "nearest"
         options = config.optimiser
         if options.name not in ("adam", "sgd") or options.schedule not in ("constant", "cosine"):
             raise ValueError("PlainTrainer: config.optimiser must be adam or sgd, constant or cosine")
@@ -233,7 +235,7 @@ class PlainTrainer:
                 observed = observed + noise * torch.randn_like(observed)
                 if stabilise.data_noise_clamp:
                     observed = observed.clamp(low, high)
-            x = interpolate(x, size=(size, size), mode="nearest")
+            x = interpolate(x, size=(size, size), mode=self.upsampling)
             x = self.loop(net, x, config.dynamics(factors)[grid]).detach()
             real, chain = net(observed), net(x)
             loss = real.mean() - chain.mean()

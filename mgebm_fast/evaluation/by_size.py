@@ -125,7 +125,7 @@ def _continued(model: MultiGrid, x: Tensor, labels: Tensor | None, *, seed: int,
         groups.append(
             cascade(
                 list(model.nets[first:]), model.sizes[first:], model.sampling[first:], start, seed=seed,
-                first_sample=i, precision=precision, **held,
+                first_sample=i, upsampling=model.upsampling, precision=precision, **held,
             )
         )  # fmt: skip
     return [torch.cat(parts)[:, : model.channels] for parts in zip(*groups, strict=True)]

@@ -186,7 +186,7 @@ def cascade(model: dict, energies: Energies, x: Tensor, random: torch.Generator)
     """The chains of all sizes from x, coarse to fine; each begins at the enlarged result of the one before."""
     for energy, net, chain in zip(energies.values(), model["nets"], model["chains"]):
         if x.shape[-1] != net["size"][-1]:
-            x = F.interpolate(x, scale_factor=net["size"][-1] // x.shape[-1], mode="nearest")
+            x = F.interpolate(x, scale_factor=net["size"][-1] // x.shape[-1], mode=model["upsampling"])
         x = langevin(energy, x, chain, random)
     return x
 

@@ -12,7 +12,7 @@ from .. import noise
 from ..checks import is_int, positive_int
 from ..errors import Refused
 from ..sampling import graphs
-from ..sampling.cascade import GridCallback, cascade, check_known
+from ..sampling.cascade import UPSAMPLINGS, GridCallback, cascade, check_known
 from ..sampling.langevin import Langevin
 from . import storage
 from .energies import AnyEnergyModel, EnergyModel
@@ -26,12 +26,13 @@ _PLANE = 1 / 8
 class MultiGrid(EnergyModel):
     """The multi-grid energy-based model (Gao et al., CVPR 2018): one net for each size but the first.
 
-    The chain at sizes[i] starts at the replicated result of the one at sizes[i − 1], the first at a 1×1 image.
+    The chain at sizes[i] starts at the enlarged result of the one at sizes[i − 1], the first at a 1×1 image.
     State and other arguments as `EnergyModel`'s.
 
     Args:
         sample_steps: of each grid's chain in a sample; None: those of `langevin`.
         denoise: last steps of the finest chain of a sample that have no noise.
+        upsampling: of the coarser result where a chain starts, "nearest" or "linear".
 
     With `classes`, K names, energies are those of an image and its class, E(x, y): nets take C + K channels, of which
     the last K are label planes, an eighth of `value_range` in the plane of the image's class and 0 in the others.
@@ -48,6 +49,7 @@ class MultiGrid(EnergyModel):
         classes: Sequence[str] = (),
         sample_steps: int | None = None,
         denoise: int = 0,
+        upsampling: str = "nearest",
         **arguments: Any,
     ) -> None:
         names = [classes] if isinstance(classes, str) else list(classes)
@@ -58,6 +60,9 @@ class MultiGrid(EnergyModel):
         if not is_int(denoise, 0):
             raise Refused("denoise", "be a whole number of at least 0", repr(denoise), self.kind)
         self.denoise = int(denoise)
+        if upsampling not in UPSAMPLINGS:
+            raise Refused("upsampling", f"be {' or '.join(map(repr, UPSAMPLINGS))}", repr(upsampling), self.kind)
+        self.upsampling = upsampling
         if names:
             self._register_rows("labels", dtype=torch.int64)
 
@@ -144,7 +149,9 @@ class MultiGrid(EnergyModel):
         if self.classes and mask is None:
             known, mask = self.held_planes(start)
         dynamics = self.langevin if langevin is None else langevin
-        return cascade(list(self.nets), self.sizes, dynamics, start, mask=mask, known=known, **options)
+        return cascade(
+            list(self.nets), self.sizes, dynamics, start, mask=mask, known=known, upsampling=self.upsampling, **options
+        )
 
     def held_planes(self, start: Tensor) -> tuple[Tensor, Tensor]:  # (N, C + K, s, s)
         """(known, mask) of chains that hold the label planes of their starts and no pixel, as `cascade` takes them."""
@@ -225,12 +232,13 @@ class MultiGrid(EnergyModel):
         )  # fmt: skip
 
     def config(self) -> dict[str, Any]:
-        own = {"sample_steps": self.sample_steps} if self.sample_steps else {}
-        return super().config() | own | ({"denoise": self.denoise} if self.denoise else {})
+        own = {"sample_steps": self.sample_steps, "denoise": self.denoise}
+        linear = {} if self.upsampling == "nearest" else {"upsampling": self.upsampling}
+        return super().config() | {name: value for name, value in own.items() if value} | linear
 
     @classmethod
     def from_config(cls: type[AnyEnergyModel], config: Mapping[str, Any]) -> AnyEnergyModel:
-        own = {name: config[name] for name in ("classes", "sample_steps", "denoise") if name in config}
+        own = {name: config[name] for name in ("classes", "sample_steps", "denoise", "upsampling") if name in config}
         return cls(config["sizes"], **own, **cls._arguments(config))
 
     @classmethod

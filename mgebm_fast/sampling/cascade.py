@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import interpolate
 
 from .. import noise, ops
 from ..checks import is_int, number
@@ -22,6 +23,7 @@ from .running import place_of, prepare
 from .static import StaticCascade, StaticChain
 
 GridCallback = Callable[[int, int, Tensor], Any]
+UPSAMPLINGS = ("nearest", "linear")  # how a grid's chain gets its start from the coarser result
 
 
 def check_sizes(sizes: Sequence[int], where: str = "MultiGrid") -> tuple[int, ...]:
@@ -89,16 +91,18 @@ def cascade(
     mask: Tensor | None = None,
     known: Tensor | None = None,
     callback: GridCallback | None = None,
+    upsampling: str = "nearest",
     precision: str = "auto",
     backend: str = "auto",
     graph: graphs.Graph = None,
 ) -> list[Tensor]:
-    """The result at every size, `start` first: each grid's chain starts at the replicated result of the one before.
+    """The result at every size, `start` first: each grid's chain starts at the enlarged result of the one before.
 
     nets[i] and dynamics[i] serve sizes[i + 1], whose noise stream is (purpose, i + 1). With `known` and `mask` (at the
     finest size, False = known) a cell of a coarser size is set to the mean of its block's known pixels, where it has
-    any. `graph` as in `langevin_sample`: one CUDA graph then holds all chains. In a training loop leave `seed` out, or
-    let `first_step` count on: every call then has noise of its own (`generator` as in `langevin_sample`).
+    any. `upsampling` as in `enlarged`. `graph` as in `langevin_sample`: one CUDA graph then holds all chains. In a
+    training loop leave `seed` out, or let `first_step` count on: every call then has noise of its own (`generator` as
+    in `langevin_sample`).
     """
     where = "cascade"
     if not isinstance(start, Tensor) or start.dtype != torch.float32:
@@ -131,15 +135,17 @@ def cascade(
 
     def build() -> StaticCascade:
         return static_cascade(
-            nets, sizes, dynamics, start, held, purpose=purpose, first_sample=first_sample, session=session, **options
-        )
+            nets, sizes, dynamics, start, held, upsampling=upsampling, purpose=purpose, first_sample=first_sample,
+            session=session, **options,
+        )  # fmt: skip
 
     ids = isinstance(first_sample, Tensor) and first_sample.dim() > 0
     slot = None  # in a pipeline each grid has a graph of its own
     if session.on is None and start.device.type in graphs.DEVICES:
         like = start.new_empty(())  # of an x only the shape and the device count: it takes no memory
         numbers = [d.update(like.expand(shape(g)), name(g)) for g, d in zip(grids, dynamics, strict=True)]
-        rest = tuple(sizes), tuple((d.steps, n.form) for d, n in zip(dynamics, numbers, strict=True)), purpose, ids
+        forms = tuple((d.steps, n.form) for d, n in zip(dynamics, numbers, strict=True))
+        rest = tuple(sizes), forms, purpose, ids, upsampling
         slot = graphs.slot_for_cascade(nets, start, held, session, *rest, **options)
     if slot is not None:
         slot.refresh()
@@ -157,7 +163,7 @@ def cascade(
             callback=of_grid(callback, grid),
         )  # fmt: skip
 
-    return walk(sizes, start, held, advance, session.on)
+    return walk(sizes, start, held, advance, session.on, upsampling=upsampling)
 
 
 def static_cascade(
@@ -167,6 +173,7 @@ def static_cascade(
     start: Tensor,  # (N, C, *sizes[0])
     held: tuple[Tensor, Tensor] | None = None,  # (known, mask) at the finest size
     *,
+    upsampling: str = "nearest",
     purpose: noise.Purpose | int,
     first_sample: Ids = 0,
     session: graphs.Session = graphs.Session(),  # noqa: B008  (frozen)
@@ -183,7 +190,8 @@ def static_cascade(
             where=f"cascade: grid {grid} (size {sizes[grid]})", **options,
         )  # fmt: skip
         statics.append(chain)
-    return StaticCascade(statics, start, held, functools.partial(walk, sizes))
+    walks = functools.partial(walk, sizes, upsampling=upsampling)
+    return StaticCascade(statics, start, held, walks, replicates=upsampling == "nearest")
 
 
 def static_chain(
@@ -204,9 +212,10 @@ def walk(
     advance: Callable[[int, Tensor, Tensor | None], Tensor],  # (grid, start of its chain, mask) -> its end
     on: Callable[..., contextlib.AbstractContextManager[None]] | None = None,  # (grid, *inputs): where a grid's work is
     *,
+    upsampling: str,
     done: Sequence[Tensor] = (),  # results of the first grids, where they are there already
 ) -> list[Tensor]:
-    """The loop over grids: each chain's result, replicated and with known pixels imposed, is the start of the next."""
+    """The loop over grids: each chain's result, enlarged and with known pixels imposed, is the start of the next."""
     means = known_means(*held, sizes) if held is not None else []
 
     def imposed(x: Tensor, grid: int) -> tuple[Tensor, Tensor | None]:
@@ -218,9 +227,18 @@ def walk(
     results = [*done] or [imposed(start, 0)[0]]
     for grid in range(len(results), len(sizes)):
         with on(grid, results[-1], held, means) if on is not None else contextlib.nullcontext():
-            x = ops.upsample(results[-1], sizes[grid] // sizes[grid - 1])
+            x = enlarged(results[-1], sizes[grid], upsampling)
             results.append(advance(grid, *imposed(x, grid)))
     return results
+
+
+def enlarged(x: Tensor, size: int, upsampling: str) -> Tensor:  # (N, C, s, …) -> (N, C, size, …)
+    """x at a finer size: "nearest" replicates its pixels, as Gao et al. do; "linear" interpolates between their
+    centres, which leaves no blocks."""
+    if upsampling == "nearest" or x.shape[-1] == 1:
+        return ops.upsample(x.contiguous(), size // x.shape[-1])
+    mode = {3: "linear", 4: "bilinear", 5: "trilinear"}[x.dim()]
+    return interpolate(x, size=(size,) * (x.dim() - 2), mode=mode, align_corners=False).contiguous()
 
 
 def of_grid(callback: GridCallback | None, grid: int) -> Callable[[int, Tensor], Any] | None:

@@ -154,9 +154,11 @@ class StaticCascade:
         start: Tensor,
         held: tuple[Tensor, Tensor] | None,
         walk: Callable[..., list[Tensor]],  # walk(start, held, advance, done=…): `cascade.walk` of the sizes
+        *,
+        replicates: bool,  # whether a chain starts at the coarser result's replicated pixels, as in a shared launch
     ) -> None:
         self.chains, self._walk = chains, walk
-        alike = [chain.is_resident and held is None for chain in chains[:MAX_NETS]]
+        alike = [chain.is_resident and held is None and replicates for chain in chains[:MAX_NETS]]
         self._together = (*alike, False).index(False)  # how many chains, from the coarsest on, share a launch
         with torch.inference_mode(False), torch.no_grad():
             self._start, self._first = start.detach().clone(), start.detach().clone()

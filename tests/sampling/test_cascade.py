@@ -42,6 +42,37 @@ def test_each_grid_is_a_chain_from_the_replicated_one_before(sizes, channels):
         assert torch.equal(grids[i], expected)
 
 
+@pytest.mark.parametrize("sizes", [(1, 2, 4, 8), (1, 3, 6, 18)])
+def test_a_linear_start_lies_between_the_centres_of_the_coarser_pixels(sizes):
+    m = model(sizes, 2, upsampling="linear")
+    grids = m.cascade(starts(3, 2), seed=7)
+    for i in range(1, len(sizes)):
+        x = torch.from_numpy(between_centres(grids[i - 1].double().numpy(), sizes[i])).float()
+        expected = m.langevin[i - 1](m.nets[i - 1], x, seed=7, stream=noise.stream(noise.Purpose.SAMPLING, i))
+        torch.testing.assert_close(grids[i], expected, rtol=1e-5, atol=1e-6)
+    nearest = model(sizes, 2).cascade(starts(3, 2), seed=7)
+    assert torch.equal(grids[1], nearest[1]) and not torch.equal(grids[2], nearest[2])  # a 1×1 image has one value
+
+
+def between_centres(x, size):
+    """Linear interpolation along rows, then columns; outside the outermost centres it is constant."""
+    centres, places = (np.arange(x.shape[-1]) + 0.5) / x.shape[-1], (np.arange(size) + 0.5) / size
+    for axis in (-1, -2):
+        x = np.apply_along_axis(lambda row: np.interp(places, centres, row), axis, x)
+    return x
+
+
+def test_how_a_start_is_made_is_checked_and_stored(tmp_path):
+    with pytest.raises(ValueError, match="upsampling must be 'nearest' or 'linear', got 'cubic'"):
+        model(upsampling="cubic")
+    m = model(upsampling="linear")
+    m.set_colours(starts(5))
+    m.save(tmp_path / "m.safetensors")
+    again = MultiGrid.load(tmp_path / "m.safetensors")
+    assert again.upsampling == "linear" and torch.equal(again.sample(4, seed=1), m.sample(4, seed=1))
+    assert "upsampling" not in model().config()  # files of models before it are as they were
+
+
 def test_no_counter_is_used_twice_between_grids_steps_and_purposes(monkeypatch):
     """Energies of zero and no clamp: what a grid adds is the sum of its steps' noise, as the noise op gives it."""
     m = model((1, 2, 4), langevin=[Langevin(2, drift=1.0, noise_std=1.0), Langevin(3, drift=1.0, noise_std=1.0)])

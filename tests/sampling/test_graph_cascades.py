@@ -14,9 +14,12 @@ from mgebm_fast.ops.conv_chain import resident
 from mgebm_fast.sampling import graphs, running
 
 
-@pytest.mark.parametrize(("norm", "precision"), [("none", "fp32"), ("batch", "fp16")])
-def test_one_capture_holds_all_grids_of_a_cascade(traced, norm, precision):
-    m = model(norm)
+@pytest.mark.parametrize(
+    ("norm", "precision", "upsampling"),
+    [("none", "fp32", "nearest"), ("batch", "fp16", "nearest"), ("none", "fp32", "linear")],
+)
+def test_one_capture_holds_all_grids_of_a_cascade(traced, norm, precision, upsampling):
+    m = model(norm, upsampling=upsampling)
     for call in range(4):
         got, expected = cascades(
             m, colours(seed=call), seed=call, first_step=[3 * call, 4 * call, 0], precision=precision
@@ -104,11 +107,15 @@ def test_a_pipeline_that_diverges_names_the_grid_and_one_that_cannot_be_is_refus
 
 
 @pytest.mark.parametrize(
-    ("resident_sizes", "held", "launches"), [((2, 4, 8), False, 1), ((2, 4), False, 1), ((2, 4, 8), True, 3)]
-)
-def test_resident_chains_of_a_cascade_share_a_launch(monkeypatch, resident_sizes, held, launches):
-    """Those of the coarsest sizes, where no pixel is imposed between them; the same bits as launch by launch. The
-    kernel's own source runs, on the host."""
+    ("resident_sizes", "held", "upsampling", "launches"),
+    [
+        ((2, 4, 8), False, "nearest", 1), ((2, 4), False, "nearest", 1), ((2, 4, 8), True, "nearest", 3),
+        ((2, 4, 8), False, "linear", 3),
+    ],
+)  # fmt: skip
+def test_resident_chains_of_a_cascade_share_a_launch(monkeypatch, resident_sizes, held, upsampling, launches):
+    """Those of the coarsest sizes, where nothing but replication lies between them; the same bits as launch by launch.
+    The kernel's own source runs, on the host."""
     counted = []
 
     def launch(chains, nets, x, bad_step):
@@ -125,7 +132,7 @@ def test_resident_chains_of_a_cascade_share_a_launch(monkeypatch, resident_sizes
     monkeypatch.setattr(resident, "launch", launch)
     monkeypatch.setattr(resident, "limits_of", lambda device: resident.H100)
     monkeypatch.setattr(running, "plan", plan)
-    m, start, known = model(), colours(3), {}
+    m, start, known = model(upsampling=upsampling), colours(3), {}
     if held:
         known = {"known": images(3), "mask": torch.rand(3, 1, 8, 8, generator=torch.Generator().manual_seed(1)) < 0.5}
     got, expected = [m.cascade(start, seed=3, first_step=[6, 0, 2], graph=graph, **known) for graph in (None, False)]

@@ -18,10 +18,10 @@ from ...models import EnergyModel, MultiGrid
 from ...models.storage import fault_of
 from ...nets import ResidualNet, ScoreNet
 from ...sampling import Langevin
-from ...sampling.cascade import static_cascade, static_chain
+from ...sampling.cascade import UPSAMPLINGS, enlarged, static_cascade, static_chain
 from ...sampling.graphs import Graph, Session
 from ...sampling.static import StaticChains
-from ..config.keys import MOST_SAMPLES, MOST_STEPS, Flag, Maybe, Real, Whole, key
+from ..config.keys import MOST_SAMPLES, MOST_STEPS, Choice, Flag, Maybe, Real, Whole, key
 from ..config.method import Method, register
 from ..config.train_config import TrainConfig
 from ..run import checkpoint
@@ -52,6 +52,9 @@ class MultiGridConfig:
         None, Maybe(Whole(1, MOST_STEPS)), "steps of every grid's chain in a sample; none: as in training"
     )
     denoise: int = key(0, Whole(0, MOST_STEPS), "last steps of the finest chain of a sample that have no noise")
+    upsampling: str = key(
+        "nearest", Choice(UPSAMPLINGS), "how a grid's chain gets its start from the coarser result", fixed=True
+    )
 
 
 BANK_FILE = "bank.safetensors"
@@ -107,7 +110,7 @@ class MultiGridRule(GraphedRule):
         results = [start]
         for grid, bank in enumerate(self.bank, start=1):
             coarse = results[-1] if grid == 1 else results[-1].roll(-anew, 0)  # of chains that went on, not of new ones
-            starts = ops.upsample(coarse[:anew].contiguous(), sizes[grid] // sizes[grid - 1]), bank[ids[anew:]]
+            starts = enlarged(coarse[:anew], sizes[grid], self.model.upsampling), bank[ids[anew:]]
             results.append(torch.cat([advance(grid, bool(part), x) for part, x in enumerate(starts) if len(x)]))
         return results[1:]
 
@@ -190,8 +193,8 @@ class MultiGridRule(GraphedRule):
             known, mask = model.held_planes(start)
             held = known, mask.expand_as(known)
         return static_cascade(
-            list(model.nets), model.sizes, model.langevin, start, held, purpose=purpose, session=session,
-            precision=self.precision,
+            list(model.nets), model.sizes, model.langevin, start, held, upsampling=model.upsampling, purpose=purpose,
+            session=session, precision=self.precision,
         )  # fmt: skip
 
     def _static_chains_of(self, slots: Slots, start: Tensor, ids: Tensor, session: Session) -> BankCascade:
@@ -255,6 +258,7 @@ def build_model(config: TrainConfig) -> MultiGrid:
         classes=config.classes if config.options.conditional else (),
         sample_steps=config.options.sample_steps,
         denoise=config.options.denoise,
+        upsampling=config.options.upsampling,
         **config.model_arguments(),
     )
 
@@ -273,6 +277,7 @@ def describe_model(model: EnergyModel) -> dict[str, Any]:
     if isinstance(model, MultiGrid):
         own = {
             "conditional": bool(model.classes), "sample_steps": model.sample_steps, "denoise": model.denoise,
+            "upsampling": model.upsampling,
         }  # fmt: skip
     chains: dict[str, Any] = {"clamp": clamps == {model.value_range}}
     for name in (

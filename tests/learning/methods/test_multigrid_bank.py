@@ -8,6 +8,7 @@ import pytest
 import torch
 from helpers.factors import Linear
 from helpers.training import tiny_config, tiny_data
+from torch.nn.functional import interpolate
 
 import mgebm_fast as mg
 from mgebm_fast import noise, ops
@@ -63,14 +64,16 @@ def test_gradient_on_a_linear_energy_is_the_closed_form():
     torch.testing.assert_close(trainer.rule.bank[0].double(), bank, atol=3e-6, rtol=0)
 
 
-def test_new_chains_start_where_coarser_ones_ended_that_went_on(trainer):
-    rule = trainer(multigrid=BANK, **STILL).rule
+@pytest.mark.parametrize("upsampling", ["nearest", "linear"])
+def test_new_chains_start_where_coarser_ones_ended_that_went_on(trainer, upsampling):
+    rule = trainer(multigrid={**BANK, "upsampling": upsampling}, **STILL).rule
     means = torch.linspace(-0.9, 0.9, 8).reshape(8, 1, 1, 1)
     made = rule.synthesise([means, *(means.expand(-1, -1, s, s) for s in rule.model.sizes[1:])], 0, 0)
     coarse, finer = made.images[0], made.images[1:]
     torch.testing.assert_close(coarse[:2], ops.upsample(means, 2)[:2], atol=1e-6, rtol=0)
     for images in finer:
-        torch.testing.assert_close(images[:2], ops.upsample(coarse[2:4].contiguous(), 2), atol=1e-6, rtol=0)
+        expected = interpolate(coarse[2:4], scale_factor=2, mode="bilinear" if upsampling == "linear" else "nearest")
+        torch.testing.assert_close(images[:2], expected, atol=1e-6, rtol=0)
         coarse = images
     assert not torch.equal(made.images[0][2:4], made.images[0][:2])
 
@@ -139,10 +142,10 @@ def test_samples_have_their_own_steps_and_end_without_noise(tmp_path):
 def test_a_given_model_settles_how_its_samples_are_drawn():
     model = mg.MultiGrid(
         (1, 2, 4), channels=1, variant="compact", norm="none", langevin=mg.Langevin(2, drift=1.0, noise_std=0.1),
-        sample_steps=5, denoise=1, value_range=(-1, 1),
+        sample_steps=5, denoise=1, upsampling="linear", value_range=(-1, 1),
     )  # fmt: skip
     options = MultiGridTrainer(model, tiny_data(), steps=1, quiet=True).config.options
-    assert (options.sample_steps, options.denoise, options.bank_size) == (5, 1, None)
+    assert (options.sample_steps, options.denoise, options.upsampling, options.bank_size) == (5, 1, "linear", None)
 
 
 def test_a_chain_without_noise_at_its_end_in_both_forms():

@@ -29,6 +29,7 @@ CHANGES = {
               "optimiser": {"name": "sgd", "momentum": 0.9, "grad_rescale_max": 0.1}},
     "spectral": {"spectral_norm": True, "flips": True, "optimiser": {"name": "adamw", "per_layer_divide": True},
                  "langevin": {"steps": [3, 2], "step_size": 0.3, "reference_std": 1.0}},
+    "linear": {"multigrid": {"upsampling": "linear"}, "stabilise": {"data_noise": 0.05}},
     "conditional": {"multigrid": {"conditional": True}, "stabilise": {"data_noise": 0.05}},
     "bank": {"multigrid": {"bank_size": 12, "bank_share": 0.5, "bank_renewal": 0.5, "conditional": True},
              "stabilise": {"noise_anneal": 0.3},
