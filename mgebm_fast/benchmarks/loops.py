@@ -202,7 +202,7 @@ class PlainTrainer:
         self.config, self.loop, self.device, self.dtype = config, loop, torch.device(device), dtype
         model = build_model(config)
         self.nets = [plain_net(net).to(device, dtype) for net in model.nets if isinstance(net, EnergyNet)]
-        self.upsampling = "bilinear" if getattr(model, "upsampling", "nearest") == "linear" else "nearest"
+        self.upsampling = getattr(model, "upsampling", "nearest")
         options = config.optimiser
         if options.name not in ("adam", "sgd") or options.schedule not in ("constant", "cosine"):
             raise ValueError("PlainTrainer: config.optimiser must be adam or sgd, constant or cosine")
@@ -235,7 +235,7 @@ class PlainTrainer:
                 observed = observed + noise * torch.randn_like(observed)
                 if stabilise.data_noise_clamp:
                     observed = observed.clamp(low, high)
-            x = interpolate(x, size=(size, size), mode=self.upsampling)
+            x = self._start(x, size)
             x = self.loop(net, x, config.dynamics(factors)[grid]).detach()
             real, chain = net(observed), net(x)
             loss = real.mean() - chain.mean()
@@ -247,6 +247,14 @@ class PlainTrainer:
             self.rates[grid].step()
         self._average()
         self.iteration += 1
+
+    def _start(self, coarse: Tensor, size: int) -> Tensor:
+        """Where a grid's chain starts: the coarser result, replicated or interpolated, with its block means."""
+        if self.upsampling == "nearest":
+            return interpolate(coarse, size=(size, size), mode="nearest")
+        smooth = interpolate(coarse, size=(size, size), mode="bilinear")
+        lacking = coarse - adaptive_avg_pool2d(smooth, coarse.shape[-1])
+        return smooth + interpolate(lacking, size=(size, size), mode="nearest")
 
     @torch.no_grad()
     def _average(self) -> None:

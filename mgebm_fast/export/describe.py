@@ -15,8 +15,6 @@ from . import plain
 
 _ACTIVATIONS = {"leaky_relu": "LeakyReLU", "relu": "ReLU", "silu": "SiLU", "elu": "ELU", "none": "Identity"}
 
-_UPSAMPLING = {"nearest": "nearest", "linear": "bilinear"}  # modes of torch.nn.functional.interpolate
-
 
 def plain_model(model: Any) -> dict[str, Any]:
     """A model as plain values: its nets, and the chains of its samples in the decoupled form.
@@ -45,7 +43,7 @@ def plain_model(model: Any) -> dict[str, Any]:
         "value_range": model.value_range,
         "shape": model.sample_shape(model.sizes[-1]),
         "start": start_of(model),
-        "upsampling": _UPSAMPLING[getattr(model, "upsampling", "nearest")],
+        "upsampling": getattr(model, "upsampling", "nearest"),
         "batch_size": model.batch_size,
         "coupled": bool(model.coupled),
     }

@@ -186,9 +186,17 @@ def cascade(model: dict, energies: Energies, x: Tensor, random: torch.Generator)
     """The chains of all sizes from x, coarse to fine; each begins at the enlarged result of the one before."""
     for energy, net, chain in zip(energies.values(), model["nets"], model["chains"]):
         if x.shape[-1] != net["size"][-1]:
-            x = F.interpolate(x, scale_factor=net["size"][-1] // x.shape[-1], mode=model["upsampling"])
+            x = enlarged(x, net["size"][-1] // x.shape[-1], model["upsampling"])
         x = langevin(energy, x, chain, random)
     return x
+
+
+def enlarged(x: Tensor, factor: int, upsampling: str) -> Tensor:
+    """x at a finer size, whose block means are x: replicated, or interpolated between the centres of pixels."""
+    if upsampling == "nearest":
+        return F.interpolate(x, scale_factor=factor, mode="nearest")
+    smooth = F.interpolate(x, scale_factor=factor, mode="bilinear")
+    return smooth + F.interpolate(x - F.avg_pool2d(smooth, factor), scale_factor=factor, mode="nearest")
 
 
 def load(model: dict, path: Path) -> tuple[Energies, dict]:

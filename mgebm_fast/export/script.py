@@ -30,7 +30,7 @@ def script(model: Mapping[str, Any], name: str) -> str:
     if len(kinds) > 1:
         parts.append(plain.layers_of)
     parts += [plain.Energies, *([plain.Generator] if "generator" in model else []), getattr(plain, start)]
-    parts += [plain.langevin, plain.cascade, plain.load]
+    parts += [plain.langevin, plain.enlarged, plain.cascade, plain.load]
     sources = [inspect.getsource(part) for part in parts]
     if len(kinds) == 1:
         sources.insert(parts.index(plain.Energies), f"layers_of = {layers[kinds.pop()][-1].__name__}\n")

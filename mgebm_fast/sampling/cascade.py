@@ -233,12 +233,15 @@ def walk(
 
 
 def enlarged(x: Tensor, size: int, upsampling: str) -> Tensor:  # (N, C, s, …) -> (N, C, size, …)
-    """x at a finer size: "nearest" replicates its pixels, as Gao et al. do; "linear" interpolates between their
-    centres, which leaves no blocks."""
+    """x at a finer size, whose block means are x: "nearest" replicates its pixels, as Gao et al. do; "linear"
+    interpolates between their centres, and adds to each block what its mean then lacks."""
+    factor = size // x.shape[-1]
     if upsampling == "nearest" or x.shape[-1] == 1:
-        return ops.upsample(x.contiguous(), size // x.shape[-1])
+        return ops.upsample(x.contiguous(), factor)
     mode = {3: "linear", 4: "bilinear", 5: "trilinear"}[x.dim()]
-    return interpolate(x, size=(size,) * (x.dim() - 2), mode=mode, align_corners=False).contiguous()
+    smooth = interpolate(x, size=(size,) * (x.dim() - 2), mode=mode, align_corners=False).contiguous()
+    (means,) = ops.pyramid(smooth, [x.shape[-1]])
+    return smooth.add_(ops.upsample(x - means, factor))
 
 
 def of_grid(callback: GridCallback | None, grid: int) -> Callable[[int, Tensor], Any] | None:

@@ -43,11 +43,15 @@ def test_each_grid_is_a_chain_from_the_replicated_one_before(sizes, channels):
 
 
 @pytest.mark.parametrize("sizes", [(1, 2, 4, 8), (1, 3, 6, 18)])
-def test_a_linear_start_lies_between_the_centres_of_the_coarser_pixels(sizes):
+def test_a_linear_start_lies_between_the_centres_of_the_coarser_pixels_and_has_their_means(sizes):
     m = model(sizes, 2, upsampling="linear")
     grids = m.cascade(starts(3, 2), seed=7)
     for i in range(1, len(sizes)):
-        x = torch.from_numpy(between_centres(grids[i - 1].double().numpy(), sizes[i])).float()
+        coarse, side = grids[i - 1].double().numpy(), sizes[i] // sizes[i - 1]
+        x = between_centres(coarse, sizes[i])
+        means = x.reshape(*coarse.shape[:3], side, coarse.shape[3], side).mean((3, 5))
+        x = torch.from_numpy(x + np.kron(coarse - means, np.ones((side, side)))).float()
+        torch.testing.assert_close(ops.pyramid(x, [sizes[i - 1]])[0], grids[i - 1], rtol=1e-5, atol=1e-6)
         expected = m.langevin[i - 1](m.nets[i - 1], x, seed=7, stream=noise.stream(noise.Purpose.SAMPLING, i))
         torch.testing.assert_close(grids[i], expected, rtol=1e-5, atol=1e-6)
     nearest = model(sizes, 2).cascade(starts(3, 2), seed=7)
