@@ -214,10 +214,10 @@ class PlainTrainer:
             for net, rate in zip(self.nets, rates, strict=True)
         ]
         self.rates = [
-            torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, config.steps)
+            torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, config.steps - first)
             if options.schedule == "cosine"
             else torch.optim.lr_scheduler.ConstantLR(optimiser, 1.0)
-            for optimiser in self.optimisers
+            for optimiser, first in zip(self.optimisers, config.first_updates(), strict=True)
         ]
         self.averages = copy.deepcopy(self.nets) if config.stabilise.ema else []
         self.iteration = 0
@@ -229,7 +229,8 @@ class PlainTrainer:
         images = images.to(self.device, self.dtype) * ((high - low) / 255) + low
         factors = config.noise_factors(self.iteration)
         x = adaptive_avg_pool2d(images, config.sizes[0])
-        for grid, (net, size) in enumerate(zip(self.nets, config.sizes[1:], strict=True)):
+        learning = [net for net, first in zip(self.nets, config.first_updates()) if first <= self.iteration]
+        for grid, (net, size) in enumerate(zip(learning, config.sizes[1:])):
             observed = adaptive_avg_pool2d(images, size)
             if noise := pick(stabilise.data_noise, grid) * factors[grid]:
                 observed = observed + noise * torch.randn_like(observed)

@@ -140,23 +140,29 @@ class MultiGrid(EnergyModel):
         self,
         start: Tensor,  # (N, C + K, 1, 1) float32
         *,
+        grids: int | None = None,
         langevin: Sequence[Langevin] | None = None,
         mask: Tensor | None = None,
         known: Tensor | None = None,
         **options: Any,
     ) -> list[Tensor]:
-        """`cascade` of what the nets take: images with their label planes, at every size. `options` as there."""
+        """`cascade` of what the nets take: images with their label planes, at every size, or of the `grids` coarsest
+        nets alone. `options` as there."""
+        grids = len(self.nets) if grids is None else grids
         if self.classes and mask is None:
-            known, mask = self.held_planes(start)
-        dynamics = self.langevin if langevin is None else langevin
+            known, mask = self.held_planes(start, grids)
+        dynamics = (self.langevin if langevin is None else langevin)[:grids]
         return cascade(
-            list(self.nets), self.sizes, dynamics, start, mask=mask, known=known, upsampling=self.upsampling, **options
-        )
+            list(self.nets[:grids]), self.sizes[: 1 + grids], dynamics, start, mask=mask, known=known,
+            upsampling=self.upsampling, **options,
+        )  # fmt: skip
 
-    def held_planes(self, start: Tensor) -> tuple[Tensor, Tensor]:  # (N, C + K, s, s)
-        """(known, mask) of chains that hold the label planes of their starts and no pixel, as `cascade` takes them."""
+    def held_planes(self, start: Tensor, grids: int | None = None) -> tuple[Tensor, Tensor]:  # (N, C + K, s, s)
+        """(known, mask) of chains that hold the label planes of their starts and no pixel, as `cascade` takes them; of
+        the `grids` coarsest nets alone where that is given."""
         mask = (torch.arange(start.shape[1], device=start.device) < self.channels)[:, None, None]
-        return start[:, :, :1, :1].expand(-1, -1, *(self.sizes[-1],) * 2), mask  # a plane is alike in every pixel
+        size = self.sizes[-1 if grids is None else grids]
+        return start[:, :, :1, :1].expand(-1, -1, size, size), mask  # a plane is alike in every pixel
 
     def with_planes(self, images: Tensor, labels: Tensor) -> Tensor:  # (N, C, s, s), (N,) -> (N, C + K, s, s)
         """Images with their label planes, float32, as the nets of a class-conditional model take them; bytes are

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -79,6 +80,9 @@ class TrainConfig:
     )
     spectral_norm: bool = key(False, Flag(), "spectral normalisation of every weight", fixed=True)
     value_range: tuple = key((-1.0, 1.0), Many(Real(-1e6, 1e6), 2), "what pixel values 0 and 255 become", fixed=True)
+    begin: Any = key(
+        0.0, PerGrid(Real(0, 1, below=True)), "share of the run after which a net begins, its chains and its learning"
+    )
     steps: int = key(1000, Whole(0, MOST_UPDATES), "parameter updates")
     seed: int = key(0, Whole(0, 2**64 - 1), "seed of everything that is drawn", fixed=True)
     batch_size: int = key(64, Whole(1, MOST_SAMPLES), "observed images and chains an update", fixed=True)
@@ -132,16 +136,23 @@ class TrainConfig:
             "seed": self.seed,
         }
 
+    def first_updates(self) -> tuple[int, ...]:
+        """The update, from 0, that each net begins at: `begin` of the run, up to the next record, which is where captured
+        updates are read."""
+        shares = [pick(self.begin, index) for index in range(len(self.sizes) - 1)]
+        return tuple(math.ceil(share * self.steps / self.log_every) * self.log_every for share in shares)
+
     def noise_factors(self, iteration: int) -> tuple[float, ...]:
         """The factor of chain and data noise of each net at update `iteration`.
 
-        Linear from 1 to noise_anneal, reached at noise_anneal_share of the run, and constant from there. Where noise
-        falls to the end, as the learning rate does, the weights lag behind it, and samples vary less than the data.
+        Linear from 1 to noise_anneal, reached at noise_anneal_share of the updates that the net makes, and constant
+        from there. Where noise falls to the end, as the learning rate does, the weights lag behind it, and samples vary
+        less than the data.
         """
         factors = []
-        for index in range(len(self.sizes) - 1):
-            until = pick(self.stabilise.noise_anneal_share, index) * (self.steps - 1)
-            passed = min(1.0, iteration / max(1.0, until))
+        for index, first in enumerate(self.first_updates()):
+            until = pick(self.stabilise.noise_anneal_share, index) * (self.steps - first - 1)
+            passed = min(1.0, max(0, iteration - first) / max(1.0, until))
             factors.append(1.0 + (pick(self.stabilise.noise_anneal, index) - 1.0) * passed)
         return tuple(factors)
 

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from ...errors import ConfigError
-from .keys import MOST_ELEMENTS, Kind, Many, Maybe, PerGrid, Text, nearest, shortened
+from .keys import MOST_ELEMENTS, Kind, Many, Maybe, PerGrid, Text, nearest, pick, shortened
 from .method import METHODS
 from .sections import tables
 from .toml import parse
@@ -193,6 +193,17 @@ def _check_together(config: TrainConfig) -> None:
                 f"{name} must be one value, or a list of {len(sizes) - 1} for the nets of sizes "
                 f"{list(sizes[1:])}, got {len(value)} values"
             )
+    begins = [pick(config.begin, index) for index in range(len(sizes) - 1)]
+    if begins[0] != 0 or sorted(begins) != begins:
+        raise ConfigError(
+            "begin must be 0 for the coarsest net, which the others start from, and never fall from there on, got "
+            f"{begins}"
+        )
+    if config.first_updates()[-1] >= max(1, config.steps):
+        raise ConfigError(
+            f"begin must leave the finest net updates to make, got {begins[-1]:g} of {config.steps} steps, up to the "
+            f"next record (log_every {config.log_every})"
+        )
     elements = config.batch_size * config.channels * sizes[-1] ** 2
     if METHODS[config.method].takes == "images" and elements >= MOST_ELEMENTS:
         raise ConfigError(

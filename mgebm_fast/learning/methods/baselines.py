@@ -198,7 +198,7 @@ def narrow(config: TrainConfig) -> TrainConfig:
     """
     steps = [pick(config.langevin.steps, net) for net in range(len(config.sizes) - 1)]
     total = sum(steps) if config.method == "single-grid-cd" else steps[-1]
-    return merge(config, {"sizes": [1, config.sizes[-1]], "langevin": {"steps": total}})
+    return merge(config, {"sizes": [1, config.sizes[-1]], "begin": 0.0, "langevin": {"steps": total}})
 
 
 def build_model(config: TrainConfig) -> SingleGrid:

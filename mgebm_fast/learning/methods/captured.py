@@ -45,9 +45,9 @@ class GraphedRule(ContrastiveRule):
         self._alone = 0  # updates to make without it, after one that could not be applied
 
     @abc.abstractmethod
-    def static_chains(self, start: Tensor, ids: Tensor, session: graphs.Session) -> StaticChains:
-        """The chains of an update at fixed addresses, from 1×1 images like `start`; `ids` holds the update's slots.
-        BackendError where a graph cannot hold them."""
+    def static_chains(self, nets: int, start: Tensor, ids: Tensor, session: graphs.Session) -> StaticChains:
+        """The chains of an update in which so many nets learn at fixed addresses, from 1×1 images like `start`; `ids`
+        holds the update's slots. BackendError where a graph cannot hold them."""
 
     def laws(self, dynamics: Sequence[Langevin], n: int) -> list[tuple[int, Langevin]]:
         """The net and the numbers of each of `static_chains` of a batch of `n`, `dynamics` being those of the nets."""
@@ -81,7 +81,7 @@ class GraphedRule(ContrastiveRule):
         if self._alone and not self._refusal:
             self._alone -= 1
             return None
-        if not self._refusal and (self._captured is None or self._captured.key != key_of(self, batch)):
+        if not self._refusal and (self._captured is None or self._captured.key != key_of(self, batch, iteration)):
             self._captured = None  # the memory of one at most is held
             try:
                 self._captured = CapturedUpdate(self, batch, iteration)
@@ -154,13 +154,14 @@ class CapturedUpdate:
         self._launched: list[tuple[int, bool]] = []  # since the last read: iteration, whether samples are measured
         self._ready: tuple[int, list[list[float]]] = (-1, [])  # rows made ahead, and the iteration of the first
         nets, self.length = len(rule.model.nets), min(rule.config.log_every, MOST)
+        self._learning = rule.learning_at(iteration)
         with torch.inference_mode(False), torch.no_grad():
             self._dynamics = rule.config.dynamics()
             start = torch.zeros((*batch.shape[:2], 1, 1), dtype=torch.float32, device=device)
             whole = 1 + nets + len(rule.slots_at(iteration, len(batch)))  # numbers of a row, at its beginning
             self._words = torch.zeros(whole, dtype=torch.int64, device=device)
             self._ids = self._words[1 + nets :]
-            self._chains = rule.static_chains(start, self._ids, graphs.Session(rule.config.graph))
+            self._chains = rule.static_chains(self._learning, start, self._ids, graphs.Session(rule.config.graph))
             self._batch = torch.empty_like(batch, device=device)
             width = len(self._row(iteration))
             self._table = torch.zeros(self.length, width, dtype=torch.float64, device=device)
@@ -174,7 +175,7 @@ class CapturedUpdate:
         sizes = [whole, nets, nets, 1, 3 * nets, *(chain.numbers for chain in self._chains.chains)]
         self._stds = slice(sum(sizes[:4]) + 1, sum(sizes[:5]), 3)  # of the chains' noise, in a row
         _, rates, noises, share, laws, *tables = self._narrow.split(sizes)
-        owners = [net for net, _ in rule.laws(self._dynamics, len(batch))]
+        owners = [net for net, _ in rule.laws(self._dynamics[: self._learning], len(batch))]
         for chain, net, table in zip(self._chains.chains, owners, tables, strict=True):
             chain.read_from(seed, self._words[1 + net], table)
         exact = self._exact[0].split(sizes)[1]  # a fused optimiser takes float32 on a GPU, and float64 on a CPU
@@ -184,6 +185,7 @@ class CapturedUpdate:
             list((rates if device.type == "cuda" else exact).unbind()),
             [0.0 if at_start == 0 else std for at_start, std in zip(quiet, noises.unbind(), strict=True)],
             share[0],
+            self._learning,
         )
         silent = [law_of(chain)[1] == 0 for chain in self._dynamics]  # at any update, as noise is only annealed
         self._laws = [
@@ -196,7 +198,7 @@ class CapturedUpdate:
         self._batch.copy_(batch)
         kinds = (True,) if rule.config.log_every == 1 else (False, True)
         self._replays = {detail: self._record(detail) for detail in kinds}
-        self.key = key_of(rule, batch)
+        self.key = key_of(rule, batch, iteration)
 
     def launch(self, batch: Tensor, iteration: int, detail: bool) -> None:
         """Update `iteration`, which follows the one before without a gap."""
@@ -251,7 +253,8 @@ class CapturedUpdate:
         tables = [chain.table(factor) for chain, factor in zip(dynamics, factors, strict=True)]
         words = [iteration * chain.steps for chain in dynamics] + rule.slots_at(iteration, len(self._batch))
         laws = [fmean(column) for table in tables for column in zip(*table)]
-        of_chains = [law.table(factors[net]) for net, law in rule.laws(dynamics, len(self._batch))]
+        chains = rule.laws(dynamics[: self._learning], len(self._batch))
+        of_chains = [law.table(factors[net]) for net, law in chains]
         entries = [entry for table in of_chains for numbers_of_step in table for entry in numbers_of_step]
         return [iteration, *words, *numbers.rates, *numbers.data_noise, numbers.share, *laws, *entries]
 
@@ -328,11 +331,11 @@ def _moments(optimiser: torch.optim.Optimizer) -> list[Tensor]:
     return [tensor for state in optimiser.state.values() for tensor in state.values() if isinstance(tensor, Tensor)]
 
 
-def key_of(rule: GraphedRule, batch: Tensor) -> tuple[Any, ...]:
-    """What a captured update is for: the shape of a batch, the attempt (its streams of noise), and the addresses of the
-    state."""
+def key_of(rule: GraphedRule, batch: Tensor, iteration: int) -> tuple[Any, ...]:
+    """What a captured update is for: the shape of a batch, the attempt (its streams of noise), how many nets learn, and
+    the addresses of the state."""
     addresses = tuple(tensor.data_ptr() for tensor in state_of(rule))
-    return tuple(batch.shape), batch.dtype, rule.attempt, addresses
+    return tuple(batch.shape), batch.dtype, rule.attempt, rule.learning_at(iteration), addresses
 
 
 def _signed(seed: int) -> int:

@@ -74,8 +74,8 @@ class ContrastiveRule(ModelRule):
         # What observed images move: running statistics and power iterations.
         self.buffers = [buffer for net in model.nets for buffer in net.buffers()]
         self.averaged = [b for b in self.buffers if b.is_floating_point()] if config.batch_parts > 1 else []
-        averaged = [*sum(self.parameters, []), *self.averaged]
-        self.length = sum(tensor.numel() for tensor in averaged) + 2 * len(model.nets) + 1
+        self.first_updates = config.first_updates()
+        self.learning = self.learning_at(0)  # how many nets do, the coarsest ones
 
     # what a method says
 
@@ -91,6 +91,7 @@ class ContrastiveRule(ModelRule):
 
     def arrange(self, iteration: int) -> None:
         """Make what the model's tensors do not hold, such as the noise of its chains, as update `iteration` has it."""
+        self.learning = self.learning_at(iteration)
         if self.annealed:  # also where the factor is 1 again: a rollback may return to the first update
             self.model.langevin = self.config.dynamics(self.config.noise_factors(iteration))
 
@@ -150,8 +151,11 @@ class ContrastiveRule(ModelRule):
             return Learned(grids, [buffer.clone() for buffer in self.averaged], healthy).flatten()
 
         try:
-            tensors = self.ranks.mean(learn, batch, self.config.batch_parts, self.length)
-            learned = Learned.unflatten(tensors, [len(parameters) for parameters in self.parameters])
+            learning = self.parameters[: numbers.nets]
+            averaged = [*sum(learning, []), *self.averaged]
+            length = sum(tensor.numel() for tensor in averaged) + 2 * len(learning) + 1
+            tensors = self.ranks.mean(learn, batch, self.config.batch_parts, length)
+            learned = Learned.unflatten(tensors, [len(parameters) for parameters in learning])
             measured, spoilt = self.measure(learned)
             details = self.details(learned, made[0]) if detail else {}
             if detail:
@@ -198,31 +202,41 @@ class ContrastiveRule(ModelRule):
 
     def numbers(self, iteration: int) -> Numbers:
         """Those of update `iteration`."""
-        factors, schedule, config = self.config.noise_factors(iteration), self.schedule(iteration), self.config
+        factors, config = self.config.noise_factors(iteration), self.config
         return Numbers(
             iteration,
-            [pick(config.optimiser.lr, net) * schedule for net in range(len(self.model.nets))],
+            [
+                pick(config.optimiser.lr, net) * self.schedule(iteration, first)
+                for net, first in enumerate(self.first_updates)
+            ],
             [pick(config.stabilise.data_noise, net) * factor * self.roughening for net, factor in enumerate(factors)],
             0.0 if self.average is None else self.average.share(iteration),
+            self.learning_at(iteration),
         )
 
-    def schedule(self, iteration: int) -> float:
-        """What learning rates are multiplied by at update `iteration`."""
+    def learning_at(self, iteration: int) -> int:
+        """How many nets learn in update `iteration`, the coarsest ones."""
+        return sum(first <= iteration for first in self.first_updates)
+
+    def schedule(self, iteration: int, first: int = 0) -> float:
+        """What the learning rate is multiplied by at update `iteration`, of a net that begins at update `first`."""
+        iteration, steps = max(0, iteration - first), self.config.steps - first
         epoch = iteration * self.config.batch_size // self.images
-        return self.rate * rate_factor(self.config.optimiser, iteration, self.config.steps, epoch)
+        return self.rate * rate_factor(self.config.optimiser, iteration, steps, epoch)
 
     def learn(
         self, batch: Tensor, first_sample: int, numbers: Numbers, synthesise: Callable[[list[Tensor]], Synthesis]
     ) -> list[GridLearned]:
         """What each net learns of one part of a batch, against what `synthesise` makes of it at every size."""
-        means, *images = self.observed(batch)
+        means, *images = self.observed(batch)[: 1 + numbers.nets]
         images = [self._with_noise(x, grid, numbers, first_sample) for grid, x in enumerate(images, start=1)]
         with weights_stay(), settled_batch():
             return self._learn(images, synthesise([means, *images]).images)
 
     def _learn(self, images: list[Tensor], chains: list[Tensor]) -> list[GridLearned]:
         grids = []
-        for net, parameters, real, chain in zip(self.model.active_nets, self.parameters, images, chains, strict=True):
+        nets = self.model.active_nets[: len(images)]
+        for net, parameters, real, chain in zip(nets, self.parameters, images, chains):
             gradients, on_real, on_chain = contrast(
                 net,
                 parameters,
@@ -239,7 +253,7 @@ class ContrastiveRule(ModelRule):
         """What every update reports of a grid, on the device, by the names of `_OF_GRID`; and whether the update must
         not be applied, 0-dim bool."""
         measured = {}
-        for size, grid in zip(self.model.sizes[1:], learned.grids, strict=True):
+        for grid, size in zip(learned.grids, self.model.sizes[1:]):
             values = (grid.observed, grid.synthesised, norm(grid.gradients))
             measured.update({f"size_{size}/{name}": value for name, value in zip(_OF_GRID, values, strict=True)})
         fine = torch.stack(list(measured.values())).isfinite().all() & (learned.healthy == 1)
@@ -247,7 +261,7 @@ class ContrastiveRule(ModelRule):
 
     def apply(self, learned: Learned, numbers: Numbers, spoilt: Tensor) -> None:
         """One step of every net's optimiser, none where `spoilt` is 1."""
-        for index, (net, grid) in enumerate(zip(self.model.active_nets, learned.grids, strict=True)):
+        for index, (grid, net) in enumerate(zip(learned.grids, self.model.active_nets)):
             parameters = self.parameters[index]
             condition_(grid.gradients, self.config.optimiser, self.divisors[index])
             learning = {id(p) for p in net.parameters()}  # without layers that the energy does not use
@@ -292,7 +306,8 @@ class ContrastiveRule(ModelRule):
     def metrics(self, found: Mapping[str, float], iteration: int) -> dict[str, float]:
         """The metrics of update `iteration`, of what was measured in it."""
         metrics: dict[str, float] = {}
-        for factor, size in zip(self.config.noise_factors(iteration), self.model.sizes[1:], strict=True):
+        learning = self.model.sizes[1 : 1 + self.learning_at(iteration)]
+        for size, factor in zip(learning, self.config.noise_factors(iteration)):
             on_real, on_chain, length = (found[f"size_{size}/{name}"] for name in _OF_GRID)
             metrics[f"size_{size}/energy_observed"] = on_real
             metrics[f"size_{size}/energy_synthesised"] = on_chain
@@ -309,24 +324,28 @@ class ContrastiveRule(ModelRule):
         return metrics
 
     def headline(self, metrics: Mapping[str, float]) -> str:
-        gaps = " ".join(f"{metrics[f'size_{size}/gap']:+.3f}" for size in self.model.sizes[1:])
+        names = [f"size_{size}/gap" for size in self.model.sizes[1:]]
+        gaps = " ".join(f"{metrics[name]:+.3f}" for name in names if name in metrics)
         return f"energy gap {gaps}"
 
     def panels(self, observed: Tensor) -> tuple[list[tuple[str, Tensor]], int]:
         with self.averaged_weights():
             samples = self.model.sample(len(observed), seed=self.config.seed, return_grids=True, precision="auto")
         rows = [("samples", samples), ("data", self.observed(observed))]
+        sizes = self.model.sizes[: 1 + self.learning]
         panels = [
             (f"{title} {size}x{size}", self.model.to_uint8(images))
             for title, grids in rows
-            for size, images in zip(self.model.sizes, grids, strict=True)
+            for size, images in zip(sizes, grids)
         ]
-        return panels, len(self.model.sizes)
+        return panels, len(sizes)
 
     def named_optimisers(self) -> dict[str, torch.optim.Optimizer]:
         return {str(grid): optimiser for grid, optimiser in enumerate(self.optimisers, start=1)}
 
     def samples(self, count: int) -> Tensor | None:
+        if self.learning < len(self.first_updates):
+            return None  # the finest net knows nothing yet
         with self.averaged_weights():
             chains = getattr(self.model, "bank", None)
             if chains is not None and len(chains):

@@ -92,23 +92,24 @@ class MultiGridRule(GraphedRule):
             self._fill_bank(self.slots)
             ids = self.slots.at(iteration, first_sample, len(observed[0]), self.attempt).to(observed[0].device)
             advance = functools.partial(self._advance, ids, iteration, graph)
-            return Synthesis(self._walk(observed[0], ids, advance), ids)
+            return Synthesis(self._walk(len(observed) - 1, observed[0], ids, advance), ids)
         results = self.model.run(
             observed[0],
+            grids=len(observed) - 1,
             seed=self.config.seed,
             first_sample=first_sample,
-            first_step=[iteration * chain.steps for chain in self.model.langevin],
+            first_step=[iteration * chain.steps for chain in self.model.langevin[: len(observed) - 1]],
             purpose=self.purpose(noise.Purpose.TRAINING_CHAIN),
             precision=self.precision,
             graph=graph,
         )
         return Synthesis(results[1:], first_sample)
 
-    def _walk(self, start: Tensor, ids: Tensor, advance: Advance) -> list[Tensor]:
-        """The batch of every grid, with the chains of slots `ids`: those that start anew come first."""
+    def _walk(self, grids: int, start: Tensor, ids: Tensor, advance: Advance) -> list[Tensor]:
+        """The batches of so many grids, with the chains of slots `ids`: those that start anew come first."""
         anew, sizes = self._anew(len(ids)), self.model.sizes
         results = [start]
-        for grid, bank in enumerate(self.bank, start=1):
+        for grid, bank in enumerate(self.bank[:grids], start=1):
             coarse = results[-1] if grid == 1 else results[-1].roll(-anew, 0)  # of chains that went on, not of new ones
             starts = enlarged(coarse[:anew], sizes[grid], self.model.upsampling), bank[ids[anew:]]
             results.append(torch.cat([advance(grid, bool(part), x) for part, x in enumerate(starts) if len(x)]))
@@ -157,7 +158,7 @@ class MultiGridRule(GraphedRule):
         assert isinstance(made.ids, Tensor)
         anew = self._anew(len(made.ids))
         renewed, went_on = slice(round(self.config.options.bank_renewal * anew)), slice(anew, None)
-        for bank, images in zip(self.bank, made.images, strict=True):
+        for images, bank in zip(made.images, self.bank):
             for stored in (renewed, went_on):
                 ids, ends = made.ids[stored], images[stored]
                 bank[ids] = ends if spoilt is None else torch.where(spoilt == 1, bank[ids], ends)
@@ -184,23 +185,24 @@ class MultiGridRule(GraphedRule):
         anew = self._anew(chains)
         return {goes_on: count for goes_on, count in ((False, anew), (True, chains - anew)) if count}
 
-    def static_chains(self, start: Tensor, ids: Tensor, session: Session) -> StaticChains:
+    def static_chains(self, nets: int, start: Tensor, ids: Tensor, session: Session) -> StaticChains:
         model, purpose = self.model, self.purpose(noise.Purpose.TRAINING_CHAIN)
         if self.slots is not None:
-            return self._static_chains_of(self.slots, start, ids, session)
+            return self._static_chains_of(self.slots, nets, start, ids, session)
         held = None
         if model.classes:
-            known, mask = model.held_planes(start)
+            known, mask = model.held_planes(start, nets)
             held = known, mask.expand_as(known)
         return static_cascade(
-            list(model.nets), model.sizes, model.langevin, start, held, upsampling=model.upsampling, purpose=purpose,
-            session=session, precision=self.precision,
+            list(model.nets[:nets]), model.sizes[: 1 + nets], model.langevin[:nets], start, held,
+            upsampling=model.upsampling, purpose=purpose, session=session, precision=self.precision,
         )  # fmt: skip
 
-    def _static_chains_of(self, slots: Slots, start: Tensor, ids: Tensor, session: Session) -> BankCascade:
+    def _static_chains_of(self, slots: Slots, nets: int, start: Tensor, ids: Tensor, session: Session) -> BankCascade:
         self._fill_bank(slots)
         by_part, plans = {}, []
-        for grid, (net, bank, chain) in enumerate(zip(self.model.nets, self.bank, self.model.langevin), start=1):
+        grids = zip(self.model.nets[:nets], self.bank, self.model.langevin)
+        for grid, (net, bank, chain) in enumerate(grids, start=1):
             whole = bank.new_empty((len(ids), *bank.shape[1:]))
             for goes_on, count in self._parts(len(ids)).items():
                 by_part[grid, goes_on] = static_chain(
@@ -208,7 +210,7 @@ class MultiGridRule(GraphedRule):
                     **self._options(grid, whole[:count]),
                 )  # fmt: skip
             plans.append(plan(net, whole, self.precision, "training"))
-        return BankCascade(by_part, plans, start, ids, self._walk)
+        return BankCascade(by_part, plans, start, ids, functools.partial(self._walk, nets))
 
     # the bank's part of a state
 

@@ -167,7 +167,7 @@ def _check_kind(source: str, config: TrainConfig, is_video: bool) -> None:
 
 def narrow(config: TrainConfig) -> TrainConfig:
     """The configuration with the sizes (1, the last length of a clip), for one net."""
-    return merge(config, {"sizes": [1, _size(config)[-1]]})
+    return merge(config, {"sizes": [1, _size(config)[-1]], "begin": 0.0})
 
 
 def build_model(config: TrainConfig) -> SpatialTemporal:

@@ -27,12 +27,14 @@ class Numbers:
         rates: the learning rate of each net.
         data_noise: std of the noise on each net's observed images; 0.0, and no tensor, where there never is any.
         share: what the weights count for in their average.
+        nets: how many nets learn, the coarsest ones.
     """
 
     iteration: int | Tensor
     rates: Sequence[float | Tensor]
     data_noise: Sequence[float | Tensor]
     share: float | Tensor
+    nets: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,8 +103,8 @@ def law_of(chain: Langevin) -> tuple[float, ...]:
 
 def measured_of_samples(
     model: EnergyModel,
-    images: Sequence[Tensor],  # of the chains, one batch a net
-    observed: Sequence[Tensor],  # at the same sizes
+    images: Sequence[Tensor],  # of the chains, one batch a net, coarse to fine
+    observed: Sequence[Tensor],  # at the same sizes, or more
     gradient: Callable[[int, Tensor], Tensor],  # (net, x) -> ∇E(x)
     laws: Sequence[Sequence[float | Tensor]],  # drift, noise_std and 1/σ² of each chain, their means over its steps
 ) -> dict[str, Tensor]:
@@ -115,7 +117,7 @@ def measured_of_samples(
     spread: std of all pixels, over that of the data
     """
     found, (low, high), pixels = {}, model.value_range, slice(model.channels)
-    for net, (size, chain, x, real) in enumerate(zip(model.sizes[1:], model.langevin, images, observed, strict=True)):
+    for net, (x, size, chain, real) in enumerate(zip(images, model.sizes[1:], model.langevin, observed)):
         drift, noise_std, inverse_variance = laws[net]
         noisy = isinstance(noise_std, Tensor) or noise_std > 0
         bound = math.inf if chain.grad_clamp is None else chain.grad_clamp

@@ -16,10 +16,12 @@ LEARNING = 3  # forward, and backward to both
 
 
 def work_of_chains(model: Any, config: TrainConfig) -> float:
-    """W of a model whose every net has a chain and learns: Σ (2 K + 6) macs(net)."""
+    """W of a model whose every net has a chain and learns: Σ (2 K + 6) macs(net), times the share of the updates that
+    the net makes."""
+    firsts = config.first_updates() if len(model.nets) > 1 else (0,)  # one net alone begins at once
     return sum(
-        (CHAIN_STEP * chain.steps + 2 * LEARNING) * net.macs()
-        for chain, net in zip(model.langevin, model.nets, strict=True)
+        (CHAIN_STEP * chain.steps + 2 * LEARNING) * net.macs() * (1 - first / max(1, config.steps))
+        for chain, net, first in zip(model.langevin, model.nets, firsts, strict=True)
     )
 
 
@@ -28,9 +30,10 @@ def work(config: TrainConfig) -> int:
 
         steps · batch_size · W,   W = what `Method.work` counts of one update and one image of the batch
 
-    and of a method of energy nets W = Σ over nets of (2 K + 2 · 3) macs(net): two forward passes a step of a chain, and
-    three for learning from an observed image and from a synthesised one. A generator counts one forward pass where it
-    proposes an image, three where it learns, and two a step of inference of z. Left out: what is no convolution or
+    and of a method of energy nets W = Σ over nets of (2 K + 2 · 3) macs(net), of a net that begins later times the
+    share of updates that it makes: two forward passes a step of a chain, and three for learning from an observed image
+    and from a synthesised one. A generator counts one forward pass where it proposes an image, three where it learns,
+    and two a step of inference of z. Left out: what is no convolution or
     matrix product, data, pictures and checkpoints, and that the lowest layer needs no gradient for its input when it
     learns.
     """

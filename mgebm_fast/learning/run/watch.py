@@ -81,6 +81,7 @@ class Watch:
 
     def __init__(self, config: TrainConfig) -> None:
         self.count = self.batches = 0
+        self.begun: dict[str, int] = {}  # the count that a grid was first seen at, where that was not 0
         self.means: dict[str, float] = {}  # of gaps
         self.levels: dict[str, list[float]] = {}  # mean now, its peak in this block, in the last, in those before
         self.strikes: dict[str, int] = {}  # records in a row out of bounds
@@ -130,17 +131,22 @@ class Watch:
             return
         gaps = {name.removesuffix(_GAP): abs(value) for name, value in metrics.items() if name.endswith(_GAP)}
         for grid, gap in gaps.items():
+            if self.count and grid not in self.means:
+                self.begun[grid] = self.count
             self._check_gap(grid, gap, update)
         self.count += 1
-        share = 1 / min(WINDOW, self.count)
         for grid, gap in gaps.items():
             before = self.means.get(grid, 0.0)
-            self.means[grid] = before + (gap - before) * share
+            self.means[grid] = before + (gap - before) / min(WINDOW, self._age(grid))
             self._check_level(grid, gap, update, "gap", self.wall)
         for name in ("generator/residual", "latent/mean_square"):
             if name in metrics:
                 self._check_level(name, abs(metrics[name]), update, "generator", None)
         self._check_samples(metrics, update)
+
+    def _age(self, name: str) -> int:
+        """Updates taken in since the grid, or whatever has a level of its own, began."""
+        return self.count - self.begun.get(name, 0)
 
     def check_together(self, ranks: Ranks, metrics: Mapping[str, float], update: int, logged: bool) -> None:
         """`check` for all ranks alike: what records alone have is of one rank's part, and there the first decides."""
@@ -159,7 +165,7 @@ class Watch:
         highest, ratio, bounds = self.rollback.gap_max, self.rollback.gap_ratio, []
         if highest is not None:
             bounds.append((highest, "rollback.gap_max"))
-        if ratio is not None and self.count >= WINDOW and (mean := self.means[grid]) > 0:
+        if ratio is not None and self._age(grid) >= WINDOW and (mean := self.means[grid]) > 0:
             bounds.append((max(ratio * mean, _LEAST_GAP), f"{ratio:g} times its running mean, rollback.gap_ratio"))
         for bound, name in bounds:
             if gap > bound:
@@ -168,11 +174,12 @@ class Watch:
     def _check_level(self, name: str, value: float, update: int, kind: str, wall: float | None) -> None:
         """`value` of this update against the highest running mean that it had before, and against a wall."""
         mean, peak, last, highest = self.levels.get(name, [value, 0.0, 0.0, 0.0])
-        mean += (value - mean) / min(_FAST, self.count)
+        age = self._age(name)
+        mean += (value - mean) / min(_FAST, age)
         growth, least = self.bounds.gap_growth, _LEAST_GAP if kind == "generator" else self.least_gap
-        if growth and self.count > 2 * WINDOW and mean > (bound := growth * max(highest, least)):
+        if growth and age > 2 * WINDOW and mean > (bound := growth * max(highest, least)):
             raise self._ran_away(name, mean, bound, f"{growth:g} times its highest before, watch.gap_growth", update)
-        if wall is not None and self.count > WINDOW and mean > wall:
+        if wall is not None and age > WINDOW and mean > wall:
             share = f"{self.bounds.gap_wall:g} of the wall that stabilise.energy_l2 sets, watch.gap_wall"
             raise self._ran_away(name, mean, wall, share, update)
         peak = max(peak, mean)
@@ -216,7 +223,8 @@ class Watch:
                         f"the std of its samples' pixels is {value:.3g} times the data's, more than a factor of "
                         f"{self.bounds.spread:g} away (watch.spread)",
                     )
-        counts = {name: self.strikes.get(name, 0) + 1 for name in found} if self.count > WINDOW else {}
+        old = [name for name in found if self._age(name.partition("/")[0]) > WINDOW]
+        counts = {name: self.strikes.get(name, 0) + 1 for name in old}
         if any(name.endswith("/spread") for name in metrics):  # a record, and not an update between records
             self.strikes = counts
             for name, times in counts.items():
@@ -231,7 +239,7 @@ class Watch:
         return {
             "count": self.count, "means": dict(self.means), "levels": {k: list(v) for k, v in self.levels.items()},
             "strikes": dict(self.strikes), "batches": self.batches,
-            "of_batches": {k: list(v) for k, v in self.of_batches.items()},
+            "of_batches": {k: list(v) for k, v in self.of_batches.items()}, "begun": dict(self.begun),
         }  # fmt: skip
 
     def restore(self, state: Mapping[str, Any]) -> None:
@@ -240,6 +248,7 @@ class Watch:
         self.strikes = dict(state.get("strikes", {}))
         self.batches = int(state.get("batches", 0))
         self.of_batches = {k: list(v) for k, v in state.get("of_batches", {}).items()}
+        self.begun = dict(state.get("begun", {}))
 
 
 class Updates:
