@@ -101,8 +101,8 @@ def train(
     or another value_range is refused. Without PRESET the configuration is that run's, but for --set and --data.
 
     A run that diverges or collapses goes back to its last good checkpoint, up to rollback.attempts times, and on from
-    there with other noise and half the learning rate. After that it stops with advice and an exit code that is not 0;
-    model.safetensors is then the best state from before. docs/configuration.md says what counts.
+    there with other noise, half the learning rate and more data noise. After that it stops with advice and an exit code
+    that is not 0; model.safetensors is then the best state from before. docs/configuration.md says what counts.
 
     --report keeps a page on the run up to date, report.html in its folder: samples, curves, configuration, as of
     `mgebm report`. --logger sends the records to wandb or trackio, where installed, in place of TensorBoard's files.

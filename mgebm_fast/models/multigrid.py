@@ -60,7 +60,7 @@ class MultiGrid(EnergyModel):
         if not is_int(denoise, 0):
             raise Refused("denoise", "be a whole number of at least 0", repr(denoise), self.kind)
         self.denoise = int(denoise)
-        if upsampling not in UPSAMPLINGS:
+        if not isinstance(upsampling, str) or upsampling not in UPSAMPLINGS:
             raise Refused("upsampling", f"be {' or '.join(map(repr, UPSAMPLINGS))}", repr(upsampling), self.kind)
         self.upsampling = upsampling
         if names:

@@ -14,7 +14,7 @@ from torch.nn.functional import interpolate
 
 from .. import noise, ops
 from ..checks import is_int, number
-from ..errors import BackendError
+from ..errors import BackendError, Refused
 from ..gradient.plan import Energy
 from . import arguments, graphs
 from .chain import Ids
@@ -235,6 +235,8 @@ def walk(
 def enlarged(x: Tensor, size: int, upsampling: str) -> Tensor:  # (N, C, s, …) -> (N, C, size, …)
     """x at a finer size, whose block means are x: "nearest" replicates its pixels, as Gao et al. do; "linear"
     interpolates between their centres, and adds to each block what its mean then lacks."""
+    if upsampling not in UPSAMPLINGS:
+        raise Refused("upsampling", f"be {' or '.join(map(repr, UPSAMPLINGS))}", repr(upsampling), "cascade")
     factor = size // x.shape[-1]
     if upsampling == "nearest" or x.shape[-1] == 1:
         return ops.upsample(x.contiguous(), factor)

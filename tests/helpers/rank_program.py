@@ -28,6 +28,7 @@ VARIANTS = {
     "adam": {"stabilise": {"ema": 0.9, "data_noise": 0.03, "noise_anneal": 0.3, "energy_l2": 0.01}, "flips": True,
              "spectral_norm": True, "optimiser": {"schedule": "cosine", "grad_clip_norm": 0.5}},
     "batch statistics": {"norm": "batch", "optimiser": {"name": "sgd", "momentum": 0.9}},
+    "growing": {"begin": [0.0, 0.5], "norm": "batch", "stabilise": {"noise_anneal": 0.3}},
     "four parts": {"norm": "batch", "batch_parts": 4},
 }  # fmt: skip
 

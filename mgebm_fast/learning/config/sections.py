@@ -53,7 +53,7 @@ class OptimiserConfig:
 class StabiliseConfig:
     """`[stabilise]`: what keeps a young energy from running away. Everything here is off at its default."""
 
-    data_noise: Any = key(0.0, PerGrid(_NOT_NEGATIVE), "std of noise added to observed images, in value_range units")
+    data_noise: Any = key(0.0, PerGrid(Real(0, 1e6)), "std of noise added to observed images, in value_range units")
     data_noise_clamp: bool = key(False, Flag(), "clamp observed images to value_range after their noise, as chains are")
     energy_l2: float = key(0.0, _NOT_NEGATIVE, "weight of mean E(observed)² + mean E(synthesised)² in the loss")
     ema: float = key(0.0, Real(0, 1, below=True), "decay of the averaged weights, used when sampling; 0: off")
@@ -88,7 +88,9 @@ class RollbackConfig:
         2, Whole(0, MAX_ATTEMPT), "times that a run which diverges goes back to its last good state; 0: it stops"
     )
     lr_factor: float = key(0.5, Real(0, 1, above=True), "each time, learning rates are multiplied by this, for good")
-    data_noise_factor: float = key(1.5, Real(1), "each time, stabilise.data_noise is multiplied by this, for good")
+    data_noise_factor: float = key(
+        1.5, Real(1, 10), "each time, stabilise.data_noise is multiplied by this, for good; none stays none"
+    )
     gap_ratio: Any = key(
         30.0,
         Maybe(Real(1, above=True)),

@@ -137,8 +137,8 @@ class TrainConfig:
         }
 
     def first_updates(self) -> tuple[int, ...]:
-        """The update, from 0, that each net begins at: `begin` of the run, up to the next record, which is where captured
-        updates are read."""
+        """The update, from 0, that each net begins at: `begin` of the run, up to the next record, where captured ones
+        are read."""
         shares = [pick(self.begin, index) for index in range(len(self.sizes) - 1)]
         return tuple(math.ceil(share * self.steps / self.log_every) * self.log_every for share in shares)
 

@@ -21,7 +21,7 @@ from ..config.train_config import TrainConfig
 from .contrast import contrast
 from .model_rule import ModelRule
 from .optim import build_optimiser, condition_, map_areas, norm, rate_factor, step
-from .synthesis import GridLearned, Learned, Lesson, Numbers, Synthesis, law_of, measured_of_samples
+from .synthesis import GridLearned, Learned, Lesson, Numbers, Synthesis, law_of, measured_of_samples, with_data_noise
 
 # Numbers of a grid that must be finite: key -> name in errors.
 _OF_GRID = {
@@ -76,6 +76,7 @@ class ContrastiveRule(ModelRule):
         self.averaged = [b for b in self.buffers if b.is_floating_point()] if config.batch_parts > 1 else []
         self.first_updates = config.first_updates()
         self.learning = self.learning_at(0)  # how many nets do, the coarsest ones
+        self.adds_noise = any(pick(config.stabilise.data_noise, net) for net in range(len(model.nets)))
 
     # what a method says
 
@@ -272,24 +273,12 @@ class ContrastiveRule(ModelRule):
         std = numbers.data_noise[grid - 1]
         if not isinstance(std, Tensor) and std == 0:
             return images
-        stream = noise.stream(self.purpose(noise.Purpose.DATA_NOISE), grid)
         draw = ops.noise(
-            images.shape, seed=self.config.seed, step=numbers.iteration, first_sample=first_sample, stream=stream,
-            device=images.device,
+            images.shape, seed=self.config.seed, step=numbers.iteration, first_sample=first_sample,
+            stream=noise.stream(self.purpose(noise.Purpose.DATA_NOISE), grid), device=images.device,
         )  # fmt: skip
-        # The two round alike.
-        noisy = (
-            torch.addcmul(images, draw, std, out=draw)
-            if isinstance(std, Tensor)
-            else torch.add(images, draw, alpha=std, out=draw)
-        )
-        # Chains are clamped. Unclamped data noise would let the net tell data from samples by their range alone, and
-        # energies would diverge.
-        if self.config.stabilise.data_noise_clamp:
-            noisy.clamp_(*self.config.value_range)
-        planes = slice(self.model.channels, None)  # of labels
-        noisy[:, planes] = images[:, planes]
-        return noisy
+        bounds = self.config.value_range if self.config.stabilise.data_noise_clamp else None
+        return with_data_noise(images, draw, std, bounds, self.model.channels)
 
     # metrics
 
@@ -318,27 +307,29 @@ class ContrastiveRule(ModelRule):
             if self.annealed:
                 metrics[f"size_{size}/noise_factor"] = factor
         metrics["lr_factor"] = self.schedule(iteration)
+        if self.roughening != 1.0:
+            metrics["data_noise_factor"] = self.roughening
         if "generator/loss" in found:
             metrics.update(self.taught(found["generator/loss"]))
             metrics["generator/gradient_norm"] = found["generator/gradient_norm"]
         return metrics
 
+    def cost(self, updates: int) -> float:
+        """By the pixels of the nets that learn."""
+        sizes, firsts = self.model.sizes[1:], self.first_updates
+        return float(sum(size**2 * max(0, updates - first) for size, first in zip(sizes, firsts)))
+
     def headline(self, metrics: Mapping[str, float]) -> str:
-        names = [f"size_{size}/gap" for size in self.model.sizes[1:]]
-        gaps = " ".join(f"{metrics[name]:+.3f}" for name in names if name in metrics)
-        return f"energy gap {gaps}"
+        gaps = [metrics.get(f"size_{size}/gap") for size in self.model.sizes[1:]]
+        return "energy gap " + " ".join(f"{gap:+.3f}" for gap in gaps if gap is not None)
 
     def panels(self, observed: Tensor) -> tuple[list[tuple[str, Tensor]], int]:
         with self.averaged_weights():
             samples = self.model.sample(len(observed), seed=self.config.seed, return_grids=True, precision="auto")
         rows = [("samples", samples), ("data", self.observed(observed))]
         sizes = self.model.sizes[: 1 + self.learning]
-        panels = [
-            (f"{title} {size}x{size}", self.model.to_uint8(images))
-            for title, grids in rows
-            for size, images in zip(sizes, grids)
-        ]
-        return panels, len(sizes)
+        grids = [(title, size, images) for title, found in rows for size, images in zip(sizes, found)]
+        return [(f"{title} {size}x{size}", self.model.to_uint8(images)) for title, size, images in grids], len(sizes)
 
     def named_optimisers(self) -> dict[str, torch.optim.Optimizer]:
         return {str(grid): optimiser for grid, optimiser in enumerate(self.optimisers, start=1)}

@@ -53,7 +53,10 @@ class MultiGridConfig:
     )
     denoise: int = key(0, Whole(0, MOST_STEPS), "last steps of the finest chain of a sample that have no noise")
     upsampling: str = key(
-        "nearest", Choice(UPSAMPLINGS), "how a grid's chain gets its start from the coarser result", fixed=True
+        "nearest",
+        Choice(UPSAMPLINGS),
+        "where a grid's chain starts: at the coarser result's replicated pixels, or between their centres",
+        fixed=True,
     )
 
 
@@ -78,7 +81,9 @@ class MultiGridRule(GraphedRule):
 
     def __init__(self, model: MultiGrid, config: TrainConfig, *, images: int) -> None:
         super().__init__(model, config, images=images)
-        size, batch_size = config.options.bank_size, config.batch_size
+        own = config.options  # as the chains, how samples are drawn is the configuration's
+        model.sample_steps, model.denoise, model.upsampling = own.sample_steps, own.denoise, own.upsampling
+        size, batch_size = own.bank_size, config.batch_size
         self.slots: Slots | None = None
         self.bank: list[Tensor] = []  # (bank_size, C + K, s, s) of each grid; filled by the first update
         if size is not None:
@@ -111,7 +116,10 @@ class MultiGridRule(GraphedRule):
         results = [start]
         for grid, bank in enumerate(self.bank[:grids], start=1):
             coarse = results[-1] if grid == 1 else results[-1].roll(-anew, 0)  # of chains that went on, not of new ones
-            starts = enlarged(coarse[:anew], sizes[grid], self.model.upsampling), bank[ids[anew:]]
+            begun = enlarged(coarse[:anew], sizes[grid], self.model.upsampling)
+            if self.model.classes:  # interpolation may move a plane by a last bit
+                begun[:, self.model.channels :] = coarse[:anew, self.model.channels :, :1, :1]
+            starts = begun, bank[ids[anew:]]
             results.append(torch.cat([advance(grid, bool(part), x) for part, x in enumerate(starts) if len(x)]))
         return results[1:]
 

@@ -96,6 +96,30 @@ class Lesson:
     loss: Tensor  # 0-dim
 
 
+def with_data_noise(
+    images: Tensor,  # (N, C + K, …) observed, K label planes last
+    draw: Tensor,  # of N(0, 1), which is written to
+    std: float | Tensor,
+    bounds: tuple[float, float] | None,
+    channels: int,  # C
+) -> Tensor:
+    """Observed images with noise of that std, but for their label planes.
+
+    Chains are clamped to `bounds`. Unclamped data noise would let the net tell data from samples by their range alone,
+    and energies would diverge.
+    """
+    noisy = (  # the two round alike
+        torch.addcmul(images, draw, std, out=draw)
+        if isinstance(std, Tensor)
+        else torch.add(images, draw, alpha=std, out=draw)
+    )
+    if bounds is not None:
+        noisy.clamp_(*bounds)
+    if images.shape[1] > channels:
+        noisy[:, channels:] = images[:, channels:]
+    return noisy
+
+
 def law_of(chain: Langevin) -> tuple[float, ...]:
     """drift, noise_std and 1/σ² of a chain, their means over its steps."""
     return tuple(map(fmean, zip(*((n.drift, n.noise_std, n.inverse_variance) for n in chain.by_step()))))

@@ -154,7 +154,7 @@ class Loop:
         if history.exhausted or not self._enter_good():
             raise self._diverged(error) from error
         self.ranks.failed = False
-        history.made = [*made, history.entry(update, self.iteration, str(error))]
+        history.made = [*made, history.entry(update, self.iteration, str(error), self.rule)]
         self._tell_rule()
         with self.ranks.together():
             # Killed between these, a run goes on from a checkpoint that fits its records.
@@ -216,7 +216,7 @@ class Loop:
         with contextlib.ExitStack() as held:
             stopping = held.enter_context(StopRequests(self._announce_stop))
             self.ranks.stop_when(lambda: stopping.requested)
-            progress = held.enter_context(Progress(self.voice, self.iteration, stop))
+            progress = held.enter_context(Progress(self.voice, self.iteration, stop, self.rule.cost))
             with self.ranks.together():
                 recorded = len(self.history.made) - self._came_back()
                 self.recorder = self.folder.recorder(self.iteration, recorded, self._mark)

@@ -51,25 +51,25 @@ class Voice:
 
 
 class Progress:
-    """Shows updates `start` … `total`, through a `Voice`."""
+    """Shows updates `start` … `total`, through a `Voice`; `cost` says what updates 0 … n cost together, in any unit."""
 
-    def __init__(self, voice: Voice, start: int, total: int) -> None:
-        self._voice, self._start, self._total = voice, start, total
+    def __init__(self, voice: Voice, start: int, total: int, cost: Callable[[int], float] = float) -> None:
+        self._voice, self._start, self._total, self._cost = voice, start, total, cost
         self._bar: Any = None
         self._began = time.monotonic()
 
     def __enter__(self) -> Progress:
         console = self._voice.console
         if console is not None and console.is_terminal:
-            from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+            from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
             from rich.progress import Progress as Bar
 
             self._bar = Bar(
                 TextColumn("training"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[rate]}"),
-                TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(), TextColumn("{task.fields[headline]}"),
+                TimeElapsedColumn(), TextColumn("{task.fields[left]}"), TextColumn("{task.fields[headline]}"),
                 console=console,
             )  # fmt: skip
-            self._task = self._bar.add_task("", total=self._total, completed=self._start, rate="", headline="")
+            self._task = self._bar.add_task("", total=self._total, completed=self._start, rate="", left="", headline="")
             with self._voice.surviving():
                 self._bar.start()
         self._began = time.monotonic()
@@ -86,10 +86,11 @@ class Progress:
         """After update number `done`; `headline` says how training stands, `logged` whether it was recorded."""
         if self._bar is not None:
             with self._voice.surviving():
-                self._bar.update(self._task, completed=done, rate=self._rate(done), headline=headline)
+                self._bar.update(
+                    self._task, completed=done, rate=self._rate(done), left=self._left(done), headline=headline
+                )
         elif logged:
-            left = (self._total - done) * self._seconds(done)
-            self._voice.say(f"{done}/{self._total}  {self._rate(done)}  {duration(left)} left  {headline}")
+            self._voice.say(f"{done}/{self._total}  {self._rate(done)}  {self._left(done)}  {headline}")
 
     def restart(self, done: int) -> None:
         """The run went back to `done` updates: the rate is that of those from here on."""
@@ -97,6 +98,11 @@ class Progress:
 
     def _seconds(self, done: int) -> float:
         return (time.monotonic() - self._began) / max(1, done - self._start)
+
+    def _left(self, done: int) -> str:
+        """Of the seconds so far, as many for each unit of cost that is left."""
+        seconds, (start, now, end) = time.monotonic() - self._began, map(self._cost, (self._start, done, self._total))
+        return f"{duration(seconds * (end - now) / max(now - start, 1e-9))} left"
 
     def _rate(self, done: int) -> str:
         seconds = self._seconds(done)

@@ -30,6 +30,7 @@ from .resuming import Found
 from .rule import UpdateRule
 from .watch import RunAway, Watch
 
+MOST_ROUGHENING = 1e6  # of the noise on observed images, so that it stays a float32
 CLEARLY = 1.5  # times the lowest measure so far, above which a state is not taken for the best
 _ADVICE = (  # where a number was not finite
     "a smaller optimiser.lr, optimiser.grad_clip_norm, stabilise.energy_l2 or spectral_norm keep training in bounds"
@@ -55,8 +56,7 @@ class History:
     """How often a run went back, and what it watches: the part of a run's state that is about divergence."""
 
     def __init__(self, config: TrainConfig) -> None:
-        self.config, noise = config.rollback, config.stabilise.data_noise
-        self.noisy = any(noise) if isinstance(noise, tuple) else noise > 0
+        self.config = config.rollback
         self.made: list[Rollback] = []
         self.watch = Watch(config)
 
@@ -76,11 +76,12 @@ class History:
     @property
     def roughening(self) -> float:
         """What the noise on observed images is multiplied by."""
-        return math.prod(entry.data_noise for entry in self.made)
+        return min(math.prod(entry.data_noise for entry in self.made), MOST_ROUGHENING)
 
-    def entry(self, at: int, to: int, why: str) -> Rollback:
+    def entry(self, at: int, to: int, why: str, rule: UpdateRule) -> Rollback:
         """A return from update number `at` to the state after `to`, with what the configuration changes then."""
-        return Rollback(at, to, self.config.lr_factor, why, self.config.data_noise_factor if self.noisy else 1.0)
+        factor = self.config.data_noise_factor if rule.adds_noise else 1.0
+        return Rollback(at, to, self.config.lr_factor, why, factor)
 
     def tell(self, rule: UpdateRule) -> None:
         """Let `rule` learn as the run does now."""
@@ -91,9 +92,9 @@ class History:
         """What is other after the last return."""
         numbers = f"the learning rate times {self.rate:g}"
         if self.roughening != 1.0:
-            numbers += f" and data noise times {self.roughening:g}"
+            numbers += f", data noise times {self.roughening:g}"
         times = f"rollback {len(self.made)} of at most {self.config.attempts}"
-        return f"with other noise for its chains, {numbers} from here on ({times})"
+        return f"with {numbers} and other noise in its chains from here on ({times})"
 
     def state(self, *, good: bool) -> dict[str, Any]:
         """What a checkpoint's state says of it: nothing where there is nothing to say."""
@@ -126,6 +127,8 @@ class History:
     def describe_end(self) -> str:
         """The rollbacks of a run that finished, for its last message; empty where there were none."""
         ended = f"learning rates ended at {self.rate:g} of those asked for"
+        if self.roughening != 1.0:
+            ended += f", data noise at {self.roughening:g} times that"
         return f"it diverged and went back {self._times}, {ended}; " if self.made else ""
 
     @property

@@ -16,6 +16,7 @@ from .distributed import Ranks
 class UpdateRule(abc.ABC):
     """A learning method: how the initial state is updated by a batch, what it looks like, and how it is stored."""
 
+    adds_noise = False  # to observed images
     divisible = False  # whether a batch may be learnt from in parts, which is what several ranks do
     # The loop sets these.
     ranks = Ranks()
@@ -50,6 +51,10 @@ class UpdateRule(abc.ABC):
     def forget(self) -> None:
         """Drop what was launched and not collected: the state becomes another one."""
         self._made = ()
+
+    def cost(self, updates: int) -> float:
+        """What the first `updates` updates cost together, in a unit of its own: of how much time is left."""
+        return float(updates)
 
     def how(self) -> str:
         """How updates are launched, and why not otherwise."""

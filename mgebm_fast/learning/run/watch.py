@@ -32,11 +32,12 @@ _GAP = "/gap"
 _ADVICE = {
     "gap": (
         "optimiser.lr (halve it, of this net alone if others hold), stabilise.energy_l2 (the wall of the gap is at "
-        "1/energy_l2), or stabilise.data_noise, which must be at least the chain's own noise; twice that holds longer"
+        "1/energy_l2), or stabilise.data_noise, which must be at least the chain's own noise (with twice that nets are "
+        "less steep)"
     ),
     "clamped": (
-        "stabilise.data_noise (twice the noise of a chain's step keeps a net from growing so steep that its chains "
-        "swing), optimiser.lr, or stabilise.noise_anneal (less annealing: gradients grow while the noise falls)"
+        "stabilise.data_noise (at twice the noise of a chain's step nets are less steep, and chains overshoot less), "
+        "optimiser.lr, or stabilise.noise_anneal (less annealing: gradients grow while the noise falls)"
     ),
     "saturated": "langevin.drift or optimiser.lr; stabilise.data_noise_clamp must be true where chains are clamped",
     "spread": "langevin.noise_std or langevin.drift, optimiser.lr, or stabilise.data_noise",

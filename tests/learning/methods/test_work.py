@@ -79,6 +79,13 @@ def test_layers_that_are_not_in_use_do_not_count():
     assert work(config) == config.batch_size * expected
 
 
+def test_a_net_that_begins_later_counts_its_own_updates():
+    late = tiny_config(begin=[0.0, 0.5])
+    first, last = (net.macs() for net in build_model(late).nets)
+    each = 2 * 3 + 6
+    assert work(late) == 6 * 8 * each * first + 3 * 8 * each * last
+
+
 @pytest.mark.parametrize("name", preset_names())
 def test_every_preset_has_its_work(name):
     config = load_preset(name)

@@ -136,10 +136,10 @@ def test_what_a_run_says_and_writes(run, tmp_path):
     diverge(run(tmp_path, Console(file=words, width=40), log_every=2), (4, 0), (6, 1)).fit()
     said = [line for line in words.getvalue().splitlines() if "rollback" in line]
     assert said == [
-        "training: it was made to fail; back to update 2, with other noise for its chains, the learning rate times "
-        "0.5 from here on (rollback 1 of at most 2)",
-        "training: it was made to fail; back to update 4, with other noise for its chains, the learning rate times "
-        "0.25 from here on (rollback 2 of at most 2)",
+        "training: it was made to fail; back to update 2, with the learning rate times 0.5 and other noise in its "
+        "chains from here on (rollback 1 of at most 2)",
+        "training: it was made to fail; back to update 4, with the learning rate times 0.25 and other noise in its "
+        "chains from here on (rollback 2 of at most 2)",
     ]
     lines = Run(tmp_path).metrics()
     assert [(r["step"], r.get("rollbacks"), r.get("diverged_at"), r.get("lr_factor")) for r in lines] == [
@@ -154,15 +154,17 @@ def test_each_return_adds_noise_to_observed_images(run, tmp_path):
     """By `rollback.data_noise_factor`, for the rest of the run, a resumed one included; no noise stays none."""
     noisy = {"stabilise": {"data_noise": (0.0, 0.04), "noise_anneal": 0.5}, "rollback": {"data_noise_factor": 1.25}}
     words = io.StringIO()
-    ours = diverge(run(tmp_path, Console(file=words, width=40), **noisy), (4, 0), (6, 1))
+    ours = diverge(run(tmp_path, Console(file=words, width=40), log_every=2, **noisy), (4, 0), (6, 1))
     ours.fit(5)
     assert ours.rule.numbers(0).data_noise == [0.0, 0.04 * 1.25]
-    again = run(tmp_path, **noisy)
+    again = run(tmp_path, log_every=2, **noisy)
     again.resume()
     assert again.rule.numbers(0).data_noise == [0.0, 0.04 * 1.25]
     diverge(again, (6, 1)).fit()
     assert again.rule.numbers(5).data_noise == pytest.approx([0.0, 0.04 * 1.25**2 * 0.5])
-    assert "the learning rate times 0.5 and data noise times 1.25 from here on (rollback 1" in words.getvalue()
+    assert "the learning rate times 0.5, data noise times 1.25 and other noise in its chains" in words.getvalue()
+    factors = [record.get("data_noise_factor") for record in Run(tmp_path).metrics() if "lr_factor" in record]
+    assert factors == [None, 1.25, 1.25**2]
 
 
 def test_a_return_of_an_older_version_left_data_noise_as_it_was():

@@ -1,0 +1,111 @@
+"""Nets that join a run later (`begin`)."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from helpers.runs import same_run
+from helpers.training import tiny_config, tiny_data
+
+from mgebm_fast.errors import ConfigError
+from mgebm_fast.learning import Run, build_model
+from mgebm_fast.learning.run.watch import WINDOW, RunAway, Watch
+from mgebm_fast.sampling import cascade as cascades
+
+LATE = {"begin": [0.0, 0.5], "stabilise": {"ema": 0.9, "noise_anneal": 0.4}, "optimiser": {"schedule": "cosine"}}
+
+
+def test_a_net_joins_at_its_share_of_the_run_up_to_the_next_record():
+    assert tiny_config(begin=[0.0, 0.5]).first_updates() == (0, 3)
+    assert tiny_config(begin=[0.0, 0.5], steps=100, log_every=20).first_updates() == (0, 60)
+    assert tiny_config(begin=[0.0, 0.4], steps=100, log_every=20).first_updates() == (0, 40)
+    assert tiny_config().first_updates() == (0, 0)
+
+
+@pytest.mark.parametrize(
+    "begin, words",
+    [
+        ([0.1, 0.5], r"begin must be 0 for the coarsest net, .* got \[0.1, 0.5\]"),
+        ([0.0, 0.5, 0.2], r"never fall from there on, got \[0.0, 0.5, 0.2\]"),
+        (0.5, "begin must be 0 for the coarsest net"),
+        ([0.0, 0.9], "begin must leave the finest net updates to make, got 0.9 of 6 steps"),
+        ([0.0, 1.0], "begin must be a number >= 0 and < 1, or a list"),
+        ([0.0], "begin must be one value, or a list of 2"),
+    ],
+)
+def test_what_begin_may_be(begin, words):
+    sizes = [1, 2, 4, 8] if isinstance(begin, list) and len(begin) == 3 else [1, 2, 4]
+    with pytest.raises(ConfigError, match=words):
+        tiny_config(begin=begin, sizes=sizes)
+
+
+def test_until_then_it_has_no_chain_and_its_weights_stay(trainer, monkeypatch):
+    ours, chains, walk = trainer(**LATE), [], cascades.walk
+
+    def counted(sizes, *arguments, **more):
+        chains.append(tuple(sizes))
+        return walk(sizes, *arguments, **more)
+
+    monkeypatch.setattr(cascades, "walk", counted)
+    before = {name: tensor.clone() for name, tensor in ours.model.state_dict().items()}
+    late = [name for name in before if name.startswith("nets.1.")]
+    for iteration in range(3):
+        metrics = ours.rule.update(tiny_data(8).batch(slice(None)), iteration, detail=True)
+        assert {name.partition("/")[0] for name in metrics if "/" in name} == {"size_2"}
+        assert all(torch.equal(ours.model.state_dict()[name], before[name]) for name in late)
+    assert ours.rule.samples(4) is None and set(chains) == {(1, 2)}
+    assert [title for title, _ in ours.rule.panels(tiny_data(4).batch(slice(None)))[0]] == [
+        "samples 1x1", "samples 2x2", "data 1x1", "data 2x2",
+    ]  # fmt: skip
+    chains.clear()
+    metrics = ours.rule.update(tiny_data(8).batch(slice(None)), 3, detail=True)
+    assert {name.partition("/")[0] for name in metrics if "/" in name} == {"size_2", "size_4"}
+    assert chains == [(1, 2, 4)] and ours.rule.samples(4).shape == (4, 1, 4, 4)
+    assert not all(torch.equal(ours.model.state_dict()[name], before[name]) for name in late)
+
+
+def test_its_noise_and_its_rate_begin_when_it_does(trainer):
+    config = tiny_config(**LATE, steps=11)
+    assert config.first_updates() == (0, 6)
+    factors = [config.noise_factors(iteration) for iteration in (0, 5, 6, 8, 10)]
+    assert factors == [pytest.approx(pair) for pair in [(1.0, 1.0), (0.7, 1.0), (0.64, 1.0), (0.52, 0.7), (0.4, 0.4)]]
+    rule = trainer(**LATE, steps=11).rule
+    rates = [rule.numbers(iteration).rates for iteration in (0, 6, 8)]
+    assert rates[1][1] == rates[0][0] == config.optimiser.lr  # the start of the cosine, for each
+    assert rates[2][1] == pytest.approx(config.optimiser.lr * (1 + torch.cos(torch.tensor(0.4 * torch.pi)).item()) / 2)
+
+
+def test_a_run_stopped_before_and_after_it_joins_is_the_same(trainer, tmp_path):
+    trainer(out=tmp_path / "whole", **LATE).fit()
+    for place, stop in (("before", 2), ("at", 3), ("after", 4)):
+        trainer(out=tmp_path / place, **LATE).fit(stop)
+        again = trainer(out=tmp_path / place, **LATE)
+        again.resume()
+        again.fit()
+        same_run(tmp_path / "whole", tmp_path / place)
+    records = Run(tmp_path / "whole").metrics()
+    assert ["size_4/gap" in record for record in records] == [False] * 3 + [True] * 3
+
+
+def test_one_net_alone_begins_at_once():
+    for method in ("cd", "single-grid-cd", "abp"):
+        config = tiny_config(method=method, begin=[0.0, 0.5])
+        assert build_model(config) is not None
+        from mgebm_fast.learning import METHODS
+
+        assert METHODS[method].narrow(config).first_updates() == (0,)
+
+
+def test_the_watch_gives_a_net_that_joins_its_own_time():
+    """Bounds relative to its past begin WINDOW updates after it, in which it may do as it likes."""
+    watch = Watch(tiny_config(rollback={"attempts": 1, "gap_ratio": 20.0}))
+    for update in range(1, 3 * WINDOW + 1):
+        watch.check({"size_2/gap": 0.1}, update)
+    start = 3 * WINDOW + 1
+    for update in range(start, start + WINDOW):
+        watch.check({"size_2/gap": 0.1, "size_4/gap": 40.0 if update == start + 2 else 0.1}, update)
+    again = Watch(tiny_config(rollback={"attempts": 1, "gap_ratio": 20.0}))
+    again.restore(watch.state())
+    for one in (watch, again):
+        with pytest.raises(RunAway, match="apart at size 4"):
+            one.check({"size_2/gap": 0.1, "size_4/gap": 40.0}, start + WINDOW)
