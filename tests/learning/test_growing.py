@@ -15,10 +15,11 @@ from mgebm_fast.sampling import cascade as cascades
 LATE = {"begin": [0.0, 0.5], "stabilise": {"ema": 0.9, "noise_anneal": 0.4}, "optimiser": {"schedule": "cosine"}}
 
 
-def test_a_net_joins_at_its_share_of_the_run_up_to_the_next_record():
+def test_a_net_joins_after_its_share_of_the_run_at_a_record():
     assert tiny_config(begin=[0.0, 0.5]).first_updates() == (0, 3)
-    assert tiny_config(begin=[0.0, 0.5], steps=100, log_every=20).first_updates() == (0, 60)
-    assert tiny_config(begin=[0.0, 0.4], steps=100, log_every=20).first_updates() == (0, 40)
+    assert tiny_config(begin=[0.0, 0.5], steps=100, log_every=20).first_updates() == (0, 40)
+    assert tiny_config(begin=[0.0, 0.58], steps=100, log_every=1).first_updates() == (0, 58)  # 57.99999999999999
+    assert tiny_config(begin=[0.0, 0.99], steps=10, log_every=20).first_updates() == (0, 0)  # a run too short for it
     assert tiny_config().first_updates() == (0, 0)
 
 
@@ -28,7 +29,6 @@ def test_a_net_joins_at_its_share_of_the_run_up_to_the_next_record():
         ([0.1, 0.5], r"begin must be 0 for the coarsest net, .* got \[0.1, 0.5\]"),
         ([0.0, 0.5, 0.2], r"never fall from there on, got \[0.0, 0.5, 0.2\]"),
         (0.5, "begin must be 0 for the coarsest net"),
-        ([0.0, 0.9], "begin must leave the finest net updates to make, got 0.9 of 6 steps"),
         ([0.0, 1.0], "begin must be a number >= 0 and < 1, or a list"),
         ([0.0], "begin must be one value, or a list of 2"),
     ],
@@ -66,7 +66,7 @@ def test_until_then_it_has_no_chain_and_its_weights_stay(trainer, monkeypatch):
 
 def test_its_noise_and_its_rate_begin_when_it_does(trainer):
     config = tiny_config(**LATE, steps=11)
-    assert config.first_updates() == (0, 6)
+    assert config.first_updates() == (0, 5)
     factors = [config.noise_factors(iteration) for iteration in (0, 5, 6, 8, 10)]
     assert factors == [pytest.approx(pair) for pair in [(1.0, 1.0), (0.7, 1.0), (0.64, 1.0), (0.52, 0.7), (0.4, 0.4)]]
     rule = trainer(**LATE, steps=11).rule

@@ -137,10 +137,10 @@ class TrainConfig:
         }
 
     def first_updates(self) -> tuple[int, ...]:
-        """The update, from 0, that each net begins at: `begin` of the run, up to the next record, where captured ones
-        are read."""
+        """The update, from 0, that each net begins at: after `begin` of the run, down to the last record before, where
+        captured updates are read."""
         shares = [pick(self.begin, index) for index in range(len(self.sizes) - 1)]
-        return tuple(math.ceil(share * self.steps / self.log_every) * self.log_every for share in shares)
+        return tuple(math.floor(share * self.steps / self.log_every + 1e-9) * self.log_every for share in shares)
 
     def noise_factors(self, iteration: int) -> tuple[float, ...]:
         """The factor of chain and data noise of each net at update `iteration`.

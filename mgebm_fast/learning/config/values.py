@@ -199,11 +199,6 @@ def _check_together(config: TrainConfig) -> None:
             "begin must be 0 for the coarsest net, which the others start from, and never fall from there on, got "
             f"{begins}"
         )
-    if config.first_updates()[-1] >= max(1, config.steps):
-        raise ConfigError(
-            f"begin must leave the finest net updates to make, got {begins[-1]:g} of {config.steps} steps, up to the "
-            f"next record (log_every {config.log_every})"
-        )
     elements = config.batch_size * config.channels * sizes[-1] ** 2
     if METHODS[config.method].takes == "images" and elements >= MOST_ELEMENTS:
         raise ConfigError(
