@@ -210,7 +210,10 @@ class ContrastiveRule(ModelRule):
                 pick(config.optimiser.lr, net) * self.schedule(iteration, first)
                 for net, first in enumerate(self.first_updates)
             ],
-            [pick(config.stabilise.data_noise, net) * factor * self.roughening for net, factor in enumerate(factors)],
+            [
+                pick(config.stabilise.data_noise, net) * factor * self.data_noise_factor
+                for net, factor in enumerate(factors)
+            ],
             0.0 if self.average is None else self.average.share(iteration),
             self.learning_at(iteration),
         )
@@ -307,8 +310,8 @@ class ContrastiveRule(ModelRule):
             if self.annealed:
                 metrics[f"size_{size}/noise_factor"] = factor
         metrics["lr_factor"] = self.schedule(iteration)
-        if self.roughening != 1.0:
-            metrics["data_noise_factor"] = self.roughening
+        if self.data_noise_factor != 1.0:
+            metrics["data_noise_factor"] = self.data_noise_factor
         if "generator/loss" in found:
             metrics.update(self.taught(found["generator/loss"]))
             metrics["generator/gradient_norm"] = found["generator/gradient_norm"]

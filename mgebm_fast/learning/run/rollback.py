@@ -3,7 +3,7 @@
 A run that goes back to the state after g updates makes the updates after g again, with
 
     learning rates · rate                rate = the product of `rollback.lr_factor` over all times it went back
-    data noise · roughening              roughening = that of `rollback.data_noise_factor`
+    data noise · data_noise_factor       that of `rollback.data_noise_factor`
     noise of attempt number a            a = how often it went back (`noise.retried`)
 
 for the rest of its life. Good states are those after a multiple of `checkpoint_every` updates, and the one that the run
@@ -30,7 +30,7 @@ from .resuming import Found
 from .rule import UpdateRule
 from .watch import RunAway, Watch
 
-MOST_ROUGHENING = 1e6  # of the noise on observed images, so that it stays a float32
+MOST_DATA_NOISE = 1e6  # of the noise on observed images, so that it stays a float32
 CLEARLY = 1.5  # times the lowest measure so far, above which a state is not taken for the best
 _ADVICE = (  # where a number was not finite
     "a smaller optimiser.lr, optimiser.grad_clip_norm, stabilise.energy_l2 or spectral_norm keep training in bounds"
@@ -74,9 +74,9 @@ class History:
         return math.prod(entry.factor for entry in self.made)
 
     @property
-    def roughening(self) -> float:
+    def data_noise_factor(self) -> float:
         """What the noise on observed images is multiplied by."""
-        return min(math.prod(entry.data_noise for entry in self.made), MOST_ROUGHENING)
+        return min(math.prod(entry.data_noise for entry in self.made), MOST_DATA_NOISE)
 
     def entry(self, at: int, to: int, why: str, rule: UpdateRule) -> Rollback:
         """A return from update number `at` to the state after `to`, with what the configuration changes then."""
@@ -85,14 +85,14 @@ class History:
 
     def tell(self, rule: UpdateRule) -> None:
         """Let `rule` learn as the run does now."""
-        rule.attempt, rule.rate, rule.roughening = len(self.made), self.rate, self.roughening
+        rule.attempt, rule.rate, rule.data_noise_factor = len(self.made), self.rate, self.data_noise_factor
 
     @property
     def changes(self) -> str:
         """What is other after the last return."""
         numbers = f"the learning rate times {self.rate:g}"
-        if self.roughening != 1.0:
-            numbers += f", data noise times {self.roughening:g}"
+        if self.data_noise_factor != 1.0:
+            numbers += f", data noise times {self.data_noise_factor:g}"
         times = f"rollback {len(self.made)} of at most {self.config.attempts}"
         return f"with {numbers} and other noise in its chains from here on ({times})"
 
@@ -127,8 +127,8 @@ class History:
     def describe_end(self) -> str:
         """The rollbacks of a run that finished, for its last message; empty where there were none."""
         ended = f"learning rates ended at {self.rate:g} of those asked for"
-        if self.roughening != 1.0:
-            ended += f", data noise at {self.roughening:g} times that"
+        if self.data_noise_factor != 1.0:
+            ended += f", data noise at {self.data_noise_factor:g} times that"
         return f"it diverged and went back {self._times}, {ended}; " if self.made else ""
 
     @property

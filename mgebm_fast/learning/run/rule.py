@@ -22,7 +22,7 @@ class UpdateRule(abc.ABC):
     ranks = Ranks()
     attempt = 0  # how often the run went back after it diverged
     rate = 1.0  # what learning rates are multiplied by since
-    roughening = 1.0  # what the noise on observed images is multiplied by since
+    data_noise_factor = 1.0  # what the noise on observed images is multiplied by since
     _made: Sequence[tuple[int, dict[str, float]]] = ()
 
     @abc.abstractmethod

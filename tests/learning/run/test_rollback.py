@@ -100,7 +100,7 @@ def test_the_good_state_is_gone_on_from_with_other_noise_and_half_the_rate(run, 
         fresh = run(attempts=0, **changes)
         fresh.resume(good)
         at_good = fresh.rule.snapshot()
-        fresh.rule.attempt, fresh.rule.rate, fresh.rule.roughening = attempt, rate, 1.5
+        fresh.rule.attempt, fresh.rule.rate, fresh.rule.data_noise_factor = attempt, rate, 1.5
         fresh.fit()
         return at_good, fresh.rule.snapshot()
 
@@ -170,7 +170,7 @@ def test_each_return_adds_noise_to_observed_images(run, tmp_path):
 def test_a_return_of_an_older_version_left_data_noise_as_it_was():
     history = History(tiny_config(stabilise={"data_noise": 0.04}))
     history.restore({"rollback": {"made": [{"at": 4, "to": 2, "factor": 0.5, "why": "it ran away"}]}})
-    assert (history.rate, history.roughening) == (0.5, 1.0)
+    assert (history.rate, history.data_noise_factor) == (0.5, 1.0)
 
 
 def test_abandoned_records_are_gone_from_both_places(tmp_path, monkeypatch):
@@ -218,7 +218,7 @@ def test_noise_that_anneals_is_back_where_it_was(run):
     changes = {"stabilise": {"noise_anneal": 0.3}, "checkpoint_every": 0}
     ours, fresh = diverge(run(**changes), (5, 0)), run(**changes)
     ours.fit()
-    fresh.rule.attempt, fresh.rule.rate, fresh.rule.roughening = 1, 0.5, 1.5
+    fresh.rule.attempt, fresh.rule.rate, fresh.rule.data_noise_factor = 1, 0.5, 1.5
     for iteration in range(6):
         fresh.rule.update(fresh._loop.batches.batch(iteration), iteration)
     assert equal(ours.rule.snapshot(), fresh.rule.snapshot())
