@@ -203,17 +203,14 @@ class ContrastiveRule(ModelRule):
 
     def numbers(self, iteration: int) -> Numbers:
         """Those of update `iteration`."""
-        factors, config = self.config.noise_factors(iteration), self.config
+        config, by_net = self.config, enumerate(self.config.noise_factors(iteration))
         return Numbers(
             iteration,
             [
-                pick(config.optimiser.lr, net) * self.schedule(iteration, first)
-                for net, first in enumerate(self.first_updates)
+                pick(config.optimiser.lr, i) * self.schedule(iteration, first)
+                for i, first in enumerate(self.first_updates)
             ],
-            [
-                pick(config.stabilise.data_noise, net) * factor * self.data_noise_factor
-                for net, factor in enumerate(factors)
-            ],
+            [pick(config.stabilise.data_noise, i) * factor * self.data_noise_factor for i, factor in by_net],
             0.0 if self.average is None else self.average.share(iteration),
             self.learning_at(iteration),
         )
