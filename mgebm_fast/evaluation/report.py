@@ -63,9 +63,10 @@ def format_report(result: dict[str, Any]) -> RenderableType:
 
 
 def _class_table(result: dict[str, Any]) -> Table:
-    """One line a class, in the order of the data's labels, with a bar as long as its share."""
+    """One line a class, in the order of the data's labels, with a bar as long as its share: a whole one is the largest,
+    or the share of a class among as many equal ones, so that next to nothing looks like it."""
     real = result["class_shares_real"]
-    top = max([*result["class_shares"].values(), *(real or {}).values(), 1e-9])
+    top = max([*result["class_shares"].values(), *(real or {}).values(), 1 / len(result["class_shares"])])
     rows = [
         (label, f"{share:.3f}", number(real and real[label], "{:.3f}"), "█" * round(30 * share / top))
         for label, share in result["class_shares"].items()

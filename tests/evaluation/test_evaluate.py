@@ -14,6 +14,7 @@ from mgebm_fast import data, evaluation
 from mgebm_fast.data import ImageData
 from mgebm_fast.evaluation import evaluate as run
 from mgebm_fast.evaluation import features, format_report
+from mgebm_fast.evaluation.report import _class_table
 
 COMMON = {"num", "num_real", "feature_space", "notes", "seconds", "fid_matched"}
 TWINS = ["kid", "fid", "precision", "recall", "nearest_distance"]
@@ -208,3 +209,10 @@ def test_judges_are_fitted_where_the_model_is_or_moved_to(digits, judges, monkey
     monkeypatch.setattr(module, "fit_judges", lambda *_, device, **__: places.append(str(device)) or judges)
     run(model, train, held_out.subset(slice(0, 40)), num=20, device=device, progress=False)
     assert places == [expected]
+
+
+@pytest.mark.parametrize("share, bar", [(0.001, 0), (0.25, 15), (0.5, 30), (0.9, 30)])
+def test_bars_of_classes_are_as_long_as_their_shares(share, bar):
+    """The whole length is half of all samples, of two classes, or more: next to nothing has no bar."""
+    table = _class_table({"class_shares": {"even": share, "odd": 0.0}, "class_shares_real": None})
+    assert [len(cell) for cell in table.columns[3].cells] == [bar, 0]
