@@ -56,6 +56,7 @@ FRAME = ("tests/learning/methods/test_frame.py",)
 COOPERATIVE = ("tests/learning/methods/test_cooperative.py",)
 ABP = ("tests/learning/methods/test_abp.py",)
 TEMPORAL = ("tests/learning/methods/test_spatial_temporal.py",)
+GROWING = ("tests/learning/test_growing.py",)
 ROLLBACK = ("tests/learning/run/test_rollback.py",)
 COMPARISON = ("tests/evaluation/comparison/test_comparison.py",)
 INPAINTING = ("tests/evaluation/test_inpainting.py",)
@@ -282,8 +283,17 @@ MUTATIONS = (
         "counter_words(first_sample, step, n * 0,", INTERPRETED,
     ),
     Mutation("noise-anneals-to-the-end", "python", "mgebm_fast/learning/config/train_config.py",
-             "until = pick(self.stabilise.noise_anneal_share, index) * (self.steps - 1)",
+             "until = pick(self.stabilise.noise_anneal_share, index) * (self.steps - first - 1)",
              "until = 1.0 * (self.steps - 1)", UPDATE),
+    Mutation("a-late-net-anneals-from-the-start", "python", "mgebm_fast/learning/config/train_config.py",
+             "max(0, iteration - first) / max(1.0, until)", "iteration / max(1.0, until)", GROWING),
+    Mutation("a-late-net-learns-at-once", "python", "mgebm_fast/learning/methods/contrastive.py",
+             "return sum(first <= iteration for first in self.first_updates)", "return len(self.first_updates)",
+             GROWING),
+    Mutation("linear-starts-lose-their-means", "python", "mgebm_fast/sampling/cascade.py",
+             "return smooth.add_(ops.upsample(x - means, factor))", "return smooth", CASCADE),
+    Mutation("rollback-keeps-the-data-noise", "python", "mgebm_fast/learning/run/rollback.py",
+             "return min(math.prod(entry.data_noise for entry in self.made), MOST_DATA_NOISE)", "return 1.0", ROLLBACK),
     Mutation("rollback-keeps-the-rate", "python", "mgebm_fast/learning/run/rollback.py",
              "return math.prod(entry.factor for entry in self.made)", "return 1.0", ROLLBACK),
     Mutation("rollback-to-the-same-state-again", "python", "mgebm_fast/learning/run/rollback.py",
