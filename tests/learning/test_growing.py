@@ -8,7 +8,7 @@ from helpers.runs import same_run
 from helpers.training import tiny_config, tiny_data
 
 from mgebm_fast.errors import ConfigError
-from mgebm_fast.learning import Run, build_model
+from mgebm_fast.learning import Run, build_model, merge
 from mgebm_fast.learning.run.watch import WINDOW, RunAway, Watch
 from mgebm_fast.sampling import cascade as cascades
 
@@ -37,6 +37,16 @@ def test_what_begin_may_be(begin, words):
     sizes = [1, 2, 4, 8] if isinstance(begin, list) and len(begin) == 3 else [1, 2, 4]
     with pytest.raises(ConfigError, match=words):
         tiny_config(begin=begin, sizes=sizes)
+
+
+@pytest.mark.parametrize(
+    "sizes, begin",
+    [([1, 32], (0.0,)), ([1, 4, 32], (0.0, 0.5)), ([1, 16, 64], (0.0, 0.5)), ([1, 2, 8, 16], (0.0,) * 3)],
+)
+def test_it_is_fitted_to_other_sizes(sizes, begin):
+    """By the nearest size, but for the coarsest net."""
+    before = tiny_config(sizes=[1, 2, 8, 32], begin=[0.0, 0.0, 0.5])
+    assert merge(before, {"sizes": sizes}).begin == begin
 
 
 def test_until_then_it_has_no_chain_and_its_weights_stay(trainer, monkeypatch):

@@ -116,6 +116,8 @@ def _settled(values: dict[str, Any], given: set[str], before: tuple[int, ...]) -
                     fitted = [*(value[_nearest_size(size, coarse)] for size in sizes[1:-1]), value[-1]]
                 else:
                     fitted = [value[_nearest_size(size, before[1:])] for size in sizes[1:]]
+                if name == "begin" and fitted:
+                    fitted[0] = 0.0  # the others start from it
                 table[leaf] = fitted
     return values
 
