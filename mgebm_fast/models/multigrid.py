@@ -12,7 +12,7 @@ from .. import noise
 from ..checks import is_int, positive_int
 from ..errors import Refused
 from ..sampling import graphs
-from ..sampling.cascade import UPSAMPLINGS, GridCallback, cascade, check_known
+from ..sampling.cascade import GridCallback, cascade, check_known, check_upsampling
 from ..sampling.langevin import Langevin
 from . import storage
 from .energies import AnyEnergyModel, EnergyModel
@@ -60,9 +60,7 @@ class MultiGrid(EnergyModel):
         if not is_int(denoise, 0):
             raise Refused("denoise", "be a whole number of at least 0", repr(denoise), self.kind)
         self.denoise = int(denoise)
-        if not isinstance(upsampling, str) or upsampling not in UPSAMPLINGS:
-            raise Refused("upsampling", f"be {' or '.join(map(repr, UPSAMPLINGS))}", repr(upsampling), self.kind)
-        self.upsampling = upsampling
+        self.upsampling = check_upsampling(upsampling, self.kind)
         if names:
             self._register_rows("labels", dtype=torch.int64)
 

@@ -39,6 +39,13 @@ def check_sizes(sizes: Sequence[int], where: str = "MultiGrid") -> tuple[int, ..
     return ladder
 
 
+def check_upsampling(upsampling: str, where: str = "cascade") -> str:
+    """`upsampling` when it is one of UPSAMPLINGS; else an error that names them."""
+    if not isinstance(upsampling, str) or upsampling not in UPSAMPLINGS:
+        raise Refused("upsampling", f"be {' or '.join(map(repr, UPSAMPLINGS))}", repr(upsampling), where)
+    return upsampling
+
+
 def updated_cells(mask: Tensor, size: int) -> Tensor:
     """The mask at a coarser size: a cell is held (False) where any pixel of its block is known."""
     for dim in range(2, mask.dim()):
@@ -235,8 +242,7 @@ def walk(
 def enlarged(x: Tensor, size: int, upsampling: str) -> Tensor:  # (N, C, s, …) -> (N, C, size, …)
     """x at a finer size, whose block means are x: "nearest" replicates its pixels, as Gao et al. do; "linear"
     interpolates between their centres, and adds to each block what its mean then lacks."""
-    if upsampling not in UPSAMPLINGS:
-        raise Refused("upsampling", f"be {' or '.join(map(repr, UPSAMPLINGS))}", repr(upsampling), "cascade")
+    check_upsampling(upsampling)
     factor = size // x.shape[-1]
     if upsampling == "nearest" or x.shape[-1] == 1:
         return ops.upsample(x.contiguous(), factor)

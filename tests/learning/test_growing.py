@@ -8,7 +8,7 @@ from helpers.runs import same_run
 from helpers.training import tiny_config, tiny_data
 
 from mgebm_fast.errors import ConfigError
-from mgebm_fast.learning import Run, build_model, merge
+from mgebm_fast.learning import METHODS, Run, build_model, merge
 from mgebm_fast.learning.run.watch import WINDOW, RunAway, Watch
 from mgebm_fast.sampling import cascade as cascades
 
@@ -101,8 +101,6 @@ def test_one_net_alone_begins_at_once():
     for method in ("cd", "single-grid-cd", "abp"):
         config = tiny_config(method=method, begin=[0.0, 0.5])
         assert build_model(config) is not None
-        from mgebm_fast.learning import METHODS
-
         assert METHODS[method].narrow(config).first_updates() == (0,)
 
 
