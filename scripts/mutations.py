@@ -57,6 +57,8 @@ COOPERATIVE = ("tests/learning/methods/test_cooperative.py",)
 ABP = ("tests/learning/methods/test_abp.py",)
 TEMPORAL = ("tests/learning/methods/test_spatial_temporal.py",)
 GROWING = ("tests/learning/test_growing.py",)
+BANK_OF_GRIDS = ("tests/learning/methods/test_multigrid_bank.py",)
+FEED = ("tests/learning/run/test_feed.py",)
 ROLLBACK = ("tests/learning/run/test_rollback.py",)
 COMPARISON = ("tests/evaluation/comparison/test_comparison.py",)
 INPAINTING = ("tests/evaluation/test_inpainting.py",)
@@ -290,6 +292,15 @@ MUTATIONS = (
     Mutation("a-late-net-learns-at-once", "python", "mgebm_fast/learning/methods/contrastive.py",
              "return sum(first <= iteration for first in self.first_updates)", "return len(self.first_updates)",
              GROWING),
+    Mutation("a-late-net-averages-from-the-start", "python", "mgebm_fast/learning/methods/ema.py",
+             "own = [max(0, iteration - first) for first in self.firsts]", "own = [iteration for _ in self.firsts]",
+             GROWING),
+    Mutation("coarse-grids-store-chains", "python", "mgebm_fast/learning/methods/multigrid.py",
+             "return grid > self.bare", "return True", BANK_OF_GRIDS),
+    Mutation("new-chains-begin-at-new-ones", "python", "mgebm_fast/learning/methods/multigrid.py",
+             "results[-1].roll(-self._anew(grid - 1, len(ids)), 0)", "results[-1]", BANK_OF_GRIDS),
+    Mutation("shifts-go-one-way", "python", "mgebm_fast/learning/run/feed.py",
+             ".ceil().long() - 1 - self.shifts", ".ceil().long() - 1", FEED),
     Mutation("linear-starts-lose-their-means", "python", "mgebm_fast/sampling/cascade.py",
              "return smooth.add_(ops.upsample(x - means, factor))", "return smooth", CASCADE),
     Mutation("rollback-keeps-the-data-noise", "python", "mgebm_fast/learning/run/rollback.py",

@@ -140,14 +140,14 @@ def one_voice(ranks: Ranks) -> Iterator[None]:
 def open_run(path: Path) -> tuple[Path, TrainConfig | None]:
     """What holds the model, and the configuration it was trained with; None for a model file that stands alone.
 
-    Damaged newer checkpoints are reported on stderr. CheckpointError where there is nothing at `path`, with the
-    nearest name, or no model.
+    What to say of it (`stored_run.Found.caveat`) goes to stderr. CheckpointError where there is nothing at `path`, with
+    the nearest name, or no model.
     """
     from ..learning.run import stored_run
 
-    file, run, passed_over = stored_run.find(path)
-    if passed_over:
-        typer.echo(passed_over, err=True)
+    file, run, caveat = stored_run.find(path)
+    if caveat:
+        typer.echo(caveat, err=True)
     return file, None if run is None else run.config
 
 

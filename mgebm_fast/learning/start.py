@@ -53,9 +53,9 @@ def begin(rule: ModelRule, config: TrainConfig, say: Callable[[str], None]) -> N
     if folder is not None:
         source, kind = Model.load(folder, ema=False), "weights and optimiser state"
     else:
-        file, _, passed_over = stored_run.find(path)
-        if passed_over:
-            say(passed_over)
+        file, _, caveat = stored_run.find(path)
+        if caveat:
+            say(caveat)
         source, kind = Model.load(file), "weights"
     taken = match(rule.model, source, str(path))
     tensors = {} if folder is None else _optimiser_tensors(rule, config, folder, source, taken)

@@ -119,8 +119,8 @@ class MultiGridTrainer:
         places = ranks.places(config.batch_size)
         ahead = self.model.colours.device.type == "cuda"
         batches = Batches(
-            self.data, config.batch_size, seed=config.seed, flips=config.flips, places=places, ahead=ahead,
-            labelled=self.model.with_planes if conditional else None,
+            self.data, config.batch_size, seed=config.seed, flips=config.flips, shifts=config.shifts, places=places,
+            ahead=ahead, labelled=self.model.with_planes if conditional else None,
         )  # fmt: skip
         self._begun = False
         with ranks.together():

@@ -51,7 +51,8 @@ class EnergyModel(Model):
     State: parameters of the nets, and the buffer `colours` (M, C) float32, the stored distribution of 1×1 images.
     """
 
-    sample_steps: int | None = None  # of each chain of a sample, where a class has them; None: those of `langevin`
+    # of each chain of a sample, where a class has them; of every one where it is a tuple; None: those of `langevin`
+    sample_steps: int | tuple[int, ...] | None = None
 
     def __init__(
         self,
@@ -119,7 +120,8 @@ class EnergyModel(Model):
     @property
     def sampling(self) -> tuple[Langevin, ...]:
         steps = self.sample_steps
-        return self.langevin if steps is None else tuple(chain.of_length(steps) for chain in self.langevin)
+        each = steps if isinstance(steps, tuple) else (steps,) * len(self.langevin)
+        return tuple(chain if own is None else chain.of_length(own) for own, chain in zip(each, self.langevin))
 
     @property
     def active_nets(self) -> list[nn.Module]:

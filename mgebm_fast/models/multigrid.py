@@ -30,7 +30,7 @@ class MultiGrid(EnergyModel):
     State and other arguments as `EnergyModel`'s.
 
     Args:
-        sample_steps: of each grid's chain in a sample; None: those of `langevin`.
+        sample_steps: of each grid's chain in a sample, or a sequence of one a grid; None: those of `langevin`.
         denoise: last steps of the finest chain of a sample that have no noise.
         upsampling: of the coarser result where a chain starts, "nearest" or "linear".
 
@@ -47,7 +47,7 @@ class MultiGrid(EnergyModel):
         sizes: Sequence[int] = (1, 4, 16, 64),
         *,
         classes: Sequence[str] = (),
-        sample_steps: int | None = None,
+        sample_steps: int | Sequence[int] | None = None,
         denoise: int = 0,
         upsampling: str = "nearest",
         **arguments: Any,
@@ -56,13 +56,22 @@ class MultiGrid(EnergyModel):
         if len(names) == 1 or len(set(names)) < len(names) or not all(isinstance(n, str) and n for n in names):
             raise Refused("classes", "be two or more different names, or none", names, self.kind)
         super().__init__(sizes, classes=names, **arguments)
-        self.sample_steps = positive_int(sample_steps, "sample_steps", self.kind, none=True)
+        self.sample_steps = self._lengths(sample_steps)
         if not is_int(denoise, 0):
             raise Refused("denoise", "be a whole number of at least 0", repr(denoise), self.kind)
         self.denoise = int(denoise)
         self.upsampling = check_upsampling(upsampling, self.kind)
         if names:
             self._register_rows("labels", dtype=torch.int64)
+
+    def _lengths(self, steps: Any) -> int | tuple[int, ...] | None:
+        """Steps of a sample as they were given, checked: of all chains, or of each."""
+        if not isinstance(steps, Sequence) or isinstance(steps, str):
+            return positive_int(steps, "sample_steps", self.kind, none=True)
+        if len(steps) != len(self.nets):
+            wanted = f"be a positive int or {len(self.nets)} of them, one a size after the first"
+            raise Refused("sample_steps", wanted, list(steps), self.kind)
+        return tuple(positive_int(own, "sample_steps", self.kind) for own in steps)
 
     @property
     def sampling(self) -> tuple[Langevin, ...]:

@@ -241,7 +241,8 @@ def walk(
 
 def enlarged(x: Tensor, size: int, upsampling: str) -> Tensor:  # (N, C, s, …) -> (N, C, size, …)
     """x at a finer size, whose block means are x: "nearest" replicates its pixels, as Gao et al. do; "linear"
-    interpolates between their centres, and adds to each block what its mean then lacks."""
+    interpolates between their centres, and adds to each block what its mean then lacks, so that pixels may be darker or
+    brighter than all of x."""
     check_upsampling(upsampling)
     factor = size // x.shape[-1]
     if upsampling == "nearest" or x.shape[-1] == 1:

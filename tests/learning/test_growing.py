@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import io
+import warnings
+
 import pytest
 import torch
 from helpers.runs import same_run
 from helpers.training import tiny_config, tiny_data
+from rich.console import Console
+from typer.testing import CliRunner
 
+import mgebm_fast as mg
+from mgebm_fast.cli import app
 from mgebm_fast.errors import ConfigError
 from mgebm_fast.learning import METHODS, Run, build_model, merge
 from mgebm_fast.learning.run.watch import WINDOW, RunAway, Watch
@@ -15,20 +22,22 @@ from mgebm_fast.sampling import cascade as cascades
 LATE = {"begin": [0.0, 0.5], "stabilise": {"ema": 0.9, "noise_anneal": 0.4}, "optimiser": {"schedule": "cosine"}}
 
 
-def test_a_net_joins_after_its_share_of_the_run_at_a_record():
+def test_a_net_joins_after_its_share_of_the_run():
     assert tiny_config(begin=[0.0, 0.5]).first_updates() == (0, 3)
-    assert tiny_config(begin=[0.0, 0.5], steps=100, log_every=20).first_updates() == (0, 40)
-    assert tiny_config(begin=[0.0, 0.58], steps=100, log_every=1).first_updates() == (0, 58)  # 57.99999999999999
-    assert tiny_config(begin=[0.0, 0.99], steps=10, log_every=20).first_updates() == (0, 0)  # a run too short for it
+    assert tiny_config(begin=[0.0, 0.5], steps=100, log_every=20).first_updates() == (0, 50)
+    assert tiny_config(begin=[0.0, 0.58], steps=100).first_updates() == (0, 58)  # 57.99999999999999
+    assert tiny_config(begin=[0.0, 1 - 1e-12], steps=10).first_updates() == (0, 9)  # in the last update at the latest
+    assert tiny_config(begin=[0.0, 0.5], steps=1).first_updates() == (0, 0)
+    assert tiny_config(begin=[0.0, 0.5], steps=0).first_updates() == (0, 0)
     assert tiny_config().first_updates() == (0, 0)
 
 
 @pytest.mark.parametrize(
     "begin, words",
     [
-        ([0.1, 0.5], r"begin must be 0 for the coarsest net, .* got \[0.1, 0.5\]"),
-        ([0.0, 0.5, 0.2], r"never fall from there on, got \[0.0, 0.5, 0.2\]"),
-        (0.5, "begin must be 0 for the coarsest net"),
+        ([0.1, 0.5], r"begin must be a list, with 0 for the coarsest net, .* got \[0.1, 0.5\]"),
+        ([0.0, 0.5, 0.2], r"never falls from there on, or 0, got \[0.0, 0.5, 0.2\]"),
+        (0.5, "begin must be a list, with 0 for the coarsest net, .* or 0, got 0.5"),
         ([0.0, 1.0], "begin must be a number >= 0 and < 1, or a list"),
         ([0.0], "begin must be one value, or a list of 2"),
     ],
@@ -83,6 +92,44 @@ def test_its_noise_and_its_rate_begin_when_it_does(trainer):
     rates = [rule.numbers(iteration).rates for iteration in (0, 5, 8)]
     assert rates[1][1] == rates[0][0] == config.optimiser.lr  # the start of the cosine, for each
     assert rates[2][1] == pytest.approx(config.optimiser.lr * 0.5)  # three of its six updates
+    metrics = rule.update(tiny_data(8).batch(slice(None)), 8)
+    assert metrics["size_4/lr_factor"] == pytest.approx(0.5) and "size_2/lr_factor" not in metrics
+
+
+def test_its_average_begins_when_it_does(trainer):
+    """The initial weights of a net count in its average for as little as they would if it had begun at once."""
+    ours, plain = trainer(**LATE, steps=40), tiny_data(8).batch(slice(None))
+    first = ours.rule.first_updates[1]
+    weight = ours.model.nets[1].head.weight
+    name = next(name for name, parameter in ours.model.named_parameters() if parameter is weight)
+    initial = weight.detach().clone()
+    ours.rule.update(plain, first)
+    expected = initial + 0.9 * (weight.detach() - initial)  # 1 − 1/10
+    torch.testing.assert_close(ours.rule.average.state()[name], expected)
+    coarse = ours.rule.average.shares(first)[0]
+    assert coarse == pytest.approx(1 - min(0.9, (1 + first) / (10 + first)))
+
+
+def test_what_is_to_come_is_said(trainer, tmp_path):
+    said = io.StringIO()
+    trainer(out=tmp_path, console=Console(file=said), **LATE).fit(2)
+    assert "size 4 joins after update 3" in said.getvalue()
+    said = io.StringIO()
+    again = trainer(out=tmp_path, console=Console(file=said), **LATE)
+    again.resume()
+    again.fit(4)
+    assert "size 4 joins after update 3" in said.getvalue()
+    said = io.StringIO()
+    again = trainer(out=tmp_path, console=Console(file=said), **LATE)
+    again.resume()
+    again.fit()
+    assert "joins" not in said.getvalue()
+
+
+def test_the_time_left_goes_by_the_work_of_the_nets_that_learn(trainer):
+    rule = trainer(**LATE, langevin={"steps": [4, 2], "drift": 1.0, "noise_std": 0.1}).rule
+    coarse, fine = ((2 * k + 6) * net.macs() for k, net in zip((4, 2), rule.model.nets))
+    assert rule.cost(3) == 3 * coarse and rule.cost(6) == 6 * coarse + 3 * fine
 
 
 def test_a_run_stopped_before_and_after_it_joins_is_the_same(trainer, tmp_path):
@@ -95,6 +142,21 @@ def test_a_run_stopped_before_and_after_it_joins_is_the_same(trainer, tmp_path):
         same_run(tmp_path / "whole", tmp_path / place)
     records = Run(tmp_path / "whole").metrics()
     assert ["size_4/gap" in record for record in records] == [False] * 3 + [True] * 3
+
+
+def test_a_model_says_that_a_net_of_it_has_not_begun(trainer, tmp_path):
+    trainer(out=tmp_path, **LATE).fit(2)
+    words = "after update 2 nothing has been learnt yet at size 4"
+    with pytest.warns(UserWarning, match=words):
+        mg.load(tmp_path)
+    shown = CliRunner().invoke(app, ["sample", str(tmp_path), "--num", "2", "--out", str(tmp_path / "few.png")])
+    assert shown.exit_code == 0 and words in shown.stderr
+    again = trainer(out=tmp_path, **LATE)
+    again.resume()
+    again.fit(4)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        mg.load(tmp_path)
 
 
 def test_one_net_alone_begins_at_once():

@@ -15,6 +15,7 @@ from ...sampling import Schedule
 # The largest values of keys that memory or time depends on: far beyond use, and refused before anything is allocated.
 MOST_SIDE, MOST_CHANNELS = 4096, 4096  # pixels; channels of images and of layers, lengths of z
 MOST_SAMPLES = 1 << 16  # images of a batch, chains of a bank
+MOST_GRIDS = 16
 MOST_STEPS, MOST_UPDATES = 10**6, 10**9  # of one chain; of a run
 MOST_ELEMENTS = 2**31  # numbers in one batch
 MOST_LENGTH, MOST_RATE = 10**7, 192_000  # frames or samples of a clip; of a second

@@ -15,8 +15,10 @@ from ...nets.layers import ACTIVATIONS
 from ...sampling import Langevin, Schedule
 from .keys import (
     MOST_CHANNELS,
+    MOST_GRIDS,
     MOST_LENGTH,
     MOST_SAMPLES,
+    MOST_SIDE,
     MOST_UPDATES,
     Auto,
     Choice,
@@ -59,7 +61,7 @@ class TrainConfig:
     channels: int = key(1, Whole(1, MOST_CHANNELS), "1 grey, 3 colour", fixed=True)
     sizes: tuple = key(
         (1, 2, 4, 8),
-        Many(Whole(1, MOST_LENGTH), most=16),  # a clip of sound has so many samples
+        Many(Whole(1, MOST_LENGTH), most=MOST_GRIDS),  # a clip of sound has so many samples
         "the grids, coarse to fine; the first has no net",
         fixed=True,
     )
@@ -81,7 +83,9 @@ class TrainConfig:
     spectral_norm: bool = key(False, Flag(), "spectral normalisation of every weight", fixed=True)
     value_range: tuple = key((-1.0, 1.0), Many(Real(-1e6, 1e6), 2), "what pixel values 0 and 255 become", fixed=True)
     begin: Any = key(
-        0.0, PerGrid(Real(0, 1, below=True)), "share of the run after which a net begins, its chains and its learning"
+        0.0,
+        PerGrid(Real(0, 1, below=True)),
+        "share of the run after which a net begins, its chains and its learning; 0 of the coarsest",
     )
     steps: int = key(1000, Whole(0, MOST_UPDATES), "parameter updates")
     seed: int = key(0, Whole(0, 2**64 - 1), "seed of everything that is drawn", fixed=True)
@@ -97,6 +101,9 @@ class TrainConfig:
     log_every: int = key(10, Whole(1, MOST_UPDATES), "updates between lines of metrics")
     keep_checkpoints: int = key(3, Whole(1, MOST_UPDATES), "newest checkpoints kept")
     flips: bool = key(False, Flag(), "mirror half of the observed images, left to right", fixed=True)
+    shifts: int = key(
+        0, Whole(0, MOST_SIDE), "observed images are moved by up to so many pixels, mirrored at the border", fixed=True
+    )
     precision: str = key(
         "auto",
         Choice(PRECISIONS),
@@ -137,10 +144,9 @@ class TrainConfig:
         }
 
     def first_updates(self) -> tuple[int, ...]:
-        """The update, from 0, that each net begins at: after `begin` of the run, down to the last record before, where
-        captured updates are read."""
+        """The update, from 0, that each net begins at: after `begin` of the run, and no later than its last one."""
         shares = [pick(self.begin, index) for index in range(len(self.sizes) - 1)]
-        return tuple(math.floor(share * self.steps / self.log_every + 1e-9) * self.log_every for share in shares)
+        return tuple(max(0, min(self.steps - 1, math.floor(share * self.steps + 1e-9))) for share in shares)
 
     def noise_factors(self, iteration: int) -> tuple[float, ...]:
         """The factor of chain and data noise of each net at update `iteration`.
@@ -213,6 +219,12 @@ def describe_keys() -> list[tuple[str, str, Any, str]]:
     ]
 
 
+def default_of(name: str) -> Any:
+    """The default of a key, as `to_dict` gives it; None where it is left out there."""
+    field = all_keys()[name][1]
+    return None if field.default is None else _listed(field.metadata["kind"].shown(field.default))
+
+
 def fixed_keys(method: str) -> list[str]:
     """The keys that a resumed run of `method` may not change, since the states of the run depend on them."""
     others = tables().keys() - {method}
@@ -229,13 +241,8 @@ def _per_grid(kind: Kind) -> bool:
 
 @functools.cache
 def per_grid_keys() -> list[str]:
-    """The keys, outside the methods' tables, that may have one value for each net."""
-    methods = tables().values()
-    return [
-        name
-        for name, (section, field) in all_keys().items()
-        if section not in methods and _per_grid(field.metadata["kind"])
-    ]
+    """The keys that may have one value for each net."""
+    return [name for name, (_, field) in all_keys().items() if _per_grid(field.metadata["kind"])]
 
 
 def _plain(section: Any) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from typing import Any
 from ...errors import ConfigError
 from .keys import MOST_ELEMENTS, Kind, Many, Maybe, PerGrid, Text, nearest, pick, shortened
 from .method import METHODS
-from .sections import tables
+from .sections import METHOD_TABLES, tables
 from .toml import parse
 from .train_config import TrainConfig, all_keys, per_grid_keys, sections
 
@@ -88,7 +88,7 @@ def merge(config: TrainConfig, changes: Mapping[str, Any], where: str = "config"
 
 
 # Matched by position, not by pixel size: only the finest net starts no other chain.
-_BY_RANK = ("stabilise.noise_anneal", "stabilise.noise_anneal_share")
+_BY_RANK = ("stabilise.noise_anneal", "stabilise.noise_anneal_share", "multigrid.sample_steps")
 
 
 def _settled(values: dict[str, Any], given: set[str], before: tuple[int, ...]) -> dict[str, Any]:
@@ -108,7 +108,7 @@ def _settled(values: dict[str, Any], given: set[str], before: tuple[int, ...]) -
     if "sizes" in given:
         for name in set(per_grid_keys()) - given:
             section, _, leaf = name.rpartition(".")
-            table = values[section] if section else values
+            table = values.get(section, {}) if section else values  # without those of other methods
             value = table.get(leaf)
             if isinstance(value, list):
                 if name in _BY_RANK:  # the finest keeps the finest's, a coarse one takes the nearest coarse one's
@@ -189,7 +189,10 @@ def _check_together(config: TrainConfig) -> None:
     if not low < high:
         raise ConfigError(f"value_range must be [low, high] with low < high, got {list(config.value_range)}")
     for name in per_grid_keys():
-        value = operator.attrgetter(name)(config)
+        section, _, leaf = name.rpartition(".")
+        if section in METHOD_TABLES and section != config.method:
+            continue
+        value = getattr(config.options, leaf) if section == config.method else operator.attrgetter(name)(config)
         if isinstance(value, tuple) and len(value) != len(sizes) - 1:
             raise ConfigError(
                 f"{name} must be one value, or a list of {len(sizes) - 1} for the nets of sizes "
@@ -197,10 +200,13 @@ def _check_together(config: TrainConfig) -> None:
             )
     begins = [pick(config.begin, index) for index in range(len(sizes) - 1)]
     if begins[0] != 0 or sorted(begins) != begins:
+        got = list(config.begin) if isinstance(config.begin, tuple) else config.begin
         raise ConfigError(
-            "begin must be 0 for the coarsest net, which the others start from, and never fall from there on, got "
-            f"{begins}"
+            "begin must be a list, with 0 for the coarsest net, which the others start from, that never falls from "
+            f"there on, or 0, got {got}"
         )
+    if config.shifts >= sizes[-1]:
+        raise ConfigError(f"shifts must be below the finest size, {sizes[-1]}, got {config.shifts}")
     elements = config.batch_size * config.channels * sizes[-1] ** 2
     if METHODS[config.method].takes == "images" and elements >= MOST_ELEMENTS:
         raise ConfigError(

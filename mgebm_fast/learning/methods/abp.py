@@ -84,6 +84,8 @@ class ABPRule(ModelRule):
     def __init__(self, model: GeneratorModel, config: TrainConfig, *, images: int) -> None:
         if config.flips:
             raise ConfigError("flips must be false for the method 'abp', where an image keeps its z, got true")
+        if config.shifts:
+            raise ConfigError(f"shifts must be 0 for the method 'abp', where an image keeps its z, got {config.shifts}")
         super().__init__(model, narrow(config))
         self.options = config.options
         self.inference = build_inference(config)

@@ -95,7 +95,7 @@ class GraphedRule(ContrastiveRule):
         captured = self._captured
         if captured is None or not captured.waiting:
             return super().collect(launched, wait=wait)
-        if not wait and captured.waiting < captured.length:
+        if not wait and not captured.full:
             return [], launched
         found, made = captured.read()
         self.arrange(max(0, made - 1))
@@ -172,9 +172,10 @@ class CapturedUpdate:
             self._log = torch.zeros(self.length, 1 + 7 * nets, dtype=torch.float32, device=device)
             seed = torch.full((), _signed(rule.config.seed), dtype=torch.int64, device=device)
         # The order of `_row`.
-        sizes = [whole, nets, nets, 1, 3 * nets, *(chain.numbers for chain in self._chains.chains)]
+        groups = len(rule.numbers(iteration).shares)
+        sizes = [whole, nets, nets, groups, 3 * nets, *(chain.numbers for chain in self._chains.chains)]
         self._stds = slice(sum(sizes[:4]) + 1, sum(sizes[:5]), 3)  # of the chains' noise, in a row
-        _, rates, noises, share, laws, *tables = self._narrow.split(sizes)
+        _, rates, noises, shares, laws, *tables = self._narrow.split(sizes)
         owners = [net for net, _ in rule.laws(self._dynamics[: self._learning], len(batch))]
         for chain, net, table in zip(self._chains.chains, owners, tables, strict=True):
             chain.read_from(seed, self._words[1 + net], table)
@@ -184,7 +185,7 @@ class CapturedUpdate:
             self._words[0],
             list((rates if device.type == "cuda" else exact).unbind()),
             [0.0 if at_start == 0 else std for at_start, std in zip(quiet, noises.unbind(), strict=True)],
-            share[0],
+            list(shares.unbind()),
             self._learning,
         )
         silent = [law_of(chain)[1] == 0 for chain in self._dynamics]  # at any update, as noise is only annealed
@@ -212,6 +213,12 @@ class CapturedUpdate:
     def waiting(self) -> int:
         """Updates launched since the last read."""
         return len(self._launched)
+
+    @property
+    def full(self) -> bool:
+        """Whether they are read before the next one: there is no room for its measures, or a net joins in it."""
+        following = self._launched[-1][0] + 1
+        return self.waiting == self.length or self._rule.learning_at(following) != self._learning
 
     def read(self) -> tuple[list[tuple[int, dict[str, float]]], int]:
         """As `UpdateRule.collect`: the one host read for all updates since the last."""
@@ -246,7 +253,7 @@ class CapturedUpdate:
 
     def _row(self, iteration: int) -> list[Any]:
         """What update `iteration` reads: its counter and those of its chains, its slots of what is stored, rates, data
-        noise, its share in the average, means of the chains' numbers, and the numbers of each step; whole numbers are
+        noise, its shares in the averages, means of the chains' numbers, and the numbers of each step; whole numbers are
         exact in float64."""
         rule, numbers, dynamics = self._rule, self._rule.numbers(iteration), self._dynamics
         factors = rule.config.noise_factors(iteration)
@@ -256,7 +263,7 @@ class CapturedUpdate:
         chains = rule.laws(dynamics[: self._learning], len(self._batch))
         of_chains = [law.table(factors[net]) for net, law in chains]
         entries = [entry for table in of_chains for numbers_of_step in table for entry in numbers_of_step]
-        return [iteration, *words, *numbers.rates, *numbers.data_noise, numbers.share, *laws, *entries]
+        return [iteration, *words, *numbers.rates, *numbers.data_noise, *numbers.shares, *laws, *entries]
 
     def _record(self, detail: bool) -> Replay:
         """Capture the update. What warms libraries up makes it once: the state is put back."""
@@ -312,7 +319,7 @@ class CapturedUpdate:
             for buffer, value in zip(rule.buffers, before, strict=True):
                 buffer.copy_(torch.where(stuck == 1, value, buffer))
             if rule.average is not None:
-                rule.average.take(self._numbers.share * (1 - stuck))
+                rule.average.take([share * (1 - stuck) for share in self._numbers.shares])
             row = torch.stack([1 - stuck, *measured.values()])
             self._log[:, : len(row)].index_copy_(0, self._place, row[None])
             self._stuck.copy_(stuck)

@@ -19,9 +19,11 @@ from ...sampling import graphs
 from ..config.keys import pick
 from ..config.train_config import TrainConfig
 from .contrast import contrast
+from .ema import Average
 from .model_rule import ModelRule
 from .optim import build_optimiser, condition_, map_areas, norm, rate_factor, step
 from .synthesis import GridLearned, Learned, Lesson, Numbers, Synthesis, law_of, measured_of_samples, with_data_noise
+from .work import costs
 
 # Numbers of a grid that must be finite: key -> name in errors.
 _OF_GRID = {
@@ -76,6 +78,9 @@ class ContrastiveRule(ModelRule):
         self.averaged = [b for b in self.buffers if b.is_floating_point()] if config.batch_parts > 1 else []
         self.first_updates = config.first_updates()
         self.learning = self.learning_at(0)  # how many nets do, the coarsest ones
+        if self.average is not None:
+            firsts = {p: first for own, first in zip(self.parameters, self.first_updates) for p in own}
+            self.average = Average(model, config.stabilise.ema, firsts)
         self.adds_noise = any(pick(config.stabilise.data_noise, net) for net in range(len(model.nets)))
 
     # what a method says
@@ -191,7 +196,7 @@ class ContrastiveRule(ModelRule):
         for buffer, mean in zip(self.averaged, learned.buffers, strict=True):
             buffer.copy_(mean)
         if self.average is not None:
-            self.average.take(numbers.share)
+            self.average.take(numbers.shares)
         self.keep(made)
         return {**self.metrics(values, iteration), **details}
 
@@ -204,14 +209,12 @@ class ContrastiveRule(ModelRule):
     def numbers(self, iteration: int) -> Numbers:
         """Those of update `iteration`."""
         config, by_net = self.config, enumerate(self.config.noise_factors(iteration))
+        rates = [pick(config.optimiser.lr, i) * self.schedule(iteration, t) for i, t in enumerate(self.first_updates)]
         return Numbers(
             iteration,
-            [
-                pick(config.optimiser.lr, i) * self.schedule(iteration, first)
-                for i, first in enumerate(self.first_updates)
-            ],
+            rates,
             [pick(config.stabilise.data_noise, i) * factor * self.data_noise_factor for i, factor in by_net],
-            0.0 if self.average is None else self.average.share(iteration),
+            [] if self.average is None else self.average.shares(iteration),
             self.learning_at(iteration),
         )
 
@@ -239,14 +242,9 @@ class ContrastiveRule(ModelRule):
         nets = self.model.active_nets[: len(images)]
         for net, parameters, real, chain in zip(nets, self.parameters, images, chains):
             gradients, on_real, on_chain = contrast(
-                net,
-                parameters,
-                real,
-                chain,
-                self.config.stabilise.energy_l2,
-                self.precision,
+                net, parameters, real, chain, self.config.stabilise.energy_l2, self.precision,
                 self.config.learning_precision,
-            )
+            )  # fmt: skip
             grids.append(GridLearned(self.tied(gradients), on_real, on_chain))
         return grids
 
@@ -285,9 +283,8 @@ class ContrastiveRule(ModelRule):
     def _check_finite(self, found: Mapping[str, float], iteration: int) -> None:
         names = {key: f"generator's {name}" for key, name in _OF_LESSON.items()}
         for grid, size in enumerate(self.model.sizes[1:], start=1):
-            names.update(
-                {f"size_{size}/{key}": f"{name} of grid {grid} (size {size})" for key, name in _OF_GRID.items()}
-            )
+            where = f"of grid {grid} (size {size})"
+            names.update({f"size_{size}/{key}": f"{name} {where}" for key, name in _OF_GRID.items()})
         for key, number in found.items():
             if key in names and not math.isfinite(number):
                 raise DivergenceError(f"training: the {names[key]} became non-finite at update {iteration + 1}")
@@ -296,7 +293,7 @@ class ContrastiveRule(ModelRule):
         """The metrics of update `iteration`, of what was measured in it."""
         metrics: dict[str, float] = {}
         learning = self.model.sizes[1 : 1 + self.learning_at(iteration)]
-        for size, factor in zip(learning, self.config.noise_factors(iteration)):
+        for size, first, factor in zip(learning, self.first_updates, self.config.noise_factors(iteration)):
             on_real, on_chain, length = (found[f"size_{size}/{name}"] for name in _OF_GRID)
             metrics[f"size_{size}/energy_observed"] = on_real
             metrics[f"size_{size}/energy_synthesised"] = on_chain
@@ -306,6 +303,8 @@ class ContrastiveRule(ModelRule):
             metrics.update({name: found[name] for name in names if name in found})
             if self.annealed:
                 metrics[f"size_{size}/noise_factor"] = factor
+            if first:
+                metrics[f"size_{size}/lr_factor"] = self.schedule(iteration, first)
         metrics["lr_factor"] = self.schedule(iteration)
         if self.data_noise_factor != 1.0:
             metrics["data_noise_factor"] = self.data_noise_factor
@@ -315,9 +314,12 @@ class ContrastiveRule(ModelRule):
         return metrics
 
     def cost(self, updates: int) -> float:
-        """By the pixels of the nets that learn."""
-        sizes, firsts = self.model.sizes[1:], self.first_updates
-        return float(sum(size**2 * max(0, updates - first) for size, first in zip(sizes, firsts)))
+        """By the work of the nets that learn."""
+        return sum(cost * max(0, updates - first) for cost, first in zip(costs(self.model), self.first_updates))
+
+    def to_come(self, iteration: int) -> str:
+        later = zip(self.model.sizes[1:], self.first_updates)
+        return ", ".join(f"size {size} joins after update {first}" for size, first in later if first > iteration)
 
     def headline(self, metrics: Mapping[str, float]) -> str:
         gaps = [metrics.get(f"size_{size}/gap") for size in self.model.sizes[1:]]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -13,30 +13,41 @@ class Average:
     """w̄ ← w̄ + (1 − d)(w − w̄) after update t (from 0), d = min(decay, (1 + t)/(10 + t)): the first weights fade fast.
 
     Buffers (running statistics, power iterations) are not averaged: they follow the model.
+
+    Args:
+        firsts: the update that parameters begin to learn at, from which their t counts; 0 where they are left out.
     """
 
-    def __init__(self, model: nn.Module, decay: float) -> None:
+    def __init__(self, model: nn.Module, decay: float, firsts: Mapping[nn.Parameter, int] | None = None) -> None:
         self.decay = decay
         self._live = dict(model.named_parameters())
         self._names = list(self._live)
         self._mean = [parameter.detach().clone() for parameter in self._live.values()]
+        first_of = [(firsts or {}).get(parameter, 0) for parameter in self._live.values()]
+        self.firsts = sorted(set(first_of))  # one a group of parameters that begin together
+        self._group = [self.firsts.index(first) for first in first_of]
 
-    def share(self, iteration: int) -> float:
-        """1 − d: what the weights after update `iteration` count for."""
-        return 1 - min(self.decay, (1 + iteration) / (10 + iteration))
+    def shares(self, iteration: int) -> list[float]:
+        """1 − d of each group: what the weights after update `iteration` count for."""
+        own = [max(0, iteration - first) for first in self.firsts]
+        return [1 - min(self.decay, (1 + t) / (10 + t)) for t in own]
 
     def update(self, iteration: int) -> None:
         """Take in the weights after update `iteration`."""
-        self.take(self.share(iteration))
+        self.take(self.shares(iteration))
 
     @torch.no_grad()
-    def take(self, share: float | Tensor) -> None:
-        """Take in the present weights; a 0-dim float32 `share` on their device is not read by the host."""
+    def take(self, shares: Sequence[float | Tensor]) -> None:
+        """Take in the present weights, of each group by its share; 0-dim float32 tensors on their device are not read
+        by the host."""
         live: list[Tensor] = list(self._live.values())
-        if isinstance(share, Tensor):
-            torch._foreach_lerp_(self._mean, live, [share.expand_as(mean) for mean in self._mean])
-        else:
-            torch._foreach_lerp_(self._mean, live, share)
+        for group, share in enumerate(shares):
+            own = [index for index, of in enumerate(self._group) if of == group]
+            means, weights = [self._mean[index] for index in own], [live[index] for index in own]
+            if isinstance(share, Tensor):
+                torch._foreach_lerp_(means, weights, [share.expand_as(mean) for mean in means])
+            else:
+                torch._foreach_lerp_(means, weights, share)
 
     def state(self) -> dict[str, Tensor]:
         """The averages by parameter name; views, not copies."""

@@ -21,7 +21,7 @@ from ...sampling import Langevin
 from ...sampling.cascade import UPSAMPLINGS, enlarged, static_cascade, static_chain
 from ...sampling.graphs import Graph, Session
 from ...sampling.static import StaticChains
-from ..config.keys import MOST_SAMPLES, MOST_STEPS, Choice, Flag, Maybe, Real, Whole, key
+from ..config.keys import MOST_GRIDS, MOST_SAMPLES, MOST_STEPS, Choice, Flag, Maybe, PerGrid, Real, Whole, key
 from ..config.method import Method, register
 from ..config.train_config import TrainConfig
 from ..run import checkpoint
@@ -39,8 +39,11 @@ class MultiGridConfig:
     bank_size: Any = key(
         None,
         Maybe(Whole(1, MOST_SAMPLES)),
-        "chains of every grid that are stored, and go on in later updates; none: all start anew in each",
+        "chains of a grid that are stored, and go on in later updates; none: all start anew in each",
         fixed=True,
+    )
+    bank_grids: Any = key(
+        None, Maybe(Whole(1, MOST_GRIDS)), "how many grids, the finest ones, store chains; none: all", fixed=True
     )
     bank_share: float = key(
         0.5, Real(0, 1), "share of a batch whose chains go on from the bank; the others start anew", fixed=True
@@ -49,7 +52,7 @@ class MultiGridConfig:
         0.1, Real(0, 1), "share of the chains that start anew which are stored, in the place of others", fixed=True
     )
     sample_steps: Any = key(
-        None, Maybe(Whole(1, MOST_STEPS)), "steps of every grid's chain in a sample; none: as in training"
+        None, Maybe(PerGrid(Whole(1, MOST_STEPS))), "steps of a grid's chain in a sample; none: as in training"
     )
     denoise: int = key(0, Whole(0, MOST_STEPS), "last steps of the finest chain of a sample that have no noise")
     upsampling: str = key(
@@ -74,7 +77,8 @@ class MultiGridRule(GraphedRule):
     left, with the numbers of a chain's last step (`Langevin.settled`); those of the other slots start anew where chains
     of the coarser grid ended that went on, at the first grid at the observed means. Of what starts anew a share of
     `bank_renewal` is stored. Energies then have to be right after K steps and after many times K. A bank begins as flat
-    images of the stored colours.
+    images of the stored colours. With `bank_grids` so many of the finest grids have one; all chains of the others start
+    anew, and those of the first grid with a bank begin where these ended.
     """
 
     model: MultiGrid
@@ -85,7 +89,8 @@ class MultiGridRule(GraphedRule):
         model.sample_steps, model.denoise, model.upsampling = own.sample_steps, own.denoise, own.upsampling
         size, batch_size = own.bank_size, config.batch_size
         self.slots: Slots | None = None
-        self.bank: list[Tensor] = []  # (bank_size, C + K, s, s) of each grid; filled by the first update
+        self.bank: list[Tensor] = []  # (bank_size, C + K, s, s) of each grid, (0, …) without; made by the first update
+        self.bare = max(0, len(model.nets) - (own.bank_grids or len(model.nets)))  # how many coarse grids have none
         if size is not None:
             if size < batch_size:
                 raise ConfigError(f"multigrid.bank_size must be at least batch_size ({batch_size}), got {size}")
@@ -112,10 +117,10 @@ class MultiGridRule(GraphedRule):
 
     def _walk(self, grids: int, start: Tensor, ids: Tensor, advance: Advance) -> list[Tensor]:
         """The batches of so many grids, with the chains of slots `ids`: those that start anew come first."""
-        anew, sizes = self._anew(len(ids)), self.model.sizes
-        results = [start]
+        sizes, results = self.model.sizes, [start]
         for grid, bank in enumerate(self.bank[:grids], start=1):
-            coarse = results[-1] if grid == 1 else results[-1].roll(-anew, 0)  # of chains that went on, not of new ones
+            coarse = results[-1].roll(-self._anew(grid - 1, len(ids)), 0)  # those that went on first, where any did
+            anew = self._anew(grid, len(ids))
             begun = enlarged(coarse[:anew], sizes[grid], self.model.upsampling)
             if self.model.classes:  # interpolation may move a plane by a last bit
                 begun[:, self.model.channels :] = coarse[:anew, self.model.channels :, :1, :1]
@@ -124,7 +129,7 @@ class MultiGridRule(GraphedRule):
         return results[1:]
 
     def _advance(self, ids: Tensor, iteration: int, graph: Graph, grid: int, goes_on: bool, x: Tensor) -> Tensor:
-        chain, anew = self.model.langevin[grid - 1], self._anew(len(ids))
+        chain, anew = self.model.langevin[grid - 1], self._anew(grid, len(ids))
         return (chain.settled() if goes_on else chain)(
             self.model.nets[grid - 1], x, seed=self.config.seed, first_sample=ids[anew:] if goes_on else ids[:anew],
             first_step=iteration * chain.steps, graph=graph, **self._options(grid, x),
@@ -150,11 +155,17 @@ class MultiGridRule(GraphedRule):
         start = model.colours[rows][:, :, None, None]
         if model.classes:
             start = model.with_planes(start, model.labels[rows])
-        self.bank = [ops.upsample(start, side) for side in model.sizes[1:]]
+        self.bank = [
+            ops.upsample(start if self._stores(grid) else start[:0], side)
+            for grid, side in enumerate(model.sizes[1:], start=1)
+        ]
 
-    def _anew(self, chains: int) -> int:
-        """How many of them start anew, the first ones."""
-        return chains - round(self.config.options.bank_share * chains)
+    def _stores(self, grid: int) -> bool:
+        return grid > self.bare
+
+    def _anew(self, grid: int, chains: int) -> int:
+        """How many chains of a grid start anew, the first ones."""
+        return chains - round(self.config.options.bank_share * chains) if self._stores(grid) else chains
 
     def keep(self, made: list[Synthesis]) -> None:
         for part in made:
@@ -164,10 +175,10 @@ class MultiGridRule(GraphedRule):
         if self.slots is None:
             return
         assert isinstance(made.ids, Tensor)
-        anew = self._anew(len(made.ids))
-        renewed, went_on = slice(round(self.config.options.bank_renewal * anew)), slice(anew, None)
-        for images, bank in zip(made.images, self.bank):
-            for stored in (renewed, went_on):
+        for grid, (images, bank) in enumerate(zip(made.images, self.bank), start=1):
+            anew = self._anew(grid, len(made.ids))
+            renewed, went_on = slice(round(self.config.options.bank_renewal * anew)), slice(anew, None)
+            for stored in (renewed, went_on) if self._stores(grid) else ():
                 ids, ends = made.ids[stored], images[stored]
                 bank[ids] = ends if spoilt is None else torch.where(spoilt == 1, bank[ids], ends)
 
@@ -185,12 +196,12 @@ class MultiGridRule(GraphedRule):
         return [
             (net, chain.settled() if goes_on else chain)
             for net, chain in enumerate(dynamics)
-            for goes_on in self._parts(n)
+            for goes_on in self._parts(net + 1, n)
         ]
 
-    def _parts(self, chains: int) -> dict[bool, int]:
-        """How many chains start anew (False) and how many go on (True), where there are any."""
-        anew = self._anew(chains)
+    def _parts(self, grid: int, chains: int) -> dict[bool, int]:
+        """How many chains of a grid start anew (False) and how many go on (True), where there are any."""
+        anew = self._anew(grid, chains)
         return {goes_on: count for goes_on, count in ((False, anew), (True, chains - anew)) if count}
 
     def static_chains(self, nets: int, start: Tensor, ids: Tensor, session: Session) -> StaticChains:
@@ -212,7 +223,7 @@ class MultiGridRule(GraphedRule):
         grids = zip(self.model.nets[:nets], self.bank, self.model.langevin)
         for grid, (net, bank, chain) in enumerate(grids, start=1):
             whole = bank.new_empty((len(ids), *bank.shape[1:]))
-            for goes_on, count in self._parts(len(ids)).items():
+            for goes_on, count in self._parts(grid, len(ids)).items():
                 by_part[grid, goes_on] = static_chain(
                     net, whole[:count], chain.settled() if goes_on else chain, session, first_sample=ids[:count],
                     **self._options(grid, whole[:count]),
@@ -245,17 +256,22 @@ class MultiGridRule(GraphedRule):
         self._take_bank({name: tensor.clone() for name, tensor in snapshot["bank"].items()}, "snapshot")
 
     def _bank_tensors(self) -> dict[str, Tensor]:
-        return {f"bank_{size}": images for size, images in zip(self.model.sizes[1:], self.bank)}
+        return {f"bank_{size}": images for size, images in zip(self.model.sizes[1:], self.bank) if len(images)}
 
     def _take_bank(self, tensors: dict[str, Tensor], where: str) -> None:
         """The bank of a state; none in one from before the first update, which is filled again as it was."""
         self.bank, slots, model = [], self.slots, self.model
         if slots is None or not tensors:
             return
-        wanted = {f"bank_{size}": (slots.size, *model.input_shape(size)) for size in model.sizes[1:]}
+        shapes = {f"bank_{size}": model.input_shape(size) for size in model.sizes[1:]}
+        wanted = {name: (slots.size, *shapes[name]) for name in list(shapes)[self.bare :]}
         if {name: tuple(tensor.shape) for name, tensor in tensors.items()} != wanted:
-            raise CheckpointError(f"{where}: must hold a bank of {slots.size} chains of every grid")
-        self.bank = [tensors[name].to(model.colours.device, torch.float32) for name in wanted]
+            raise CheckpointError(f"{where}: must hold a bank of {slots.size} chains of every grid that stores them")
+        device = model.colours.device
+        self.bank = [
+            tensors[name].to(device, torch.float32) if name in wanted else torch.empty((0, *shape), device=device)
+            for name, shape in shapes.items()
+        ]
 
 
 def build_model(config: TrainConfig) -> MultiGrid:

@@ -176,6 +176,8 @@ def build_model(config: TrainConfig) -> SpatialTemporal:
     options, size = one.options, _size(one)
     if len(size) == 1 and one.channels != 1:
         raise ConfigError(f"channels must be 1 for sounds, size {list(size)}, got {one.channels}")
+    if one.shifts:
+        raise ConfigError(f"shifts must be 0 for the method 'spatial-temporal', which learns clips, got {one.shifts}")
     if len(size) == 1 and one.flips:
         raise ConfigError(f"flips must be false for sounds, size {list(size)}, whose last dimension is time, got true")
     return SpatialTemporal(

@@ -26,14 +26,14 @@ class Numbers:
         iteration: updates made before.
         rates: the learning rate of each net.
         data_noise: std of the noise on each net's observed images; 0.0, and no tensor, where there never is any.
-        share: what the weights count for in their average.
+        shares: what the weights count for in their average, of each group that begins together.
         nets: how many nets learn, the coarsest ones.
     """
 
     iteration: int | Tensor
     rates: Sequence[float | Tensor]
     data_noise: Sequence[float | Tensor]
-    share: float | Tensor
+    shares: Sequence[float | Tensor]
     nets: int
 
 

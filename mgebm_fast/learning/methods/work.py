@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from ...nets import ScoreNet
 from ..config.method import METHODS
 
 if TYPE_CHECKING:
+    from ...models import EnergyModel
+    from ...sampling import Langevin
     from ..config.train_config import TrainConfig
 
 # In forward passes of the net at hand. A backward pass costs a forward pass for the gradient with respect to the input
@@ -15,14 +18,27 @@ CHAIN_STEP = 2  # forward, and backward to the input
 LEARNING = 3  # forward, and backward to both
 
 
+def passes(chain: Langevin) -> int:
+    """2 K + 6: what a chain and learning from its image and an observed one cost."""
+    return CHAIN_STEP * chain.steps + 2 * LEARNING
+
+
 def work_of_chains(model: Any, config: TrainConfig) -> float:
     """W of a model whose every net has a chain and learns: Σ (2 K + 6) macs(net), times the share of the updates that
     the net makes."""
     firsts = config.first_updates() if len(model.nets) > 1 else (0,)  # one net alone begins at once
     return sum(
-        (CHAIN_STEP * chain.steps + 2 * LEARNING) * net.macs() * (1 - first / max(1, config.steps))
+        passes(chain) * net.macs() * (1 - first / max(1, config.steps))
         for chain, net, first in zip(model.langevin, model.nets, firsts, strict=True)
     )
+
+
+def costs(model: EnergyModel) -> list[float]:
+    """What an update of each net costs, in proportion: its work, or its pixels where a net is a module of one's own."""
+    nets, sizes = model.active_nets, model.sizes[1:]
+    if all(isinstance(net, ScoreNet) for net in nets):
+        return [float(passes(chain) * net.macs()) for chain, net in zip(model.langevin, nets)]
+    return [float(passes(chain) * size**2) for chain, size in zip(model.langevin, sizes)]
 
 
 def work(config: TrainConfig) -> int:

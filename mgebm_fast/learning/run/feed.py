@@ -49,8 +49,9 @@ class Order:
 class Batches:
     """Batch `iteration` of a data set, in the order of `Order`.
 
-    With `flips` a bit of the AUGMENTATION stream mirrors each image along its last dimension. All ranks go through one
-    order; `places` of a batch are the share that this one reads, by default the whole.
+    With `flips` a bit of the AUGMENTATION stream mirrors each image along its last dimension; with `shifts` each is
+    moved by up to so many pixels along the last two (`moved`). All ranks go through one order; `places` of a batch are
+    the share that this one reads, by default the whole.
 
     With `labelled` a batch is labelled(images, labels), labels (len(places),) int64.
 
@@ -65,11 +66,12 @@ class Batches:
         *,
         seed: int,
         flips: bool = False,
+        shifts: int = 0,
         places: range | None = None,
         ahead: bool = False,
         labelled: Callable[[Tensor, Tensor], Tensor] | None = None,
     ) -> None:
-        self.data, self.batch_size, self.seed, self.flips = data, batch_size, seed, flips
+        self.data, self.batch_size, self.seed, self.flips, self.shifts = data, batch_size, seed, flips, shifts
         self.places = range(batch_size) if places is None else places
         self._order, self._labelled = Order(len(data), batch_size, seed), labelled
         self._thread = ThreadPoolExecutor(1, "mgebm-batches") if ahead else None
@@ -100,13 +102,30 @@ class Batches:
         indices = self.indices(iteration)[self.places.start : self.places.stop]
         images = self.data.batch(indices)
         if self.flips:
-            stream = noise.stream(noise.Purpose.AUGMENTATION)
-            draw = ops.noise(
-                (len(images), 1), seed=self.seed, step=iteration, first_sample=self.places.start, stream=stream,
-                distribution="uniform",
-            )  # fmt: skip
+            draw = self._draw(iteration, len(images), 1, 0)
             images = torch.where(draw.reshape(-1, *[1] * (images.dim() - 1)) > 0.5, images.flip(-1), images)
+        if self.shifts:
+            draw = self._draw(iteration, len(images), 2, 1)
+            images = moved(images, (draw * (2 * self.shifts + 1)).ceil().long() - 1 - self.shifts)
         if self._labelled is not None:
             assert isinstance(self.data, ImageData) and self.data.labels is not None
             images = self._labelled(images, torch.from_numpy(self.data.labels)[indices])
         return images.pin_memory() if self._thread is not None and torch.cuda.is_available() else images
+
+    def _draw(self, iteration: int, n: int, numbers: int, index: int) -> Tensor:  # (n, numbers) in (0, 1]
+        return ops.noise(
+            (n, numbers), seed=self.seed, step=iteration, first_sample=self.places.start,
+            stream=noise.stream(noise.Purpose.AUGMENTATION, index), distribution="uniform",
+        )  # fmt: skip
+
+
+def moved(images: Tensor, by: Tensor) -> Tensor:  # (N, C, H, W), (N, 2) int64 -> (N, C, H, W)
+    """Each image moved by (down, right) pixels, less than its sides; where it left, it is mirrored at its border."""
+    index = []
+    for length, steps in zip(images.shape[2:], by.unbind(1), strict=True):
+        place = torch.arange(length) - steps[:, None]
+        place = torch.where(place < 0, -1 - place, place)
+        index.append(torch.where(place >= length, 2 * length - 1 - place, place))
+    rows, columns = index
+    first = torch.arange(len(images))[:, None, None]
+    return images[first, :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2).contiguous()

@@ -224,6 +224,8 @@ class Loop:
                 self._record_going_back()
             if self.recorder.notice:
                 self.voice.say(self.recorder.notice)
+            if to_come := self.rule.to_come(self.iteration):
+                self.voice.say(to_come)
             self._begin_good()
             self._iterate(stop, progress)
         if self.iteration < stop:

@@ -9,7 +9,7 @@ from typing import Any
 
 from ...data.fingerprint import difference
 from ...errors import CheckpointError, ConfigError
-from ..config.train_config import TrainConfig, fixed_keys
+from ..config.train_config import TrainConfig, default_of, fixed_keys
 from . import checkpoint
 from .folder import CHECKPOINTS, CONFIG, check_inside, read_fingerprint
 
@@ -62,9 +62,7 @@ def check_same_run(
     for name in fixed_keys(config.method):
         section, _, leaf = name.rpartition(".")
         mine = (ours.get(section, {}) if section else ours).get(leaf)
-        stored = (theirs.get(section, {}) if section else theirs).get(leaf)
-        if name == "batch_parts" and stored is None:  # a run stored before batch_parts existed
-            stored = 1
+        stored = (theirs.get(section, {}) if section else theirs).get(leaf, default_of(name))  # of an older run
         if mine != stored:
             raise ConfigError(
                 f"resume: {name} must be {stored!r}, as in {folder}, got {mine!r}; a run with another value is "

@@ -128,7 +128,7 @@ class History:
         """The rollbacks of a run that finished, for its last message; empty where there were none."""
         ended = f"learning rates ended at {self.rate:g} of those asked for"
         if self.data_noise_factor != 1.0:
-            ended += f", data noise at {self.data_noise_factor:g} times that"
+            ended += f", data noise at {self.data_noise_factor:g} times its own"
         return f"it diverged and went back {self._times}, {ended}; " if self.made else ""
 
     @property
@@ -161,12 +161,12 @@ class MemoryStates:
     ) -> None:
         """Keep the present state as the best, unless its measure, which may be off by `error`, is clearly above the
         lowest so far: the measure tells mud from pictures, and of two good states the longer trained is the better one.
-        Without a measure the newest is best."""
+        The newest is best as long as none has had a measure."""
         best = self.best()
         lowest = None if best is None else best[1]
-        if lowest is None or measure is None:
+        if lowest is None:
             self._keep_best(iteration, measure, rule, state)
-        elif measure <= CLEARLY * max(lowest, 0.0) + error:
+        elif measure is not None and measure <= CLEARLY * max(lowest, 0.0) + error:
             self._keep_best(iteration, min(measure, lowest), rule, state)
 
     def _keep_best(self, iteration: int, measure: float | None, rule: UpdateRule, state: Mapping[str, Any]) -> None:

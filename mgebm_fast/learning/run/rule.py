@@ -56,6 +56,10 @@ class UpdateRule(abc.ABC):
         """What the first `updates` updates cost together, in a unit of its own: of how much time is left."""
         return float(updates)
 
+    def to_come(self, iteration: int) -> str:
+        """What an update after `iteration` changes for good, for the user; empty where nothing does."""
+        return ""
+
     def how(self) -> str:
         """How updates are launched, and why not otherwise."""
         return "without a CUDA graph, because this method has none"

@@ -14,7 +14,7 @@ from ...data.builtin import BUILT_IN_PREFIX
 from ...errors import BackendError, CheckpointError, Refused, suggest
 from ...models import Model, storage
 from ..config.files import load_config
-from ..config.method import load_data
+from ..config.method import METHODS, load_data
 from ..config.train_config import TrainConfig
 from ..config.values import from_dict
 from . import checkpoint, records
@@ -83,26 +83,36 @@ class Run:
     def model_file(self) -> Path:
         """The final model, else that of the newest undamaged checkpoint; CheckpointError when there is none yet.
 
-        Warns where newer checkpoints are damaged.
+        Warns where newer checkpoints are damaged, and where a net of it has not begun to learn.
         """
-        file, passed_over = self.find_model()
-        if passed_over:
-            warnings.warn(passed_over, stacklevel=2)
+        file, caveat = self.find_model()
+        if caveat:
+            warnings.warn(caveat, stacklevel=2)
         return file
 
     def find_model(self) -> tuple[Path, str]:
-        """What `model_file` returns, and a line that names damaged newer checkpoints; "" where there are none."""
-        if self.finished:
-            return self.path / MODEL, ""
-        if self._checkpoint:
-            return self._checkpoint / MODEL, ""
+        """What `model_file` returns, and what it warns of; "" where there is nothing."""
+        if self.finished or self._checkpoint:
+            file = (self._checkpoint or self.path) / MODEL
+            return file, self._unlearnt(file)
         found, faults = checkpoint.newest_whole(self.path / CHECKPOINTS)
         if found is None:
             why = "; ".join(str(error) for _, error in faults) or "it has no checkpoint yet"
             raise CheckpointError(f"run: {self.path} has no model to use: {why}")
         damaged = ", ".join(f"{folder.name} is damaged ({_inside(folder, error)})" for folder, error in faults)
-        words = f"{self.path}: {damaged}; the model is that of {found[0].name}" if damaged else ""
-        return found[0] / MODEL, words
+        words = [f"{self.path}: {damaged}; the model is that of {found[0].name}"] if damaged else []
+        file = found[0] / MODEL
+        return file, "\n".join([*words, *filter(None, [self._unlearnt(file)])])
+
+    def _unlearnt(self, file: Path) -> str:
+        """A line that names the sizes whose nets had not begun to learn (`begin`); "" where there are none."""
+        if not any(self.config.first_updates()):
+            return ""
+        config, made = METHODS[self.config.method].narrow(self.config), self.update_of(file)
+        sizes = [str(size) for size, first in zip(config.sizes[1:], config.first_updates()) if first and first >= made]
+        if not sizes:
+            return ""
+        return f"{self.path}: after update {made} nothing has been learnt yet at size {', '.join(sizes)} (begin)"
 
     def model(self, device: torch.device | str = "cpu") -> Model:
         """The model to sample from, with averaged weights where the run keeps them."""
@@ -150,7 +160,7 @@ class Found(NamedTuple):
 
     file: Path
     run: Run | None  # None for a model file that stands alone
-    passed_over: str  # a line that names damaged newer checkpoints; "" where there are none
+    caveat: str  # what to say of it: damaged newer checkpoints, nets that have not begun to learn; or ""
 
 
 def find(path: str | os.PathLike[str]) -> Found:
@@ -178,8 +188,8 @@ def find(path: str | os.PathLike[str]) -> Found:
 
 
 def _with_run(run: Run) -> tuple[Path, Run, str]:
-    file, passed_over = run.find_model()
-    return file, run, passed_over
+    file, caveat = run.find_model()
+    return file, run, caveat
 
 
 def find_device(name: str) -> torch.device:
@@ -219,9 +229,9 @@ def load(run: str | os.PathLike[str], *, device: str | torch.device = "auto", em
     if not isinstance(run, (str, os.PathLike)):
         raise TypeError(f"load: run must be a path, got {type(run).__name__}")
     where = find_device(str(device))
-    file, origin, passed_over = find(run)
-    if passed_over:
-        warnings.warn(passed_over, stacklevel=2)
+    file, origin, caveat = find(run)
+    if caveat:
+        warnings.warn(caveat, stacklevel=2)
     model = Model.load(file, device=where, ema=ema)
     model.origin = origin
     return model

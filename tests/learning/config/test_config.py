@@ -233,6 +233,7 @@ def test_annealed_noise_goes_by_rank(sizes, expected):
         ("optimiser.betas={" + ".".join("a" * 50_000) + "=3}", "optimiser.betas must be a list"),
         ("depth=2", "depth must be 1 for the variant 'compact', which has no blocks, got 2"),
         ("flips=maybe", "flips must be true or false, got 'maybe'"),
+        ("shifts=8", "shifts must be below the finest size, 8, got 8"),
     ],
 )
 def test_wrong_override(override, message):

@@ -202,6 +202,7 @@ def test_an_update_that_diverges_changes_nothing(trainer):
     ("changes", "message"),
     [
         ({"flips": True}, "flips must be false for the method 'abp', where an image keeps its z"),
+        ({"shifts": 2}, "shifts must be 0 for the method 'abp', where an image keeps its z, got 2"),
         ({"batch_parts": 2}, "batch_parts must be 1, on one rank, for the method 'abp'"),
         ({"abp": {"latent_map": 3}}, r"sizes\[-1\] must be abp.latent_map, 3, times a power of 2, got 4"),
         ({"abp": {"occlude": "peper"}}, r"abp.occlude must be one of none, square, doodle, pepper.*'peper'"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
+import numpy as np
 import pytest
 import torch
 from helpers.factors import Linear
@@ -12,8 +13,9 @@ from torch.nn.functional import avg_pool2d, interpolate
 
 import mgebm_fast as mg
 from mgebm_fast import noise, ops
+from mgebm_fast.data import ImageData
 from mgebm_fast.errors import CheckpointError, ConfigError, DivergenceError, Refused
-from mgebm_fast.learning import MultiGridTrainer, build_model
+from mgebm_fast.learning import MultiGridTrainer, build_model, merge
 from mgebm_fast.learning.methods.multigrid import MultiGridRule
 
 STEPS, DRIFT, FIRST, LAST, SEED, LR = 3, 0.3, 0.4, 0.1, 5, 0.125
@@ -90,6 +92,53 @@ def test_all_chains_may_go_on_or_start_anew(trainer, share):
     ids = ours.rule.slots.at(0, 0, 8)
     means = ops.upsample(ours.rule.observed(batch)[0], 2)
     torch.testing.assert_close(ours.rule.bank[0][ids], flat[ids] if share else means, atol=1e-6, rtol=0)
+
+
+def test_the_finest_grids_alone_may_store_chains(trainer, tmp_path):
+    """Chains of the others all start anew, and the stored ones of the first that does begin where these ended."""
+    sizes, means = [1, 2, 4, 8], torch.linspace(-0.9, 0.9, 8).reshape(8, 1, 1, 1)
+    data = ImageData(np.random.default_rng(0).integers(0, 256, (20, 1, 8, 8), dtype=np.uint8))
+    changes = {"sizes": sizes, "multigrid": {**BANK, "bank_grids": 2}, "data": data, **STILL}
+    rule = trainer(**changes).rule
+    made = rule.synthesise([means, *(means.expand(-1, -1, s, s) for s in sizes[1:])], 0, 0)
+    two, four, eight = made.images
+    torch.testing.assert_close(two, ops.upsample(means, 2), atol=1e-6, rtol=0)
+    torch.testing.assert_close(four[:2], ops.upsample(means[:2], 4), atol=1e-6, rtol=0)
+    ids = rule.slots.at(0, 0, 8)
+    flat = first_bank(rule.model, rule.config.seed, 4)
+    torch.testing.assert_close(four[2:], flat[ids[2:]], atol=1e-6, rtol=0)
+    torch.testing.assert_close(eight[:2], ops.upsample(four[2:4].contiguous(), 2), atol=1e-6, rtol=0)
+    assert [len(images) for images in rule.bank] == [0, 12, 12]
+    rule.keep([made])
+    rule.write(tmp_path, 1)
+    again = trainer(**changes).rule
+    again.read(tmp_path)
+    assert all(map(torch.equal, rule.bank, again.bank)) and again.bank[0].shape == (0, 1, 2, 2)
+    assert torch.equal(again.bank[2][ids[0]], eight[0]) and not torch.equal(again.bank[2][ids[1]], eight[1])
+    whole = trainer(**{**changes, "multigrid": {**BANK, "bank_grids": 9}}).rule  # as many as there are
+    with pytest.raises(CheckpointError, match="must hold a bank of 12 chains of every grid that stores them"):
+        whole.read(tmp_path)
+
+
+def test_each_grid_may_have_its_own_steps_in_samples(tmp_path):
+    law = mg.Langevin(4, drift=0.5, noise_std=0.1)
+    shape = {"channels": 1, "variant": "compact", "norm": "none", "langevin": law, "value_range": (-1, 1)}
+    model = mg.MultiGrid((1, 2, 4), sample_steps=[4, 9], denoise=1, **shape)
+    model.set_colours(torch.tensor([[0.5], [-0.5]]))
+    assert [chain.steps for chain in model.sampling] == [4, 9]
+    model.save(tmp_path / "model.safetensors")
+    again = mg.MultiGrid.load(tmp_path / "model.safetensors")
+    assert again.sample_steps == (4, 9) and torch.equal(again.sample(3, seed=1), model.sample(3, seed=1))
+    options = MultiGridTrainer(model, tiny_data(), steps=1, quiet=True).config.options
+    assert options.sample_steps == (4, 9)
+    with pytest.raises(Refused, match=r"sample_steps must be a positive int or 2 of them, .* got \[4\]"):
+        mg.MultiGrid((1, 2, 4), sample_steps=[4], **shape)
+    with pytest.raises(ConfigError, match=r"multigrid.sample_steps must be one value, or a list of 2 for the nets"):
+        tiny_config(multigrid={"sample_steps": [4, 9, 9]})
+    config = tiny_config(sizes=[1, 2, 4, 8], multigrid={"sample_steps": [4, 5, 50]})
+    assert merge(config, {"sizes": [1, 4]}).options.sample_steps == (50,)  # the finest keeps the finest's
+    assert merge(config, {"sizes": [1, 2, 4, 8, 16]}).options.sample_steps == (4, 5, 5, 50)
+    assert merge(config, {"method": "cd"}).options is not None  # without a table of this method
 
 
 def test_an_update_that_is_not_applied_leaves_the_bank(trainer):

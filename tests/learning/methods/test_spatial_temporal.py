@@ -264,6 +264,7 @@ def test_chains_of_videos_and_sounds_are_diagnosed(runs, tmp_path, name):
         (["train", "fire", "--data", "digits"], "data: must be a video for the method"),
         (["train", "chimes", "--data", "digits"], "data: must be a sound for the method"),
         (["train", "chimes", "--set", "flips=true"], "flips must be false for sounds, size [16384]"),
+        (["train", "fire", "--set", "shifts=3"], "shifts must be 0 for the method 'spatial-temporal'"),
         (["sample", "{runs}/fire", "--out", "x.wav"], "--out: must end in .gif"),
         (["sample", "{runs}/chimes", "--out", "x.gif"], "--out: must end in .wav"),
         (["sample", "{runs}/chimes", "--num", "2", "--out", "x.wav"], "--out: must be a folder to hold 2 sounds"),

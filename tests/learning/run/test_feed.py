@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from helpers.training import tiny_data
@@ -18,8 +19,8 @@ def test_epochs_hold_every_image_once():
 
 
 def test_a_batch_depends_on_seed_and_update_alone():
-    forward = Batches(tiny_data(), 8, seed=3, flips=True)
-    backward = Batches(tiny_data(), 8, seed=3, flips=True)
+    forward = Batches(tiny_data(), 8, seed=3, flips=True, shifts=2)
+    backward = Batches(tiny_data(), 8, seed=3, flips=True, shifts=2)
     ahead = [forward.batch(i) for i in range(6)]
     for i in reversed(range(6)):
         assert torch.equal(backward.batch(i), ahead[i])
@@ -44,6 +45,21 @@ def test_what_goes_wrong_ahead_is_raised_when_its_batch_is_asked_for(monkeypatch
 def test_a_set_smaller_than_a_batch_fills_it():
     shown = Batches(tiny_data(3), 8, seed=0).indices(0)
     assert len(shown) == 8 and sorted(shown[:3].tolist()) == [0, 1, 2] and sorted(shown[3:6].tolist()) == [0, 1, 2]
+
+
+def test_shifts_move_images_each_way_alike_and_mirror_the_border():
+    data, most = tiny_data(400), 2
+    got, images = Batches(data, 400, seed=1, shifts=most).batch(0), Batches(data, 400, seed=1).batch(0)
+    wide = np.pad(images.numpy(), ((0, 0), (0, 0), (most, most), (most, most)), mode="symmetric")
+    found = {}
+    for down in range(-most, most + 1):
+        for right in range(-most, most + 1):
+            window = wide[:, :, most - down : most - down + 4, most - right : most - right + 4]
+            found[down, right] = (got.numpy() == window).reshape(400, -1).all(1)
+    assert np.any(list(found.values()), 0).all()
+    assert all(4 <= int(moved.sum()) <= 36 for moved in found.values())  # 16 expected of each, four deviations
+    halves = [Batches(data, 400, seed=1, shifts=most, places=places) for places in (range(200), range(200, 400))]
+    assert torch.equal(torch.cat([half.batch(0) for half in halves]), got)
 
 
 def test_flips_mirror_about_half():

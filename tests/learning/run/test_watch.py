@@ -148,11 +148,11 @@ def test_the_best_state_is_the_newest_that_is_not_clearly_worse_than_another():
     states = MemoryStates(History(tiny_config()), 2)
     rule = types.SimpleNamespace(snapshot=lambda: None)
     found = []
-    for iteration, measure in enumerate([0.52, 0.6, 5.0, math.inf, 0.9, 0.4, 0.75, 0.71, None, 9.0]):
+    for iteration, measure in enumerate([None, None, 0.6, 5.0, math.inf, 0.9, 0.4, 0.75, 0.71, None, 9.0]):
         states.offer(iteration, measure, 0.13, rule, {})
         found.append(states.best())
     assert found == [
-        (0, 0.52), (1, 0.52), (1, 0.52), (1, 0.52), (4, 0.52), (5, 0.4), (5, 0.4), (7, 0.4), (8, None), (9, 9.0)
+        (0, None), (1, None), (2, 0.6), (2, 0.6), (2, 0.6), (5, 0.6), (6, 0.4), (6, 0.4), (8, 0.4), (8, 0.4), (8, 0.4)
     ]  # fmt: skip
 
 
