@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import json
 import os
+import re
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -42,8 +43,11 @@ Device = Annotated[str, typer.Option(help="cpu, cuda or cuda:N; auto takes CUDA 
 Json = Annotated[bool, typer.Option("--json", help="Print exactly one JSON object on stdout.")]
 Precision = Annotated[str, typer.Option(help="Precision of the gradient: auto, fp32, bf16 or fp16.")]
 Steps = Annotated[
-    int | None,
-    typer.Option(min=1, max=MOST_STEPS, help="Steps of every grid's chain. Default: the model's own for samples."),
+    str | None,
+    typer.Option(
+        metavar="N[,N…]",
+        help="Steps of every grid's chain, or of each, coarse to fine: 10,10,50. Default: the model's own for samples.",
+    ),
 ]
 Threads = Annotated[
     int | None,
@@ -76,15 +80,20 @@ def open_model(run: Path, device: str, command: str) -> tuple[Model, TrainConfig
     return model, config
 
 
-def take_steps(model: Model, steps: int | None, run: Path) -> None:
-    """Give the chains of a model's samples the steps of `--steps`; ValueError where a sample has no chain."""
+def take_steps(model: Model, steps: str | None, run: Path) -> None:
+    """Give the chains of a model's samples the steps of `--steps`; ValueError where a sample has no chain, or others."""
     from ..models import EnergyModel
 
     if steps is None:
         return
     if not isinstance(model, EnergyModel):
         raise ValueError(f"--steps: must be left out for {run}, a {type(model).__name__} without chains of images")
-    model.sample_steps = steps
+    chains, words = len(model.active_nets), steps.split(",")
+    each = [int(word) for word in words if re.fullmatch(r"\s*\d{1,7}\s*", word)]
+    if len(words) not in (1, chains) or len(each) < len(words) or not all(1 <= own <= MOST_STEPS for own in each):
+        listed = f", or {chains} of them with commas, one a grid" if chains > 1 else ""
+        raise ValueError(f"--steps: must be a whole number from 1 to {MOST_STEPS:,}{listed}, got {steps!r}")
+    model.sample_steps = each[0] if len(each) == 1 else tuple(each)
 
 
 def use_threads(threads: int | None) -> None:

@@ -233,7 +233,7 @@ def _lowest(model: Any, images: np.ndarray, best: int) -> np.ndarray:
     return np.argsort(score(model, ImageData(images)).energies[SUM], kind="stable")[:best]
 
 
-def _check_generator(model: Model, run: Path, option: str, grids: bool, steps: int | None) -> None:
+def _check_generator(model: Model, run: Path, option: str, grids: bool, steps: str | None) -> None:
     from ..models.latent import Generates
 
     if not isinstance(model, Generates):

@@ -33,6 +33,19 @@ def test_steps_replace_those_of_every_grids_chain(mgebm, trained, tmp_path):
     assert (stored != own).any()
 
 
+def test_each_grid_may_be_given_its_own_steps(mgebm, trained, tmp_path):
+    model = mg.MultiGrid.load(trained)
+    model.sample_steps = tuple(range(2, 2 + len(model.nets)))
+    given = ",".join(map(str, model.sample_steps))
+    assert mgebm("sample", trained, "--num", 5, "--steps", given, "--out", tmp_path / "x.npy").exit_code == 0
+    np.testing.assert_array_equal(np.load(tmp_path / "x.npy"), model.to_uint8(model.sample(5, seed=0)).numpy())
+    for wrong in ("0", "1.5", "3,", "x", f"{given},4", "2000000"):
+        refused = mgebm("sample", trained, "--num", 5, "--steps", wrong, "--out", tmp_path / "y.npy")
+        words = f"--steps: must be a whole number from 1 to 1,000,000, or {len(model.nets)} of them with commas"
+        assert words in one_line(refused) and f"got {wrong!r}" in one_line(refused)
+        assert refused.exit_code == 2
+
+
 def test_seed_and_first_sample_name_the_samples(mgebm, trained, tmp_path):
     calls = {"a": ["--num", 4], "b": ["--num", 4], "tail": ["--num", 2, "--first-sample", 2], "other": ["--seed", 1]}
     for name, extra in calls.items():
