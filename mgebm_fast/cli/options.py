@@ -81,7 +81,7 @@ def open_model(run: Path, device: str, command: str) -> tuple[Model, TrainConfig
 
 
 def take_steps(model: Model, steps: str | None, run: Path) -> None:
-    """Give the chains of a model's samples the steps of `--steps`; ValueError where a sample has no chain, or others."""
+    """Give the chains of a model's samples the steps of `--steps`; ValueError where that cannot be."""
     from ..models import EnergyModel
 
     if steps is None:
