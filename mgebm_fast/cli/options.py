@@ -268,11 +268,13 @@ def configured(config: TrainConfig, data: str | None, settings: Sequence[str], *
     preset or a TOML file names is checked as --data is; not so the data of a run that goes on (`stored`)."""
     from ..learning import apply_overrides, merge
 
-    before = config.data
+    before = config
     if data is not None:
         config = dataclasses.replace(config, data=data)
     config = apply_overrides(config, settings)
-    changed = data is not None or config.data != before
+    if stored:
+        config = config.joining_as(before)
+    changed = data is not None or config.data != before.data
     if changed or not stored:
         option = "--data" if changed else f"data of {config.name!r}"
         config = dataclasses.replace(config, data=lasting(config.data, option))

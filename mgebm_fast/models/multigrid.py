@@ -245,7 +245,8 @@ class MultiGrid(EnergyModel):
         )  # fmt: skip
 
     def config(self) -> dict[str, Any]:
-        own = {"sample_steps": self.sample_steps, "denoise": self.denoise}
+        steps = list(self.sample_steps) if isinstance(self.sample_steps, tuple) else self.sample_steps
+        own = {"sample_steps": steps, "denoise": self.denoise}
         linear = {} if self.upsampling == "nearest" else {"upsampling": self.upsampling}
         return super().config() | {name: value for name, value in own.items() if value} | linear
 

@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 
 from mgebm_fast.cli import main
 from mgebm_fast.errors import DivergenceError
-from mgebm_fast.learning import load_config
+from mgebm_fast.learning import Run, load_config
 
 from .conftest import TINY
 
@@ -97,6 +97,15 @@ def test_resume_goes_on_and_needs_no_preset(mgebm, run):
     steps = [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert steps == sorted(set(steps)) and steps[-1] == 4
     assert (run / "checkpoints" / "step_000004" / "optimiser.safetensors").is_file()
+
+
+def test_a_longer_run_has_its_nets_join_where_they_did(mgebm, tmp_path):
+    out = tmp_path / "run"
+    grown = ["--set", "sizes=1,4,8", "--set", "begin=0,0.5", "--set", "log_every=1"]
+    assert mgebm("train", "digits", *TINY, *grown, "--set", "steps=4", "--out", out).exit_code == 0
+    assert mgebm("train", "--out", out, "--resume", "--set", "steps=9").exit_code == 0
+    assert Run(out).config.first_updates() == (0, 2) and Run(out).config.steps == 9
+    assert [record["step"] for record in Run(out).metrics() if "size_8/gap" in record] == [3, 4, 5, 6, 7, 8, 9]
 
 
 def test_a_run_killed_before_it_had_a_configuration_begins(mgebm, tmp_path):

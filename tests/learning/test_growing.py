@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import warnings
 
@@ -58,6 +59,12 @@ def test_it_is_fitted_to_other_sizes(sizes, begin):
     assert merge(before, {"sizes": sizes}).begin == begin
 
 
+def test_shifts_are_fitted_to_other_sizes():
+    before = tiny_config(sizes=[1, 2, 8, 32], shifts=4)
+    assert [merge(before, {"sizes": [1, last]}).shifts for last in (64, 16, 4, 2)] == [8, 2, 0, 0]
+    assert merge(before, {"sizes": [1, 4], "shifts": 3}).shifts == 3
+
+
 def test_until_then_it_has_no_chain_and_its_weights_stay(trainer, monkeypatch):
     ours, chains, walk = trainer(**LATE), [], cascades.walk
 
@@ -110,6 +117,31 @@ def test_its_average_begins_when_it_does(trainer):
     assert coarse == pytest.approx(1 - min(0.9, (1 + first) / (10 + first)))
 
 
+def test_a_run_with_more_steps_has_its_nets_join_where_they_did(trainer, tmp_path):
+    config = tiny_config(**LATE, steps=7)
+    assert config.first_updates() == (0, 3)
+    for steps in (5, 4, 6, 9, 100, 99_999_999):
+        longer = dataclasses.replace(config, steps=steps).joining_as(config)
+        assert longer.first_updates() == (0, 3) and longer.steps == steps
+    assert dataclasses.replace(config, steps=2).joining_as(config).first_updates() == (0, 1)
+    other = dataclasses.replace(config, steps=20, begin=(0.0, 0.1))
+    assert other.joining_as(config) is other
+    assert config.joining_as(config) is config
+
+
+def test_a_net_that_waits_keeps_its_average(trainer, tmp_path):
+    """As where a resumed run is told to begin it later than it did."""
+    ours = trainer(out=tmp_path, **LATE)
+    ours.fit(5)
+    longer = trainer(out=tmp_path, **{**LATE, "begin": [0.0, 0.9]}, steps=10)
+    longer.resume()
+    before = {name: mean.clone() for name, mean in longer.rule.average.state().items()}
+    longer.fit(7)
+    kept = {name: torch.equal(mean, before[name]) for name, mean in longer.rule.average.state().items()}
+    assert all(kept[name] for name in kept if name.startswith("nets.1.")) and not kept["nets.0.head.weight"]
+    assert not torch.equal(longer.model.nets[1].head.weight, before["nets.1.head.weight"])  # which is another tensor
+
+
 def test_what_is_to_come_is_said(trainer, tmp_path):
     said = io.StringIO()
     trainer(out=tmp_path, console=Console(file=said), **LATE).fit(2)
@@ -117,7 +149,7 @@ def test_what_is_to_come_is_said(trainer, tmp_path):
     said = io.StringIO()
     again = trainer(out=tmp_path, console=Console(file=said), **LATE)
     again.resume()
-    again.fit(4)
+    again.fit(3)
     assert "size 4 joins after update 3" in said.getvalue()
     said = io.StringIO()
     again = trainer(out=tmp_path, console=Console(file=said), **LATE)
@@ -145,8 +177,8 @@ def test_a_run_stopped_before_and_after_it_joins_is_the_same(trainer, tmp_path):
 
 
 def test_a_model_says_that_a_net_of_it_has_not_begun(trainer, tmp_path):
-    trainer(out=tmp_path, **LATE).fit(2)
-    words = "after update 2 nothing has been learnt yet at size 4"
+    trainer(out=tmp_path, **LATE).fit(3)  # it begins in the next one
+    words = "at update 3 the net of size 4 has not begun to learn in this run"
     with pytest.warns(UserWarning, match=words):
         mg.load(tmp_path)
     shown = CliRunner().invoke(app, ["sample", str(tmp_path), "--num", "2", "--out", str(tmp_path / "few.png")])

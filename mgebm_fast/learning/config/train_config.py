@@ -148,6 +148,13 @@ class TrainConfig:
         shares = [pick(self.begin, index) for index in range(len(self.sizes) - 1)]
         return tuple(max(0, min(self.steps - 1, math.floor(share * self.steps + 1e-9))) for share in shares)
 
+    def joining_as(self, before: TrainConfig) -> TrainConfig:
+        """This configuration, of the run `before` with other `steps`, with nets that join where they did there."""
+        firsts = before.first_updates()
+        if self.begin != before.begin or self.steps in (0, before.steps) or not any(firsts):
+            return self
+        return dataclasses.replace(self, begin=tuple(min(first, self.steps - 1) / self.steps for first in firsts))
+
     def noise_factors(self, iteration: int) -> tuple[float, ...]:
         """The factor of chain and data noise of each net at update `iteration`.
 

@@ -54,7 +54,7 @@ def apply_overrides(config: TrainConfig, overrides: Iterable[str]) -> TrainConfi
     Lists may leave out their brackets (`sizes=1,2,4`), and a list of strings may be one word (`classes=automobile`).
     `langevin.step_size` replaces a decoupled form, and `langevin.drift` a coupled one. New `sizes` take lists with a
     value for each net along: a size keeps its value, a new one takes that of the nearest size; of annealed noise the
-    finest takes the finest's.
+    finest takes the finest's, and the steps of samples are counted from there. `shifts` keep their share of the image.
     """
     values, given = config.to_dict(), set()
     for override in overrides:
@@ -88,7 +88,8 @@ def merge(config: TrainConfig, changes: Mapping[str, Any], where: str = "config"
 
 
 # Matched by position, not by pixel size: only the finest net starts no other chain.
-_BY_RANK = ("stabilise.noise_anneal", "stabilise.noise_anneal_share", "multigrid.sample_steps")
+_BY_RANK = ("stabilise.noise_anneal", "stabilise.noise_anneal_share")
+_FROM_THE_FINEST = ("multigrid.sample_steps",)  # beside `bank_grids`, which counts grids from there
 
 
 def _settled(values: dict[str, Any], given: set[str], before: tuple[int, ...]) -> dict[str, Any]:
@@ -105,6 +106,8 @@ def _settled(values: dict[str, Any], given: set[str], before: tuple[int, ...]) -
                 if f"langevin.{other}" not in given:
                     values["langevin"].pop(other, None)
     sizes = values["sizes"]
+    if "sizes" in given and "shifts" not in given:
+        values["shifts"] = values.get("shifts", 0) * sizes[-1] // before[-1] if sizes else 0
     if "sizes" in given:
         for name in set(per_grid_keys()) - given:
             section, _, leaf = name.rpartition(".")
@@ -114,6 +117,8 @@ def _settled(values: dict[str, Any], given: set[str], before: tuple[int, ...]) -
                 if name in _BY_RANK:  # the finest keeps the finest's, a coarse one takes the nearest coarse one's
                     coarse = before[1:-1] or before[1:]
                     fitted = [*(value[_nearest_size(size, coarse)] for size in sizes[1:-1]), value[-1]]
+                elif name in _FROM_THE_FINEST:
+                    fitted = [*value[:1] * len(sizes), *value][1 - len(sizes) :]
                 else:
                     fitted = [value[_nearest_size(size, before[1:])] for size in sizes[1:]]
                 if name == "begin" and fitted:

@@ -28,9 +28,9 @@ class Average:
         self._group = [self.firsts.index(first) for first in first_of]
 
     def shares(self, iteration: int) -> list[float]:
-        """1 − d of each group: what the weights after update `iteration` count for."""
-        own = [max(0, iteration - first) for first in self.firsts]
-        return [1 - min(self.decay, (1 + t) / (10 + t)) for t in own]
+        """1 − d of each group: what the weights after update `iteration` count for; 0 before it begins."""
+        own = [iteration - first for first in self.firsts]
+        return [0.0 if t < 0 else 1 - min(self.decay, (1 + t) / (10 + t)) for t in own]
 
     def update(self, iteration: int) -> None:
         """Take in the weights after update `iteration`."""

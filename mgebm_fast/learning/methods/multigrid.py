@@ -90,7 +90,7 @@ class MultiGridRule(GraphedRule):
         size, batch_size = own.bank_size, config.batch_size
         self.slots: Slots | None = None
         self.bank: list[Tensor] = []  # (bank_size, C + K, s, s) of each grid, (0, …) without; made by the first update
-        self.bare = max(0, len(model.nets) - (own.bank_grids or len(model.nets)))  # how many coarse grids have none
+        self.first_stored = 1 + max(0, len(model.nets) - (own.bank_grids or len(model.nets)))  # coarsest with a bank
         if size is not None:
             if size < batch_size:
                 raise ConfigError(f"multigrid.bank_size must be at least batch_size ({batch_size}), got {size}")
@@ -119,7 +119,8 @@ class MultiGridRule(GraphedRule):
         """The batches of so many grids, with the chains of slots `ids`: those that start anew come first."""
         sizes, results = self.model.sizes, [start]
         for grid, bank in enumerate(self.bank[:grids], start=1):
-            coarse = results[-1].roll(-self._anew(grid - 1, len(ids)), 0)  # those that went on first, where any did
+            # Those that went on come first. Where all started anew, a roll by their number changes nothing.
+            coarse = results[-1].roll(-self._anew(grid - 1, len(ids)), 0)
             anew = self._anew(grid, len(ids))
             begun = enlarged(coarse[:anew], sizes[grid], self.model.upsampling)
             if self.model.classes:  # interpolation may move a plane by a last bit
@@ -161,7 +162,7 @@ class MultiGridRule(GraphedRule):
         ]
 
     def _stores(self, grid: int) -> bool:
-        return grid > self.bare
+        return grid >= self.first_stored
 
     def _anew(self, grid: int, chains: int) -> int:
         """How many chains of a grid start anew, the first ones."""
@@ -264,7 +265,7 @@ class MultiGridRule(GraphedRule):
         if slots is None or not tensors:
             return
         shapes = {f"bank_{size}": model.input_shape(size) for size in model.sizes[1:]}
-        wanted = {name: (slots.size, *shapes[name]) for name in list(shapes)[self.bare :]}
+        wanted = {name: (slots.size, *shapes[name]) for name in list(shapes)[self.first_stored - 1 :]}
         if {name: tuple(tensor.shape) for name, tensor in tensors.items()} != wanted:
             raise CheckpointError(f"{where}: must hold a bank of {slots.size} chains of every grid that stores them")
         device = model.colours.device

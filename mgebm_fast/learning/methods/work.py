@@ -36,8 +36,9 @@ def work_of_chains(model: Any, config: TrainConfig) -> float:
 def costs(model: EnergyModel) -> list[float]:
     """What an update of each net costs, in proportion: its work, or its pixels where a net is a module of one's own."""
     nets, sizes = model.active_nets, model.sizes[1:]
-    if all(isinstance(net, ScoreNet) for net in nets):
-        return [float(passes(chain) * net.macs()) for chain, net in zip(model.langevin, nets)]
+    own = [net for net in nets if isinstance(net, ScoreNet)]
+    if len(own) == len(nets):
+        return [float(passes(chain) * net.macs()) for chain, net in zip(model.langevin, own)]
     return [float(passes(chain) * size**2) for chain, size in zip(model.langevin, sizes)]
 
 

@@ -105,14 +105,14 @@ class Run:
         return file, "\n".join([*words, *filter(None, [self._unlearnt(file)])])
 
     def _unlearnt(self, file: Path) -> str:
-        """A line that names the sizes whose nets had not begun to learn (`begin`); "" where there are none."""
+        """A line that names the sizes whose nets do not learn yet (`begin`); "" where there are none."""
         if not any(self.config.first_updates()):
-            return ""
+            return ""  # without a look at the file
         config, made = METHODS[self.config.method].narrow(self.config), self.update_of(file)
         sizes = [str(size) for size, first in zip(config.sizes[1:], config.first_updates()) if first and first >= made]
         if not sizes:
             return ""
-        return f"{self.path}: after update {made} nothing has been learnt yet at size {', '.join(sizes)} (begin)"
+        return f"{self.path}: at update {made} the net of size {', '.join(sizes)} has not begun to learn in this run"
 
     def model(self, device: torch.device | str = "cpu") -> Model:
         """The model to sample from, with averaged weights where the run keeps them."""

@@ -137,8 +137,9 @@ def test_each_grid_may_have_its_own_steps_in_samples(tmp_path):
         tiny_config(multigrid={"sample_steps": [4, 9, 9]})
     config = tiny_config(sizes=[1, 2, 4, 8], multigrid={"sample_steps": [4, 5, 50]})
     assert merge(config, {"sizes": [1, 4]}).options.sample_steps == (50,)  # the finest keeps the finest's
-    assert merge(config, {"sizes": [1, 2, 4, 8, 16]}).options.sample_steps == (4, 5, 5, 50)
-    assert merge(config, {"method": "cd"}).options is not None  # without a table of this method
+    assert merge(config, {"sizes": [1, 2, 4, 8, 16]}).options.sample_steps == (4, 4, 5, 50)
+    assert merge(config, {"sizes": [1, 4, 8]}).options.sample_steps == (5, 50)
+    assert "multigrid" not in merge(config, {"method": "cd"}).to_dict()
 
 
 def test_an_update_that_is_not_applied_leaves_the_bank(trainer):

@@ -180,7 +180,7 @@ def test_average_follows_its_formula_and_leaves_the_weights_alone():
         expected = expected + (1 - min(0.5, (1 + t) / (10 + t))) * (model.weight.detach() - expected)
     assert torch.allclose(average.state()["weight"], expected)
     late = Average(model, 0.5, {model.bias: 4})
-    assert late.firsts == [0, 4] and late.shares(3) == [1 - 4 / 13, 0.9] and late.shares(5) == [0.6, 1 - 2 / 11]
+    assert late.firsts == [0, 4] and late.shares(3) == [1 - 4 / 13, 0.0] and late.shares(5) == [0.6, 1 - 2 / 11]
     old = {name: mean.clone() for name, mean in late.state().items()}
     with torch.no_grad():
         model.weight += 1

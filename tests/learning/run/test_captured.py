@@ -38,6 +38,8 @@ CHANGES = {
              "stabilise": {"noise_anneal": 0.3},
              "langevin": {"steps": 3, "drift": 1.0, "noise_std": {"start": 0.06, "end": 0.01}, "grad_clamp": 0.3}},
     "bank of the finest": {"multigrid": {"bank_size": 12, "bank_grids": 1, "bank_share": 0.25}, "begin": [0.0, 0.25]},
+    "bank of the finest, all stored": {"multigrid": {"bank_size": 12, "bank_grids": 1, "bank_share": 1.0,
+                                                     "conditional": True, "upsampling": "linear"}},
     "bank of batch statistics": {"norm": "batch", "multigrid": {"bank_size": 12, "bank_share": 1.0},
                                  "langevin": {"steps": [2, 3], "step_size": 0.3}},
 }  # fmt: skip

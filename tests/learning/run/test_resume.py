@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import io
 import random
 import signal
@@ -17,6 +19,7 @@ from rich.console import Console
 from mgebm_fast.errors import CheckpointError, ConfigError
 from mgebm_fast.learning import Run, train
 from mgebm_fast.learning.run import checkpoint, records
+from mgebm_fast.learning.run.resuming import check_same_run
 
 VARIANTS = {
     "adam": {"stabilise": {"ema": 0.9, "data_noise": 0.03, "noise_anneal": 0.3}, "flips": True, "spectral_norm": True,
@@ -115,6 +118,20 @@ def test_another_run_is_refused(trainer, tmp_path, changes, message):
     trainer(out=tmp_path / "run").fit(2)
     with pytest.raises(ConfigError, match=message):
         trainer(out=tmp_path / "run", **changes).resume()
+
+
+def test_a_run_from_before_a_key_existed_has_its_default(trainer, tmp_path):
+    ours = trainer(out=tmp_path / "run", multigrid={"bank_size": 8})
+    ours.fit(2)
+    state = checkpoint.read(ours._loop.folder.last_checkpoint)
+    for name in ("shifts", "flips", "batch_parts"):
+        del state["config"][name]
+    del state["config"]["multigrid"]["bank_share"]
+    check = functools.partial(check_same_run, data={}, images=len(tiny_data()), state=state, folder=tmp_path)
+    check(ours.config)
+    for changes, words in (({"shifts": 1}, "shifts must be 0"), ({"flips": True}, "flips must be False")):
+        with pytest.raises(ConfigError, match=words):
+            check(dataclasses.replace(ours.config, **changes))
 
 
 def test_other_data_is_refused(trainer, tmp_path):
