@@ -75,6 +75,9 @@ class WatchConfig:
     )
     gap_wall: float = key(0.25, Real(0, 1), "bound on the same mean, as a share of 1 / energy_l2; 0: no bound")
     clamped: float = key(0.9, Real(0, 1), "bound on the rms gradient of a chain over grad_clamp; 0: no bound")
+    steepness: float = key(
+        2.0, _NOT_NEGATIVE, "bound on the rms gradient of a chain, in multiples of its highest before; 0: no bound"
+    )
     saturated: float = key(0.5, Real(0, 1), "bound on the share of pixels at the ends beyond the data's; 0: no bound")
     spread: float = key(3.0, _NOT_NEGATIVE, "bound on the factor between stds of samples and data; 0: no bound")
     patience: int = key(3, Whole(1, MOST_UPDATES), "records in a row of the last three before they count")

@@ -22,8 +22,9 @@ from .interrupts import StopRequests
 from .loggers import Logger
 from .progress import Pace, Progress, Voice, duration
 from .records import Mark, NoRecorder
+from .rollback import error_of, measured
 from .rule import UpdateRule
-from .watch import Updates, error_of, measured
+from .watch import Updates
 
 
 @dataclasses.dataclass(frozen=True)

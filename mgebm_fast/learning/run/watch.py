@@ -1,4 +1,4 @@
-"""What is watched in a run so that it cannot collapse unseen, and the measure by which its best state is kept.
+"""What is watched in a run so that it cannot collapse unseen.
 
 Everything here reads numbers that updates measure anyway: it draws nothing, and changes no arithmetic of training.
 """
@@ -29,16 +29,18 @@ _DEVIATIONS = 12.0  # mean absolute deviations beyond which a batch is unlike th
 _OF_BATCHES = {"mean": "mean of its pixels", "std": "std of its pixels", "step": "mean step between its neighbours"}
 _GAP = "/gap"
 
+_STEEP = (
+    "stabilise.data_noise (at twice the noise of a chain's step nets are less steep, and chains overshoot less), "
+    "optimiser.lr, or stabilise.noise_anneal (less annealing: gradients grow while the noise falls)"
+)
 _ADVICE = {
     "gap": (
         "optimiser.lr (halve it, of this net alone if others hold), stabilise.energy_l2 (the wall of the gap is at "
         "1/energy_l2), or stabilise.data_noise, which must be at least the chain's own noise (with twice that nets are "
         "less steep)"
     ),
-    "clamped": (
-        "stabilise.data_noise (at twice the noise of a chain's step nets are less steep, and chains overshoot less), "
-        "optimiser.lr, or stabilise.noise_anneal (less annealing: gradients grow while the noise falls)"
-    ),
+    "steepness": _STEEP,
+    "clamped": _STEEP,
     "saturated": "langevin.drift or optimiser.lr; stabilise.data_noise_clamp must be true where chains are clamped",
     "spread": "langevin.noise_std or langevin.drift, optimiser.lr, or stabilise.data_noise",
     "batch": "the data (a damaged file, an array with other units); `mgebm train --strict` refuses unreadable images",
@@ -68,14 +70,15 @@ class Watch:
         f > watch.gap_wall / energy_l2                          at |gap| = 1/energy_l2 the loss cannot fall further
         g > watch.clamped                                       g: root mean square of the chain's gradient over
                                                                 langevin.grad_clamp
+        g > watch.steepness · h                                 h: the highest g at least WINDOW updates ago
         s > s(data) + watch.saturated                           s: share of pixels at an end of value_range
         r or 1/r > watch.spread                                 r: std of the samples' pixels over that of the data
 
-    the last three over `watch.patience` records in a row. Bounds relative to the past begin after 2·WINDOW updates, the
-    others but gap_max after WINDOW. A generator's residual and its latent variables are bounded as f is. A batch is
-    refused before it is learnt from if it is not finite, or if the mean of its pixels, their std, or the mean step
-    between neighbours leaves that of the batches before it by 12 mean absolute deviations, and by 5 % of the range and
-    what one image and a half can do.
+    the last four over `watch.patience` records in a row. Bounds relative to the past begin after 2·WINDOW updates, that
+    of g after 5·WINDOW, since young nets grow; the others but gap_max after WINDOW. A generator's residual and its
+    latent variables are bounded as f is. A batch is refused before it is learnt from if it is not finite, or if the
+    mean of its pixels, their std, or the mean step between neighbours leaves that of the batches before it by 12 mean
+    absolute deviations, and by 5 % of the range and what one image and a half can do.
 
     The state is plain numbers, exact in JSON, so that a resumed run trips where the uninterrupted one does.
     """
@@ -85,6 +88,7 @@ class Watch:
         self.begun: dict[str, int] = {}  # the count that a grid was first seen at, where that was not 0
         self.means: dict[str, float] = {}  # of gaps
         self.levels: dict[str, list[float]] = {}  # mean now, its peak in this block, in the last, in those before
+        self.steepness: dict[str, list[float]] = {}  # the block of updates; g's peak in it, the last, those before
         self.strikes: dict[str, int] = {}  # records in a row out of bounds
         self.of_batches: dict[str, list[float]] = {}  # running mean and mean absolute deviation
         self.rollback, self.bounds, self.value_range = config.rollback, config.watch, config.value_range
@@ -210,6 +214,13 @@ class Watch:
                     f"the gradient of its chain is at {value:.0%} of langevin.grad_clamp, more than "
                     f"{self.bounds.clamped:.0%} (watch.clamped)",
                 )
+            elif what == "gradient_clamped" and (highest := self._steepest_before(grid, value)):
+                if self.bounds.steepness and value > self.bounds.steepness * highest:
+                    found[name] = (
+                        "steepness",
+                        f"the gradient of its chain is {value / highest:.2g} times its highest before, more than "
+                        f"{self.bounds.steepness:g} (watch.steepness)",
+                    )
             elif what == "saturated" and self.bounds.saturated and value > self.bounds.saturated:
                 found[name] = (
                     "saturated",
@@ -234,12 +245,22 @@ class Watch:
                     grid = name.partition("/")[0].replace("_", " ")
                     raise RunAway(f"training: {grid} collapses at update {update}: {words}", f"the net of {grid}", kind)
 
+    def _steepest_before(self, grid: str, value: float) -> float:
+        """The highest of a grid's values at least WINDOW updates ago; 0 while it is young. Takes this one in."""
+        now = self.count // WINDOW
+        block, peak, last, highest = self.steepness.get(grid, [now, 0.0, 0.0, 0.0])
+        if block != now:  # the block that ended counts as past when the next has ended
+            peak, last, highest = 0.0, peak, max(highest, last)
+        self.steepness[grid] = [now, max(peak, value), last, highest]
+        return highest if self._age(grid) > 5 * WINDOW else 0.0
+
     # what a checkpoint holds of it
 
     def state(self) -> dict[str, Any]:
         return {
             "count": self.count, "means": dict(self.means), "levels": {k: list(v) for k, v in self.levels.items()},
             "strikes": dict(self.strikes), "batches": self.batches,
+            "steepness": {k: list(v) for k, v in self.steepness.items()},
             "of_batches": {k: list(v) for k, v in self.of_batches.items()}, "begun": dict(self.begun),
         }  # fmt: skip
 
@@ -247,6 +268,7 @@ class Watch:
         self.count, self.means = int(state.get("count", 0)), dict(state.get("means", {}))
         self.levels = {k: list(v) for k, v in state.get("levels", {}).items()}
         self.strikes = dict(state.get("strikes", {}))
+        self.steepness = {k: list(v) for k, v in state.get("steepness", {}).items()}
         self.batches = int(state.get("batches", 0))
         self.of_batches = {k: list(v) for k, v in state.get("of_batches", {}).items()}
         self.begun = dict(state.get("begun", {}))
@@ -299,46 +321,3 @@ class Updates:
         """Read what a run launched that an error or a second signal ended; how many updates were made."""
         self.collect(launched, False, wait=True)
         return self.at
-
-
-def measured(rule: UpdateRule, reference: Tensor | None) -> float | None:
-    """The measure of a state: the energy distance of as many samples to the images `reference`, in the model's units;
-    inf where chains diverge, None where there are no samples to have cheaply."""
-    if reference is None or len(reference) < 2:
-        return None
-    try:
-        samples = rule.samples(len(reference))
-    except DivergenceError:
-        return math.inf
-    if samples is None or len(samples) < 2:
-        return None
-    distance = energy_distance(samples, reference)
-    return distance if math.isfinite(distance) else math.inf
-
-
-def energy_distance(samples: Tensor, images: Tensor) -> float:  # (N, C, S, S) float32 each, any lengths above 1
-    """How far a set of images is from another, with no feature net: the unbiased energy distance
-
-        2 mean |φ(x) − φ(y)| − mean |φ(x) − φ(x′)| − mean |φ(y) − φ(y′)|
-
-    of φ = (pixels, their differences to the neighbours below and to the right). 0 in the mean for two sets of one law;
-    its own noise can make it negative. Source: Székely and Rizzo, "Energy statistics" (2013).
-    """
-    x, y = (_features(images.float().cpu()) for images in (samples, images))
-    return float(2 * torch.cdist(x, y).mean() - _within(x) - _within(y))
-
-
-def error_of(reference: Tensor | None) -> float:
-    """What the measure by so many images is off by, about: mean |φ(y) − φ(y′)| / N; 0 where there is none."""
-    if reference is None or len(reference) < 2:
-        return 0.0
-    return float(_within(_features(reference.float().cpu()))) / len(reference)
-
-
-def _features(images: Tensor) -> Tensor:  # (N, C, *size) -> (N, d)
-    steps = [images.diff(dim=dim) for dim in range(2, images.dim())]
-    return torch.cat([part.flatten(1) for part in (images, *steps)], 1)
-
-
-def _within(x: Tensor) -> Tensor:
-    return torch.cdist(x, x).sum() / (len(x) * (len(x) - 1))

@@ -14,8 +14,8 @@ from helpers.training import tiny_config, tiny_data
 from mgebm_fast.errors import DivergenceError
 from mgebm_fast.learning import MultiGridTrainer, Run
 from mgebm_fast.learning.run import checkpoint
-from mgebm_fast.learning.run.rollback import History, MemoryStates
-from mgebm_fast.learning.run.watch import RunAway, Watch, energy_distance, error_of
+from mgebm_fast.learning.run.rollback import History, MemoryStates, energy_distance, error_of
+from mgebm_fast.learning.run.watch import RunAway, Watch
 
 HEALTHY = {"gradient_clamped": 0.6, "saturated": 0.1, "spread": 1.1, "gradient_to_noise": 7.0}
 
@@ -68,6 +68,36 @@ def test_what_records_show_counts_three_times_in_a_row(of_record, key):
         feed(watching(), healthy(400), **of_record)
     feed(watching(**{key: 0.0}), healthy(400), **of_record)
     feed(watching(on=False), healthy(400) * 1e6, **of_record)
+
+
+def rising(start=0.07, until=1200, over=300, to=0.5, n=2000):
+    """The rms gradient over its clip of a 64×64 net that ended so: flat, and sevenfold within 300 updates."""
+    return np.interp(np.arange(1, n + 1), [1, until, until + over, n], [start, start, to, to])
+
+
+def feed_gradients(watch, values, first=1):
+    for update, value in enumerate(values, start=first):
+        record = {**HEALTHY, "gradient_clamped": float(value)} if update % 20 == 0 else {}
+        watch.check({"size_8/gap": 0.1, **{f"size_8/{k}": v for k, v in record.items()}}, update)
+
+
+def test_a_net_that_grows_steep_is_seen_before_its_gap_says_so():
+    with pytest.raises(
+        RunAway, match=r"size 8 collapses at update 1300: .* times its highest before, more than 2"
+    ) as error:
+        feed_gradients(watching(), rising())
+    assert "stabilise.data_noise" in error.value.advice
+    feed_gradients(watching(steepness=0.0), rising())
+    feed_gradients(watching(), rising(until=20, over=400))  # as young nets do
+    feed_gradients(watching(), rising(over=300, to=0.13))  # less than twice
+    slow = 0.07 * 1.0025 ** np.minimum(np.arange(1000), 1000)  # twelvefold, less than twice within 200 updates
+    feed_gradients(watching(), slow)
+    again = watching()
+    feed_gradients(again, rising()[:1290])
+    again, state = watching(), json.loads(json.dumps(again.state()))
+    again.restore(state)
+    with pytest.raises(RunAway, match="at update 1300"):
+        feed_gradients(again, rising()[1290:], first=1291)
 
 
 def test_a_resumed_watch_trips_where_the_other_does():
