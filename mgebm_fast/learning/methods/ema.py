@@ -25,7 +25,7 @@ class Average:
         self._mean = [parameter.detach().clone() for parameter in self._live.values()]
         first_of = [(firsts or {}).get(parameter, 0) for parameter in self._live.values()]
         self.firsts = sorted(set(first_of))  # one a group of parameters that begin together
-        self._group = [self.firsts.index(first) for first in first_of]
+        self._groups = [[i for i, own in enumerate(first_of) if own == first] for first in self.firsts]
 
     def shares(self, iteration: int) -> list[float]:
         """1 − d of each group: what the weights after update `iteration` count for; 0 before it begins."""
@@ -41,8 +41,7 @@ class Average:
         """Take in the present weights, of each group by its share; 0-dim float32 tensors on their device are not read
         by the host."""
         live: list[Tensor] = list(self._live.values())
-        for group, share in enumerate(shares):
-            own = [index for index, of in enumerate(self._group) if of == group]
+        for own, share in zip(self._groups, shares, strict=True):
             means, weights = [self._mean[index] for index in own], [live[index] for index in own]
             if isinstance(share, Tensor):
                 torch._foreach_lerp_(means, weights, [share.expand_as(mean) for mean in means])
