@@ -56,6 +56,7 @@ FRAME = ("tests/learning/methods/test_frame.py",)
 COOPERATIVE = ("tests/learning/methods/test_cooperative.py",)
 ABP = ("tests/learning/methods/test_abp.py",)
 TEMPORAL = ("tests/learning/methods/test_spatial_temporal.py",)
+OPTIM = ("tests/learning/methods/test_optim.py",)
 GROWING = ("tests/learning/test_growing.py",)
 BANK_OF_GRIDS = ("tests/learning/methods/test_multigrid_bank.py",)
 FEED = ("tests/learning/run/test_feed.py",)
@@ -299,6 +300,13 @@ MUTATIONS = (
              "return grid >= self.first_stored", "return True", BANK_OF_GRIDS),
     Mutation("new-chains-begin-at-new-ones", "python", "mgebm_fast/learning/methods/multigrid.py",
              "results[-1].roll(-self._anew(grid - 1, len(ids)), 0)", "results[-1]", BANK_OF_GRIDS),
+    Mutation("noise-of-a-longer-run-rises-again", "python", "mgebm_fast/learning/config/train_config.py",
+             "pick(shares, net) * (before.steps - first - 1)", "pick(shares, net) * (self.steps - now - 1)", GROWING),
+    Mutation("muon-without-nesterov", "python", "mgebm_fast/learning/methods/optim.py",
+             "(factor * momentum + gradient).flatten(1)", "momentum.flatten(1)", OPTIM),
+    Mutation("spoilt-momentum-stays", "python", "mgebm_fast/learning/methods/optim.py",
+             "torch.where(spoilt == 1, tensor, now)",
+             "torch.where(spoilt == 1, weight, now) if tensor is weight else now", UPDATE),
     Mutation("shifts-go-one-way", "python", "mgebm_fast/learning/run/feed.py",
              ".ceil().long() - 1 - self.shifts", ".ceil().long() - 1", FEED),
     Mutation("linear-starts-lose-their-means", "python", "mgebm_fast/sampling/cascade.py",

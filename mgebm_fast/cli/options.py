@@ -273,7 +273,7 @@ def configured(config: TrainConfig, data: str | None, settings: Sequence[str], *
         config = dataclasses.replace(config, data=data)
     config = apply_overrides(config, settings)
     if stored:
-        config = config.joining_as(before)
+        config = config.paced_as(before)
     changed = data is not None or config.data != before.data
     if changed or not stored:
         option = "--data" if changed else f"data of {config.name!r}"

@@ -121,12 +121,32 @@ def test_a_run_with_more_steps_has_its_nets_join_where_they_did(trainer, tmp_pat
     config = tiny_config(**LATE, steps=7)
     assert config.first_updates() == (0, 3)
     for steps in (5, 4, 6, 9, 100, 99_999_999):
-        longer = dataclasses.replace(config, steps=steps).joining_as(config)
+        longer = dataclasses.replace(config, steps=steps).paced_as(config)
         assert longer.first_updates() == (0, 3) and longer.steps == steps
-    assert dataclasses.replace(config, steps=2).joining_as(config).first_updates() == (0, 1)
+    assert dataclasses.replace(config, steps=2).paced_as(config).first_updates() == (0, 1)
     other = dataclasses.replace(config, steps=20, begin=(0.0, 0.1))
-    assert other.joining_as(config) is other
-    assert config.joining_as(config) is config
+    assert other.paced_as(config).begin is other.begin
+    assert config.paced_as(config) is config
+
+
+def test_a_run_with_more_steps_has_its_noise_fall_where_it_did():
+    """Noise that rises again where a run goes on makes gaps leap, which the watch takes for a run-away."""
+    late = {**LATE, "stabilise": {"noise_anneal": [0.3, 0.5], "noise_anneal_share": [0.7, 1.0]}}
+    config = tiny_config(**late, steps=40)
+    for steps in (60, 41, 1000, 99_999_999):
+        longer = dataclasses.replace(config, steps=steps).paced_as(config)
+        for iteration in range(0, 60):
+            expected = config.noise_factors(min(iteration, 39))
+            assert longer.noise_factors(iteration) == pytest.approx(expected, abs=1e-6), (steps, iteration)
+        again = dataclasses.replace(longer, steps=steps + 7).paced_as(longer)  # once more
+        assert again.noise_factors(30) == pytest.approx(config.noise_factors(30), abs=1e-6)
+    shorter = dataclasses.replace(config, steps=30).paced_as(config)
+    assert shorter.noise_factors(25)[0] == pytest.approx(config.noise_factors(25)[0])
+    own = dataclasses.replace(config.stabilise, noise_anneal_share=(0.5, 0.9))
+    other = dataclasses.replace(config, steps=80, stabilise=own).paced_as(config)
+    assert other.stabilise is own  # what is set anew counts
+    plain = dataclasses.replace(tiny_config(steps=5), steps=9)
+    assert plain.paced_as(tiny_config(steps=5)) is plain  # no noise that falls, no net that joins late
 
 
 def test_a_net_that_waits_keeps_its_average(trainer, tmp_path):

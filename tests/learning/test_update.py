@@ -155,11 +155,12 @@ def test_a_non_finite_energy_stops_before_anything_is_applied(trainer):
 
 NORMS = [{"norm": "none", "spectral_norm": True}, {"norm": "batch", "spectral_norm": False}]
 OPTIMISERS = [{"name": "adam"}, {"name": "adamw", "weight_decay": 0.1}, {"name": "sgd", "momentum": 0.9}]
+OPTIMISERS += [{"name": "muon"}]
 
 
 @pytest.mark.parametrize(("norm", "optimiser", "after", "fused"), covering(NORMS, OPTIMISERS, [0, 1], [True, False]))
 def test_a_spoilt_update_leaves_no_trace(trainer, norm, optimiser, after, fused):
-    changes = {**norm, "optimiser": optimiser, "stabilise": {"ema": 0.9}}
+    changes = {**norm, "optimiser": optimiser, "stabilise": {"ema": 0.9}, "width": 0.5}  # of 16 channels: muon's
     good, bad = tiny_data(8).batch(slice(None)), torch.tensor([[3e38, -3e38]]).repeat(8, 1, 4, 2)
     ours, plain = trainer(**changes), trainer(**changes)
     for run in (ours, plain):

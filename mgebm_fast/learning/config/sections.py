@@ -32,11 +32,12 @@ class LangevinConfig:
 class OptimiserConfig:
     """`[optimiser]`: the update of every net, and what is done to its gradients before."""
 
-    name: str = key("adam", Choice(("adam", "adamw", "sgd")), "update rule", fixed=True)
+    name: str = key("adam", Choice(("adam", "adamw", "muon", "sgd")), "update rule", fixed=True)
     lr: Any = key(1e-3, PerGrid(_POSITIVE), "learning rate")
     betas: tuple = key((0.9, 0.999), Many(Real(0, 1, below=True), 2), "decay rates of adam's and adamw's moments")
-    momentum: float = key(0.0, Real(0, 1, below=True), "momentum of sgd")
-    weight_decay: float = key(0.0, _NOT_NEGATIVE, "L2 on the weights (decoupled in adamw)")
+    momentum: Any = key(None, Maybe(Real(0, 1, below=True)), "momentum of sgd (none: 0) and muon (none: 0.9)")
+    update_rms: float = key(0.5, _POSITIVE, "muon: root mean square of the update of a hidden layer's weights, over lr")
+    weight_decay: float = key(0.0, _NOT_NEGATIVE, "L2 on the weights (decoupled in adamw and muon)")
     schedule: str = key("constant", Choice(("constant", "cosine", "linear", "step")), "learning rate over the run")
     warmup: int = key(0, Whole(0, MOST_UPDATES), "updates over which the rate climbs to lr")
     hold: float = key(0.0, Real(0, 1, below=True), "cosine, linear: share of the run at full rate before the decay")

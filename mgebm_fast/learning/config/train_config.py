@@ -148,12 +148,24 @@ class TrainConfig:
         shares = [pick(self.begin, index) for index in range(len(self.sizes) - 1)]
         return tuple(max(0, min(self.steps - 1, math.floor(share * self.steps + 1e-9))) for share in shares)
 
-    def joining_as(self, before: TrainConfig) -> TrainConfig:
-        """This configuration, of the run `before` with other `steps`, with nets that join where they did there."""
-        firsts = before.first_updates()
-        if self.begin != before.begin or self.steps in (0, before.steps) or not any(firsts):
+    def paced_as(self, before: TrainConfig) -> TrainConfig:
+        """This configuration, of the run `before` with other `steps`: its nets join, and its noise falls, at the
+        updates where they did there, so that neither leaps where a run goes on. What this one sets anew is its own."""
+        if self.steps in (0, before.steps):
             return self
-        return dataclasses.replace(self, begin=tuple(min(first, self.steps - 1) / self.steps for first in firsts))
+        config, firsts = self, before.first_updates()
+        if self.begin == before.begin and any(firsts):
+            begin = tuple(min(first, self.steps - 1) / self.steps for first in firsts)
+            config = dataclasses.replace(config, begin=begin)
+        shares = self.stabilise.noise_anneal_share
+        if shares == before.stabilise.noise_anneal_share and before.noise_factors(before.steps) != (1.0,) * len(firsts):
+            until = (
+                max(1.0, pick(shares, net) * (before.steps - first - 1)) / max(1, self.steps - now - 1)
+                for net, (first, now) in enumerate(zip(firsts, config.first_updates()))
+            )
+            stabilise = dataclasses.replace(self.stabilise, noise_anneal_share=tuple(min(1.0, u) for u in until))
+            config = dataclasses.replace(config, stabilise=stabilise)
+        return config
 
     def noise_factors(self, iteration: int) -> tuple[float, ...]:
         """The factor of chain and data noise of each net at update `iteration`.

@@ -18,6 +18,7 @@ from mgebm_fast.learning.methods.optim import (
     load_state_tensors,
     map_areas,
     norm,
+    orthogonal,
     rate_factor,
     state_tensors,
     step,
@@ -139,12 +140,16 @@ def test_map_areas_of_the_published_net():
 
 
 @pytest.mark.parametrize(
-    "config", [OptimiserConfig(), OptimiserConfig(name="sgd", momentum=0.9), OptimiserConfig(name="adamw")]
-)
+    "config",
+    [
+        OptimiserConfig(), OptimiserConfig(name="sgd", momentum=0.9), OptimiserConfig(name="adamw"),
+        OptimiserConfig(name="muon"), OptimiserConfig(name="muon", momentum=0.0),
+    ],
+)  # fmt: skip
 def test_optimiser_state_comes_back_exactly(config):
     def parameters():
         generator = torch.Generator().manual_seed(0)
-        return [nn.Parameter(torch.randn(s, generator=generator)) for s in ((4, 3), (4,))]
+        return [nn.Parameter(torch.randn(s, generator=generator)) for s in ((4, 3), (4,), (20, 16, 3, 3), (17, 40))]
 
     def advance(optimiser, parameters, times):
         for t in times:
@@ -167,6 +172,45 @@ def test_optimiser_state_comes_back_exactly(config):
         load_state_tensors(second, {"7.exp_avg": torch.zeros(3)}, "here")
     with pytest.raises(CheckpointError, match=r"must have shape \(4, 3\)"):
         load_state_tensors(second, {"0.exp_avg": torch.zeros(3)}, "here")
+
+
+@pytest.mark.parametrize("shape", [(32, 16, 3, 3), (256, 20), (16, 16)])
+def test_orthogonal_keeps_directions_and_levels_singular_values(shape):
+    matrix = torch.randn(shape, generator=torch.Generator().manual_seed(0)).flatten(1)
+    for scale in (1e-8, 1.0, 1e6):
+        made = orthogonal(scale * matrix)
+        u, _, v = torch.linalg.svd(matrix.double(), full_matrices=False)
+        on_directions = u.T @ made.double() @ v.T
+        assert 0.6 < on_directions.diag().min() and on_directions.diag().max() < 1.3
+        assert (on_directions - on_directions.diag().diag()).abs().max() < 1e-3
+    assert torch.equal(orthogonal(torch.zeros(16, 20)), torch.zeros(16, 20))
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.5])
+@pytest.mark.parametrize("momentum", [None, 0.0, 0.6])
+def test_muon_moves_hidden_layers_along_orthogonal_momentum_and_others_as_adamw_does(momentum, decay):
+    generator = torch.Generator().manual_seed(0)
+    shapes = {"first": (32, 3, 3, 3), "bias": (32,), "hidden": (24, 32, 3, 3), "head": (1, 24)}
+    weights = {name: nn.Parameter(torch.randn(shape, generator=generator)) for name, shape in shapes.items()}
+    twins = {name: nn.Parameter(weight.detach().clone()) for name, weight in weights.items()}
+    config = OptimiserConfig(name="muon", momentum=momentum, weight_decay=decay, update_rms=0.3)
+    ours = build_optimiser(weights.values(), config)
+    adamw = build_optimiser(twins.values(), OptimiserConfig(name="adamw", weight_decay=decay))
+    beta, lr, moving = 0.9 if momentum is None else momentum, 0.1, torch.zeros(24, 288, dtype=torch.float64)
+    expected = weights["hidden"].detach().double().flatten(1)
+    for _ in range(3):
+        gradients = [torch.randn(shape, generator=generator) for shape in shapes.values()]
+        step(ours, list(weights.values()), gradients, lr, torch.zeros(()))
+        step(adamw, list(twins.values()), gradients, lr, torch.zeros(()))
+        gradient = gradients[2].double().flatten(1)
+        moving = beta * moving + gradient
+        direction = orthogonal(beta * moving + gradient)
+        assert 0.8 < math.sqrt(288) * float(direction.square().mean().sqrt()) < 1.2  # rms of about 1
+        expected = (1 - lr * decay) * expected - lr * 0.3 * math.sqrt(288) * direction
+        torch.testing.assert_close(weights["hidden"].detach().flatten(1), expected.float(), rtol=1e-4, atol=1e-5)
+    for name in ("first", "bias", "head"):
+        torch.testing.assert_close(weights[name], twins[name])
+    assert not torch.equal(weights["hidden"], twins["hidden"])
 
 
 def test_average_follows_its_formula_and_leaves_the_weights_alone():

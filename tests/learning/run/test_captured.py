@@ -29,6 +29,7 @@ CHANGES = {
               "optimiser": {"name": "sgd", "momentum": 0.9, "grad_rescale_max": 0.1}},
     "spectral": {"spectral_norm": True, "flips": True, "optimiser": {"name": "adamw", "per_layer_divide": True},
                  "langevin": {"steps": [3, 2], "step_size": 0.3, "reference_std": 1.0}},
+    "muon": {"width": 0.5, "optimiser": {"name": "muon", "weight_decay": 0.1, "schedule": "cosine"}},
     "linear": {"multigrid": {"upsampling": "linear"}, "stabilise": {"data_noise": 0.05}},
     "growing": {"begin": [0.0, 0.5], "stabilise": {"ema": 0.9, "data_noise": 0.05, "noise_anneal": 0.3},
                 "optimiser": {"schedule": "cosine", "warmup": 3}},
