@@ -15,8 +15,9 @@ from typer.testing import CliRunner
 
 import mgebm_fast as mg
 from mgebm_fast.cli import app
+from mgebm_fast.cli.options import configured
 from mgebm_fast.errors import ConfigError
-from mgebm_fast.learning import METHODS, Run, build_model, merge
+from mgebm_fast.learning import METHODS, Run, build_model, load_config, merge
 from mgebm_fast.learning.run.watch import WINDOW, RunAway, Watch
 from mgebm_fast.sampling import cascade as cascades
 
@@ -125,7 +126,7 @@ def test_a_run_with_more_steps_has_its_nets_join_where_they_did(trainer, tmp_pat
         assert longer.first_updates() == (0, 3) and longer.steps == steps
     assert dataclasses.replace(config, steps=2).paced_as(config).first_updates() == (0, 1)
     other = dataclasses.replace(config, steps=20, begin=(0.0, 0.1))
-    assert other.paced_as(config).begin is other.begin
+    assert other.paced_as(config, {"begin"}).begin is other.begin
     assert config.paced_as(config) is config
 
 
@@ -141,12 +142,25 @@ def test_a_run_with_more_steps_has_its_noise_fall_where_it_did():
         again = dataclasses.replace(longer, steps=steps + 7).paced_as(longer)  # once more
         assert again.noise_factors(30) == pytest.approx(config.noise_factors(30), abs=1e-6)
     shorter = dataclasses.replace(config, steps=30).paced_as(config)
-    assert shorter.noise_factors(25)[0] == pytest.approx(config.noise_factors(25)[0])
-    own = dataclasses.replace(config.stabilise, noise_anneal_share=(0.5, 0.9))
-    other = dataclasses.replace(config, steps=80, stabilise=own).paced_as(config)
-    assert other.stabilise is own  # what is set anew counts
+    assert (
+        shorter.stabilise is config.stabilise and shorter.first_updates() == config.first_updates()
+    )  # it falls faster
+    other = dataclasses.replace(config, steps=80).paced_as(config, {"stabilise.noise_anneal_share"})
+    assert other.stabilise is config.stabilise  # what is set by hand counts, to whatever value
     plain = dataclasses.replace(tiny_config(steps=5), steps=9)
     assert plain.paced_as(tiny_config(steps=5)) is plain  # no noise that falls, no net that joins late
+    assert dataclasses.replace(config, sizes=(1, 2, 4, 8), steps=80).paced_as(config).stabilise is config.stabilise
+
+
+def test_noise_of_a_method_of_one_net_falls_where_it_did(tmp_path):
+    """Such a method begins at once, whatever `begin` says."""
+    config = merge(load_config("digits-short-run"), {"steps": 1000, "begin": [0.0, 0.0, 0.5]})
+    longer = configured(config, None, ["steps=2000"], stored=True)
+    narrow = METHODS[config.method].narrow
+    for iteration in (0, 500, 998, 1500):
+        expected = narrow(config).noise_factors(min(iteration, 999))
+        assert narrow(longer).noise_factors(iteration) == pytest.approx(expected)
+    assert longer.begin == config.begin
 
 
 def test_a_net_that_waits_keeps_its_average(trainer, tmp_path):

@@ -34,9 +34,12 @@ class OptimiserConfig:
 
     name: str = key("adam", Choice(("adam", "adamw", "muon", "sgd")), "update rule", fixed=True)
     lr: Any = key(1e-3, PerGrid(_POSITIVE), "learning rate")
-    betas: tuple = key((0.9, 0.999), Many(Real(0, 1, below=True), 2), "decay rates of adam's and adamw's moments")
-    momentum: Any = key(None, Maybe(Real(0, 1, below=True)), "momentum of sgd (none: 0) and muon (none: 0.9)")
-    update_rms: float = key(0.5, _POSITIVE, "muon: root mean square of the update of a hidden layer's weights, over lr")
+    betas: tuple = key(
+        (0.9, 0.999), Many(Real(0, 1, below=True), 2), "decay rates of the moments of adam, adamw and muon"
+    )
+    momentum: float = key(0.0, Real(0, 1, below=True), "momentum of sgd")
+    muon_momentum: float = key(0.9, Real(0, 1, below=True), "momentum of muon's hidden layers")
+    muon_rms: float = key(0.5, _POSITIVE, "root mean square of an update of muon's hidden layers, over lr")
     weight_decay: float = key(0.0, _NOT_NEGATIVE, "L2 on the weights (decoupled in adamw and muon)")
     schedule: str = key("constant", Choice(("constant", "cosine", "linear", "step")), "learning rate over the run")
     warmup: int = key(0, Whole(0, MOST_UPDATES), "updates over which the rate climbs to lr")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 from ...errors import ConfigError, InputError, Refused
@@ -148,22 +148,26 @@ class TrainConfig:
         shares = [pick(self.begin, index) for index in range(len(self.sizes) - 1)]
         return tuple(max(0, min(self.steps - 1, math.floor(share * self.steps + 1e-9))) for share in shares)
 
-    def paced_as(self, before: TrainConfig) -> TrainConfig:
-        """This configuration, of the run `before` with other `steps`: its nets join, and its noise falls, at the
-        updates where they did there, so that neither leaps where a run goes on. What this one sets anew is its own."""
-        if self.steps in (0, before.steps):
+    def paced_as(self, before: TrainConfig, named: Collection[str] = (), *, late: bool = True) -> TrainConfig:
+        """This configuration, of the run `before` with other `steps`: its nets join at the updates where they did, and
+        with more steps its noise falls where it did, so that neither leaps where a run goes on.
+
+        named: keys that were set by hand, and stay. late: whether the method has nets that join later.
+        """
+        if self.steps in (0, before.steps) or self.sizes != before.sizes:
             return self
-        config, firsts = self, before.first_updates()
-        if self.begin == before.begin and any(firsts):
+        config, firsts = self, before.first_updates() if late else (0,) * (len(self.sizes) - 1)
+        if any(firsts) and "begin" not in named:
             begin = tuple(min(first, self.steps - 1) / self.steps for first in firsts)
             config = dataclasses.replace(config, begin=begin)
-        shares = self.stabilise.noise_anneal_share
-        if shares == before.stabilise.noise_anneal_share and before.noise_factors(before.steps) != (1.0,) * len(firsts):
-            until = (
-                max(1.0, pick(shares, net) * (before.steps - first - 1)) / max(1, self.steps - now - 1)
-                for net, (first, now) in enumerate(zip(firsts, config.first_updates()))
-            )
-            stabilise = dataclasses.replace(self.stabilise, noise_anneal_share=tuple(min(1.0, u) for u in until))
+        falls = self.steps > before.steps and before.noise_factors(before.steps) != (1.0,) * len(firsts)
+        if falls and "stabilise.noise_anneal_share" not in named:
+            joins = config.first_updates() if late else firsts
+            until = [
+                pick(before.stabilise.noise_anneal_share, n) * (before.steps - t - 1) for n, t in enumerate(firsts)
+            ]
+            shares = tuple(max(1.0, u) / max(1.0, self.steps - now - 1) for u, now in zip(until, joins, strict=True))
+            stabilise = dataclasses.replace(self.stabilise, noise_anneal_share=tuple(min(1.0, s) for s in shares))
             config = dataclasses.replace(config, stabilise=stabilise)
         return config
 

@@ -27,14 +27,14 @@ def build_optimiser(parameters: Iterable[nn.Parameter], config: OptimiserConfig,
     fused = all(p.dtype == torch.float32 and p.device.type in ("cpu", "cuda") for p in parameters)
     options: dict[str, Any] = {"lr": pick(config.lr, net), "weight_decay": config.weight_decay, "fused": fused}
     if config.name == "sgd":
-        sgd = torch.optim.SGD(parameters, momentum=config.momentum or 0.0, **options)
+        sgd = torch.optim.SGD(parameters, momentum=config.momentum, **options)
         begin_momentum(sgd)
         return sgd
     kind = torch.optim.Adam if config.name == "adam" else torch.optim.AdamW
     groups: list[Any] = parameters
     if config.name == "muon":
-        momentum = 0.9 if config.momentum is None else config.momentum
-        hidden = {"params": [p for p in parameters if _is_hidden(p)], "momentum": momentum, "rms": config.update_rms}
+        hidden = {"params": [p for p in parameters if _is_hidden(p)], "momentum": config.muon_momentum}
+        hidden["rms"] = config.muon_rms
         groups = [{"params": [p for p in parameters if not _is_hidden(p)]}, hidden]
     made = kind(groups, betas=config.betas, capturable=fused and parameters[0].device.type == "cuda", **options)
     if config.name == "muon":
@@ -56,19 +56,19 @@ def begin_momentum(optimiser: torch.optim.Optimizer) -> None:
 
 
 def _is_hidden(parameter: Tensor) -> bool:
-    """Whether it is the matrix of a hidden layer, not of one that takes pixels or gives an energy."""
+    """Whether it is the matrix of a hidden layer, not of one that takes an image's few channels or gives an energy."""
     return parameter.dim() >= 2 and min(parameter.shape[:2]) >= 16
 
 
 @torch.no_grad()
 def _step_hidden(optimiser: torch.optim.Optimizer, *_: Any) -> None:
-    """Muon: the step of the hidden layers, before Adam's of all else, by momentum B of gradients G, as matrices of one
-    row an output:
+    """Muon: the step of the hidden layers, before Adam's of all else, by momentum B of gradients G, as matrices with a
+    row for each entry of their first dimension:
 
         B ← μB + G
         W ← (1 − lr·decay)·W − lr·rms·√max(rows, columns)·orthogonal(μB + G)
 
-    so that each entry's update has a root mean square of about lr·rms. Where `found_inf` is 1, none.
+    so that an update has a root mean square of about lr·rms, less where G has a low rank. Where `found_inf` is 1, none.
 
     Source: Jordan et al., Muon (2024); the scale is that of Liu et al. (arXiv 2502.16982).
     """

@@ -143,7 +143,7 @@ def test_map_areas_of_the_published_net():
     "config",
     [
         OptimiserConfig(), OptimiserConfig(name="sgd", momentum=0.9), OptimiserConfig(name="adamw"),
-        OptimiserConfig(name="muon"), OptimiserConfig(name="muon", momentum=0.0),
+        OptimiserConfig(name="muon"), OptimiserConfig(name="muon", muon_momentum=0.0),
     ],
 )  # fmt: skip
 def test_optimiser_state_comes_back_exactly(config):
@@ -187,16 +187,16 @@ def test_orthogonal_keeps_directions_and_levels_singular_values(shape):
 
 
 @pytest.mark.parametrize("decay", [0.0, 0.5])
-@pytest.mark.parametrize("momentum", [None, 0.0, 0.6])
+@pytest.mark.parametrize("momentum", [0.9, 0.0, 0.6])
 def test_muon_moves_hidden_layers_along_orthogonal_momentum_and_others_as_adamw_does(momentum, decay):
     generator = torch.Generator().manual_seed(0)
     shapes = {"first": (32, 3, 3, 3), "bias": (32,), "hidden": (24, 32, 3, 3), "head": (1, 24)}
     weights = {name: nn.Parameter(torch.randn(shape, generator=generator)) for name, shape in shapes.items()}
     twins = {name: nn.Parameter(weight.detach().clone()) for name, weight in weights.items()}
-    config = OptimiserConfig(name="muon", momentum=momentum, weight_decay=decay, update_rms=0.3)
+    config = OptimiserConfig(name="muon", muon_momentum=momentum, weight_decay=decay, muon_rms=0.3)
     ours = build_optimiser(weights.values(), config)
     adamw = build_optimiser(twins.values(), OptimiserConfig(name="adamw", weight_decay=decay))
-    beta, lr, moving = 0.9 if momentum is None else momentum, 0.1, torch.zeros(24, 288, dtype=torch.float64)
+    beta, lr, moving = momentum, 0.1, torch.zeros(24, 288, dtype=torch.float64)
     expected = weights["hidden"].detach().double().flatten(1)
     for _ in range(3):
         gradients = [torch.randn(shape, generator=generator) for shape in shapes.values()]
