@@ -28,23 +28,22 @@ def build_optimiser(parameters: Iterable[nn.Parameter], config: OptimiserConfig,
     options: dict[str, Any] = {"lr": pick(config.lr, net), "weight_decay": config.weight_decay, "fused": fused}
     if config.name == "sgd":
         sgd = torch.optim.SGD(parameters, momentum=config.momentum, **options)
-        begin_momentum(sgd)
+        _begin_momentum(sgd)
         return sgd
     kind = torch.optim.Adam if config.name == "adam" else torch.optim.AdamW
     groups: list[Any] = parameters
     if config.name == "muon":
-        hidden = {"params": [p for p in parameters if _is_hidden(p)], "momentum": config.muon_momentum}
-        hidden["rms"] = config.muon_rms
-        groups = [{"params": [p for p in parameters if not _is_hidden(p)]}, hidden]
+        others, hidden = ([p for p in parameters if _is_hidden(p) == own] for own in (False, True))
+        groups = [{"params": others}, {"params": hidden, "momentum": config.muon_momentum, "rms": config.muon_rms}]
     made = kind(groups, betas=config.betas, capturable=fused and parameters[0].device.type == "cuda", **options)
     if config.name == "muon":
-        begin_momentum(made)
+        _begin_momentum(made)
         made.register_step_pre_hook(_step_hidden)
     vars(made)["_warned_capturable_if_run_uncaptured"] = True  # a fused step is no slower outside a graph
     return made
 
 
-def begin_momentum(optimiser: torch.optim.Optimizer) -> None:
+def _begin_momentum(optimiser: torch.optim.Optimizer) -> None:
     """Start momentum at 0, so that the first update makes it the gradient. torch creates it only in the first update,
     and not at all if that one is spoilt."""
     for group in optimiser.param_groups:
@@ -266,4 +265,4 @@ def load_state_tensors(optimiser: torch.optim.Optimizer, tensors: dict[str, Tens
             raise CheckpointError(f"{where}: tensor {key!r} must have shape {shape}, got {tuple(value.shape)}")
         state.setdefault(int(index), {})[name] = (_laid_as(parameter, value) if value.dim() else value).clone()
     optimiser.load_state_dict({"state": state, "param_groups": optimiser.state_dict()["param_groups"]})
-    begin_momentum(optimiser)
+    _begin_momentum(optimiser)
