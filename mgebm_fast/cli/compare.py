@@ -54,6 +54,10 @@ def compare(
         list[str] | None,
         typer.Option("--set", metavar="KEY=VALUE", help="Change a key in all of them; may be repeated."),
     ] = None,
+    equal_work: Annotated[
+        bool,
+        typer.Option("--equal-work", help="As many updates of each as make the multiply-accumulates of the first."),
+    ] = False,
     num: Annotated[int, typer.Option(min=2, max=MOST_SAMPLES, help="How many samples of a run are measured.")] = 1000,
     picture: Annotated[
         bool | None,
@@ -70,6 +74,7 @@ def compare(
       mgebm compare digits --out runs/compare
       mgebm compare cifar10 cifar10-pcd cifar10-cd --data cifar10.zip --out runs/compare-cifar
       mgebm compare digits digits-pcd --seeds 0 --set steps=200 --out runs/quick
+      mgebm compare photos32 mine.toml --data photos/ --equal-work --out runs/mine
 
     \b
     In the folder:
@@ -81,8 +86,8 @@ def compare(
 
     Runs and figures that are there already are used, unfinished runs go on: stop the command and start it again at
     will. The presets of `digits` and `cifar10` make as many multiply-accumulates as their base; the column "work" says
-    so. One feature space, one recogniser and the same occlusions judge all runs. docs/results/comparison.md says what
-    the columns are.
+    so, and --equal-work makes it 1 for others. One feature space, one recogniser and the same occlusions judge all
+    runs. docs/results/comparison.md says what the columns are.
     """
     numbers = _seeds(seeds)
     _check_out(out)
@@ -97,7 +102,7 @@ def compare(
     from ..evaluation.comparison import compare as comparison
     from ..evaluation.comparison import runs as comparison_runs
     from ..evaluation.comparison import table
-    from ..learning import build_model
+    from ..learning import build_model, with_work_of
     from ..learning.run.heap import keep_freed_memory
     from ..learning.run.threads import threads_for
 
@@ -106,7 +111,10 @@ def compare(
     place = find_device(device)
     names = presets if len(presets) > 1 else [*presets, *comparison_runs.contenders(presets[0])]
     at_most(MOST_ENTRIES, len(names) * len(numbers), "--seeds", "runs of presets")
-    runs = comparison_runs.entries([_configured(name, data, settings) for name in names], numbers, out)
+    configs = [_configured(name, data, settings) for name in names]
+    if equal_work:
+        configs = [configs[0], *(with_work_of(configs[0], config) for config in configs[1:])]
+    runs = comparison_runs.entries(configs, numbers, out)
     for run in runs:
         comparison_runs.state(run)  # before data are read
     console = Console(stderr=True)
@@ -120,7 +128,7 @@ def compare(
 
     again = _again(presets, {
         "--out": out, "--seeds": seeds, "--num": num, "--data": data, "--set": settings, "--device": device,
-        "--threads": threads,
+        "--threads": threads, "--equal-work": equal_work,
     }, picture)  # fmt: skip
     try:
         records = comparison.compare(
@@ -224,5 +232,5 @@ def _again(presets: Sequence[str], options: Mapping[str, Any], picture: bool | N
     words = ["mgebm", "compare", *presets]
     for option, value in options.items():
         for each in value if isinstance(value, list) else [value]:
-            words += [] if each in (None, "auto") else [option, str(each)]
+            words += [] if each in (None, False, "auto") else [option] if each is True else [option, str(each)]
     return shlex.join(words + ([] if picture is None else ["--picture" if picture else "--no-picture"]))

@@ -17,7 +17,7 @@ from .config import (
     merge,
     preset_names,
 )
-from .methods import ABPRule, ContrastiveRule, CooperativeRule, MultiGridRule, SingleGridRule, work
+from .methods import ABPRule, ContrastiveRule, CooperativeRule, MultiGridRule, SingleGridRule, with_work_of, work
 from .run import Loop, Outcome, Run, UpdateRule, check_new, load
 from .trainer import MultiGridTrainer, train
 
@@ -50,5 +50,6 @@ __all__ = [
     "merge",
     "preset_names",
     "train",
+    "with_work_of",
     "work",
 ]

@@ -13,7 +13,7 @@ from PIL import Image
 
 from mgebm_fast.errors import DivergenceError
 from mgebm_fast.evaluation.comparison import compare as comparison
-from mgebm_fast.learning import Run
+from mgebm_fast.learning import Run, load_config, work
 
 SEEDS, INPAINTED = ("0", "1"), 20
 SMALL = ["--set", "steps=2", "--set", "langevin.steps=2", "--set", "batch_size=32", "--set", "width=0.1"]
@@ -203,6 +203,24 @@ def test_an_interrupt_while_figures_are_measured_says_how_to_go_on(copy, mgebm, 
     result = mgebm(*ARGUMENTS, "--out", copy)
     assert result.exit_code == 130 and stamps(copy) == before
     assert "interrupted; " in result.stderr and "mgebm compare digits digits-pcd --out" in result.stderr
+
+
+def test_equal_work_chooses_the_updates(tmp_path, mgebm, monkeypatch, measured_before):
+    chosen = ["compare", "digits", "digits-pcd", "--seeds", "0", *SMALL, "--set", "steps=30", "--num", 20]
+    result = mgebm(*chosen, "--equal-work", "--json", "--out", tmp_path / "out")
+    assert result.exit_code == 0, result.output
+    first, other = (
+        load_config(tmp_path / "out" / name / "seed-0" / "config.toml") for name in ("digits", "digits-pcd")
+    )
+    assert first.steps == 30 and other.steps != 30
+    assert work(first) == pytest.approx(work(other), rel=0.5 / other.steps)
+
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(comparison, "train", interrupted)
+    result = mgebm(*chosen, "--equal-work", "--out", tmp_path / "other")
+    assert result.exit_code == 130 and "--equal-work" in result.stderr.splitlines()[-1], result.stderr
 
 
 @pytest.mark.parametrize("seeds", ["", "a", "0,0", "-1", "1,,2", str(2**64)])

@@ -39,7 +39,7 @@ class OptimiserConfig:
     )
     momentum: float = key(0.0, Real(0, 1, below=True), "momentum of sgd")
     muon_momentum: float = key(0.9, Real(0, 1, below=True), "momentum of muon's hidden layers")
-    muon_rms: float = key(0.5, _POSITIVE, "root mean square of an update of muon's hidden layers, over lr")
+    muon_rms: Any = key(0.5, PerGrid(_POSITIVE), "root mean square of an update of muon's hidden layers, over lr")
     weight_decay: float = key(0.0, _NOT_NEGATIVE, "L2 on the weights (decoupled in adamw and muon)")
     schedule: str = key("constant", Choice(("constant", "cosine", "linear", "step")), "learning rate over the run")
     warmup: int = key(0, Whole(0, MOST_UPDATES), "updates over which the rate climbs to lr")

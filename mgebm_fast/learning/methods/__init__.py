@@ -8,7 +8,7 @@ from .cooperative import CooperativeRule  # isort: skip
 from .abp import ABPRule  # isort: skip
 from .spatial_temporal import SpatialTemporalRule  # isort: skip
 from .contrastive import ContrastiveRule
-from .work import work
+from .work import with_work_of, work
 
 __all__ = [
     "ABPRule",
@@ -19,5 +19,6 @@ __all__ = [
     "MultiGridRule",
     "SingleGridRule",
     "SpatialTemporalRule",
+    "with_work_of",
     "work",
 ]

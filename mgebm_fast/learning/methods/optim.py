@@ -34,7 +34,10 @@ def build_optimiser(parameters: Iterable[nn.Parameter], config: OptimiserConfig,
     groups: list[Any] = parameters
     if config.name == "muon":
         others, hidden = ([p for p in parameters if _is_hidden(p) == own] for own in (False, True))
-        groups = [{"params": others}, {"params": hidden, "momentum": config.muon_momentum, "rms": config.muon_rms}]
+        groups = [
+            {"params": others},
+            {"params": hidden, "momentum": config.muon_momentum, "rms": pick(config.muon_rms, net)},
+        ]
     made = kind(groups, betas=config.betas, capturable=fused and parameters[0].device.type == "cuda", **options)
     if config.name == "muon":
         _begin_momentum(made)

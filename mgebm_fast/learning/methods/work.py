@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import TYPE_CHECKING, Any
 
 from ...nets import ScoreNet
@@ -57,3 +58,8 @@ def work(config: TrainConfig) -> int:
     method = METHODS[config.method]
     per_image = method.work(method.build_model(config), config)
     return round(config.steps * config.batch_size * per_image)
+
+
+def with_work_of(first: TrainConfig, config: TrainConfig) -> TrainConfig:
+    """`config` with as many updates, one at least, as make the `work` of `first`, to the nearest."""
+    return dataclasses.replace(config, steps=max(1, round(config.steps * work(first) / work(config))))

@@ -51,12 +51,19 @@ class Voice:
 
 
 class Progress:
-    """Shows updates `start` … `total`, through a `Voice`; `cost` says what updates 0 … n cost together, in any unit."""
+    """Shows updates `start` … `total`, through a `Voice`; `cost` says what updates 0 … n cost together, in any unit.
+
+    Rate and time left are those of the last minute: a run's updates take longer once its finest nets have joined.
+    """
+
+    RECENT = 60.0  # seconds
 
     def __init__(self, voice: Voice, start: int, total: int, cost: Callable[[int], float] = float) -> None:
         self._voice, self._start, self._total, self._cost = voice, start, total, cost
         self._bar: Any = None
-        self._began = time.monotonic()
+        self._marks = collections.deque(
+            [(start, time.monotonic())]
+        )  # updates done, and when: one a second, of the last minute
 
     def __enter__(self) -> Progress:
         console = self._voice.console
@@ -72,7 +79,7 @@ class Progress:
             self._task = self._bar.add_task("", total=self._total, completed=self._start, rate="", left="", headline="")
             with self._voice.surviving():
                 self._bar.start()
-        self._began = time.monotonic()
+        self.restart(self._start)
         return self
 
     def __exit__(
@@ -85,28 +92,28 @@ class Progress:
     def update(self, done: int, headline: str, *, logged: bool) -> None:
         """After update number `done`; `headline` says how training stands, `logged` whether it was recorded."""
         if self._bar is not None:
+            rate, left = self._pace(done)
             with self._voice.surviving():
-                self._bar.update(
-                    self._task, completed=done, rate=self._rate(done), left=self._left(done), headline=headline
-                )
+                self._bar.update(self._task, completed=done, rate=rate, left=left, headline=headline)
         elif logged:
-            self._voice.say(f"{done}/{self._total}  {self._rate(done)}  {self._left(done)}  {headline}")
+            self._voice.say("  ".join((f"{done}/{self._total}", *self._pace(done), headline)))
+        now = time.monotonic()
+        if now >= self._marks[-1][1] + 1:
+            self._marks.append((done, now))
+        while len(self._marks) > 1 and now > self._marks[1][1] + self.RECENT:
+            self._marks.popleft()
 
     def restart(self, done: int) -> None:
-        """The run went back to `done` updates: the rate is that of those from here on."""
-        self._start, self._began = done, time.monotonic()
+        """The run is at `done` updates: the rate is that of those from here on."""
+        self._marks = collections.deque([(done, time.monotonic())])
 
-    def _seconds(self, done: int) -> float:
-        return (time.monotonic() - self._began) / max(1, done - self._start)
-
-    def _left(self, done: int) -> str:
-        """Of the seconds so far, as many for each unit of cost that is left."""
-        seconds, (start, now, end) = time.monotonic() - self._began, map(self._cost, (self._start, done, self._total))
-        return f"{duration(seconds * (end - now) / max(now - start, 1e-9))} left"
-
-    def _rate(self, done: int) -> str:
-        seconds = self._seconds(done)
-        return f"{1 / seconds:.1f} updates/s" if seconds < 1 else f"{seconds:.1f} s/update"
+    def _pace(self, done: int) -> tuple[str, str]:
+        """The rate, and the time left: as many seconds as of late for each unit of cost."""
+        since, when = self._marks[0]
+        seconds, (start, now, end) = time.monotonic() - when, map(self._cost, (since, done, self._total))
+        each = seconds / max(1, done - since)
+        rate = f"{1 / each:.1f} updates/s" if 0 < each < 1 else f"{each:.1f} s/update"
+        return rate, f"{duration(seconds * (end - now) / max(now - start, 1e-9))} left"
 
 
 class Pace:

@@ -193,8 +193,8 @@ def test_muon_moves_hidden_layers_along_orthogonal_momentum_and_others_as_adamw_
     shapes = {"first": (32, 3, 3, 3), "bias": (32,), "hidden": (24, 32, 3, 3), "head": (1, 24)}
     weights = {name: nn.Parameter(torch.randn(shape, generator=generator)) for name, shape in shapes.items()}
     twins = {name: nn.Parameter(weight.detach().clone()) for name, weight in weights.items()}
-    config = OptimiserConfig(name="muon", muon_momentum=momentum, weight_decay=decay, muon_rms=0.3)
-    ours = build_optimiser(weights.values(), config)
+    config = OptimiserConfig(name="muon", muon_momentum=momentum, weight_decay=decay, muon_rms=(0.1, 0.3))
+    ours = build_optimiser(weights.values(), config, 1)
     adamw = build_optimiser(twins.values(), OptimiserConfig(name="adamw", weight_decay=decay))
     beta, lr, moving = momentum, 0.1, torch.zeros(24, 288, dtype=torch.float64)
     expected = weights["hidden"].detach().double().flatten(1)
