@@ -113,7 +113,7 @@ def compare(
     at_most(MOST_ENTRIES, len(names) * len(numbers), "--seeds", "runs of presets")
     configs = [_configured(name, data, settings) for name in names]
     if equal_work:
-        configs = [configs[0], *(with_work_of(configs[0], config) for config in configs[1:])]
+        configs = [with_work_of(configs[0], config) for config in configs]
     runs = comparison_runs.entries(configs, numbers, out)
     for run in runs:
         comparison_runs.state(run)  # before data are read
@@ -126,9 +126,9 @@ def compare(
         if threads is None and place.type == "cpu":
             torch.set_num_threads(usual if config is None else threads_for(build_model(config), config.batch_size))
 
-    again = _again(presets, {
+    again = _again([*presets, "--equal-work"] if equal_work else presets, {
         "--out": out, "--seeds": seeds, "--num": num, "--data": data, "--set": settings, "--device": device,
-        "--threads": threads, "--equal-work": equal_work,
+        "--threads": threads,
     }, picture)  # fmt: skip
     try:
         records = comparison.compare(
@@ -232,5 +232,5 @@ def _again(presets: Sequence[str], options: Mapping[str, Any], picture: bool | N
     words = ["mgebm", "compare", *presets]
     for option, value in options.items():
         for each in value if isinstance(value, list) else [value]:
-            words += [] if each in (None, False, "auto") else [option] if each is True else [option, str(each)]
+            words += [] if each in (None, "auto") else [option, str(each)]
     return shlex.join(words + ([] if picture is None else ["--picture" if picture else "--no-picture"]))

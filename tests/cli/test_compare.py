@@ -13,6 +13,7 @@ from PIL import Image
 
 from mgebm_fast.errors import DivergenceError
 from mgebm_fast.evaluation.comparison import compare as comparison
+from mgebm_fast.evaluation.comparison import table
 from mgebm_fast.learning import Run, load_config, work
 
 SEEDS, INPAINTED = ("0", "1"), 20
@@ -221,6 +222,12 @@ def test_equal_work_chooses_the_updates(tmp_path, mgebm, monkeypatch, measured_b
     monkeypatch.setattr(comparison, "train", interrupted)
     result = mgebm(*chosen, "--equal-work", "--out", tmp_path / "other")
     assert result.exit_code == 130 and "--equal-work" in result.stderr.splitlines()[-1], result.stderr
+
+
+def test_models_that_made_no_update_have_no_share_of_work(compared):
+    rows = table.tabulate([{**run, "work": 0} for run in compared[1]["runs"]])
+    assert [row["work"] for row in rows] == [None, None] and all(row["kid"] is not None for row in rows)
+    assert "None" not in table.markdown(rows, compared[1]["runs"])
 
 
 @pytest.mark.parametrize("seeds", ["", "a", "0,0", "-1", "1,,2", str(2**64)])

@@ -62,13 +62,14 @@ def tabulate(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         <key>_best  whether it is best by more than the spread: its lead on every other row exceeds the root of the sum
                     of the squares of the two standard deviations, that of a difference of two runs
 
-    `work` is relative to the first row.
+    `work` is relative to the first row; None where that made no update.
     """
     rows: list[dict[str, Any]] = []
     unit = records[0]["work"] if records else 1
     for preset in dict.fromkeys(record["preset"] for record in records):
         runs = [record for record in records if record["preset"] == preset]
-        good = [record["figures"] | {"work": record["work"] / unit} for record in runs if "failed" not in record]
+        shares = [record["work"] / unit if unit else None for record in runs]
+        good = [r["figures"] | {"work": share} for r, share in zip(runs, shares, strict=True) if "failed" not in r]
         row: dict[str, Any] = {"preset": preset, "method": runs[0]["method"], "updates": runs[0]["updates"]}
         row |= {"runs": len(good), "failed": len(runs) - len(good)}
         for column in COLUMNS:

@@ -61,5 +61,7 @@ def work(config: TrainConfig) -> int:
 
 
 def with_work_of(first: TrainConfig, config: TrainConfig) -> TrainConfig:
-    """`config` with as many updates, one at least, as make the `work` of `first`, to the nearest."""
-    return dataclasses.replace(config, steps=max(1, round(config.steps * work(first) / work(config))))
+    """`config` with as many updates as make the `work` of `first`, to the nearest; one at least where that has any."""
+    steps = max(1, config.steps)
+    of_one = work(dataclasses.replace(config, steps=steps)) / steps
+    return dataclasses.replace(config, steps=max(min(1, first.steps), round(work(first) / of_one)))

@@ -61,9 +61,7 @@ class Progress:
     def __init__(self, voice: Voice, start: int, total: int, cost: Callable[[int], float] = float) -> None:
         self._voice, self._start, self._total, self._cost = voice, start, total, cost
         self._bar: Any = None
-        self._marks = collections.deque(
-            [(start, time.monotonic())]
-        )  # updates done, and when: one a second, of the last minute
+        self._marks: collections.deque[tuple[int, float]] = collections.deque()  # updates done, and when; in a minute
 
     def __enter__(self) -> Progress:
         console = self._voice.console
@@ -97,7 +95,7 @@ class Progress:
                 self._bar.update(self._task, completed=done, rate=rate, left=left, headline=headline)
         elif logged:
             self._voice.say("  ".join((f"{done}/{self._total}", *self._pace(done), headline)))
-        now = time.monotonic()
+        now = time.monotonic()  # one mark a second
         if now >= self._marks[-1][1] + 1:
             self._marks.append((done, now))
         while len(self._marks) > 1 and now > self._marks[1][1] + self.RECENT:

@@ -8,7 +8,7 @@ from helpers.training import tiny_config
 from torch.utils.flop_counter import FlopCounterMode
 
 from mgebm_fast import nets
-from mgebm_fast.learning import METHODS, build_model, load_preset, merge, preset_names, work
+from mgebm_fast.learning import METHODS, build_model, load_preset, merge, preset_names, with_work_of, work
 
 COMPARED = [
     name
@@ -100,3 +100,14 @@ def test_presets_that_are_compared_do_equal_work(name):
 
 def test_both_data_sets_have_every_baseline():
     assert len(COMPARED) == 10
+
+
+def test_updates_of_equal_work():
+    first, other = load_preset("digits"), load_preset("digits-pcd")
+    for steps in (0, 1, 700):  # of the other, whatever it had
+        found = with_work_of(first, merge(other, {"steps": steps}))
+        assert work(found) == pytest.approx(work(first), rel=0.5 / found.steps)
+    assert with_work_of(first, first) == first
+    none = merge(first, {"steps": 0})
+    assert with_work_of(none, other).steps == 0 and with_work_of(none, none) == none
+    assert with_work_of(merge(other, {"steps": 1}), first).steps == 1  # less than a half of an update's
