@@ -40,6 +40,7 @@ _TITLES = {  # in the order of the charts
     "gap": "energy gap: data minus samples", "energy_observed": "energy of data",
     "energy_synthesised": "energy of samples", "gradient_to_noise": "gradient to noise of a step",
     "gradient_norm": "gradient norm", "noise_factor": "factor of the noise", "lr_factor": "factor of the learning rate",
+    "data_noise_factor": "factor of the noise on observed images",
     "energy_distance": "energy distance of samples to held-out images",
     "gradient_clamped": "share of gradients at the clamp", "saturated": "saturated pixels: samples minus data",
     "spread": "spread of pixels: samples over data", "mean_square": "mean square",

@@ -105,7 +105,7 @@ def main(rank: int, folder: Path) -> None:
 
     back.rule.synthesise = diverge_once
     back.fit()
-    ends["back"] = [back.iteration, back.rule.attempt, back.rule.rate]
+    ends["back"] = [back.iteration, back.rule.attempt, back.rule.factors_of().rate]
 
     full, write = trainer("full disk"), checkpoint.write_tensors
     checkpoint.write_tensors = lambda path, tensors: (_ for _ in ()).throw(OSError(errno.ENOSPC, "full", str(path)))

@@ -92,11 +92,17 @@ class RollbackConfig:
     """`[rollback]`: what a diverging run does."""
 
     attempts: int = key(
-        2, Whole(0, MAX_ATTEMPT), "times that a run which diverges goes back to its last good state; 0: it stops"
+        3, Whole(0, MAX_ATTEMPT), "times that a run which diverges goes back to its last good state; 0: it stops"
     )
-    lr_factor: float = key(0.5, Real(0, 1, above=True), "each time, learning rates are multiplied by this, for good")
+    lr_factor: float = key(
+        0.5,
+        Real(0, 1, above=True),
+        "each time, learning rates are multiplied by this; the first time, that of the net that ran away alone",
+    )
     data_noise_factor: float = key(
-        1.5, Real(1, 10), "each time, stabilise.data_noise is multiplied by this, for good; none stays none"
+        1.5,
+        Real(1, 10),
+        "each time, stabilise.data_noise of the same nets is multiplied by this; none stays none",
     )
     gap_ratio: Any = key(
         30.0,

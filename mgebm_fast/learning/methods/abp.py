@@ -125,7 +125,7 @@ class ABPRule(ModelRule):
         measured = torch.stack([loss.detach(), norm(gradients), z.square().mean()])
         spoilt = measured.isfinite().all().logical_not().float()
         epoch = iteration * config.batch_size // self.order.n
-        schedule = self.rate * rate_factor(config.optimiser, iteration, config.steps, epoch)
+        schedule = self.factors_of().rate * rate_factor(config.optimiser, iteration, config.steps, epoch)
         condition_(gradients, config.optimiser)
         step(self.optimiser, self.parameters, gradients, pick(self.config.optimiser.lr, 0) * schedule, spoilt)
         numbers = measured.tolist()

@@ -81,6 +81,8 @@ class ContrastiveRule(ModelRule):
         if self.average is not None:
             firsts = {p: first for own, first in zip(self.parameters, self.first_updates) for p in own}
             self.average = Average(model, config.stabilise.ema, firsts)
+        self.names = [f"size_{size}" for size in model.sizes[1:]]  # of the nets, in metrics
+        self.slowed_alone = self.names if len(self.names) > 1 else []
         self.adds_noise = any(pick(config.stabilise.data_noise, net) for net in range(len(model.nets)))
 
     # what a method says
@@ -208,25 +210,23 @@ class ContrastiveRule(ModelRule):
 
     def numbers(self, iteration: int) -> Numbers:
         """Those of update `iteration`."""
-        config, by_net = self.config, enumerate(self.config.noise_factors(iteration))
-        rates = [pick(config.optimiser.lr, i) * self.schedule(iteration, t) for i, t in enumerate(self.first_updates)]
-        return Numbers(
-            iteration,
-            rates,
-            [pick(config.stabilise.data_noise, i) * factor * self.data_noise_factor for i, factor in by_net],
-            [] if self.average is None else self.average.shares(iteration),
-            self.learning_at(iteration),
-        )
+        config, rates, stds = self.config, [], []
+        falling = config.noise_factors(iteration)
+        for i, (net, first, factor) in enumerate(zip(self.names, self.first_updates, falling)):
+            rates.append(pick(config.optimiser.lr, i) * self.schedule(iteration, first, net))
+            stds.append(pick(config.stabilise.data_noise, i) * factor * self.factors_of(net).data_noise)
+        shares = [] if self.average is None else self.average.shares(iteration)
+        return Numbers(iteration, rates, stds, shares, self.learning_at(iteration))
 
     def learning_at(self, iteration: int) -> int:
         """How many nets learn in update `iteration`, the coarsest ones."""
         return sum(first <= iteration for first in self.first_updates)
 
-    def schedule(self, iteration: int, first: int = 0) -> float:
-        """What the learning rate is multiplied by at update `iteration`, of a net that begins at update `first`."""
+    def schedule(self, iteration: int, first: int = 0, net: str = "") -> float:
+        """What the learning rate is multiplied by at update `iteration`, of `net`, which begins at update `first`."""
         iteration, steps = max(0, iteration - first), self.config.steps - first
         epoch = iteration * self.config.batch_size // self.images
-        return self.rate * rate_factor(self.config.optimiser, iteration, steps, epoch)
+        return self.factors_of(net).rate * rate_factor(self.config.optimiser, iteration, steps, epoch)
 
     def learn(
         self, batch: Tensor, first_sample: int, numbers: Numbers, synthesise: Callable[[list[Tensor]], Synthesis]
@@ -252,9 +252,9 @@ class ContrastiveRule(ModelRule):
         """What every update reports of a grid, on the device, by the names of `_OF_GRID`; and whether the update must
         not be applied, 0-dim bool."""
         measured = {}
-        for grid, size in zip(learned.grids, self.model.sizes[1:]):
+        for grid, net in zip(learned.grids, self.names):
             values = (grid.observed, grid.synthesised, norm(grid.gradients))
-            measured.update({f"size_{size}/{name}": value for name, value in zip(_OF_GRID, values, strict=True)})
+            measured.update({f"{net}/{name}": value for name, value in zip(_OF_GRID, values, strict=True)})
         fine = torch.stack(list(measured.values())).isfinite().all() & (learned.healthy == 1)
         return measured, fine.logical_not()
 
@@ -292,22 +292,19 @@ class ContrastiveRule(ModelRule):
     def metrics(self, found: Mapping[str, float], iteration: int) -> dict[str, float]:
         """The metrics of update `iteration`, of what was measured in it."""
         metrics: dict[str, float] = {}
-        learning = self.model.sizes[1 : 1 + self.learning_at(iteration)]
-        for size, first, factor in zip(learning, self.first_updates, self.config.noise_factors(iteration)):
-            on_real, on_chain, length = (found[f"size_{size}/{name}"] for name in _OF_GRID)
-            metrics[f"size_{size}/energy_observed"] = on_real
-            metrics[f"size_{size}/energy_synthesised"] = on_chain
-            metrics[f"size_{size}/gap"] = on_real - on_chain
-            metrics[f"size_{size}/gradient_norm"] = length
-            names = (f"size_{size}/{name}" for name in _OF_RECORD)
+        learning = self.names[: self.learning_at(iteration)]
+        for net, first, factor in zip(learning, self.first_updates, self.config.noise_factors(iteration)):
+            names = (f"{net}/{name}" for name in (*_OF_GRID, *_OF_RECORD))
             metrics.update({name: found[name] for name in names if name in found})
+            metrics[f"{net}/gap"] = metrics[f"{net}/energy_observed"] - metrics[f"{net}/energy_synthesised"]
             if self.annealed:
-                metrics[f"size_{size}/noise_factor"] = factor
-            if first:
-                metrics[f"size_{size}/lr_factor"] = self.schedule(iteration, first)
+                metrics[f"{net}/noise_factor"] = factor
+            if first or net in self.factors:
+                metrics[f"{net}/lr_factor"] = self.schedule(iteration, first, net)
         metrics["lr_factor"] = self.schedule(iteration)
-        if self.data_noise_factor != 1.0:
-            metrics["data_noise_factor"] = self.data_noise_factor
+        for net, factors in self.factors.items():
+            if factors.data_noise != 1.0:
+                metrics[f"{net}/data_noise_factor".lstrip("/")] = factors.data_noise
         if "generator/loss" in found:
             metrics.update(self.taught(found["generator/loss"]))
             metrics["generator/gradient_norm"] = found["generator/gradient_norm"]
@@ -322,7 +319,7 @@ class ContrastiveRule(ModelRule):
         return ", ".join(f"size {size} joins after update {first}" for size, first in later if first > iteration)
 
     def headline(self, metrics: Mapping[str, float]) -> str:
-        gaps = [metrics.get(f"size_{size}/gap") for size in self.model.sizes[1:]]
+        gaps = [metrics.get(f"{net}/gap") for net in self.names]
         return "energy gap " + " ".join(f"{gap:+.3f}" for gap in gaps if gap is not None)
 
     def panels(self, observed: Tensor) -> tuple[list[tuple[str, Tensor]], int]:

@@ -155,7 +155,7 @@ class Loop:
         if history.exhausted or not self._enter_good():
             raise self._diverged(error) from error
         self.ranks.failed = False
-        history.made = [*made, history.entry(update, self.iteration, str(error), self.rule)]
+        history.made = [*made, history.entry(update, self.iteration, error, self.rule)]
         self._tell_rule()
         with self.ranks.together():
             # Killed between these, a run goes on from a checkpoint that fits its records.

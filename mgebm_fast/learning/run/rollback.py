@@ -6,10 +6,12 @@ A run that goes back to the state after g updates makes the updates after g agai
     data noise · data_noise_factor       that of `rollback.data_noise_factor`
     noise of attempt number a            a = how often it went back (`noise.retried`)
 
-for the rest of its life. Good states are those after a multiple of `checkpoint_every` updates, and the one that the run
-began with; the newest `keep_checkpoints` of them are kept. They do not depend on when a run was stopped, so a resumed
-run goes back to where it would have: to the newest, or, where it diverges again before there is a newer one, to the one
-before, since what runs away may have begun to by the time that a state was taken.
+for the rest of its life. The first time that one of several nets runs away, the first two are of that net alone, since
+they cost the others quality; in every other case they are of all nets. Good states are those after a multiple of
+`checkpoint_every` updates, and the one that the run began with; the newest `keep_checkpoints` of them are kept. They do
+not depend on when a run was stopped, so a resumed run goes back to where it would have: to the newest, or, where it
+diverges again before there is a newer one, to the one before, since what runs away may have begun to by the time that
+a state was taken.
 """
 
 from __future__ import annotations
@@ -30,8 +32,8 @@ from ..config.train_config import TrainConfig
 from . import checkpoint
 from .folder import CHECKPOINTS, MODEL, NoFolder
 from .resuming import Found
-from .rule import UpdateRule
-from .watch import RunAway, Watch
+from .rule import Factors, UpdateRule
+from .watch import RunAway, Watch, in_words
 
 MOST_DATA_NOISE = 1e6  # of the noise on observed images, so that it stays a float32
 CLEARLY = 1.5  # times the lowest measure so far, above which a state is not taken for the best
@@ -49,6 +51,7 @@ class Rollback:
     factor: float  # of the learning rates from there on
     why: str
     data_noise: float = 1.0  # factor of the noise on observed images from there on; older checkpoints have none
+    net: str = ""  # of which net, as metrics name it; "": of all, as in older checkpoints
 
 
 # A good state in memory: updates made, what the rule gave, what the watch gave.
@@ -71,31 +74,32 @@ class History:
     def exhausted(self) -> bool:
         return len(self.made) >= self.config.attempts
 
-    @property
-    def rate(self) -> float:
-        """What learning rates are multiplied by."""
-        return math.prod(entry.factor for entry in self.made)
+    def factors(self, net: str = "") -> Factors:
+        """What numbers of `net` are multiplied by; "": those of nets that did not run away alone."""
+        own = [entry for entry in self.made if entry.net in ("", net)]
+        data_noise = min(math.prod(entry.data_noise for entry in own), MOST_DATA_NOISE)
+        return Factors(math.prod(entry.factor for entry in own), data_noise)
 
-    @property
-    def data_noise_factor(self) -> float:
-        """What the noise on observed images is multiplied by."""
-        return min(math.prod(entry.data_noise for entry in self.made), MOST_DATA_NOISE)
-
-    def entry(self, at: int, to: int, why: str, rule: UpdateRule) -> Rollback:
+    def entry(self, at: int, to: int, error: DivergenceError, rule: UpdateRule) -> Rollback:
         """A return from update number `at` to the state after `to`, with what the configuration changes then."""
         factor = self.config.data_noise_factor if rule.adds_noise else 1.0
-        return Rollback(at, to, self.config.lr_factor, why, factor)
+        part = error.part if isinstance(error, RunAway) and not self.made else ""
+        net = part if part in rule.slowed_alone else ""
+        return Rollback(at, to, self.config.lr_factor, str(error), factor, net)
 
     def tell(self, rule: UpdateRule) -> None:
         """Let `rule` learn as the run does now."""
-        rule.attempt, rule.rate, rule.data_noise_factor = len(self.made), self.rate, self.data_noise_factor
+        rule.attempt = len(self.made)
+        rule.factors = {net: self.factors(net) for net in ("", *(entry.net for entry in self.made))}
 
     @property
     def changes(self) -> str:
         """What is other after the last return."""
-        numbers = f"the learning rate times {self.rate:g}"
-        if self.data_noise_factor != 1.0:
-            numbers += f", data noise times {self.data_noise_factor:g}"
+        net = self.made[-1].net
+        factors = self.factors(net)
+        numbers = f"the learning rate{f' of {in_words(net)}' if net else ''} times {factors.rate:g}"
+        if factors.data_noise != 1.0:
+            numbers += f", {'its ' if net else ''}data noise times {factors.data_noise:g}"
         times = f"rollback {len(self.made)} of at most {self.config.attempts}"
         return f"with {numbers} and other noise in its chains from here on ({times})"
 
@@ -129,10 +133,16 @@ class History:
 
     def describe_end(self) -> str:
         """The rollbacks of a run that finished, for its last message; empty where there were none."""
-        ended = f"learning rates ended at {self.rate:g} of those asked for"
-        if self.data_noise_factor != 1.0:
-            ended += f", data noise at {self.data_noise_factor:g} times its own"
-        return f"it diverged and went back {self._times}, {ended}; " if self.made else ""
+        if not self.made:
+            return ""
+        ends = []
+        for net in dict.fromkeys(entry.net for entry in self.made):
+            factors = self.factors(net)
+            rates = f"the learning rate of {in_words(net)}" if net else "learning rates"
+            ends.append(f"{rates} ended at {factors.rate:g} of {'that' if net else 'those'} asked for")
+            if factors.data_noise != 1.0:
+                ends.append(f"{'its ' if net else ''}data noise at {factors.data_noise:g} times its own")
+        return f"it diverged and went back {self._times}, {', '.join(ends)}; "
 
     @property
     def _times(self) -> str:

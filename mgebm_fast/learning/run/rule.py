@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import abc
+import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,16 +14,24 @@ from ... import noise
 from .distributed import Ranks
 
 
+@dataclasses.dataclass(frozen=True)
+class Factors:
+    """What numbers of a net are multiplied by since the run went back after it diverged."""
+
+    rate: float = 1.0  # its learning rate
+    data_noise: float = 1.0  # the noise on its observed images
+
+
 class UpdateRule(abc.ABC):
     """A learning method: how the initial state is updated by a batch, what it looks like, and how it is stored."""
 
     adds_noise = False  # to observed images
+    slowed_alone: Sequence[str] = ()  # the nets, as metrics name them, that can have factors of their own
     divisible = False  # whether a batch may be learnt from in parts, which is what several ranks do
     # The loop sets these.
     ranks = Ranks()
     attempt = 0  # how often the run went back after it diverged
-    rate = 1.0  # what learning rates are multiplied by since
-    data_noise_factor = 1.0  # what the noise on observed images is multiplied by since
+    factors: Mapping[str, Factors] = {"": Factors()}  # of nets by their names in metrics; "": of all others
     _made: Sequence[tuple[int, dict[str, float]]] = ()
 
     @abc.abstractmethod
@@ -33,6 +42,9 @@ class UpdateRule(abc.ABC):
         `detail` asks for measurements that cost something. Raises DivergenceError, with nothing applied, where a
         number is not finite.
         """
+
+    def factors_of(self, net: str = "") -> Factors:
+        return self.factors.get(net, self.factors[""])
 
     def launch(self, batch: Tensor, iteration: int, *, detail: bool = False) -> None:
         """`update`, whose metrics `collect` gives; where a GPU makes it on its own, they are not waited for."""

@@ -49,15 +49,25 @@ _ADVICE = {
 
 
 class RunAway(DivergenceError):
-    """A run is collapsing: every number is finite still. `net` names what shows it, `kind` which watch it was."""
+    """A run is collapsing: every number is finite still. `part` is what shows it: a net as metrics name it, "generator"
+    or "data"; `kind` is which watch it was."""
 
-    def __init__(self, message: str, net: str = "", kind: str = "gap") -> None:
+    def __init__(self, message: str, part: str = "", kind: str = "gap") -> None:
         super().__init__(message)
-        self.net, self.kind = net, kind
+        self.part, self.kind = part, kind
+
+    @property
+    def net(self) -> str:
+        return in_words(self.part)
 
     @property
     def advice(self) -> str:
         return _ADVICE[self.kind]
+
+
+def in_words(part: str) -> str:
+    """What `part` of a `RunAway` is called: "the net of size 8" of "size_8"."""
+    return f"the net of {part.replace('_', ' ')}" if part.startswith("size_") else f"the {part}"
 
 
 class Watch:
@@ -112,7 +122,7 @@ class Watch:
         }
         least = max(_LEAST_CHANGE, _IMAGES / len(batch))
         if not all(map(math.isfinite, shares.values())):
-            raise RunAway(f"training: the batch of update {update} has pixels that are not finite", "the data", "batch")
+            raise RunAway(f"training: the batch of update {update} has pixels that are not finite", "data", "batch")
         count = self.batches
         for name, value in shares.items():
             centre, deviation = self.of_batches.get(name, [value, 0.0])
@@ -121,7 +131,7 @@ class Watch:
                 raise RunAway(
                     f"training: the batch of update {update} is unlike those before it: the {_OF_BATCHES[name]} is "
                     f"{value:.3g} of the range, where it was {centre:.3g} ± {deviation:.2g}",
-                    "the data",
+                    "data",
                     "batch",
                 )
             share = 1 / min(WINDOW, count + 1)
@@ -161,10 +171,10 @@ class Watch:
         try:
             self.check(metrics, update)
         except RunAway as error:
-            said = "\n".join((error.net, error.kind, str(error)))
+            said = "\n".join((error.part, error.kind, str(error)))
         if said := ranks.tell(said):
-            net, kind, words = said.split("\n", 2)
-            raise RunAway(words, net, kind)
+            part, kind, words = said.split("\n", 2)
+            raise RunAway(words, part, kind)
 
     def _check_gap(self, grid: str, gap: float, update: int) -> None:
         highest, ratio, bounds = self.rollback.gap_max, self.rollback.gap_ratio, []
@@ -195,12 +205,12 @@ class Watch:
     def _ran_away(self, name: str, value: float, bound: float, which: str, update: int) -> RunAway:
         if "/" in name:
             words = f"training: {name} ran away at update {update}: {value:.3g}, more than {bound:.3g} ({which})"
-            return RunAway(words, "the generator", "generator")
+            return RunAway(words, "generator", "generator")
         grid = name.replace("_", " ")
         return RunAway(
             "training: the mean energies of observed and synthesised images ran away from each other at update "
             f"{update}: {value:.3g} apart at {grid}, more than {bound:.3g} ({which})",
-            f"the net of {grid}",
+            name,
         )
 
     def _check_samples(self, metrics: Mapping[str, float], update: int) -> None:
@@ -242,8 +252,9 @@ class Watch:
             for name, times in counts.items():
                 if times >= self.bounds.patience:
                     kind, words = found[name]
-                    grid = name.partition("/")[0].replace("_", " ")
-                    raise RunAway(f"training: {grid} collapses at update {update}: {words}", f"the net of {grid}", kind)
+                    grid = name.partition("/")[0]
+                    said = f"training: {grid.replace('_', ' ')} collapses at update {update}: {words}"
+                    raise RunAway(said, grid, kind)
 
     def _steepest_before(self, grid: str, value: float) -> float:
         """The highest of a grid's values at least WINDOW updates ago; 0 while it is young. Takes this one in."""

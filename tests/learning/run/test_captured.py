@@ -126,7 +126,7 @@ def collapse(ours, monkeypatch):
     def checked(metrics, update):
         check(metrics, update)
         if update == 7 and ours.rule.attempt == 0:
-            raise RunAway("training: it was made to fail", "the net of size 4")
+            raise RunAway("training: it was made to fail", "size_4")
 
     ours._loop.history.watch.check = checked
 
@@ -136,7 +136,7 @@ def refuse_a_batch(ours, monkeypatch):
 
     def checked(batch, update):
         if update == 7 and ours.rule.attempt == 0:
-            raise RunAway("training: it was made to fail", "the data", "batch")
+            raise RunAway("training: it was made to fail", "data", "batch")
         check(batch, update)
 
     ours._loop.history.watch.check_batch = checked

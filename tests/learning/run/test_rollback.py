@@ -22,6 +22,7 @@ from mgebm_fast.errors import ConfigError, DivergenceError
 from mgebm_fast.learning import MultiGridTrainer, Run
 from mgebm_fast.learning.run import checkpoint, records
 from mgebm_fast.learning.run.rollback import History
+from mgebm_fast.learning.run.rule import Factors
 from mgebm_fast.learning.run.watch import WINDOW, RunAway, Watch
 
 BANK = {"scales": [2.0], "orientations": 2}
@@ -100,7 +101,7 @@ def test_the_good_state_is_gone_on_from_with_other_noise_and_half_the_rate(run, 
         fresh = run(attempts=0, **changes)
         fresh.resume(good)
         at_good = fresh.rule.snapshot()
-        fresh.rule.attempt, fresh.rule.rate, fresh.rule.data_noise_factor = attempt, rate, 1.5
+        fresh.rule.attempt, fresh.rule.factors = attempt, {"": Factors(rate, 1.5)}
         fresh.fit()
         return at_good, fresh.rule.snapshot()
 
@@ -126,7 +127,7 @@ def test_the_good_state_is_gone_on_from_with_other_noise_and_half_the_rate(run, 
         whose = None
         assert equal(states.pop(), at_good) and not states
         assert equal(ours.rule.snapshot(), expected)
-        assert ours.rule.attempt == 1 and ours.rule.rate == 0.5
+        assert ours.rule.attempt == 1 and ours.rule.factors_of().rate == 0.5
     assert drawn[0] and drawn[1] and not drawn[0] & drawn[1]
     assert not equal(from_the_good_state(1, 1.0)[1], expected)
 
@@ -167,10 +168,67 @@ def test_each_return_adds_noise_to_observed_images(run, tmp_path):
     assert factors == [None, 1.25, 1.25**2]
 
 
+def collapse(ours, *places):
+    """Let the watch find a collapse of a net after update number u of attempt a, for (u, a, net) in `places`."""
+    check = ours._loop.history.watch.check
+
+    def checked(metrics, update):
+        check(metrics, update)
+        for at, attempt, net in places:
+            if (update, ours.rule.attempt) == (at, attempt):
+                raise RunAway(f"training: {net} was made to collapse", net)
+
+    ours._loop.history.watch.check = checked
+    return ours
+
+
+SIZES = {"sizes": [1, 2, 4], "stabilise": {"data_noise": (0.02, 0.04)}}
+
+
+def test_a_net_that_ran_away_alone_is_changed_alone(run, tmp_path):
+    """Its rate and its data noise, in the records, in words, after a stop; what the others learn is as before."""
+    words, changes = io.StringIO(), {**SIZES, "log_every": 2, "rollback": {"data_noise_factor": 2.0}}
+    ours = collapse(run(tmp_path, Console(file=words, width=40), **changes), (4, 0, "size_4"))
+    ours.fit(5)
+    again = run(tmp_path, Console(file=words, width=40), **changes)
+    again.resume()
+    for rule in (ours.rule, again.rule):
+        assert rule.factors == {"": Factors(), "size_4": Factors(0.5, 2.0)}
+        assert rule.numbers(5).data_noise == [0.02, 0.08] and rule.numbers(5).rates == [1e-3, 5e-4]
+    again.fit()
+    said = words.getvalue()
+    assert "back to update 2, with the learning rate of the net of size 4 times 0.5, its data noise times 2" in said
+    assert "went back 1 time, the learning rate of the net of size 4 ended at 0.5 of that asked for, its data" in said
+    last = Run(tmp_path).metrics()[-1]
+    assert last["lr_factor"] == 1.0 and last["size_4/lr_factor"] == 0.5 and last["size_4/data_noise_factor"] == 2.0
+    assert not {"size_2/lr_factor", "size_2/data_noise_factor", "data_noise_factor"} & last.keys()
+
+    with_it = run(**SIZES)  # the same noise, and nothing slowed
+    with_it.resume(tmp_path / "checkpoints/step_000002")
+    with_it.rule.factors = {"": Factors()}
+    for iteration in range(2, 6):
+        with_it.rule.update(with_it._loop.batches.batch(iteration), iteration)
+    coarse, fine = zip(ours_nets(again), ours_nets(with_it))
+    assert torch.equal(*coarse) and not torch.equal(*fine)
+
+
+def ours_nets(trainer):
+    return [torch.cat([p.detach().flatten() for p in net.parameters()]) for net in trainer.model.nets]
+
+
+@pytest.mark.parametrize("method, sizes", [("multigrid", [1, 2, 4]), ("short-run", [1, 4])])
+def test_all_nets_are_changed_where_one_alone_was_not_enough(run, method, sizes):
+    """The second time, whichever net it is then; and where there is one net."""
+    ours = collapse(run(method=method, sizes=sizes), (4, 0, "size_4"), (6, 1, f"size_{sizes[1]}"))
+    assert ours.fit().finished
+    alone = [] if method == "short-run" else [("size_4", Factors(0.25, 1.0))]
+    assert ours.rule.factors == dict([("", Factors(0.5 if alone else 0.25, 1.0)), *alone])
+
+
 def test_a_return_of_an_older_version_left_data_noise_as_it_was():
     history = History(tiny_config(stabilise={"data_noise": 0.04}))
     history.restore({"rollback": {"made": [{"at": 4, "to": 2, "factor": 0.5, "why": "it ran away"}]}})
-    assert (history.rate, history.data_noise_factor) == (0.5, 1.0)
+    assert history.factors() == history.factors("size_4") == Factors(0.5, 1.0)
 
 
 def test_abandoned_records_are_gone_from_both_places(tmp_path, monkeypatch):
@@ -218,7 +276,7 @@ def test_noise_that_anneals_is_back_where_it_was(run):
     changes = {"stabilise": {"noise_anneal": 0.3}, "checkpoint_every": 0}
     ours, fresh = diverge(run(**changes), (5, 0)), run(**changes)
     ours.fit()
-    fresh.rule.attempt, fresh.rule.rate, fresh.rule.data_noise_factor = 1, 0.5, 1.5
+    fresh.rule.attempt, fresh.rule.factors = 1, {"": Factors(0.5, 1.5)}
     for iteration in range(6):
         fresh.rule.update(fresh._loop.batches.batch(iteration), iteration)
     assert equal(ours.rule.snapshot(), fresh.rule.snapshot())
@@ -298,7 +356,7 @@ def test_diverging_again_before_a_newer_good_state_it_goes_further_back(run, tmp
     for out in (tmp_path, None):
         ours = diverge(run(out, attempts=4), *places)
         ours.fit()
-        assert [e.to for e in ours._loop.history.made] == [4, 2, 0, 0] and ours.rule.rate == 1 / 16
+        assert [e.to for e in ours._loop.history.made] == [4, 2, 0, 0] and ours.rule.factors_of().rate == 1 / 16
     assert [(r["step"], r.get("rollbacks")) for r in Run(tmp_path).metrics()[:3]] == [(0, 3), (0, 4), (1, None)]
     one = diverge(run(keep_checkpoints=1, attempts=3), (6, 0), (5, 1), (6, 2))
     one.fit()
