@@ -53,6 +53,7 @@ class Purpose(enum.IntEnum):
     SAMPLING_BANK = 14
     SIMULATED_DATA = 15
     OCCLUSION = 16
+    PROBE = 17
 
 
 def stream(purpose: Purpose | int, grid: int = 0) -> int:

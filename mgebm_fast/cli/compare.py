@@ -103,8 +103,8 @@ def compare(
     from ..evaluation.comparison import runs as comparison_runs
     from ..evaluation.comparison import table
     from ..learning import build_model, with_work_of
+    from ..learning.methods.work import threads_for
     from ..learning.run.heap import keep_freed_memory
-    from ..learning.run.threads import threads_for
 
     keep_freed_memory()
 

@@ -130,10 +130,10 @@ def train(
     """
     from ..data.builtin import BUILT_IN_PREFIX
     from ..learning import build_model
+    from ..learning.methods.work import threads_for
     from ..learning.run import distributed
     from ..learning.run.heap import keep_freed_memory
     from ..learning.run.stored_run import SHIPPED, located
-    from ..learning.run.threads import threads_for
 
     keep_freed_memory()
     use_threads(threads)

@@ -30,6 +30,7 @@ VARIANTS = {
     "batch statistics": {"norm": "batch", "optimiser": {"name": "sgd", "momentum": 0.9}},
     "growing": {"begin": [0.0, 0.5], "norm": "batch", "stabilise": {"noise_anneal": 0.3}},
     "four parts": {"norm": "batch", "batch_parts": 4},
+    "stiff": {"stabilise": {"stiffness": 1e-6, "data_noise": 0.03}},
 }  # fmt: skip
 
 

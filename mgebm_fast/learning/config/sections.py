@@ -65,6 +65,9 @@ class StabiliseConfig:
     noise_anneal_share: Any = key(
         1.0, PerGrid(Real(0, 1, above=True)), "share of the run after which noise is at that factor"
     )
+    stiffness: Any = key(
+        0.0, PerGrid(Real(0, 2)), "drift times curvature at samples, above which a net's data_noise grows; 0: no bound"
+    )
 
 
 @dataclasses.dataclass(frozen=True)

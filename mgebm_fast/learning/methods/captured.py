@@ -14,7 +14,6 @@ from __future__ import annotations
 import abc
 import os
 from collections.abc import Callable, Sequence
-from statistics import fmean
 from typing import Any
 
 import torch
@@ -29,7 +28,7 @@ from ...sampling.memory import is_out_of_memory
 from ...sampling.static import StaticChains
 from ..config.train_config import TrainConfig
 from .contrastive import ContrastiveRule
-from .synthesis import Learned, Numbers, Synthesis, law_of, measured_of_samples
+from .synthesis import Learned, Numbers, Synthesis, law_of, law_of_table, measured_of_samples
 
 MOST = 64  # updates between two reads, at most
 Replay = Callable[[], Any]
@@ -152,7 +151,7 @@ class CapturedUpdate:
         self._names: dict[bool, list[str]] = {}  # of what is measured, by whether samples are measured too
         self._rows: list[list[float]] = []  # what the updates that are launched read
         self._launched: list[tuple[int, bool]] = []  # since the last read: iteration, whether samples are measured
-        self._ready: tuple[int, list[list[float]]] = (-1, [])  # rows made ahead, and the iteration of the first
+        self._ready: tuple[Any, list[list[float]]] = (None, [])  # rows made ahead, and what they were made of
         nets, self.length = len(rule.model.nets), min(rule.config.log_every, MOST)
         self._learning = rule.learning_at(iteration)
         with torch.inference_mode(False), torch.no_grad():
@@ -169,12 +168,12 @@ class CapturedUpdate:
             self._narrow = torch.zeros(width, dtype=torch.float32, device=device)
             self._place = torch.zeros(1, dtype=torch.int64, device=device)  # the row of the next update
             self._stuck = torch.zeros((), dtype=torch.float32, device=device)  # 1 from an update on that is not applied
-            self._log = torch.zeros(self.length, 1 + 7 * nets, dtype=torch.float32, device=device)
+            self._log = torch.zeros(self.length, 1 + 8 * nets, dtype=torch.float32, device=device)
             seed = torch.full((), _signed(rule.config.seed), dtype=torch.int64, device=device)
         # The order of `_row`.
         groups = len(rule.numbers(iteration).shares)
-        sizes = [whole, nets, nets, groups, 3 * nets, *(chain.numbers for chain in self._chains.chains)]
-        self._stds = slice(sum(sizes[:4]) + 1, sum(sizes[:5]), 3)  # of the chains' noise, in a row
+        sizes = [whole, nets, nets, groups, 4 * nets, *(chain.numbers for chain in self._chains.chains)]
+        self._stds = slice(sum(sizes[:4]) + 1, sum(sizes[:5]), 4)  # of the chains' noise, in a row
         _, rates, noises, shares, laws, *tables = self._narrow.split(sizes)
         owners = [net for net, _ in rule.laws(self._dynamics[: self._learning], len(batch))]
         for chain, net, table in zip(self._chains.chains, owners, tables, strict=True):
@@ -190,9 +189,9 @@ class CapturedUpdate:
         )
         silent = [law_of(chain)[1] == 0 for chain in self._dynamics]  # at any update, as noise is only annealed
         self._laws = [
-            (drift, 0.0 if never else std, inverse_variance)
-            for never, (drift, std, inverse_variance) in zip(
-                silent, map(Tensor.unbind, laws.view(nets, 3)), strict=True
+            (drift, 0.0 if never else std, inverse_variance, typical)
+            for never, (drift, std, inverse_variance, typical) in zip(
+                silent, map(Tensor.unbind, laws.view(nets, 4)), strict=True
             )
         ]
         self._load(iteration)
@@ -224,7 +223,7 @@ class CapturedUpdate:
         """As `UpdateRule.collect`: the one host read for all updates since the last."""
         launched, rule = self._launched, self._rule
         following, rows, width = launched[-1][0] + 1, self._rows, self._log.shape[1]
-        self._ready = (following, self._rows_from(following))  # while the device is at work still
+        self._ready = ((following, rule.factors), self._rows_from(following))  # while the device is at work still
         values = self._log[: len(launched)].flatten().tolist()
         found: list[tuple[int, dict[str, float]]] = []
         for index, (iteration, detail) in enumerate(launched):
@@ -235,15 +234,16 @@ class CapturedUpdate:
             named = dict(zip(self._names[detail], measured))
             for size, std in zip(rule.model.sizes[1:], rows[index][self._stds], strict=True):
                 if std == 0:  # the noise has been annealed to nothing
-                    named.pop(f"size_{size}/gradient_to_noise", None)
+                    for name in ("gradient_to_noise", "stiffness"):
+                        named.pop(f"size_{size}/{name}", None)
             found.append((iteration, rule.metrics(named, iteration)))
         self._launched = []
         return found, following
 
     def _load(self, iteration: int) -> None:
         """The numbers of the updates from `iteration` on."""
-        first, rows = self._ready
-        self._rows = rows if first == iteration else self._rows_from(iteration)
+        made_of, rows = self._ready
+        self._rows = rows if made_of == (iteration, self._rule.factors) else self._rows_from(iteration)
         self._table.copy_(torch.tensor(self._rows, dtype=torch.float64))
         self._place.zero_()
         self._stuck.zero_()
@@ -253,13 +253,13 @@ class CapturedUpdate:
 
     def _row(self, iteration: int) -> list[Any]:
         """What update `iteration` reads: its counter and those of its chains, its slots of what is stored, rates, data
-        noise, its shares in the averages, means of the chains' numbers, and the numbers of each step; whole numbers are
-        exact in float64."""
+        noise, its shares in the averages, the laws of its chains (`law_of`), and the numbers of each step; whole
+        numbers are exact in float64."""
         rule, numbers, dynamics = self._rule, self._rule.numbers(iteration), self._dynamics
         factors = rule.config.noise_factors(iteration)
         tables = [chain.table(factor) for chain, factor in zip(dynamics, factors, strict=True)]
         words = [iteration * chain.steps for chain in dynamics] + rule.slots_at(iteration, len(self._batch))
-        laws = [fmean(column) for table in tables for column in zip(*table)]
+        laws = [number for table in tables for number in law_of_table(table)]
         chains = rule.laws(dynamics[: self._learning], len(self._batch))
         of_chains = [law.table(factors[net]) for net, law in chains]
         entries = [entry for table in of_chains for numbers_of_step in table for entry in numbers_of_step]

@@ -32,7 +32,7 @@ _OF_GRID = {
     "gradient_norm": "gradient",
 }
 # Numbers of a grid that records alone have.
-_OF_RECORD = ("gradient_to_noise", "gradient_clamped", "saturated", "spread")
+_OF_RECORD = ("gradient_to_noise", "gradient_clamped", "stiffness", "saturated", "spread")
 _OF_LESSON = {"generator/loss": "loss", "generator/gradient_norm": "gradient"}
 
 
@@ -299,7 +299,7 @@ class ContrastiveRule(ModelRule):
             metrics[f"{net}/gap"] = metrics[f"{net}/energy_observed"] - metrics[f"{net}/energy_synthesised"]
             if self.annealed:
                 metrics[f"{net}/noise_factor"] = factor
-            if first or net in self.factors:
+            if first or self.factors_of(net).rate != self.factors_of().rate:
                 metrics[f"{net}/lr_factor"] = self.schedule(iteration, first, net)
         metrics["lr_factor"] = self.schedule(iteration)
         for net, factors in self.factors.items():

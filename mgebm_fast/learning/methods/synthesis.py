@@ -7,14 +7,18 @@ import dataclasses
 import itertools
 import math
 from collections.abc import Callable, Iterable, Sequence
-from statistics import fmean
+from functools import partial
+from statistics import fmean, median
 
 import torch
 from torch import Tensor, nn
 
+from ... import noise, ops
 from ...models import EnergyModel
 from ...sampling.langevin import Langevin
 from ..config.sections import OptimiserConfig
+
+_PROBED = 16  # images that the largest curvature is looked for at
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,9 +124,14 @@ def with_data_noise(
     return noisy
 
 
-def law_of(chain: Langevin) -> tuple[float, ...]:
-    """drift, noise_std and 1/σ² of a chain, their means over its steps."""
-    return tuple(map(fmean, zip(*((n.drift, n.noise_std, n.inverse_variance) for n in chain.by_step()))))
+def law_of(chain: Langevin) -> list[float]:
+    """drift, noise_std and 1/σ² of a chain, their means over its steps, and the median of noise_std."""
+    return law_of_table([(n.drift, n.noise_std, n.inverse_variance) for n in chain.by_step()])
+
+
+def law_of_table(table: Sequence[tuple[float, float, float]]) -> list[float]:
+    """`law_of` the chain whose steps have the numbers of `Langevin.table`."""
+    return [*map(fmean, zip(*table)), median(noise_std for _, noise_std, _ in table)]
 
 
 def measured_of_samples(
@@ -130,19 +139,20 @@ def measured_of_samples(
     images: Sequence[Tensor],  # of the chains, one batch a net, coarse to fine
     observed: Sequence[Tensor],  # at the same sizes, or more
     gradient: Callable[[int, Tensor], Tensor],  # (net, x) -> ∇E(x)
-    laws: Sequence[Sequence[float | Tensor]],  # drift, noise_std and 1/σ² of each chain, their means over its steps
+    laws: Sequence[Sequence[float | Tensor]],  # of each chain (`law_of`)
 ) -> dict[str, Tensor]:
     """What is watched in samples (`run.watch`), 0-dim each:
 
     gradient_to_noise: rms of what the gradient moves a pixel by in a step, over that of the noise, where there is;
         numbers that vary count with their mean over the chain
     gradient_clamped: rms of the gradient over langevin.grad_clamp, where there is
+    stiffness: drift times the largest curvature of the energy (`largest_curvature`), where there is noise
     saturated: share of pixels at the ends of value_range, less that of the data, where chains are clamped
     spread: std of all pixels, over that of the data
     """
     found, (low, high), pixels = {}, model.value_range, slice(model.channels)
     for net, (x, size, chain, real) in enumerate(zip(images, model.sizes[1:], model.langevin, observed)):
-        drift, noise_std, inverse_variance = laws[net]
+        drift, noise_std, inverse_variance, typical = laws[net]
         noisy = isinstance(noise_std, Tensor) or noise_std > 0
         bound = math.inf if chain.grad_clamp is None else chain.grad_clamp
         if noisy or math.isfinite(bound):
@@ -152,11 +162,48 @@ def measured_of_samples(
             if noisy:
                 force = force + (x[:, pixels] - chain.reference_mean) * inverse_variance
                 found[f"size_{size}/gradient_to_noise"] = drift * force.square().mean().sqrt() / noise_std
+                few, reach = x[:: max(1, len(x) // _PROBED)][:_PROBED], torch.as_tensor(typical, device=x.device)
+                reach = reach.clamp_min(1e-3 * (high - low))
+                found[f"size_{size}/stiffness"] = drift * largest_curvature(partial(gradient, net), few, reach, pixels)
         x, real = x[:, pixels], real[:, pixels]
         if chain.clamp is not None:
             found[f"size_{size}/saturated"] = _at_ends(x, *chain.clamp) - _at_ends(real, *chain.clamp)
         found[f"size_{size}/spread"] = x.std(correction=0) / real.std(correction=0).clamp_min(1e-3 * (high - low))
     return found
+
+
+def largest_curvature(
+    gradient: Callable[[Tensor], Tensor],
+    x: Tensor,  # (N, C + K, …), K label planes last, which stay
+    reach: Tensor,  # 0-dim: rms of the steps whose gradients are compared, in the units of x
+    pixels: slice,  # the C
+    iterations: int = 6,
+) -> Tensor:
+    """The largest eigenvalue of ∇²E at x, the mean over the N images, 0-dim: by power iterations
+
+        d = ∇E(x + v) − ∇E(x),    λ = ⟨d, v⟩/⟨v, v⟩,    v ← reach √n d/|d|        n pixels
+
+    from v of white noise. The differences are as long as what a chain's noise does in a step, since nets of ReLU have
+    no curvature but where their pieces meet.
+
+    A step x − drift ∇E(x) goes past the minimum along v where drift λ is above 1, and ends farther from it than it
+    began where that is above 2.
+    """
+    stream = noise.stream(noise.Purpose.PROBE)
+    steps = ops.noise(x.shape, seed=0, step=0, first_sample=0, stream=stream, device=x.device)
+    steps[:, pixels.stop :] = 0
+    here, length = gradient(x).clone(), reach * math.sqrt(x[0, pixels].numel())
+    for _ in range(iterations):
+        steps = steps * (length / _norms(steps)).view(-1, *[1] * (x.dim() - 1))
+        bent = gradient(x + steps) - here
+        bent[:, pixels.stop :] = 0
+        largest = (bent * steps).flatten(1).sum(1) / _norms(steps).square()
+        steps = bent
+    return largest.mean()
+
+
+def _norms(x: Tensor) -> Tensor:  # (N, …) -> (N,)
+    return x.flatten(1).norm(dim=1).clamp_min(1e-12)
 
 
 def _at_ends(x: Tensor, low: float, high: float) -> Tensor:

@@ -151,7 +151,7 @@ class Loop:
         All ranks raised the same error: it is about what they averaged, or was reported to all.
         """
         history, update = self.history, self.iteration + 1
-        made = history.made  # the checkpoint we return to predates later rollbacks; keep the full list
+        made = history.made  # which the state that is gone back to may not know of
         if history.exhausted or not self._enter_good():
             raise self._diverged(error) from error
         self.ranks.failed = False
@@ -176,10 +176,10 @@ class Loop:
         """Take over the last good state; False where there is none."""
         kept = self.states.from_memory()
         if kept is not None:
-            self.iteration, state, watched = kept
+            self.iteration, state, seen = kept
             self.rule.restore(state)
             self.rule.before_stored(self.iteration)
-            self.history.watch.restore(watched)
+            self.history.restore_seen(seen)
             return True
         found: resuming.Found | None = None
         with self.ranks.together():
@@ -267,9 +267,8 @@ class Loop:
 
     def _advance(self, done: int, stop: int, pace: Pace, progress: Progress) -> bool:
         """Update number `done`, and all that is due after it; whether the run is asked to stop."""
-        config = self.config
+        config, begin = self.config, time.monotonic()
         logged = _due(done, config.log_every) or done == stop
-        begin = time.monotonic()
         metrics = self.updates.launch(self.iteration, logged)
         if self.announces:
             self.voice.say(f"updates: {self.rule.how()}")
@@ -285,6 +284,8 @@ class Loop:
             return False
         if saved:
             self.rule.check()
+        if _due(done, config.log_every) and self.history.growth.take(metrics, done, self.ranks):
+            self.history.tell(self.rule)
         self.iteration = done
         progress.update(done, self.updates.headline, logged=logged)
         if logged or drawn or saved:

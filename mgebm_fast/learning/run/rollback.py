@@ -30,9 +30,10 @@ from ... import files
 from ...errors import CheckpointError, DivergenceError
 from ..config.train_config import TrainConfig
 from . import checkpoint
+from .factors import Factors, Growth
 from .folder import CHECKPOINTS, MODEL, NoFolder
 from .resuming import Found
-from .rule import Factors, UpdateRule
+from .rule import UpdateRule
 from .watch import RunAway, Watch, in_words
 
 MOST_DATA_NOISE = 1e6  # of the noise on observed images, so that it stays a float32
@@ -54,8 +55,7 @@ class Rollback:
     net: str = ""  # of which net, as metrics name it; "": of all, as in older checkpoints
 
 
-# A good state in memory: updates made, what the rule gave, what the watch gave.
-Kept = tuple[int, Any, dict[str, Any]]
+Kept = tuple[int, Any, dict[str, Any]]  # a good state in memory: updates made, what the rule and the history gave
 
 
 class History:
@@ -64,7 +64,7 @@ class History:
     def __init__(self, config: TrainConfig) -> None:
         self.config = config.rollback
         self.made: list[Rollback] = []
-        self.watch = Watch(config)
+        self.watch, self.growth = Watch(config), Growth(config.stiffness_bounds())
 
     @property
     def on(self) -> bool:
@@ -75,7 +75,13 @@ class History:
         return len(self.made) >= self.config.attempts
 
     def factors(self, net: str = "") -> Factors:
-        """What numbers of `net` are multiplied by; "": those of nets that did not run away alone."""
+        """What numbers of `net` are multiplied by; "": those of nets that nothing is said of."""
+        returned = self.returned(net)
+        grown = returned.data_noise * self.growth.factors.get(net, 1.0)
+        return Factors(returned.rate, min(grown, MOST_DATA_NOISE))
+
+    def returned(self, net: str = "") -> Factors:
+        """Those of them that returns brought."""
         own = [entry for entry in self.made if entry.net in ("", net)]
         data_noise = min(math.prod(entry.data_noise for entry in own), MOST_DATA_NOISE)
         return Factors(math.prod(entry.factor for entry in own), data_noise)
@@ -90,13 +96,14 @@ class History:
     def tell(self, rule: UpdateRule) -> None:
         """Let `rule` learn as the run does now."""
         rule.attempt = len(self.made)
-        rule.factors = {net: self.factors(net) for net in ("", *(entry.net for entry in self.made))}
+        nets = ("", *(entry.net for entry in self.made), *self.growth.factors)
+        rule.factors = {net: self.factors(net) for net in nets}
 
     @property
     def changes(self) -> str:
         """What is other after the last return."""
         net = self.made[-1].net
-        factors = self.factors(net)
+        factors = self.returned(net)
         numbers = f"the learning rate{f' of {in_words(net)}' if net else ''} times {factors.rate:g}"
         if factors.data_noise != 1.0:
             numbers += f", {'its ' if net else ''}data noise times {factors.data_noise:g}"
@@ -105,16 +112,24 @@ class History:
 
     def state(self, *, good: bool) -> dict[str, Any]:
         """What a checkpoint's state says of it: nothing where there is nothing to say."""
-        if not self.on and not self.made and not self.watch.bounds.on:
+        if not self.on and not self.made and not self.watch.bounds.on and not self.growth.bounds:
             return {}
         made = [dataclasses.asdict(entry) for entry in self.made]
-        return {"rollback": {"good": good, "made": made, "watch": self.watch.state()}}
+        return {"rollback": {"good": good, "made": made, **self.seen()}}
+
+    def seen(self) -> dict[str, Any]:
+        """What belongs to the state that a run is in, whichever way it came there."""
+        return {"watch": self.watch.state(), "growth": self.growth.state()}
+
+    def restore_seen(self, seen: Mapping[str, Any]) -> None:
+        self.watch.restore(seen.get("watch", {}))
+        self.growth.restore(seen.get("growth", {}))
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Take over what `state` gave, from a checkpoint's state."""
         stored = state.get("rollback", {})
         self.made = [Rollback(**entry) for entry in stored.get("made", [])]
-        self.watch.restore(stored.get("watch", {}))
+        self.restore_seen(stored)
 
     def last_words(self, error: DivergenceError, at: int, best: int | None, folder: NoFolder) -> str:
         """What a run that ends at update `at` says: what happened, at which net, what to change, what there is."""
@@ -137,7 +152,7 @@ class History:
             return ""
         ends = []
         for net in dict.fromkeys(entry.net for entry in self.made):
-            factors = self.factors(net)
+            factors = self.returned(net)
             rates = f"the learning rate of {in_words(net)}" if net else "learning rates"
             ends.append(f"{rates} ended at {factors.rate:g} of {'that' if net else 'those'} asked for")
             if factors.data_noise != 1.0:
@@ -194,7 +209,7 @@ class MemoryStates:
 
     def keep(self, iteration: int, rule: UpdateRule) -> None:
         """Keep the state after `iteration` updates."""
-        self._kept = [*self._kept, (iteration, rule.snapshot(), self.history.watch.state())][-self.most :]
+        self._kept = [*self._kept, (iteration, rule.snapshot(), self.history.seen())][-self.most :]
 
     def from_memory(self) -> Kept | None:
         """The state to go back to, which becomes the newest; None where there is none here."""

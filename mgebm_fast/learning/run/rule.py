@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import abc
-import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,14 +11,7 @@ from torch import Tensor
 
 from ... import noise
 from .distributed import Ranks
-
-
-@dataclasses.dataclass(frozen=True)
-class Factors:
-    """What numbers of a net are multiplied by since the run went back after it diverged."""
-
-    rate: float = 1.0  # its learning rate
-    data_noise: float = 1.0  # the noise on its observed images
+from .factors import Factors
 
 
 class UpdateRule(abc.ABC):

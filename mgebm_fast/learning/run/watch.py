@@ -30,14 +30,15 @@ _OF_BATCHES = {"mean": "mean of its pixels", "std": "std of its pixels", "step":
 _GAP = "/gap"
 
 _STEEP = (
-    "stabilise.data_noise (at twice the noise of a chain's step nets are less steep, and chains overshoot less), "
-    "optimiser.lr, or stabilise.noise_anneal (less annealing: gradients grow while the noise falls)"
+    "stabilise.stiffness = 0.8 (more noise on the observed images of nets that are steep), stabilise.data_noise (at "
+    "twice the noise of a chain's step nets are less steep, and chains overshoot less), optimiser.lr, or "
+    "stabilise.noise_anneal (less annealing: gradients grow while the noise falls)"
 )
 _ADVICE = {
     "gap": (
-        "optimiser.lr (halve it, of this net alone if others hold), stabilise.energy_l2 (the wall of the gap is at "
-        "1/energy_l2), or stabilise.data_noise, which must be at least the chain's own noise (with twice that nets are "
-        "less steep)"
+        "stabilise.stiffness = 0.8 (more noise on the observed images of nets that are steep), optimiser.lr (halve it, "
+        "of this net alone if others hold), stabilise.energy_l2 (the wall of the gap is at 1/energy_l2), or "
+        "stabilise.data_noise, which must be at least the chain's own noise (with twice that nets are less steep)"
     ),
     "steepness": _STEEP,
     "clamped": _STEEP,

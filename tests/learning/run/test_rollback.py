@@ -48,7 +48,8 @@ FAMILIES = {
                          "spatial-temporal": {"size": [4, 6, 8], "layers": [[3, 3, 2]]}},
 }  # fmt: skip
 IN_MEMORY = ("multigrid", "multigrid, bank", "shared bank")  # without a folder too
-DATA = (noise.Purpose.DATA_ORDER, noise.Purpose.AUGMENTATION)  # which images are shown, and how, is no matter of chains
+# Which images are shown, and how, and where their energies are looked at: no matter of chains.
+DATA = (noise.Purpose.DATA_ORDER, noise.Purpose.AUGMENTATION, noise.Purpose.PROBE)
 
 
 def data_for(changes):

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from mgebm_fast.learning import build_model, load_preset
-from mgebm_fast.learning.run.threads import WORK_PER_THREAD, threads_for
+from mgebm_fast.learning.methods.work import WORK_PER_THREAD, threads_for
 from mgebm_fast.nets import multigrid_net
 
 
