@@ -61,6 +61,7 @@ GROWING = ("tests/learning/test_growing.py",)
 BANK_OF_GRIDS = ("tests/learning/methods/test_multigrid_bank.py",)
 FEED = ("tests/learning/run/test_feed.py",)
 ROLLBACK = ("tests/learning/run/test_rollback.py",)
+FACTORS = ("tests/learning/run/test_factors.py",)
 COMPARISON = ("tests/evaluation/comparison/test_comparison.py",)
 INPAINTING = ("tests/evaluation/test_inpainting.py",)
 
@@ -312,13 +313,24 @@ MUTATIONS = (
     Mutation("linear-starts-lose-their-means", "python", "mgebm_fast/sampling/cascade.py",
              "return smooth.add_(ops.upsample(x - means, factor))", "return smooth", CASCADE),
     Mutation("rollback-keeps-the-data-noise", "python", "mgebm_fast/learning/run/rollback.py",
-             "min(math.prod(entry.data_noise for entry in own), MOST_DATA_NOISE)", "1.0", ROLLBACK),
+             "data_noise = math.prod(entry.data_noise for entry in own)", "data_noise = 1.0", ROLLBACK),
     Mutation("rollback-keeps-the-rate", "python", "mgebm_fast/learning/run/rollback.py",
              "return Factors(math.prod(entry.factor for entry in own)", "return Factors(1.0", ROLLBACK),
     Mutation("rollback-of-all-nets-at-once", "python", "mgebm_fast/learning/run/rollback.py",
-             "net = part if part in rule.slowed_alone else \"\"", "net = \"\"", ROLLBACK),
+             "net = part if part in rule.slowed_alone and", "net = part if not part and", ROLLBACK),
     Mutation("rollback-of-one-net-always", "python", "mgebm_fast/learning/run/rollback.py",
-             "isinstance(error, RunAway) and not self.made", "isinstance(error, RunAway)", ROLLBACK),
+             "and not any(entry.net for entry in made)", "", ROLLBACK),
+    Mutation("growth-never-goes-back", "python", "mgebm_fast/learning/run/factors.py",
+             "elif stiffness < _CALM * bound and factor > 1.0:", "elif stiffness < 0:", FACTORS),
+    Mutation("growth-forgotten-at-a-resumption", "python", "mgebm_fast/learning/run/rollback.py",
+             "\"growth\": dict(self.growth.factors)", "\"growth\": {}", FACTORS),
+    Mutation("growth-of-each-rank", "python", "mgebm_fast/learning/run/factors.py",
+             "found = json.loads(ranks.tell(json.dumps(found)))", "pass", FACTORS),
+    Mutation("growth-a-block-late", "python", "mgebm_fast/learning/methods/captured.py",
+             "if made_of == (iteration, self._rule.factors) else", "if made_of and made_of[0] == iteration else",
+             ("tests/learning/run/test_captured.py",)),
+    Mutation("curvature-of-the-largest-magnitude", "python", "mgebm_fast/learning/methods/synthesis.py",
+             "bent + (0.5 * shift)", "bent + (0.0 * shift)", FACTORS),
     Mutation("rollback-to-the-same-state-again", "python", "mgebm_fast/learning/run/rollback.py",
              "return len(steps) - 2 if again and len(steps) > 1 else len(steps) - 1",
              "return len(steps) - 1", ROLLBACK),

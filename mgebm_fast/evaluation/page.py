@@ -39,6 +39,7 @@ _TITLES = {  # in the order of the charts
     "nearest_distance": "distance to the nearest training image",
     "gap": "energy gap: data minus samples", "energy_observed": "energy of data",
     "energy_synthesised": "energy of samples", "gradient_to_noise": "gradient to noise of a step",
+    "stiffness": "drift times the largest curvature",
     "gradient_norm": "gradient norm", "noise_factor": "factor of the noise", "lr_factor": "factor of the learning rate",
     "data_noise_factor": "factor of the noise on observed images",
     "energy_distance": "energy distance of samples to held-out images",

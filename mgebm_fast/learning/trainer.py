@@ -180,7 +180,7 @@ class MultiGridTrainer:
         detail: bool = True,
     ) -> dict[str, float]:
         """One update from a batch of the caller's; the numbers that a record of the metrics holds. Without `detail` not
-        those that `fit` measures in every `log_every`-th update alone, which cost a gradient more of every net.
+        those that `fit` measures in every `log_every`-th update alone, which cost some gradients more of every net.
 
         Of several ranks each gives its share, in the order of ranks and all of one length.
 

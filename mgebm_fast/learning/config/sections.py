@@ -100,12 +100,12 @@ class RollbackConfig:
     lr_factor: float = key(
         0.5,
         Real(0, 1, above=True),
-        "each time, learning rates are multiplied by this; the first time, that of the net that ran away alone",
+        "each time, learning rates are multiplied by this, for good; the first time only that of the net that ran away",
     )
     data_noise_factor: float = key(
         1.5,
         Real(1, 10),
-        "each time, stabilise.data_noise of the same nets is multiplied by this; none stays none",
+        "each time, stabilise.data_noise of the same nets is multiplied by this, for good; none stays none",
     )
     gap_ratio: Any = key(
         30.0,

@@ -148,10 +148,6 @@ class TrainConfig:
         shares = [pick(self.begin, index) for index in range(len(self.sizes) - 1)]
         return tuple(max(0, min(self.steps - 1, math.floor(share * self.steps + 1e-9))) for share in shares)
 
-    def stiffness_bounds(self) -> dict[str, float]:
-        """`stabilise.stiffness` of each net, by its name in metrics."""
-        return {f"size_{size}": pick(self.stabilise.stiffness, net) for net, size in enumerate(self.sizes[1:])}
-
     def paced_as(self, before: TrainConfig, named: Collection[str] = (), *, late: bool = True) -> TrainConfig:
         """This configuration, of the run `before` with other `steps`: its nets join at the updates where they did, and
         with more steps its noise falls where it did, so that neither leaps where a run goes on.

@@ -62,7 +62,7 @@ class BankCascade:
 
     Args:
         by_part: the chain of (grid, whether it goes on), coarse to fine.
-        plans: of each net, for whole batches.
+        plans: of each net, for `gradient`.
         start: (N, C, 1, 1), where the coarsest new chains start.
         ids: the slots of the batch, which the caller writes before a run.
         walk: walk(start, ids, advance), the batches of all grids.
@@ -79,11 +79,13 @@ class BankCascade:
         self.chains, self._by_part = list(by_part.values()), by_part
         self._plans, self._start, self._ids, self._walk = plans, start.clone(), ids, walk
         self.images: list[Tensor] = []
+        self._fresh: set[int] = set()  # nets whose plans have the weights of the last refresh
         self.healthy = torch.ones((), dtype=torch.bool, device=start.device)
         for (_, goes_on), chain in by_part.items():
             chain.read_ids_from(ids[-len(chain.x) :] if goes_on else ids[: len(chain.x)])
 
     def refresh(self) -> None:
+        self._fresh.clear()
         for chain in self.chains:
             chain.refresh()
 
@@ -101,6 +103,8 @@ class BankCascade:
         self.healthy.copy_(torch.stack([chain.healthy for chain in self.chains]).all())
 
     def gradient(self, net: int, x: Tensor) -> Tensor:
-        """∇E(x) of a net for a whole batch."""
-        self._plans[net].refresh()
+        """∇E(x) of a net, by its weights at the last `refresh`."""
+        if net not in self._fresh:
+            self._plans[net].refresh()
+            self._fresh.add(net)
         return self._plans[net].gradient(x)

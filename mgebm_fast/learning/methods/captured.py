@@ -189,8 +189,8 @@ class CapturedUpdate:
         )
         silent = [law_of(chain)[1] == 0 for chain in self._dynamics]  # at any update, as noise is only annealed
         self._laws = [
-            (drift, 0.0 if never else std, inverse_variance, typical)
-            for never, (drift, std, inverse_variance, typical) in zip(
+            (drift, 0.0 if never else std, inverse_variance, median_std)
+            for never, (drift, std, inverse_variance, median_std) in zip(
                 silent, map(Tensor.unbind, laws.view(nets, 4)), strict=True
             )
         ]

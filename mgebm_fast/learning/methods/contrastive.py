@@ -83,7 +83,10 @@ class ContrastiveRule(ModelRule):
             self.average = Average(model, config.stabilise.ema, firsts)
         self.names = [f"size_{size}" for size in model.sizes[1:]]  # of the nets, in metrics
         self.slowed_alone = self.names if len(self.names) > 1 else []
-        self.adds_noise = any(pick(config.stabilise.data_noise, net) for net in range(len(model.nets)))
+        settings = config.stabilise
+        self.noisy = [net for i, net in enumerate(self.names) if pick(settings.data_noise, i)]
+        bounds = {net: pick(settings.stiffness, i) for i, net in enumerate(self.names)}
+        self.stiffness_bounds = {net: bounds[net] for net in self.noisy if bounds[net]}
 
     # what a method says
 
@@ -304,7 +307,7 @@ class ContrastiveRule(ModelRule):
         metrics["lr_factor"] = self.schedule(iteration)
         for net, factors in self.factors.items():
             if factors.data_noise != 1.0:
-                metrics[f"{net}/data_noise_factor".lstrip("/")] = factors.data_noise
+                metrics[f"{net}/data_noise_factor" if net else "data_noise_factor"] = factors.data_noise
         if "generator/loss" in found:
             metrics.update(self.taught(found["generator/loss"]))
             metrics["generator/gradient_norm"] = found["generator/gradient_norm"]

@@ -141,18 +141,18 @@ def measured_of_samples(
     gradient: Callable[[int, Tensor], Tensor],  # (net, x) -> ∇E(x)
     laws: Sequence[Sequence[float | Tensor]],  # of each chain (`law_of`)
 ) -> dict[str, Tensor]:
-    """What is watched in samples (`run.watch`), 0-dim each:
+    """What is watched in samples (`run.watch`), 0-dim each; numbers that vary count with their mean over the chain:
 
-    gradient_to_noise: rms of what the gradient moves a pixel by in a step, over that of the noise, where there is;
-        numbers that vary count with their mean over the chain
+    gradient_to_noise: rms of what the gradient moves a pixel by in a step, over that of the noise, where there is
     gradient_clamped: rms of the gradient over langevin.grad_clamp, where there is
-    stiffness: drift times the largest curvature of the energy (`largest_curvature`), where there is noise
+    stiffness: drift times the largest curvature of the energy and its reference, at up to 16 images
+        (`largest_curvature`), where there is noise
     saturated: share of pixels at the ends of value_range, less that of the data, where chains are clamped
     spread: std of all pixels, over that of the data
     """
     found, (low, high), pixels = {}, model.value_range, slice(model.channels)
     for net, (x, size, chain, real) in enumerate(zip(images, model.sizes[1:], model.langevin, observed)):
-        drift, noise_std, inverse_variance, typical = laws[net]
+        drift, noise_std, inverse_variance, median_std = laws[net]
         noisy = isinstance(noise_std, Tensor) or noise_std > 0
         bound = math.inf if chain.grad_clamp is None else chain.grad_clamp
         if noisy or math.isfinite(bound):
@@ -162,9 +162,10 @@ def measured_of_samples(
             if noisy:
                 force = force + (x[:, pixels] - chain.reference_mean) * inverse_variance
                 found[f"size_{size}/gradient_to_noise"] = drift * force.square().mean().sqrt() / noise_std
-                few, reach = x[:: max(1, len(x) // _PROBED)][:_PROBED], torch.as_tensor(typical, device=x.device)
+                few, reach = x[:: max(1, len(x) // _PROBED)][:_PROBED], torch.as_tensor(median_std, device=x.device)
                 reach = reach.clamp_min(1e-3 * (high - low))
-                found[f"size_{size}/stiffness"] = drift * largest_curvature(partial(gradient, net), few, reach, pixels)
+                curvature = largest_curvature(partial(gradient, net), few, reach, pixels) + inverse_variance
+                found[f"size_{size}/stiffness"] = drift * curvature
         x, real = x[:, pixels], real[:, pixels]
         if chain.clamp is not None:
             found[f"size_{size}/saturated"] = _at_ends(x, *chain.clamp) - _at_ends(real, *chain.clamp)
@@ -177,14 +178,16 @@ def largest_curvature(
     x: Tensor,  # (N, C + K, …), K label planes last, which stay
     reach: Tensor,  # 0-dim: rms of the steps whose gradients are compared, in the units of x
     pixels: slice,  # the C
-    iterations: int = 6,
+    iterations: int = 8,
 ) -> Tensor:
     """The largest eigenvalue of ∇²E at x, the mean over the N images, 0-dim: by power iterations
 
-        d = ∇E(x + v) − ∇E(x),    λ = ⟨d, v⟩/⟨v, v⟩,    v ← reach √n d/|d|        n pixels
+        d = ∇E(x + v) − ∇E(x),    λ = ⟨d, v⟩/⟨v, v⟩,    v ← reach √n u/|u|,    u = d + ½ r v        n pixels
 
-    from v of white noise. The differences are as long as what a chain's noise does in a step, since nets of ReLU have
-    no curvature but where their pieces meet.
+    from v of white noise, r the highest |d|/|v| so far: without it they would find the eigenvalue of the largest
+    magnitude, a negative one where E is more concave than convex. The differences are as long as what a chain's noise
+    does in a step, since nets of ReLU have no curvature but where their pieces meet. So few iterations are some
+    hundredths of λ low. With batch statistics, which tie images together, it is indicative.
 
     A step x − drift ∇E(x) goes past the minimum along v where drift λ is above 1, and ends farther from it than it
     began where that is above 2.
@@ -193,12 +196,14 @@ def largest_curvature(
     steps = ops.noise(x.shape, seed=0, step=0, first_sample=0, stream=stream, device=x.device)
     steps[:, pixels.stop :] = 0
     here, length = gradient(x).clone(), reach * math.sqrt(x[0, pixels].numel())
+    by_image, shift = (-1, *[1] * (x.dim() - 1)), torch.zeros(len(x), dtype=x.dtype, device=x.device)
     for _ in range(iterations):
-        steps = steps * (length / _norms(steps)).view(-1, *[1] * (x.dim() - 1))
+        steps = steps * (length / _norms(steps)).view(by_image)
         bent = gradient(x + steps) - here
         bent[:, pixels.stop :] = 0
         largest = (bent * steps).flatten(1).sum(1) / _norms(steps).square()
-        steps = bent
+        shift = torch.maximum(shift, _norms(bent) / _norms(steps))
+        steps = bent + (0.5 * shift).view(by_image) * steps
     return largest.mean()
 
 

@@ -64,7 +64,7 @@ class Loop:
         self.folder: NoFolder = NoFolder() if out is None else RunFolder(out, writes=self.ranks.first, logger=logger)
         self.voice = Voice(console if self.ranks.first else None)
         self.iteration = 0
-        self.states = rollback.states_of(self.folder, rollback.History(config), config.keep_checkpoints)
+        self.states = rollback.states_of(self.folder, rollback.History(config, rule), config.keep_checkpoints)
         self.history = self.states.history
         self.recorder = NoRecorder()
         self.reference: Tensor | None = None  # held-out images in the model's units, for the measure of states
@@ -155,7 +155,7 @@ class Loop:
         if history.exhausted or not self._enter_good():
             raise self._diverged(error) from error
         self.ranks.failed = False
-        history.made = [*made, history.entry(update, self.iteration, error, self.rule)]
+        history.went_back(made, update, self.iteration, error, self.rule)
         self._tell_rule()
         with self.ranks.together():
             # Killed between these, a run goes on from a checkpoint that fits its records.
@@ -284,7 +284,7 @@ class Loop:
             return False
         if saved:
             self.rule.check()
-        if _due(done, config.log_every) and self.history.growth.take(metrics, done, self.ranks):
+        if _due(done, config.log_every) and self.history.growth.take(metrics, self.ranks):
             self.history.tell(self.rule)
         self.iteration = done
         progress.update(done, self.updates.headline, logged=logged)

@@ -61,10 +61,10 @@ Kept = tuple[int, Any, dict[str, Any]]  # a good state in memory: updates made, 
 class History:
     """How often a run went back, and what it watches: the part of a run's state that is about divergence."""
 
-    def __init__(self, config: TrainConfig) -> None:
+    def __init__(self, config: TrainConfig, rule: UpdateRule) -> None:
         self.config = config.rollback
         self.made: list[Rollback] = []
-        self.watch, self.growth = Watch(config), Growth(config.stiffness_bounds())
+        self.watch, self.growth = Watch(config), Growth(rule.stiffness_bounds, config.log_every)
 
     @property
     def on(self) -> bool:
@@ -77,21 +77,20 @@ class History:
     def factors(self, net: str = "") -> Factors:
         """What numbers of `net` are multiplied by; "": those of nets that nothing is said of."""
         returned = self.returned(net)
-        grown = returned.data_noise * self.growth.factors.get(net, 1.0)
-        return Factors(returned.rate, min(grown, MOST_DATA_NOISE))
+        return Factors(returned.rate, returned.data_noise * self.growth.factors.get(net, 1.0))
 
     def returned(self, net: str = "") -> Factors:
         """Those of them that returns brought."""
         own = [entry for entry in self.made if entry.net in ("", net)]
-        data_noise = min(math.prod(entry.data_noise for entry in own), MOST_DATA_NOISE)
-        return Factors(math.prod(entry.factor for entry in own), data_noise)
+        data_noise = math.prod(entry.data_noise for entry in own)
+        return Factors(math.prod(entry.factor for entry in own), min(data_noise, MOST_DATA_NOISE))
 
-    def entry(self, at: int, to: int, error: DivergenceError, rule: UpdateRule) -> Rollback:
-        """A return from update number `at` to the state after `to`, with what the configuration changes then."""
-        factor = self.config.data_noise_factor if rule.adds_noise else 1.0
-        part = error.part if isinstance(error, RunAway) and not self.made else ""
-        net = part if part in rule.slowed_alone else ""
-        return Rollback(at, to, self.config.lr_factor, str(error), factor, net)
+    def went_back(self, made: Sequence[Rollback], at: int, to: int, error: DivergenceError, rule: UpdateRule) -> None:
+        """From update number `at` to the state after `to`, after the returns `made`; what is other from there on."""
+        part = error.part if isinstance(error, RunAway) else ""
+        net = part if part in rule.slowed_alone and not any(entry.net for entry in made) else ""
+        data_noise = self.config.data_noise_factor if net in rule.noisy or (rule.noisy and not net) else 1.0
+        self.made = [*made, Rollback(at, to, self.config.lr_factor, str(error), data_noise, net)]
 
     def tell(self, rule: UpdateRule) -> None:
         """Let `rule` learn as the run does now."""
@@ -119,7 +118,7 @@ class History:
 
     def seen(self) -> dict[str, Any]:
         """What belongs to the state that a run is in, whichever way it came there."""
-        return {"watch": self.watch.state(), "growth": self.growth.state()}
+        return {"watch": self.watch.state(), "growth": dict(self.growth.factors)}
 
     def restore_seen(self, seen: Mapping[str, Any]) -> None:
         self.watch.restore(seen.get("watch", {}))
@@ -150,13 +149,14 @@ class History:
         """The rollbacks of a run that finished, for its last message; empty where there were none."""
         if not self.made:
             return ""
-        ends = []
+        ends, alone = [], any(entry.net for entry in self.made)
         for net in dict.fromkeys(entry.net for entry in self.made):
             factors = self.returned(net)
-            rates = f"the learning rate of {in_words(net)}" if net else "learning rates"
+            others, its = ("the other nets' ", "their ") if alone else ("", "")
+            rates, its = (f"the learning rate of {in_words(net)}", "its ") if net else (f"{others}learning rates", its)
             ends.append(f"{rates} ended at {factors.rate:g} of {'that' if net else 'those'} asked for")
             if factors.data_noise != 1.0:
-                ends.append(f"{'its ' if net else ''}data noise at {factors.data_noise:g} times its own")
+                ends.append(f"{its}data noise at {factors.data_noise:g} times that")
         return f"it diverged and went back {self._times}, {', '.join(ends)}; "
 
     @property

@@ -17,8 +17,9 @@ from .factors import Factors
 class UpdateRule(abc.ABC):
     """A learning method: how the initial state is updated by a batch, what it looks like, and how it is stored."""
 
-    adds_noise = False  # to observed images
-    slowed_alone: Sequence[str] = ()  # the nets, as metrics name them, that can have factors of their own
+    noisy: Sequence[str] = ()  # the nets, as metrics name them, whose observed images have noise
+    slowed_alone: Sequence[str] = ()  # those that can have factors of their own
+    stiffness_bounds: Mapping[str, float] = {}  # of those whose noise follows their stiffness
     divisible = False  # whether a batch may be learnt from in parts, which is what several ranks do
     # The loop sets these.
     ranks = Ranks()

@@ -217,17 +217,30 @@ def ours_nets(trainer):
     return [torch.cat([p.detach().flatten() for p in net.parameters()]) for net in trainer.model.nets]
 
 
+@pytest.mark.parametrize("folder", [True, False])
 @pytest.mark.parametrize("method, sizes", [("multigrid", [1, 2, 4]), ("short-run", [1, 4])])
-def test_all_nets_are_changed_where_one_alone_was_not_enough(run, method, sizes):
-    """The second time, whichever net it is then; and where there is one net."""
-    ours = collapse(run(method=method, sizes=sizes), (4, 0, "size_4"), (6, 1, f"size_{sizes[1]}"))
-    assert ours.fit().finished
+def test_all_nets_are_changed_where_one_alone_was_not_enough(run, tmp_path, folder, method, sizes):
+    """The second time, whichever net it is then and however far it goes back; and where there is one net."""
+    out, words = tmp_path if folder else None, io.StringIO()
+    places = (6, 0, "size_4"), (5, 1, f"size_{sizes[1]}")
+    ours = collapse(run(out, Console(file=words, width=40), method=method, sizes=sizes), *places)
+    assert ours.fit().finished and [entry.to for entry in ours._loop.history.made] == [4, 2]
     alone = [] if method == "short-run" else [("size_4", Factors(0.25, 1.0))]
     assert ours.rule.factors == dict([("", Factors(0.5 if alone else 0.25, 1.0)), *alone])
+    if folder and alone:
+        ends = "size 4 ended at 0.25 of that asked for, the other nets' learning rates ended at 0.5 of those asked for"
+        assert ends in words.getvalue()
+
+
+def test_a_batch_that_was_refused_before_does_not_count_as_a_net_that_ran_away(run):
+    """Its return is of all nets; the first of a net after it is of that net alone."""
+    ours = run(sizes=[1, 2, 4], stabilise={"data_noise": (0.0, 0.04)})
+    diverge(collapse(ours, (6, 1, "size_2")), (4, 0)).fit()
+    assert ours.rule.factors == {"": Factors(0.5, 1.5), "size_2": Factors(0.25, 1.5)}
 
 
 def test_a_return_of_an_older_version_left_data_noise_as_it_was():
-    history = History(tiny_config(stabilise={"data_noise": 0.04}))
+    history = History(tiny_config(stabilise={"data_noise": 0.04}), types.SimpleNamespace(stiffness_bounds={}))
     history.restore({"rollback": {"made": [{"at": 4, "to": 2, "factor": 0.5, "why": "it ran away"}]}})
     assert history.factors() == history.factors("size_4") == Factors(0.5, 1.0)
 

@@ -175,7 +175,7 @@ def test_the_energy_distance():
 
 def test_the_best_state_is_the_newest_that_is_not_clearly_worse_than_another():
     """A run's measure is lowest after a few updates, by chance, and no better picture may be thrown away for it."""
-    states = MemoryStates(History(tiny_config()), 2)
+    states = MemoryStates(History(tiny_config(), types.SimpleNamespace(stiffness_bounds={})), 2)
     rule = types.SimpleNamespace(snapshot=lambda: None)
     found = []
     for iteration, measure in enumerate([None, None, 0.6, 5.0, math.inf, 0.9, 0.4, 0.75, 0.71, None, 9.0]):
