@@ -319,7 +319,8 @@ def test_a_bf16_update_is_near_the_fp32_one(trainer):
     for precision in ("fp32", "bf16"):
         losses[precision] = trainer(precision=precision, seed=5).step(tiny_data(8).batch(slice(None)))
     for name, value in losses["fp32"].items():
-        assert losses["bf16"][name] == pytest.approx(value, rel=0.1, abs=5e-3)
+        bound = 0.3 if name.endswith("stiffness") else 0.1  # of differences of gradients
+        assert losses["bf16"][name] == pytest.approx(value, rel=bound, abs=5e-3), name
 
 
 def test_noisy_data_stay_in_the_range_where_asked():

@@ -159,6 +159,8 @@ def test_no_counter_is_used_twice(trainer, method, monkeypatch):
     used: list[tuple[int, int, int]] = []
 
     def note(stream, step, steps, first, n):
+        if stream == noise.stream(noise.Purpose.PROBE):
+            return  # the directions that energies are measured in are always the same, and teach nothing
         ids = first.tolist() if isinstance(first, torch.Tensor) and first.dim() else range(int(first), int(first) + n)
         used.extend((stream, step + k, i) for k in range(steps) for i in ids)
 
