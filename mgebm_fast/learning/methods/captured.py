@@ -232,10 +232,10 @@ class CapturedUpdate:
                 following = iteration
                 break
             named = dict(zip(self._names[detail], measured))
-            for size, std in zip(rule.model.sizes[1:], rows[index][self._stds], strict=True):
+            for net, std in zip(rule.names, rows[index][self._stds], strict=True):
                 if std == 0:  # the noise has been annealed to nothing
                     for name in ("gradient_to_noise", "stiffness"):
-                        named.pop(f"size_{size}/{name}", None)
+                        named.pop(f"{net}/{name}", None)
             found.append((iteration, rule.metrics(named, iteration)))
         self._launched = []
         return found, following

@@ -62,14 +62,9 @@ def test_of_a_flat_energy_it_is_0():
 def test_noise_grows_above_the_bound_and_goes_back_below_three_quarters_of_it():
     growth = Growth({"size_8": 0.8}, log_every=20)
     up, down = 1.0015**20, 1.0005**20
-    for stiffness, expected in (
-        (0.7, 1.0),
-        (0.9, up),
-        (0.9, up**2),
-        (0.7, up**2),
-        (0.59, up**2 / down),
-        (0.1, up**2 / down**2),
-    ):
+    high = up**2
+    seen = (0.7, 1.0), (0.9, up), (0.9, high), (0.7, high), (0.59, high / down), (0.1, high / down**2)
+    for stiffness, expected in seen:
         before = growth.factors.get("size_8", 1.0)
         changed = growth.take({"size_8/stiffness": stiffness, "size_16/stiffness": 9.0}, Ranks())
         assert growth.factors.get("size_8", 1.0) == pytest.approx(expected) and changed == (before != expected)
@@ -86,10 +81,8 @@ def test_noise_grows_above_the_bound_and_goes_back_below_three_quarters_of_it():
 
 
 def test_all_ranks_take_what_the_first_has_seen():
-    growth, ranks = (
-        Growth({"size_8": 0.8}, log_every=20),
-        types.SimpleNamespace(size=2, tell=lambda _: '{"size_8": 0.9}'),
-    )
+    growth = Growth({"size_8": 0.8}, log_every=20)
+    ranks = types.SimpleNamespace(size=2, tell=lambda said: '{"size_8": 0.9}')
     assert growth.take({"size_8/stiffness": 0.1}, ranks) and growth.factors["size_8"] > 1
 
 
@@ -151,20 +144,16 @@ def test_a_bound_that_comes_or_goes_at_a_resumption(trainer, tmp_path):
 
 
 def test_a_net_without_noise_has_no_factor(trainer, tmp_path):
-    trainer(
-        out=tmp_path, data=tiny_data(), **{**STIFF, "stabilise": {"stiffness": 1e-6, "data_noise": (0.0, 0.04)}}
-    ).fit()
+    stabilise = {"stiffness": 1e-6, "data_noise": (0.0, 0.04)}
+    trainer(out=tmp_path, data=tiny_data(), **{**STIFF, "stabilise": stabilise}).fit()
     assert {name for name in records(tmp_path)[-1] if name.endswith("noise_factor")} == {"size_4/data_noise_factor"}
 
 
 def test_the_net_of_a_video_is_bounded_too(trainer, tmp_path):
     """Whose size is that of its clips, whatever `sizes` says."""
     clips = np.random.default_rng(0).integers(0, 256, (6, 6, 8, 1), dtype=np.uint8)
-    more = {
-        "method": "spatial-temporal",
-        "batch_size": 2,
-        "spatial-temporal": {"size": [4, 6, 8], "layers": [[3, 3, 2]]},
-    }
+    options = {"size": [4, 6, 8], "layers": [[3, 3, 2]]}
+    more = {"method": "spatial-temporal", "batch_size": 2, "spatial-temporal": options}
     stabilise = {"stiffness": 1e-9, "data_noise": 0.1}
     ours = trainer(out=tmp_path, data=clips, steps=4, log_every=2, stabilise=stabilise, **more)
     ours.fit()
