@@ -112,8 +112,12 @@ MUTATIONS = (
         "first-step-ignored", "python", COUNTERS, "self.step + k, None", "k, None", SPLITS
     ),  # 10 + 20 steps would repeat the noise of the first 10
     Mutation(
-        "stream-shared-by-grids", "python", "mgebm_fast/sampling/cascade.py", "stream = noise.stream(purpose, grid)",
-        "stream = noise.stream(purpose, 1)", CASCADE,
+        "stream-shared-by-grids", "python", "mgebm_fast/sampling/cascade.py",
+        "stream = noise.stream(purpose, first_grid + grid)", "stream = noise.stream(purpose, 1)", CASCADE,
+    ),
+    Mutation(
+        "step-counter-reused-in-cycles", "python", "mgebm_fast/models/multigrid.py",
+        "step + chain.steps for step", "step for step", ("tests/models/test_cycles.py",),
     ),
     Mutation(
         "step-counter-reused-in-training", "python", "mgebm_fast/learning/methods/multigrid.py",

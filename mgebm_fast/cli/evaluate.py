@@ -10,6 +10,7 @@ import typer
 from .options import (
     MOST_SAMPLES,
     MOST_SEED,
+    Cycles,
     Device,
     Json,
     Precision,
@@ -23,7 +24,7 @@ from .options import (
     open_model,
     print_json,
     source_of,
-    take_steps,
+    take_chains,
     use_threads,
 )
 from .outputs import check_place
@@ -55,6 +56,7 @@ def evaluate(
     ] = False,
     json: Json = False,
     steps: Steps = None,
+    cycles: Cycles = None,
     device: Device = "auto",
     threads: Threads = None,
     precision: Precision = "auto",
@@ -67,6 +69,7 @@ def evaluate(
       mgebm evaluate runs/digits --num 1000 --json > digits.json
       mgebm evaluate runs/photos --features imagenet
       mgebm evaluate runs/photos --steps 150
+      mgebm evaluate runs/photos --cycles 4
       mgebm evaluate runs/photos --by-size
       mgebm evaluate runs/digits/checkpoints/step_003000 --record
 
@@ -92,11 +95,12 @@ def evaluate(
     from ..files import read_regular, write_inside
     from ..models.storage import MOST_JSON
 
-    if record and (steps is not None or by_size):
-        given = "--by-size" if by_size else f"--steps {steps}"
+    asked = {"--steps": steps, "--cycles": cycles, "--by-size": by_size or None}
+    if record and (given := next((f"{name} {value}" for name, value in asked.items() if value is not None), "")):
+        given = given.removesuffix(" True")
         raise ValueError(f"--record: must be left out with {given}: it is for the model's own samples")
     model, config = open_model(run, device, "evaluate")
-    take_steps(model, steps, run)
+    take_chains(model, steps, cycles, run)
     trained = _recorded(run) if record else None
     source = source_of(run, data, config)
     classes = config.classes if config else ()
@@ -112,6 +116,8 @@ def evaluate(
         result["notes"].append(words)
     if steps is not None:
         result["notes"].append(f"chains of {steps} steps a grid (--steps)")
+    if cycles is not None:
+        result["notes"].append(f"V-cycles down to {cycles} (--cycles)")
     if precision != "auto":
         result["notes"].append(f"chains with gradients in {precision} (--precision)")
     if trained is not None:

@@ -49,6 +49,13 @@ Steps = Annotated[
         help="Steps of every grid's chain, or of each, coarse to fine: 10,10,50. Default: the model's own for samples.",
     ),
 ]
+Cycles = Annotated[
+    str | None,
+    typer.Option(
+        metavar="SIZE[,SIZE…]|none",
+        help="V-cycles of a sample: its block means at SIZE start finer chains once more. Default: the model's own.",
+    ),
+]
 Threads = Annotated[
     int | None,
     typer.Option(
@@ -80,10 +87,19 @@ def open_model(run: Path, device: str, command: str) -> tuple[Model, TrainConfig
     return model, config
 
 
-def take_steps(model: Model, steps: str | None, run: Path) -> None:
-    """Give the chains of a model's samples the steps of `--steps`; ValueError where that cannot be."""
-    from ..models import EnergyModel
+def take_chains(model: Model, steps: str | None, cycles: str | None, run: Path) -> None:
+    """Give a model's samples the chains of `--steps` and `--cycles`; ValueError where that cannot be."""
+    from ..models import EnergyModel, MultiGrid
 
+    if cycles is not None:
+        if not isinstance(model, MultiGrid):
+            raise ValueError(f"--cycles: must be left out for {run}, a {type(model).__name__} without grids")
+        words = [] if cycles == "none" else cycles.split(",")
+        wanted = [int(word) if re.fullmatch(r"\s*\d{1,5}\s*", word) else word for word in words]
+        try:
+            model.cycles = model.check_cycles(wanted)  # type: ignore[arg-type]
+        except Refused as error:
+            raise ValueError(f"--cycles: must {error.must}, got {cycles!r}") from None
     if steps is None:
         return
     if not isinstance(model, EnergyModel):

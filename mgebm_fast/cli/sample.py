@@ -11,6 +11,7 @@ import typer
 from .options import (
     MOST_SAMPLES,
     MOST_SEED,
+    Cycles,
     Device,
     Precision,
     RunPath,
@@ -20,7 +21,7 @@ from .options import (
     find_rank_device,
     one_voice,
     open_run,
-    take_steps,
+    take_chains,
     use_threads,
 )
 from .outputs import IMAGE_FILES, SAMPLE_WRITERS, check_out, check_place
@@ -81,6 +82,7 @@ def sample(
         bool, typer.Option("--overwrite", help="Replace the samples in a folder that is not empty.")
     ] = False,
     steps: Steps = None,
+    cycles: Cycles = None,
     device: Device = "auto",
     threads: Threads = None,
     precision: Precision = "auto",
@@ -93,6 +95,7 @@ def sample(
       mgebm sample runs/digits --num 1000 --out samples.npy
       mgebm sample runs/digits --num 16 --grids --out grids.png
       mgebm sample runs/digits --num 500 --best 64 --out best.png
+      mgebm sample runs/photos --cycles 4 --num 16 --out again.png
       mgebm sample digits-by-class --class 3 --class 8 --num 20 --out threes-and-eights.png
       mgebm sample digits-by-class --class all --num 100 --out classes.png
       mgebm sample runs/coop --generator --out alone.png
@@ -127,7 +130,7 @@ def sample(
         with ranks.together():
             source, _ = open_run(run)
             model = Model.load(source, device=hardware)
-            take_steps(model, steps, run)
+            take_chains(model, steps, cycles, run)
             if size is not None:
                 model = _resized(model, size, run)
             recorded = model if isinstance(model, SpatialTemporal) else None
@@ -295,7 +298,7 @@ def _chains(
     console = Console(stderr=True)
     columns = (TextColumn("sampling"), BarColumn(), TextColumn("{task.percentage:3.0f} %"), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
-        bar = progress.add_task("", total=groups * sum(langevin.steps for langevin in model.sampling))
+        bar = progress.add_task("", total=groups * model.steps_of_sample)
         drawn = model.sample(
             num,
             seed=seed,

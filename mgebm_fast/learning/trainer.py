@@ -20,7 +20,7 @@ from . import start
 from .config.method import METHODS, load_data
 from .config.train_config import TrainConfig
 from .config.values import merge
-from .methods.multigrid import describe_model
+from .given_model import describe_model
 from .run import loggers
 from .run.distributed import Ranks, joined
 from .run.feed import Batches

@@ -135,6 +135,11 @@ class Model(Pretrained, nn.Module, abc.ABC):
             return self.sampling
         return tuple(chain.of_length(max(1, round(length * chain.steps))) for chain in self.sampling)
 
+    @property
+    def steps_of_sample(self) -> int:
+        """Steps of all chains that a sample goes through."""
+        return sum(chain.steps for chain in self.sampling)
+
     @abc.abstractmethod
     def _sample_group(self, group: Group) -> list[Tensor]:
         """The samples of a group at every size."""
@@ -267,7 +272,7 @@ class Model(Pretrained, nn.Module, abc.ABC):
         tensors.update({storage.EMA + name: tensor for name, tensor in (ema or {}).items()})
         if half:
             tensors = {n: t.half() if t.dtype == torch.float32 else t for n, t in tensors.items()}
-        storage.write(path, _apart(tensors), self.config(), self.kind)
+        storage.write(path, tensors, self.config(), self.kind)
 
     @classmethod
     def load(
@@ -329,16 +334,6 @@ class Model(Pretrained, nn.Module, abc.ABC):
                 wanted = f"{want} {expected[name].dtype}"
                 raise CheckpointError(f"{where}: tensor {name!r} must be {wanted}, got {got} {state[name].dtype}")
         self.load_state_dict(state)
-
-
-def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors, with copies of those that share memory with an earlier one (tied weights)."""
-    found, seen = {}, set()
-    for name, tensor in tensors.items():
-        place = tensor.untyped_storage().data_ptr()
-        found[name] = tensor.clone() if place in seen else tensor
-        seen.add(place)
-    return found
 
 
 def _family(cls: type[AnyModel]) -> Iterator[type[AnyModel]]:

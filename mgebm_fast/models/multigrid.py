@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import noise
+from .. import noise, ops
 from ..checks import is_int, positive_int
 from ..errors import Refused
 from ..sampling import graphs
@@ -33,6 +33,8 @@ class MultiGrid(EnergyModel):
         sample_steps: of each grid's chain in a sample, or a sequence of one a grid; None: those of `langevin`.
         denoise: last steps of the finest chain of a sample that have no noise.
         upsampling: of the coarser result where a chain starts, "nearest" or "linear".
+        cycles: of a sample, sizes between the first and the finest, one a V-cycle: the block means of the finished
+            sample at that size start the chains of the finer grids once more, with other noise.
 
     With `classes`, K names, energies are those of an image and its class, E(x, y): nets take C + K channels, of which
     the last K are label planes, an eighth of `value_range` in the plane of the image's class and 0 in the others.
@@ -50,6 +52,7 @@ class MultiGrid(EnergyModel):
         sample_steps: int | Sequence[int] | None = None,
         denoise: int = 0,
         upsampling: str = "nearest",
+        cycles: int | Sequence[int] = (),
         **arguments: Any,
     ) -> None:
         names = [classes] if isinstance(classes, str) else list(classes)
@@ -61,6 +64,7 @@ class MultiGrid(EnergyModel):
             raise Refused("denoise", "be a whole number of at least 0", repr(denoise), self.kind)
         self.denoise = int(denoise)
         self.upsampling = check_upsampling(upsampling, self.kind)
+        self.cycles = self.check_cycles(cycles)
         if names:
             self._register_rows("labels", dtype=torch.int64)
 
@@ -73,10 +77,25 @@ class MultiGrid(EnergyModel):
             raise Refused("sample_steps", wanted, list(steps), self.kind)
         return tuple(positive_int(own, "sample_steps", self.kind) for own in steps)
 
+    def check_cycles(self, cycles: int | Sequence[int], where: str = "MultiGrid") -> tuple[int, ...]:
+        """`cycles` as a tuple when they are sizes that a sample can go down to and up again from; else Refused."""
+        found: Any = (cycles,) if is_int(cycles) else cycles
+        between = self.sizes[1:-1]
+        if not isinstance(found, Sequence) or not all(is_int(size) and size in between for size in found):
+            wanted = f"hold sizes among {', '.join(map(str, between))}" if between else "be empty, of two sizes"
+            raise Refused("cycles", wanted, cycles if isinstance(cycles, str) else repr(cycles), where)
+        return tuple(int(size) for size in found)
+
     @property
     def sampling(self) -> tuple[Langevin, ...]:
         *coarse, finest = super().sampling
         return (*coarse, finest.denoised(self.denoise) if self.denoise else finest)
+
+    @property
+    def steps_of_sample(self) -> int:
+        """Steps of all chains that a sample goes through, in its V-cycles as well."""
+        steps = [chain.steps for chain in self.sampling]
+        return sum(steps) + sum(sum(steps[self.sizes.index(size) :]) for size in self.cycles)
 
     @torch.no_grad()
     def set_colours(self, colours: Tensor, labels: Tensor | None = None) -> None:  # (M, C) or (M, C, 1, 1), (M,)
@@ -103,6 +122,7 @@ class MultiGrid(EnergyModel):
         mask: Tensor | None = None,
         known: Tensor | None = None,
         callback: GridCallback | None = None,
+        cycles: Sequence[int] = (),
         precision: str = "auto",
         backend: str = "auto",
         graph: graphs.Graph = None,
@@ -120,6 +140,9 @@ class MultiGrid(EnergyModel):
                 are held; at coarser sizes a cell is held, at the mean of its block's known pixels, where it has any.
             callback: callback(grid, step, x) after each step, grid the index in sizes, x the live state, with label
                 planes where there are classes.
+            cycles: V-cycles that follow, as the model's own `cycles` have it, which `sample` takes. A chain's step
+                counter counts on in each. Results are then those of the last visit to a size, block means at the last
+                one that a cycle went down to.
             graph: as in `langevin_sample`; one CUDA graph holds the chains of all grids.
 
         Raises DivergenceError naming the grid and the step.
@@ -139,7 +162,7 @@ class MultiGrid(EnergyModel):
         results = self.run(
             start, seed=seed, first_sample=first_sample, first_step=first_step, purpose=purpose, mask=mask,
             known=known, langevin=None if langevin is None else self._per_net(langevin), callback=callback,
-            precision=precision, backend=backend, graph=graph,
+            cycles=self.check_cycles(cycles, "cascade"), precision=precision, backend=backend, graph=graph,
         )  # fmt: skip
         return [x[:, : self.channels].contiguous() for x in results] if self.classes else results
 
@@ -151,6 +174,8 @@ class MultiGrid(EnergyModel):
         langevin: Sequence[Langevin] | None = None,
         mask: Tensor | None = None,
         known: Tensor | None = None,
+        first_step: int | Sequence[int] = 0,
+        cycles: Sequence[int] = (),
         **options: Any,
     ) -> list[Tensor]:
         """`cascade` of what the nets take: images with their label planes, at every size, or of the `grids` coarsest
@@ -159,10 +184,22 @@ class MultiGrid(EnergyModel):
         if self.classes and mask is None:
             known, mask = self.held_planes(start, grids)
         dynamics = (self.langevin if langevin is None else langevin)[:grids]
-        return cascade(
-            list(self.nets[:grids]), self.sizes[: 1 + grids], dynamics, start, mask=mask, known=known,
-            upsampling=self.upsampling, **options,
-        )  # fmt: skip
+
+        def climb(first: int, x: Tensor, first_step: int | Sequence[int]) -> list[Tensor]:
+            """The chains of the grids after `first`, from x on."""
+            return cascade(
+                list(self.nets[first:grids]), self.sizes[first : 1 + grids], dynamics[first:], x, mask=mask,
+                known=known, first_step=first_step, upsampling=self.upsampling, first_grid=first, **options,
+            )  # fmt: skip
+
+        results = climb(0, start, first_step)
+        steps = list(first_step) if isinstance(first_step, Sequence) else [first_step] * grids
+        for size in cycles:
+            steps = [step + chain.steps for step, chain in zip(steps, dynamics, strict=True)]
+            first = self.sizes.index(size)
+            (means,) = ops.pyramid(results[-1], [size])
+            results[first:] = climb(first, means, steps[first:])
+        return results
 
     def held_planes(self, start: Tensor, grids: int | None = None) -> tuple[Tensor, Tensor]:  # (N, C + K, s, s)
         """(known, mask) of chains that hold the label planes of their starts and no pixel, as `cascade` takes them; of
@@ -237,22 +274,25 @@ class MultiGrid(EnergyModel):
         return self.colours[rows][:, :, None, None], group.labels
 
     def _sample_group(self, group: Group) -> list[Tensor]:
+        if self.cycles and isinstance(group.graph, graphs.Session) and group.graph.on is not None:
+            raise Refused("pipeline", "be False for a model with V-cycles", True, "sample")
         start, labels = self._starts(group)
         return self.cascade(
             start, labels=labels, seed=group.seed, first_sample=group.first_sample,
             langevin=self.chains(group.length), mask=group.mask, known=group.known, callback=group.callback,
-            **group.engine,
+            cycles=self.cycles, **group.engine,
         )  # fmt: skip
 
     def config(self) -> dict[str, Any]:
         steps = list(self.sample_steps) if isinstance(self.sample_steps, tuple) else self.sample_steps
-        own = {"sample_steps": steps, "denoise": self.denoise}
-        linear = {} if self.upsampling == "nearest" else {"upsampling": self.upsampling}
-        return super().config() | {name: value for name, value in own.items() if value} | linear
+        own: dict[str, Any] = {"sample_steps": steps, "denoise": self.denoise, "cycles": list(self.cycles)}
+        own["upsampling"] = None if self.upsampling == "nearest" else self.upsampling
+        return super().config() | {name: value for name, value in own.items() if value}
 
     @classmethod
     def from_config(cls: type[AnyEnergyModel], config: Mapping[str, Any]) -> AnyEnergyModel:
-        own = {name: config[name] for name in ("classes", "sample_steps", "denoise", "upsampling") if name in config}
+        names = ("classes", "sample_steps", "denoise", "upsampling", "cycles")
+        own = {name: config[name] for name in names if name in config}
         return cls(config["sizes"], **own, **cls._arguments(config))
 
     @classmethod

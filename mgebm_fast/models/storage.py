@@ -44,10 +44,20 @@ def write(
     if fault := fault_of(tensors):
         raise DivergenceError(f"save: {fault}")
     data = save(
-        {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()},
+        {name: tensor.detach().cpu().contiguous() for name, tensor in _apart(tensors).items()},
         metadata={KEY: json.dumps({"format": kind, "version": VERSION, "config": config})},
     )
     files.write_bytes(path, data)
+
+
+def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors, with copies of those that share memory with an earlier one (tied weights)."""
+    found, seen = {}, set()
+    for name, tensor in tensors.items():
+        place = tensor.untyped_storage().data_ptr()
+        found[name] = tensor.clone() if place in seen else tensor
+        seen.add(place)
+    return found
 
 
 def write_checked(path: Path, save: Callable[[Path], None]) -> None:

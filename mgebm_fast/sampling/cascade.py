@@ -99,17 +99,19 @@ def cascade(
     known: Tensor | None = None,
     callback: GridCallback | None = None,
     upsampling: str = "nearest",
+    first_grid: int = 0,
     precision: str = "auto",
     backend: str = "auto",
     graph: graphs.Graph = None,
 ) -> list[Tensor]:
     """The result at every size, `start` first: each grid's chain starts at the enlarged result of the one before.
 
-    nets[i] and dynamics[i] serve sizes[i + 1], whose noise stream is (purpose, i + 1). With `known` and `mask` (at the
-    finest size, False = known) a cell of a coarser size is set to the mean of its block's known pixels, where it has
-    any. `upsampling` as in `enlarged`. `graph` as in `langevin_sample`: one CUDA graph then holds all chains. In a
-    training loop leave `seed` out, or let `first_step` count on: every call then has noise of its own (`generator` as
-    in `langevin_sample`).
+    nets[i] and dynamics[i] serve sizes[i + 1], whose noise stream is (purpose, first_grid + i + 1); `first_grid` is the
+    number of `start`'s grid where that is not the first of a model. With `known` and `mask` (at the finest size,
+    False = known) a cell of a coarser size is set to the mean of its block's known pixels, where it has any.
+    `upsampling` as in `enlarged`. `graph` as in `langevin_sample`: one CUDA graph then holds all chains. In a training
+    loop leave `seed` out, or let `first_step` count on: every call then has noise of its own (`generator` as in
+    `langevin_sample`).
     """
     where = "cascade"
     if not isinstance(start, Tensor) or start.dtype != torch.float32:
@@ -131,10 +133,10 @@ def cascade(
     options: dict[str, Any] = {"precision": precision, "backend": backend}
 
     def name(grid: int) -> str:
-        return f"{where}: grid {grid} (size {sizes[grid]})"
+        return f"{where}: grid {first_grid + grid} (size {sizes[grid]})"
 
     def placing(grid: int) -> dict[str, Any]:
-        stream = noise.stream(purpose, grid)
+        stream = noise.stream(purpose, first_grid + grid)
         return {"seed": seed, "first_sample": first_sample, "first_step": steps[grid - 1], "stream": stream}
 
     def shape(grid: int) -> tuple[int, ...]:
@@ -142,8 +144,8 @@ def cascade(
 
     def build() -> StaticCascade:
         return static_cascade(
-            nets, sizes, dynamics, start, held, upsampling=upsampling, purpose=purpose, first_sample=first_sample,
-            session=session, **options,
+            nets, sizes, dynamics, start, held, upsampling=upsampling, first_grid=first_grid, purpose=purpose,
+            first_sample=first_sample, session=session, **options,
         )  # fmt: skip
 
     ids = isinstance(first_sample, Tensor) and first_sample.dim() > 0
@@ -152,7 +154,7 @@ def cascade(
         like = start.new_empty(())  # of an x only the shape and the device count: it takes no memory
         numbers = [d.update(like.expand(shape(g)), name(g)) for g, d in zip(grids, dynamics, strict=True)]
         forms = tuple((d.steps, n.form) for d, n in zip(dynamics, numbers, strict=True))
-        rest = tuple(sizes), forms, purpose, ids, upsampling
+        rest = tuple(sizes), forms, purpose, ids, upsampling, first_grid
         slot = graphs.slot_for_cascade(nets, start, held, session, *rest, **options)
     if slot is not None:
         slot.refresh()
@@ -167,7 +169,7 @@ def cascade(
         own = session if session.on is None else dataclasses.replace(session, lane=grid)
         return dynamics[grid - 1](
             nets[grid - 1], x, mask=cells, graph=own, where=name(grid), **placing(grid), **options,
-            callback=of_grid(callback, grid),
+            callback=of_grid(callback, first_grid + grid),
         )  # fmt: skip
 
     return walk(sizes, start, held, advance, session.on, upsampling=upsampling)
@@ -181,6 +183,7 @@ def static_cascade(
     held: tuple[Tensor, Tensor] | None = None,  # (known, mask) at the finest size
     *,
     upsampling: str = "nearest",
+    first_grid: int = 0,
     purpose: noise.Purpose | int,
     first_sample: Ids = 0,
     session: graphs.Session = graphs.Session(),  # noqa: B008  (frozen)
@@ -193,8 +196,9 @@ def static_cascade(
         x = start.new_empty((*start.shape[:2], *(sizes[grid],) * (start.dim() - 2)))
         cells = None if held is None else updated_cells(held[1], sizes[grid])
         chain = static_chain(
-            net, x, langevin, session, mask=cells, first_sample=first_sample, stream=noise.stream(purpose, grid),
-            where=f"cascade: grid {grid} (size {sizes[grid]})", **options,
+            net, x, langevin, session, mask=cells, first_sample=first_sample,
+            stream=noise.stream(purpose, first_grid + grid),
+            where=f"cascade: grid {first_grid + grid} (size {sizes[grid]})", **options,
         )  # fmt: skip
         statics.append(chain)
     walks = functools.partial(walk, sizes, upsampling=upsampling)

@@ -46,6 +46,22 @@ def test_each_grid_may_be_given_its_own_steps(mgebm, trained, tmp_path):
         assert refused.exit_code == 2
 
 
+def test_a_sample_may_be_given_cycles(mgebm, trained, tmp_path):
+    model = mg.MultiGrid.load(trained)
+    for given, cycles in (("2,2", (2, 2)), ("none", ())):
+        assert (
+            mgebm("sample", trained, "--num", 5, "--cycles", given, "--out", tmp_path / f"{given}.npy").exit_code == 0
+        )
+        model.cycles = cycles
+        expected = model.to_uint8(model.sample(5, seed=0)).numpy()
+        np.testing.assert_array_equal(np.load(tmp_path / f"{given}.npy"), expected)
+    for wrong in ("1", str(model.sizes[-1]), "x", "2,", ""):
+        refused = mgebm("sample", trained, "--num", 5, "--cycles", wrong, "--out", tmp_path / "y.npy")
+        assert f"--cycles: must hold sizes among 2, 4, got {wrong!r}" in one_line(refused) and refused.exit_code == 2
+    refused = mgebm("evaluate", trained, "--cycles", "2", "--record")
+    assert "--record: must be left out with --cycles 2" in one_line(refused) and refused.exit_code == 2
+
+
 def test_seed_and_first_sample_name_the_samples(mgebm, trained, tmp_path):
     calls = {"a": ["--num", 4], "b": ["--num", 4], "tail": ["--num", 2, "--first-sample", 2], "other": ["--seed", 1]}
     for name, extra in calls.items():

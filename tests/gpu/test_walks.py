@@ -119,6 +119,12 @@ def test_a_cascade_is_one_replay_and_a_pipeline_one_sync(world, norm, variant, s
         events = world.take()
         assert not illegal(events)
     assert (count(events, "replay"), count(events, "sync")) == (2 * len(model.nets), 1)
+    for step in range(2):
+        world.take()
+        model.cascade(start, seed=1, first_step=3 * step, cycles=sizes[1:2])
+        events = world.take()
+        assert not illegal(events)
+    assert count(events, "replay") == 2  # the way up after each way down is its own
     known, mask = images(32, sizes[-1]), torch.zeros(32, 3, sizes[-1], sizes[-1], dtype=torch.bool, device="cuda")
     for _ in range(2):
         world.take()

@@ -124,6 +124,8 @@ def _settled(values: dict[str, Any], given: set[str], before: tuple[int, ...]) -
                 if name == "begin" and fitted:
                     fitted[0] = 0.0  # the others start from it
                 table[leaf] = fitted
+        if "multigrid.cycles" not in given and (cycles := values.get("multigrid", {}).get("cycles")):
+            values["multigrid"]["cycles"] = [size for size in cycles if size in sizes[1:-1]]
     return values
 
 

@@ -14,14 +14,26 @@ from torch import Tensor
 from ... import noise, ops
 from ...errors import CheckpointError, ConfigError, DivergenceError
 from ...gradient import plan
-from ...models import EnergyModel, MultiGrid
+from ...models import MultiGrid
 from ...models.storage import fault_of
-from ...nets import ResidualNet, ScoreNet
 from ...sampling import Langevin
 from ...sampling.cascade import UPSAMPLINGS, enlarged, static_cascade, static_chain
 from ...sampling.graphs import Graph, Session
 from ...sampling.static import StaticChains
-from ..config.keys import MOST_GRIDS, MOST_SAMPLES, MOST_STEPS, Choice, Flag, Maybe, PerGrid, Real, Whole, key
+from ..config.keys import (
+    MOST_GRIDS,
+    MOST_SAMPLES,
+    MOST_SIDE,
+    MOST_STEPS,
+    Choice,
+    Flag,
+    Many,
+    Maybe,
+    PerGrid,
+    Real,
+    Whole,
+    key,
+)
 from ..config.method import Method, register
 from ..config.train_config import TrainConfig
 from ..run import checkpoint
@@ -61,6 +73,11 @@ class MultiGridConfig:
         "where a grid's chain starts: at the coarser result's replicated pixels, or between their centres",
         fixed=True,
     )
+    cycles: tuple = key(
+        (),
+        Many(Whole(2, MOST_SIDE), most=1000, alone=True),
+        "V-cycles of a sample: sizes at which its block means start the chains of finer grids once more",
+    )
 
 
 BANK_FILE = "bank.safetensors"
@@ -87,6 +104,7 @@ class MultiGridRule(GraphedRule):
         super().__init__(model, config, images=images)
         own = config.options  # as the chains, how samples are drawn is the configuration's
         model.sample_steps, model.denoise, model.upsampling = own.sample_steps, own.denoise, own.upsampling
+        model.cycles = model.check_cycles(own.cycles)
         size, batch_size = own.bank_size, config.batch_size
         self.slots: Slots | None = None
         self.bank: list[Tensor] = []  # (bank_size, C + K, s, s) of each grid, (0, …) without; made by the first update
@@ -286,48 +304,9 @@ def build_model(config: TrainConfig) -> MultiGrid:
         sample_steps=config.options.sample_steps,
         denoise=config.options.denoise,
         upsampling=config.options.upsampling,
+        cycles=config.options.cycles,
         **config.model_arguments(),
     )
-
-
-def describe_model(model: EnergyModel) -> dict[str, Any]:
-    """The configuration keys that a given model settles. ValueError where its chains cannot be written as keys."""
-    first = model.nets[0]
-    built = isinstance(first, ScoreNet)  # a module of one's own says nothing of these keys
-    clamps = {chain.clamp for chain in model.langevin}
-    if clamps not in ({None}, {model.value_range}):
-        raise ValueError(
-            "MultiGridTrainer: every chain of the model must clamp to its value_range "
-            f"{model.value_range}, or none of them, got {sorted(map(str, clamps))}"
-        )
-    own = {}
-    if isinstance(model, MultiGrid):
-        own = {
-            "conditional": bool(model.classes), "sample_steps": model.sample_steps, "denoise": model.denoise,
-            "upsampling": model.upsampling,
-        }  # fmt: skip
-    chains: dict[str, Any] = {"clamp": clamps == {model.value_range}}
-    for name in (
-        "steps", "step_size", "noise_scale", "drift", "noise_std", "reference_std", "reference_mean", "grad_clamp",
-    ):  # fmt: skip
-        values = [getattr(chain, name) for chain in model.langevin]
-        alike = len(set(values)) == 1 and not isinstance(values[0], tuple)  # a list alone would be a value a net
-        chains[name] = values[0] if alike else values
-    return {
-        "sizes": list(model.sizes),
-        "channels": model.channels,
-        "width": list(model.width) if isinstance(model.width, tuple) else model.width,
-        "variant": model.variant,
-        "depth": first.depth if isinstance(first, ResidualNet) else 1,
-        "norm": "batch" if model.norm == "batch" else "none",
-        "activation": first.activation if built else None,
-        "spectral_norm": first.spectral_norm if built else False,
-        "value_range": list(model.value_range),
-        "batch_size": model.batch_size,
-        "langevin": chains,
-        "classes": list(model.classes),
-        "multigrid": own,
-    }
 
 
 register(

@@ -140,6 +140,10 @@ def test_each_grid_may_have_its_own_steps_in_samples(tmp_path):
     assert merge(config, {"sizes": [1, 2, 4, 8, 16]}).options.sample_steps == (4, 4, 5, 50)
     assert merge(config, {"sizes": [1, 4, 8]}).options.sample_steps == (5, 50)
     assert "multigrid" not in merge(config, {"method": "cd"}).to_dict()
+    config = tiny_config(sizes=[1, 2, 4, 8], multigrid={"cycles": [2, 4]})
+    assert (config.options.cycles, build_model(config).cycles) == ((2, 4), (2, 4))
+    assert merge(config, {"sizes": [1, 4, 8]}).options.cycles == (4,)
+    assert merge(config, {"multigrid": {"cycles": 2}}).options.cycles == (2,)
 
 
 def test_an_update_that_is_not_applied_leaves_the_bank(trainer):
@@ -195,10 +199,11 @@ def test_samples_have_their_own_steps_and_end_without_noise(tmp_path):
 def test_a_given_model_settles_how_its_samples_are_drawn():
     model = mg.MultiGrid(
         (1, 2, 4), channels=1, variant="compact", norm="none", langevin=mg.Langevin(2, drift=1.0, noise_std=0.1),
-        sample_steps=5, denoise=1, upsampling="linear", value_range=(-1, 1),
+        sample_steps=5, denoise=1, upsampling="linear", cycles=2, value_range=(-1, 1),
     )  # fmt: skip
     options = MultiGridTrainer(model, tiny_data(), steps=1, quiet=True).config.options
-    assert (options.sample_steps, options.denoise, options.upsampling, options.bank_size) == (5, 1, "linear", None)
+    assert (options.sample_steps, options.denoise, options.upsampling) == (5, 1, "linear")
+    assert (options.bank_size, options.cycles) == (None, (2,))
 
 
 def test_a_chain_without_noise_at_its_end_in_both_forms():

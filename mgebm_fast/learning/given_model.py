@@ -1,0 +1,48 @@
+"""A model that a trainer is given, as the keys of a configuration."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ..models import EnergyModel, MultiGrid
+from ..nets import ResidualNet, ScoreNet
+
+
+def describe_model(model: EnergyModel) -> dict[str, Any]:
+    """The configuration keys that a given model settles. ValueError where its chains cannot be written as keys."""
+    first = model.nets[0]
+    built = isinstance(first, ScoreNet)  # a module of one's own says nothing of these keys
+    clamps = {chain.clamp for chain in model.langevin}
+    if clamps not in ({None}, {model.value_range}):
+        raise ValueError(
+            "MultiGridTrainer: every chain of the model must clamp to its value_range "
+            f"{model.value_range}, or none of them, got {sorted(map(str, clamps))}"
+        )
+    own = {}
+    if isinstance(model, MultiGrid):
+        own = {
+            "conditional": bool(model.classes), "sample_steps": model.sample_steps, "denoise": model.denoise,
+            "upsampling": model.upsampling, "cycles": model.cycles,
+        }  # fmt: skip
+    chains: dict[str, Any] = {"clamp": clamps == {model.value_range}}
+    for name in (
+        "steps", "step_size", "noise_scale", "drift", "noise_std", "reference_std", "reference_mean", "grad_clamp",
+    ):  # fmt: skip
+        values = [getattr(chain, name) for chain in model.langevin]
+        alike = len(set(values)) == 1 and not isinstance(values[0], tuple)  # a list alone would be a value a net
+        chains[name] = values[0] if alike else values
+    return {
+        "sizes": list(model.sizes),
+        "channels": model.channels,
+        "width": list(model.width) if isinstance(model.width, tuple) else model.width,
+        "variant": model.variant,
+        "depth": first.depth if isinstance(first, ResidualNet) else 1,
+        "norm": "batch" if model.norm == "batch" else "none",
+        "activation": first.activation if built else None,
+        "spectral_norm": first.spectral_norm if built else False,
+        "value_range": list(model.value_range),
+        "batch_size": model.batch_size,
+        "langevin": chains,
+        "classes": list(model.classes),
+        "multigrid": own,
+    }
