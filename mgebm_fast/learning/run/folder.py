@@ -94,7 +94,8 @@ class RunFolder(NoFolder):
         files.make_folder(self.path)
         with checkpoint.exclusive(self.path):
             check_inside(self.path)
-            files.write_bytes(self.path / CONFIG, config.to_toml().encode())
+            if iteration <= config.steps or not (self.path / CONFIG).exists():  # a run that went further keeps its own
+                files.write_bytes(self.path / CONFIG, config.to_toml().encode())
             if fingerprint and not (self.path / DATA).exists():
                 files.write_bytes(self.path / DATA, (json.dumps(fingerprint) + "\n").encode())
             checkpoint.clean(self.path / CHECKPOINTS)

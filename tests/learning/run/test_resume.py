@@ -187,6 +187,10 @@ def test_nothing_left_to_do(trainer, tmp_path):
     after = checkpoint.read_tensors(tmp_path / "run/model.safetensors")
     assert all(torch.equal(before[name], after[name]) for name in before)
     assert [r["step"] for r in records.read(tmp_path / "run/metrics.jsonl")] == [1, 2, 3, 4, 5, 6]
+    shorter = trainer(out=tmp_path / "run", console=Console(file=words), steps=4)
+    shorter.resume()
+    assert shorter.fit().iteration == 6 and "6 updates were made, 4 asked for" in words.getvalue()
+    assert Run(tmp_path / "run").config.steps == 6  # what was made is not said to be less
 
 
 def test_more_steps_go_on(trainer, tmp_path):
