@@ -44,6 +44,7 @@ def plain_model(model: Any) -> dict[str, Any]:
         "shape": model.sample_shape(model.sizes[-1]),
         "start": start_of(model),
         "upsampling": getattr(model, "upsampling", "nearest"),
+        "cycles": list(getattr(model, "cycles", ())),
         "batch_size": model.batch_size,
         "coupled": bool(model.coupled),
     }

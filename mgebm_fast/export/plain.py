@@ -183,11 +183,15 @@ def langevin(energy: nn.Module, x: Tensor, chain: dict, random: torch.Generator)
 
 
 def cascade(model: dict, energies: Energies, x: Tensor, random: torch.Generator) -> Tensor:
-    """The chains of all sizes from x, coarse to fine; each begins at the enlarged result of the one before."""
-    for energy, net, chain in zip(energies.values(), model["nets"], model["chains"]):
-        if x.shape[-1] != net["size"][-1]:
-            x = enlarged(x, net["size"][-1] // x.shape[-1], model["upsampling"])
-        x = langevin(energy, x, chain, random)
+    """The chains of all sizes from x, coarse to fine; each begins at the enlarged result of the one before. For each
+    size of `cycles`, block means of the result at that size start the finer chains once more."""
+    for size in (0, *model["cycles"]):
+        x = F.adaptive_avg_pool2d(x, size) if size else x
+        for energy, net, chain in zip(energies.values(), model["nets"], model["chains"]):
+            if net["size"][-1] > size:
+                if x.shape[-1] != net["size"][-1]:
+                    x = enlarged(x, net["size"][-1] // x.shape[-1], model["upsampling"])
+                x = langevin(energy, x, chain, random)
     return x
 
 

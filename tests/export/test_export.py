@@ -42,6 +42,7 @@ def banked(model):
 MODELS = {
     "MultiGrid": lambda: coloured(MultiGrid((1, 2, 4), **SMALL, batch_size=3)),
     "linear": lambda: coloured(MultiGrid((1, 2, 4, 8), **SMALL, upsampling="linear")),
+    "cycles": lambda: coloured(MultiGrid((1, 2, 4, 8), **SMALL, upsampling="linear", cycles=[4, 2])),
     "annealed": lambda: coloured(
         MultiGrid(
             (1, 2, 4),
