@@ -95,10 +95,11 @@ def evaluate(
     from ..files import read_regular, write_inside
     from ..models.storage import MOST_JSON
 
-    asked = {"--steps": steps, "--cycles": cycles, "--by-size": by_size or None}
-    if record and (given := next((f"{name} {value}" for name, value in asked.items() if value is not None), "")):
-        given = given.removesuffix(" True")
-        raise ValueError(f"--record: must be left out with {given}: it is for the model's own samples")
+    asked = [f"{name} {value}" for name, value in (("--steps", steps), ("--cycles", cycles)) if value is not None]
+    if record and (given := [*asked, *(["--by-size"] if by_size else [])]):
+        raise ValueError(f"--record: must be left out with {given[0]}: it is for the model's own samples")
+    if by_size and cycles is not None:
+        raise ValueError("--cycles: must be left out with --by-size, which goes up once")
     model, config = open_model(run, device, "evaluate")
     take_chains(model, steps, cycles, run)
     trained = _recorded(run) if record else None
@@ -117,7 +118,9 @@ def evaluate(
     if steps is not None:
         result["notes"].append(f"chains of {steps} steps a grid (--steps)")
     if cycles is not None:
-        result["notes"].append(f"V-cycles down to {cycles} (--cycles)")
+        result["notes"].append(
+            "no V-cycles (--cycles)" if cycles == "none" else f"V-cycles down to {cycles} (--cycles)"
+        )
     if precision != "auto":
         result["notes"].append(f"chains with gradients in {precision} (--precision)")
     if trained is not None:

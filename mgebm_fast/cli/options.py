@@ -95,9 +95,9 @@ def take_chains(model: Model, steps: str | None, cycles: str | None, run: Path) 
         if not isinstance(model, MultiGrid):
             raise ValueError(f"--cycles: must be left out for {run}, a {type(model).__name__} without grids")
         words = [] if cycles == "none" else cycles.split(",")
-        wanted = [int(word) if re.fullmatch(r"\s*\d{1,5}\s*", word) else word for word in words]
+        wanted: list[Any] = [int(word) if re.fullmatch(r"\s*[0-9]{1,5}\s*", word) else word for word in words]
         try:
-            model.cycles = model.check_cycles(wanted)  # type: ignore[arg-type]
+            model.cycles = wanted
         except Refused as error:
             raise ValueError(f"--cycles: must {error.must}, got {cycles!r}") from None
     if steps is None:
@@ -105,7 +105,7 @@ def take_chains(model: Model, steps: str | None, cycles: str | None, run: Path) 
     if not isinstance(model, EnergyModel):
         raise ValueError(f"--steps: must be left out for {run}, a {type(model).__name__} without chains of images")
     chains, words = len(model.active_nets), steps.split(",")
-    each = [int(word) for word in words if re.fullmatch(r"\s*\d{1,7}\s*", word)]
+    each = [int(word) for word in words if re.fullmatch(r"\s*[0-9]{1,7}\s*", word)]
     if len(words) not in (1, chains) or len(each) < len(words) or not all(1 <= own <= MOST_STEPS for own in each):
         listed = f", or {chains} of them with commas, one a grid" if chains > 1 else ""
         raise ValueError(f"--steps: must be a whole number from 1 to {MOST_STEPS:,}{listed}, got {steps!r}")

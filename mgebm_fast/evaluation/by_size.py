@@ -39,8 +39,8 @@ def evaluate_by_size(
     """KID of a model's chains at every size from 4×4 on, by where the cascade begins.
 
     It begins at the model's own colours, as samples do, and at the block means of `num` held-out images at each size
-    but the finest. Chains above are those of a sample. KID at a size, of chains begun at the size below, is the error
-    of that size's own net; what samples have beyond it comes from coarser ones.
+    but the finest. Chains above are those of a sample, without V-cycles. KID at a size, of chains begun at the size
+    below, is the error of that size's own net; what samples have beyond it comes from coarser ones.
 
     Returns a dict that JSON can hold: num, feature_space, sizes (those that are judged), kid: {where it begins: {size:
     KID}}, kid_real: {size: KID of the held-out images themselves}; sizes and beginnings are keys like "8", the model's
@@ -66,7 +66,8 @@ def evaluate_by_size(
     for begin in model.sizes[:-1]:
         with stage(f"chains begun at {begin}×{begin}", f"from {begin}", seconds, progress):
             if begin == 1:
-                grids = model.sample(len(chosen), return_grids=True, **options)
+                with model.without_cycles():
+                    grids = list(model.sample(len(chosen), return_grids=True, **options))
             else:
                 grids = _continued(model, model.from_uint8(real[begin]), labels, **options)
             sizes = model.sizes[-len(grids) :]

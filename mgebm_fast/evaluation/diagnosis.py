@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from ..files import write_bytes
-from ..models import EnergyModel
+from ..models import EnergyModel, MultiGrid
 from ..pictures import labelled_panel, save_png
 from ..sampling import Langevin, diagnostics
 from ..sampling.corrected import Corrected
@@ -80,7 +80,8 @@ def diagnose(
     if not 0 <= warm_up < 1:
         raise ValueError(f"diagnose: warm_up must be in [0, 1), got {warm_up}")
     began = time.monotonic()
-    with _lengthened(model, steps):
+    own_cycles = model.cycles if isinstance(model, MultiGrid) else ()
+    with _lengthened(model, steps), model.without_cycles() if own_cycles else contextlib.nullcontext():
         chains = model.measured()
         recorders = [
             Recorder(energy, chain, every=-(-chain.steps // RECORDS) if every is None else every, seed=seed, grid=grid)
@@ -92,7 +93,8 @@ def diagnose(
         name = f"grid {grid} size {model.sizes[grid]}"
         reports.append(report(name, chain, recorder.trace(num), warm_up=warm_up))
     coupled = any(recorder.coupled for recorder in recorders)
-    return Diagnosis(reports, _notes(reports, coupled), time.monotonic() - began)
+    notes = [*(["of the first way up alone, without V-cycles"] if own_cycles else []), *_notes(reports, coupled)]
+    return Diagnosis(reports, notes, time.monotonic() - began)
 
 
 @contextlib.contextmanager

@@ -22,7 +22,7 @@ def describe_model(model: EnergyModel) -> dict[str, Any]:
     if isinstance(model, MultiGrid):
         own = {
             "conditional": bool(model.classes), "sample_steps": model.sample_steps, "denoise": model.denoise,
-            "upsampling": model.upsampling, "cycles": model.cycles,
+            "upsampling": model.upsampling, "cycles": model.cycles or None,
         }  # fmt: skip
     chains: dict[str, Any] = {"clamp": clamps == {model.value_range}}
     for name in (

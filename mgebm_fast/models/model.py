@@ -189,7 +189,7 @@ class Model(Pretrained, nn.Module, abc.ABC):
             length: of the chains, as `chains` has it. Other than 1 only for a model whose samples go through a chain.
             return_grids: give the list of results at every size instead.
             pipeline: on a CUDA device, run a group's coarse grids while the group before it is at the fine ones, each
-                grid on a stream of its own. The samples are the same.
+                grid on a stream of its own. The samples are the same. A model with V-cycles is refused.
         """
         n = checks.positive_int(n, "n", "sample")
         batch_size = checks.positive_int(batch_size, "batch_size", "sample", none=True)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -64,7 +65,7 @@ class MultiGrid(EnergyModel):
             raise Refused("denoise", "be a whole number of at least 0", repr(denoise), self.kind)
         self.denoise = int(denoise)
         self.upsampling = check_upsampling(upsampling, self.kind)
-        self.cycles = self.check_cycles(cycles)
+        self.cycles: Any = cycles
         if names:
             self._register_rows("labels", dtype=torch.int64)
 
@@ -77,11 +78,28 @@ class MultiGrid(EnergyModel):
             raise Refused("sample_steps", wanted, list(steps), self.kind)
         return tuple(positive_int(own, "sample_steps", self.kind) for own in steps)
 
-    def check_cycles(self, cycles: int | Sequence[int], where: str = "MultiGrid") -> tuple[int, ...]:
-        """`cycles` as a tuple when they are sizes that a sample can go down to and up again from; else Refused."""
+    @property
+    def cycles(self) -> tuple[int, ...]:
+        """The V-cycles of a sample. Setting it raises Refused for other than sizes between the first and the finest."""
+        return self._cycles
+
+    @cycles.setter
+    def cycles(self, cycles: int | Sequence[int]) -> None:
+        self._cycles = self._checked_cycles(cycles, self.kind)
+
+    @contextlib.contextmanager
+    def without_cycles(self) -> Iterator[None]:
+        """Inside, samples go up once."""
+        cycles, self.cycles = self.cycles, ()
+        try:
+            yield
+        finally:
+            self.cycles = cycles
+
+    def _checked_cycles(self, cycles: int | Sequence[int], where: str) -> tuple[int, ...]:
         found: Any = (cycles,) if is_int(cycles) else cycles
         between = self.sizes[1:-1]
-        if not isinstance(found, Sequence) or not all(is_int(size) and size in between for size in found):
+        if not isinstance(found, (list, tuple)) or not all(is_int(size) and size in between for size in found):
             wanted = f"hold sizes among {', '.join(map(str, between))}" if between else "be empty, of two sizes"
             raise Refused("cycles", wanted, cycles if isinstance(cycles, str) else repr(cycles), where)
         return tuple(int(size) for size in found)
@@ -96,6 +114,10 @@ class MultiGrid(EnergyModel):
         """Steps of all chains that a sample goes through, in its V-cycles as well."""
         steps = [chain.steps for chain in self.sampling]
         return sum(steps) + sum(sum(steps[self.sizes.index(size) :]) for size in self.cycles)
+
+    def explain(self, n: int | None = None) -> str:
+        words = "V-cycle: block means at size {} start the chains of finer grids once more"
+        return "\n".join([super().explain(n), *map(words.format, self.cycles)])
 
     @torch.no_grad()
     def set_colours(self, colours: Tensor, labels: Tensor | None = None) -> None:  # (M, C) or (M, C, 1, 1), (M,)
@@ -122,7 +144,7 @@ class MultiGrid(EnergyModel):
         mask: Tensor | None = None,
         known: Tensor | None = None,
         callback: GridCallback | None = None,
-        cycles: Sequence[int] = (),
+        cycles: int | Sequence[int] = (),
         precision: str = "auto",
         backend: str = "auto",
         graph: graphs.Graph = None,
@@ -143,7 +165,8 @@ class MultiGrid(EnergyModel):
             cycles: V-cycles that follow, as the model's own `cycles` have it, which `sample` takes. A chain's step
                 counter counts on in each. Results are then those of the last visit to a size, block means at the last
                 one that a cycle went down to.
-            graph: as in `langevin_sample`; one CUDA graph holds the chains of all grids.
+            graph: as in `langevin_sample`; one CUDA graph holds the chains of all grids, and another one those that run
+                again in a cycle.
 
         Raises DivergenceError naming the grid and the step.
         """
@@ -162,7 +185,7 @@ class MultiGrid(EnergyModel):
         results = self.run(
             start, seed=seed, first_sample=first_sample, first_step=first_step, purpose=purpose, mask=mask,
             known=known, langevin=None if langevin is None else self._per_net(langevin), callback=callback,
-            cycles=self.check_cycles(cycles, "cascade"), precision=precision, backend=backend, graph=graph,
+            cycles=self._checked_cycles(cycles, "cascade"), precision=precision, backend=backend, graph=graph,
         )  # fmt: skip
         return [x[:, : self.channels].contiguous() for x in results] if self.classes else results
 

@@ -200,7 +200,7 @@ def card(model: Any, training: Any, name: str, figures: Mapping[str, Any] | None
         lines.append("")
     lines += [
         "## Limits", "",
-        "Energies are known up to a constant at every size, and low energy is not quality. Samples are those of chains "
-        "as long as in training, not of the exact law.", "",
+        "Energies are known up to a constant at every size, and low energy is not quality. Samples are those of short "
+        "chains, not of the exact law.", "",
     ]  # fmt: skip
     return "\n".join(lines)

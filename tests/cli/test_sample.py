@@ -11,6 +11,8 @@ from helpers.console import one_line
 from PIL import Image
 
 import mgebm_fast as mg
+from mgebm_fast.data import load
+from mgebm_fast.evaluation import evaluate
 
 
 def test_an_array_is_the_models_own_samples(mgebm, trained, tmp_path):
@@ -58,6 +60,14 @@ def test_a_sample_may_be_given_cycles(mgebm, trained, tmp_path):
     for wrong in ("1", str(model.sizes[-1]), "x", "2,", ""):
         refused = mgebm("sample", trained, "--num", 5, "--cycles", wrong, "--out", tmp_path / "y.npy")
         assert f"--cycles: must hold sizes among 2, 4, got {wrong!r}" in one_line(refused) and refused.exit_code == 2
+    for words, note in (("none", "no V-cycles (--cycles)"), ("2", "V-cycles down to 2 (--cycles)")):
+        shown = mgebm("evaluate", trained, "--num", 20, "--cycles", words, "--json")
+        assert note in json.loads(shown.stdout)["notes"] and shown.exit_code == 0
+        model.cycles = (2,) if words == "2" else ()
+        figures = evaluate(model, *(load("digits", size=8, channels=1, split=s) for s in ("train", "held_out")), num=20)
+        assert json.loads(shown.stdout)["kid"] == pytest.approx(figures["kid"])
+    refused = mgebm("evaluate", trained, "--cycles", "2", "--by-size")
+    assert "--cycles: must be left out with --by-size" in one_line(refused) and refused.exit_code == 2
     refused = mgebm("evaluate", trained, "--cycles", "2", "--record")
     assert "--record: must be left out with --cycles 2" in one_line(refused) and refused.exit_code == 2
 

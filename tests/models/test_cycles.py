@@ -2,11 +2,15 @@
 
 import contextlib
 
+import numpy as np
 import pytest
 import torch
 
 from mgebm_fast import noise
+from mgebm_fast.data import ImageData
 from mgebm_fast.errors import DivergenceError, Refused
+from mgebm_fast.evaluation import evaluate_by_size
+from mgebm_fast.evaluation.diagnosis import diagnose
 from mgebm_fast.models import MultiGrid
 from mgebm_fast.models.model import Group
 from mgebm_fast.sampling import Langevin, graphs, langevin_sample
@@ -67,9 +71,11 @@ def test_samples_take_the_model_s_own_and_no_training_call_does():
 
 def test_every_step_is_counted_and_called_back_with_its_grid():
     m, calls = model(sample_steps=[2, 3, 4], cycles=[2, 4]), []
-    m.sample(2, seed=0, callback=lambda grid, step, x: calls.append((grid, x.shape[-1])))
-    up = [(1, 2)] * 2 + [(2, 4)] * 3 + [(3, 8)] * 4
-    assert calls == up + up[2:] + up[5:] and len(calls) == m.steps_of_sample
+    m.sample(2, seed=0, callback=lambda grid, step, x: calls.append((grid, x.shape[-1], step)))
+    first, second, third = (
+        [(g, 2**g, turn * (g + 1) + k) for g in (1, 2, 3) for k in range(g + 1)] for turn in (0, 1, 2)
+    )
+    assert calls == first + second[2:] + third[5:] and len(calls) == m.steps_of_sample
     assert model(sample_steps=[2, 3, 4]).steps_of_sample == 9
 
 
@@ -83,6 +89,10 @@ def test_known_pixels_and_the_planes_of_classes_are_held_through_cycles():
             3, seed=0, known=known, mask=mask, callback=lambda grid, step, x, seen=seen: seen.append(x.clone())
         )
         assert torch.equal(x[:, :, :4], known[:, :, :4]) and bool(torch.isfinite(x).all())
+        fine = [live for live in seen if live.shape[-1] == 8]
+        assert len(fine) == 3 * (1 + len(m.cycles)) and all(
+            torch.equal(live[:, :2, :4], known[:, :, :4]) for live in fine
+        )
         for live in seen if m.classes else []:
             assert torch.equal(live[:, 2:], live[:, 2:, :1, :1].expand_as(live[:, 2:]))
             assert torch.equal(live[:, 2:, 0, 0], seen[0][:, 2:, 0, 0])
@@ -96,14 +106,34 @@ def test_a_model_file_keeps_them(tmp_path):
     assert "cycles" not in model().config()
 
 
-@pytest.mark.parametrize("cycles", [1, 8, 3, (4, 8), "4", [4.0], [True], None])
+@pytest.mark.parametrize("cycles", [1, 8, 3, (4, 8), "4", "", b"\x04", [4.0], [True], None])
 def test_sizes_that_no_sample_can_go_down_to_are_refused(cycles):
     with pytest.raises(Refused, match="MultiGrid: cycles must hold sizes among 2, 4, got"):
         model(cycles=cycles)
     with pytest.raises(Refused, match="cascade: cycles must hold sizes among 2, 4, got"):
         model().cascade(torch.zeros(1, 2, 1, 1), cycles=cycles)
+    m = model(cycles=4)
+    with pytest.raises(Refused, match="MultiGrid: cycles must hold sizes among 2, 4, got"):
+        m.cycles = cycles
+    assert m.cycles == (4,)
     with pytest.raises(Refused, match="cycles must be empty, of two sizes"):
         model((1, 8), cycles=4)
+
+
+def test_what_looks_at_single_chains_goes_up_once():
+    m, data = model(cycles=[4]), ImageData(np.random.default_rng(0).integers(0, 256, (20, 2, 8, 8), dtype=np.uint8))
+    found = [diagnose(each, num=4, seed=1) for each in (m, model())]
+    assert [r.figures["recorded"] for r in found[0].chains] == [r.figures["recorded"] for r in found[1].chains]
+    assert "of the first way up alone, without V-cycles" in found[0].notes
+    assert "of the first way up alone, without V-cycles" not in found[1].notes
+    by_size = [evaluate_by_size(each, data, data, num=6, progress=False)["kid"] for each in (m, model())]
+    assert by_size[0] == by_size[1] and m.cycles == (4,)
+
+
+def test_explain_has_a_line_for_each():
+    lines = model(cycles=[2, 4]).explain().splitlines()
+    assert lines[:-2] == model().explain().splitlines()
+    assert ["size 2 start" in lines[-2], "size 4 start" in lines[-1]] == [True, True]
 
 
 def test_a_pipeline_is_refused():

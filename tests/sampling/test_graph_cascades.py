@@ -66,6 +66,15 @@ def test_an_unhealthy_cascade_names_its_grid(traced):
         m.cascade(colours(), seed=0, precision="fp32")
 
 
+@pytest.mark.parametrize("norm", ["none", "batch"])
+def test_a_way_up_after_a_cycle_is_captured_with_its_own_noise(traced, norm):
+    m = model(norm)
+    for call in range(4):
+        got, expected = cascades(m, colours(seed=call), first_step=3 * call, cycles=[4])
+        assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+    assert traced
+
+
 def test_a_cascade_with_a_net_of_another_kind_is_not_captured_whole(traced):
     m = MultiGrid((1, 4, 8), langevin=DYNAMICS, nets=[Own(), net_of()])
     for call in range(4):

@@ -126,14 +126,12 @@ class Choice(Kind):
 
 @dataclasses.dataclass(frozen=True)
 class Many(Kind):
-    """A list of `kind`, kept as a tuple; of `length` entries, or of `least` to `most`. One string is a list of one,
-    and with `alone` one value of any kind."""
+    """A list of `kind`, kept as a tuple; of `length` entries, or of `least` to `most`. One string is a list of one."""
 
     kind: Kind
     length: int | None = None
     least: int = 0
     most: int = 10_000
-    alone: bool = False
 
     @property
     def expected(self) -> str:  # type: ignore[override]
@@ -143,7 +141,7 @@ class Many(Kind):
         return f"{number}, each {self.kind.expected}"
 
     def read(self, value: Any) -> tuple:
-        if (self.alone or isinstance(self.kind, Text)) and not isinstance(value, (list, tuple)):
+        if isinstance(self.kind, Text) and not isinstance(value, (list, tuple)):
             value = [value]
         if not isinstance(value, (list, tuple)) or self.length not in (None, len(value)) or len(value) < self.least:
             raise ValueError

@@ -205,6 +205,10 @@ def _check_together(config: TrainConfig) -> None:
                 f"{name} must be one value, or a list of {len(sizes) - 1} for the nets of sizes "
                 f"{list(sizes[1:])}, got {len(value)} values"
             )
+    for size in getattr(config.options, "cycles", None) or ():
+        if size not in sizes[1:-1]:
+            between = f"sizes among {list(sizes[1:-1])}, those between the first and the finest"
+            raise ConfigError(f"{config.method}.cycles must hold {between}, got {size}")
     begins = [pick(config.begin, index) for index in range(len(sizes) - 1)]
     if begins[0] != 0 or sorted(begins) != begins:
         got = list(config.begin) if isinstance(config.begin, tuple) else config.begin

@@ -73,10 +73,10 @@ class MultiGridConfig:
         "where a grid's chain starts: at the coarser result's replicated pixels, or between their centres",
         fixed=True,
     )
-    cycles: tuple = key(
-        (),
-        Many(Whole(2, MOST_SIDE), most=1000, alone=True),
-        "V-cycles of a sample: sizes at which its block means start the chains of finer grids once more",
+    cycles: Any = key(
+        None,
+        Maybe(Many(Whole(2, MOST_SIDE), most=1000)),
+        "V-cycles of a sample: sizes at which its block means start finer chains once more; none: none",
     )
 
 
@@ -104,7 +104,7 @@ class MultiGridRule(GraphedRule):
         super().__init__(model, config, images=images)
         own = config.options  # as the chains, how samples are drawn is the configuration's
         model.sample_steps, model.denoise, model.upsampling = own.sample_steps, own.denoise, own.upsampling
-        model.cycles = model.check_cycles(own.cycles)
+        model.cycles = own.cycles or ()
         size, batch_size = own.bank_size, config.batch_size
         self.slots: Slots | None = None
         self.bank: list[Tensor] = []  # (bank_size, C + K, s, s) of each grid, (0, …) without; made by the first update
@@ -304,7 +304,7 @@ def build_model(config: TrainConfig) -> MultiGrid:
         sample_steps=config.options.sample_steps,
         denoise=config.options.denoise,
         upsampling=config.options.upsampling,
-        cycles=config.options.cycles,
+        cycles=config.options.cycles or (),
         **config.model_arguments(),
     )
 

@@ -19,7 +19,7 @@ from typing import Any
 from torch import Tensor
 
 from ... import files, pictures
-from ...errors import CheckpointError
+from ...errors import CheckpointError, ConfigError
 from ...models import storage
 from ...models.storage import MODEL_FILE as MODEL
 from ..config.train_config import TrainConfig
@@ -94,8 +94,10 @@ class RunFolder(NoFolder):
         files.make_folder(self.path)
         with checkpoint.exclusive(self.path):
             check_inside(self.path)
-            if iteration <= config.steps or not (self.path / CONFIG).exists():  # a run that went further keeps its own
-                files.write_bytes(self.path / CONFIG, config.to_toml().encode())
+            if config.steps < iteration:
+                made = f"be at least {iteration}, the updates that the run has made"
+                raise ConfigError(f"steps must {made}, got {config.steps}")
+            files.write_bytes(self.path / CONFIG, config.to_toml().encode())
             if fingerprint and not (self.path / DATA).exists():
                 files.write_bytes(self.path / DATA, (json.dumps(fingerprint) + "\n").encode())
             checkpoint.clean(self.path / CHECKPOINTS)

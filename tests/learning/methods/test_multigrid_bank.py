@@ -143,7 +143,8 @@ def test_each_grid_may_have_its_own_steps_in_samples(tmp_path):
     config = tiny_config(sizes=[1, 2, 4, 8], multigrid={"cycles": [2, 4]})
     assert (config.options.cycles, build_model(config).cycles) == ((2, 4), (2, 4))
     assert merge(config, {"sizes": [1, 4, 8]}).options.cycles == (4,)
-    assert merge(config, {"multigrid": {"cycles": 2}}).options.cycles == (2,)
+    with pytest.raises(ConfigError, match=r"multigrid.cycles must hold sizes among \[2, 4\], .*, got 8"):
+        merge(config, {"multigrid": {"cycles": [2, 8]}})
 
 
 def test_an_update_that_is_not_applied_leaves_the_bank(trainer):

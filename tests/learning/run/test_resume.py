@@ -187,10 +187,19 @@ def test_nothing_left_to_do(trainer, tmp_path):
     after = checkpoint.read_tensors(tmp_path / "run/model.safetensors")
     assert all(torch.equal(before[name], after[name]) for name in before)
     assert [r["step"] for r in records.read(tmp_path / "run/metrics.jsonl")] == [1, 2, 3, 4, 5, 6]
-    shorter = trainer(out=tmp_path / "run", console=Console(file=words), steps=4)
+
+
+def test_a_run_cannot_be_told_to_have_made_less_than_it_has(trainer, tmp_path):
+    trainer(out=tmp_path).fit(4)
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    shorter = trainer(out=tmp_path, steps=3)
     shorter.resume()
-    assert shorter.fit().iteration == 6 and "6 updates were made, 4 asked for" in words.getvalue()
-    assert Run(tmp_path / "run").config.steps == 6  # what was made is not said to be less
+    with pytest.raises(ConfigError, match=r"steps must be at least 4, the updates that the run has made, got 3"):
+        shorter.fit()
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+    enough = trainer(out=tmp_path, steps=4)
+    enough.resume()
+    assert enough.fit().finished and Run(tmp_path).config.steps == 4
 
 
 def test_more_steps_go_on(trainer, tmp_path):
