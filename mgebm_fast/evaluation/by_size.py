@@ -81,8 +81,9 @@ def evaluate_by_size(
     }
     for size in judged:
         (images,) = _means(train.images, [size])
-        own = ImageData(images.numpy(), train.labels, train.class_names)
-        held = ImageData(real[size].numpy())
+        own = ImageData(images.numpy(), train.labels, train.class_names, train.name)
+        its_labels = None if held_out.labels is None else held_out.labels[chosen]
+        held = ImageData(real[size].numpy(), its_labels, held_out.class_names, held_out.name)
         with stage(f"KID at {size}×{size}", f"KID {size}", seconds, progress):
             space = feature_space(features, own, held, model.colours.device, seed=seed)
             reference = space.extract(own.images[space.chosen(len(own), seed)])

@@ -62,6 +62,7 @@ def test_chains_that_stay_are_the_enlarged_images_they_begin_at(digits):
     real = kid(reference, space.extract(held_out.images[chosen]), subset_size=50)
     assert result["kid_real"]["8"] == pytest.approx(real, rel=1e-6, abs=1e-9)
     assert result["kid"]["2"]["8"] > result["kid"]["4"]["8"] > result["kid_real"]["8"]
+    assert f"trained on {train.name} train split (accuracy 0." in result["feature_space"]
     shown = io.StringIO()
     Console(file=shown, width=80).print(format_by_size(result))
     assert "held-out 4×4" in shown.getvalue() and f"{result['kid']['4']['8']:.3f}" in shown.getvalue()
