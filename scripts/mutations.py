@@ -117,7 +117,7 @@ MUTATIONS = (
     ),
     Mutation(
         "step-counter-reused-in-cycles", "python", "mgebm_fast/models/multigrid.py",
-        "step + chain.steps for step", "step for step", ("tests/models/test_cycles.py",),
+        "step + turn * chain.steps for step", "step for step", ("tests/models/test_cycles.py",),
     ),
     Mutation(
         "step-counter-reused-in-training", "python", "mgebm_fast/learning/methods/multigrid.py",

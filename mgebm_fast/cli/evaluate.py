@@ -96,8 +96,9 @@ def evaluate(
     from ..models.storage import MOST_JSON
 
     asked = [f"{name} {value}" for name, value in (("--steps", steps), ("--cycles", cycles)) if value is not None]
-    if record and (given := [*asked, *(["--by-size"] if by_size else [])]):
-        raise ValueError(f"--record: must be left out with {given[0]}: it is for the model's own samples")
+    asked += ["--by-size"] * by_size
+    if record and asked:
+        raise ValueError(f"--record: must be left out with {asked[0]}: it is for the model's own samples")
     if by_size and cycles is not None:
         raise ValueError("--cycles: must be left out with --by-size, which goes up once")
     model, config = open_model(run, device, "evaluate")

@@ -216,9 +216,9 @@ class MultiGrid(EnergyModel):
             )  # fmt: skip
 
         results = climb(0, start, first_step)
-        steps = list(first_step) if isinstance(first_step, Sequence) else [first_step] * grids
-        for size in cycles:
-            steps = [step + chain.steps for step, chain in zip(steps, dynamics, strict=True)]
+        for turn, size in enumerate(cycles, start=1):
+            begun = first_step if isinstance(first_step, Sequence) else [first_step] * grids
+            steps = [step + turn * chain.steps for step, chain in zip(begun, dynamics, strict=True)]
             first = self.sizes.index(size)
             (means,) = ops.pyramid(results[-1], [size])
             results[first:] = climb(first, means, steps[first:])

@@ -22,6 +22,7 @@ from ... import files, pictures
 from ...errors import CheckpointError, ConfigError
 from ...models import storage
 from ...models.storage import MODEL_FILE as MODEL
+from ..config.files import load_config
 from ..config.train_config import TrainConfig
 from . import checkpoint
 from .loggers import TENSORBOARD, Logger
@@ -94,10 +95,11 @@ class RunFolder(NoFolder):
         files.make_folder(self.path)
         with checkpoint.exclusive(self.path):
             check_inside(self.path)
-            if config.steps < iteration:
+            stored = self.path / CONFIG
+            if config.steps < iteration and stored.exists() and config.steps < load_config(stored).steps:
                 made = f"be at least {iteration}, the updates that the run has made"
                 raise ConfigError(f"steps must {made}, got {config.steps}")
-            files.write_bytes(self.path / CONFIG, config.to_toml().encode())
+            files.write_bytes(stored, config.to_toml().encode())
             if fingerprint and not (self.path / DATA).exists():
                 files.write_bytes(self.path / DATA, (json.dumps(fingerprint) + "\n").encode())
             checkpoint.clean(self.path / CHECKPOINTS)

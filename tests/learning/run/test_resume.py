@@ -202,6 +202,14 @@ def test_a_run_cannot_be_told_to_have_made_less_than_it_has(trainer, tmp_path):
     assert enough.fit().finished and Run(tmp_path).config.steps == 4
 
 
+def test_fit_may_go_beyond_the_configuration_s_steps(trainer, tmp_path):
+    beyond = trainer(out=tmp_path, steps=2)
+    assert [beyond.fit(4).iteration, beyond.fit(6).iteration] == [4, 6]
+    again = trainer(out=tmp_path, steps=2)
+    again.resume()
+    assert again.fit().iteration == 6 and again.fit(7).iteration == 7
+
+
 def test_more_steps_go_on(trainer, tmp_path):
     trainer(out=tmp_path / "run").fit()
     longer = trainer(out=tmp_path / "run", steps=8)
