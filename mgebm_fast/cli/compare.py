@@ -78,7 +78,7 @@ def compare(
 
     \b
     In the folder:
-      PRESET/seed-N/           run folders, as of mgebm train PRESET --set seed=N
+      PRESET/seed-N/           run folders, as of mgebm train PRESET --seed N
       PRESET/seed-N.json       the figures of that run
       figures.csv              one row a run
       table.csv, table.md      mean and standard deviation over seeds

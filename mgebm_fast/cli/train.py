@@ -14,6 +14,7 @@ import typer
 from ..errors import CheckpointError, ConfigError, DivergenceError
 from .options import (
     INTERRUPTED,
+    MOST_SEED,
     Device,
     Threads,
     configured,
@@ -69,6 +70,10 @@ def train(
     logger: Annotated[
         str, typer.Option(metavar="NAME", help="Where records go beside metrics.jsonl: tensorboard, wandb or trackio.")
     ] = "tensorboard",
+    seed: Annotated[
+        int | None,
+        typer.Option(min=0, max=MOST_SEED, help="Seed of weights, batches and noise; else as configured."),
+    ] = None,
     device: Device = "auto",
     threads: Threads = None,
     precision: Annotated[str | None, typer.Option(help="Precision of gradients: auto, fp32, bf16 or fp16.")] = None,
@@ -79,7 +84,7 @@ def train(
     Examples:
       mgebm train digits --out runs/digits
       mgebm train cifar10 --data cifar10.zip --set classes=automobile --set sizes=1,2,4,8,16
-      mgebm train digits --set steps=200 --set langevin.steps=10 --set seed=1
+      mgebm train digits --seed 1 --set steps=200 --set langevin.steps=10
       mgebm train my_config.toml --data photos/ --out runs/mine
       mgebm train --out runs/mine --resume
       mgebm train cifar10 --set rollback.attempts=0
@@ -89,13 +94,13 @@ def train(
 
     --set takes TOML values: steps=2000, sizes=[1,4,16], flips=true, langevin.noise_std=0.02,
     'langevin.noise_std={start=0.1, end=0.01}' over a chain's steps; `none` clears an optional key. Keys of every
-    preset: steps (parameter updates), langevin.steps, seed, batch_size, checkpoint_every, sample_every, width, sizes.
+    preset: steps (parameter updates), langevin.steps, batch_size, checkpoint_every, sample_every, width, sizes.
     docs/configuration.md has them all.
 
     Ctrl-C saves a checkpoint and says how to go on, and so do SIGTERM, SIGHUP, SIGUSR1, SIGUSR2 and SIGXCPU; --resume
     then gives, bit for bit, the run that was never stopped. With --resume the configuration is the run's own; only what
-    --set, --data and --precision name is changed. With --set steps=... a run that is over goes on: nets join and noise
-    falls where they did, and learning rates follow the new length.
+    --set, --seed, --data and --precision name is changed. With --set steps=... a run that is over goes on: nets join
+    and noise falls where they did, and learning rates follow the new length.
 
     --from starts from what was trained before, on other data, or with a finer size on top: each size takes the net of
     its size there, and what was taken and what is new is printed. A net of that size with other layers, other channels
@@ -141,7 +146,8 @@ def train(
     with distributed.joined(place) as ranks, one_voice(ranks):
         with ranks.together():
             chosen, folder = _configure(config, out, resume, start)
-            changes = [*(settings or []), *([] if precision is None else [f"precision={precision}"])]
+            named = {"seed": seed, "precision": precision}
+            changes = [*(settings or []), *(f"{key}={value}" for key, value in named.items() if value is not None)]
             stored = resume and (folder / "config.toml").exists()
             if start is not None:
                 found = located(start)

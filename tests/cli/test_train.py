@@ -72,9 +72,9 @@ def test_the_default_folder_is_runs_and_the_name(mgebm, tmp_path, monkeypatch):
 
 
 def test_a_configuration_file_trains(mgebm, trained, tmp_path):
-    result = mgebm("train", trained / "config.toml", "--out", tmp_path / "again", "--set", "seed=3")
+    result = mgebm("train", trained / "config.toml", "--out", tmp_path / "again", "--seed", str(2**64 - 1))
     assert result.exit_code == 0, result.output
-    assert load_config(tmp_path / "again" / "config.toml").seed == 3
+    assert load_config(tmp_path / "again" / "config.toml").seed == 2**64 - 1
 
 
 def test_the_same_seed_gives_the_same_model(mgebm, trained, tmp_path):
@@ -189,6 +189,7 @@ BAD = {
     "no such GPU": (["digits", "--device", "cuda:99"], "cuda:99"),
     "threads": (["digits", "--threads", "100000"], "--threads"),
     "precision": (["digits", "--precision", "fp8"], "precision"),
+    "seed": (["digits", "--seed", "-1"], "--seed"),
     "nothing to resume": (["--resume"], "no config.toml"),
     "neither preset nor run": ([], "preset"),
 }
