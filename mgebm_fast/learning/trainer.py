@@ -165,7 +165,7 @@ class MultiGridTrainer:
         self._begun = True
 
     def measure_against(self, held_out: ImageData | Clips | None) -> None:
-        """Choose the best state (`run.rollback.measured`) by these images, as many as a batch holds, evenly spread; by
+        """Choose the best state (`run.divergence.measure`) by these images, as many as a batch holds, evenly spread; by
         the training images where there are none."""
         data = self.data if held_out is None or len(held_out) < 2 else held_out
         count = min(_MEASURED, self.config.batch_size, len(data))

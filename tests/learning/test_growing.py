@@ -18,7 +18,7 @@ from mgebm_fast.cli import app
 from mgebm_fast.cli.options import configured
 from mgebm_fast.errors import ConfigError
 from mgebm_fast.learning import METHODS, Run, build_model, load_config, merge
-from mgebm_fast.learning.run.watch import WINDOW, RunAway, Watch
+from mgebm_fast.learning.run.divergence.watch import WINDOW, RunAway, Watch
 from mgebm_fast.sampling import cascade as cascades
 
 LATE = {"begin": [0.0, 0.5], "stabilise": {"ema": 0.9, "noise_anneal": 0.4}, "optimiser": {"schedule": "cosine"}}

@@ -141,7 +141,7 @@ def measured_of_samples(
     gradient: Callable[[int, Tensor], Tensor],  # (net, x) -> ∇E(x)
     laws: Sequence[Sequence[float | Tensor]],  # of each chain (`law_of`)
 ) -> dict[str, Tensor]:
-    """What is watched in samples (`run.watch`), 0-dim each; numbers that vary count with their mean over the chain:
+    """What is watched in samples (`divergence.watch`), 0-dim each; of numbers that vary, their mean over the chain:
 
     gradient_to_noise: rms of what the gradient moves a pixel by in a step, over that of the noise, where there is
     gradient_clamped: rms of the gradient over langevin.grad_clamp, where there is

@@ -14,17 +14,18 @@ from torch import Tensor
 
 from ...errors import ConfigError, DivergenceError
 from ..config.train_config import TrainConfig
-from . import checkpoint, resuming, rollback
+from . import checkpoint, resuming
 from .distributed import RankLost, Ranks
+from .divergence.measure import error_of, measured
+from .divergence.states import states_of
+from .divergence.watch import Updates
 from .feed import Batches
 from .folder import CONFIG, MODEL, SAMPLES, NoFolder, RunFolder, is_new
 from .interrupts import StopRequests
 from .loggers import Logger
 from .progress import Pace, Progress, Voice, duration
 from .records import Mark, NoRecorder
-from .rollback import error_of, measured
 from .rule import UpdateRule
-from .watch import Updates
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,7 +65,7 @@ class Loop:
         self.folder: NoFolder = NoFolder() if out is None else RunFolder(out, writes=self.ranks.first, logger=logger)
         self.voice = Voice(console if self.ranks.first else None)
         self.iteration = 0
-        self.states = rollback.states_of(self.folder, rollback.History(config, rule), config.keep_checkpoints)
+        self.states = states_of(self.folder, config, rule)
         self.history = self.states.history
         self.recorder = NoRecorder()
         self.reference: Tensor | None = None  # held-out images in the model's units, for the measure of states
@@ -338,9 +339,8 @@ class Loop:
     def _diverged(self, error: DivergenceError) -> DivergenceError:
         """The error that ends the run, which then has its best state as its model."""
         self.ranks.failed = not self.ranks.first  # all ranks averaged the same numbers
-        at, best = self.iteration + 1, None
-        if self.ranks.first and self.history.watch.bounds.on:
-            best = self.states.enter_best(self.rule)
+        kept = self.ranks.first and self.history.watch.bounds.on
+        at, best = self.iteration + 1, self.states.enter_best(self.rule) if kept else None
         if best is not None:
             self.folder.save_before_collapse(self.rule, best, at, str(error))
         return DivergenceError(self.history.last_words(error, at, best, self.folder))

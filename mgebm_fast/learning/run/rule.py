@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ... import noise
 from .distributed import Ranks
-from .factors import Factors
+from .divergence.factors import Factors
 
 
 class UpdateRule(abc.ABC):

@@ -17,7 +17,7 @@ from mgebm_fast.learning import Run
 from mgebm_fast.learning.methods import captured
 from mgebm_fast.learning.methods.banks import BankCascade
 from mgebm_fast.learning.run import checkpoint
-from mgebm_fast.learning.run.watch import RunAway
+from mgebm_fast.learning.run.divergence.watch import RunAway
 from mgebm_fast.sampling import graphs
 from mgebm_fast.sampling.static import StaticCascade
 

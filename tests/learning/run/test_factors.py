@@ -15,7 +15,7 @@ from mgebm_fast.data import ImageData
 from mgebm_fast.learning import Run
 from mgebm_fast.learning.methods.synthesis import largest_curvature
 from mgebm_fast.learning.run.distributed import Ranks
-from mgebm_fast.learning.run.factors import MOST_GROWTH, Growth
+from mgebm_fast.learning.run.divergence.factors import MOST_GROWTH, Growth
 
 STIFF = {"stabilise": {"stiffness": (0.0, 1e-6), "data_noise": (0.02, 0.04)}, "steps": 12, "log_every": 2}
 MULTIGRID_OPTIONS = {"multigrid": {"bank_size": 12, "conditional": True}}

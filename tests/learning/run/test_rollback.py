@@ -21,9 +21,9 @@ from mgebm_fast.cli import app
 from mgebm_fast.errors import ConfigError, DivergenceError
 from mgebm_fast.learning import MultiGridTrainer, Run
 from mgebm_fast.learning.run import checkpoint, records
-from mgebm_fast.learning.run.rollback import History
+from mgebm_fast.learning.run.divergence.rollback import History
+from mgebm_fast.learning.run.divergence.watch import WINDOW, RunAway, Watch
 from mgebm_fast.learning.run.rule import Factors
-from mgebm_fast.learning.run.watch import WINDOW, RunAway, Watch
 
 BANK = {"scales": [2.0], "orientations": 2}
 COUPLED = {"langevin": {"steps": 3, "step_size": 0.3, "reference_std": 1.0}, "value_range": [-4.0, 4.0]}

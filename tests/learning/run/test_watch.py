@@ -14,8 +14,10 @@ from helpers.training import tiny_config, tiny_data
 from mgebm_fast.errors import DivergenceError
 from mgebm_fast.learning import MultiGridTrainer, Run
 from mgebm_fast.learning.run import checkpoint
-from mgebm_fast.learning.run.rollback import History, MemoryStates, energy_distance, error_of
-from mgebm_fast.learning.run.watch import RunAway, Watch
+from mgebm_fast.learning.run.divergence.measure import energy_distance, error_of
+from mgebm_fast.learning.run.divergence.rollback import History
+from mgebm_fast.learning.run.divergence.states import MemoryStates
+from mgebm_fast.learning.run.divergence.watch import RunAway, Watch
 
 HEALTHY = {"gradient_clamped": 0.6, "saturated": 0.1, "spread": 1.1, "gradient_to_noise": 7.0}
 

@@ -6,7 +6,7 @@ import dataclasses
 import json
 from collections.abc import Mapping
 
-from .distributed import Ranks
+from ..distributed import Ranks
 
 MOST_GROWTH = 4.0  # of the noise on observed images, by stiffness
 _UP, _DOWN = 1.0015, 1.0005  # an update's: twice the noise after 460 updates, half of that again after 1,400

@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...errors import DivergenceError
-from ..config.train_config import TrainConfig
-from .distributed import Ranks
-from .feed import Batches
-from .rule import UpdateRule
+from ....errors import DivergenceError
+from ...config.train_config import TrainConfig
+from ..distributed import Ranks
+from ..feed import Batches
+from ..rule import UpdateRule
 
 WINDOW = 100  # updates in the running mean of a gap; also the warm-up before bounds relative to the past apply
 _FAST = 20  # updates in the running mean that shows where a gap stands now

@@ -1,0 +1,1 @@
+"""Runs that diverge: what is watched, which states are good, and going back to one."""
