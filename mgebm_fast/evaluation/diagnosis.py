@@ -80,8 +80,9 @@ def diagnose(
     if not 0 <= warm_up < 1:
         raise ValueError(f"diagnose: warm_up must be in [0, 1), got {warm_up}")
     began = time.monotonic()
-    own_cycles = model.cycles if isinstance(model, MultiGrid) else ()
-    with _lengthened(model, steps), model.without_cycles() if own_cycles else contextlib.nullcontext():
+    cyclic = isinstance(model, MultiGrid) and bool(model.cycles)
+    once = model.without_cycles() if isinstance(model, MultiGrid) else contextlib.nullcontext()
+    with _lengthened(model, steps), once:
         chains = model.measured()
         recorders = [
             Recorder(energy, chain, every=-(-chain.steps // RECORDS) if every is None else every, seed=seed, grid=grid)
@@ -93,7 +94,7 @@ def diagnose(
         name = f"grid {grid} size {model.sizes[grid]}"
         reports.append(report(name, chain, recorder.trace(num), warm_up=warm_up))
     coupled = any(recorder.coupled for recorder in recorders)
-    notes = [*(["of the first way up alone, without V-cycles"] if own_cycles else []), *_notes(reports, coupled)]
+    notes = [*(["of the first way up alone, without V-cycles"] if cyclic else []), *_notes(reports, coupled)]
     return Diagnosis(reports, notes, time.monotonic() - began)
 
 
