@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import io
 import re
 import runpy
 import shlex
+import zipfile
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from typer.main import get_command
 from typer.testing import CliRunner
 
@@ -234,6 +238,36 @@ def test_a_zip_of_class_folders_is_made_of_labelled_images(tmp_path, monkeypatch
     assert sum(map(len, made)) == len(given) and list(made[0].class_names) == list(given.class_names)
     assert sum(int(part.images.astype("int64").sum()) for part in made) == int(given.images.astype("int64").sum())
     assert [path.name for path in tmp_path.iterdir()] == ["digits.zip"]
+
+
+def test_a_zip_of_class_folders_is_made_of_tiny_imagenet(tmp_path, monkeypatch, capsys):
+    """The script behind the gallery's tiny.zip: the training images of the classes asked for, as they are."""
+    archive, out = tmp_path / "tiny-imagenet-200.zip", tmp_path / "tiny.zip"
+    pixels = np.random.default_rng(0).integers(0, 256, (3, 64, 64, 3), dtype=np.uint8)
+    encoded = [io.BytesIO() for _ in pixels]
+    for image, file in zip(pixels, encoded, strict=True):
+        Image.fromarray(image).save(file, format="jpeg")
+    with zipfile.ZipFile(archive, "w") as made:
+        made.writestr("tiny-imagenet-200/words.txt", "n09193705\talp")
+        for wnid, number, file in zip(("n09193705", "n09193705", "n01443537"), (0, 1, 0), encoded, strict=True):
+            made.writestr(f"tiny-imagenet-200/train/{wnid}/images/{wnid}_{number}.JPEG", file.getvalue())
+        made.writestr("tiny-imagenet-200/val/images/val_0.JPEG", encoded[0].getvalue())
+
+    def run(*arguments):
+        monkeypatch.setattr("sys.argv", ["tiny_imagenet_zip.py", str(archive), str(out), *arguments])
+        runpy.run_path(str(ROOT / "scripts" / "tiny_imagenet_zip.py"), run_name="__main__")
+
+    with pytest.raises(SystemExit):
+        run()
+    assert "without ['albatross'" in capsys.readouterr().err and [path.name for path in tmp_path.iterdir()] == [
+        archive.name
+    ]
+    run("--classes", "n09193705=alp", "n01443537=goldfish")
+    with zipfile.ZipFile(out) as made:
+        names = ["alp/n09193705_0.jpg", "alp/n09193705_1.jpg", "goldfish/n01443537_0.jpg"]
+        assert {name: made.read(name) for name in made.namelist()} == {
+            name: file.getvalue() for name, file in zip(names, encoded, strict=True)
+        }
 
 
 def test_public_names_are_those_of_the_design():
