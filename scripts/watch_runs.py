@@ -5,7 +5,8 @@
     python scripts/watch_runs.py --only digits --only rate --out runs/watch
 
 Each case is one or more `mgebm train` commands, run as they stand; those of damaged data spoil batches on their way to
-the update. A row is printed after each: exit code, times it went back, what tripped, and of which update the model is.
+the update, and where it is for ever, those that would stand in for them. A row is printed after each: exit code, times
+it went back, what tripped, and of which update the model is.
 """
 
 from __future__ import annotations
@@ -109,9 +110,10 @@ def run(case: Case, out: Path) -> tuple[int, str]:
     """The exit code of the last command, and what it wrote to stderr."""
     read, code, words = Batches.batch, 0, StringIO()
 
-    def batch(self: Batches, iteration: int) -> Tensor:
-        found = read(self, iteration)
-        return case.spoil(found, iteration) if case.spoil and iteration in case.spoilt else found
+    def batch(self: Batches, iteration: int, other: int = 0) -> Tensor:
+        found = read(self, iteration, other)
+        spoilt = iteration in case.spoilt and (other == 0 or case.spoilt is FOREVER)
+        return case.spoil(found, iteration) if case.spoil and spoilt else found
 
     Batches.batch = batch  # type: ignore[method-assign]
     try:

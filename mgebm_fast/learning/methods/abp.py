@@ -81,6 +81,8 @@ class ABPRule(ModelRule):
 
     model: GeneratorModel
 
+    knows_images = True
+
     def __init__(self, model: GeneratorModel, config: TrainConfig, *, images: int) -> None:
         if config.flips:
             raise ConfigError("flips must be false for the method 'abp', where an image keeps its z, got true")

@@ -22,28 +22,28 @@ class Order:
 
     def __init__(self, n: int, batch_size: int, seed: int) -> None:
         self.n, self.batch_size, self.seed = n, batch_size, seed
-        self._orders: dict[int, Tensor] = {}
+        self._orders: dict[tuple[int, int], Tensor] = {}
 
     @property
     def per_epoch(self) -> int:
         """Updates in which every image is seen."""
         return -(-self.n // self.batch_size)
 
-    def indices(self, iteration: int) -> Tensor:  # (B,) int64
-        """Which images batch `iteration` holds, over all ranks."""
+    def indices(self, iteration: int, other: int = 0) -> Tensor:  # (B,) int64
+        """Which images batch `iteration` holds, over all ranks; `other` counts other orders, for other images."""
         place, parts, left = iteration * self.batch_size, [], self.batch_size
         while left:
             epoch, offset = divmod(place, self.n)
-            part = self._order(epoch)[offset : offset + left]
+            part = self._order(epoch, other)[offset : offset + left]
             parts.append(part)
             place, left = place + len(part), left - len(part)
         return torch.cat(parts)
 
-    def _order(self, epoch: int) -> Tensor:
-        if epoch not in self._orders:
-            stream = noise.stream(noise.Purpose.DATA_ORDER)
-            self._orders = {epoch: noise.permutation(self.n, seed=self.seed, step=epoch, stream=stream)}
-        return self._orders[epoch]
+    def _order(self, epoch: int, other: int) -> Tensor:
+        if (epoch, other) not in self._orders:
+            stream = noise.stream(noise.Purpose.DATA_ORDER, other)
+            self._orders = {(epoch, other): noise.permutation(self.n, seed=self.seed, step=epoch, stream=stream)}
+        return self._orders[epoch, other]
 
 
 class Batches:
@@ -78,9 +78,9 @@ class Batches:
         self._fingerprint: Mapping[str, Any] | None = None
         self._next: tuple[int, Future[Tensor]] | None = None
 
-    def indices(self, iteration: int) -> Tensor:  # (B,) int64
+    def indices(self, iteration: int, other: int = 0) -> Tensor:  # (B,) int64
         """Which images batch `iteration` holds, over all ranks."""
-        return self._order.indices(iteration)
+        return self._order.indices(iteration, other)
 
     def fingerprint(self) -> Mapping[str, Any]:
         """What tells these data from others (`data.fingerprint`); taken once, since it reads all of them."""
@@ -88,18 +88,20 @@ class Batches:
             self._fingerprint = self.data.fingerprint()
         return self._fingerprint
 
-    def batch(self, iteration: int) -> Tensor:  # (len(places), C, S, S) uint8, on the CPU
-        """The images at `places` of batch `iteration`."""
+    def batch(self, iteration: int, other: int = 0) -> Tensor:  # (len(places), C, S, S) uint8, on the CPU
+        """The images at `places` of batch `iteration`, or of another draw for it (`Order.indices`)."""
         if self._thread is None:
-            return self._read(iteration)
+            return self._read(iteration, other)
+        if other:
+            return self._thread.submit(self._read, iteration, other).result()
         expected, coming = self._next or (None, None)
         # One thread, so that what it makes now is done before it is asked for another batch.
         images = (coming if coming and expected == iteration else self._thread.submit(self._read, iteration)).result()
         self._next = iteration + 1, self._thread.submit(self._read, iteration + 1)
         return images
 
-    def _read(self, iteration: int) -> Tensor:
-        indices = self.indices(iteration)[self.places.start : self.places.stop]
+    def _read(self, iteration: int, other: int = 0) -> Tensor:
+        indices = self.indices(iteration, other)[self.places.start : self.places.stop]
         images = self.data.batch(indices)
         if self.flips:
             draw = self._draw(iteration, len(images), 1, 0)

@@ -18,7 +18,7 @@ from . import checkpoint, resuming
 from .distributed import RankLost, Ranks
 from .divergence.measure import error_of, measured
 from .divergence.states import states_of
-from .divergence.watch import Updates
+from .divergence.updates import Updates
 from .feed import Batches
 from .folder import CONFIG, MODEL, SAMPLES, NoFolder, RunFolder, is_new
 from .interrupts import StopRequests
@@ -70,7 +70,7 @@ class Loop:
         self.recorder = NoRecorder()
         self.reference: Tensor | None = None  # held-out images in the model's units, for the measure of states
         self.after_pictures: Callable[[], None] | None = None  # on the first rank, when all of the update is written
-        self.updates = Updates(rule, batches, self.history.watch, self.ranks)
+        self.updates = Updates(rule, batches, self.history.watch, self.ranks, self.voice.say)
         self.announces = False  # whether a run says how its updates are launched
         self._mark: Mark | None = None  # of the records at the checkpoint that was resumed
         self._resume_command = resume_command or f"mgebm train {out}/{CONFIG} --out {out} --resume"
@@ -147,13 +147,13 @@ class Loop:
             self.states.keep(self.iteration, self.rule)
 
     def _go_back(self, error: DivergenceError) -> None:
-        """To the last good state, from where noise is other and rates are lower; the error where that was tried enough.
+        """To the last good state, from where noise is other and rates are lower; the error where that is no help.
 
         All ranks raised the same error: it is about what they averaged, or was reported to all.
         """
         history, update = self.history, self.iteration + 1
         made = history.made  # which the state that is gone back to may not know of
-        if history.exhausted or not self._enter_good():
+        if history.ends_at(error) or not self._enter_good():
             raise self._diverged(error) from error
         self.ranks.failed = False
         history.went_back(made, update, self.iteration, error, self.rule)

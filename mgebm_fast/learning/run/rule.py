@@ -21,6 +21,7 @@ class UpdateRule(abc.ABC):
     slowed_alone: Sequence[str] = ()  # those that can have factors of their own
     stiffness_bounds: Mapping[str, float] = {}  # of those whose noise follows their stiffness
     divisible = False  # whether a batch may be learnt from in parts, which is what several ranks do
+    knows_images = False  # by their place in the order of the feed, so that no other can stand in for one
     # The loop sets these.
     ranks = Ranks()
     attempt = 0  # how often the run went back after it diverged

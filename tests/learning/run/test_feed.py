@@ -35,7 +35,7 @@ def test_batches_made_ahead_are_the_same():
 
 def test_what_goes_wrong_ahead_is_raised_when_its_batch_is_asked_for(monkeypatch):
     batches = Batches(tiny_data(), 8, seed=3, ahead=True)
-    monkeypatch.setattr(batches, "indices", lambda i: torch.arange(8) if i < 2 else torch.full((8,), 99))
+    monkeypatch.setattr(batches, "indices", lambda i, other: torch.arange(8) if i < 2 else torch.full((8,), 99))
     for iteration in range(2):
         batches.batch(iteration)
     with pytest.raises(IndexError):
@@ -70,3 +70,11 @@ def test_flips_mirror_about_half():
     same = (got == images).flatten(1).all(1)
     assert bool((mirrored | same).all())
     assert 150 < int(mirrored.sum()) < 250  # five standard deviations
+
+
+def test_another_draw_for_a_batch_has_other_images_and_leaves_the_order_as_it_was():
+    ahead, plain = (Batches(tiny_data(200), 8, seed=3, ahead=ahead) for ahead in (True, False))
+    first, other = ahead.batch(0), ahead.batch(0, 1)
+    assert torch.equal(other, plain.batch(0, 1)) and not torch.equal(other, first)
+    assert not torch.equal(other, plain.batch(0, 2))
+    assert torch.equal(ahead.batch(1), Batches(tiny_data(200), 8, seed=3).batch(1))

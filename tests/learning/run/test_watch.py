@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import math
 import types
+from io import StringIO
 
 import numpy as np
 import pytest
 import torch
 from helpers.training import tiny_config, tiny_data
+from rich.console import Console
 
 from mgebm_fast.errors import DivergenceError
 from mgebm_fast.learning import MultiGridTrainer, Run
@@ -18,6 +20,7 @@ from mgebm_fast.learning.run.divergence.measure import energy_distance, error_of
 from mgebm_fast.learning.run.divergence.rollback import History
 from mgebm_fast.learning.run.divergence.states import MemoryStates
 from mgebm_fast.learning.run.divergence.watch import RunAway, Watch
+from mgebm_fast.learning.run.feed import Batches
 
 HEALTHY = {"gradient_clamped": 0.6, "saturated": 0.1, "spread": 1.1, "gradient_to_noise": 7.0}
 
@@ -223,3 +226,61 @@ def test_the_best_outlives_pruning_and_a_finished_run_is_no_collapse(tmp_path, t
     ours.fit()
     assert checkpoint.read(out / "checkpoints/best") == state and Run(out).collapse == "" and Run(out).finished
     assert len(checkpoint.listed(out / "checkpoints")) == 1
+
+
+def whiten(monkeypatch, first, until):
+    """Batches of white images for the updates after `first` up to `until`, in their own order alone where one is."""
+    read = Batches._read
+
+    def spoilt(self, iteration, other=0):
+        images = read(self, iteration, other)
+        white = first <= iteration < until and (other == 0 or until > first + 1)
+        return torch.full_like(images, 255) if white else images
+
+    monkeypatch.setattr(Batches, "_read", spoilt)
+
+
+LONG = {"steps": 112, "checkpoint_every": 53, "log_every": 50, "sample_every": 0, "rollback": {"attempts": 2}}
+
+
+def test_a_batch_unlike_the_others_is_left_out_and_the_run_goes_on(tmp_path, trainer, monkeypatch):
+    whiten(monkeypatch, 108, 109)
+    words, seen = StringIO(), []
+    whole = trainer(out=tmp_path / "whole", console=Console(file=words, width=400), **LONG)
+    launch = whole.rule.launch
+    whole.rule.launch = lambda batch, *a, **k: (seen.append(float(batch.float().mean())), launch(batch, *a, **k))
+    assert whole.fit().finished and whole._loop.history.made == [] and max(seen) < 200 and len(seen) == 112
+    said = [line for line in words.getvalue().splitlines() if "left out" in line]
+    assert len(said) == 1 and "the batch of update 109 is unlike those before it" in said[0]
+    trainer(out=tmp_path / "parts", **LONG).fit(107)
+    rest = trainer(out=tmp_path / "parts", **LONG)
+    assert rest.resume() == 107 and rest.fit().finished
+    assert all(torch.equal(a, b) for a, b in zip(rest.model.parameters(), whole.model.parameters(), strict=True))
+    relaunched = whole._loop.updates  # as after an update that could not be applied
+    relaunched._seen, relaunched._others = 109, {108: 1}
+    assert relaunched._batch(108).float().mean() < 200
+
+
+@pytest.mark.parametrize("knows_images", [False, True])
+def test_data_at_fault_end_a_run_at_once(tmp_path, trainer, monkeypatch, knows_images):
+    """Going back would show the same images again; nor may others stand in where a rule knows them by their order."""
+    whiten(monkeypatch, 108, 109 if knows_images else 200)
+    ours = trainer(out=tmp_path, **LONG)
+    ours.rule.knows_images = knows_images
+    with pytest.raises(
+        DivergenceError, match=r"stopped at update 109, .*What to change for the data: the data"
+    ) as error:
+        ours.fit()
+    assert "rollback.attempts" not in str(error.value) and "that of update 106, the best" in str(error.value)
+    assert ours._loop.history.made == [] and ours.rule.attempt == 0
+
+
+def test_a_refused_batch_leaves_no_trace():
+    watch, ramp = watching(), torch.arange(0, 256, 4, dtype=torch.uint8).view(1, 1, 1, 64).expand(16, 1, 4, 64)
+    shuffled = ramp[..., torch.randperm(64, generator=torch.Generator().manual_seed(0))]
+    for update in range(1, 151):
+        watch.check_batch(ramp + update % 2, update)
+    before = watch.state()
+    with pytest.raises(RunAway, match="step between"):
+        watch.check_batch(shuffled, 151)
+    assert watch.state() == before

@@ -42,6 +42,11 @@ class Rollback:
     net: str = ""  # of which net, as metrics name it; "": of all, as in older checkpoints
 
 
+def _of_data(error: DivergenceError) -> bool:
+    """Whether a batch was refused, which no other rate or noise would help."""
+    return isinstance(error, RunAway) and error.kind == "batch"
+
+
 class History:
     """How often a run went back, and what it watches: the part of a run's state that is about divergence."""
 
@@ -54,9 +59,9 @@ class History:
     def on(self) -> bool:
         return self.config.attempts > 0
 
-    @property
-    def exhausted(self) -> bool:
-        return len(self.made) >= self.config.attempts
+    def ends_at(self, error: DivergenceError) -> bool:
+        """Whether a run ends with `error`: it went back often enough, or the same images would come again."""
+        return len(self.made) >= self.config.attempts or _of_data(error)
 
     def factors(self, net: str = "") -> Factors:
         """What numbers of `net` are multiplied by; "": those of nets that nothing is said of."""
@@ -124,10 +129,10 @@ class History:
         if best is not None:
             name = "The trainer's model" if folder.path is None else str(folder.path / MODEL)
             model = f"{name} is that of update {best}, the best from before the collapse"
-        return (
-            f"{error}; stopped at update {at}, which was not saved; {before}{good}. What to change for {net}: "
-            f"{advice}; rollback.attempts lets a run go back more than {self.config.attempts} times. {model}"
-        )
+        if not _of_data(error):
+            advice += f"; rollback.attempts lets a run go back more than {self.config.attempts} times"
+        happened = f"{error}; stopped at update {at}, which was not saved; {before}{good}"
+        return f"{happened}. What to change for {net}: {advice}. {model}"
 
     def describe_end(self) -> str:
         """The rollbacks of a run that finished, for its last message; empty where there were none."""

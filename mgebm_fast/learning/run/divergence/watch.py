@@ -15,8 +15,6 @@ from torch import Tensor
 from ....errors import DivergenceError
 from ...config.train_config import TrainConfig
 from ..distributed import Ranks
-from ..feed import Batches
-from ..rule import UpdateRule
 
 WINDOW = 100  # updates in the running mean of a gap; also the warm-up before bounds relative to the past apply
 _FAST = 20  # updates in the running mean that shows where a gap stands now
@@ -121,7 +119,7 @@ class Watch:
         shares = {
             name: float(number) / (high - low) for name, number in (("mean", mean), ("std", std), ("step", steps))
         }
-        least = max(_LEAST_CHANGE, _IMAGES / len(batch))
+        least, taken = max(_LEAST_CHANGE, _IMAGES / len(batch)), {}
         if not all(map(math.isfinite, shares.values())):
             raise RunAway(f"training: the batch of update {update} has pixels that are not finite", "data", "batch")
         count = self.batches
@@ -136,8 +134,8 @@ class Watch:
                     "batch",
                 )
             share = 1 / min(WINDOW, count + 1)
-            self.of_batches[name] = [centre + (value - centre) * share, deviation + (distance - deviation) * share]
-        self.batches = count + 1
+            taken[name] = [centre + (value - centre) * share, deviation + (distance - deviation) * share]
+        self.of_batches, self.batches = taken, count + 1
 
     # measurements
 
@@ -284,52 +282,3 @@ class Watch:
         self.batches = int(state.get("batches", 0))
         self.of_batches = {k: list(v) for k, v in state.get("of_batches", {}).items()}
         self.begun = dict(state.get("begun", {}))
-
-
-class Updates:
-    """The updates of a rule, in their order, and what the watch finds in them.
-
-    `at` is the update that is looked at: of an error, the one that it is about.
-    """
-
-    def __init__(self, rule: UpdateRule, batches: Batches, watch: Watch, ranks: Ranks) -> None:
-        self.rule, self.batches, self.watch, self.ranks = rule, batches, watch, ranks
-        self.at = self._seen = 0  # _seen: batches that the watch has taken in
-        self.headline = ""
-
-    def begin(self, iteration: int) -> None:
-        """Go on from another state."""
-        self.rule.forget()
-        self.at = self._seen = iteration
-
-    def launch(self, iteration: int, detail: bool) -> dict[str, float] | None:
-        """Launch an update; None where one before it could not be applied: `at`, which is made again."""
-        self.at, batch = iteration, self.batches.batch(iteration)
-        if self.ranks.size == 1 and iteration >= self._seen:
-            try:
-                self.watch.check_batch(batch, iteration + 1)
-            except RunAway:  # unless an update before was the first to go wrong
-                if self.collect(iteration, False, wait=True) is None:
-                    return None
-                raise
-            self._seen = iteration + 1
-        self.rule.launch(batch, iteration, detail=detail)
-        return {}
-
-    def collect(self, launched: int, logged: bool, *, wait: bool) -> dict[str, float] | None:
-        """The metrics of the last of so many updates, {} where they are not here yet; None where one of them could not
-        be applied: `at`, which is made again. RunAway where the watch finds a collapse, on all ranks alike."""
-        metrics: dict[str, float] = {}
-        found, following = self.rule.collect(launched, wait=wait)
-        for self.at, metrics in found:
-            last = self.at + 1 == launched
-            self.watch.check_together(self.ranks, metrics, self.at + 1, logged and last)
-        if found:
-            self.headline = self.rule.headline(metrics)
-        self.at = following
-        return metrics if following == launched else None
-
-    def settle(self, launched: int) -> int:
-        """Read what a run launched that an error or a second signal ended; how many updates were made."""
-        self.collect(launched, False, wait=True)
-        return self.at
