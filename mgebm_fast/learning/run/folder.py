@@ -105,6 +105,8 @@ class RunFolder(NoFolder):
             checkpoint.clean(self.path / CHECKPOINTS)
             for folder in (self.path, self.path / SAMPLES):
                 files.clean(folder)
+            if any(checkpoint.step_of(folder) > iteration for folder in self.checkpoints()):
+                self._set_best_aside(iteration)
             self.set_later_aside(iteration)
             self.owned = True
             yield
@@ -143,6 +145,15 @@ class RunFolder(NoFolder):
         for folder in self.checkpoints() if self.writes else []:
             if checkpoint.step_of(folder) > iteration:
                 checkpoint.set_aside(folder, "replaced")
+
+    def _set_best_aside(self, iteration: int) -> None:
+        """Where the user begins again before the best state, it is of updates that are undone. Where a run went back by
+        itself it stays: it is the best from before the collapse."""
+        best = self.path / CHECKPOINTS / checkpoint.BEST
+        if files.is_folder(best):
+            with contextlib.suppress(CheckpointError):  # damaged: it counts for nothing
+                if int(checkpoint.read(best)["iteration"]) > iteration:
+                    checkpoint.set_aside(best, "replaced")
 
     def checkpoints(self) -> list[Path]:
         return checkpoint.listed(self.path / CHECKPOINTS)

@@ -171,9 +171,11 @@ def test_going_back_sets_later_checkpoints_aside(trainer, tmp_path):
     assert back.resume(tmp_path / "checkpoints/step_000002") == 2
     back.fit(3)
     assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == [
-        "best", "step_000002", "step_000003", "step_000004.replaced", "step_000006.replaced",
+        "best.replaced", "step_000002", "step_000003", "step_000004.replaced", "step_000006.replaced",
     ]  # fmt: skip
     assert [r["step"] for r in Run(tmp_path).metrics()] == [1, 2, 3]
+    back.fit(4)  # a new best is not measured against one that was undone
+    assert checkpoint.read(tmp_path / "checkpoints/best")["iteration"] == 4
 
 
 def test_nothing_left_to_do(trainer, tmp_path):

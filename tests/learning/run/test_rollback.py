@@ -276,6 +276,15 @@ def test_too_often(run, tmp_path):
     assert more.fit().finished and more.rule.attempt == 2  # the third one was not needed
 
 
+def test_a_best_later_than_the_state_that_was_gone_back_to_stays(run, tmp_path):
+    with pytest.raises(DivergenceError, match="that of update 4, the best"):
+        diverge(run(tmp_path), (6, 0), (5, 1), (3, 2)).fit()
+    more = run(tmp_path, attempts=3)
+    assert more.resume() == 2
+    more.fit(3)
+    assert checkpoint.read(tmp_path / "checkpoints/best")["iteration"] == 4
+
+
 def test_before_the_first_checkpoint(run, tmp_path):
     whole = diverge(run(tmp_path / "a"), (1, 0), (2, 1))
     assert whole.fit().finished and whole.rule.attempt == 2
