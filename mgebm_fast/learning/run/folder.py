@@ -159,7 +159,13 @@ class RunFolder(NoFolder):
         return checkpoint.listed(self.path / CHECKPOINTS)
 
     def holds(self, path: Path) -> bool:
-        return self.path.resolve() in (path.resolve(), path.resolve().parent.parent)
+        return self.path.resolve() in (path.resolve(), run_of(path))
+
+
+def run_of(folder: Path) -> Path | None:
+    """The run whose checkpoint `folder` is; None where it lies elsewhere, whatever is in the folders above it."""
+    above = folder.resolve().parent
+    return above.parent if above.name == CHECKPOINTS and os.path.lexists(above.parent / CONFIG) else None
 
 
 def check_new(out: Path) -> None:
@@ -198,10 +204,9 @@ def read_collapse(run: Path) -> tuple[int, int] | None:
         return int(record["update"]), int(record["model"])
 
 
-def read_fingerprint(run: Path) -> dict[str, Any] | None:
-    """What a run says of its data; None for one that says nothing."""
-    path = run / DATA
-    if not os.path.lexists(path):
+def read_fingerprint(run: Path | None) -> dict[str, Any] | None:
+    """What a run says of its data; None for one that says nothing, or is none."""
+    if run is None or not os.path.lexists(path := run / DATA):
         return None
     with checkpoint.damage_named(path, "no fingerprint of data"):
         return dict(json.loads(files.read_regular(path, storage.MOST_JSON * 16)))

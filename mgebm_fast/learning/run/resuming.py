@@ -11,7 +11,7 @@ from ...data.fingerprint import difference
 from ...errors import CheckpointError, ConfigError
 from ..config.train_config import TrainConfig, default_of, fixed_keys
 from . import checkpoint
-from .folder import CHECKPOINTS, CONFIG, check_inside, read_fingerprint
+from .folder import CHECKPOINTS, CONFIG, check_inside, read_fingerprint, run_of
 
 Found = tuple[Path, dict[str, Any]]  # the folder of an undamaged checkpoint, and its state
 
@@ -68,7 +68,7 @@ def check_same_run(
                 f"resume: {name} must be {stored!r}, as in {folder}, got {mine!r}; a run with another value is "
                 "another run: train it into a new folder"
             )
-    stored = read_fingerprint(folder.parent.parent)
+    stored = read_fingerprint(run_of(folder))
     if stored and data and (differs := difference(stored, dict(data))):
         raise ConfigError(f"resume: data must be the images that the run began with, but {differs}")
     if state.get("images") != images:

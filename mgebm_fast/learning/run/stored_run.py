@@ -18,7 +18,7 @@ from ..config.method import METHODS, load_data
 from ..config.train_config import TrainConfig
 from ..config.values import from_dict
 from . import checkpoint, records
-from .folder import CHECKPOINTS, CONFIG, EVALUATIONS, MODEL, check_inside, read_collapse, read_fingerprint
+from .folder import CHECKPOINTS, CONFIG, EVALUATIONS, MODEL, check_inside, read_collapse, read_fingerprint, run_of
 
 SHIPPED = Path(__file__).resolve().parents[2] / "shipped"
 
@@ -133,8 +133,8 @@ class Run:
 
     @property
     def evaluations_file(self) -> Path:
-        """Where `mgebm evaluate --record` adds figures."""
-        return (self.path.parent.parent if self._checkpoint else self.path) / EVALUATIONS
+        """Where `mgebm evaluate --record` adds figures: of a checkpoint in its run's folder, where it is in one."""
+        return ((run_of(self.path) if self._checkpoint else None) or self.path) / EVALUATIONS
 
     def evaluations(self) -> list[dict[str, float]]:
         """The records of evaluations.jsonl, one an update, the last of each."""
@@ -143,7 +143,7 @@ class Run:
 
     def fingerprint(self) -> dict[str, Any] | None:
         """What the run says of the data that it learnt from (`data.fingerprint`); None for one from before it did."""
-        return read_fingerprint(self.path.parent.parent if self._checkpoint else self.path)
+        return read_fingerprint(run_of(self.path) if self._checkpoint else self.path)
 
     def data(self, split: str = "train", source: Any = None) -> Any:
         """The images or clips of the run, read as in training; `source` where they lie elsewhere now."""

@@ -192,6 +192,24 @@ def test_open_a_run(trainer, tmp_path):
         run.model()
 
 
+def test_a_checkpoint_outside_a_run_has_no_run_two_folders_above(trainer, tmp_path):
+    """A project may have a data.json, or a config.toml, of its own."""
+    (tmp_path / "data.json").write_text('{"sha256": "of other things", "count": 3}')
+    (tmp_path / "config.toml").write_text("[project]")
+    ours = trainer()
+    ours.fit(2)
+    saved = ours.save(tmp_path / "ck/a")
+    again = trainer()
+    assert again.resume(saved) == 2 and Run(saved).fingerprint() is None
+    assert Run(saved).evaluations_file == saved / "evaluations.jsonl"
+    assert not trainer(out=tmp_path)._loop.folder.holds(saved)
+    trainer(out=tmp_path / "r").fit(2)
+    inside = tmp_path / "r/checkpoints/step_000002"
+    assert Run(inside).fingerprint() and Run(inside).fingerprint() == Run(tmp_path / "r").fingerprint()
+    assert Run(inside).evaluations_file == tmp_path / "r/evaluations.jsonl"
+    assert trainer(out=tmp_path / "r")._loop.folder.holds(inside)
+
+
 def test_data_of_a_run(trainer, tmp_path):
     trainer(out=tmp_path, channels=1, sizes=[1, 2, 4, 8], data=load("digits", size=8, channels=1)).fit(1)
     run = Run(tmp_path)
