@@ -118,11 +118,13 @@ def _facts(run: Run, records: Sequence[Mapping[str, float]]) -> dict[str, Any]:
         "method": config.method,
         "data": Path(config.data).name + (f", {', '.join(map(str, config.classes))}" if config.classes else ""),
         "size": " → ".join(map(str, sizes if len(sizes) > 2 else sizes[-1:])),
-        "updates": f"{made} of {config.steps}" + ("" if run.finished or _is_part(run) else ", not finished"),
+        "updates": f"{made} of {config.steps}" + ("" if _ended(run) or _is_part(run) else ", not finished"),
         "batch, seed": f"{config.batch_size}, {config.seed}",
     }
     if _recorded(run):
         del facts["size"]  # a recording has lengths of its own
+    if run.collapse:
+        facts["collapse"] = run.collapse
     if paces:
         pace, seconds = np.mean(paces), np.mean(paces) * made
         facts["time"] = f"{seconds:.3g} s" if seconds < 100 else f"{seconds / 60:.1f} minutes"
@@ -141,14 +143,19 @@ def _recorded(run: Run) -> bool:
     return run.config.method == "spatial-temporal"
 
 
+def _ended(run: Run) -> bool:
+    """Whether there is nothing to train any more: the model is the last, or the best from before a collapse."""
+    return run.finished or bool(run.collapse)
+
+
 def _is_part(run: Run) -> bool:
     """Whether this is a checkpoint, or a model that was taken out of its run."""
-    return run.checkpoints() in ([], [run.path]) and (run.finished or bool(run.checkpoints()))
+    return run.checkpoints() in ([], [run.path]) and (_ended(run) or bool(run.checkpoints()))
 
 
 def _updates(run: Run) -> int:
     """The updates of a run that has no records."""
-    return run.update_of(run.find_model()[0]) if run.finished or run.checkpoints() else 0
+    return run.update_of(run.find_model()[0]) if _ended(run) or run.checkpoints() else 0
 
 
 def _missing(run: Run, what: str) -> str:
@@ -311,7 +318,7 @@ def _next(run: Run) -> str:
     import shlex
 
     where = shlex.quote(str(run.path))
-    if not run.finished and not _is_part(run):
+    if not _ended(run) and not _is_part(run):
         return f"mgebm train --out {where} --resume"
     lines = [f"mgebm sample {where} --out samples.png"]
     if not _recorded(run):

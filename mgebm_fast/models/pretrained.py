@@ -136,9 +136,14 @@ def _shared_config(model: Any) -> Any:
     return dataclasses.replace(config, **shared)
 
 
+def _update(run: Any) -> int | None:
+    """Of which update the model of a run is; None where there are no checkpoints to tell."""
+    return run.update_of(run.find_model()[0]) if run.checkpoints() else None
+
+
 def _measured(run: Any) -> tuple[str, Mapping[str, Any]]:
     """What a run knows of its model, and in what words: figures that were recorded of it, else the last of training."""
-    update = run.update_of(run.find_model()[0]) if run.checkpoints() else None
+    update = _update(run)
     for record in run.evaluations():
         if record["step"] == update:
             return "By `mgebm evaluate`, beside the same of held-out images.", record
@@ -177,13 +182,16 @@ def card(model: Any, training: Any, name: str, figures: Mapping[str, Any] | None
         fingerprint = model.origin.fingerprint() or {}
         count = f", {fingerprint['count']} images" if "count" in fingerprint else ""
         classes = f", classes {', '.join(map(str, training.classes))}" if training.classes else ""
+        made, collapse = _update(model.origin), model.origin.collapse
+        updates = f"{training.steps}" if made in (None, training.steps) else f"{made} of {training.steps}"
         again = shlex.join(["mgebm", "train", TRAINING, "--data", training.data, "--out", f"runs/{training.name}"])
         lines += [
             "| what | value |", "|---|---|",
             f"| preset | {_cell(f'{training.name}: {training.description}')} |",
             f"| data | {_cell(f'{training.data}{classes}{count}')} |",
             f"| method | {training.method} |",
-            f"| updates | {training.steps}, batches of {training.batch_size} |",
+            f"| updates | {updates}, batches of {training.batch_size} |",
+            *([f"| collapse | {collapse} |"] if collapse else []),
             *([f"| starts from | {training.start_from} |"] if training.start_from else []),
             f"| seed | {training.seed} |", "",
             "Trained again, with the configuration beside this file:", "",

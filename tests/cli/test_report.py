@@ -60,6 +60,18 @@ def test_what_a_run_lacks_is_said_and_names_are_escaped(run):
         assert words in text, words
 
 
+def test_a_run_that_stopped_or_collapsed_is_not_reported_as_finished(run):
+    config = run / "config.toml"
+    assert "not finished" not in page([Run(run)]) and Run(run).finished
+    config.write_text(re.sub(r"(?m)^steps = 2$", "steps = 4", config.read_text(), count=1))  # longer, and stopped
+    text = page([Run(run)])
+    assert "2 of 4, not finished" in text and f"mgebm train --out {run} --resume" in text and not Run(run).finished
+    (run / "collapse.json").write_text(json.dumps({"update": 3, "model": 1, "why": "the gap of size 8 grew"}))
+    text = page([Run(run)])
+    assert "the run collapsed at update 3; its model is that of update 1" in text and not Run(run).finished
+    assert "not finished" not in text and "--resume" not in text and "mgebm sample" in text
+
+
 def test_figures_that_were_measured_are_drawn_and_put_on_a_card(mgebm, run, tmp_path):
     first, last = run / "checkpoints" / "step_000001", run
     for path in (last, first, first):

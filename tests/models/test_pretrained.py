@@ -64,6 +64,25 @@ def test_a_card_tells_how_a_run_was_trained_without_this_machines_paths(tmp_path
     assert mg.load(tmp_path / "card").origin.config.seed == 7
 
 
+def test_a_card_names_the_update_of_its_model_and_a_collapse(tmp_path):
+    changes = {"steps": 3, "width": 0.1, "batch_size": 4, "checkpoint_every": 1, "langevin": {"steps": 1}}
+    config = mg.learning.merge(mg.learning.load_config("digits"), changes)
+    mg.learning.train(config, out=tmp_path / "run", quiet=True)
+
+    def card(path):
+        mg.load(path).save_pretrained(tmp_path / "card", samples=0)
+        text = (tmp_path / "card" / "README.md").read_text()
+        (tmp_path / "card" / "README.md").unlink()
+        return text
+
+    assert "| updates | 3, batches of 4 |" in (text := card(tmp_path / "run")) and "collapse" not in text
+    assert "| updates | 2 of 3, batches of 4 |" in card(tmp_path / "run/checkpoints/step_000002")
+    record = {"update": 3, "model": 1, "why": "the gap of size 8 grew"}
+    (tmp_path / "run/collapse.json").write_text(json.dumps(record))
+    text = card(tmp_path / "run")
+    assert "| updates | 1 of 3, batches of 4 |" in text and "| collapse | the run collapsed at update 3; its" in text
+
+
 def test_what_was_written_by_hand_is_kept(tmp_path):
     folder = tmp_path / "mine"
     folder.mkdir()

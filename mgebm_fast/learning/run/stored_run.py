@@ -66,7 +66,13 @@ class Run:
 
     @property
     def finished(self) -> bool:
-        """Whether training reached its end and left the final model."""
+        """Whether training reached its end, without a collapse, and left the final model."""
+        made = self.checkpoints()
+        at_end = not made or checkpoint.step_of(made[-1]) >= self.config.steps  # one longer now may have stopped since
+        return self._has_model and at_end and not self.collapse
+
+    @property
+    def _has_model(self) -> bool:
         return (self.path / MODEL).is_file() and self._checkpoint is None
 
     @property
@@ -92,7 +98,7 @@ class Run:
 
     def find_model(self) -> tuple[Path, str]:
         """What `model_file` returns, and what it warns of; "" where there is nothing."""
-        if self.finished or self._checkpoint:
+        if self._has_model or self._checkpoint:
             file = (self._checkpoint or self.path) / MODEL
             return file, self._unlearnt(file)
         found, faults = checkpoint.newest_whole(self.path / CHECKPOINTS)

@@ -208,7 +208,7 @@ def test_a_run_that_collapses_leaves_its_best_model_and_says_so(tmp_path):
         trainer.fit()
     run = Run(tmp_path / "r")
     state = checkpoint.read(tmp_path / "r/checkpoints/best")
-    assert run.finished and f"that of update {state['iteration']}, the best from before" in run.collapse
+    assert not run.finished and f"that of update {state['iteration']}, the best from before" in run.collapse
     measures = [r["held_out/energy_distance"] for r in run.metrics() if "held_out/energy_distance" in r]
     assert state["measure"] <= min(measures)
     best = checkpoint.read_tensors(tmp_path / "r/checkpoints/best/model.safetensors")
