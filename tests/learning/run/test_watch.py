@@ -75,6 +75,21 @@ def test_what_records_show_counts_three_times_in_a_row(of_record, key):
     feed(watching(on=False), healthy(400) * 1e6, **of_record)
 
 
+def test_bounds_of_rollback_hold_where_the_watch_is_off():
+    config = tiny_config(watch={"on": False}, rollback={"gap_max": 5.0, "gap_ratio": None})
+    with pytest.raises(RunAway, match=r"at update 2: 6 apart at size 8, more than 5 \(rollback.gap_max\)"):
+        feed(Watch(config), [4.0, 6.0])
+    off = watching(on=False)
+    feed(off, [1.0] * 150)
+    stored = History(tiny_config(watch={"on": False}), types.SimpleNamespace(stiffness_bounds={}))
+    stored.watch.restore(off.state())
+    again = watching(on=False)
+    again.restore(json.loads(json.dumps(stored.state(good=True)))["rollback"]["watch"])
+    with pytest.raises(RunAway, match=r"31 apart at size 8, more than 30 \(30 times .*, rollback.gap_ratio"):
+        again.check({"size_8/gap": 31.0}, 151)
+    feed(Watch(tiny_config(watch={"on": False}, rollback={"gap_ratio": None})), [1.0] * 150 + [1e6])
+
+
 def rising(start=0.07, until=1200, over=300, to=0.5, n=2000):
     """The rms gradient over its clip of a 64×64 net that ended so: flat, and sevenfold within 300 updates."""
     return np.interp(np.arange(1, n + 1), [1, until, until + over, n], [start, start, to, to])

@@ -100,7 +100,8 @@ class History:
 
     def state(self, *, good: bool) -> dict[str, Any]:
         """What a checkpoint's state says of it: nothing where there is nothing to say."""
-        if not self.on and not self.made and not self.watch.bounds.on and not self.growth.bounds:
+        watched = self.watch.bounds.on or self.config.gap_ratio is not None
+        if not self.on and not self.made and not watched and not self.growth.bounds:
             return {}
         made = [dataclasses.asdict(entry) for entry in self.made]
         return {"rollback": {"good": good, "made": made, **self.seen()}}

@@ -140,9 +140,8 @@ class Watch:
     # measurements
 
     def check(self, metrics: Mapping[str, float], update: int) -> None:
-        """Take in what update number `update` (from 1) measured; RunAway where it is out of bounds."""
-        if not self.bounds.on:
-            return
+        """Take in what update number `update` (from 1) measured; RunAway where it is out of bounds: those of
+        `[rollback]` hold without `watch.on` too."""
         gaps = {name.removesuffix(_GAP): abs(value) for name, value in metrics.items() if name.endswith(_GAP)}
         for grid, gap in gaps.items():
             if self.count and grid not in self.means:
@@ -152,7 +151,10 @@ class Watch:
         for grid, gap in gaps.items():
             before = self.means.get(grid, 0.0)
             self.means[grid] = before + (gap - before) / min(WINDOW, self._age(grid))
-            self._check_level(grid, gap, update, "gap", self.wall)
+            if self.bounds.on:
+                self._check_level(grid, gap, update, "gap", self.wall)
+        if not self.bounds.on:
+            return
         for name in ("generator/residual", "latent/mean_square"):
             if name in metrics:
                 self._check_level(name, abs(metrics[name]), update, "generator", None)
