@@ -269,7 +269,7 @@ class Loop:
     def _advance(self, done: int, stop: int, pace: Pace, progress: Progress) -> bool:
         """Update number `done`, and all that is due after it; whether the run is asked to stop."""
         config, begin = self.config, time.monotonic()
-        logged = _due(done, config.log_every) or done == stop
+        logged = _due(done, config.log_every) or done == stop >= config.steps
         metrics = self.updates.launch(self.iteration, logged)
         if self.announces:
             self.voice.say(f"updates: {self.rule.how()}")

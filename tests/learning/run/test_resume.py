@@ -66,6 +66,19 @@ def test_saved_and_resumed_without_a_folder(trainer, tmp_path):
         second.resume()
 
 
+def test_a_stop_between_records_changes_nothing(trainer, tmp_path):
+    """Neither the records nor what the watch has counted."""
+    changes = {"log_every": 4, "steps": 8, "sample_every": 0, "sizes": [1, 4]}
+    for name, stops in (("whole", (8,)), ("parts", (3, 5, 8))):
+        for stop in stops:
+            ours = trainer(out=tmp_path / name, **changes)
+            ours.resume()
+            ours.fit(stop)
+    states = [checkpoint.read(tmp_path / name / "checkpoints/step_000008") for name in ("whole", "parts")]
+    assert states[0]["rollback"] == states[1]["rollback"]
+    assert [r["step"] for r in Run(tmp_path / "parts").metrics()] == [4, 8]
+
+
 def test_updates_after_the_last_checkpoint_are_made_again(trainer, tmp_path):
     trainer(out=tmp_path / "a").fit()
     lost = trainer(out=tmp_path / "b")

@@ -90,6 +90,14 @@ def test_bounds_of_rollback_hold_where_the_watch_is_off():
     feed(Watch(tiny_config(watch={"on": False}, rollback={"gap_ratio": None})), [1.0] * 150 + [1e6])
 
 
+def test_a_record_where_a_run_stopped_is_not_counted():
+    watch = Watch(tiny_config(log_every=20))
+    bad = {"size_8/gap": 0.1, "size_8/gradient_clamped": 0.99, "size_8/spread": 1.0}
+    for update in range(1, 151):
+        watch.check({"size_8/gap": 0.1} if update % 20 and update != 150 else bad, update)
+    assert watch.strikes == {"size_8/gradient_clamped": 2}  # of 120 and 140
+
+
 def rising(start=0.07, until=1200, over=300, to=0.5, n=2000):
     """The rms gradient over its clip of a 64×64 net that ended so: flat, and sevenfold within 300 updates."""
     return np.interp(np.arange(1, n + 1), [1, until, until + over, n], [start, start, to, to])

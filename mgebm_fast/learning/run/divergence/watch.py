@@ -101,6 +101,7 @@ class Watch:
         self.strikes: dict[str, int] = {}  # records in a row out of bounds
         self.of_batches: dict[str, list[float]] = {}  # running mean and mean absolute deviation
         self.rollback, self.bounds, self.value_range = config.rollback, config.watch, config.value_range
+        self.log_every = config.log_every
         self.wall, self.least_gap = None, _LEAST_GAP if config.stabilise.energy_l2 else _LEAST_FREE_GAP
         if config.stabilise.energy_l2 and config.watch.gap_wall:
             self.wall = config.watch.gap_wall / config.stabilise.energy_l2
@@ -158,7 +159,8 @@ class Watch:
         for name in ("generator/residual", "latent/mean_square"):
             if name in metrics:
                 self._check_level(name, abs(metrics[name]), update, "generator", None)
-        self._check_samples(metrics, update)
+        if update % self.log_every == 0:  # where a run stopped there may be a record, which a longer one does not have
+            self._check_samples(metrics, update)
 
     def _age(self, name: str) -> int:
         """Updates taken in since the grid, or whatever has a level of its own, began."""
