@@ -16,7 +16,7 @@ from ...errors import ConfigError, DivergenceError
 from ..config.train_config import TrainConfig
 from . import checkpoint, resuming
 from .distributed import RankLost, Ranks
-from .divergence.measure import error_of, measured
+from .divergence.measure import error_of, measured_together
 from .divergence.states import states_of
 from .divergence.updates import Updates
 from .feed import Batches
@@ -175,12 +175,10 @@ class Loop:
 
     def _enter_good(self) -> bool:
         """Take over the last good state; False where there is none."""
-        kept = self.states.from_memory()
+        kept = self.states.enter_from_memory(self.rule)
         if kept is not None:
-            self.iteration, state, seen = kept
-            self.rule.restore(state)
-            self.rule.before_stored(self.iteration)
-            self.history.restore_seen(seen)
+            self.iteration = kept
+            self.rule.before_stored(kept)
             return True
         found: resuming.Found | None = None
         with self.ranks.together():
@@ -290,8 +288,8 @@ class Loop:
         self.iteration = done
         progress.update(done, self.updates.headline, logged=logged)
         if logged or drawn or saved:
+            measure = measured_together(self.rule, self.reference, self.ranks) if good and watched else None
             with self.ranks.together():
-                measure = measured(self.rule, self.reference) if good and watched and self.ranks.first else None
                 if measure is not None:
                     metrics["held_out/energy_distance"] = measure
                 if logged:
@@ -339,9 +337,11 @@ class Loop:
     def _diverged(self, error: DivergenceError) -> DivergenceError:
         """The error that ends the run, which then has its best state as its model."""
         self.ranks.failed = not self.ranks.first  # all ranks averaged the same numbers
-        kept = self.ranks.first and self.history.watch.bounds.on
-        at, best = self.iteration + 1, self.states.enter_best(self.rule) if kept else None
+        at, best = self.iteration + 1, self.states.enter_best(self.rule) if self.history.watch.bounds.on else None
         if best is not None:
+            self.iteration = best
+            self.rule.before_stored(best)
+            self._tell_rule()
             self.folder.save_before_collapse(self.rule, best, at, str(error))
         return DivergenceError(self.history.last_words(error, at, best, self.folder))
 

@@ -156,6 +156,11 @@ def test_ranks_go_back_together(ranks, ends, trainer, tmp_path):
     same_bits(tmp_path / "one", ranks / "back")
 
 
+def test_ranks_without_a_folder_end_in_one_best_state(ends):
+    assert "that of update 1, the best from before" in ends[0]["in memory"][1]
+    assert ends[0]["the best"] == ends[1]["the best"] and ends[0]["the best"][0] == 1
+
+
 def test_a_full_disk_says_how_to_go_on(ranks, ends):
     assert "the disk is full" in ends[0]["full disk"][1] and "begin again with" in ends[0]["full disk"][1]
     assert not list((ranks / "full disk/checkpoints").iterdir())

@@ -276,6 +276,27 @@ def test_too_often(run, tmp_path):
     assert more.fit().finished and more.rule.attempt == 2  # the third one was not needed
 
 
+@pytest.mark.parametrize("folder", [False, True])
+def test_after_the_last_divergence_a_trainer_is_in_its_best_state_as_a_whole(run, tmp_path, folder):
+    """Weights, updates made, schedules, and what is gone back to if it goes on."""
+    changes = {"stabilise": {"ema": 0.9, "noise_anneal": 0.3}, "steps": 8}
+    ours = run(tmp_path / "r" if folder else None, attempts=1, **changes)
+    offer = ours._loop.states.offer
+    ours._loop.states.offer = lambda done, *a: offer(done, *a) if done <= 2 else None
+    diverge(ours, (6, 0), (6, 1))
+    with pytest.raises(DivergenceError, match="that of update 2, the best"):
+        ours.fit()
+    assert ours.iteration == 2 and checkpoint.read(ours.save(tmp_path / "saved"))["iteration"] == 2
+    fresh = run(attempts=1, **changes)
+    fresh.fit(2)
+    assert ours.model.langevin == fresh.model.langevin and equal(ours.rule.snapshot(), fresh.rule.snapshot())
+    ours._loop.history.made = []
+    ours._loop.history.tell(ours.rule)
+    back = diverge(ours, (4, 0))
+    back.fit(5)
+    assert [entry.to for entry in back._loop.history.made] == [2]
+
+
 def test_a_best_later_than_the_state_that_was_gone_back_to_stays(run, tmp_path):
     with pytest.raises(DivergenceError, match="that of update 4, the best"):
         diverge(run(tmp_path), (6, 0), (5, 1), (3, 2)).fit()

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import math
 
 import torch
 from torch import Tensor
 
 from ....errors import DivergenceError
+from ..distributed import Ranks
 from ..rule import UpdateRule
 
 
@@ -24,6 +26,16 @@ def measured(rule: UpdateRule, reference: Tensor | None) -> float | None:
         return None
     distance = energy_distance(samples, reference)
     return distance if math.isfinite(distance) else math.inf
+
+
+def measured_together(rule: UpdateRule, reference: Tensor | None, ranks: Ranks) -> float | None:
+    """`measured` by the first rank, for all."""
+    measure = None
+    with ranks.together():
+        if ranks.first:
+            measure = measured(rule, reference)
+    found: float | None = json.loads(ranks.tell(json.dumps(measure)))
+    return found
 
 
 def energy_distance(samples: Tensor, images: Tensor) -> float:  # (N, C, S, S) float32 each, any lengths above 1

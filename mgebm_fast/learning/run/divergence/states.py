@@ -34,7 +34,7 @@ class MemoryStates:
     def __init__(self, history: History, most: int) -> None:
         self.history, self.most = history, most
         self._kept: list[Kept] = []
-        self._best: tuple[int, float | None, Any] | None = None  # updates made, lowest measure, what the rule gave
+        self._best: tuple[Kept, float | None] | None = None  # and the lowest measure
 
     def known(self) -> bool:
         """Whether there is a state to go back to."""
@@ -45,7 +45,7 @@ class MemoryStates:
 
     def best(self) -> tuple[int, float | None] | None:
         """The updates made in the best state so far, and the lowest measure so far; None where there is none."""
-        return None if self._best is None else self._best[:2]
+        return None if self._best is None else (self._best[0][0], self._best[1])
 
     def offer(
         self, iteration: int, measure: float | None, error: float, rule: UpdateRule, state: Mapping[str, Any]
@@ -61,26 +61,34 @@ class MemoryStates:
             self._keep_best(iteration, min(measure, lowest), rule, state)
 
     def _keep_best(self, iteration: int, measure: float | None, rule: UpdateRule, state: Mapping[str, Any]) -> None:
-        self._best = iteration, measure, rule.snapshot()
+        self._best = (iteration, rule.snapshot(), self.history.seen()), measure
 
     def enter_best(self, rule: UpdateRule) -> int | None:
         """Take over the best state; the updates made in it, None where there is none."""
         if self._best is None:
             return None
-        rule.restore(self._best[2])
-        return self._best[0]
+        iteration = self._enter(self._best[0], rule)
+        self._kept = [kept for kept in self._kept if kept[0] <= iteration]
+        return iteration
+
+    def _enter(self, kept: Kept, rule: UpdateRule) -> int:
+        iteration, state, seen = kept
+        rule.restore(state)
+        self.history.restore_seen(seen)
+        return iteration
 
     def keep(self, iteration: int, rule: UpdateRule) -> None:
         """Keep the state after `iteration` updates."""
         self._kept = [*self._kept, (iteration, rule.snapshot(), self.history.seen())][-self.most :]
 
-    def from_memory(self) -> Kept | None:
-        """The state to go back to, which becomes the newest; None where there is none here."""
+    def enter_from_memory(self, rule: UpdateRule) -> int | None:
+        """Take over the state to go back to, which becomes the newest; the updates made in it, None where there is none
+        here."""
         place = choose([step for step, _, _ in self._kept], self.history.made)
         if place is None:
             return None
         self._kept = self._kept[: place + 1]
-        return self._kept[-1]
+        return self._enter(self._kept[-1], rule)
 
     def from_folder(self) -> Found | None:
         """The checkpoint to go back to."""
@@ -112,10 +120,12 @@ class FolderStates(MemoryStates):
             checkpoint.write(self._place(), lambda path: rule.write(path, iteration), {**state, "measure": measure})
 
     def enter_best(self, rule: UpdateRule) -> int | None:
-        best = self.best()
-        if best is not None:
-            rule.read(self._place())
-        return None if best is None else best[0]
+        if self.best() is None:
+            return None
+        state = checkpoint.read(self._place())
+        rule.read(self._place())
+        self.history.restore_seen(state.get("rollback", {}))
+        return int(state["iteration"])
 
     def known(self) -> bool:
         return not self.folder.writes or bool(good_states(self.folder.checkpoints()))
