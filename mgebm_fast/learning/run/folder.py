@@ -124,11 +124,15 @@ class RunFolder(NoFolder):
 
     def save_model(self, rule: UpdateRule, iteration: int, *, final: bool) -> None:
         if self.writes and (final or (self.path / MODEL).exists()):
+            if os.path.lexists(self.path / COLLAPSE):
+                files.remove(self.path / MODEL)  # as below
+                files.remove(self.path / COLLAPSE)
             storage.write_checked(self.path / MODEL, lambda path: rule.write_model(path, iteration))
-            files.remove(self.path / COLLAPSE)
 
     def save_before_collapse(self, rule: UpdateRule, iteration: int, at: int, why: str) -> None:
         if self.writes:
+            # No other model may be called the best one, should the process be killed between these.
+            files.remove(self.path / MODEL)
             record = {"update": at, "model": iteration, "why": why}
             files.write_bytes(self.path / COLLAPSE, (json.dumps(record) + "\n").encode())
             storage.write_checked(self.path / MODEL, lambda path: rule.write_model(path, iteration))

@@ -21,6 +21,7 @@ from mgebm_fast.learning.run.divergence.rollback import History
 from mgebm_fast.learning.run.divergence.states import MemoryStates
 from mgebm_fast.learning.run.divergence.watch import RunAway, Watch
 from mgebm_fast.learning.run.feed import Batches
+from mgebm_fast.models import storage
 
 HEALTHY = {"gradient_clamped": 0.6, "saturated": 0.1, "spread": 1.1, "gradient_to_noise": 7.0}
 
@@ -237,6 +238,40 @@ def test_a_run_that_collapses_leaves_its_best_model_and_says_so(tmp_path):
     best = checkpoint.read_tensors(tmp_path / "r/checkpoints/best/model.safetensors")
     final = checkpoint.read_tensors(tmp_path / "r/model.safetensors")
     assert all(torch.equal(final[name], best[name]) for name in final)
+
+
+def test_where_the_best_is_damaged_the_newest_good_state_is_the_model(tmp_path, trainer):
+    ours = trainer(out=tmp_path, steps=8)
+    launch = ours.rule.launch
+
+    def fail(batch, iteration, **options):
+        if iteration == 5:
+            (tmp_path / "checkpoints/best/state.json").write_text("{")
+            raise DivergenceError("training: it was made to fail")
+        launch(batch, iteration, **options)
+
+    ours.rule.launch = fail
+    with pytest.raises(DivergenceError, match="that of update 4, the best from before the collapse"):
+        ours.fit()
+    assert "its model is that of update 4" in Run(tmp_path).collapse and ours.iteration == 4
+
+
+def test_no_older_model_is_called_the_best_where_a_run_is_killed(tmp_path, trainer, monkeypatch):
+    ours = trainer(out=tmp_path)
+    ours.fit()
+    write, folder = storage.write_checked, ours._loop.folder
+    killed = lambda *a: (_ for _ in ()).throw(KeyboardInterrupt)  # noqa: E731
+    for save in (
+        lambda: folder.save_before_collapse(ours.rule, 4, 7, "it was made to fail"),
+        lambda: folder.save_model(ours.rule, 6, final=True),  # it went on, and came to its end
+    ):
+        monkeypatch.setattr(storage, "write_checked", killed)
+        with pytest.raises(KeyboardInterrupt):
+            save()
+        assert Run(tmp_path).collapse == "" and Run(tmp_path).model_file().parent.name == "step_000006"
+        monkeypatch.setattr(storage, "write_checked", write)
+        folder.save_before_collapse(ours.rule, 4, 7, "it was made to fail")
+        assert "that of update 4" in Run(tmp_path).collapse
 
 
 def test_the_best_outlives_pruning_and_a_finished_run_is_no_collapse(tmp_path, trainer):

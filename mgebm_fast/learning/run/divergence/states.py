@@ -120,10 +120,16 @@ class FolderStates(MemoryStates):
             checkpoint.write(self._place(), lambda path: rule.write(path, iteration), {**state, "measure": measure})
 
     def enter_best(self, rule: UpdateRule) -> int | None:
-        if self.best() is None:
+        if not files.is_folder(self._place()):
             return None
-        state = checkpoint.read(self._place())
-        rule.read(self._place())
+        try:
+            found: Found | None = (self._place(), checkpoint.read(self._place()))
+        except CheckpointError:  # damaged: the newest good state is the best that is left
+            found = self.from_folder()
+        if found is None:
+            return None
+        folder, state = found
+        rule.read(folder)
         self.history.restore_seen(state.get("rollback", {}))
         return int(state["iteration"])
 
