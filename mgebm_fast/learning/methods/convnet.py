@@ -5,17 +5,19 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+from bisect import bisect_left
 from collections.abc import Mapping
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from ...models import GenerativeConvNet
-from ...nets import ConvSpec
+from ...nets import ConvSpec, EnergyNet
 from ..config.keys import MOST_CHANNELS, MOST_SAMPLES, MOST_STEPS, Choice, Many, Maybe, Real, Whole, key, pick
 from ..config.method import Method, register
 from ..config.train_config import TrainConfig
 from .baselines import SingleGridRule, Zeros, narrow
+from .ema import Average
 from .work import CHAIN_STEP, LEARNING
 
 
@@ -69,6 +71,22 @@ class ConvNetRule(ChainsRule):
     """
 
     model: GenerativeConvNet
+
+    def __init__(self, model: GenerativeConvNet, config: TrainConfig, *, images: int) -> None:
+        super().__init__(model, config, images=images)
+        if self.average is not None and self.grows:
+            self.average = Average(model, config.stabilise.ema, self._firsts())
+
+    def _firsts(self) -> dict[nn.Parameter, int]:
+        """The update that each parameter begins to learn at."""
+        (net,) = self.model.energy_nets("grown", EnergyNet)
+        layers, updates = self.model.layers, range(self.config.steps)
+        assert isinstance(net, EnergyNet)
+        firsts = [bisect_left(updates, p, key=lambda t: depth_at(self.config, layers, t)) for p in range(1, layers + 1)]
+        found = dict.fromkeys(net.parameters(), firsts[-1])  # a linear head is of the whole net alone
+        for layer, first in zip(net.layers, firsts, strict=True):
+            found.update(dict.fromkeys(layer.parameters(), first))
+        return found
 
     @property
     def grows(self) -> bool:

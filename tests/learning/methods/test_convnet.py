@@ -72,6 +72,21 @@ def test_the_first_step_of_a_layer_that_joins_late_is_adam_s_first():
         trainer.fit(2 * joining + 2)
 
 
+def test_the_average_of_a_layer_begins_when_it_joins():
+    """Its initial weights count for as little as those of a layer that is there from the start."""
+    config = merge(small(), {"stabilise": {"ema": 0.999}})
+    trainer = trained(2, config)
+    (net,) = trainer.model.nets
+    names = dict((parameter, name) for name, parameter in trainer.model.named_parameters())
+    weights, start = [layer.weight for layer in net.layers], net.layers[1].weight.detach().clone()
+    assert trainer.rule.average.firsts == [0, 2, 4]
+    trainer.fit(3)
+    mean = trainer.rule.average.state()
+    torch.testing.assert_close(mean[names[weights[1]]], start + 0.9 * (weights[1].detach() - start))
+    assert torch.equal(mean[names[weights[2]]], weights[2].detach())
+    assert trained(1, merge(config, {"generative-convnet": {"head": "linear"}})).rule.average.firsts == [0, 2, 4]
+
+
 def test_without_growth_all_layers_learn_from_the_first_update():
     before, after = state(build_model(small(grow=0.0))), state(trained(1, small(grow=0.0)).model)
     assert not any(before[name].equal(after[name]) for name in before if name.endswith("weight"))
