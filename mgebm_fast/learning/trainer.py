@@ -158,9 +158,10 @@ class MultiGridTrainer:
         return self._loop.run(stop)
 
     def _begin(self) -> None:
-        """Before the first update: the weights that training starts from, where they are another run's."""
+        """Before the first update: the weights that training starts from, where they are another run's and no
+        checkpoint, which holds them, was read."""
         self._loop.iteration = self._loop.updates.settle(self._loop.iteration)
-        if self.iteration == 0 and self.config.start_from is not None and not self._begun:
+        if self.config.start_from is not None and not (self._begun or self.rule.entered or self.iteration):
             with self._loop.ranks.together():
                 start.begin(self.rule, self.config, self._loop.voice.say)
         self._begun = True
@@ -212,6 +213,7 @@ class MultiGridTrainer:
 
     def save(self, path: str | Path) -> Path:
         """A checkpoint folder at `path`, written atomically: weights, averages, optimiser state, updates made."""
+        self._begin()
         return self._loop.save(Path(path))
 
     def resume(self, path: str | Path | None = None) -> int:
