@@ -1,4 +1,4 @@
-"""A model that a trainer is given, as the keys of a configuration."""
+"""A model that a trainer is given: as the keys of a configuration, and whether it fits one."""
 
 from __future__ import annotations
 
@@ -6,6 +6,10 @@ from typing import Any
 
 from ..models import EnergyModel, MultiGrid
 from ..nets import ResidualNet, ScoreNet
+from .config.train_config import TrainConfig
+
+# Where a model and a configuration are both given, these must agree.
+_SHARED = ("sizes", "channels", "norm", "value_range")
 
 
 def describe_model(model: EnergyModel) -> dict[str, Any]:
@@ -46,3 +50,24 @@ def describe_model(model: EnergyModel) -> dict[str, Any]:
         "classes": list(model.classes),
         "multigrid": own,
     }
+
+
+def check_fit(model: EnergyModel, config: TrainConfig) -> None:
+    """ValueError unless `model` is what `config`, as its method reads it and with the classes of the data, trains."""
+    for name in _SHARED:
+        ours, theirs = getattr(config, name), getattr(model, name)
+        if ours != theirs and not (name == "norm" and theirs == "frozen"):
+            raise ValueError(f"MultiGridTrainer: config.{name} must be the model's, {theirs!r}, got {ours!r}")
+    if not isinstance(model, MultiGrid):
+        return
+    conditional, named = getattr(config.options, "conditional", False), ", ".join(model.classes) or "none"
+    if bool(model.classes) != conditional:
+        raise ValueError(
+            f"MultiGridTrainer: multigrid.conditional must be {str(not conditional).lower()} for a model with the "
+            f"classes {named}, got {str(conditional).lower()}"
+        )
+    if conditional and tuple(model.classes) != tuple(config.classes):
+        raise ValueError(
+            f"MultiGridTrainer: the model's classes must be those of the data in their order, "
+            f"{', '.join(config.classes)}, got {named}"
+        )

@@ -20,7 +20,7 @@ from . import start
 from .config.method import METHODS, load_data
 from .config.train_config import TrainConfig
 from .config.values import merge
-from .given_model import describe_model
+from .given_model import check_fit, describe_model
 from .run import loggers
 from .run.distributed import Ranks, joined
 from .run.feed import Batches
@@ -28,8 +28,6 @@ from .run.folder import check_new
 from .run.loggers import TENSORBOARD
 from .run.loop import Loop, Outcome
 
-# Where a model and a configuration are both given, these must agree.
-_SHARED = ("sizes", "channels", "norm", "value_range")
 _MEASURED = 64  # images that the best state is chosen by, at most
 _COLOURS_KEPT = 65536
 
@@ -98,7 +96,7 @@ class MultiGridTrainer:
                 raise ValueError(
                     f"MultiGridTrainer: method {method.name!r} trains a {method.model.__name__}, got a {model.kind}"
                 )
-            _check_fit(model, method.narrow(config))
+            check_fit(model, method.narrow(config))
             if built and device is None:
                 device = "cuda" if torch.cuda.is_available() else "cpu"
             self.model = model if device is None else model.to(device)
@@ -312,13 +310,6 @@ def _with_classes(config: TrainConfig, data: ImageData | Clips) -> TrainConfig:
         got = f"{', '.join(data.class_names)}"
         raise ConfigError(f"multigrid.conditional: data must be of the classes {', '.join(config.classes)}, got {got}")
     return merge(config, {"classes": list(data.class_names)})
-
-
-def _check_fit(model: MultiGrid, config: TrainConfig) -> None:
-    for name in _SHARED:
-        ours, theirs = getattr(config, name), getattr(model, name)
-        if ours != theirs and not (name == "norm" and theirs == "frozen"):
-            raise ValueError(f"MultiGridTrainer: config.{name} must be the model's, {theirs!r}, got {ours!r}")
 
 
 def _images(data: Any, config: TrainConfig, own: TrainConfig) -> ImageData | Clips:
