@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..models import EnergyModel, MultiGrid
+from ..models import EnergyModel, MultiGrid, SingleGrid
 from ..nets import ResidualNet, ScoreNet
+from .config.method import METHODS
 from .config.train_config import TrainConfig
 
 # Where a model and a configuration are both given, these must agree.
@@ -58,6 +59,11 @@ def check_fit(model: EnergyModel, config: TrainConfig) -> None:
         ours, theirs = getattr(config, name), getattr(model, name)
         if ours != theirs and not (name == "norm" and theirs == "frozen"):
             raise ValueError(f"MultiGridTrainer: config.{name} must be the model's, {theirs!r}, got {ours!r}")
+    if isinstance(model, SingleGrid) and model.start != (start := METHODS[config.method].start.sampled_from):
+        raise ValueError(
+            f"MultiGridTrainer: the model's start must be {start!r}, what a sample of the method {config.method!r} "
+            f"starts from, got {model.start!r}"
+        )
     if not isinstance(model, MultiGrid):
         return
     conditional, named = getattr(config.options, "conditional", False), ", ".join(model.classes) or "none"
