@@ -17,13 +17,10 @@ from .options import (
     RunPath,
     Steps,
     Threads,
-    collapse_of,
-    fingerprint_of,
-    load_images,
+    images_of,
     named_options,
     open_model,
     print_json,
-    source_of,
     take_chains,
     use_threads,
 )
@@ -104,17 +101,12 @@ def evaluate(
     model, config = open_model(run, device, "evaluate")
     take_chains(model, steps, cycles, run)
     trained = _recorded(run) if record else None
-    source = source_of(run, data, config)
-    classes = config.classes if config else ()
-    size, channels = model.sizes[-1], model.channels
-    like = fingerprint_of(run, source, config)
-    train, held_out = (
-        load_images(source, size, channels, classes, split=split, like=like) for split in ("train", "held_out")
-    )
+    images = images_of(run, model, config, data)
+    train, held_out = images(split="train"), images(split="held_out")
     with named_options("features"):
         options: dict[str, Any] = {"num": num, "seed": seed, "features": features, "precision": precision}
         result = (evaluate_by_size if by_size else measure)(model, train, held_out, **options)
-    if words := collapse_of(run):
+    if words := _collapse_of(run):
         result["notes"].append(words)
     if steps is not None:
         result["notes"].append(f"chains of {steps} steps a grid (--steps)")
@@ -148,3 +140,11 @@ def _recorded(path: Path) -> tuple[Path, Run]:
     check_place(run.evaluations_file, "--record")
     run.evaluations()
     return file, run
+
+
+def _collapse_of(path: Path) -> str:
+    """What to say of a run whose model is the best from before a collapse; "" of any other."""
+    from ..learning.run import stored_run
+
+    run = stored_run.find(path).run
+    return "" if run is None else run.collapse
