@@ -78,13 +78,16 @@ def evaluate(
     class_shares splits it by class. The *_real values are the same measures of as many held-out real images.
 
     --record adds them to evaluations.jsonl in the folder of the run, at the update that the model is of: `mgebm report`
-    draws them beside the curves of training, and `mgebm export --to pretrained` writes them on the model card.
+    draws them beside the curves of training, and `mgebm export --to pretrained` writes them on the model card. They are
+    of the model's own samples against the run's own data, so that it is refused beside --steps, --cycles, --by-size,
+    --precision and other --data.
 
     --by-size also begins chains at held-out images of each size of a multi-grid model. KID at a size, of chains begun
     at the size below, is the error of that size's own net; what samples have beyond it comes from coarser ones.
     """
     use_threads(threads)
     from json import dumps
+    from os.path import abspath
 
     from ..evaluation import evaluate as measure
     from ..evaluation import evaluate_by_size, format_by_size, format_report
@@ -93,7 +96,7 @@ def evaluate(
     from ..models.storage import MOST_JSON
 
     asked = [f"{name} {value}" for name, value in (("--steps", steps), ("--cycles", cycles)) if value is not None]
-    asked += ["--by-size"] * by_size
+    asked += [*["--by-size"] * by_size, *[f"--precision {precision}"] * (precision != "auto")]
     if record and asked:
         raise ValueError(f"--record: must be left out with {asked[0]}: it is for the model's own samples")
     if by_size and cycles is not None:
@@ -102,6 +105,8 @@ def evaluate(
     take_chains(model, steps, cycles, run)
     trained = _recorded(run) if record else None
     images = images_of(run, model, config, data)
+    if record and data and config and abspath(images.args[0]) != abspath(config.data):
+        raise ValueError(f"--record: must be left out with --data {data}: it is for the run's own data, {config.data}")
     train, held_out = images(split="train"), images(split="held_out")
     with named_options("features"):
         options: dict[str, Any] = {"num": num, "seed": seed, "features": features, "precision": precision}
