@@ -210,15 +210,9 @@ def _write_png(out: Path, result) -> None:
 
 
 def _write_npy(out: Path, result) -> None:
-    import io
+    from ..files import write_npy
 
-    import numpy as np
-
-    from ..files import write_bytes
-
-    buffer = io.BytesIO()
-    np.save(buffer, result.completed.numpy(), allow_pickle=False)
-    write_bytes(out, buffer.getbuffer())
+    write_npy(out, result.completed.numpy())
 
 
 _WRITERS = {".png": _write_png, ".npy": _write_npy}
