@@ -19,7 +19,7 @@ from ..models import MultiGrid
 from . import start
 from .config.method import METHODS, load_data
 from .config.train_config import TrainConfig
-from .config.values import merge
+from .config.values import from_dict, merge
 from .given_model import check_fit, describe_model
 from .run import loggers
 from .run.distributed import Ranks, joined
@@ -79,7 +79,7 @@ class MultiGridTrainer:
         with ranks.together():
             records = loggers.logger(logger) if ranks.first else None
             if config is None:
-                config = merge(TrainConfig(), {} if model is None else describe_model(model))
+                config = from_dict({} if model is None else describe_model(model))
             if source is None and not (data is None or isinstance(data, (str, Path))) and resume_command is None:
                 resume_command = "the same trainer: .resume(), then .fit()"
             config = merge(config, {"data": _source_of(data, config) if source is None else source})

@@ -9,6 +9,8 @@ from helpers.training import tiny_config, tiny_data
 import mgebm_fast as mg
 from mgebm_fast.data import ImageData
 from mgebm_fast.learning import MultiGridTrainer, Run, train
+from mgebm_fast.models import GenerativeConvNet
+from mgebm_fast.nets import ConvSpec
 
 
 @pytest.fixture
@@ -47,3 +49,10 @@ def test_a_run_says_the_name_of_arrays_and_images_unless_it_is_told_their_place(
     # Of images that it is given, `train` takes the configuration's word.
     train(config, out=tmp_path / "train", data=loaded, quiet=True)
     assert said(tmp_path / "train") == "digits"
+
+
+def test_a_given_model_may_have_a_mean_that_its_chains_begin_at_alone():
+    chain = mg.Langevin(2, drift=0.1, noise_std=0.1, reference_mean=0.5)
+    model = GenerativeConvNet(4, [ConvSpec(3, 3)], channels=1, value_range=(-1.0, 1.0), langevin=chain)
+    trainer = MultiGridTrainer(model, tiny_data(), method="generative-convnet", batch_size=4, quiet=True)
+    assert trainer.config.langevin.reference_mean == 0.5 and bool((model.bank == 0.5).all())
