@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import os
 import re
 import shutil
@@ -52,6 +53,15 @@ def write_bytes(path: str | os.PathLike[str], data: bytes | memoryview, *, durab
             error.filename, error.filename2 = str(path), None
         raise
     return path
+
+
+def write_npy(path: Path, array: Any) -> Path:
+    """An array as an .npy file, by `write_bytes`; ValueError for one of objects."""
+    import numpy as np
+
+    buffer = io.BytesIO()
+    np.save(buffer, np.ascontiguousarray(array), allow_pickle=False)
+    return write_bytes(path, buffer.getbuffer())
 
 
 def write_inside(path: Path, data: bytes) -> Path:

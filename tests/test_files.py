@@ -44,3 +44,11 @@ def test_leftovers_of_dead_processes_go(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(kept)
     files.clean(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == [".x.png.mine"]
+
+
+def test_an_array_is_written_whole_or_not_at_all(tmp_path):
+    path, array = tmp_path / "x.npy", np.arange(6).reshape(2, 3).T
+    assert files.write_npy(path, array) == path and np.array_equal(np.load(path), array)
+    with pytest.raises(ValueError, match="allow_pickle"):
+        files.write_npy(path, np.array([object()]))
+    assert np.array_equal(np.load(path), array) and os.listdir(tmp_path) == ["x.npy"]

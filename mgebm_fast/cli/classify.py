@@ -15,12 +15,10 @@ from .options import (
     Json,
     Threads,
     at_most,
-    fingerprint_of,
-    load_images,
+    images_of,
     named_options,
     open_model,
     print_json,
-    source_of,
     use_threads,
 )
 from .outputs import check_place
@@ -79,7 +77,7 @@ def classify(
     from ..files import write_bytes
     from ..learning.run.progress import working
 
-    models, sources, like = {}, {}, None
+    models, parts = {}, {}
     for run in runs:
         model, config = open_model(run, device, "classify")
         try:
@@ -89,21 +87,16 @@ def classify(
             raise ValueError(f"run: must have an energy net whose features can be read, got {run}, a {kind}") from None
         if str(run) in models:
             raise ValueError(f"run: must be given once, got {run} twice")
-        shape = (model.sizes[-1], model.channels)
-        sources[str(run)] = (source_of(run, data, config), *shape, tuple(config.classes if config else ()))
-        models[str(run)] = model
-        like = like or fingerprint_of(run, sources[str(run)][0], config)
-    first = next(iter(sources.values()))
-    for name, found in sources.items():
-        if found != first:
+        models[str(run)], parts[str(run)] = model, images_of(run, model, config, data)
+    first = parts[str(runs[0])]
+    for name, found in parts.items():
+        if found.args != first.args:
             raise ValueError(
-                f"run: must all be of the same data, size, channels and classes, got {_words(first)} in {runs[0]} and "
-                f"{_words(found)} in {name}"
+                f"run: must all be of the same data, size, channels and classes, got {_words(first.args)} in {runs[0]} "
+                f"and {_words(found.args)} in {name}"
             )
-    source, size, channels, classes = first
-    train, held_out = (
-        load_images(source, size, channels, classes, split=split, like=like) for split in ("train", "held_out")
-    )
+    known = next((part for part in parts.values() if part.keywords["like"]), first)
+    train, held_out = known(split="train"), known(split="held_out")
     with named_options("labels", "data", "draws", "seed"), working("reading features") as tell:
         result = few_labels(
             models, train, held_out, labels=wanted, draws=draws, seed=seed, fine_tune=fine_tune,

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
+import warnings
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -17,11 +18,14 @@ from .options import (
     RunPath,
     Threads,
     find_device,
+    fingerprint_of,
     open_run,
-    report_changed_data,
     use_threads,
 )
 from .outputs import check_out
+
+if TYPE_CHECKING:
+    from ..learning import TrainConfig
 
 _OURS = r"report\.json|grid_\d+_size_[\dx]+(_states)?\.png"
 
@@ -85,7 +89,7 @@ def diagnose(
     model = Model.load(source, device=find_device(device))
     if not isinstance(model, EnergyModel):
         raise ValueError(f"run: must have chains to diagnose, got {run}, whose samples a generator makes alone")
-    report_changed_data(run, config)
+    _report_changed_data(run, config)
     num = num or (8 if isinstance(model, SpatialTemporal) else 64)
     with working(f"running {num} chains a grid"):
         diagnosis = measure(model, num=num, steps=steps, seed=seed)
@@ -104,3 +108,20 @@ def diagnose(
         typer.echo(text)
         return
     Console().print(format_diagnosis(diagnosis))
+
+
+def _report_changed_data(run: Path, config: TrainConfig | None) -> None:
+    """Say on stderr where the data of a run are not what it learnt from, for a command that does not use them."""
+    from ..data.fingerprint import difference
+    from ..learning import load_data
+
+    if config is None or (like := fingerprint_of(run, config.data, config)) is None:
+        return
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            differs = difference(like, load_data(config, like=like).fingerprint())
+    except (OSError, ValueError) as error:
+        differs = f"they cannot be read: {error}"
+    if differs:
+        typer.echo(f"{config.data}: not what the run learnt from: {differs}", err=True)

@@ -17,13 +17,10 @@ from .options import (
     RunPath,
     Steps,
     Threads,
-    collapse_of,
-    fingerprint_of,
-    load_images,
+    images_of,
     named_options,
     open_model,
     print_json,
-    source_of,
     take_chains,
     use_threads,
 )
@@ -81,13 +78,16 @@ def evaluate(
     class_shares splits it by class. The *_real values are the same measures of as many held-out real images.
 
     --record adds them to evaluations.jsonl in the folder of the run, at the update that the model is of: `mgebm report`
-    draws them beside the curves of training, and `mgebm export --to pretrained` writes them on the model card.
+    draws them beside the curves of training, and `mgebm export --to pretrained` writes them on the model card. They are
+    of the model's own samples against the run's own data, so that it is refused beside --steps, --cycles, --by-size,
+    --precision and other --data.
 
     --by-size also begins chains at held-out images of each size of a multi-grid model. KID at a size, of chains begun
     at the size below, is the error of that size's own net; what samples have beyond it comes from coarser ones.
     """
     use_threads(threads)
     from json import dumps
+    from os.path import abspath
 
     from ..evaluation import evaluate as measure
     from ..evaluation import evaluate_by_size, format_by_size, format_report
@@ -96,7 +96,7 @@ def evaluate(
     from ..models.storage import MOST_JSON
 
     asked = [f"{name} {value}" for name, value in (("--steps", steps), ("--cycles", cycles)) if value is not None]
-    asked += ["--by-size"] * by_size
+    asked += [*["--by-size"] * by_size, *[f"--precision {precision}"] * (precision != "auto")]
     if record and asked:
         raise ValueError(f"--record: must be left out with {asked[0]}: it is for the model's own samples")
     if by_size and cycles is not None:
@@ -104,17 +104,14 @@ def evaluate(
     model, config = open_model(run, device, "evaluate")
     take_chains(model, steps, cycles, run)
     trained = _recorded(run) if record else None
-    source = source_of(run, data, config)
-    classes = config.classes if config else ()
-    size, channels = model.sizes[-1], model.channels
-    like = fingerprint_of(run, source, config)
-    train, held_out = (
-        load_images(source, size, channels, classes, split=split, like=like) for split in ("train", "held_out")
-    )
+    images = images_of(run, model, config, data)
+    if record and data and config and abspath(images.args[0]) != abspath(config.data):
+        raise ValueError(f"--record: must be left out with --data {data}: it is for the run's own data, {config.data}")
+    train, held_out = images(split="train"), images(split="held_out")
     with named_options("features"):
         options: dict[str, Any] = {"num": num, "seed": seed, "features": features, "precision": precision}
         result = (evaluate_by_size if by_size else measure)(model, train, held_out, **options)
-    if words := collapse_of(run):
+    if words := _collapse_of(run):
         result["notes"].append(words)
     if steps is not None:
         result["notes"].append(f"chains of {steps} steps a grid (--steps)")
@@ -148,3 +145,11 @@ def _recorded(path: Path) -> tuple[Path, Run]:
     check_place(run.evaluations_file, "--record")
     run.evaluations()
     return file, run
+
+
+def _collapse_of(path: Path) -> str:
+    """What to say of a run whose model is the best from before a collapse; "" of any other."""
+    from ..learning.run import stored_run
+
+    run = stored_run.find(path).run
+    return "" if run is None else run.collapse

@@ -16,11 +16,9 @@ from .options import (
     Precision,
     RunPath,
     Threads,
-    fingerprint_of,
-    load_images,
+    images_of,
     open_model,
     print_json,
-    source_of,
     use_threads,
 )
 from .outputs import check_out
@@ -111,11 +109,10 @@ def inpaint(
         )
     size = model.sizes[-1]
     given = None if mask in KINDS else read_mask(mask, size)
-    source = source_of(run, data, config)
-    like, classes = fingerprint_of(run, source, config), config.classes if config else ()
-    if like:
-        load_images(source, size, model.channels, classes, split="train", like=like)  # to report what differs
-    images = load_images(source, size, model.channels, classes, split="held_out", like=like)
+    part = images_of(run, model, config, data)
+    if part.keywords["like"]:
+        part(split="train")  # to report what differs
+    images = part(split="held_out")
     if not len(images):
         raise ValueError(f"--data: must hold out images to fill, got none held out of {images.name}")
     chosen = np.random.default_rng(seed).permutation(len(images))[:num]
@@ -176,9 +173,7 @@ def _training_images(run: Path, model: Model, config: TrainConfig | None, seed: 
         return None, f"{run} does not say what it was trained on"
     try:
         # Only what is needed is read: where every image can be decoded, those that `length_images` takes of all.
-        images = load_images(
-            config.data, model.sizes[-1], model.channels, config.classes, split="train", most=LENGTH_IMAGES, seed=seed
-        )
+        images = images_of(run, model, config)(split="train", most=LENGTH_IMAGES, seed=seed)
     except (DataError, OSError, ImportError) as error:
         why = error.words if isinstance(error, DataError) else error
         return None, f"its training images cannot be read: {why}"
@@ -215,15 +210,9 @@ def _write_png(out: Path, result) -> None:
 
 
 def _write_npy(out: Path, result) -> None:
-    import io
+    from ..files import write_npy
 
-    import numpy as np
-
-    from ..files import write_bytes
-
-    buffer = io.BytesIO()
-    np.save(buffer, result.completed.numpy(), allow_pickle=False)
-    write_bytes(out, buffer.getbuffer())
+    write_npy(out, result.completed.numpy())
 
 
 _WRITERS = {".png": _write_png, ".npy": _write_npy}

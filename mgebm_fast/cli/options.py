@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import json
 import os
 import re
@@ -176,14 +177,6 @@ def open_run(path: Path) -> tuple[Path, TrainConfig | None]:
     return file, None if run is None else run.config
 
 
-def collapse_of(path: Path) -> str:
-    """What to say of a run whose model is the best from before a collapse; "" of any other."""
-    from ..learning.run import stored_run
-
-    run = stored_run.find(path).run
-    return "" if run is None else run.collapse
-
-
 @contextlib.contextmanager
 def named_options(*names: str, data: str = "--data") -> Iterator[None]:
     """Inside, an error of the data, or of an argument in `names`, is raised as one of the command's option."""
@@ -232,6 +225,40 @@ def load_images(
     return data
 
 
+def images_of(
+    run: Path, model: Model, config: TrainConfig | None, data: str | None = None
+) -> functools.partial[ImageData]:
+    """`load_images` of what a run learnt from, or of `--data`, at the model's size: only the split is left to say.
+
+    The source of the run itself is divided as it was then. The run's classes are taken of it, and of another source
+    where that has them; else all of that, but for class-conditional models, which know no other classes.
+    """
+    source, classes = lasting(data) if data else (config.data if config else ""), config.classes if config else ()
+    if not source:
+        raise ValueError(f"--data: must be given, {run} is no run folder and does not say what it was trained on")
+    size, channels = model.sizes[-1], model.channels
+    own = config is not None and os.path.abspath(source) == os.path.abspath(config.data)
+    needed = own or bool(getattr(model, "classes", ()))
+    if classes and not needed and not _has_classes(source, size, channels, classes):
+        typer.echo(f"{source}: all its images, it has not the classes of the run ({', '.join(classes)})", err=True)
+        classes = ()
+    return functools.partial(
+        load_images, source, size, channels, tuple(classes), like=fingerprint_of(run, source, config)
+    )
+
+
+def _has_classes(source: str, size: int, channels: int, classes: Sequence[str]) -> bool:
+    from ..data import builtin, load
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            load(builtin.explicit(source), size=size, channels=channels, classes=list(classes), split="all", most=1)
+        except DataError:
+            return False
+    return True
+
+
 def load_run_data(config: TrainConfig, *, split: str, strict: bool = False) -> ImageData | Clips:
     """What a configuration learns from, with images that could not be read listed on stderr."""
     from ..learning import load_data
@@ -241,23 +268,6 @@ def load_run_data(config: TrainConfig, *, split: str, strict: bool = False) -> I
         data = load_data(config, split=split, strict=strict)
     report_skipped(data.name, data.skipped, len(data))
     return data
-
-
-def report_changed_data(run: Path, config: TrainConfig | None) -> None:
-    """Say on stderr where the data of a run are not what it learnt from, for a command that does not use them."""
-    from ..data.fingerprint import difference
-    from ..learning import load_data
-
-    if config is None or (like := fingerprint_of(run, config.data, config)) is None:
-        return
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            differs = difference(like, load_data(config, like=like).fingerprint())
-    except (OSError, ValueError) as error:
-        differs = f"they cannot be read: {error}"
-    if differs:
-        typer.echo(f"{config.data}: not what the run learnt from: {differs}", err=True)
 
 
 def check_images(model: Model, run: Path, command: str) -> None:
@@ -315,14 +325,6 @@ def fingerprint_of(run: Path, source: str, config: TrainConfig | None) -> dict[s
         return None
     found = stored_run.find(run).run
     return None if found is None else found.fingerprint()
-
-
-def source_of(run: Path, data: str | None, config: TrainConfig | None) -> str:
-    """Where a run's images come from: --data, else what it was trained on."""
-    source = lasting(data) if data else (config.data if config else "")
-    if not source:
-        raise ValueError(f"--data: must be given, {run} is no run folder and does not say what it was trained on")
-    return source
 
 
 def lasting(data: str, option: str = "--data") -> str:

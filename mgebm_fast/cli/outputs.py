@@ -92,16 +92,10 @@ def _write_png(out: Path, images: dict[int, np.ndarray], numbers: Sequence[int],
 
 
 def _write_npy(out: Path, images: dict[int, np.ndarray], numbers: Sequence[int], points: int | None) -> None:
-    import io
-
-    import numpy as np
-
-    from ..files import write_bytes
+    from ..files import write_npy
 
     (batch,) = images.values()
-    buffer = io.BytesIO()
-    np.save(buffer, batch, allow_pickle=False)
-    write_bytes(out, buffer.getbuffer())
+    write_npy(out, batch)
 
 
 def _write_folder(out: Path, images: dict[int, np.ndarray], numbers: Sequence[int], points: int | None) -> None:

@@ -14,13 +14,10 @@ from .options import (
     RunPath,
     Threads,
     at_most,
-    check_images,
-    find_device,
-    fingerprint_of,
+    images_of,
     load_images,
-    open_run,
+    open_model,
     print_json,
-    source_of,
     use_threads,
 )
 from .outputs import check_place
@@ -99,12 +96,10 @@ def score(
     use_threads(threads)
     from ..evaluation import scoring
     from ..files import make_folder, write_bytes
-    from ..models import EnergyModel, Model
+    from ..models import EnergyModel
     from ..tables import csv_text
 
-    file, config = open_run(run)
-    model = Model.load(file, device=find_device(device))
-    check_images(model, run, "score")
+    model, config = open_model(run, device, "score")
     if not isinstance(model, EnergyModel):
         raise ValueError(f"run: must hold a model with energies, got {run}, a {model.kind}, which is a generator alone")
     notes = [scoring.CAVEAT]
@@ -205,11 +200,8 @@ def _learnt_from(
         notes.append(f"no percentiles: {run} does not say what it was trained on (--data NAME|PATH)")
         return None, None
     try:
-        source = source_of(run, data, config)
-        classes, like = config.classes if config else (), fingerprint_of(run, source, config)
-        size, channels = model.sizes[-1], model.channels
-        train = load_images(source, size, channels, classes, split="train", like=like, most=TRAINING_IMAGES)
-        return train, load_images(source, size, channels, classes, split="held_out", like=like)
+        images = images_of(run, model, config, data)
+        return images(split="train", most=TRAINING_IMAGES), images(split="held_out")
     except (DataError, OSError, ImportError) as error:
         if data is not None:
             raise

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import io
 import os
 import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from ..files import write_npy as _save_array
 
 if TYPE_CHECKING:
     import numpy as np
@@ -104,16 +105,6 @@ def _sound_array(model: SpatialTemporal, sounds: list[np.ndarray], out: Path) ->
     import numpy as np
 
     _save_array(out, np.stack(sounds)[:, None])
-
-
-def _save_array(out: Path, array: np.ndarray) -> None:
-    import numpy as np
-
-    from ..files import write_bytes
-
-    buffer = io.BytesIO()
-    np.save(buffer, np.ascontiguousarray(array), allow_pickle=False)
-    write_bytes(out, buffer.getbuffer())
 
 
 def _write_folder(model: SpatialTemporal, x: Tensor, out: Path, first_sample: int) -> None:

@@ -1,11 +1,16 @@
-"""A model that a trainer is given, as the keys of a configuration."""
+"""A model that a trainer is given: as the keys of a configuration, and whether it fits one."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from ..models import EnergyModel, MultiGrid
+from ..models import EnergyModel, MultiGrid, SingleGrid
 from ..nets import ResidualNet, ScoreNet
+from .config.method import METHODS
+from .config.train_config import TrainConfig
+
+# Where a model and a configuration are both given, these must agree.
+_SHARED = ("sizes", "channels", "norm", "value_range")
 
 
 def describe_model(model: EnergyModel) -> dict[str, Any]:
@@ -46,3 +51,29 @@ def describe_model(model: EnergyModel) -> dict[str, Any]:
         "classes": list(model.classes),
         "multigrid": own,
     }
+
+
+def check_fit(model: EnergyModel, config: TrainConfig) -> None:
+    """ValueError unless `model` is what `config`, as its method reads it and with the classes of the data, trains."""
+    for name in _SHARED:
+        ours, theirs = getattr(config, name), getattr(model, name)
+        if ours != theirs and not (name == "norm" and theirs == "frozen"):
+            raise ValueError(f"MultiGridTrainer: config.{name} must be the model's, {theirs!r}, got {ours!r}")
+    if isinstance(model, SingleGrid) and model.start != (start := METHODS[config.method].start.sampled_from):
+        raise ValueError(
+            f"MultiGridTrainer: the model's start must be {start!r}, what a sample of the method {config.method!r} "
+            f"starts from, got {model.start!r}"
+        )
+    if not isinstance(model, MultiGrid):
+        return
+    conditional, named = getattr(config.options, "conditional", False), ", ".join(model.classes) or "none"
+    if bool(model.classes) != conditional:
+        raise ValueError(
+            f"MultiGridTrainer: multigrid.conditional must be {str(not conditional).lower()} for a model with the "
+            f"classes {named}, got {str(conditional).lower()}"
+        )
+    if conditional and tuple(model.classes) != tuple(config.classes):
+        raise ValueError(
+            f"MultiGridTrainer: the model's classes must be those of the data in their order, "
+            f"{', '.join(config.classes)}, got {named}"
+        )

@@ -19,8 +19,8 @@ from ..models import MultiGrid
 from . import start
 from .config.method import METHODS, load_data
 from .config.train_config import TrainConfig
-from .config.values import merge
-from .given_model import describe_model
+from .config.values import from_dict, merge
+from .given_model import check_fit, describe_model
 from .run import loggers
 from .run.distributed import Ranks, joined
 from .run.feed import Batches
@@ -28,8 +28,6 @@ from .run.folder import check_new
 from .run.loggers import TENSORBOARD
 from .run.loop import Loop, Outcome
 
-# Where a model and a configuration are both given, these must agree.
-_SHARED = ("sizes", "channels", "norm", "value_range")
 _MEASURED = 64  # images that the best state is chosen by, at most
 _COLOURS_KEPT = 65536
 
@@ -42,7 +40,8 @@ class MultiGridTrainer:
 
     Args:
         model: the model to train, in place; None builds the one that `config` describes.
-        data: an `ImageData`, or anything `mgebm_fast.data.load` takes; None reads `config.data`.
+        data: an `ImageData`, or anything `mgebm_fast.data.load` takes; None reads `config.data`. Of a name or a path
+            the training part is taken, as of `config.data`.
         config: a `TrainConfig`; None takes the model's own architecture and chains, and defaults for the rest.
             Where both are given, the chains are the configuration's.
         out: the run's folder; None keeps nothing on disk.
@@ -53,6 +52,8 @@ class MultiGridTrainer:
         logger: where records go beside metrics.jsonl: "tensorboard", "wandb" or "trackio".
         ranks: the processes that train together; default: those of torch.distributed's default group, where there is
             one (`learning.distributed`). Models given take the weights of rank 0's.
+        source: what the run is to say of where its data are, `config.data`; default: the name or path `data`, or the
+            name of an `ImageData`, or the type of an array.
         overrides: keys of `TrainConfig` to change; sections take a dict.
 
     Raises ValueError where model, configuration and data do not fit each other.
@@ -71,19 +72,17 @@ class MultiGridTrainer:
         resume_command: str | None = None,
         logger: str = TENSORBOARD,
         ranks: Ranks | None = None,
+        source: str | None = None,
         **overrides: Any,
     ) -> None:
         ranks = Ranks.present() if ranks is None else ranks
         with ranks.together():
             records = loggers.logger(logger) if ranks.first else None
-            named = data is None or isinstance(data, (str, Path))
             if config is None:
-                config = merge(TrainConfig(), {} if model is None else describe_model(model))
-                if data is not None:
-                    name = data.name if isinstance(data, (Clips, ImageData)) else type(data).__name__
-                    config = merge(config, {"data": str(data) if named else name})
-                if not named and resume_command is None:
-                    resume_command = "the same trainer: .resume(), then .fit()"
+                config = from_dict({} if model is None else describe_model(model))
+            if source is None and not (data is None or isinstance(data, (str, Path))) and resume_command is None:
+                resume_command = "the same trainer: .resume(), then .fit()"
+            config = merge(config, {"data": _source_of(data, config) if source is None else source})
             config = _parted(merge(config, overrides), ranks)
             built = model is None
             method = METHODS[config.method]
@@ -97,7 +96,7 @@ class MultiGridTrainer:
                 raise ValueError(
                     f"MultiGridTrainer: method {method.name!r} trains a {method.model.__name__}, got a {model.kind}"
                 )
-            _check_fit(model, method.narrow(config))
+            check_fit(model, method.narrow(config))
             if built and device is None:
                 device = "cuda" if torch.cuda.is_available() else "cpu"
             self.model = model if device is None else model.to(device)
@@ -157,9 +156,10 @@ class MultiGridTrainer:
         return self._loop.run(stop)
 
     def _begin(self) -> None:
-        """Before the first update: the weights that training starts from, where they are another run's."""
+        """Before the first update: the weights that training starts from, where they are another run's and no
+        checkpoint, which holds them, was read."""
         self._loop.iteration = self._loop.updates.settle(self._loop.iteration)
-        if self.iteration == 0 and self.config.start_from is not None and not self._begun:
+        if self.config.start_from is not None and not (self._begun or self.rule.entered or self.iteration):
             with self._loop.ranks.together():
                 start.begin(self.rule, self.config, self._loop.voice.say)
         self._begun = True
@@ -211,6 +211,7 @@ class MultiGridTrainer:
 
     def save(self, path: str | Path) -> Path:
         """A checkpoint folder at `path`, written atomically: weights, averages, optimiser state, updates made."""
+        self._begin()
         return self._loop.save(Path(path))
 
     def resume(self, path: str | Path | None = None) -> int:
@@ -258,17 +259,29 @@ def train(
         with group.together():
             if not resume and group.first:
                 check_new(Path(out))
+            source = config.data
             if not isinstance(data, (Clips, ImageData)):
+                source = _source_of(data, config)
                 data = load_data(config, source=data, strict=strict)
         trainer = MultiGridTrainer(
             None, data, config, out=out, device=device, console=console, quiet=quiet, resume_command=resume_command,
-            logger=logger, ranks=group,
+            logger=logger, ranks=group, source=source,
         )  # fmt: skip
         trainer.measure_against(held_out)
         trainer._loop.after_pictures = after_pictures
         if resume:
             trainer.resume()
         return trainer.fit()
+
+
+def _source_of(data: Any, config: TrainConfig) -> str:
+    """What `config.data` has to say of `data`; unchanged where they are None, or have the name that it ends in."""
+    if data is None:
+        return config.data
+    if isinstance(data, (str, Path)):
+        return str(data)
+    name = data.name if isinstance(data, (Clips, ImageData)) else type(data).__name__
+    return config.data if Path(config.data).name == name else name
 
 
 def _parted(config: TrainConfig, ranks: Ranks) -> TrainConfig:
@@ -299,19 +312,12 @@ def _with_classes(config: TrainConfig, data: ImageData | Clips) -> TrainConfig:
     return merge(config, {"classes": list(data.class_names)})
 
 
-def _check_fit(model: MultiGrid, config: TrainConfig) -> None:
-    for name in _SHARED:
-        ours, theirs = getattr(config, name), getattr(model, name)
-        if ours != theirs and not (name == "norm" and theirs == "frozen"):
-            raise ValueError(f"MultiGridTrainer: config.{name} must be the model's, {theirs!r}, got {ours!r}")
-
-
 def _images(data: Any, config: TrainConfig, own: TrainConfig) -> ImageData | Clips:
     """`data` as what the method learns from; `own` is the configuration as the method reads it."""
     if data is None:
         data = load_data(config)
     elif not isinstance(data, (Clips, ImageData)):
-        data = load_data(config, source=data, split="all")
+        data = load_data(config, source=data, split="train" if isinstance(data, (str, Path)) else "all")
     if isinstance(data, Clips) != (METHODS[config.method].takes == "clips"):
         kind = "clips of a recording" if isinstance(data, Clips) else "images"
         raise ValueError(f"MultiGridTrainer: data must be what the method {config.method!r} takes, got {kind}")

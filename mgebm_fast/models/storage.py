@@ -96,11 +96,6 @@ def fault_of(tensors: Mapping[str, Tensor], largest: float = LARGEST, square: fl
     return ""
 
 
-def read(path: str | os.PathLike) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """(config, tensors) of a `MultiGrid`; tensors stay on the CPU. Raises CheckpointError with one clear reason."""
-    return read_one_of(path, (FORMAT,))[1:]
-
-
 def read_one_of(path: str | os.PathLike, kinds: Sequence[str]) -> tuple[str, dict[str, Any], dict[str, Tensor]]:
     """(kind, config, tensors) of a model of one of `kinds`, named by the first where it is of none of them."""
     path = Path(path)

@@ -93,6 +93,18 @@ def test_figures_that_were_measured_are_drawn_and_put_on_a_card(mgebm, run, tmp_
     assert "--record: run must be the folder of a trained run" in one_line(result)
 
 
+@pytest.mark.parametrize("option", [("--data", "texture:brick"), ("--precision", "fp32"), ("--by-size",)])
+def test_figures_of_other_data_or_chains_are_not_recorded(mgebm, run, option):
+    line = one_line(mgebm("evaluate", run, "--num", 8, "--record", *option))
+    assert f"--record: must be left out with {' '.join(option)}: it is for the" in line
+    assert not (run / "evaluations.jsonl").exists()
+
+
+def test_figures_against_the_data_of_the_run_are_recorded_where_these_are_named(mgebm, run):
+    assert mgebm("evaluate", run, "--num", 8, "--record", "--data", "digits").exit_code == 0
+    assert len(Run(run).evaluations()) == 1
+
+
 def test_facts_are_those_of_the_method_and_of_what_is_there(mgebm, run, tmp_path):
     text = page([Run(run / "checkpoints" / "step_000001")])
     assert "<td>1 of 2</td>" in text and "--resume" not in text and "pictures are in the folder of the run" in text

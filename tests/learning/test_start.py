@@ -116,11 +116,17 @@ def test_a_resumed_run_does_not_need_its_source_and_one_without_a_checkpoint_doe
     (tmp_path / "killed").mkdir()
     shutil.copy(tmp_path / "parts" / "config.toml", tmp_path / "killed" / "config.toml")
     train(chosen, out=tmp_path / "killed", data=images(4), resume=True, quiet=True)
+    mg.MultiGridTrainer(None, images(4), chosen, out=tmp_path / "fit", quiet=True).fit(0)
+    mg.MultiGridTrainer(None, images(4), chosen, quiet=True).save(tmp_path / "saved")
     shutil.rmtree(source)
+    for folder, at in ((tmp_path / "fit", None), (tmp_path / "again", tmp_path / "saved")):  # before the first update
+        trainer = mg.MultiGridTrainer(None, images(4), chosen, out=folder, quiet=True)
+        assert trainer.resume(at) == 0 and trainer.fit().finished
     train(chosen, out=tmp_path / "parts", data=images(4), resume=True, quiet=True)
     whole = (tmp_path / "whole" / "model.safetensors").read_bytes()
     assert (tmp_path / "parts" / "model.safetensors").read_bytes() == whole
-    assert (tmp_path / "killed" / "model.safetensors").read_bytes() == whole
+    for name in ("killed", "fit", "again"):
+        assert (tmp_path / name / "model.safetensors").read_bytes() == whole, name
 
 
 def test_fully_convolutional_nets_and_generators_fit_other_models():

@@ -183,7 +183,7 @@ def test_nothing_is_ever_unpickled(tmp_path):
     ],
 )
 def test_what_does_not_fit_together_is_named(file, change, message):
-    config, tensors = storage.read(file)
+    _, config, tensors = storage.read_one_of(file, (storage.FORMAT,))
     change(config, tensors)
     storage.write(file, tensors, config)
     with pytest.raises(CheckpointError, match=message):

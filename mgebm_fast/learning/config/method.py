@@ -7,7 +7,7 @@ place to learn of a new one.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from ...data import builtin, load
@@ -46,6 +46,8 @@ class Method:
     table: type | None = None  # the method's own keys, at `[name]` in a TOML file
     narrow: Callable[[TrainConfig], TrainConfig] = lambda config: config  # the configuration as the method uses it
     start: Any = None  # where the chains of a method of one net begin in training (`baselines.InitialState`)
+    # keys that a run of a configuration does not read, and why: the end of "must be left at its default …"
+    idle: Callable[[TrainConfig], Mapping[str, str]] = lambda config: {}
     takes: str = "images"  # or "clips", of a recording
     load_data: Callable[..., Any] = _load_images  # (config, *, source, split, strict, like) -> ImageData or Clips
 

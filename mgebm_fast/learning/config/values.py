@@ -68,7 +68,7 @@ def apply_overrides(config: TrainConfig, overrides: Iterable[str]) -> TrainConfi
         value = _read(kind, name, _value(text.strip(), kind), "--set")
         target[leaf] = value
         given |= {name} if value is not None else set()
-    return from_dict(_settled(values, given, config.sizes), "--set")
+    return _read_by_someone(from_dict(_settled(values, given, config.sizes), "--set"), given, "--set")
 
 
 def merge(config: TrainConfig, changes: Mapping[str, Any], where: str = "config") -> TrainConfig:
@@ -84,7 +84,27 @@ def merge(config: TrainConfig, changes: Mapping[str, Any], where: str = "config"
         else:
             values[name] = _read(_kind(name, where), name, value, where)
             given.add(name)
-    return from_dict(_settled(values, given, config.sizes), where)
+    return _read_by_someone(from_dict(_settled(values, given, config.sizes), where), given, where)
+
+
+def _read_by_someone(config: TrainConfig, given: set[str], where: str) -> TrainConfig:
+    """`config`; ConfigError where one of the keys `given` was set to what a run of it does not read. What it has from a
+    base, a preset or another method is left alone."""
+    method = METHODS[config.method]
+    idle = dict(method.idle(config))
+    if config.langevin.reference_std is None and not getattr(method.start, "at_reference_mean", False):
+        idle["langevin.reference_mean"] = "without langevin.reference_std"
+    for name in sorted(given & idle.keys()):
+        field = all_keys()[name][1]
+        value = operator.attrgetter(name.replace(f"{config.method}.", "options."))(config)
+        if value != field.default:
+            default, got = (_written(field.metadata["kind"].shown(v)) for v in (field.default, value))
+            raise ConfigError(f"{where}: {name} must be left at its default, {default}, {idle[name]}, got {got}")
+    return config
+
+
+def _written(value: Any) -> str:
+    return shortened(list(value) if isinstance(value, tuple) else value)
 
 
 # Matched by position, not by pixel size: only the finest net starts no other chain.

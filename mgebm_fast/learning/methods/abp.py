@@ -65,6 +65,13 @@ class AbpConfig(GeneratorConfig):
     )
 
 
+def _idle(config: TrainConfig) -> dict[str, str]:
+    """Keys of energies and of their chains; its own chains are of z, in float32."""
+    names = ["optimiser.per_layer_divide", *(f"stabilise.{n}" for n in ("data_noise", "data_noise_clamp", "energy_l2"))]
+    names += ["precision"] if config.precision != "fp32" else []
+    return dict.fromkeys(names, "with the method 'abp', which has no energy")
+
+
 class ABPRule(ModelRule):
     """One update, for the images x of a batch:
 
@@ -261,5 +268,6 @@ register(
         work,
         AbpConfig,
         narrow=narrow,
+        idle=_idle,
     )
 )

@@ -50,6 +50,7 @@ class InitialState(abc.ABC):
     """Where the training chains of a method start, and what becomes of where they end."""
 
     sampled_from = "noise"  # where chains of the trained model start (`SingleGrid`)
+    at_reference_mean = False  # whether chains begin at `langevin.reference_mean`, even without a reference
     persistent = False  # whether chains go on where they ended, which keeps a bank in one process
 
     def __init__(self, model: OneNet, config: TrainConfig, images: int) -> None:
@@ -152,6 +153,7 @@ class PersistentNoise(Persistent):
 class Zeros(Persistent):
     """Persistent chains that begin as the model's `zeros`."""
 
+    at_reference_mean = True
     by_batch = False
 
     def fresh(self, n: int, step: int, ids: int | Tensor, attempt: int = 0) -> Tensor:

@@ -25,6 +25,7 @@ class ModelRule(UpdateRule):
     """A rule with a model, averaged weights where they are asked for, and optimisers by name."""
 
     model: Model
+    entered = False  # whether a checkpoint was read
 
     def __init__(self, model: Model, config: TrainConfig) -> None:
         model.check_storable()
@@ -80,6 +81,7 @@ class ModelRule(UpdateRule):
             self.average.restore({k.removeprefix(EMA): v for k, v in stored.items() if k.startswith(EMA)})
         path = folder / OPTIMISER_FILE
         self.restore_optimisers(checkpoint.read_tensors(path), str(path))
+        self.entered = True
 
     def restore_optimisers(self, stored: dict[str, Tensor], where: str) -> None:
         """Take the state that `_optimiser_tensors` gave; an optimiser without any begins afresh."""

@@ -80,6 +80,12 @@ class MultiGridConfig:
     )
 
 
+def _idle(config: TrainConfig) -> dict[str, str]:
+    if config.options.bank_size is not None:
+        return {}
+    return {f"multigrid.{n}": "without multigrid.bank_size" for n in ("bank_grids", "bank_share", "bank_renewal")}
+
+
 BANK_FILE = "bank.safetensors"
 
 
@@ -318,5 +324,6 @@ register(
         build_model,
         work_of_chains,
         MultiGridConfig,
+        idle=_idle,
     )
 )

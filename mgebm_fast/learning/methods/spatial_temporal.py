@@ -213,6 +213,7 @@ register(
         SpatialTemporalConfig,
         narrow=narrow,
         start=Zeros,
+        idle=lambda config: {"classes": "with the method 'spatial-temporal', whose recordings have none"},
         takes="clips",
         load_data=load_data,
     )

@@ -392,3 +392,42 @@ def test_files_that_are_no_configuration_are_refused_at_once(tmp_path):
     for source in (path, "/dev/zero"):
         with pytest.raises(ConfigError, match="must be a TOML file that can be read: must be a regular file"):
             load_config(source)
+
+
+IDLE = [
+    ("digits-abp", "stabilise.energy_l2", 0.1, "0.0, with the method 'abp', which has no energy, got 0.1"),
+    ("digits-abp", "stabilise.data_noise", 0.1, "0.0, with the method 'abp'"),
+    ("digits-abp", "stabilise.data_noise_clamp", True, "False, with the method 'abp'"),
+    ("digits-abp", "optimiser.per_layer_divide", True, "False, with the method 'abp'"),
+    ("digits-abp", "precision", "bf16", "'auto', with the method 'abp'"),
+    ("fire", "classes", ["a"], r"\[\], with the method 'spatial-temporal', whose recordings have none"),
+    ("digits", "multigrid.bank_grids", 2, "'none', without multigrid.bank_size, got 2"),
+    ("digits", "multigrid.bank_share", 0.25, "0.5, without multigrid.bank_size, got 0.25"),
+    ("digits", "multigrid.bank_renewal", 0.25, "0.1, without multigrid.bank_size"),
+    ("digits", "langevin.reference_mean", 0.5, "0.0, without langevin.reference_std, got 0.5"),
+]
+
+
+@pytest.mark.parametrize(("preset", "name", "value", "words"), IDLE)
+def test_a_key_that_nothing_would_read_is_refused_where_it_is_set(preset, name, value, words, tmp_path):
+    config, (section, _, leaf) = load_preset(preset), name.rpartition(".")
+    text = json.dumps(value)
+    with pytest.raises(ConfigError, match=f"--set: {name} must be left at its default, {words}"):
+        apply_overrides(config, [f"{name}={text}"])
+    with pytest.raises(ConfigError, match=f"{name} must be left at its default, {words}"):
+        merge(config, {section: {leaf: value}} if section else {name: value})
+    path = tmp_path / "mine.toml"
+    path.write_text(f'base = "{preset}"\n' + (f"[{section}]\n" if section else "") + f"{leaf} = {text}\n")
+    with pytest.raises(ConfigError, match=f"{name} must be left at its default, {words}"):
+        load_config(path)
+
+
+def test_what_comes_along_and_is_not_read_is_no_error():
+    banked = apply_overrides(load_preset("cifar10-32"), ["multigrid.bank_grids=1"])
+    alone = apply_overrides(banked, ["multigrid.bank_size=none"])
+    assert alone.options.bank_size is None and alone.options.bank_grids == 1
+    assert from_dict(alone.to_dict()) == alone
+    other = apply_overrides(load_preset("digits"), ["method=abp", "precision=fp32", "stabilise.energy_l2=0"])
+    assert other.stabilise.data_noise == (0.03, 0.05, 0.08)
+    assert apply_overrides(load_preset("digits"), ["langevin.reference_mean=0.5", "langevin.reference_std=1"])
+    assert apply_overrides(load_preset("object"), ["langevin.reference_std=none", "langevin.reference_mean=0.5"])

@@ -55,7 +55,7 @@ def chain(start, force, ids, iteration):
 
 
 def one_net(net, method, config):
-    start = "bank" if method == "pcd" else "noise"
+    start = {"pcd": "bank", "single-grid-cd": "colours"}.get(method, "noise")
     return SingleGrid(4, channels=1, start=start, langevin=config.dynamics(), nets=[net], value_range=(-1, 1))
 
 
@@ -291,6 +291,18 @@ def test_a_bank_holds_a_batch_and_one_process(trainer):
         trainer(method="pcd", pcd={"bank_size": 7})
     with pytest.raises(ConfigError, match="batch_parts must be 1"):
         trainer(method="pcd", batch_parts=2)
+
+
+@pytest.mark.parametrize(("method", "start"), [("pcd", "bank"), ("single-grid-cd", "colours"), ("cd", "noise")])
+def test_a_given_model_must_start_samples_as_its_method_does(method, start):
+    config = tiny_config(method=method, sizes=[1, 4])
+    for other in {"bank", "colours", "noise"} - {start}:
+        model = SingleGrid(
+            4, start=other, channels=1, langevin=config.dynamics(), norm="none", variant="compact", value_range=(-1, 1)
+        )
+        words = f"the model's start must be '{start}', .* of the method '{method}' starts from, got '{other}'"
+        with pytest.raises(ValueError, match=words):
+            MultiGridTrainer(model, tiny_data(), config, quiet=True)
 
 
 @pytest.mark.parametrize("method", [m for m in METHODS if m in ("cd", "single-grid-cd", "short-run")])

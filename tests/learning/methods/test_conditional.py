@@ -90,11 +90,31 @@ def test_data_without_classes_are_refused():
         MultiGridTrainer(None, sides(), config(classes=["up", "down"]), quiet=True)
 
 
-def test_a_given_model_settles_the_classes():
-    model = mg.models.MultiGrid(
-        (1, 2), channels=1, classes=("left", "right"), norm="none", variant="compact", value_range=(-1.0, 1.0),
+def given(*classes):
+    return mg.models.MultiGrid(
+        (1, 2), channels=1, classes=classes, norm="none", variant="compact", value_range=(-1.0, 1.0),
         langevin=mg.Langevin(2, drift=1.0, noise_std=0.05),
     )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("classes", "conditional", "words"),
+    [
+        (("right", "left"), True, "the model's classes must be those of the data in their order, left, right, got ri"),
+        (("left", "right"), False, "multigrid.conditional must be true for a model with the classes left, right, got"),
+        ((), True, "multigrid.conditional must be false for a model with the classes none, got true"),
+    ],
+)
+def test_a_given_model_and_a_configuration_must_have_the_classes_of_the_data(classes, conditional, words):
+    chosen = config(multigrid={"conditional": conditional})
+    for data in (sides(), ImageData(sides().images))[: 1 if conditional else 2]:
+        with pytest.raises(ValueError, match=words):
+            MultiGridTrainer(given(*classes), data, chosen, quiet=True)
+
+
+def test_a_given_model_settles_the_classes():
+    model = given("left", "right")
+    MultiGridTrainer(model, sides(), config(), quiet=True)  # beside a configuration that says the same, no error
     trainer = MultiGridTrainer(model, sides(), steps=1, quiet=True)
     trainer.fit()
     assert trainer.config.options.conditional and set(model.labels.tolist()) == {0, 1}
