@@ -1,11 +1,15 @@
-"""A model that a trainer is given, as the keys of a configuration."""
+"""What a model or data that a trainer is given settle of a configuration."""
 
 from __future__ import annotations
 
 from typing import Any
 
+from ..data import Clips, ImageData
+from ..errors import ConfigError
 from ..models import EnergyModel, MultiGrid
 from ..nets import ResidualNet, ScoreNet
+from .config.train_config import TrainConfig
+from .config.values import merge
 
 
 def describe_model(model: EnergyModel) -> dict[str, Any]:
@@ -46,3 +50,16 @@ def describe_model(model: EnergyModel) -> dict[str, Any]:
         "classes": list(model.classes),
         "multigrid": own,
     }
+
+
+def with_classes(config: TrainConfig, data: ImageData | Clips) -> TrainConfig:
+    """The configuration with the names of the data's classes, where each is to have an energy of its own."""
+    if not getattr(config.options, "conditional", False):
+        return config
+    if not isinstance(data, ImageData) or data.labels is None or len(data.class_names) < 2:
+        got = "none" if not isinstance(data, ImageData) or data.labels is None else ", ".join(data.class_names)
+        raise ConfigError(f"multigrid.conditional: data must have labels of two classes or more, got {got}")
+    if config.classes and tuple(config.classes) != data.class_names:
+        got = f"{', '.join(data.class_names)}"
+        raise ConfigError(f"multigrid.conditional: data must be of the classes {', '.join(config.classes)}, got {got}")
+    return merge(config, {"classes": list(data.class_names)})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 
 import numpy as np
@@ -11,7 +12,9 @@ from helpers.console import one_line
 
 import mgebm_fast as mg
 from mgebm_fast import evaluation
+from mgebm_fast.evaluation.comparison import compare as comparison
 from mgebm_fast.evaluation.distances import kid
+from mgebm_fast.learning import load_config, work
 
 from .conftest import TINY, train_tiny
 
@@ -88,3 +91,24 @@ def test_evaluation_counts_classes(mgebm, by_class):
     guesses = sum(energies.values()).argmin(1).numpy()
     assert found["class_accuracy"] == pytest.approx((guesses == held_out.labels[chosen]).mean())
     assert 0 <= found["class_agreement"] <= 0.5 < 0.9 < found["class_agreement_real"]
+
+
+def test_a_comparison_goes_on_with_them_and_counts_their_label_planes(mgebm, tmp_path, monkeypatch):
+    monkeypatch.setattr(comparison, "Settings", functools.partial(comparison.Settings, inpainted=8))
+    preset, out = tmp_path / "dc.toml", tmp_path / "out"
+    preset.write_text('name = "dc"\nbase = "digits"\n[multigrid]\nconditional = true\n')
+    call = ["compare", "digits", preset, "--seeds", "0", *TINY, "--num", 20, "--threads", 1, "--json", "--no-picture"]
+    first = mgebm(*call, "--out", out)
+    assert first.exit_code == 0, first.output
+    again = mgebm(*call, "--out", out)
+    assert again.exit_code == 0, again.output
+    assert "training" not in again.stderr and json.loads(again.stdout)["runs"] == json.loads(first.stdout)["runs"]
+    of_digits, of_classes = (load_config(out / name / "seed-0" / "config.toml") for name in ("digits", "dc"))
+    assert of_classes.classes == tuple("0123456789") and work(of_classes) > 1.1 * work(of_digits)
+    assert [run["work"] for run in json.loads(first.stdout)["runs"]] == [work(of_digits), work(of_classes)]
+
+    monkeypatch.setattr(comparison, "measured", lambda entry, *_: json.loads(first.stdout)["runs"][0])
+    long = [*call, "--set", "steps=8", "--equal-work", "--out", tmp_path / "equal"]
+    assert mgebm(*long).exit_code == 0
+    equal = load_config(tmp_path / "equal" / "dc" / "seed-0" / "config.toml")
+    assert equal.steps < 8 and work(equal) == pytest.approx(4 * work(of_digits), rel=0.5 / equal.steps)
