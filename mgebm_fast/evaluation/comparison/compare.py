@@ -79,8 +79,8 @@ def compare(
             say(f"{head}: {'going on with' if standing == 'unfinished' else 'training'} {entry.config.steps:,} updates")
             try:
                 outcome = train(
-                    entry.config, out=entry.folder, data=training, resume=standing == "unfinished", device=device,
-                    console=console, quiet=console is None, resume_command=resume_command,
+                    entry.config, out=entry.folder, data=training, held_out=held_out, device=device, console=console,
+                    quiet=console is None, resume=standing == "unfinished", resume_command=resume_command,
                 )  # fmt: skip
             except DivergenceError as error:
                 if not (
