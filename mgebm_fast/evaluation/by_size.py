@@ -16,8 +16,9 @@ from ..models import Model, MultiGrid
 from ..sampling.cascade import cascade
 from ..tables import console_table, note, number
 from .distances import KID_SUBSET_SIZE, kid
-from .evaluate import check_varied, chosen_of, names_of, stage
+from .evaluate import check_varied, chosen_of, stage
 from .features import check_kind, feature_space
+from .labels import labels_of, names_of
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -106,11 +107,10 @@ def _means(images: np.ndarray, sizes: Any) -> list[Tensor]:
 
 
 def _labels(model: MultiGrid, held_out: ImageData, chosen: np.ndarray, where: str) -> Tensor:
-    names = names_of(held_out, chosen)
-    if not names or not set(names) <= set(model.classes):
+    if (labels := labels_of(model, held_out, chosen)) is None:
         wanted = f"have labels among the model's classes, {', '.join(model.classes)}"
-        raise Refused("held_out", wanted, ", ".join(sorted(set(names))) or "none", where)
-    return torch.tensor([model.classes.index(name) for name in names], device=model.colours.device)
+        raise Refused("held_out", wanted, ", ".join(sorted(set(names_of(held_out, chosen)))) or "none", where)
+    return labels
 
 
 def _continued(model: MultiGrid, x: Tensor, labels: Tensor | None, *, seed: int, precision: str) -> list[Tensor]:
