@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..data import ImageData
 from ..models import MultiGrid
-from .distances import KID_SUBSET_SIZE, alike, fid, kid, nearest_distance, precision_recall
+from .distances import KID_SUBSET_SIZE, alike, fid, kid, nearest, precision_recall
 from .features import FeatureSpace, check_kind, classes_of, feature_space
 from .labels import known, names_of
 from .recogniser import Recogniser, fit_recogniser
@@ -142,9 +142,9 @@ def evaluate(
     with stage("FID and KID", "fid_kid", seconds, progress):
         result |= {"feature_space": judges.space.name} | _set_distances(judges, samples, real, names, seed, notes)
     with stage("nearest training images", "nearest", seconds, progress):
-        nearest = nearest_distance(np.concatenate([samples, real]), train.images)
-        result["nearest_distance"] = float(nearest[:num].mean())
-        result["nearest_distance_real"] = float(nearest[num:].mean()) if len(real) else None
+        distances, _ = nearest(np.concatenate([samples, real]), train.images)
+        result["nearest_distance"] = float(distances[:num].mean())
+        result["nearest_distance_real"] = float(distances[num:].mean()) if len(real) else None
     if judges.recogniser is not None:
         with stage("recognising classes", "recognising", seconds, progress):
             result |= _recognised(judges.recogniser, samples, real, seed, notes)
