@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib
 import json
 import shutil
 
@@ -114,6 +115,14 @@ def test_inpainting_is_of_the_class_of_each_image(mgebm, by_class, tmp_path):
     alone = ("inpaint", tmp_path / "model.safetensors", "--data", tmp_path / "bare.npy", *call[2:], "--length", 1)
     bare = json.loads(mgebm(*alone).stdout)
     assert any("classes are drawn" in note for note in bare["notes"])
+
+
+def test_threads_are_those_of_a_resumed_run(mgebm, tmp_path, monkeypatch):
+    seen, module = [], importlib.import_module("mgebm_fast.learning.methods.work")  # the package has such a function
+    monkeypatch.setattr(module, "threads_for", lambda model, size: seen.append((model.classes, size)) or 1)
+    assert mgebm("train", "digits", *TINY, "--set", "multigrid.conditional=true", "--out", tmp_path).exit_code == 0
+    assert mgebm("train", "--out", tmp_path, "--resume").exit_code == 0
+    assert seen == [(tuple("0123456789"), 32)] * 2
 
 
 def test_a_comparison_goes_on_with_them_and_counts_their_label_planes(mgebm, tmp_path, monkeypatch):
