@@ -103,6 +103,7 @@ def compare(
     from ..evaluation.comparison import runs as comparison_runs
     from ..evaluation.comparison import table
     from ..learning import build_model, with_work_of
+    from ..learning.given_model import with_classes
     from ..learning.methods.work import threads_for
     from ..learning.run.heap import keep_freed_memory
 
@@ -112,14 +113,14 @@ def compare(
     names = presets if len(presets) > 1 else [*presets, *comparison_runs.contenders(presets[0])]
     at_most(MOST_ENTRIES, len(names) * len(numbers), "--seeds", "runs of presets")
     configs = [_configured(name, data, settings) for name in names]
+    comparison_runs.check_alike(configs)
+    training, held_out = (load_run_data(configs[0], split=split) for split in ("train", "held_out"))
+    assert isinstance(training, ImageData) and isinstance(held_out, ImageData)  # `check_alike` refuses other methods
+    configs = [with_classes(config, training) for config in configs]
     if equal_work:
         configs = [with_work_of(configs[0], config) for config in configs]
     runs = comparison_runs.entries(configs, numbers, out)
-    for run in runs:
-        comparison_runs.state(run)  # before data are read
     console = Console(stderr=True)
-    training, held_out = (load_run_data(runs[0].config, split=split) for split in ("train", "held_out"))
-    assert isinstance(training, ImageData) and isinstance(held_out, ImageData)  # `entries` refuses other methods
     usual = torch.get_num_threads()
 
     def adjust(config: TrainConfig | None) -> None:

@@ -24,8 +24,7 @@ from .options import (
 from .outputs import check_out
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
+    from ..data import ImageData
     from ..learning import TrainConfig
     from ..models import Model
 
@@ -95,6 +94,7 @@ def inpaint(
 
     from ..evaluation.inpainting import PickedLength, pick_length
     from ..evaluation.inpainting import inpaint as fill
+    from ..evaluation.labels import labels_of
     from ..learning.run.progress import working
     from ..models.occlusions import KINDS, occlusion, read_mask
 
@@ -119,6 +119,9 @@ def inpaint(
     if given is not None and len(given) not in (1, len(chosen)):
         raise ValueError(f"--mask: must hold one mask, or one for each of the {len(chosen)} images, got {len(given)}")
     notes = [f"only {len(images)} held-out images"] if len(images) < num else []
+    labels = labels_of(model, images, chosen)
+    if labels is None and bool(getattr(model, "classes", ())):
+        notes.append("classes are drawn, not those of the images, which have no labels of the model's classes")
     training = None
     if asked is None and model.sampling:
         training, why = _training_images(run, model, config, seed)
@@ -132,11 +135,14 @@ def inpaint(
                 f"picking the length of the chains on {len(training)} training images (--length 1 does not)", err=True
             )
             picked = pick_length(
-                model, training, mask if given is None else given, seed=seed, precision=precision, report=tell
-            )
+                model, training.batch(slice(None)), mask if given is None else given,
+                labels=labels_of(model, training, slice(None)), seed=seed, precision=precision, report=tell,
+            )  # fmt: skip
             tell(f"filling {len(chosen)} images")
         hidden = occlusion(mask, len(chosen), size, seed=seed) if given is None else given
-        result = fill(model, images.batch(chosen), hidden, seed=seed, length=picked.length, precision=precision)
+        result = fill(
+            model, images.batch(chosen), hidden, labels=labels, seed=seed, length=picked.length, precision=precision
+        )
 
     if out is not None:
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -164,7 +170,7 @@ def _read_length(text: str | None) -> float | None:
     return length
 
 
-def _training_images(run: Path, model: Model, config: TrainConfig | None, seed: int) -> tuple[Tensor | None, str]:
+def _training_images(run: Path, model: Model, config: TrainConfig | None, seed: int) -> tuple[ImageData | None, str]:
     """What the length is picked on; None, and why, where the run's training images cannot be read."""
     from ..errors import DataError
     from ..evaluation.inpainting import LENGTH_IMAGES
@@ -177,7 +183,7 @@ def _training_images(run: Path, model: Model, config: TrainConfig | None, seed: 
     except (DataError, OSError, ImportError) as error:
         why = error.words if isinstance(error, DataError) else error
         return None, f"its training images cannot be read: {why}"
-    return images.batch(slice(None)), ""
+    return images, ""
 
 
 def _table(figures: dict):

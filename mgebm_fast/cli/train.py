@@ -134,8 +134,6 @@ def train(
       data.json                    names and checksums of the images that it learnt from
     """
     from ..data.builtin import BUILT_IN_PREFIX
-    from ..learning import build_model
-    from ..learning.methods.work import threads_for
     from ..learning.run import distributed
     from ..learning.run.heap import keep_freed_memory
     from ..learning.run.stored_run import SHIPPED, located
@@ -156,25 +154,33 @@ def train(
             elif with_optimiser:
                 raise ConfigError("--from-optimiser: must be beside --from RUN")
             chosen = configured(chosen, data, changes, stored=stored)
-            if threads is None and place.type == "cpu":
-                use_threads(threads_for(build_model(chosen), chosen.batch_size))
         options: dict[str, Any] = {"resume": resume, "strict": strict, "logger": logger}
         if report:
             options["after_pictures"] = lambda: _write_report(folder)
         extra = [*(["--report"] if report else []), *([] if logger == "tensorboard" else ["--logger", logger])]
         options["resume_command"] = shlex.join([*_how_to_resume(folder, device, threads, ranks), *extra])
-        outcome = _fit(chosen, folder, place, ranks, options)
+        outcome = _fit(chosen, folder, place, ranks, options, adjust=threads is None and place.type == "cpu")
         if outcome.finished and ranks.first:
             typer.echo(_what_next(folder, chosen), err=True)
     if not outcome.finished:
         raise typer.Exit(INTERRUPTED)
 
 
-def _fit(config: TrainConfig, folder: Path, device: torch.device, ranks: Ranks, options: Mapping[str, Any]) -> Outcome:
+def _fit(
+    config: TrainConfig,
+    folder: Path,
+    device: torch.device,
+    ranks: Ranks,
+    options: Mapping[str, Any],
+    *,
+    adjust: bool,  # the number of threads to the nets
+) -> Outcome:
     from rich.console import Console
 
-    from ..learning import check_new
+    from ..learning import build_model, check_new
     from ..learning import train as fit
+    from ..learning.given_model import with_classes
+    from ..learning.methods.work import threads_for
     from ..learning.run import loggers
 
     resume, strict = options["resume"], options["strict"]
@@ -190,6 +196,8 @@ def _fit(config: TrainConfig, folder: Path, device: torch.device, ranks: Ranks, 
         if config.method != "spatial-temporal":  # a recording has no held-out part
             # The held-out part is not trained on, but its bad images are reported, or refused, now and not after hours.
             held_out = load_run_data(config, split="held_out", strict=strict)
+        if adjust:  # to the nets with their label planes, as the stored configuration of a resumed run has them
+            use_threads(threads_for(build_model(with_classes(config, data)), config.batch_size))
     hardware = f"{_named(device)}{f', {ranks.size} ranks' if ranks.size > 1 else ''}"
     typer.echo(f"{config.name}: {_described(data, config)}, on {hardware}", err=True)
     console = Console(stderr=True)

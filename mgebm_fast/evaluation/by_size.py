@@ -15,9 +15,10 @@ from ..errors import Refused
 from ..models import Model, MultiGrid
 from ..sampling.cascade import cascade
 from ..tables import console_table, note, number
-from .distances import KID_SUBSET_SIZE, kid
-from .evaluate import check_varied, chosen_of, names_of, stage
+from .distances import KID_SUBSET_SIZE, alike, kid
+from .evaluate import check_varied, chosen_of, stage
 from .features import check_kind, feature_space
+from .labels import labels_of, names_of
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -44,7 +45,8 @@ def evaluate_by_size(
 
     Returns a dict that JSON can hold: num, feature_space, sizes (those that are judged), kid: {where it begins: {size:
     KID}}, kid_real: {size: KID of the held-out images themselves}; sizes and beginnings are keys like "8", the model's
-    own colours "1". Judges are those of `evaluate`, fitted at each size.
+    own colours "1". Judges are those of `evaluate`, fitted at each size. KID is null where a size's features
+    do not tell the training images apart, and a note says so.
 
     Raises Refused for a model that is no MultiGrid or has no size from 4 on, and where a class-conditional one is given
     held-out images without labels of its classes; ValueError as `evaluate` does.
@@ -89,6 +91,13 @@ def evaluate_by_size(
             reference = space.extract(own.images[space.chosen(len(own), seed)])
             options = {"subset_size": min(KID_SUBSET_SIZE, len(reference), len(chosen)), "seed": seed}
             result["feature_space"] = space.name
+            if alike(reference):
+                result["notes"].append(
+                    f"KID at {size}×{size} left out: the feature space does not tell the training images apart"
+                )
+                for by_size in (result["kid_real"], *(result["kid"][str(b)] for b in drawn if b < size)):
+                    by_size[str(size)] = None
+                continue
             result["kid_real"][str(size)] = kid(reference, space.extract(held.images), **options)
             for begin, by_size in drawn.items():
                 if size > begin:
@@ -106,11 +115,10 @@ def _means(images: np.ndarray, sizes: Any) -> list[Tensor]:
 
 
 def _labels(model: MultiGrid, held_out: ImageData, chosen: np.ndarray, where: str) -> Tensor:
-    names = names_of(held_out, chosen)
-    if not names or not set(names) <= set(model.classes):
+    if (labels := labels_of(model, held_out, chosen)) is None:
         wanted = f"have labels among the model's classes, {', '.join(model.classes)}"
-        raise Refused("held_out", wanted, ", ".join(sorted(set(names))) or "none", where)
-    return torch.tensor([model.classes.index(name) for name in names], device=model.colours.device)
+        raise Refused("held_out", wanted, ", ".join(sorted(set(names_of(held_out, chosen)))) or "none", where)
+    return labels
 
 
 def _continued(model: MultiGrid, x: Tensor, labels: Tensor | None, *, seed: int, precision: str) -> list[Tensor]:

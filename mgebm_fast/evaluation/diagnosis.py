@@ -84,15 +84,26 @@ def diagnose(
     once = model.without_cycles() if isinstance(model, MultiGrid) else contextlib.nullcontext()
     with _lengthened(model, steps), once:
         chains = model.measured()
+        mask = model.moving() if isinstance(model, MultiGrid) and model.classes else None
         recorders = [
-            Recorder(energy, chain, every=-(-chain.steps // RECORDS) if every is None else every, seed=seed, grid=grid)
+            Recorder(
+                energy,
+                chain,
+                every=-(-chain.steps // RECORDS) if every is None else every,
+                mask=mask,
+                seed=seed,
+                grid=grid,
+            )  # fmt: skip
             for grid, (energy, chain) in enumerate(chains, start=1)
         ]
         model.sample(num, seed=seed, callback=lambda grid, step, x: recorders[grid - 1](step, x), precision="fp32")
     reports = []
     for grid, ((_, chain), recorder) in enumerate(zip(chains, recorders, strict=True), start=1):
         name = f"grid {grid} size {model.sizes[grid]}"
-        reports.append(report(name, chain, recorder.trace(num), warm_up=warm_up))
+        trace = recorder.trace(num)
+        if mask is not None:  # pictures without label planes
+            trace = dataclasses.replace(trace, states=[(step, x[:, : model.channels]) for step, x in trace.states])
+        reports.append(report(name, chain, trace, warm_up=warm_up))
     coupled = any(recorder.coupled for recorder in recorders)
     notes = [*(["of the first way up alone, without V-cycles"] if cyclic else []), *_notes(reports, coupled)]
     return Diagnosis(reports, notes, time.monotonic() - began)

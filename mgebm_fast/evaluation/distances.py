@@ -116,27 +116,31 @@ def precision_recall(
     return covered(other, reference), covered(reference, other)
 
 
-def nearest_distance(
+def nearest(
     images: np.ndarray,  # (N, C, *spatial) uint8
     train: np.ndarray,  # (M, C, *spatial) uint8
     *,
     chunk_values: int = 2**25,
-) -> np.ndarray:  # (N,) float64
-    """Each image's distance to its nearest training image: sqrt(mean over pixels and channels of (x − y)²), 0–255.
+) -> tuple[np.ndarray, np.ndarray]:  # (N,) float64, (N,) int64
+    """Each image's distance to its nearest training image, sqrt(mean over pixels and channels of (x − y)²), 0–255, and
+    which one that is.
 
     |x − y|² = |x|² + |y|² − 2x·y by matrix products in float64, where these whole numbers are exact. Memory is
     bounded by some `chunk_values` float64 values for each of the training block and the table of products.
     ValueError where `train` is empty.
     """
     if len(train) == 0:
-        raise ValueError("nearest_distance: train must hold at least one image, got none")
+        raise ValueError("nearest: train must hold at least one image, got none")
     size = int(np.prod(images.shape[1:]))
     queries = torch.from_numpy(images.reshape(len(images), size).astype(np.float64))
     squares = queries.square().sum(1)
     best = torch.full((len(images),), torch.inf, dtype=torch.float64)
+    which = torch.zeros(len(images), dtype=torch.int64)
     step = max(1, chunk_values // max(size, len(images), 1))
     for start in range(0, len(train), step):
         block = torch.from_numpy(train[start : start + step].reshape(-1, size).astype(np.float64))
         distance = torch.addmm(squares[:, None] + block.square().sum(1), queries, block.T, alpha=-2)
-        best = torch.minimum(best, distance.amin(1))
-    return (best.clamp_min(0) / size).sqrt().numpy()
+        least, place = distance.min(1)
+        which = torch.where(least < best, place + start, which)
+        best = torch.minimum(best, least)
+    return (best.clamp_min(0) / size).sqrt().numpy(), which.numpy()

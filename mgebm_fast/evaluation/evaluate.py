@@ -14,8 +14,9 @@ from torch import Tensor
 
 from ..data import ImageData
 from ..models import MultiGrid
-from .distances import KID_SUBSET_SIZE, alike, fid, kid, nearest_distance, precision_recall
+from .distances import KID_SUBSET_SIZE, alike, fid, kid, nearest, precision_recall
 from .features import FeatureSpace, check_kind, classes_of, feature_space
+from .labels import known, names_of
 from .recogniser import Recogniser, fit_recogniser
 
 NEIGHBOURS = 3  # of the supports that precision and recall are measured by
@@ -99,7 +100,8 @@ def evaluate(
       recogniser, notes, seconds
     and kid_real, fid_real, precision_real, recall_real, nearest_distance_real, confident_share_real,
     class_shares_real, class_kid_real: the same of the held-out images, null where there are none. Keys for labelled
-    data are left out otherwise, `notes` says why.
+    data are left out otherwise, `notes` says why, and so are those of class-conditional models, class_kid being null,
+    where a training or held-out image has no label of the model's classes.
 
     Where the feature space does not tell the training images apart, kid and fid are null and a note says so; samples
     that are all the same image are measured, and noted.
@@ -127,22 +129,28 @@ def evaluate(
             place = next((tensor.device for tensor in (*model.parameters(), *model.buffers())), place)
         judges = fit_judges(train, held_out, seed=seed, features=features, device=place, progress=progress)
         seconds |= judges.seconds
-    drawn_as = None
+    names = None
     if isinstance(model, MultiGrid) and model.classes:
         drawn_as = [model.classes[k] for k in model.draw_labels(num, seed=seed).tolist()]
+        real_names = names_of(held_out, chosen)
+        if known(model, judges.names) and (known(model, real_names) or not len(real)):
+            names = {"": drawn_as, "_real": real_names}
+        else:
+            wanted = f"labels among the model's classes, {', '.join(model.classes)}"
+            notes.append(f"class_kid, class_agreement and class_accuracy left out: not all images have {wanted}")
+            result |= dict.fromkeys(["class_kid", "class_kid_real"])
     with stage("FID and KID", "fid_kid", seconds, progress):
-        names = None if drawn_as is None else {"": drawn_as, "_real": names_of(held_out, chosen)}
         result |= {"feature_space": judges.space.name} | _set_distances(judges, samples, real, names, seed, notes)
     with stage("nearest training images", "nearest", seconds, progress):
-        nearest = nearest_distance(np.concatenate([samples, real]), train.images)
-        result["nearest_distance"] = float(nearest[:num].mean())
-        result["nearest_distance_real"] = float(nearest[num:].mean()) if len(real) else None
+        distances, _ = nearest(np.concatenate([samples, real]), train.images)
+        result["nearest_distance"] = float(distances[:num].mean())
+        result["nearest_distance_real"] = float(distances[num:].mean()) if len(real) else None
     if judges.recogniser is not None:
         with stage("recognising classes", "recognising", seconds, progress):
             result |= _recognised(judges.recogniser, samples, real, seed, notes)
-            if drawn_as is not None:
+            if names is not None:
                 assert isinstance(model, MultiGrid)
-                result |= _by_class(model, judges.recogniser, samples, drawn_as, held_out, chosen)
+                result |= _by_class(model, judges.recogniser, samples, real, names)
     else:
         why = "the data have no labels" if train.labels is None else "the data have a single class"
         notes.append(f"confident_share and class_shares left out: {why}")
@@ -153,11 +161,6 @@ def evaluate(
 def chosen_of(held_out: ImageData, num: int, seed: int) -> np.ndarray:
     """Which held-out images are compared: `num` of them at random, since a set may be sorted by class."""
     return np.sort(np.random.default_rng(seed).permutation(len(held_out))[:num])
-
-
-def names_of(data: ImageData, chosen: np.ndarray) -> list[str]:
-    """The classes of some images by name; none where the data have no labels."""
-    return [] if data.labels is None else [data.class_names[k] for k in data.labels[chosen]]
 
 
 def record_of(result: Mapping[str, Any], update: int) -> dict[str, float]:
@@ -297,23 +300,21 @@ def _by_class(
     model: MultiGrid,
     recogniser: Recogniser,
     samples: np.ndarray,
-    drawn_as: list[str],
-    held_out: ImageData,
-    chosen: np.ndarray,
+    real: np.ndarray,
+    names: Mapping[str, list[str]],  # the classes of both, by suffix
 ) -> dict[str, float | None]:
     def agreement(images: np.ndarray, names: list[str]) -> float:
         return float(np.mean([guess == name for guess, name in zip(recogniser.guesses(images), names, strict=True)]))
 
-    result: dict[str, float | None] = {"class_agreement": agreement(samples, drawn_as)}
-    if held_out.labels is None or not len(chosen):
+    result: dict[str, float | None] = {"class_agreement": agreement(samples, names[""])}
+    if not len(real):
         return result | dict.fromkeys(("class_agreement_real", "class_accuracy"))
-    real = np.asarray(held_out.images[chosen])
-    names = names_of(held_out, chosen)
     with torch.no_grad():
         energies = model.class_energies(torch.from_numpy(real).to(model.colours.device))
     lowest = torch.stack(list(energies.values())).sum(0).argmin(1).tolist()
-    result["class_agreement_real"] = agreement(real, names)
-    result["class_accuracy"] = float(np.mean([model.classes[k] == n for k, n in zip(lowest, names, strict=True)]))
+    result["class_agreement_real"] = agreement(real, names["_real"])
+    hits = [model.classes[k] == name for k, name in zip(lowest, names["_real"], strict=True)]
+    result["class_accuracy"] = float(np.mean(hits))
     return result
 
 

@@ -70,6 +70,7 @@ def inpaint(
     images: Tensor,  # (N, C, S, S) uint8
     mask: Tensor,  # bool, broadcastable to (N, 1, S, S), True = occluded
     *,
+    labels: Tensor | None = None,  # (N,) int64, the class of each, of a class-conditional model
     seed: int = 0,
     first_sample: int = 0,
     length: float = 1.0,
@@ -79,13 +80,14 @@ def inpaint(
 
     Known pixels are never touched by an update; at coarser sizes of a cascade a cell is held, at the mean of its
     block's known pixels, where it has any. Image i is completed with the noise of sample first_sample + i. The chain of
-    a grid takes max(1, round(length · K)) steps, where that of a sample takes K.
+    a grid takes max(1, round(length · K)) steps, where that of a sample takes K. A class-conditional model without
+    `labels` draws classes as for samples, whatever the images show: `labels.labels_of` has those of a data set.
 
         error = mean over occluded pixels and channels of |x − x̂| / (hi − lo)
         PSNR = 10 log₁₀( (hi − lo)² / mean over all pixels of (x − x̂)² )
 
-    Raises ValueError: shapes that do not fit the model, an image with nothing occluded, or a length other than 1 for a
-    model whose images go through no chain; DivergenceError.
+    Raises ValueError: shapes that do not fit the model, labels that are not of its classes, an image with nothing
+    occluded, or a length other than 1 for a model whose images go through no chain; DivergenceError.
     """
     shape = (len(images), model.channels, model.sizes[-1], model.sizes[-1])
     if images.dtype != torch.uint8 or tuple(images.shape) != shape or not len(images):
@@ -104,10 +106,11 @@ def inpaint(
     if len(empty):
         raise ValueError(f"inpaint: mask must occlude a pixel of every image, got none in image {int(empty[0])}")
     device = model.colours.device
+    labels = None if labels is None else model._check_labels(labels, shape[0], "inpaint")
     known = model.from_uint8(images.to(device))
     filled = model.sample(
-        shape[0], seed=seed, first_sample=first_sample, mask=mask.to(device), known=known, length=length,
-        precision=precision,
+        shape[0], seed=seed, first_sample=first_sample, mask=mask.to(device), known=known, labels=labels,
+        length=length, precision=precision,
     )  # fmt: skip
     assert isinstance(filled, Tensor)
     low, high = model.value_range
@@ -138,7 +141,12 @@ class PickedLength:
 
 def length_images(training: ImageData, seed: int = 0) -> Tensor:  # (n, C, S, S) uint8
     """The training images that `pick_length` is given: up to 64, by a permutation that is a function of the seed."""
-    return training.batch(np.random.default_rng(seed).permutation(len(training))[:LENGTH_IMAGES])
+    return training.batch(length_rows(training, seed))
+
+
+def length_rows(training: ImageData, seed: int = 0) -> np.ndarray:
+    """Which images `length_images` takes."""
+    return np.random.default_rng(seed).permutation(len(training))[:LENGTH_IMAGES]
 
 
 def pick_length(
@@ -146,6 +154,7 @@ def pick_length(
     images: Tensor,  # (N, C, S, S) uint8, of the training images
     mask: str | Tensor,  # a kind of `occlusion`, or bool (1 or M, 1, S, S), used in turn
     *,
+    labels: Tensor | None = None,  # as of `inpaint`
     seed: int = 0,
     precision: str = "auto",
     report: Callable[[str], None] = lambda text: None,
@@ -175,8 +184,9 @@ def pick_length(
         report(f"picking the length of the chains: {length:g} of a sample's ({number} of {len(LENGTHS)})")
         try:
             filled = inpaint(
-                model, images, hidden, seed=seed, first_sample=_TRAINING, length=length, precision=precision
-            )
+                model, images, hidden, labels=labels, seed=seed, first_sample=_TRAINING, length=length,
+                precision=precision,
+            )  # fmt: skip
             errors[length] = filled.error
         except DivergenceError as error:
             failure = error

@@ -20,6 +20,7 @@ from ..errors import DataError
 from ..learning import METHODS, Run
 from ..learning.run.folder import SAMPLES
 from ..pictures import image_grid
+from .distances import nearest
 
 MOST_BYTES = 4_500_000  # of all pictures of a page
 MOST_PICTURES = 16  # of a run, evenly spread over its updates
@@ -29,7 +30,6 @@ _PICTURE = re.compile(r"step_[0-9]{1,18}\.png")
 _POINTS = 400  # of a curve
 _DOTTED = 12  # points at most of a curve that are marked
 _LARGEST = 1e100  # of a number on a curve
-_CHUNK = 2048  # training images that are compared at a time
 _COLOURS = ("#1f4e8c", "#b5512b", "#1f7a4c", "#7a4ca0", "#b08a00", "#3a8fb7", "#c2408a", "#666666")
 _NO_CURVE = {"step", "seconds_per_update", "rollbacks", "diverged_at", "num"}
 _TITLES = {  # in the order of the charts
@@ -296,22 +296,11 @@ def neighbours(run: Run, num: int, *, rows: int = 1, seed: int = 0) -> np.ndarra
     drawn = model.sample(num, seed=seed)
     assert isinstance(drawn, torch.Tensor)
     samples = model.to_uint8(drawn).cpu().numpy()
-    nearest = data.images[_nearest(samples, data.images)]
+    _, which = nearest(samples, data.images)
+    found = data.images[which]
     columns = -(-num // rows)
-    parts = [part[i : i + columns] for i in range(0, num, columns) for part in (samples, nearest)]
+    parts = [part[i : i + columns] for i in range(0, num, columns) for part in (samples, found)]
     return image_grid(np.concatenate(parts), columns=columns, scale=max(1, -(-40 // samples.shape[-1])))
-
-
-def _nearest(images: np.ndarray, train: np.ndarray) -> list[int]:
-    """The index of the training image nearest to each image, by the sum of squared differences."""
-    queries = images.reshape(len(images), -1).astype(np.float32)
-    found = []
-    for start in range(0, len(train), _CHUNK):
-        block = train[start : start + _CHUNK].reshape(-1, queries.shape[1]).astype(np.float32)
-        apart = np.stack([((block - query) ** 2).sum(1, dtype=np.float64) for query in queries])
-        found.append((apart.min(1), apart.argmin(1) + start))
-    which = np.argmin([apart for apart, _ in found], 0)
-    return [int(found[chunk][1][i]) for i, chunk in enumerate(which)]
 
 
 def _next(run: Run) -> str:

@@ -1,13 +1,16 @@
-"""A model that a trainer is given: as the keys of a configuration, and whether it fits one."""
+"""What a model or data that a trainer is given settle of a configuration, and whether a given model fits one."""
 
 from __future__ import annotations
 
 from typing import Any
 
+from ..data import Clips, ImageData
+from ..errors import ConfigError
 from ..models import EnergyModel, MultiGrid, SingleGrid
 from ..nets import ResidualNet, ScoreNet
 from .config.method import METHODS
 from .config.train_config import TrainConfig
+from .config.values import merge
 
 # Where a model and a configuration are both given, these must agree.
 _SHARED = ("sizes", "channels", "norm", "value_range")
@@ -77,3 +80,16 @@ def check_fit(model: EnergyModel, config: TrainConfig) -> None:
             f"MultiGridTrainer: the model's classes must be those of the data in their order, "
             f"{', '.join(config.classes)}, got {named}"
         )
+
+
+def with_classes(config: TrainConfig, data: ImageData | Clips) -> TrainConfig:
+    """The configuration with the names of the data's classes, where each is to have an energy of its own."""
+    if not getattr(config.options, "conditional", False):
+        return config
+    if not isinstance(data, ImageData) or data.labels is None or len(data.class_names) < 2:
+        got = "none" if not isinstance(data, ImageData) or data.labels is None else ", ".join(data.class_names)
+        raise ConfigError(f"multigrid.conditional: data must have labels of two classes or more, got {got}")
+    if config.classes and tuple(config.classes) != data.class_names:
+        got = f"{', '.join(data.class_names)}"
+        raise ConfigError(f"multigrid.conditional: data must be of the classes {', '.join(config.classes)}, got {got}")
+    return merge(config, {"classes": list(data.class_names)})

@@ -20,7 +20,7 @@ from . import start
 from .config.method import METHODS, load_data
 from .config.train_config import TrainConfig
 from .config.values import from_dict, merge
-from .given_model import check_fit, describe_model
+from .given_model import check_fit, describe_model, with_classes
 from .run import loggers
 from .run.distributed import Ranks, joined
 from .run.feed import Batches
@@ -87,7 +87,7 @@ class MultiGridTrainer:
             built = model is None
             method = METHODS[config.method]
             self.data = _images(data, config, method.narrow(config))
-            config = _with_classes(config, self.data)
+            config = with_classes(config, self.data)
             if not built and config.start_from is not None:
                 raise ConfigError(f"start_from: must be none where a model is given, got {config.start_from!r}")
             if model is None:
@@ -297,19 +297,6 @@ def _parted(config: TrainConfig, ranks: Ranks) -> TrainConfig:
 def _spread(count: int) -> Tensor:
     """Places of the colours that are kept of so many images: all, or evenly spread ones."""
     return torch.arange(min(count, _COLOURS_KEPT)) * count // min(count, _COLOURS_KEPT)
-
-
-def _with_classes(config: TrainConfig, data: ImageData | Clips) -> TrainConfig:
-    """The configuration with the names of the data's classes, where each is to have an energy of its own."""
-    if not getattr(config.options, "conditional", False):
-        return config
-    if not isinstance(data, ImageData) or data.labels is None or len(data.class_names) < 2:
-        got = "none" if not isinstance(data, ImageData) or data.labels is None else ", ".join(data.class_names)
-        raise ConfigError(f"multigrid.conditional: data must have labels of two classes or more, got {got}")
-    if config.classes and tuple(config.classes) != data.class_names:
-        got = f"{', '.join(data.class_names)}"
-        raise ConfigError(f"multigrid.conditional: data must be of the classes {', '.join(config.classes)}, got {got}")
-    return merge(config, {"classes": list(data.class_names)})
 
 
 def _images(data: Any, config: TrainConfig, own: TrainConfig) -> ImageData | Clips:

@@ -224,12 +224,16 @@ class MultiGrid(EnergyModel):
             results[first:] = climb(first, means, steps[first:])
         return results
 
+    def moving(self) -> Tensor:  # (C + K, 1, 1) bool
+        """The mask of chains that move images and hold their label planes."""
+        places = torch.arange(self.channels + len(self.classes), device=self.colours.device)
+        return (places < self.channels)[:, None, None]
+
     def held_planes(self, start: Tensor, grids: int | None = None) -> tuple[Tensor, Tensor]:  # (N, C + K, s, s)
         """(known, mask) of chains that hold the label planes of their starts and no pixel, as `cascade` takes them; of
         the `grids` coarsest nets alone where that is given."""
-        mask = (torch.arange(start.shape[1], device=start.device) < self.channels)[:, None, None]
         size = self.sizes[-1 if grids is None else grids]
-        return start[:, :, :1, :1].expand(-1, -1, size, size), mask  # a plane is alike in every pixel
+        return start[:, :, :1, :1].expand(-1, -1, size, size), self.moving()  # a plane is alike in every pixel
 
     def with_planes(self, images: Tensor, labels: Tensor) -> Tensor:  # (N, C, s, s), (N,) -> (N, C + K, s, s)
         """Images with their label planes, float32, as the nets of a class-conditional model take them; bytes are

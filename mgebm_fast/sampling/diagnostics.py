@@ -113,7 +113,7 @@ class Trace:
     potential: np.ndarray  # U(x), the reference included
     gradient_to_noise: np.ndarray | None  # rms of a step's drift over rms of its noise; None for noise-free chains
     log_acceptance: np.ndarray | None  # log of the Metropolis acceptance of a step from there; None for noise-free ones
-    quantities: dict[str, np.ndarray]  # what ESS and R-hat are taken of: potential, mean pixel, projections
+    quantities: dict[str, np.ndarray]  # what ESS and R-hat are of: potential, mean and projections of moving pixels
     states: list[tuple[int, Tensor]]  # (step, the first few samples), on the CPU
 
     @property
@@ -206,15 +206,17 @@ class Recorder:
         energy = target.energies(x)
         potential = energy + target.reference(x)
         values = {"step": step, "energy": energy, "potential": potential}
+        moved = torch.ones_like(x[:1], dtype=torch.bool) if target.mask is None else target.mask
+        updated = moved.expand(x.shape).flatten(1).sum(1)
         if self._exact is not None:
             force = target.force(x)
-            updated = x[0].numel() if target.mask is None else target.mask.expand(x.shape).flatten(1).sum(1)
             values["gradient_to_noise"] = self._exact.step_size / 2 * (squares(force) / updated).sqrt()
             momentum = target.momentum(x, step=step + 1, first_sample=self._first_sample, **self._place)
             proposal = propose(target, State(x, potential, force), momentum, self._exact.step_size, self._exact.path)
             values["log_acceptance"] = proposal.log_ratio
-        flat = x.double().flatten(1)
-        values["quantities"] = torch.cat([flat.mean(1, keepdim=True), flat @ self._directions(flat)], 1)
+        flat = torch.where(moved, x, 0).double().flatten(1)  # what is held would keep chains apart for ever
+        mean = flat.sum(1, keepdim=True) / updated.clamp(min=1)[:, None]
+        values["quantities"] = torch.cat([mean, flat @ self._directions(flat)], 1)
         records.append(
             {key: value.cpu().numpy() if isinstance(value, Tensor) else value for key, value in values.items()}
         )

@@ -18,6 +18,7 @@ from mgebm_fast.learning import Run, load_config, work
 
 SEEDS, INPAINTED = ("0", "1"), 20
 SMALL = ["--set", "steps=2", "--set", "langevin.steps=2", "--set", "batch_size=32", "--set", "width=0.1"]
+SMALL += ["--set", "checkpoint_every=2"]  # of which the best state is measured
 ARGUMENTS = ["compare", "digits", "digits-pcd", "--seeds", ",".join(SEEDS), *SMALL, "--num", 40, "--threads", 1]
 
 
@@ -64,7 +65,10 @@ def test_runs_are_those_of_train(compared, mgebm, tmp_path):
     mgebm("train", "digits-pcd", *SMALL, "--set", "seed=1", "--threads", 1, "--out", tmp_path / "run")
     ours, theirs = (path / "model.safetensors" for path in (out / "digits-pcd" / "seed-1", tmp_path / "run"))
     assert ours.read_bytes() == theirs.read_bytes()
-    assert Run(out / "digits-pcd" / "seed-1").config == Run(tmp_path / "run").config
+    runs = Run(out / "digits-pcd" / "seed-1"), Run(tmp_path / "run")
+    assert runs[0].config == runs[1].config
+    timeless = [[{k: v for k, v in r.items() if "seconds" not in k} for r in run.metrics()] for run in runs]
+    assert timeless[0] == timeless[1] and "held_out/energy_distance" in timeless[0][-1]
 
 
 def test_figures_are_those_of_evaluate_and_inpaint(compared, mgebm):

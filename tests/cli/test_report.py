@@ -119,12 +119,6 @@ def test_facts_are_those_of_the_method_and_of_what_is_there(mgebm, run, tmp_path
     assert single.count("<circle") == 1 and ">0.25</text>" in single
 
 
-def test_the_nearest_training_images_are_found_in_every_chunk(monkeypatch):
-    train = np.random.default_rng(0).integers(0, 256, (25, 1, 4, 4), dtype=np.uint8)
-    monkeypatch.setattr(module, "_CHUNK", 10)
-    assert module._nearest(train[[3, 24, 11]] // 2 * 2, train) == [3, 24, 11]
-
-
 def test_many_large_pictures_are_thinned_out(run, monkeypatch):
     noise = np.random.default_rng(0).integers(0, 256, (300, 300, 3), dtype=np.uint8)
     for step in range(3, 60):

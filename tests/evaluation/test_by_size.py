@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -97,3 +98,19 @@ def test_what_has_no_sizes_or_labels_is_refused(digits):
         evaluate_by_size(model, train, held_out, num=100, features="classifier")
     with pytest.raises(Refused, match="held_out must hold at least two images, got 1"):
         evaluate_by_size(still_model(train), train, held_out.subset([0]))
+
+
+def test_a_size_whose_features_are_alike_is_left_out_with_a_note(digits, monkeypatch):
+    train, held_out = digits
+    make = features.feature_space
+
+    def blind_at_4(kind, own, *rest, **options):
+        space = make(kind, own, *rest, **options)
+        return replace(space, extract=lambda x: torch.ones(len(x), 2).double()) if own.size == 4 else space
+
+    monkeypatch.setattr(by_size, "feature_space", blind_at_4)
+    result = evaluate_by_size(still_model(train), train, held_out, num=20, features="classifier", progress=False)
+    assert result["kid_real"]["4"] is result["kid"]["1"]["4"] is result["kid"]["2"]["4"] is None
+    assert "4" not in result["kid"]["4"] and None not in [of["8"] for of in result["kid"].values()]
+    assert result["notes"] == ["KID at 4×4 left out: the feature space does not tell the training images apart"]
+    Console(file=io.StringIO()).print(format_by_size(result))

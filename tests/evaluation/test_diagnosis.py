@@ -8,7 +8,7 @@ import torch
 
 from mgebm_fast.evaluation import diagnosis
 from mgebm_fast.evaluation.diagnosis import diagnose
-from mgebm_fast.models import Frame, GenerativeConvNet, SingleGrid
+from mgebm_fast.models import Frame, GenerativeConvNet, MultiGrid, SingleGrid
 from mgebm_fast.nets import ConvSpec, EnergyNet
 from mgebm_fast.sampling import Langevin
 
@@ -83,3 +83,28 @@ def test_every_is_a_positive_number_of_steps():
     for every in (0, -1):
         with pytest.raises(ValueError, match=f"every must be a positive int, got {every}"):
             diagnose(single(6), num=2, every=every)
+
+
+class Bowl(torch.nn.Module):
+    """Of pixels ‖x‖²; the label planes have a steep energy of their own, which no chain feels that holds them."""
+
+    def forward(self, x):
+        return (x[:, :1].square() + 100 * x[:, 1:].square().sum(1, keepdim=True)).flatten(1).sum(1)
+
+
+def test_label_planes_do_not_count():
+    found = []
+    for classes in ((), ("left", "right")):
+        model = MultiGrid(
+            (1, 2, 4), nets=[Bowl(), Bowl()], channels=1, classes=classes, value_range=RANGE,
+            langevin=Langevin(STEPS, drift=0.3, noise_std=0.5),
+        )  # fmt: skip
+        labels = (torch.tensor([0, 1, 1]),) if classes else ()
+        model.set_colours(torch.tensor([[-1.0], [0.5], [2.0]]), *labels)
+        found.append(diagnose(model, num=6, seed=3).chains)
+    for plain, of_classes in zip(*found, strict=True):
+        for key in ("acceptance", "gradient_to_noise"):
+            assert of_classes.figures[key] == pytest.approx(plain.figures[key], rel=1e-4)
+        np.testing.assert_allclose(of_classes.trace.quantities["mean"], plain.trace.quantities["mean"], rtol=1e-5)
+        for (_, x), (_, expected) in zip(of_classes.trace.states, plain.trace.states, strict=True):
+            assert torch.equal(x, expected)

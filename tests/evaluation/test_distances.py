@@ -5,7 +5,7 @@ import pytest
 import scipy.linalg
 import torch
 
-from mgebm_fast.evaluation.distances import fid, kid, nearest_distance, precision_recall
+from mgebm_fast.evaluation.distances import fid, kid, nearest, precision_recall
 
 
 def features(n: int, d: int = 12, *, shift: float = 0.0, seed: int = 0) -> torch.Tensor:
@@ -108,14 +108,16 @@ def test_nearest_distance_is_exact_whatever_the_chunks(shape, chunk_values):
     images, train = (generator.integers(0, 256, (n, *shape), dtype=np.uint8) for n in (9, 31))
     train[17] = images[4]
     expected = [min(np.sqrt(((x.astype(float) - y) ** 2).mean()) for y in train.astype(float)) for x in images]
-    found = nearest_distance(images, train, chunk_values=chunk_values)
-    assert found[4] == 0
+    found, which = nearest(images, train, chunk_values=chunk_values)
+    assert found[4] == 0 and which[4] == 17
     np.testing.assert_allclose(found, expected, rtol=1e-14, atol=0)
+    theirs = [np.sqrt(((x.astype(float) - train[k]) ** 2).mean()) for x, k in zip(images, which, strict=True)]
+    np.testing.assert_allclose(theirs, expected, rtol=1e-14, atol=0)
 
 
 def test_nearest_distance_is_in_grey_levels():
     black = np.zeros((1, 3, 4, 4), np.uint8)
-    assert nearest_distance(black + np.uint8(7), black) == pytest.approx([7.0])
+    assert nearest(black + np.uint8(7), black)[0] == pytest.approx([7.0])
 
 
 def test_figures_are_those_of_torchmetrics_on_record():

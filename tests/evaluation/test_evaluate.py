@@ -10,6 +10,7 @@ import pytest
 import torch
 from rich.console import Console
 
+import mgebm_fast as mg
 from mgebm_fast import data, evaluation
 from mgebm_fast.data import ImageData
 from mgebm_fast.evaluation import evaluate as run
@@ -216,3 +217,22 @@ def test_bars_of_classes_are_as_long_as_their_shares(share, bar):
     """The whole length is half of all samples, of two classes, or more: next to nothing has no bar."""
     table = _class_table({"class_shares": {"even": share, "odd": 0.0}, "class_shares_real": None})
     assert [len(cell) for cell in table.columns[3].cells] == [bar, 0]
+
+
+@pytest.mark.parametrize(
+    ("unlabelled", "classes"),
+    [((0,), "0123456789"), ((1,), "0123456789"), ((0, 1), "0123456789"), ((), "abcdefghij")],
+    ids=["training", "held out", "both", "other classes"],
+)
+def test_figures_by_class_need_labels_of_the_classes(digits, judges, unlabelled, classes):
+    train, held_out = (replace(part, labels=None) if i in unlabelled else part for i, part in enumerate(digits))
+    judges = replace(judges, names=[]) if 0 in unlabelled else judges
+    model = mg.MultiGrid(
+        (1, 8), classes=tuple(classes), channels=1, width=0.1, variant="compact", norm="none",
+        value_range=(-1.0, 1.0), langevin=mg.Langevin(1, drift=0.1, noise_std=0.1),
+    )  # fmt: skip
+    model.set_colours(torch.zeros(10, 1), torch.arange(10))
+    found = evaluation.evaluate(model, train, held_out, num=20, judges=judges, progress=False)
+    assert found["class_kid"] is found["class_kid_real"] is None and "class_agreement" not in found
+    words = "class_kid, class_agreement and class_accuracy left out: not all images have labels among the model's "
+    assert words in " ".join(found["notes"]) and found["kid"] is not None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ import mgebm_fast as mg
 from mgebm_fast.data import ImageData, load
 from mgebm_fast.errors import DataError, DivergenceError
 from mgebm_fast.evaluation.inpainting import HIDDEN, LENGTHS, inpaint, length_images, pick_length
+from mgebm_fast.evaluation.labels import labels_of
 from mgebm_fast.models.latent import Inference
 from mgebm_fast.models.occlusions import KINDS, occlusion, read_mask
 
@@ -392,3 +394,41 @@ def test_training_images_are_a_choice_by_the_seed():
     assert torch.equal(few.batch(slice(None)), length_images(whole, 3)) and len(few.labels) == 64
     with pytest.raises(DataError, match="most must be at least 1, got 0"):
         load("digits", size=8, channels=1, most=0)
+
+
+class PullByClass(torch.nn.Module):
+    """E(x, y) = ‖x − t_y‖²/2 with t_y = ±0.5, by the first label plane."""
+
+    def forward(self, x):
+        target = torch.where(x[:, 1:2] > 0, 0.5, -0.5)
+        return (x[:, :1] - target).square().flatten(1).sum(1) / 2
+
+
+def by_class():
+    made = mg.MultiGrid(
+        (1, 2, 4), channels=1, classes=("light", "dark"), nets=[PullByClass()] * 2, value_range=(-1.0, 1.0),
+        langevin=mg.Langevin(steps=2, drift=1.0, noise_std=0.0),
+    )  # fmt: skip
+    made.set_colours(torch.zeros(2, 1), torch.tensor([0, 1]))
+    return made
+
+
+def test_images_are_filled_as_of_their_own_class():
+    generator, images = by_class(), pictures(6, channels=1, size=4)
+    labels, mask = torch.tensor([0, 1, 1, 0, 0, 1]), occlusion("square", 6, 4)
+    light, dark = (generator.to_uint8(torch.tensor([target])) for target in (0.5, -0.5))
+    completed = inpaint(generator, images, mask, labels=labels).completed
+    for image, hidden, label in zip(completed, mask, labels, strict=True):
+        assert (image[hidden] == (dark if label else light)).all()
+    of_class = torch.where(labels == 0, light, dark)[:, None, None, None].expand_as(images).contiguous()
+    assert pick_length(generator, of_class, "square", labels=labels).errors[1.0] < 0.002
+    assert pick_length(generator, of_class, "square").errors[1.0] > 0.1, "classes are drawn"
+    data = ImageData(images.numpy(), 1 - labels.numpy(), ("dark", "light"))
+    assert torch.equal(labels_of(generator, data, np.array([5, 0])), labels[[5, 0]])
+    assert labels_of(generator, ImageData(images.numpy()), slice(None)) is None
+    assert labels_of(generator, replace(data, class_names=("dark", "b")), slice(None)) is None
+    assert labels_of(model(), data, slice(None)) is None
+    with pytest.raises(ValueError, match="inpaint: labels must be from 0 to 1"):
+        inpaint(generator, images, mask, labels=labels + 1)
+    with pytest.raises(ValueError, match="inpaint: labels must be None"):
+        inpaint(model(), pictures(2), occlusion("square", 2, 8), labels=labels[:2])

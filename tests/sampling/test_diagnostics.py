@@ -201,6 +201,12 @@ def test_held_pixels_do_not_count():
     a, b = recorder.trace().gradient_to_noise[0], small.trace().gradient_to_noise[0]
     # The noise of an element is that of its number, the same in both.
     np.testing.assert_allclose(a, b, rtol=1e-5)
+    np.testing.assert_allclose(recorder.trace().quantities["mean"], small.trace().quantities["mean"], rtol=1e-6)
+    elsewhere = Recorder(quartic, chain, mask=mask, seed=0)
+    x[:, 2:] = torch.arange(6.0)[:, None]
+    chain(quartic, x, seed=0, mask=mask, callback=elsewhere)
+    for name in ("mean", "projection 1"):
+        np.testing.assert_array_equal(recorder.trace().quantities[name], elsewhere.trace().quantities[name])
 
 
 def test_noise_free_chains_have_no_acceptance():

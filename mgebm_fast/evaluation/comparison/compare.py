@@ -28,10 +28,11 @@ from ...learning.run.checkpoint import checksum
 from ...models.occlusions import KINDS, occlusion
 from ...models.storage import MOST_JSON
 from ..evaluate import Judges, evaluate, fit_judges
-from ..inpainting import inpaint, length_images, pick_length
+from ..inpainting import inpaint, length_rows, pick_length
+from ..labels import labels_of
 from .runs import Entry, check_data, state
 
-_VERSION = 3  # of the figures: those stored under another version are measured again
+_VERSION = 4  # of the figures: those stored under another version are measured again
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,8 +80,8 @@ def compare(
             say(f"{head}: {'going on with' if standing == 'unfinished' else 'training'} {entry.config.steps:,} updates")
             try:
                 outcome = train(
-                    entry.config, out=entry.folder, data=training, resume=standing == "unfinished", device=device,
-                    console=console, quiet=console is None, resume_command=resume_command,
+                    entry.config, out=entry.folder, data=training, held_out=held_out, device=device, console=console,
+                    quiet=console is None, resume=standing == "unfinished", resume_command=resume_command,
                 )  # fmt: skip
             except DivergenceError as error:
                 if not (
@@ -191,12 +192,14 @@ def measured(
     lengths: dict[str, dict[str, Any]] = {}
     if len(held_out):
         chosen = np.random.default_rng(settings.seed).permutation(len(held_out))[: settings.inpainted]
-        images, tried = held_out.batch(chosen), length_images(training, settings.seed)
+        images, labels = held_out.batch(chosen), labels_of(model, held_out, chosen)
+        tried = length_rows(training, settings.seed)
+        options: dict[str, Any] = {"labels": labels_of(model, training, tried), "seed": settings.seed}
         for kind in KINDS:
             mask = occlusion(kind, len(chosen), model.sizes[-1], seed=settings.seed)
-            picked = pick_length(model, tried, kind, seed=settings.seed)
+            picked = pick_length(model, training.batch(tried), kind, **options)
             lengths[kind] = picked.figures()
-            filled = inpaint(model, images, mask, seed=settings.seed, length=picked.length).figures()
+            filled = inpaint(model, images, mask, labels=labels, seed=settings.seed, length=picked.length).figures()
             for key in ("error", "psnr"):
                 figures[f"{kind}_{key}"], real[f"{kind}_{key}"] = filled[key], filled[f"{key}_mean_fill"]
     metrics = run.metrics()

@@ -49,8 +49,8 @@ class Entry:
         return f"{self.preset}, seed {self.config.seed}"
 
 
-def entries(configs: Sequence[TrainConfig], seeds: Sequence[int], out: Path) -> list[Entry]:
-    """The runs of a comparison, preset by preset. ConfigError where they would not learn from the same images."""
+def check_alike(configs: Sequence[TrainConfig]) -> None:
+    """ConfigError where presets of a comparison would not learn from the same images, as their files name them."""
     names = [config.name for config in configs]
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice is not None:
@@ -70,6 +70,11 @@ def entries(configs: Sequence[TrainConfig], seeds: Sequence[int], out: Path) -> 
                     f"compare: presets must learn from the same images, but {name} of {config.name!r} is {ours!r} "
                     f"and of {first.name!r} {theirs!r}"
                 )
+
+
+def entries(configs: Sequence[TrainConfig], seeds: Sequence[int], out: Path) -> list[Entry]:
+    """The runs of a comparison, preset by preset, of configurations that name the classes of class-conditional models
+    (`with_classes`), as stored ones do."""
     return [
         Entry(config.name, dataclasses.replace(config, seed=seed), out / config.name / f"seed-{seed}")
         for config in configs

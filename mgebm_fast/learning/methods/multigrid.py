@@ -163,7 +163,7 @@ class MultiGridRule(GraphedRule):
     def _options(self, grid: int, x: Tensor) -> dict[str, Any]:
         mask = None  # label planes are held
         if self.model.classes:
-            mask = (torch.arange(x.shape[1], device=x.device) < self.model.channels)[:, None, None].expand_as(x)
+            mask = self.model.moving().expand_as(x)
         return {
             "mask": mask, "stream": noise.stream(self.purpose(noise.Purpose.TRAINING_CHAIN), grid),
             "precision": self.precision, "where": f"training: grid {grid} (size {self.model.sizes[grid]})",

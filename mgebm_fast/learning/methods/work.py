@@ -62,7 +62,7 @@ def work(config: TrainConfig) -> int:
     and from a synthesised one. A generator counts one forward pass where it proposes an image, three where it learns,
     and two a step of inference of z. Left out: what is no convolution or
     matrix product, data, pictures and checkpoints, and that the lowest layer needs no gradient for its input when it
-    learns.
+    learns. Label planes are counted where `config.classes` names the classes: training takes them from the data.
     """
     method = METHODS[config.method]
     per_image = method.work(method.build_model(config), config)

@@ -117,7 +117,7 @@ def test_the_contenders_of_a_base(base):
         comparison_runs.contenders("frame")
 
 
-def test_what_cannot_be_compared_is_refused(tmp_path):
+def test_what_cannot_be_compared_is_refused():
     digits = load_preset("digits")
     for other, message in (
         (load_preset("cifar10"), "data of 'cifar10' is 'photos' and of 'digits' 'digits'"),
@@ -126,7 +126,7 @@ def test_what_cannot_be_compared_is_refused(tmp_path):
         (load_preset("fire"), "must be of images, got 'fire'"),
     ):
         with pytest.raises(ConfigError, match=message):
-            comparison_runs.entries([digits, other], [0], tmp_path)
+            comparison_runs.check_alike([digits, other])
 
 
 def test_pictures_have_a_row_a_method_and_a_png():
