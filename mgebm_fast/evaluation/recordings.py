@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..files import write_npy as _save_array
+from ..files import write_npy
 
 if TYPE_CHECKING:
     import numpy as np
@@ -81,7 +81,7 @@ def _strip(model: SpatialTemporal, videos: np.ndarray, out: Path) -> None:
 
 
 def _video_array(model: SpatialTemporal, videos: np.ndarray, out: Path) -> None:
-    _save_array(out, videos.transpose(0, 4, 1, 2, 3))
+    write_npy(out, videos.transpose(0, 4, 1, 2, 3))
 
 
 def _wav(model: SpatialTemporal, sounds: list[np.ndarray], out: Path) -> None:
@@ -104,7 +104,7 @@ def _plot(model: SpatialTemporal, sounds: list[np.ndarray], out: Path) -> None:
 def _sound_array(model: SpatialTemporal, sounds: list[np.ndarray], out: Path) -> None:
     import numpy as np
 
-    _save_array(out, np.stack(sounds)[:, None])
+    write_npy(out, np.stack(sounds)[:, None])
 
 
 def _write_folder(model: SpatialTemporal, x: Tensor, out: Path, first_sample: int) -> None:
