@@ -38,7 +38,7 @@ def test_images_added_later_leave_the_held_out_ones_out_of_the_choice_of_a_lengt
     pictures(folder, [f"{i:03d}_new.png" for i in range(30)], 100)
     pool, why = _training_images(out, mg.load(out), Run(out).config, 0)
     assert not why and len(pool) == 54
-    assert not {image.tobytes() for image in held_out} & {image.numpy().tobytes() for image in pool}
+    assert not {image.tobytes() for image in held_out} & {image.tobytes() for image in pool.images}
 
 
 @pytest.fixture(scope="module")

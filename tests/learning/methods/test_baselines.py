@@ -186,7 +186,7 @@ def test_no_counter_is_used_twice(trainer, method, monkeypatch):
     if method == "multigrid":
         ours = trainer(multigrid={"bank_size": 24}, flips=True, stabilise={"data_noise": 0.1})
     # The measure of the best state draws the same samples at every checkpoint, as pictures do, and teaches nothing.
-    monkeypatch.setattr(loop, "measured", lambda rule, reference: None)
+    monkeypatch.setattr(loop, "measured_together", lambda rule, reference, ranks: None)
     monkeypatch.setattr(ops, "noise", noted_draw)
     monkeypatch.setattr(noise, "words", noted_words)
     monkeypatch.setattr(langevin, "prepare", noted_prepare)
