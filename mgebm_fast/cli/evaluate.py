@@ -18,6 +18,7 @@ from .options import (
     Steps,
     Threads,
     images_of,
+    is_own,
     named_options,
     open_model,
     print_json,
@@ -87,7 +88,6 @@ def evaluate(
     """
     use_threads(threads)
     from json import dumps
-    from os.path import abspath
 
     from ..evaluation import evaluate as measure
     from ..evaluation import evaluate_by_size, format_by_size, format_report
@@ -105,7 +105,7 @@ def evaluate(
     take_chains(model, steps, cycles, run)
     trained = _recorded(run) if record else None
     images = images_of(run, model, config, data)
-    if record and data and config and abspath(images.args[0]) != abspath(config.data):
+    if record and config and not is_own(images.args[0], config):
         raise ValueError(f"--record: must be left out with --data {data}: it is for the run's own data, {config.data}")
     train, held_out = images(split="train"), images(split="held_out")
     with named_options("features"):

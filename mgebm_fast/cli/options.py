@@ -237,8 +237,7 @@ def images_of(
     if not source:
         raise ValueError(f"--data: must be given, {run} is no run folder and does not say what it was trained on")
     size, channels = model.sizes[-1], model.channels
-    own = config is not None and os.path.abspath(source) == os.path.abspath(config.data)
-    needed = own or bool(getattr(model, "classes", ()))
+    needed = is_own(source, config) or bool(getattr(model, "classes", ()))
     if classes and not needed and not _has_classes(source, size, channels, classes):
         typer.echo(f"{source}: all its images, it has not the classes of the run ({', '.join(classes)})", err=True)
         classes = ()
@@ -317,13 +316,16 @@ def configured(config: TrainConfig, data: str | None, settings: Sequence[str], *
     return config
 
 
+def is_own(source: str, config: TrainConfig | None) -> bool:
+    """Whether `source` is where a run's own images are."""
+    return config is not None and os.path.abspath(source) == os.path.abspath(config.data)
+
+
 def fingerprint_of(run: Path, source: str, config: TrainConfig | None) -> dict[str, Any] | None:
     """What a run says of the data that it learnt from, where `source` is their place and anything is known of them."""
     from ..learning.run import stored_run
 
-    if config is None or os.path.abspath(source) != os.path.abspath(config.data):
-        return None
-    found = stored_run.find(run).run
+    found = stored_run.find(run).run if is_own(source, config) else None
     return None if found is None else found.fingerprint()
 
 

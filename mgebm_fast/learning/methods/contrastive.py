@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Mapping
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ... import noise, ops
 from ...errors import DivergenceError
@@ -19,7 +19,6 @@ from ...sampling import graphs
 from ..config.keys import pick
 from ..config.train_config import TrainConfig
 from .contrast import contrast
-from .ema import Average
 from .model_rule import ModelRule
 from .optim import build_optimiser, condition_, map_areas, norm, rate_factor, step
 from .synthesis import GridLearned, Learned, Lesson, Numbers, Synthesis, law_of, measured_of_samples, with_data_noise
@@ -78,9 +77,6 @@ class ContrastiveRule(ModelRule):
         self.averaged = [b for b in self.buffers if b.is_floating_point()] if config.batch_parts > 1 else []
         self.first_updates = config.first_updates()
         self.learning = self.learning_at(0)  # how many nets do, the coarsest ones
-        if self.average is not None:
-            firsts = {p: first for own, first in zip(self.parameters, self.first_updates) for p in own}
-            self.average = Average(model, config.stabilise.ema, firsts)
         self.names = [f"size_{size}" for size in model.sizes[1:]]  # of the nets, in metrics
         self.slowed_alone = self.names if len(self.names) > 1 else []
         settings = config.stabilise
@@ -89,6 +85,10 @@ class ContrastiveRule(ModelRule):
         self.stiffness_bounds = {net: bounds[net] for net in self.noisy if bounds[net]}
 
     # what a method says
+
+    def firsts(self) -> dict[nn.Parameter, int]:
+        nets = zip(self.model.nets, self.config.first_updates())
+        return {parameter: first for net, first in nets for parameter in net.parameters() if parameter.requires_grad}
 
     @abc.abstractmethod
     def synthesise(

@@ -17,7 +17,6 @@ from ..config.keys import MOST_CHANNELS, MOST_SAMPLES, MOST_STEPS, Choice, Many,
 from ..config.method import Method, register
 from ..config.train_config import TrainConfig
 from .baselines import SingleGridRule, Zeros, narrow
-from .ema import Average
 from .work import CHAIN_STEP, LEARNING
 
 
@@ -72,13 +71,9 @@ class ConvNetRule(ChainsRule):
 
     model: GenerativeConvNet
 
-    def __init__(self, model: GenerativeConvNet, config: TrainConfig, *, images: int) -> None:
-        super().__init__(model, config, images=images)
-        if self.average is not None and self.grows:
-            self.average = Average(model, config.stabilise.ema, self._firsts())
-
-    def _firsts(self) -> dict[nn.Parameter, int]:
-        """The update that each parameter begins to learn at."""
+    def firsts(self) -> dict[nn.Parameter, int]:
+        if not self.grows:
+            return super().firsts()
         (net,) = self.model.energy_nets("grown", EnergyNet)
         layers, updates = self.model.layers, range(self.config.steps)
         assert isinstance(net, EnergyNet)

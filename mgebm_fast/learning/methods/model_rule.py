@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import abc
 import contextlib
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ...errors import CheckpointError, DivergenceError
 from ...models import Model
@@ -30,7 +31,11 @@ class ModelRule(UpdateRule):
     def __init__(self, model: Model, config: TrainConfig) -> None:
         model.check_storable()
         self.model, self.config = model, config
-        self.average = Average(model, config.stabilise.ema) if config.stabilise.ema else None
+        self.average = Average(model, config.stabilise.ema, self.firsts()) if config.stabilise.ema else None
+
+    def firsts(self) -> Mapping[nn.Parameter, int]:
+        """The update that parameters begin to learn at, where it is not 0: their averages begin there too."""
+        return {}
 
     @abc.abstractmethod
     def named_optimisers(self) -> dict[str, torch.optim.Optimizer]:
