@@ -6,8 +6,8 @@ A run that goes back to the state after g updates makes the updates after g agai
     data noise · data_noise_factor       that of `rollback.data_noise_factor`
     noise of attempt number a            a = how often it went back (`noise.retried`)
 
-for the rest of its life. The first time that one of several nets runs away, the first two are of that net alone, since
-they cost the others quality; in every other case they are of all nets.
+for the rest of its life. Where one of several nets ran away, the first two are of that net alone, however often it does:
+they cost the others quality. Where the cause is not one of several nets, they are of all nets.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ class History:
     def went_back(self, made: Sequence[Rollback], at: int, to: int, error: DivergenceError, rule: UpdateRule) -> None:
         """From update number `at` to the state after `to`, after the returns `made`; what is other from there on."""
         part = error.part if isinstance(error, RunAway) else ""
-        net = part if part in rule.slowed_alone and not any(entry.net for entry in made) else ""
+        net = part if part in rule.slowed_alone else ""
         data_noise = self.config.data_noise_factor if net in rule.noisy or (rule.noisy and not net) else 1.0
         self.made = [*made, Rollback(at, to, self.config.lr_factor, str(error), data_noise, net)]
 
