@@ -100,7 +100,7 @@ class RollbackConfig:
     lr_factor: float = key(
         0.5,
         Real(0, 1, above=True),
-        "each time, learning rates are multiplied by this, for good; of several nets only that of the net that ran away",
+        "each time, the learning rate is multiplied by this, for good; of several nets that of the one that ran away",
     )
     data_noise_factor: float = key(
         1.5,

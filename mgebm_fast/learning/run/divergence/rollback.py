@@ -6,8 +6,8 @@ A run that goes back to the state after g updates makes the updates after g agai
     data noise · data_noise_factor       that of `rollback.data_noise_factor`
     noise of attempt number a            a = how often it went back (`noise.retried`)
 
-for the rest of its life. Where one of several nets ran away, the first two are of that net alone, however often it does:
-they cost the others quality. Where the cause is not one of several nets, they are of all nets.
+for the rest of its life. Where one of several nets ran away, the first two are of that net alone, however often it
+does: they cost the others quality. Where the cause is not one of several nets, they are of all nets.
 """
 
 from __future__ import annotations
