@@ -324,6 +324,8 @@ MUTATIONS = (
              "net = part if part in rule.slowed_alone else", "net = part if not part else", ROLLBACK),
     Mutation("rollback-of-one-net-the-first-time-only", "python", "mgebm_fast/learning/run/divergence/rollback.py",
              "part in rule.slowed_alone else", "part in rule.slowed_alone and not made else", ROLLBACK),
+    Mutation("a-longer-run-is-watched-by-its-past", "python", "mgebm_fast/learning/run/divergence/rollback.py",
+             "self.restore_seen(stored if same else {**stored, \"watch\": {}})", "self.restore_seen(stored)", GROWING),
     Mutation("growth-never-goes-back", "python", "mgebm_fast/learning/run/divergence/factors.py",
              "elif stiffness < _CALM * bound and factor > 1.0:", "elif stiffness < 0:", FACTORS),
     Mutation("growth-forgotten-at-a-resumption", "python", "mgebm_fast/learning/run/divergence/rollback.py",

@@ -291,22 +291,14 @@ def report_skipped(name: str, skipped: tuple[tuple[str, str], ...], kept: int, m
 def configured(config: TrainConfig, data: str | None, settings: Sequence[str], *, stored: bool = False) -> TrainConfig:
     """`config` as --data and --set change it; paths are absolute, so that the run goes on from any folder. What a
     preset or a TOML file names is checked as --data is; not so the data of a run that goes on (`stored`)."""
-    from ..learning import METHODS, apply_overrides, merge
+    from ..learning import apply_overrides, merge
 
     before = config
     if data is not None:
         config = dataclasses.replace(config, data=data)
     config = apply_overrides(config, settings)
     if stored:
-        late = any(METHODS[before.method].narrow(before).first_updates())
-        asked, named = config, {setting.partition("=")[0].strip() for setting in settings}
-        config = config.paced_as(before, named, late=late)
-        if config.stabilise != asked.stabilise:
-            typer.echo(
-                f"noise falls as in the run of {before.steps} updates, and stays where it ends there; "
-                "--set stabilise.noise_anneal_share=... lets it fall over this one",
-                err=True,
-            )
+        config = config.paced_as(before, {setting.partition("=")[0].strip() for setting in settings})
     changed = data is not None or config.data != before.data
     if changed or not stored:
         option = "--data" if changed else f"data of {config.name!r}"

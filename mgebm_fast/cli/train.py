@@ -100,7 +100,7 @@ def train(
     Ctrl-C saves a checkpoint and says how to go on, and so do SIGTERM, SIGHUP, SIGUSR1, SIGUSR2 and SIGXCPU; --resume
     then gives, bit for bit, the run that was never stopped. With --resume the configuration is the run's own; only what
     --set, --seed, --data and --precision name is changed. With --set steps=... a run that is over goes on: nets join
-    and noise falls where they did, and learning rates follow the new length.
+    where they did; learning rates and noise are those of a run of the new length, and so rise at first.
 
     --from starts from what was trained before, on other data, or with a finer size on top: each size takes the net of
     its size there, and what was taken and what is new is printed. A net of that size with other layers, other channels

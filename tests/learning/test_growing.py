@@ -130,36 +130,33 @@ def test_a_run_with_more_steps_has_its_nets_join_where_they_did(trainer, tmp_pat
     assert config.paced_as(config) is config
 
 
-def test_a_run_with_more_steps_has_its_noise_fall_where_it_did():
-    """Noise that rises again where a run goes on makes gaps leap, which the watch takes for a run-away."""
+def test_a_run_with_more_steps_has_the_noise_and_the_rates_of_its_new_length(trainer, tmp_path):
+    """At 40 of 80 updates noise is half-way; and what was set by hand, or is of other grids, stays."""
     late = {**LATE, "stabilise": {"noise_anneal": [0.3, 0.5], "noise_anneal_share": [0.7, 1.0]}}
     config = tiny_config(**late, steps=40)
-    for steps in (60, 41, 1000, 99_999_999):
-        longer = dataclasses.replace(config, steps=steps).paced_as(config)
-        for iteration in range(0, 60):
-            expected = config.noise_factors(min(iteration, 39))
-            assert longer.noise_factors(iteration) == pytest.approx(expected, abs=1e-6), (steps, iteration)
-        again = dataclasses.replace(longer, steps=steps + 7).paced_as(longer)  # once more
-        assert again.noise_factors(30) == pytest.approx(config.noise_factors(30), abs=1e-6)
-    shorter = dataclasses.replace(config, steps=30).paced_as(config)
-    assert shorter.stabilise is config.stabilise  # it falls faster
-    assert shorter.first_updates() == config.first_updates()
-    other = dataclasses.replace(config, steps=80).paced_as(config, {"stabilise.noise_anneal_share"})
-    assert other.stabilise is config.stabilise  # what is set by hand counts, to whatever value
+    longer = dataclasses.replace(config, steps=80).paced_as(config)
+    assert longer.stabilise is config.stabilise and longer.first_updates() == config.first_updates() == (0, 20)
+    assert longer.noise_factors(40) == pytest.approx((1 - 0.7 * 40 / (0.7 * 79), 1 - 0.5 * 20 / 59))
+    assert config.noise_factors(39) == pytest.approx((0.3, 0.5))
     plain = dataclasses.replace(tiny_config(steps=5), steps=9)
-    assert plain.paced_as(tiny_config(steps=5)) is plain  # no noise that falls, no net that joins late
-    assert dataclasses.replace(config, sizes=(1, 2, 4, 8), steps=80).paced_as(config).stabilise is config.stabilise
+    assert plain.paced_as(tiny_config(steps=5)) is plain  # no net that joins late
+    other = dataclasses.replace(config, sizes=(1, 2, 4, 8), steps=80)
+    assert other.paced_as(config) is other
 
 
-def test_noise_of_a_method_of_one_net_falls_where_it_did():
-    """Such a method begins at once, whatever `begin` says."""
-    config = merge(load_config("digits-short-run"), {"steps": 1000, "begin": [0.0, 0.0, 0.5]})
-    longer = configured(config, None, ["steps=2000"], stored=True)
-    narrow = METHODS[config.method].narrow
-    for iteration in (0, 500, 998, 1500):
-        expected = narrow(config).noise_factors(min(iteration, 999))
-        assert narrow(longer).noise_factors(iteration) == pytest.approx(expected)
-    assert longer.begin == config.begin
+def test_the_watch_of_a_run_that_became_longer_begins_anew(trainer, tmp_path):
+    """It does not compare gaps at a higher rate and more noise with what they were; a stop changes nothing."""
+    ours = trainer(out=tmp_path, steps=4)
+    ours.fit()
+    same, longer = trainer(out=tmp_path, steps=4), trainer(out=tmp_path, steps=9)
+    same.resume(), longer.resume()
+    before = ours._loop.history.watch.state()
+    assert same._loop.history.watch.state() == before and before["count"] == 4
+    assert longer._loop.history.watch.state()["count"] == 0 and not longer._loop.history.watch.means
+    longer.fit(6)
+    again = trainer(out=tmp_path, steps=9)
+    again.resume()
+    assert again._loop.history.watch.state() == longer._loop.history.watch.state() and again._loop.iteration == 6
 
 
 def test_a_net_that_waits_keeps_its_average(trainer, tmp_path):

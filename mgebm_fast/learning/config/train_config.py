@@ -148,28 +148,16 @@ class TrainConfig:
         shares = [pick(self.begin, index) for index in range(len(self.sizes) - 1)]
         return tuple(max(0, min(self.steps - 1, math.floor(share * self.steps + 1e-9))) for share in shares)
 
-    def paced_as(self, before: TrainConfig, named: Collection[str] = (), *, late: bool = True) -> TrainConfig:
-        """This configuration, of the run `before` with other `steps`: its nets join at the updates where they did, and
-        with more steps its noise falls where it did, so that neither leaps where a run goes on.
+    def paced_as(self, before: TrainConfig, named: Collection[str] = ()) -> TrainConfig:
+        """This configuration, of the run `before` with other `steps`: its nets join at the updates where they did.
+        Rates and noise are those that a run of so many steps has there.
 
-        named: keys that were set by hand, and stay. late: whether the method has nets that join later.
+        named: keys that were set by hand, and stay.
         """
-        if self.steps in (0, before.steps) or self.sizes != before.sizes:
+        firsts = before.first_updates()
+        if self.steps in (0, before.steps) or self.sizes != before.sizes or "begin" in named or not any(firsts):
             return self
-        config, firsts = self, before.first_updates() if late else (0,) * (len(self.sizes) - 1)
-        if any(firsts) and "begin" not in named:
-            begin = tuple(min(first, self.steps - 1) / self.steps for first in firsts)
-            config = dataclasses.replace(config, begin=begin)
-        falls = self.steps > before.steps and before.noise_factors(before.steps) != (1.0,) * len(firsts)
-        if falls and "stabilise.noise_anneal_share" not in named:
-            joins = config.first_updates() if late else firsts
-            until = [
-                pick(before.stabilise.noise_anneal_share, n) * (before.steps - t - 1) for n, t in enumerate(firsts)
-            ]
-            shares = tuple(max(1.0, u) / max(1.0, self.steps - now - 1) for u, now in zip(until, joins, strict=True))
-            stabilise = dataclasses.replace(self.stabilise, noise_anneal_share=tuple(min(1.0, s) for s in shares))
-            config = dataclasses.replace(config, stabilise=stabilise)
-        return config
+        return dataclasses.replace(self, begin=tuple(min(first, self.steps - 1) / self.steps for first in firsts))
 
     def noise_factors(self, iteration: int) -> tuple[float, ...]:
         """The factor of chain and data noise of each net at update `iteration`.

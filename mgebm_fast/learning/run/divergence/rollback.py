@@ -51,7 +51,7 @@ class History:
     """How often a run went back, and what it watches: the part of a run's state that is about divergence."""
 
     def __init__(self, config: TrainConfig, rule: UpdateRule) -> None:
-        self.config = config.rollback
+        self.config, self.steps = config.rollback, config.steps
         self.made: list[Rollback] = []
         self.watch, self.growth = Watch(config), Growth(rule.stiffness_bounds, config.log_every)
 
@@ -115,10 +115,12 @@ class History:
         self.growth.restore(seen.get("growth", {}))
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Take over what `state` gave, from a checkpoint's state."""
+        """Take over what `state` gave, from a checkpoint's state. In a run that has become longer or shorter since,
+        rates and noise are others at once: the watch does not compare with what was before."""
         stored = state.get("rollback", {})
         self.made = [Rollback(**entry) for entry in stored.get("made", [])]
-        self.restore_seen(stored)
+        same = state.get("config", {}).get("steps", self.steps) == self.steps
+        self.restore_seen(stored if same else {**stored, "watch": {}})
 
     def last_words(self, error: DivergenceError, at: int, best: int | None, folder: NoFolder) -> str:
         """What a run that ends at update `at` says: what happened, at which net, what to change, what there is."""
