@@ -15,9 +15,8 @@ from typer.testing import CliRunner
 
 import mgebm_fast as mg
 from mgebm_fast.cli import app
-from mgebm_fast.cli.options import configured
 from mgebm_fast.errors import ConfigError
-from mgebm_fast.learning import METHODS, Run, build_model, load_config, merge
+from mgebm_fast.learning import METHODS, Run, build_model, merge
 from mgebm_fast.learning.run.divergence.watch import WINDOW, RunAway, Watch
 from mgebm_fast.sampling import cascade as cascades
 
