@@ -305,8 +305,6 @@ MUTATIONS = (
              "return grid >= self.first_stored", "return True", BANK_OF_GRIDS),
     Mutation("new-chains-begin-at-new-ones", "python", "mgebm_fast/learning/methods/multigrid.py",
              "results[-1].roll(-self._anew(grid - 1, len(ids)), 0)", "results[-1]", BANK_OF_GRIDS),
-    Mutation("noise-of-a-longer-run-rises-again", "python", "mgebm_fast/learning/config/train_config.py",
-             "(before.steps - t - 1)", "(self.steps - t - 1)", GROWING),
     Mutation("muon-without-nesterov", "python", "mgebm_fast/learning/methods/optim.py",
              "(factor * momentum + gradient).flatten(1)", "momentum.flatten(1)", OPTIM),
     Mutation("spoilt-momentum-stays", "python", "mgebm_fast/learning/methods/optim.py",

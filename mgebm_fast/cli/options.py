@@ -288,19 +288,21 @@ def report_skipped(name: str, skipped: tuple[tuple[str, str], ...], kept: int, m
         typer.echo(f"  … and {len(skipped) - most} more", err=True)
 
 
-def configured(config: TrainConfig, data: str | None, settings: Sequence[str], *, stored: bool = False) -> TrainConfig:
+def configured(
+    config: TrainConfig, data: str | None, settings: Sequence[str], *, made: int | None = None
+) -> TrainConfig:
     """`config` as --data and --set change it; paths are absolute, so that the run goes on from any folder. What a
-    preset or a TOML file names is checked as --data is; not so the data of a run that goes on (`stored`)."""
+    preset or a TOML file names is checked as --data is; not so the data of a run that goes on, after `made` updates."""
     from ..learning import apply_overrides, merge
 
     before = config
     if data is not None:
         config = dataclasses.replace(config, data=data)
     config = apply_overrides(config, settings)
-    if stored:
-        config = config.paced_as(before, {setting.partition("=")[0].strip() for setting in settings})
+    if made is not None:
+        config = config.paced_as(before, made, {setting.partition("=")[0].strip() for setting in settings})
     changed = data is not None or config.data != before.data
-    if changed or not stored:
+    if changed or made is None:
         option = "--data" if changed else f"data of {config.name!r}"
         config = dataclasses.replace(config, data=lasting(config.data, option))
     if config.method == "frame" and config.options.filters != "gabor":

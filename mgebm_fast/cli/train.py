@@ -100,7 +100,7 @@ def train(
     Ctrl-C saves a checkpoint and says how to go on, and so do SIGTERM, SIGHUP, SIGUSR1, SIGUSR2 and SIGXCPU; --resume
     then gives, bit for bit, the run that was never stopped. With --resume the configuration is the run's own; only what
     --set, --seed, --data and --precision name is changed. With --set steps=... a run that is over goes on: nets join
-    where they did; learning rates and noise are those of a run of the new length, and so rise at first.
+    where they did; learning rates, noise and nets that are to join are those of a run of the new length.
 
     --from starts from what was trained before, on other data, or with a finer size on top: each size takes the net of
     its size there, and what was taken and what is new is printed. A net of that size with other layers, other channels
@@ -134,7 +134,8 @@ def train(
       data.json                    names and checksums of the images that it learnt from
     """
     from ..data.builtin import BUILT_IN_PREFIX
-    from ..learning.run import distributed
+    from ..learning.run import checkpoint, distributed
+    from ..learning.run.folder import CHECKPOINTS
     from ..learning.run.heap import keep_freed_memory
     from ..learning.run.stored_run import SHIPPED, located
 
@@ -146,14 +147,16 @@ def train(
             chosen, folder = _configure(config, out, resume, start)
             named = {"seed": seed, "precision": precision}
             changes = [*(settings or []), *(f"{key}={value}" for key, value in named.items() if value is not None)]
-            stored = resume and (folder / "config.toml").exists()
+            made = None
+            if resume and (folder / "config.toml").exists():
+                made = max(map(checkpoint.step_of, checkpoint.listed(folder / CHECKPOINTS)), default=0)
             if start is not None:
                 found = located(start)
                 source = BUILT_IN_PREFIX + found.name if found.parent == SHIPPED else os.path.abspath(start)
                 chosen = dataclasses.replace(chosen, start_from=source, start_optimiser=with_optimiser)
             elif with_optimiser:
                 raise ConfigError("--from-optimiser: must be beside --from RUN")
-            chosen = configured(chosen, data, changes, stored=stored)
+            chosen = configured(chosen, data, changes, made=made)
         options: dict[str, Any] = {"resume": resume, "strict": strict, "logger": logger}
         if report:
             options["after_pictures"] = lambda: _write_report(folder)
@@ -261,6 +264,7 @@ def _configure(config: str | None, out: Path | None, resume: bool, start: str | 
         _, given = open_run(Path(start))
         if given is None:
             raise ConfigError(f"preset: must be given where --from is a model file alone, {start}")
+        given = dataclasses.replace(given, begin=0.0)  # its nets have learnt: none has to wait
     if given is None and (out is None or not resume):
         raise ConfigError("preset: must be given (`mgebm presets` lists them), or --out DIR with --resume")
     folder = Path("runs") / given.name if given is not None and out is None else Path(out or "")

@@ -308,6 +308,8 @@ def test_a_run_starts_from_another(mgebm, trained, pictures, tmp_path):
     assert f"weights of {trained}: taken: size 2, 4, 8" in "".join(result.stderr.splitlines())
     config = load_config(tmp_path / "tuned" / "config.toml")
     assert config.start_from == str(trained) and config.width == 0.1 and config.data == str(pictures)
+    again = mgebm("train", "--out", tmp_path / "tuned", "--resume", "--set", "start_from=elsewhere")
+    assert "resume: start_from must be" in one_line(again)
     for arguments, words in (
         (("digits", "--from", trained, "--set", "width=0.3"), "--from: layers of size 2 must be"),
         (("digits", "--from", f"{trained}x"), "does not exist"),
@@ -316,3 +318,13 @@ def test_a_run_starts_from_another(mgebm, trained, pictures, tmp_path):
     ):
         assert words in one_line(mgebm("train", *arguments, "--out", tmp_path / "no")), arguments
         assert not (tmp_path / "no").exists()
+
+
+def test_nets_that_are_taken_from_a_run_do_not_wait(mgebm, tmp_path):
+    """Where the configuration is that run's too; with a preset it is the preset's."""
+    late = (*TINY, "--set", "sizes=1,2,4", "--set", "begin=0,0.5")
+    assert mgebm("train", "digits", *late, "--out", tmp_path / "late").exit_code == 0
+    for preset, begin in ((), 0.0), (("digits", *late), (0.0, 0.5)):
+        out = tmp_path / f"from{len(preset)}"
+        assert mgebm("train", *preset, "--from", tmp_path / "late", "--set", "steps=2", "--out", out).exit_code == 0
+        assert load_config(out / "config.toml").begin == begin

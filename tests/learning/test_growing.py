@@ -117,30 +117,33 @@ def test_its_average_begins_when_it_does(trainer):
     assert coarse == pytest.approx(1 - min(0.9, (1 + first) / (10 + first)))
 
 
-def test_a_run_with_more_steps_has_its_nets_join_where_they_did(trainer, tmp_path):
-    config = tiny_config(**LATE, steps=7)
-    assert config.first_updates() == (0, 3)
-    for steps in (5, 4, 6, 9, 100, 99_999_999):
-        longer = dataclasses.replace(config, steps=steps).paced_as(config)
-        assert longer.first_updates() == (0, 3) and longer.steps == steps
-    assert dataclasses.replace(config, steps=2).paced_as(config).first_updates() == (0, 1)
-    other = dataclasses.replace(config, steps=20, begin=(0.0, 0.1))
-    assert other.paced_as(config, {"begin"}).begin is other.begin
-    assert config.paced_as(config) is config
+def test_in_a_run_of_other_length_nets_that_wait_join_at_their_share_of_it():
+    """Those that learn already joined when they did; none joins in the past, or by what was set by hand."""
+    config = tiny_config(sizes=[1, 2, 4, 8], begin=[0.0, 0.4, 0.8], steps=10)
+    assert config.first_updates() == (0, 4, 8)
+    for made, steps, joins in [
+        (0, 20, (0, 8, 16)), (5, 20, (0, 4, 16)), (9, 20, (0, 4, 8)), (10, 99_999_999, (0, 4, 8)),
+        (3, 5, (0, 3, 4)), (4, 6, (0, 4, 4)), (5, 6, (0, 4, 5)), (7, 8, (0, 4, 7)),
+    ]:  # fmt: skip
+        other = dataclasses.replace(config, steps=steps).paced_as(config, made)
+        assert other.first_updates() == joins and other.steps == steps, (made, steps)
+    other = dataclasses.replace(config, steps=20, begin=(0.0, 0.1, 0.2))
+    assert other.paced_as(config, 5, {"begin"}).begin is other.begin
+    assert config.paced_as(config, 5) is config
 
 
-def test_a_run_with_more_steps_has_the_noise_and_the_rates_of_its_new_length(trainer, tmp_path):
-    """At 40 of 80 updates noise is half-way; and what was set by hand, or is of other grids, stays."""
+def test_a_run_with_more_steps_has_the_noise_and_the_rates_of_its_new_length():
+    """At 40 of 80 updates noise is half-way; what was set by hand, or is of other grids, stays."""
     late = {**LATE, "stabilise": {"noise_anneal": [0.3, 0.5], "noise_anneal_share": [0.7, 1.0]}}
     config = tiny_config(**late, steps=40)
-    longer = dataclasses.replace(config, steps=80).paced_as(config)
+    longer = dataclasses.replace(config, steps=80).paced_as(config, 40)
     assert longer.stabilise is config.stabilise and longer.first_updates() == config.first_updates() == (0, 20)
     assert longer.noise_factors(40) == pytest.approx((1 - 0.7 * 40 / (0.7 * 79), 1 - 0.5 * 20 / 59))
     assert config.noise_factors(39) == pytest.approx((0.3, 0.5))
     plain = dataclasses.replace(tiny_config(steps=5), steps=9)
-    assert plain.paced_as(tiny_config(steps=5)) is plain  # no net that joins late
+    assert plain.paced_as(tiny_config(steps=5), 5) is plain  # no net that joins late
     other = dataclasses.replace(config, sizes=(1, 2, 4, 8), steps=80)
-    assert other.paced_as(config) is other
+    assert other.paced_as(config, 40) is other
 
 
 def test_the_watch_of_a_run_that_became_longer_begins_anew(trainer, tmp_path):
@@ -158,17 +161,19 @@ def test_the_watch_of_a_run_that_became_longer_begins_anew(trainer, tmp_path):
     assert again._loop.history.watch.state() == longer._loop.history.watch.state() and again._loop.iteration == 6
 
 
-def test_a_net_that_waits_keeps_its_average(trainer, tmp_path):
-    """As where a resumed run is told to begin it later than it did."""
+def test_a_net_that_has_begun_is_not_told_to_wait(trainer, tmp_path):
+    """It would stand still, and its schedules would begin anew; one that has not may be."""
     ours = trainer(out=tmp_path, **LATE)
+    assert ours.rule.first_updates == (0, 3)
     ours.fit(5)
-    longer = trainer(out=tmp_path, **{**LATE, "begin": [0.0, 0.9]}, steps=10)
-    longer.resume()
-    before = {name: mean.clone() for name, mean in longer.rule.average.state().items()}
-    longer.fit(7)
-    kept = {name: torch.equal(mean, before[name]) for name, mean in longer.rule.average.state().items()}
-    assert all(kept[name] for name in kept if name.startswith("nets.1.")) and not kept["nets.0.head.weight"]
-    assert not torch.equal(longer.model.nets[1].head.weight, before["nets.1.head.weight"])  # which is another tensor
+    with pytest.raises(ConfigError, match="begin: must leave the net of size 4 learning, which began after update 3 a"):
+        trainer(out=tmp_path, **{**LATE, "begin": [0.0, 0.9]}, steps=10).resume()
+    trainer(out=tmp_path, **{**LATE, "begin": [0.0, 0.4]}, steps=10).resume()  # after update 4
+    other = trainer(out=tmp_path / "waits", **LATE)
+    other.fit(2)
+    later = trainer(out=tmp_path / "waits", **{**LATE, "begin": [0.0, 0.9]}, steps=10)
+    later.resume()
+    assert later.rule.first_updates == (0, 9)
 
 
 def test_what_is_to_come_is_said(trainer, tmp_path):

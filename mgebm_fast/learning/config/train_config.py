@@ -117,8 +117,10 @@ class TrainConfig:
     graph: Any = key(
         None, Auto(Flag()), "updates as CUDA graphs: auto: where a GPU can; true: or an error that says why not; false"
     )
-    start_from: Any = key(None, Maybe(Text()), "run, checkpoint or model file whose weights training starts from")
-    start_optimiser: bool = key(False, Flag(), "take the optimiser's state of `start_from` as well")
+    start_from: Any = key(
+        None, Maybe(Text()), "run, checkpoint or model file whose weights training starts from", fixed=True
+    )
+    start_optimiser: bool = key(False, Flag(), "take the optimiser's state of `start_from` as well", fixed=True)
     langevin: LangevinConfig = dataclasses.field(default_factory=lambda: LangevinConfig(drift=1.0, noise_std=0.03))
     optimiser: OptimiserConfig = dataclasses.field(default_factory=OptimiserConfig)
     stabilise: StabiliseConfig = dataclasses.field(default_factory=StabiliseConfig)
@@ -148,16 +150,20 @@ class TrainConfig:
         shares = [pick(self.begin, index) for index in range(len(self.sizes) - 1)]
         return tuple(max(0, min(self.steps - 1, math.floor(share * self.steps + 1e-9))) for share in shares)
 
-    def paced_as(self, before: TrainConfig, named: Collection[str] = ()) -> TrainConfig:
-        """This configuration, of the run `before` with other `steps`: its nets join at the updates where they did.
-        Rates and noise are those that a run of so many steps has there.
+    def paced_as(self, before: TrainConfig, made: int, named: Collection[str] = ()) -> TrainConfig:
+        """This configuration, of the run `before` that goes on after `made` updates with other `steps`: rates, noise
+        and the nets that are to join are those of a run of so many steps; nets that learn already joined when they did.
 
         named: keys that were set by hand, and stay.
         """
         firsts = before.first_updates()
         if self.steps in (0, before.steps) or self.sizes != before.sizes or "begin" in named or not any(firsts):
             return self
-        return dataclasses.replace(self, begin=tuple(min(first, self.steps - 1) / self.steps for first in firsts))
+        joins = [
+            first if first < made else max(made, share)
+            for first, share in zip(firsts, self.first_updates(), strict=True)
+        ]
+        return dataclasses.replace(self, begin=tuple(min(first, self.steps - 1) / self.steps for first in joins))
 
     def noise_factors(self, iteration: int) -> tuple[float, ...]:
         """The factor of chain and data noise of each net at update `iteration`.

@@ -94,6 +94,10 @@ def _read_by_someone(config: TrainConfig, given: set[str], where: str) -> TrainC
     idle = dict(method.idle(config))
     if config.langevin.reference_std is None and not getattr(method.start, "at_reference_mean", False):
         idle["langevin.reference_mean"] = "without langevin.reference_std"
+    if config.optimiser.name != "muon":
+        idle |= dict.fromkeys(("optimiser.muon_rms", "optimiser.muon_momentum"), 'without optimiser.name = "muon"')
+    if not any(pick(config.stabilise.data_noise, n) for n in range(len(config.sizes) - 1)):
+        idle["stabilise.stiffness"] = "without stabilise.data_noise, which it raises"
     for name in sorted(given & idle.keys()):
         field = all_keys()[name][1]
         value = operator.attrgetter(name.replace(f"{config.method}.", "options."))(config)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -57,7 +58,7 @@ def check_same_run(
     config: TrainConfig, data: Mapping[str, Any], images: int, state: Mapping[str, Any], folder: Path
 ) -> None:
     """ConfigError unless `state`, of the checkpoint `folder`, is of a run like this one on these images: as many, and
-    with the fingerprint `data` where the run has one."""
+    with the fingerprint `data` where the run has one; and its nets that learn already are to go on."""
     ours, theirs = config.to_dict(), state["config"]
     for name in fixed_keys(config.method):
         section, _, leaf = name.rpartition(".")
@@ -68,6 +69,7 @@ def check_same_run(
                 f"resume: {name} must be {stored!r}, as in {folder}, got {mine!r}; a run with another value is "
                 "another run: train it into a new folder"
             )
+    _check_begun(config, theirs, int(state["iteration"]))
     stored = read_fingerprint(run_of(folder))
     if stored and data and (differs := difference(stored, dict(data))):
         raise ConfigError(f"resume: data must be the images that the run began with, but {differs}")
@@ -75,3 +77,16 @@ def check_same_run(
         raise ConfigError(
             f"resume: data must be the {state.get('images')} images that the run began with, got {images}"
         )
+
+
+def _check_begun(config: TrainConfig, stored: Mapping[str, Any], made: int) -> None:
+    begin = stored.get("begin", 0.0)
+    before = dataclasses.replace(
+        config, steps=stored["steps"], begin=tuple(begin) if isinstance(begin, list) else begin
+    ).first_updates()
+    for size, then, now in zip(config.sizes[1:], before, config.first_updates(), strict=True):
+        if then < made <= now:
+            raise ConfigError(
+                f"begin: must leave the net of size {size} learning, which began after update {then} and has made "
+                f"{made - then}, got a begin after update {now}"
+            )

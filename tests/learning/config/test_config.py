@@ -404,6 +404,10 @@ IDLE = [
     ("digits", "multigrid.bank_grids", 2, "'none', without multigrid.bank_size, got 2"),
     ("digits", "multigrid.bank_share", 0.25, "0.5, without multigrid.bank_size, got 0.25"),
     ("digits", "multigrid.bank_renewal", 0.25, "0.1, without multigrid.bank_size"),
+    ("photos64", "batch_parts", 4, "1, with multigrid.bank_size, whose chains are of whole batches"),
+    ("digits", "optimiser.muon_rms", 0.2, '0.5, without optimiser.name = "muon", got 0.2'),
+    ("digits", "optimiser.muon_momentum", 0.5, '0.9, without optimiser.name = "muon", got 0.5'),
+    ("multigrid-released", "stabilise.stiffness", 0.8, "0.0, without stabilise.data_noise, which it raises"),
     ("digits", "langevin.reference_mean", 0.5, "0.0, without langevin.reference_std, got 0.5"),
 ]
 
