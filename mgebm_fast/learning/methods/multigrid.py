@@ -82,9 +82,7 @@ class MultiGridConfig:
 
 def _idle(config: TrainConfig) -> dict[str, str]:
     if config.options.bank_size is not None:
-        return {
-            "batch_parts": "with multigrid.bank_size, whose chains are of whole batches (batch_size may be smaller)"
-        }
+        return {"batch_parts": "with multigrid.bank_size, whose chains are of whole batches (take a smaller one)"}
     return {f"multigrid.{n}": "without multigrid.bank_size" for n in ("bank_grids", "bank_share", "bank_renewal")}
 
 
