@@ -202,7 +202,7 @@ def _plan_of(
         raise
     except Exception as error:
         return str(error)
-    reason, shown = _why_not_trusted(energy, graph, plan, x, tapes[-1].of_all)
+    reason, shown = _why_not_trusted(energy, graph, plan, x, tapes[-1])
     if reason:
         return f"its reading is not trusted: {reason}"
     if place is not None and shown and place[0].holds(energy):
@@ -217,12 +217,13 @@ _MOST_CODE = 256
 _lock = threading.Lock()
 
 
-def _why_not_trusted(energy: Any, graph: Graph, plan: GraphPlan, x: Tensor, of_all: bool) -> tuple[str, bool]:
-    """Why a reading is not trusted, "" where it is; and whether that was ever shown by a gradient. of_all: whether the
-    energy takes as many samples as x has, and no others."""
+def _why_not_trusted(energy: Any, graph: Graph, plan: GraphPlan, x: Tensor, tape: Tape) -> tuple[str, bool]:
+    """Why a reading is not trusted, "" where it is; and whether that was ever shown by a gradient."""
     key = (*form_of(graph), x.shape[0], plan.precision, plan.chain.split)
     with _lock:
-        if isinstance(energy, torch.nn.Module):
+        if tape.hidden:  # what its code took from tensors may be another at each call
+            known = {}
+        elif isinstance(energy, torch.nn.Module):
             known = _of_modules.setdefault(energy, {})
         elif (code := getattr(energy, "__code__", None)) is not None:
             known = _of_code.setdefault(code, {})
@@ -237,7 +238,7 @@ def _why_not_trusted(energy: Any, graph: Graph, plan: GraphPlan, x: Tensor, of_a
     chains[plan.precision] = plan
     # All of x, since code may go another way by their number; as many as autograd surely has memory for.
     each = 8 * sum(layer.out.channels * layer.out.pixels for layer in graph.layers)
-    few, some = (len(x), len(x)) if of_all else (_SAMPLES, max(_SAMPLES, _MOST_BYTES // each))
+    few, some = (len(x), len(x)) if tape.of_all else (_SAMPLES, max(_SAMPLES, _MOST_BYTES // each))
     for probe in (noise_like(few, x, 0), x[:some]):
         for precision, chain in chains.items():
             reason, shown = _compared(energy, graph, chain, probe, BOUNDS[precision])

@@ -14,7 +14,7 @@ import threading
 import types
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -68,7 +68,7 @@ def read_graph(energy: Callable[[Tensor], Tensor], x: Tensor, tapes: list[Tape] 
 
 def _read(energy: Callable[[Tensor], Tensor], recorder: _Recorder) -> tuple[Graph | str, bool]:
     """The graph, or why not; and whether it is to be read on as many samples as x has."""
-    rewrites = Rewrites()
+    rewrites = Rewrites(recorder.depends, recorder.refuse)
     try:
         with (
             _without_warnings(), torch.inference_mode(False), frozen_parameters(energy), torch.enable_grad(),
@@ -133,13 +133,14 @@ class _Recorder(TorchDispatchMode):
 
     def __init__(self, energy: Any, x: Tensor) -> None:
         super().__init__()
-        self._energy, self.probe = energy, x
+        # As autograd's: code may ask whether its argument requires a gradient.
+        self._energy, self.probe = energy, x.requires_grad_()
         self._builder = GraphBuilder(x, as_map=x.dim() > 2)
         # Values by where their tensor lies in memory: autograd may hand out another object for the same tensor.
         self._values: dict[tuple, Value | str] = {key_of(x): self._builder.x}
         self._kept: list[Any] = [x]  # so that no memory is given out twice
         self._made: set[int] = {x.untyped_storage()._cdata}  # storages of tensors that ops made meanwhile
-        self._tracked: set[tuple] = set()  # keys of tensors that autograd followed, for weights outside of modules
+        self._tracked: set[tuple] = {key_of(x)}  # keys of tensors that autograd follows
         self.reason = ""
         self.tape = Tape()
 
@@ -160,6 +161,7 @@ class _Recorder(TorchDispatchMode):
         if not isinstance(out, Tensor) or tuple(out.shape) != (samples,) or out.dtype != torch.float32:
             got = tuple(out.shape) if isinstance(out, Tensor) else type(out).__name__
             raise Unreadable(f"it returns {got} for {samples} samples")
+        self._check_followed(out, "what it returns")
         value = self._values.get(key_of(out))
         if not isinstance(value, Value):
             raise Unreadable(value or "what it returns does not depend on x by torch's ops")
@@ -181,9 +183,21 @@ class _Recorder(TorchDispatchMode):
             out = func(*args, **kwargs)
             self._note(func, before, kwargs, out)
         except Unreadable as reason:
-            self.reason = self.reason or self._located(str(reason))
-            raise Unreadable(self.reason) from None
+            self.refuse(str(reason))
         return out
+
+    def refuse(self, reason: str) -> NoReturn:
+        self.reason = self.reason or self._located(reason)
+        raise Unreadable(self.reason) from None
+
+    def depends(self, tensor: Any) -> bool:
+        """Whether a tensor depends on x."""
+        return isinstance(tensor, Tensor) and key_of(tensor) in self._values
+
+    def _check_followed(self, tensor: Tensor, what: str) -> None:
+        followed = tensor.requires_grad and (tensor is self.probe or not tensor.is_leaf)
+        if not followed and key_of(tensor) in self._tracked:
+            raise Unreadable(f"{what} is of a detached tensor: its gradient stops there")
 
     def _refuse(self, func: Any, args: tuple, kwargs: dict) -> None:
         """Before an op runs: what would leave a trace outside of the reading, or hides from autograd."""
@@ -199,13 +213,7 @@ class _Recorder(TorchDispatchMode):
         if any(t.untyped_storage()._cdata not in self._made for t in tensors_in(written)):
             raise Unreadable(f"{name} writes into a tensor that was there before")
         for tensor in tensors:
-            key = key_of(tensor)
-            if key not in self._values:
-                continue
-            if tensor.requires_grad:
-                self._tracked.add(key)
-            elif key in self._tracked or name == "detach":
-                raise Unreadable(f"{name} is of a detached tensor: its gradient stops there")
+            self._check_followed(tensor, name)
 
     def _before(self, func: Any, args: tuple, kwargs: dict) -> tuple:
         """The arguments, with a copy of a constant that the op writes numbers of x into."""
@@ -227,7 +235,7 @@ class _Recorder(TorchDispatchMode):
         if not torch.is_grad_enabled():
             raise Unreadable(f"{name} runs without gradients (torch.no_grad, or a custom autograd.Function)")
         if reason := next((value for value in found if isinstance(value, str)), None):
-            if any(t.is_floating_point() for t in made):
+            if name != "detach" and any(t.is_floating_point() for t in made):  # autograd detaches what it saves
                 raise Unreadable(reason)
             self._values.update(
                 dict.fromkeys(map(key_of, made), reason)
@@ -257,6 +265,8 @@ class _Recorder(TorchDispatchMode):
             if isinstance(known, Value) and tuple(tensor.shape) != known.tensor_shape(builder.samples):
                 raise Unreadable(f"{builder.name} gives {tuple(tensor.shape)} for {builder.samples} samples")
             self._values[key_of(tensor)] = known
+            if tensor.is_floating_point() and any(t.requires_grad for t in tensors):
+                self._tracked.add(key_of(tensor))
 
     def _constant_or_value(self, tensor: Tensor) -> Any:
         value = self._values.get(key_of(tensor))

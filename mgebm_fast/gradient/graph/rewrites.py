@@ -5,7 +5,8 @@ from __future__ import annotations
 
 import math
 import sys
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NoReturn
 
 import torch
 import torch.nn.functional as F
@@ -19,18 +20,31 @@ _HIDING = {
                  "untyped_storage", "__deepcopy__", "__reduce_ex__")
 } | {getattr(torch.Tensor, name).__get__ for name in ("requires_grad", "is_leaf", "grad", "_version")}  # fmt: skip
 
+# And those that lead to code of the user's in the backward pass.
+_HOOKING = {
+    torch.Tensor.register_hook, torch.Tensor.register_post_accumulate_grad_hook, torch.Tensor.grad_fn.__get__,
+    torch.Tensor._backward_hooks.__get__, torch.Tensor._backward_hooks.__set__,
+}  # fmt: skip
+
 
 class Rewrites(TorchFunctionMode):
     """Circular padding as an index of pixels, einsum as products and sums that keep the output's first letter first,
-    cosines as a quotient. `hidden`: whether the energy's code took something from a tensor that no op shows."""
+    cosines as a quotient. `hidden`: whether the energy's code took something from a tensor that no op shows.
 
-    hidden = False
+    depends: whether a tensor depends on x; refuse: raises Unreadable.
+    """
+
+    def __init__(self, depends: Callable[[Any], bool], refuse: Callable[[str], NoReturn]) -> None:
+        super().__init__()
+        self._depends, self._refuse, self.hidden = depends, refuse, False
 
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
         if func in _HIDING:  # a check of labels in one of our own nets has no other result
             caller = str(sys._getframe(1).f_globals.get("__name__"))
             self.hidden = self.hidden or caller.partition(".")[0] != __name__.partition(".")[0]
+        if func in _HOOKING and self._depends(args[0]):
+            self._refuse("a hook may change a gradient (register_hook, grad_fn)")
         if func is F.pad and "circular" in (kwargs.get("mode"), *args[2:3]):
             return _circular(*args, **kwargs)
         if func is torch.einsum and not kwargs and isinstance(args[0], str):

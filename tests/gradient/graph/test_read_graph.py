@@ -309,7 +309,7 @@ def test_what_is_not_read_is_named_and_runs_by_autograd(name: str) -> None:
 
 def test_another_function_is_found_by_comparison() -> None:
     """Code that looks like another function: its reading is compared with autograd on other samples, and dropped."""
-    energy = lambda x: (x * x).sum(1) * (2 if x.requires_grad else 1)  # noqa: E731
+    energy = lambda x: (x * x).sum(1) * (2 if len(x) > 3 else 1)  # noqa: E731
     x = torch.randn(4, 3)
     assert not isinstance(read_graph(energy, x), str)
     report = plan(energy, x, steps=100).explain()
