@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 import sys
+import types
 from collections.abc import Callable
 from typing import Any, NoReturn
 
@@ -14,11 +15,12 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 # Functions and attributes that give Python what no op shows: a tensor's numbers, or what it is besides.
-_HIDING = {
+_NUMBERS = {
     getattr(torch.Tensor, name, None)
     for name in ("__array__", "numpy", "tolist", "__repr__", "__format__", "__dlpack__", "data_ptr", "storage",
                  "untyped_storage", "__deepcopy__", "__reduce_ex__")
-} | {getattr(torch.Tensor, name).__get__ for name in ("requires_grad", "is_leaf", "grad", "_version")}  # fmt: skip
+}  # fmt: skip
+_HIDING = _NUMBERS | {getattr(Tensor, name).__get__ for name in ("requires_grad", "is_leaf", "grad", "_version")}
 
 # And those that lead to code of the user's in the backward pass.
 _HOOKING = {
@@ -38,11 +40,12 @@ class Rewrites(TorchFunctionMode):
         super().__init__()
         self._depends, self._refuse, self.hidden = depends, refuse, False
 
-    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+    def __torch_function__(self, func: Any, kinds: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
-        if func in _HIDING:  # a check of labels in one of our own nets has no other result
-            caller = str(sys._getframe(1).f_globals.get("__name__"))
-            self.hidden = self.hidden or caller.partition(".")[0] != __name__.partition(".")[0]
+        if func in _HIDING and not _is_ours(sys._getframe(1)):
+            if func in _NUMBERS and self._depends(args[0]):
+                self._refuse(f"numbers that depend on x are taken out ({func.__name__})")
+            self.hidden = True
         if func in _HOOKING and self._depends(args[0]):
             self._refuse("a hook may change a gradient (register_hook, grad_fn)")
         if func is F.pad and "circular" in (kwargs.get("mode"), *args[2:3]):
@@ -52,6 +55,16 @@ class Rewrites(TorchFunctionMode):
         if func is torch.cosine_similarity:  # F's is the same; torch clamps the norms where no gradient sees it
             return _cosine(*args, **kwargs)
         return func(*args, **kwargs)
+
+
+def _is_ours(frame: types.FrameType | None) -> bool:
+    """Whether this package's code called a method of tensors: a check of labels in one of its nets has no other result,
+    and a reading asks where tensors lie."""
+    between = "torch._tensor", "torch.overrides", "torch.utils._device"
+    while frame is not None and frame.f_globals.get("__name__") in between:
+        frame = frame.f_back
+    name = "" if frame is None else str(frame.f_globals.get("__name__"))
+    return name.partition(".")[0] == __name__.partition(".")[0]
 
 
 def _cosine(x1: Tensor, x2: Tensor, dim: int = 1, eps: float = 1e-8) -> Tensor:

@@ -108,6 +108,22 @@ def test_code_with_hooks_is_run_at_every_step(hook: Callable[[Tensor], object]) 
 
 
 @pytest.mark.parametrize(
+    "greatest",
+    [
+        lambda x: max(map(max, x.tolist())),
+        lambda x: x.numpy(force=True).max(),
+        lambda x: x.requires_grad and x.detach().abs().max(),
+        lambda x: 9.0 if any(word.startswith("7") for word in str(x).split()) else 1.0,
+    ],
+    ids="tolist numpy guarded text".split(),
+)
+def test_code_whose_path_depends_on_numbers_of_x_is_run_at_every_step(greatest: Callable[[Tensor], float]) -> None:
+    """They are far from those that the path turns at, on all that is compared."""
+    x = points().clamp(-1, 1)
+    assert plan_of(lambda x: quadratic(x) * (0.1 if greatest(x) > 6 else 1.0), x).explain().plan == "autograd"
+
+
+@pytest.mark.parametrize(
     "stop",
     [
         lambda h: h.detach_(),
@@ -146,6 +162,14 @@ def test_code_that_takes_more_from_tensors_than_ops_show_is_compared_each_time()
     agrees(wrapped(quadratic), points())
     other = wrapped(lambda x: quadratic(x) * (2.0 if len(x) > 3 else 1.0))
     assert plan_of(other, points()).explain().plan == "autograd"
+
+
+def test_functions_by_torchscript_are_read() -> None:
+    @torch.jit.script
+    def energy(x: Tensor) -> Tensor:
+        return x.tanh().pow(2).sum(1)
+
+    agrees(energy, points())
 
 
 def test_weights_outside_of_modules_are_read() -> None:
