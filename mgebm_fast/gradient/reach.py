@@ -66,6 +66,8 @@ def held_by(value: Any) -> Iterable[Any]:
 @functools.lru_cache(maxsize=1024)
 def _way(kind: Any) -> Callable[[Any], Iterable[Any]] | None:
     """How what an object of a class holds is found; None where it is not searched."""
+    if issubclass(kind, torch.jit.ScriptModule):  # which has no attributes of Python's
+        return lambda module: list(module.children())
     if issubclass(kind, nn.Module):
         return _held_by_library_module if _of_a_library(kind) else _held_by_module
     ways: dict[Any, Callable[[Any], Iterable[Any]] | None] = {

@@ -76,7 +76,7 @@ def _couples(module: nn.Module) -> str:
 def _draws(module: nn.Module) -> str:
     drops = isinstance(module, (_DropoutNd, nn.MultiheadAttention, nn.RNNBase))
     rate = getattr(module, "dropout", 0.0) or getattr(module, "p", 0.0)
-    random = module.training and (isinstance(module, nn.RReLU) or (drops and rate))
+    random = (isinstance(module, nn.RReLU) or (drops and rate)) and module.training
     return f"a {type(module).__name__} is random in train mode" if random else ""
 
 

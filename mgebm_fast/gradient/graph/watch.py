@@ -73,11 +73,12 @@ class Watch:
         self._parts: list[tuple[weakref.ref[Any], tuple[str, ...], list[Any]]] = []
         self._tensors: list[weakref.ref[Tensor]] = []
         own: list[Tensor] = []
+        held = _seen_in(energy)
         self._containers = _containers_of(energy)
         self._looked = _looked_at(energy, self._containers, own)
         _check_plain(own)
         seen = {id(energy), *map(id, own)}
-        queue = collections.deque(value for value in _seen_in(energy) if id(value) not in seen)
+        queue = collections.deque(value for value in held if id(value) not in seen)
         while queue:
             value = queue.popleft()
             if isinstance(value, _PLAIN):
@@ -105,9 +106,9 @@ class Watch:
             _check_plain([value])
             self._tensors.append(part)
             return
-        containers = _containers_of(value)
+        held, containers = _seen_in(value), _containers_of(value)
         self._parts.append((part, containers, _looked_at(value, containers)))
-        queue.extend(_seen_in(value))
+        queue.extend(held)
 
     def holds(self, energy: Any) -> bool:
         """Whether `energy` is made of the same objects as the one that the watch was made for, or is that one."""
