@@ -41,6 +41,7 @@ _IMPURE = {
     "random", "time", "datetime", "os", "environ", "getenv", "sys", "threading", "uuid", "secrets", "default_rng",
     "get_default_dtype", "get_default_device", "get_num_threads", "initial_seed", "is_grad_enabled", "open", "input",
     "exec", "globals", "__import__", "importlib", "is_inference_mode_enabled", "is_autocast_enabled", "import_module",
+    "eval", "locals", "__globals__", "__builtins__",
 }  # fmt: skip
 
 

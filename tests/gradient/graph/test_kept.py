@@ -237,8 +237,11 @@ STEPS = iter(range(100))
         lambda x: x.pow(2).sum(1) * next(STEPS),
         lambda x: x.pow(2).sum(1) * torch.from_numpy(WEIGHTS).sum(),
         lambda x: x.pow(2).sum(1) * torch.get_num_threads(),
+        lambda x: x.pow(2).sum(1) * eval("SCALE"),  # noqa: S307
+        lambda x: x.pow(2).sum(1) * scaled.__globals__["SCALE"],
+        lambda x: x.pow(2).sum(1) * len(locals()),
     ],
-    ids="random generator iterator array state".split(),
+    ids="random generator iterator array state text globals locals".split(),
 )
 def test_what_may_change_unseen_is_not_watched(energy: Any) -> None:
     with pytest.raises(Unwatched):
@@ -256,10 +259,10 @@ def test_what_is_not_read_is_not_tried_again(readings: list[Any]) -> None:
     assert isinstance(plan.plan_of(net.eval(), x, "test"), plan.GraphPlan)
 
 
-def test_weights_that_a_search_does_not_find_are_not_kept(readings: list[Any]) -> None:
+def test_weights_that_a_search_does_not_find_are_not_kept(readings: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
     hidden = {"w": torch.ones(3)}
-    energy, x = (lambda x: (x.pow(2) * eval("HIDDEN")["w"]).sum(1)), points()  # noqa: S307
-    globals()["HIDDEN"] = hidden
+    energy, x = (lambda x: (x.pow(2) * torch.hidden["w"]).sum(1)), points()  # type: ignore[attr-defined]
+    monkeypatch.setattr(torch, "hidden", hidden, raising=False)
     for _ in range(2):
         torch.testing.assert_close(chain(energy, x), by_hand(energy, x), rtol=1e-5, atol=1e-5)
         hidden["w"].mul_(1.5)
