@@ -81,8 +81,9 @@ def unavailable(op: str, backend: str, device: torch.device) -> str:
     return f"there are no native kernels for {device.type} tensors"
 
 
-def choose(op: str, backend: str, device: torch.device) -> str:
-    """The backend that runs `op` on `device`: a named one or an error; for "auto" the fastest that is here.
+def choose(op: str, backend: str, device: torch.device, where: str = "") -> str:
+    """The backend that runs `op` on `device`: a named one or an error, that starts with `where`, the op's name where
+    that is empty; for "auto" the fastest that is here.
 
     auto: a CUDA tensor → native CUDA where built, else Triton, else the reference; a CPU tensor → native, else the
     reference.
@@ -90,10 +91,11 @@ def choose(op: str, backend: str, device: torch.device) -> str:
     if backend == "auto":
         order = ("native", "triton") if device.type == "cuda" else ("native",)
         return next((name for name in order if not unavailable(op, name, device)), "reference")
-    one_of(backend, BACKENDS, "backend", op)
+    where = where or op
+    one_of(backend, BACKENDS, "backend", where)
     reason = unavailable(op, backend, device)
     if reason:
-        raise BackendError(f"{op}: backend {backend!r} is not available for {device.type} tensors: {reason}")
+        raise BackendError(f"{where}: backend {backend!r} is not available for {device.type} tensors: {reason}")
     return backend
 
 

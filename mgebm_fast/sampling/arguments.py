@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from .. import noise
-from ..checks import number, positive_int
+from ..checks import is_number, number, positive_int
+from ..errors import Refused
 from ..ops.counters import counter
 
 _PLAIN = (int, float, type(None))
@@ -43,6 +44,17 @@ def as_numbers_(described: Any, *pairs: str) -> None:
 def count(value: Any, name: str, where: str) -> int:
     """A positive int, or an error that names the argument."""
     return positive_int(value, name, where)
+
+
+def check_callback(callback: Any, where: str) -> None:
+    if not (callback is None or callable(callback)):
+        raise TypeError(f"{where}: callback must be callable, got {type(callback).__name__}")
+
+
+def check_reference(std: Any, mean: Any, where: str) -> None:
+    """A mean alone is for models whose chains begin there."""
+    if std is None and is_number(mean := number(mean)) and mean:
+        raise Refused("reference_mean", "be given with reference_std", f"{mean!r} alone", where)
 
 
 def place(

@@ -19,7 +19,7 @@ from ..ops import counters
 from ..ops.state import check_mask, dense_copy, why_not_plain
 from ..ops.update import Update, update
 from . import arguments
-from .arguments import as_numbers_, count
+from .arguments import as_numbers_, check_callback, count
 from .chain import Callback, Ids
 from .coupling import coupling, randomness
 from .explanation import Explanation, explained
@@ -135,6 +135,7 @@ class Corrected(abc.ABC):
         Raises:
             TypeError, ValueError: an argument is not as above, or the energy couples the samples of a batch.
         """
+        check_callback(callback, type(self).__name__)
         potential = None
         accepted, ratios = [], []
         steps = self._run(

@@ -27,6 +27,7 @@ from ..gradient import GradientPlan
 from ..gradient.autograd import AutogradPlan
 from ..ops import counters
 from ..ops.state import strides
+from .arguments import check_callback
 from .lanes import Lane
 from .memory import is_out_of_memory
 from .static import Static
@@ -68,6 +69,7 @@ def session_of(graph: Graph, callback: Any = None, where: str = "") -> Session:
     """The session that an argument `graph` means; without graphs where a callback must see every step."""
     if graph is callback is None:
         return _USUAL
+    check_callback(callback, where)
     session = graph if isinstance(graph, Session) else Session(graph)
     if session.graph is not None and not isinstance(session.graph, bool):
         raise TypeError(f"{where}: graph must be True, False or None, got {session.graph!r}")

@@ -16,7 +16,7 @@ from ..errors import Refused
 from ..gradient.plan import Energy
 from ..ops import varying
 from ..ops.update import Number, Update, update
-from .arguments import as_numbers_, count
+from .arguments import as_numbers_, check_reference, count
 from .chain import Callback, Ids
 from .explanation import Explanation, explained
 from .graphs import Graph, session_of
@@ -343,8 +343,8 @@ def langevin_sample(
     numbers = (steps, step_size, noise_scale, drift, noise_std, reference_std, reference_mean, grad_clamp)
     bounds = () if clamp is None else clamp if type(clamp) is tuple else (clamp,)
     plain = _PLAIN.issuperset(map(type, (*numbers, *bounds))) and not torch.compiler.is_compiling()
-    dynamics = (_described if plain else Langevin)(*numbers, clamp)
-    return dynamics(
+    check_reference(reference_std, reference_mean, "langevin_sample")
+    return (_described if plain else Langevin)(*numbers, clamp)(
         energy, x, mask=mask, seed=seed, generator=generator, first_sample=first_sample, first_step=first_step,
         stream=stream, precision=precision, backend=backend, graph=graph, compile=compile, callback=callback,
     )  # fmt: skip

@@ -154,7 +154,7 @@ def prepare(
     mask = None if mask is None else check_mask(mask, x, where)
     if mask is not None and not torch.compiler.is_compiling() and (reason := why_not_plain(mask)):
         raise TypeError(f"{where}: mask must be a plain tensor, got {reason}")
-    backend = ops.choose("langevin_step", backend, x.device)
+    backend = ops.choose("langevin_step", backend, x.device, where)
     session = graphs.session_of(graph, where=where)
     together = steps if together is None else min(together, steps)
     slot = graphs.slot_for(energy, x, mask, place, session, steps, numbers.form, precision, backend, compile)

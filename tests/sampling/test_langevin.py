@@ -9,7 +9,7 @@ import mgebm_fast as mg
 from mgebm_fast import ops
 from mgebm_fast.errors import BackendError, DivergenceError
 from mgebm_fast.nets import multigrid_net
-from mgebm_fast.sampling import Langevin, langevin_sample
+from mgebm_fast.sampling import HMC, Langevin, langevin_sample
 
 
 def images(n=4, channels=3, size=8, seed=0):
@@ -337,6 +337,7 @@ def test_what_explain_says_is_true_and_what_a_run_refuses_it_refuses():
         (dict(noise_scale=-1.0), ValueError, "noise_scale must be"),
         (dict(reference_std=0.0), ValueError, "reference_std must be"),
         (dict(reference_mean=float("inf")), ValueError, "reference_mean must be"),
+        (dict(reference_mean=1.0), ValueError, "reference_mean must be given with reference_std, got 1.0 alone"),
         (dict(grad_clamp=-0.1), ValueError, "grad_clamp must be"),
         (dict(clamp=(1.0, 1.0)), ValueError, r"low < high, got \(1.0, 1.0\)"),
         (dict(clamp=(1.0, 0.0)), ValueError, "low < high"),
@@ -378,7 +379,7 @@ def test_wrong_dynamics_are_named(arguments, error, message):
 def test_wrong_arguments_are_named(arguments, error, message):
     arguments = {"energy": quadratic, "x": images(), **arguments}
     energy, x = arguments.pop("energy"), arguments.pop("x")
-    with pytest.raises(error, match=f"langevin_(sample|step).*({message})"):
+    with pytest.raises(error, match=f"langevin_sample.*({message})"):
         langevin_sample(energy, x, steps=3, step_size=0.3, **arguments)
     if "energy" in message:
         return
@@ -395,8 +396,22 @@ def test_a_named_backend_that_is_missing_raises():
     missing = [b for b in ops.BACKENDS[1:] if ops.unavailable("langevin_step", b, torch.device("cpu"))]
     if not missing:
         pytest.skip("every backend is usable here")
-    with pytest.raises(BackendError, match="not available"):
+    with pytest.raises(BackendError, match="langevin_sample: backend.*not available"):
         langevin_sample(quadratic, images(), steps=1, step_size=0.3, backend=missing[0])
+
+
+def test_a_callback_that_cannot_be_called_is_refused_before_any_step():
+    steps = []
+
+    def energy(x):
+        steps.append(1)
+        return quadratic(x)
+
+    with pytest.raises(TypeError, match="langevin_sample: callback must be callable, got int"):
+        langevin_sample(energy, images(), steps=1, step_size=0.3, callback=3)
+    with pytest.raises(TypeError, match="HMC: callback must be callable, got str"):
+        HMC(steps=1, step_size=0.3, leapfrog_steps=2)(energy, images(), callback="x")
+    assert not steps
 
 
 def test_the_description_is_a_value():
