@@ -24,12 +24,18 @@ def _picked(b: GraphBuilder, out: Tensor, x: Value, which: Tensor) -> Value:
     return b.viewed(_reduced(b, out, scaled, 1, mean=False), shape_of(out))
 
 
+def _by_rows(b: GraphBuilder, index: Tensor) -> None:
+    """Notes an index of other samples than are read: torch takes one of fewer."""
+    b.by_sample = b.by_sample or index.dim() > 0 and len(index) != b.samples
+
+
 @rule("index")
 def _index(b: GraphBuilder, out: Tensor, x: Any, indices: Any) -> Value:
     x = value(b, x)
     indices = [constant(b, i) for i in indices]
     if indices[0] is None:
         return b.linear(x, lambda basis: basis[tuple(slice(None) if i is None else i for i in indices)], shape_of(out))
+    _by_rows(b, indices[0])
     every = torch.arange(b.samples)
     if len(indices) == 2 and indices[1] is not None and torch.equal(indices[0], every) and indices[1].dim() == 1:
         return _picked(b, out, x, indices[1].expand(b.samples))
@@ -39,6 +45,7 @@ def _index(b: GraphBuilder, out: Tensor, x: Any, indices: Any) -> Value:
 @rule("gather")
 def _gather(b: GraphBuilder, out: Tensor, x: Any, dim: int, index: Any, *, sparse_grad: bool = False) -> Value:
     x, index = value(b, x), constant(b, index)
+    _by_rows(b, index)
     if dim % out.dim() != 1 or tuple(index.shape) != (b.samples, 1, *x.shape[1:]) or len(x.shape) != 1:
         raise Unreadable(f"{b.name} takes other than one feature a sample")
     return _picked(b, out, x, index[:, 0])

@@ -78,7 +78,7 @@ def _read(energy: Callable[[Tensor], Tensor], recorder: _Recorder) -> tuple[Grap
         recorder.tape.hidden = rewrites.hidden
         return recorder.finish(out), recorder.by_sample
     except Unreadable as reason:
-        return str(reason), False
+        return str(reason), recorder.by_sample
     except (MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:

@@ -128,6 +128,24 @@ def test_gradient_is_autograds(name: str, n: int) -> None:
     assert error <= 2 * float((own.double() - exact).norm()) + 1e-6 * float(exact.norm())
 
 
+PICKED: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "gather": lambda f, y: f.gather(1, y[:, None])[:, 0],
+    "take_along_dim": lambda f, y: torch.take_along_dim(f, y[:, None], 1)[:, 0],
+    "rows kept": (lambda rows: lambda f, y: f[rows[len(y)], y])({n: torch.arange(n) for n in range(1, 6)}),
+    "cross entropy": lambda f, y: -F.cross_entropy(f, y, reduction="none"),
+}
+
+
+@pytest.mark.parametrize("name", PICKED)
+@pytest.mark.parametrize("n", range(1, 6))
+def test_scores_of_labels_are_read_for_every_number_of_samples(name: str, n: int) -> None:
+    pick, net, (x, y) = PICKED[name], made("Classifier").net, batch(n)  # type: ignore[attr-defined]
+    energy = lambda x: -pick(net(x), y)  # noqa: E731
+    found = plan_of(energy, x, "fp32", steps=MIN_STEPS)
+    assert found.explain().plan == "graph", found.explain()
+    torch.testing.assert_close(found.gradient(x), by_autograd(energy, x), rtol=1e-4, atol=1e-6)
+
+
 @pytest.mark.parametrize("name", ["Residual", "Target"])
 def test_no_bit_depends_on_threads_or_company(name: str) -> None:
     net, (x, y) = made(name), batch(37)
