@@ -25,7 +25,7 @@ from ..holding import frozen_parameters
 from ..stack import Stack, example_input, reread
 from . import kept
 from .cost import gains_by_bfloat
-from .recorder import noise_like, read_graph
+from .recorder import noise_like, read_graph, uncompiled
 from .state import as_before, plain_values
 from .tape import Tape
 from .watch import Watch, own_tensors, watch_of
@@ -256,7 +256,7 @@ def _compared(
     """Why the reading is another function than the energy, on samples other than those it was read on; and whether the
     gradient is large enough to show that it is not."""
     try:
-        with frozen_parameters(energy):
+        with frozen_parameters(energy), uncompiled():
             own = AutogradPlan(energy, "plan").gradient(probe)
             before = plain_values(energy)
             again = AutogradPlan(energy, "plan").gradient(probe)

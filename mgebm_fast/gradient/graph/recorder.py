@@ -71,8 +71,8 @@ def _read(energy: Callable[[Tensor], Tensor], recorder: _Recorder) -> tuple[Grap
     rewrites = Rewrites(recorder.depends, recorder.refuse)
     try:
         with (
-            _without_warnings(), torch.inference_mode(False), frozen_parameters(energy), torch.enable_grad(),
-            recorder, rewrites,
+            _without_warnings(), uncompiled(), torch.inference_mode(False), frozen_parameters(energy),
+            torch.enable_grad(), recorder, rewrites,
         ):  # fmt: skip
             out = energy(recorder.probe)
         recorder.tape.hidden = rewrites.hidden
@@ -103,6 +103,15 @@ def _without_warnings() -> Iterator[None]:
             yield
     finally:
         _warnings.release()
+
+
+def uncompiled() -> Any:
+    """A context in which what torch.compile wrapped runs as it was written: its compiler would take up the reading's
+    code too."""
+    set_stance = getattr(torch.compiler, "set_stance", None)  # from torch 2.6 on
+    if set_stance is None or "torch._dynamo" not in sys.modules:  # whose import takes seconds
+        return contextlib.nullcontext()
+    return set_stance("force_eager")
 
 
 def noise_like(samples: int, x: Tensor, seed: int) -> Tensor:  # -> (samples, ...) float32, on the CPU

@@ -1,4 +1,4 @@
-"""Energies that torch compiled: by TorchScript, whose modules have no attributes of Python's."""
+"""Energies that torch compiled: by TorchScript, whose modules have no attributes of Python's, and by torch.compile."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 import mgebm_fast as mg
 from mgebm_fast import native
 from mgebm_fast.gradient.graph import MIN_STEPS
+from mgebm_fast.gradient.plan import plan
 
 pytestmark = pytest.mark.skipif(not native.available(), reason="the compiled module is not built")
 
@@ -67,3 +68,21 @@ def test_modules_by_torchscript_run(made: str, held: str) -> None:
     for steps in (1, MIN_STEPS, MIN_STEPS):  # which it optimises at the second call
         got = mg.langevin_sample(energy, x, steps=steps, step_size=0.1, seed=1)
         torch.testing.assert_close(got, mg.langevin_sample(net(), x, steps=steps, step_size=0.1, seed=1))
+
+
+@pytest.mark.skipif(not hasattr(torch.compiler, "set_stance"), reason="torch before 2.6 compiles whatever it meets")
+@pytest.mark.parametrize("held", HELD)
+def test_what_torch_compiles_is_read_as_it_was_written(held: str) -> None:
+    compiled: list[Any] = []
+
+    def backend(graph: Any, inputs: Any) -> Any:
+        compiled.append(graph)
+        return graph.forward
+
+    inner, x = net(), points()
+    energy = HELD[held](torch.compile(inner, backend=backend))
+    found = plan(energy, x, steps=MIN_STEPS)
+    assert found.explain().plan == "graph" and not compiled
+    torch.testing.assert_close(found.gradient(x), plan(inner, x).gradient(x))
+    energy(x)
+    assert compiled  # it compiles as before
