@@ -1,6 +1,6 @@
-"""Rules of greatest and least values: over pixels by pools, over features and of two tensors as y + relu(x − y).
+"""Rules of greatest and least values: over pixels by pools, over features as y + relu(x − y).
 
-Where several are the greatest, torch's gradient is shared among them by some ops, here it goes to one.
+Where several are the greatest, torch's gradient goes to one of them by max and min, and is shared by the other ops.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ _MOST = 64  # features whose greatest is taken
 
 @rule("maximum", "minimum")
 def _maximum(b: GraphBuilder, out: Tensor, x: Any, y: Any) -> Value:
-    least = b.name.startswith("minimum")
-    above = b.pointwise(_sub(b, out, y, x) if least else _sub(b, out, x, y), "leaky_relu", 0.0)
-    return _sub(b, out, y, above) if least else _add(b, out, y, above)
+    apart, half = _sub(b, out, x, y), -0.5 if b.name.startswith("minimum") else 0.5
+    middle = _add(b, out, y, apart, alpha=0.5)  # |x − y| has no slope at 0: of equal ones each has half of the gradient
+    return _add(b, out, middle, b.pointwise(apart, "abs"), alpha=half)
 
 
 @rule("amax", "amin", "max", "min")
@@ -34,13 +34,16 @@ def _extreme(b: GraphBuilder, out: Any, x: Any, dims: Any = None, keepdim: bool 
         raise Unreadable(f"{b.name} is over the batch")
     x, shape = value(b, x), shape_of(out if isinstance(out, Tensor) else out[0])
     places, least = _dims(dims, x), b.name.split()[0].endswith("min")
+    shares = b.name.startswith("am")
+    if shares and (not x.is_map or 0 in places and x.held.channels > 1):
+        raise Unreadable(f"{b.name} shares its gradient among equal features (max and min are read)")
     x = b.affine(x, -1.0) if least else x
     if x.is_map and x.flattened and places == list(range(len(x.shape))):  # all of its elements
         x = Value(x.index, x.held, x.map_shape)
         places = list(range(len(x.shape)))
     if x.is_map and not x.flattened:
         kernel = tuple(n if dim + 1 in places else 1 for dim, n in enumerate(x.held.size))
-        x = _pooled(b, x, kernel)
+        x = _shared(b, x, kernel) if shares else _pooled(b, x, kernel)
         if places[0] == 0 and x.held.pixels == 1:
             x, places = b.viewed(b.features(x), (x.held.channels,)), [0]
     if 0 in places:
@@ -54,6 +57,18 @@ def _pooled(b: GraphBuilder, x: Value, kernel: tuple[int, ...]) -> Value:
     held = Map(x.held.channels, tuple(n // k for n, k in zip(x.held.size, kernel, strict=True)))
     none, ones = (0,) * len(kernel), (1,) * len(kernel)
     return b.add(layers.MaxPool, [x], held, (held.channels, *held.size), kernel, kernel, none, ones)
+
+
+def _shared(b: GraphBuilder, x: Value, kernel: tuple[int, ...]) -> Value:
+    """The same as the mean of those that are the greatest, which shares the gradient among them."""
+    sizes = [*zip(x.held.size, kernel, strict=True)]
+    spread = tuple(tuple(((at // k, 1.0),) for at in range(n)) for n, k in sizes)
+    windows = tuple(tuple(tuple((at + i, 1.0) for i in range(k)) for at in range(0, n, k)) for n, k in sizes)
+    below = b.combined(layers.Add, x, b.gather(_pooled(b, x, kernel), spread), -1.0)
+    greatest = b.pointwise(below, "step", 0.0, True)
+    count = b.gather(greatest, windows)
+    total = b.gather(b.combined(layers.Multiply, x, greatest), windows)
+    return b.combined(layers.Multiply, total, b.pointwise(count, "power", -1))
 
 
 def _of_features(b: GraphBuilder, x: Value, places: list[int]) -> Value:

@@ -133,7 +133,7 @@ class Tokens(nn.Module):
 
 
 TOKENS: dict[str, Callable[[Tokens, Tensor], Tensor]] = {
-    "points": lambda net, h: h.amax(1),
+    "points": lambda net, h: h.max(1)[0],
     "mixer": lambda net, h: (h + F.gelu(net.across(net.norm(h).mT)).mT).mean(1),
     "attention": lambda net, h: (torch.softmax(h @ net.norm(h).mT / 6**0.5, -1) @ h).mean(1),
     "torch's attention": lambda net, h: F.scaled_dot_product_attention(h, net.norm(h), h).mean(1),

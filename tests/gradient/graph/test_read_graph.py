@@ -135,7 +135,8 @@ IMAGES = {
         nn.Flatten(), nn.Linear(60, 1), nn.Flatten(0),
     ),
     "greatest pixels": lambda: lambda x: (
-        x.amax((2, 3)).square().sum(1) + x.flatten(1).min(1)[0] + x.amin(2).exp().sum((1, 2)) + x[:, :2].amax((1, 2, 3))
+        x.amax((2, 3)).square().sum(1) + x.flatten(1).min(1)[0] + x.amin(2).exp().sum((1, 2))
+        + x[:, :2].flatten(1).max(1)[0]
     ),
     "logarithms near 1": lambda: lambda x: (
         (torch.log1p(x * x) + torch.expm1(x) + torch.rsqrt(1 + x * x)).sum((1, 2, 3))
@@ -154,7 +155,7 @@ POINTS = {
     "gated": (5, lambda: (torch.manual_seed(3), Gated())[1]),
     "partial": (3, lambda: functools.partial(lambda a, x: a * F.softplus(x).sum(1), 0.3)),
     "greatest features": (11, lambda: lambda x: (
-        x.amax(1) - 2 * torch.min(x[:, 3:], 1)[0] + torch.maximum(x, 0.3 * x * x).sum(1)
+        x.max(1)[0] - 2 * torch.min(x[:, 3:], 1)[0] + torch.maximum(x, 0.3 * x * x).sum(1)
         + torch.minimum(x, torch.tensor(0.1)).square().sum(1)
     )),
     "stacked": (2, lambda: lambda x: torch.stack([x[:, 0] * 2, x[:, 1] - x[:, 0]], 1).pow(2).sum(1).sqrt()),

@@ -219,6 +219,28 @@ def test_the_slope_of_a_norm_is_zero_at_zero() -> None:
     agrees(lambda x: F.relu(x).norm(dim=1) + quadratic(x), -x.abs())
 
 
+@pytest.mark.parametrize(
+    "energy",
+    [
+        lambda x: torch.maximum(x, torch.zeros(3, 8, 8)).sum((1, 2, 3)),
+        lambda x: torch.minimum(x, 1 - x.flip(3)).pow(2).sum((1, 2, 3)),
+        lambda x: x.amax((2, 3)).sum(1),
+        lambda x: x.amin(2).pow(2).sum((1, 2)) + x.amax(3).exp().sum((1, 2)),
+        lambda x: x.mean(1, keepdim=True).amax((1, 2, 3)) - x[:, :1].flatten(1).amin(1),
+    ],
+    ids="maximum minimum amax rows one_channel".split(),
+)
+def test_equal_values_share_the_gradient_as_in_torch(energy: Energy) -> None:
+    x = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    agrees(energy, x)
+    agrees(energy, x.clamp(0, 1))
+
+
+def test_shared_gradients_of_features_are_not_read() -> None:
+    report = plan_of(lambda x: x.amax(1), points()).explain()
+    assert report.plan == "autograd" and "amax 1 shares its gradient among equal features" in report.why_not_faster[-1]
+
+
 def test_functions_keep_their_precision_near_zero() -> None:
     x = points() * 1e-5
     for function in (torch.tanh, F.elu):
