@@ -255,7 +255,7 @@ def _named(device: torch.device) -> str:
 def _configure(config: str | None, out: Path | None, resume: bool, start: str | None) -> tuple[TrainConfig, Path]:
     """The configuration before overrides, and the run folder."""
     from ..learning import load_config
-    from ..learning.run.folder import check_inside
+    from ..learning.run.folder import check_inside, run_with
 
     if start is not None and resume:
         raise ConfigError("--from: must be left out beside --resume, whose run knows where it began")
@@ -267,7 +267,9 @@ def _configure(config: str | None, out: Path | None, resume: bool, start: str | 
         given = dataclasses.replace(given, begin=0.0)  # its nets have learnt: none has to wait
     if given is None and (out is None or not resume):
         raise ConfigError("preset: must be given (`mgebm presets` lists them), or --out DIR with --resume")
-    folder = Path("runs") / given.name if given is not None and out is None else Path(out or "")
+    folder = Path(out or "")
+    if given is not None and out is None:
+        folder = (run_with(Path(str(config))) if resume else None) or Path("runs") / given.name
     if resume and (folder / "config.toml").exists():
         check_inside(folder)
         stored = load_config(folder / "config.toml")
@@ -279,6 +281,8 @@ def _configure(config: str | None, out: Path | None, resume: bool, start: str | 
             f"resume: must be the folder of a run, got {folder}, which has no config.toml; with a preset, a run that "
             "was killed before it had one starts from the beginning"
         )
+    if resume and not folder.exists():
+        raise ConfigError(f"resume: {folder} does not exist; drop --resume to begin a run there")
     return given, folder
 
 

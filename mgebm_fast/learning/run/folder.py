@@ -172,6 +172,12 @@ def run_of(folder: Path) -> Path | None:
     return above.parent if above.name == CHECKPOINTS and os.path.lexists(above.parent / CONFIG) else None
 
 
+def run_with(config: Path) -> Path | None:
+    """The run whose own configuration the file `config` is; None for any other."""
+    run = config.parent
+    return run if config.name == CONFIG and any((run / name).exists() for name in (CHECKPOINTS, DATA)) else None
+
+
 def check_new(out: Path) -> None:
     """Raise FileExistsError unless `out` is a folder that does not exist yet or is empty."""
     if out.exists() and not out.is_dir():
