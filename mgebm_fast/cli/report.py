@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from typing import Annotated
 
@@ -48,18 +49,24 @@ def report(
         raise ValueError(f"run: must be one for a picture, got {len(runs)}")
     check_place(out)
     use_threads(threads)
+    from ..errors import CheckpointError
     from ..evaluation.page import neighbours, page
     from ..files import make_folder, write_bytes
     from ..learning import Run
     from ..pictures import save_png
 
+    opened = [Run(path) for path in runs]
+    for run in opened:
+        with contextlib.suppress(CheckpointError):  # no model yet: the page says so in its place
+            if caveat := run.find_model()[1]:
+                typer.echo(caveat, err=True)
     if picture:
-        drawn = neighbours(Run(runs[0]), 16, rows=2, seed=seed)
+        drawn = neighbours(opened[0], 16, rows=2, seed=seed)
         make_folder(out.parent)
         save_png(out, drawn)
         typer.echo(f"{runs[0]}: {out}, samples of seed {seed} over the training images nearest to them", err=True)
         return
-    text = page([Run(path) for path in runs], seed=seed).encode()
+    text = page(opened, seed=seed).encode()
     make_folder(out.parent)
     write_bytes(out, text)
     typer.echo(f"{', '.join(map(str, runs))}: {out}, {len(text) / 1e6:.1f} MB", err=True)

@@ -19,6 +19,7 @@ from ..data.foreign import reading
 from ..errors import DataError
 from ..learning import METHODS, Run
 from ..learning.run.folder import SAMPLES
+from ..models import Model
 from ..pictures import image_grid
 from .distances import nearest
 
@@ -290,7 +291,7 @@ def _neighbours(run: Run, seed: int) -> str:
 def neighbours(run: Run, num: int, *, rows: int = 1, seed: int = 0) -> np.ndarray:
     """A picture (H, W, 3) uint8 of `num` samples, not chosen, in `rows` rows, each over a row of the training images
     that are nearest to them by pixel distance. ValueError of a run whose data are one recording."""
-    model, data = run.model(), run.data("train")
+    model, data = Model.load(run.find_model()[0]), run.data("train")
     if not isinstance(data, ImageData):
         raise ValueError("run: must have learnt from images, got one of recordings, whose data are one clip")
     drawn = model.sample(num, seed=seed)

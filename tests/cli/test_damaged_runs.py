@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import shutil
+
 import pytest
 from helpers.console import one_line
 
@@ -52,6 +55,37 @@ def test_whole_runs_are_opened_without_a_word(mgebm, run, tmp_path, recwarn):
     assert result.exit_code == 0 and "the model is that of" not in result.stderr
     Run(run).model()
     assert not [warning for warning in recwarn if "the model is that of" in str(warning.message)]
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["sample", "--num", 2, "--out", "x.npy"],
+        ["evaluate", "--num", 4, "--json"],
+        ["diagnose", "--num", 2, "--json"],
+        ["report", "--out", "x.html"],
+    ],
+)
+def test_a_model_that_is_not_that_of_a_finished_run_is_told_of(mgebm, run, tmp_path, monkeypatch, command):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(features.feature_space, "__kwdefaults__", {"seed": 0, "visits": 64})
+
+    def told(path=run):
+        result = mgebm(command[0], path, *command[1:])
+        assert result.exit_code == 0, result.output
+        return [line for line in result.stderr.splitlines() if "the model is that" in line or "collapsed" in line]
+
+    config = run / "config.toml"
+    config.write_text(config.read_text().replace("\nsteps = 2\n", "\nsteps = 4\n", 1))  # longer, and stopped
+    assert told() == [f"{run}: not finished, the model is that of update 2 of 4"]
+    collapse = run / "collapse.json"
+    collapse.write_text(json.dumps({"update": 3, "model": 1, "why": "the gap of size 8 grew"}))
+    assert told() == [f"{run}: {Run(run).collapse}"]
+    (run / "model.safetensors").unlink()
+    for name in ("step_000001", "step_000002"):
+        shutil.rmtree(run / "checkpoints" / name)
+    assert told() == [f"{run}: not finished, the model is that of update 0 of 4: untrained"]
+    assert told(run / "checkpoints" / "step_000000") == []  # a checkpoint is what it is
 
 
 def test_in_python_it_is_a_warning(damaged):

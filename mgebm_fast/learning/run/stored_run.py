@@ -89,7 +89,8 @@ class Run:
     def model_file(self) -> Path:
         """The final model, else that of the newest undamaged checkpoint; CheckpointError when there is none yet.
 
-        Warns where newer checkpoints are damaged, and where a net of it has not begun to learn.
+        Warns where newer checkpoints are damaged, where the run is not finished or collapsed, and where a net of it has
+        not begun to learn.
         """
         file, caveat = self.find_model()
         if caveat:
@@ -98,17 +99,30 @@ class Run:
 
     def find_model(self) -> tuple[Path, str]:
         """What `model_file` returns, and what it warns of; "" where there is nothing."""
-        if self._has_model or self._checkpoint:
-            file = (self._checkpoint or self.path) / MODEL
-            return file, self._unlearnt(file)
-        found, faults = checkpoint.newest_whole(self.path / CHECKPOINTS)
-        if found is None:
-            why = "; ".join(str(error) for _, error in faults) or "it has no checkpoint yet"
-            raise CheckpointError(f"run: {self.path} has no model to use: {why}")
-        damaged = ", ".join(f"{folder.name} is damaged ({_inside(folder, error)})" for folder, error in faults)
-        words = [f"{self.path}: {damaged}; the model is that of {found[0].name}"] if damaged else []
-        file = found[0] / MODEL
-        return file, "\n".join([*words, *filter(None, [self._unlearnt(file)])])
+        folder, words = self._checkpoint or self.path, ""
+        if not (self._has_model or self._checkpoint):
+            found, faults = checkpoint.newest_whole(self.path / CHECKPOINTS)
+            if found is None:
+                why = "; ".join(str(error) for _, error in faults) or "it has no checkpoint yet"
+                raise CheckpointError(f"run: {self.path} has no model to use: {why}")
+            folder = found[0]
+            damaged = ", ".join(f"{path.name} is damaged ({_inside(path, error)})" for path, error in faults)
+            words = damaged and f"{self.path}: {damaged}; the model is that of {folder.name}"
+        file = folder / MODEL
+        return file, "\n".join(filter(None, [words, self._unfinished(file), self._unlearnt(file)]))
+
+    def _unfinished(self, file: Path) -> str:
+        """A line where the run has not reached its end, or collapsed; "" of a checkpoint, which is what it is."""
+        if self._checkpoint or self.finished:
+            return ""
+        if self.collapse:
+            return f"{self.path}: {self.collapse}"
+        folder = self.checkpoints()[-1] if file.parent == self.path else file.parent
+        made, steps = checkpoint.step_of(folder), self.config.steps
+        if made >= steps:  # killed just before it wrote its model
+            return ""
+        untrained = "" if made or self.config.start_from else ": untrained"
+        return f"{self.path}: not finished, the model is that of update {made} of {steps}{untrained}"
 
     def _unlearnt(self, file: Path) -> str:
         """A line that names the sizes whose nets do not learn yet (`begin`); "" where there are none."""
@@ -166,7 +180,7 @@ class Found(NamedTuple):
 
     file: Path
     run: Run | None  # None for a model file that stands alone
-    caveat: str  # what to say of it: damaged newer checkpoints, nets that have not begun to learn; or ""
+    caveat: str  # what to say of it: damaged newer checkpoints, a run that is not finished, nets yet to learn; or ""
 
 
 def find(path: str | os.PathLike[str]) -> Found:
@@ -221,9 +235,10 @@ def load(run: str | os.PathLike[str], *, device: str | torch.device = "auto", em
         energies = model.energies(pictures)
 
     Args:
-        run: a run's folder (its final model, else that of its newest whole checkpoint, with a warning where newer ones
-            are damaged), a checkpoint's folder, a model file, or the name of a model that comes with the package,
-            where nothing in the working folder has that name (`builtin:digits` means the package's in any folder).
+        run: a run's folder (its final model, else that of its newest whole checkpoint, with a warning that the run is
+            not finished, or that newer ones are damaged), a checkpoint's folder, a model file, or the name of a model
+            that comes with the package, where nothing in the working folder has that name (`builtin:digits` means the
+            package's in any folder).
         device: "auto": CUDA where torch finds it, else the CPU.
         ema: take the averaged weights where the run keeps them.
 
