@@ -105,7 +105,7 @@ def evaluate(
     take_chains(model, steps, cycles, run)
     trained = _recorded(run) if record else None
     images = images_of(run, model, config, data)
-    if record and config and not is_own(images.args[0], config):
+    if record and config and not (images.keywords["like"] or is_own(images.args[0], config)):
         raise ValueError(f"--record: must be left out with --data {data}: it is for the run's own data, {config.data}")
     train, held_out = images(split="train"), images(split="held_out")
     with named_options("features"):

@@ -124,7 +124,7 @@ def inpaint(
         notes.append("classes are drawn, not those of the images, which have no labels of the model's classes")
     training = None
     if asked is None and model.sampling:
-        training, why = _training_images(run, model, config, seed)
+        training, why = _training_images(run, model, config, seed, data if part.keywords["like"] else None)
         if training is None and length is not None:
             raise ValueError(f"--length: auto must have images that {run} was trained on, but {why}")
         notes += [] if training is not None else [f"length 1, a sample's: {why}"]
@@ -170,8 +170,11 @@ def _read_length(text: str | None) -> float | None:
     return length
 
 
-def _training_images(run: Path, model: Model, config: TrainConfig | None, seed: int) -> tuple[ImageData | None, str]:
-    """What the length is picked on; None, and why, where the run's training images cannot be read."""
+def _training_images(
+    run: Path, model: Model, config: TrainConfig | None, seed: int, data: str | None = None
+) -> tuple[ImageData | None, str]:
+    """What the length is picked on; None, and why, where the run's training images, which may lie at `data` now, cannot
+    be read."""
     from ..errors import DataError
     from ..evaluation.inpainting import LENGTH_IMAGES
 
@@ -179,7 +182,7 @@ def _training_images(run: Path, model: Model, config: TrainConfig | None, seed: 
         return None, f"{run} does not say what it was trained on"
     try:
         # Only what is needed is read: where every image can be decoded, those that `length_images` takes of all.
-        images = images_of(run, model, config)(split="train", most=LENGTH_IMAGES, seed=seed)
+        images = images_of(run, model, config, data)(split="train", most=LENGTH_IMAGES, seed=seed)
     except (DataError, OSError, ImportError) as error:
         why = error.words if isinstance(error, DataError) else error
         return None, f"its training images cannot be read: {why}"

@@ -166,8 +166,7 @@ def one_voice(ranks: Ranks) -> Iterator[None]:
 def open_run(path: Path) -> tuple[Path, TrainConfig | None]:
     """What holds the model, and the configuration it was trained with; None for a model file that stands alone.
 
-    What to say of it (`stored_run.Found.caveat`) goes to stderr. CheckpointError where there is nothing at `path`, with
-    the nearest name, or no model.
+    What to say of it (`stored_run.Found.caveat`) goes to stderr. CheckpointError where there is no model at `path`.
     """
     from ..learning.run import stored_run
 
@@ -230,20 +229,19 @@ def images_of(
 ) -> functools.partial[ImageData]:
     """`load_images` of what a run learnt from, or of `--data`, at the model's size: only the split is left to say.
 
-    The source of the run itself is divided as it was then. The run's classes are taken of it, and of another source
-    where that has them; else all of that, but for class-conditional models, which know no other classes.
+    The source of the run itself is divided as it was then, wherever it lies now. The run's classes are taken of it, and
+    of another source where that has them; else all of that, but for class-conditional models, which know no others.
     """
     source, classes = lasting(data) if data else (config.data if config else ""), config.classes if config else ()
     if not source:
         raise ValueError(f"--data: must be given, {run} is no run folder and does not say what it was trained on")
     size, channels = model.sizes[-1], model.channels
-    needed = is_own(source, config) or bool(getattr(model, "classes", ()))
+    like = fingerprint_of(run, source, config)
+    needed = like or is_own(source, config) or bool(getattr(model, "classes", ()))
     if classes and not needed and not _has_classes(source, size, channels, classes):
         typer.echo(f"{source}: all its images, it has not the classes of the run ({', '.join(classes)})", err=True)
         classes = ()
-    return functools.partial(
-        load_images, source, size, channels, tuple(classes), like=fingerprint_of(run, source, config)
-    )
+    return functools.partial(load_images, source, size, channels, tuple(classes), like=like)
 
 
 def _has_classes(source: str, size: int, channels: int, classes: Sequence[str]) -> bool:
@@ -316,11 +314,22 @@ def is_own(source: str, config: TrainConfig | None) -> bool:
 
 
 def fingerprint_of(run: Path, source: str, config: TrainConfig | None) -> dict[str, Any] | None:
-    """What a run says of the data that it learnt from, where `source` is their place and anything is known of them."""
+    """What a run says of the data that it learnt from, where they, or most of them, are at `source`."""
+    from ..data import builtin
+    from ..data.fingerprint import same_set
     from ..learning.run import stored_run
 
-    found = stored_run.find(run).run if is_own(source, config) else None
-    return None if found is None else found.fingerprint()
+    found = None if config is None else stored_run.find(run).run
+    like = None if found is None else found.fingerprint()
+    if found is None or like is None or is_own(source, config):
+        return like
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            here = found.data(source=builtin.explicit(source)).fingerprint()
+        except (DataError, OSError, ImportError):
+            return None
+    return like if same_set(like, here) else None
 
 
 def lasting(data: str, option: str = "--data") -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -14,7 +15,9 @@ from .options import (
     RunPath,
     Threads,
     at_most,
+    fingerprint_of,
     images_of,
+    lasting,
     load_images,
     open_model,
     print_json,
@@ -111,7 +114,7 @@ def score(
     training, held_out = _learnt_from(model, run, data, config, notes)
     if against is not None:
         held_out = _load(model, against, "all", "--against")
-    given = _sets(model, images, split)
+    given = _sets(model, images, split, lambda source: fingerprint_of(run, source, config))
     scored = [scoring.score(model, one, reference=reference) for one in given]
     inside, outside = (
         None if one is None or not len(one) else scoring.score(model, one, reference=reference)
@@ -152,17 +155,18 @@ def score(
     console.print(scoring.format_scores(result, console.width))
 
 
-def _load(model: EnergyModel, source: str, split: str, what: str) -> ImageData:
-    from .options import lasting
-
+def _load(model: EnergyModel, source: str, split: str, what: str, like: dict[str, Any] | None = None) -> ImageData:
     try:
-        return load_images(lasting(source), model.sizes[-1], model.channels, split=split)
+        return load_images(lasting(source), model.sizes[-1], model.channels, split=split, like=like)
     except DataError as error:
         raise error.at(what) from None
 
 
-def _sets(model: EnergyModel, sources: list[str], split: str) -> list[ImageData]:
-    """The sets to score: picture files together are one, and every other source is one."""
+def _sets(
+    model: EnergyModel, sources: list[str], split: str, like: Callable[[str], dict[str, Any] | None]
+) -> list[ImageData]:
+    """The sets to score: picture files together are one, and every other source is one. `like(source)` is the
+    fingerprint of a run's own, which is divided as it was then."""
     from ..data.policy import EXTENSIONS
 
     if split not in ("all", "train", "held_out"):
@@ -171,7 +175,8 @@ def _sets(model: EnergyModel, sources: list[str], split: str) -> list[ImageData]
     found = [_pictures(files, model.sizes[-1], model.channels)] if files else []
     for source in sources:
         if source not in files:
-            found.append(_load(model, source, split, "IMAGES"))
+            known = None if split == "all" else like(lasting(source))
+            found.append(_load(model, source, split, "IMAGES", known))
             if not len(found[-1]):
                 raise ValueError(f"IMAGES: must hold images, got none held out of {source}")
     return found

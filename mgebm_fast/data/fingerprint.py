@@ -93,6 +93,16 @@ def difference(stored: dict[str, Any], now: dict[str, Any]) -> str:
     return "" if list(then) == list(here) else "the same images are in another order or in other parts"
 
 
+def same_set(stored: dict[str, Any], now: dict[str, Any]) -> bool:
+    """Whether most images of one fingerprint are in the other: under their names, and with their pixels where these are
+    made by one policy (sets of other images may have the same names: `001.png`)."""
+    then, here = _contents(stored), _contents(now)
+    if then is None or here is None:
+        return stored.get("digest") == now["digest"]
+    pixels = stored.get("policy") == now.get("policy")
+    return 2 * sum(name in here and (not pixels or here[name] == crc) for name, crc in then.items()) > len(then)
+
+
 def _contents(fingerprint: dict[str, Any]) -> dict[str, str] | None:
     """{name: CRC of its pixels} in order; None where they are not kept, or not as this module writes them."""
     names, held_out, content = (fingerprint.get(key) for key in ("names", "held_out", "content"))

@@ -6,10 +6,12 @@ import json
 
 import numpy as np
 import pytest
+from helpers.console import one_line
 from PIL import Image
 
 import mgebm_fast as mg
 from mgebm_fast.cli.inpaint import _training_images
+from mgebm_fast.cli.options import images_of
 from mgebm_fast.learning import Run
 
 from .conftest import TINY, train_tiny
@@ -65,3 +67,31 @@ def test_classes_are_taken_of_the_run_s_own_data_and_of_others_that_have_them(mg
     mixed = pictures(tmp_path / "mixed", [f"{name}/{i}.png" for name in "23" for i in range(20)], 7)
     result = mgebm("score", threes, "digits", "--data", mixed, "--json")
     assert figures(result)["training"]["num"] == 18 and "all its images" not in result.stderr
+
+
+def test_a_run_s_own_images_are_divided_as_they_were_wherever_they_lie_now(mgebm, tmp_path):
+    """And so that none that was learnt from is measured on."""
+    out, moved = tmp_path / "run", tmp_path / "moved"
+    folder = pictures(tmp_path / "set", [f"{i:03d}.png" for i in range(60)], 0)
+    assert mgebm("train", "digits", *TINY, "--data", folder, "--out", out).exit_code == 0
+    pictures(folder.rename(moved), ["009_new.png"], 100)
+    (moved / Run(out).fingerprint()["names"][0]).unlink()
+    model, config = mg.load(out), Run(out).config
+    part = images_of(out, model, config, str(moved))
+    own = Run(out).fingerprint()["held_out"]
+    assert len(part(split="train")) == 53 and part(split="held_out").names == tuple(own)
+    assert len(_training_images(out, model, config, 0, str(moved))[0]) == 53
+    result = mgebm("evaluate", out, "--num", 8, "--json", "--record", "--data", moved)
+    assert figures(result)["num_real"] == 6
+    assert "moved: not what the run learnt from: of 60 images 1 removed" in result.stderr
+    assert len(Run(out).evaluations()) == 1
+    scored = figures(mgebm("score", out, moved, "--split", "held_out", "--data", moved, "--json"))["sets"][0]
+    assert {one["name"] for one in scored["images"]} == set(own)
+
+
+def test_other_images_of_the_same_names_are_not_the_run_s_own(mgebm, tmp_path):
+    names = [f"{i:03d}.png" for i in range(60)]
+    out, other = tmp_path / "run", pictures(tmp_path / "other", [*names, "new.png"], 100)
+    assert mgebm("train", "digits", *TINY, "--data", pictures(tmp_path / "set", names, 0), "--out", out).exit_code == 0
+    assert images_of(out, mg.load(out), Run(out).config, str(other)).keywords["like"] is None
+    assert "--record: must be left out" in one_line(mgebm("evaluate", out, "--num", 8, "--record", "--data", other))
