@@ -164,10 +164,7 @@ def one_voice(ranks: Ranks) -> Iterator[None]:
 
 
 def open_run(path: Path) -> tuple[Path, TrainConfig | None]:
-    """What holds the model, and the configuration it was trained with; None for a model file that stands alone.
-
-    What to say of it (`stored_run.Found.caveat`) goes to stderr. CheckpointError where there is no model at `path`.
-    """
+    """What holds the model, and its configuration, None for a model file alone; `Found.caveat` goes to stderr."""
     from ..learning.run import stored_run
 
     file, run, caveat = stored_run.find(path)
@@ -205,9 +202,8 @@ def load_images(
 ) -> ImageData:
     """Images of a source, with those that could not be read listed on stderr.
 
-    `like`, the fingerprint of a run's data: images are divided as they were then, so that none that was learnt from is
-    held out; what is not the same any more is reported with the training part.
-    """
+    `like`, the fingerprint of a run's data: images are divided as they were then; what differs is reported with the
+    training part."""
     from ..data import builtin, load
     from ..data.fingerprint import difference
 
@@ -232,9 +228,13 @@ def images_of(
     The source of the run itself is divided as it was then, wherever it lies now. The run's classes are taken of it, and
     of another source where that has them; else all of that, but for class-conditional models, which know no others.
     """
+    from ..learning.run import stored_run
+
     source, classes = lasting(data) if data else (config.data if config else ""), config.classes if config else ()
     if not source:
         raise ValueError(f"--data: must be given, {run} is no run folder and does not say what it was trained on")
+    if not data:
+        stored_run.check_there(source, run)
     size, channels = model.sizes[-1], model.channels
     like = fingerprint_of(run, source, config)
     needed = like or is_own(source, config) or bool(getattr(model, "classes", ()))

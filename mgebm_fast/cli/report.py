@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from .options import MOST_RUNS, MOST_SEED, Threads, at_most, use_threads
+from .options import MOST_RUNS, MOST_SEED, Threads, at_most, lasting, use_threads
 from .outputs import check_place
 
 
@@ -18,6 +18,9 @@ def report(
         Path, typer.Option(metavar="X.html|X.png", help="The page, or its samples beside training images alone.")
     ] = Path("report.html"),
     seed: Annotated[int, typer.Option(min=0, max=MOST_SEED, help="Seed of the samples beside training images.")] = 0,
+    data: Annotated[
+        str | None, typer.Option(metavar="PLACE", help="Where the images of the runs lie now, if they have moved.")
+    ] = None,
     threads: Threads = None,
 ) -> None:
     """Write one HTML page on a run: nothing else is needed to look at it, and nothing is loaded from elsewhere.
@@ -55,18 +58,19 @@ def report(
     from ..learning import Run
     from ..pictures import save_png
 
+    source = None if data is None else lasting(data)
     opened = [Run(path) for path in runs]
     for run in opened:
         with contextlib.suppress(CheckpointError):  # no model yet: the page says so in its place
             if caveat := run.find_model()[1]:
                 typer.echo(caveat, err=True)
     if picture:
-        drawn = neighbours(opened[0], 16, rows=2, seed=seed)
+        drawn = neighbours(opened[0], 16, rows=2, seed=seed, source=source)
         make_folder(out.parent)
         save_png(out, drawn)
         typer.echo(f"{runs[0]}: {out}, samples of seed {seed} over the training images nearest to them", err=True)
         return
-    text = page(opened, seed=seed).encode()
+    text = page(opened, seed=seed, source=source).encode()
     make_folder(out.parent)
     write_bytes(out, text)
     typer.echo(f"{', '.join(map(str, runs))}: {out}, {len(text) / 1e6:.1f} MB", err=True)

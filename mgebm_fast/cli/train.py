@@ -137,7 +137,7 @@ def train(
     from ..learning.run import checkpoint, distributed
     from ..learning.run.folder import CHECKPOINTS
     from ..learning.run.heap import keep_freed_memory
-    from ..learning.run.stored_run import SHIPPED, located
+    from ..learning.run.stored_run import SHIPPED, check_there, located
 
     keep_freed_memory()
     use_threads(threads)
@@ -157,6 +157,8 @@ def train(
             elif with_optimiser:
                 raise ConfigError("--from-optimiser: must be beside --from RUN")
             chosen = configured(chosen, data, changes, made=made)
+            if made is not None and data is None:
+                check_there(chosen.data, folder)
         options: dict[str, Any] = {"resume": resume, "strict": strict, "logger": logger}
         if report:
             options["after_pictures"] = lambda: _write_report(folder)

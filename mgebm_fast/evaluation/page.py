@@ -74,15 +74,15 @@ for (const box of document.querySelectorAll('.slider')) {
 """
 
 
-def page(runs: Sequence[Run], *, seed: int = 0) -> str:
+def page(runs: Sequence[Run], *, seed: int = 0, source: str | None = None) -> str:
     """The HTML of a page on `runs`: facts, samples of every grid as training went, curves, samples beside their nearest
     training images, the configuration, and what to do next.
 
     Pictures are spread over training so that all of them take at most `MOST_BYTES`. What a run lacks is said in its
-    place: a model, records, pictures, or data that are not there any more.
+    place: a model, records, pictures, or data that are not there any more; `source` where they lie now.
     """
     budget = MOST_BYTES // len(runs)
-    sections = "\n".join(_section(run, budget, seed, named=len(runs) > 1) for run in runs)
+    sections = "\n".join(_section(run, budget, (seed, source), named=len(runs) > 1) for run in runs)
     title = escape(", ".join(run.path.resolve().name for run in runs))
     return (
         f'<!doctype html>\n<html lang="en">\n<meta charset="utf-8">\n<title>{title}</title>\n'
@@ -92,7 +92,7 @@ def page(runs: Sequence[Run], *, seed: int = 0) -> str:
     )
 
 
-def _section(run: Run, budget: int, seed: int, *, named: bool) -> str:
+def _section(run: Run, budget: int, drawn: tuple[int, str | None], *, named: bool) -> str:
     records = run.metrics()
     parts = [
         "<section>",
@@ -104,7 +104,7 @@ def _section(run: Run, budget: int, seed: int, *, named: bool) -> str:
         "<h3>Curves</h3>",
         _curves([*records, *run.evaluations()]) or f'<p class="note">{_missing(run, "records")}</p>',
         "<h3>Samples, and the training image nearest to each</h3>",
-        _neighbours(run, seed),
+        _neighbours(run, *drawn),
         f"<details><summary>Configuration</summary><pre>{escape(run.config.to_toml())}</pre></details>",
         f"<h3>Next</h3>\n<pre>{escape(_next(run))}</pre>\n</section>",
     ]
@@ -272,12 +272,12 @@ def _chart(kind: str, lines: Mapping[str, Sequence[tuple[float, float]]]) -> str
     )
 
 
-def _neighbours(run: Run, seed: int) -> str:
+def _neighbours(run: Run, seed: int, source: str | None) -> str:
     """`neighbours` as a figure, or why there is none."""
     if _recorded(run):
         return '<p class="note">None: the run learnt from one recording.</p>'
     try:
-        picture = neighbours(run, NEIGHBOURS, seed=seed)
+        picture = neighbours(run, NEIGHBOURS, seed=seed, source=source)
     except (DataError, OSError, ValueError, ImportError) as error:
         return f'<p class="note">None: {escape(str(error))}</p>'
     buffer = io.BytesIO()
@@ -288,10 +288,10 @@ def _neighbours(run: Run, seed: int) -> str:
     return f'<figure><img alt="{words}" src="{_uri(buffer.getvalue())}"><figcaption>{words}</figcaption></figure>'
 
 
-def neighbours(run: Run, num: int, *, rows: int = 1, seed: int = 0) -> np.ndarray:
+def neighbours(run: Run, num: int, *, rows: int = 1, seed: int = 0, source: str | None = None) -> np.ndarray:
     """A picture (H, W, 3) uint8 of `num` samples, not chosen, in `rows` rows, each over a row of the training images
     that are nearest to them by pixel distance. ValueError of a run whose data are one recording."""
-    model, data = Model.load(run.find_model()[0]), run.data("train")
+    model, data = Model.load(run.find_model()[0]), run.data("train", source)
     if not isinstance(data, ImageData):
         raise ValueError("run: must have learnt from images, got one of recordings, whose data are one clip")
     drawn = model.sample(num, seed=seed)

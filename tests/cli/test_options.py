@@ -95,3 +95,17 @@ def test_other_images_of_the_same_names_are_not_the_run_s_own(mgebm, tmp_path):
     assert mgebm("train", "digits", *TINY, "--data", pictures(tmp_path / "set", names, 0), "--out", out).exit_code == 0
     assert images_of(out, mg.load(out), Run(out).config, str(other)).keywords["like"] is None
     assert "--record: must be left out" in one_line(mgebm("evaluate", out, "--num", 8, "--record", "--data", other))
+
+
+def test_data_that_are_gone_are_not_blamed_on_an_option(mgebm, tmp_path):
+    out = tmp_path / "run"
+    folder = pictures(tmp_path / "set", [f"{i:03d}.png" for i in range(20)], 0)
+    assert mgebm("train", "digits", *TINY, "--data", folder, "--out", out).exit_code == 0
+    folder.rename(tmp_path / "moved")
+    line = f"error: data of {out}: {folder} is not there any more; --data PLACE says where it is now"
+    drawn = ("report", out, "--out", tmp_path / "x.png")
+    for call in (("train", "--out", out, "--resume"), ("evaluate", out), ("classify", out), ("inpaint", out), drawn):
+        assert one_line(mgebm(*call)).endswith(line), call
+    assert mgebm(*drawn, "--data", tmp_path / "moved").exit_code == 0
+    call = ("train", "--out", out, "--resume", "--set", "steps=3", "--data", tmp_path / "moved")
+    assert mgebm(*call).exit_code == 0

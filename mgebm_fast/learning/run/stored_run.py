@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 
 from ...data.builtin import BUILT_IN_PREFIX
-from ...errors import BackendError, CheckpointError, Refused, suggest
+from ...errors import BackendError, CheckpointError, DataError, Refused, suggest
 from ...models import Model, storage
 from ..config.files import load_config
 from ..config.method import METHODS, load_data
@@ -167,7 +167,15 @@ class Run:
 
     def data(self, split: str = "train", source: Any = None) -> Any:
         """The images or clips of the run, read as in training; `source` where they lie elsewhere now."""
+        if source is None:
+            check_there(self.config.data, self.path)
         return load_data(self.config, split=split, source=source, like=self.fingerprint())
+
+
+def check_there(data: str, run: Path) -> None:
+    """DataError where `data`, the path that a run stored for its data, is not there any more."""
+    if os.path.isabs(data) and not os.path.exists(data):
+        raise DataError(f"{data} is not there any more; --data PLACE says where it is now", f"data of {run}")
 
 
 def _inside(folder: Path, error: CheckpointError) -> str:
