@@ -137,11 +137,13 @@ def evaluate(
 
 def _recorded(path: Path) -> tuple[Path, Run]:
     """The model file and the run that figures are recorded in; ValueError where there is no run, or no place."""
-    from ..learning.run import stored_run
+    from ..learning.run import checkpoint, stored_run
 
     file, run, _ = stored_run.find(path)
     if run is None or not run.checkpoints():
         raise ValueError(f"--record: run must be the folder of a trained run, or one of its checkpoints, got {path}")
+    if checkpoint.is_set_aside(file.parent):
+        raise ValueError(f"--record: run must be one of the run's checkpoints, got {path}, which was set aside")
     check_place(run.evaluations_file, "--record")
     run.evaluations()
     return file, run

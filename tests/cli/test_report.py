@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 import subprocess
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from PIL import Image
 from mgebm_fast.evaluation import page as module
 from mgebm_fast.evaluation.page import page
 from mgebm_fast.learning import Run, load_preset
+from mgebm_fast.learning.run import checkpoint
 
 from .conftest import TINY
 
@@ -98,6 +100,16 @@ def test_figures_of_other_data_or_chains_are_not_recorded(mgebm, run, option):
     line = one_line(mgebm("evaluate", run, "--num", 8, "--record", *option))
     assert f"--record: must be left out with {' '.join(option)}: it is for the" in line
     assert not (run / "evaluations.jsonl").exists()
+
+
+def test_figures_of_a_checkpoint_that_was_set_aside_are_not_recorded(mgebm, run):
+    aside = checkpoint.set_aside(run / "checkpoints" / "step_000002", "replaced")
+    line = one_line(mgebm("evaluate", aside, "--num", 8, "--record"))
+    assert line == f"error: --record: run must be one of the run's checkpoints, got {aside}, which was set aside"
+    pattern = re.search(r"for step in runs/digits/(\S+);", (Path(__file__).parents[2] / "docs" / "cli.md").read_text())
+    for name in ("step_000010", "step_000300.damaged"):
+        (run / "checkpoints" / name).mkdir()
+    assert sorted(path.name for path in run.glob(pattern[1])) == ["step_000000", "step_000001", "step_000010"]
 
 
 def test_figures_against_the_data_of_the_run_are_recorded_where_these_are_named(mgebm, run):

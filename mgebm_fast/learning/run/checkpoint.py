@@ -43,6 +43,11 @@ def step_of(folder: Path) -> int:
     return int(folder.name.removeprefix("step_"))
 
 
+def is_set_aside(folder: Path) -> bool:
+    """Whether a checkpoint was undone or is damaged, by the name that `set_aside` gave it."""
+    return bool(_SET_ASIDE.fullmatch(folder.name)) and not _NAME.fullmatch(folder.name)
+
+
 def write(folder: Path, fill: Callable[[Path], None], state: Mapping[str, Any]) -> Path:
     """Make the checkpoint `folder`: `fill(path)` writes its files beside the target, which is then renamed into place.
 
