@@ -30,6 +30,11 @@ FORMAT = "mgebm_fast.checkpoint"
 VERSION = 2  # 1 had no checksum of state.json itself
 # Bounds on |entry| of what optimisers keep: gradients and their means, and the means of their squares.
 LARGEST_MOMENT, LARGEST_SQUARE = 1e16, 1e32
+_FULL = {
+    errno.ENOSPC: "the disk is full",
+    errno.EDQUOT: "the disk quota is used up",
+    errno.EFBIG: "the file is larger than the limit of this process (ulimit -f)",
+}
 _NAME = re.compile(r"step_(\d+)")
 _SET_ASIDE = re.compile(r"step_(\d+)(\.\w+)?")
 
@@ -220,13 +225,13 @@ def exclusive(folder: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def naming_a_full_disk(advice: Callable[[], str]) -> Iterator[None]:
-    """Inside, an OSError that means "no space" says so, with `advice()` on how to go on. It stays an OSError."""
+    """Inside, an OSError that means "no space", or a file larger than the process may write, says so, with `advice()` on
+    how to go on. It stays an OSError."""
     try:
         yield
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        if (what := _FULL.get(error.errno or 0)) is None:
             raise
-        what = "the disk is full" if error.errno == errno.ENOSPC else "the disk quota is used up"
         file = f" ({error.filename})" if error.filename else ""
         full = OSError(f"{what}{file}: {advice()}")
         full.errno = error.errno

@@ -151,18 +151,21 @@ def test_a_second_signal_aborts(trainer, tmp_path):
     assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["best", "step_000002"]
 
 
-def test_a_full_disk(trainer, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("code", "what"), [(errno.ENOSPC, "disk is full"), (errno.EFBIG, "limit of this process .ulimit -f.")]
+)
+def test_a_full_disk(trainer, tmp_path, monkeypatch, code, what):
     ours, write = trainer(out=tmp_path), checkpoint.write_tensors
 
     def full(path, tensors):
         if ours.iteration == 4:
             path.write_bytes(b"half of it")
-            raise OSError(errno.ENOSPC, "No space left on device", str(path))
+            raise OSError(code, os.strerror(code), str(path))
         write(path, tensors)
 
     monkeypatch.setattr(checkpoint, "write_tensors", full)
     with pytest.raises(
-        OSError, match=r"disk is full.*step_000002, is whole; free some space and go on with: the same trainer"
+        OSError, match=rf"{what}.*step_000002, is whole; free some space and go on with: the same trainer"
     ):
         ours.fit()
     assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["best", "step_000002"]
