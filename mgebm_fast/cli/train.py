@@ -283,8 +283,6 @@ def _configure(config: str | None, out: Path | None, resume: bool, start: str | 
             f"resume: must be the folder of a run, got {folder}, which has no config.toml; with a preset, a run that "
             "was killed before it had one starts from the beginning"
         )
-    if resume and not folder.exists():
-        raise ConfigError(f"resume: {folder} does not exist; drop --resume to begin a run there")
     return given, folder
 
 

@@ -110,19 +110,9 @@ def test_a_longer_run_has_its_nets_join_where_they_did(mgebm, tmp_path):
 
 
 def test_a_run_killed_before_it_had_a_configuration_begins(mgebm, tmp_path):
-    (tmp_path / "run").mkdir()
     result = mgebm("train", "digits", *TINY, "--set", "steps=1", "--out", tmp_path / "run", "--resume")
     assert result.exit_code == 0 and "no checkpoint yet, training starts from the beginning" in result.stderr
     assert (tmp_path / "run" / "model.safetensors").is_file()
-
-
-def test_resume_of_a_folder_that_is_not_there_is_refused(mgebm, trained, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "digits.toml").write_bytes((trained / "config.toml").read_bytes())
-    for arguments, where in ((("digits", "--out", "runs/digts"), "runs/digts"), (("digits.toml",), "runs/digits")):
-        line = one_line(mgebm("train", *arguments, *TINY, "--resume"))
-        assert line == f"error: resume: {where} does not exist; drop --resume to begin a run there"
-    assert not (tmp_path / "runs").exists()
 
 
 def test_the_configuration_of_a_run_resumes_that_run_and_no_other_of_its_name(mgebm, run, tmp_path, monkeypatch):
