@@ -286,9 +286,7 @@ def report_skipped(name: str, skipped: tuple[tuple[str, str], ...], kept: int, m
         typer.echo(f"  … and {len(skipped) - most} more", err=True)
 
 
-def configured(
-    config: TrainConfig, data: str | None, settings: Sequence[str], *, made: int | None = None
-) -> TrainConfig:
+def configured(config: TrainConfig, data: str | None, settings: Sequence[str], made: int | None = None) -> TrainConfig:
     """`config` as --data and --set change it; paths are absolute, so that the run goes on from any folder. What a
     preset or a TOML file names is checked as --data is; not so the data of a run that goes on, after `made` updates."""
     from ..learning import apply_overrides, merge

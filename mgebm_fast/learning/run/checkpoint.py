@@ -225,8 +225,8 @@ def exclusive(folder: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def naming_a_full_disk(advice: Callable[[], str]) -> Iterator[None]:
-    """Inside, an OSError that means "no space", or a file larger than the process may write, says so, with `advice()` on
-    how to go on. It stays an OSError."""
+    """Inside, an OSError that means "no space", or a larger file than the process may write, says so, with `advice()`
+    on how to go on. It stays an OSError."""
     try:
         yield
     except OSError as error:
