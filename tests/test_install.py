@@ -27,7 +27,7 @@ owners = metadata.packages_distributions()
 
 class Refuse:
     def find_spec(self, name, path=None, target=None):
-        if name == "torch._dynamo":
+        if name in ("torch._dynamo", "torch.fx.experimental.symbolic_shapes"):
             raise SystemExit("torch's compiler is imported, which takes seconds")
         found = {re.sub(r"[-_.]+", "-", owner).lower() for owner in owners.get(name.partition(".")[0], [])}
         if found and not found & allowed and name.partition(".")[0] != "mgebm_fast":
@@ -51,7 +51,8 @@ for energy in (stack, mg.energies.Sum(stack, lambda x: x.square().sum((1, 2, 3))
     str(mg.Langevin(20, step_size=0.1).explain(energy, x))
 mg.MALA(steps=2, step_size=0.1)(stack, x)
 read = torch.nn.Sequential(torch.nn.Linear(2, 8), torch.nn.SiLU(), torch.nn.Linear(8, 1), torch.nn.Flatten(0))
-mg.langevin_sample(read, torch.rand(3, 2), steps=30, step_size=0.1)
+for energy in (read, lambda x: read(x) + (x * x.exp()).sum(1)):
+    mg.langevin_sample(energy, torch.rand(3, 2), steps=30, step_size=0.1)
 mg.ops.pyramid(mg.ops.upsample(x, 2), [2])
 """
 

@@ -82,12 +82,8 @@ def _by_dimension(b: GraphBuilder, out: Tensor, x: Any, apply: Any) -> Value:
     axes = []
     for dim, n in enumerate(x.held.size):
         matrix = apply(dim, torch.eye(n, dtype=torch.float32, device="cpu")[:, None])[:, 0]  # (input, output)
-        axes.append(
-            tuple(
-                tuple((at, float(matrix[at, o])) for at in range(n) if matrix[at, o] != 0)
-                for o in range(matrix.shape[1])
-            )
-        )
+        # As a list at once: of a single number torch would be asked by an op, which the tape would keep.
+        axes.append(tuple(tuple((at, w) for at, w in enumerate(taps) if w != 0) for taps in matrix.T.tolist()))
     return b.gather(x, tuple(axes))
 
 

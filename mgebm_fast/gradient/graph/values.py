@@ -187,7 +187,8 @@ class GraphBuilder:
         """A layer of two values of one shape."""
         if len(a.shape) != len(b.shape):
             raise Unreadable(f"{self.name} moves the batch to another place")
-        shape = tuple(torch.broadcast_shapes(a.shape, b.shape))
+        # `torch.broadcast_shapes` imports torch's compiler first (seconds).
+        shape = tuple(m if n == 1 else n for n, m in zip(a.shape, b.shape, strict=True))
         a, b = self.expanded(a, shape), self.expanded(b, shape)
         if a.held != b.held:
             a, b = self.features(a), self.features(b)

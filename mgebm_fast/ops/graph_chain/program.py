@@ -77,7 +77,8 @@ class Program(ForwardPass):
             layer = dataclasses.replace(layer, **plain)
             at = [torch.zeros(1, m.channels, *m.size, dtype=torch.float32, requires_grad=True) for m in maps]
             out = layer.reference(*(at[sources.index(source)] for source in layer.inputs))
-            shares = torch.autograd.grad(out, at, constant.reshape(out.shape))
+            # Of a sum: with gradients to start from, torch imports its compiler's shapes first (seconds).
+            shares = torch.autograd.grad((out * constant.reshape(out.shape)).sum(), at)
         return [(source, share[0]) for source, share in zip(sources, shares, strict=True)]
 
     def _give(self, value: int, layer_value: int, kind: str, **fields: object) -> None:

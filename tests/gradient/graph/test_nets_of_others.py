@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 import mgebm_fast as mg
 from mgebm_fast import native
-from mgebm_fast.gradient.graph import MIN_STEPS
+from mgebm_fast.gradient.graph import MIN_STEPS, read_graph
+from mgebm_fast.gradient.graph.tape import Tape
 from mgebm_fast.gradient.plan import plan
 
 pytestmark = pytest.mark.skipif(not native.available(), reason="the compiled module is not built")
@@ -409,3 +410,14 @@ def test_it_is_read_right_or_refused_by_name(name: str) -> None:
         torch.testing.assert_close(got, state, rtol=1e-5, atol=1e-5)
         for parameter in energy.parameters():
             parameter.data.mul_(1.05)
+
+
+@pytest.mark.parametrize("part", [nn.Upsample(scale_factor=2), nn.ReflectionPad2d(5), nn.ZeroPad2d(3),
+                                  nn.Upsample(scale_factor=2, mode="bilinear")], ids=repr)  # fmt: skip
+def test_a_larger_map_takes_no_more_ops_to_be_read(part: nn.Module) -> None:
+    def ops(size: int) -> int:
+        tapes: list[Tape] = []
+        assert not isinstance(read_graph(lambda x: part(x).sum((1, 2, 3)), torch.zeros(2, 3, size, size), tapes), str)
+        return len(tapes[0]._ops)
+
+    assert ops(48) == ops(8)
