@@ -11,6 +11,7 @@ from __future__ import annotations
 import collections
 import contextlib
 import contextvars
+import dis
 import functools
 import itertools
 import operator
@@ -162,7 +163,7 @@ def _held_by_function(function: types.FunctionType) -> list[Any]:
     if is_known(function):
         return found
     names = names_of(function.__code__)
-    found += map(function.__globals__.get, names)
+    found += map(function.__globals__.get, globals_of(function.__code__))
     modules = [value for value in found if isinstance(value, types.ModuleType)]
     for module in modules:  # `settings.nets.net(x)`
         if not _of_libraries(module.__name__):
@@ -175,5 +176,16 @@ def _held_by_function(function: types.FunctionType) -> list[Any]:
 @functools.lru_cache(maxsize=1024)
 def names_of(code: types.CodeType) -> set[str]:
     """The global and attribute names of a function's code and of those defined inside it."""
-    inner = (constant for constant in code.co_consts if isinstance(constant, types.CodeType))
-    return set(code.co_names).union(*map(names_of, inner))
+    return set(code.co_names).union(*map(names_of, inside(code)))
+
+
+@functools.lru_cache(maxsize=1024)
+def globals_of(code: types.CodeType) -> set[str]:
+    """The global names alone: an attribute may be called as a global that the code never asks for."""
+    found = (i for i in dis.get_instructions(code) if "GLOBAL" in i.opname or i.opname == "LOAD_NAME")
+    return {i.argval for i in found}.union(*map(globals_of, inside(code)))
+
+
+def inside(code: types.CodeType) -> list[types.CodeType]:
+    """The code of functions and classes that are defined in it."""
+    return [constant for constant in code.co_consts if isinstance(constant, types.CodeType)]

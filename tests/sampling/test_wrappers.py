@@ -167,6 +167,18 @@ def test_globals_and_defaults_are_reached():
         assert all(torch.equal(value, before[key]) for key, value in GLOBAL.state_dict().items())
 
 
+def test_attributes_are_no_globals_of_their_name():
+    class Named(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.GLOBAL = nn.Linear(3, 1)
+
+        def forward(self, x):
+            return self.GLOBAL(x)[:, 0]
+
+    assert GLOBAL not in list(modules_of(Named()))
+
+
 def test_old_spectral_norm_of_hooks_is_held_too():
     layer = torch.nn.utils.spectral_norm(nn.Conv2d(3, 4, 3, padding=1))
     before = state_of(layer)

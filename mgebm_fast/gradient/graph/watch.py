@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import collections
 import contextvars
+import dataclasses
 import dis
 import functools
 import types
@@ -23,7 +24,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from ...nets import ConvSpec
 from ...ops.state import why_not_plain
-from ..reach import LEAVES, held_by, is_known, names_of
+from ..reach import LEAVES, held_by, inside, is_known
 from ..trust import HOOKS
 from .state import _contents
 
@@ -41,12 +42,22 @@ _IMPURE = {
     "random", "time", "datetime", "os", "environ", "getenv", "sys", "threading", "uuid", "secrets", "default_rng",
     "get_default_dtype", "get_default_device", "get_num_threads", "initial_seed", "is_grad_enabled", "open", "input",
     "exec", "globals", "__import__", "importlib", "is_inference_mode_enabled", "is_autocast_enabled", "import_module",
-    "eval", "locals", "__globals__", "__builtins__",
+    "eval", "locals",
 }  # fmt: skip
+_OF_FUNCTIONS = {"__globals__", "__builtins__"}  # attributes that lead to every global
 
 
 class Unwatched(Exception):
     """Why an energy may change unseen: an object or code whose state cannot be seen, or too many objects."""
+
+
+@dataclasses.dataclass
+class _Asked:
+    """Attributes that code takes from what is no module at sight, as from `self`; and whether modules of pure libraries
+    are where code may take attributes from them unseen."""
+
+    names: set[str] = dataclasses.field(default_factory=set)
+    modules: bool = False
 
 
 class _Gone(list):
@@ -74,7 +85,8 @@ class Watch:
         self._parts: list[tuple[weakref.ref[Any], tuple[str, ...], list[Any]]] = []
         self._tensors: list[weakref.ref[Tensor]] = []
         own: list[Tensor] = []
-        held = _seen_in(energy)
+        asked = _Asked()
+        held = _seen_in(energy, asked)
         self._containers = _containers_of(energy)
         self._looked = _looked_at(energy, self._containers, own)
         _check_plain(own)
@@ -87,9 +99,11 @@ class Watch:
                 self._leaves[id(value)] = value
             elif id(value) not in seen:
                 seen.add(id(value))
-                self._add(value, queue)
+                self._add(value, queue, asked)
             if len(seen) > _MOST or len(self._leaves) > 10 * _MOST:
                 raise Unwatched("it holds too many objects")
+        if asked.modules:
+            _check_names(asked.names)
 
     def keep(self, key: Any, made: Any, most: int) -> None:
         """Note what was made of the energy as the newest of `kept`, of which at most `most` stay: the newest."""
@@ -98,7 +112,7 @@ class Watch:
             self.kept.pop(earlier, None)
         self.kept[key] = made
 
-    def _add(self, value: Any, queue: collections.deque[Any]) -> None:
+    def _add(self, value: Any, queue: collections.deque[Any], asked: _Asked) -> None:
         try:
             part = weakref.ref(value, self._gone.note)
         except TypeError:
@@ -107,7 +121,7 @@ class Watch:
             _check_plain([value])
             self._tensors.append(part)
             return
-        held, containers = _seen_in(value), _containers_of(value)
+        held, containers = _seen_in(value, asked), _containers_of(value)
         self._parts.append((part, containers, _looked_at(value, containers)))
         queue.extend(held)
 
@@ -166,7 +180,7 @@ def _looked_at(value: Any, containers: tuple[str, ...], loose: list[Tensor] | No
     return looked
 
 
-def _seen_in(value: Any) -> list[Any]:
+def _seen_in(value: Any, asked: _Asked) -> list[Any]:
     """The objects that an object holds, those in containers in place of these; raises Unwatched of code or state that
     is hidden."""
     kind: Any = type(value)
@@ -177,10 +191,11 @@ def _seen_in(value: Any) -> list[Any]:
         _flatten(vars(value).values(), [], held)
     elif isinstance(value, types.FunctionType):
         if not is_known(value):
-            _check_names(names_of(value.__code__))
-            _check_modules(value, value.__code__)
+            _check_code(value, value.__code__, asked)
         elif value.__module__.partition(".")[0] not in _PURE:
             raise Unwatched(f"it calls {value.__module__}.{value.__name__}")
+        else:
+            _check_names({value.__name__})
     elif isinstance(value, types.ModuleType):
         _check_names({value.__name__})
         return []
@@ -191,9 +206,16 @@ def _seen_in(value: Any) -> list[Any]:
         raise Unwatched(f"it holds a {kind.__name__}")
     found = list(held_by(value))
     _flatten(found, [], held)
-    direct = set(map(id, found)) if isinstance(value, types.FunctionType) else set()
-    if any(isinstance(h, types.ModuleType) and not is_pure(h) and id(h) not in direct for h in held):
-        raise Unwatched("it holds a module of Python's, whose names change unseen")
+    direct: set[int] = set()  # what code takes by its name
+    if isinstance(value, types.FunctionType):
+        given = (*(value.__defaults__ or ()), *(value.__kwdefaults__ or {}).values(), *vars(value).values())
+        direct.update(map(id, found))
+        asked.modules = asked.modules or any(isinstance(h, types.ModuleType) for h in given)
+    for module in held:
+        if isinstance(module, types.ModuleType) and id(module) not in direct:
+            if not is_pure(module):
+                raise Unwatched("it holds a module of Python's, whose names change unseen")
+            asked.modules = True
     return held
 
 
@@ -201,26 +223,36 @@ def is_pure(module: types.ModuleType) -> bool:
     return module.__name__.partition(".")[0] in _PURE
 
 
-def _check_modules(function: types.FunctionType, code: types.CodeType) -> None:
+def _check_code(function: types.FunctionType, code: types.CodeType, asked: _Asked) -> None:
     """Of a module's attributes those are seen that a function's code takes from it by name, and at once."""
-    inside = dict(zip(function.__code__.co_freevars, function.__closure__ or ()))
+    cells = dict(zip(function.__code__.co_freevars, function.__closure__ or ()))
     module: types.ModuleType | None = None  # that the last instruction put on the stack
     for instruction in dis.get_instructions(code):
-        name, value = instruction.argval, None
-        if module is not None:
-            if instruction.opname not in ("LOAD_ATTR", "LOAD_METHOD") or name == "__dict__":
+        op, name, value = instruction.opname, instruction.argval, None
+        takes = op in ("LOAD_ATTR", "LOAD_METHOD", "LOAD_SUPER_ATTR")
+        if module is not None and (not takes or name == "__dict__"):
+            if not is_pure(module):
                 raise Unwatched(f"its code hands the module {module.__name__} on")
+            asked.modules, module = True, None
+        if module is not None:
+            _check_names({name})
             value = vars(module).get(name)
-        elif instruction.opname in ("LOAD_GLOBAL", "LOAD_NAME"):
+        elif takes:
+            _check_names({name}, _OF_FUNCTIONS)
+            asked.names.add(name)
+        elif "GLOBAL" in op or op == "LOAD_NAME":
+            _check_names({name})
             value = function.__globals__.get(name)
-        elif instruction.opname in ("LOAD_DEREF", "LOAD_CLASSDEREF") and name in inside:
-            value = _contents(inside[name])
-        elif instruction.opname == "IMPORT_NAME" and name.partition(".")[0] not in _PURE:
-            raise Unwatched(f"its code imports {name}")
-        module = value if isinstance(value, types.ModuleType) and not is_pure(value) else None
-    for constant in code.co_consts:
-        if isinstance(constant, types.CodeType):
-            _check_modules(function, constant)
+        elif op in ("LOAD_DEREF", "LOAD_CLASSDEREF") and name in cells:
+            value = _contents(cells[name])
+        elif op in ("IMPORT_NAME", "IMPORT_FROM"):
+            _check_names({name})
+            if op == "IMPORT_NAME" and name.partition(".")[0] not in _PURE:
+                raise Unwatched(f"its code imports {name}")
+            asked.modules = True
+        module = value if isinstance(value, types.ModuleType) else None
+    for inner in inside(code):
+        _check_code(function, inner, asked)
 
 
 def named_in(tensor: Tensor) -> list[Any]:

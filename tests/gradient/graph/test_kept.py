@@ -149,6 +149,28 @@ def test_a_change_is_seen(name: str, monkeypatch: pytest.MonkeyPatch, readings: 
     torch.testing.assert_close(after, own, rtol=1e-5, atol=1e-5)
 
 
+class NamedAsClocks(nn.Module):
+    """Layers and numbers under names of functions that give another result at each call."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.input, self.open, self.time = nn.Linear(3, 8), nn.Linear(8, 1), 0.5
+
+    def random(self, h: Tensor) -> Tensor:
+        return torch.tanh(h)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.open(self.random(self.input(x)))[:, 0] * self.time
+
+
+def test_attributes_may_have_any_name(readings: list[Any]) -> None:
+    net, x = NamedAsClocks(), points()
+    before = chain(net, x)
+    assert torch.equal(chain(net, x), before) and len(readings) == 1
+    net.time = 2.0
+    torch.testing.assert_close(chain(net, x), by_hand(net, x), rtol=1e-5, atol=1e-5)
+
+
 def test_large_energies_have_few_readings(monkeypatch: pytest.MonkeyPatch, readings: list[Any]) -> None:
     net, batches = Net(), [points()[:n] for n in (5, 4, 3)]
     numbers = sum(tensor.numel() for tensor in watch_of(net).tensors)
@@ -226,6 +248,7 @@ def test_weights_that_become_infinite_are_refused() -> None:
 
 
 GENERATOR = np.random.default_rng(0)
+LIBRARIES, threads, seed = {"torch": torch}, torch.get_num_threads, torch.random.initial_seed
 STEPS = iter(range(100))
 
 
@@ -240,8 +263,14 @@ STEPS = iter(range(100))
         lambda x: x.pow(2).sum(1) * eval("SCALE"),  # noqa: S307
         lambda x: x.pow(2).sum(1) * scaled.__globals__["SCALE"],
         lambda x: x.pow(2).sum(1) * len(locals()),
+        lambda x: x.pow(2).sum(1) * [torch][0].get_num_threads(),
+        lambda x, library=torch: x.pow(2).sum(1) * library.get_num_threads(),
+        lambda x: x.pow(2).sum(1) * LIBRARIES["torch"].get_num_threads(),
+        lambda x: x.pow(2).sum(1) * threads(),
+        lambda x: x.pow(2).sum(1) * seed(),
     ],
-    ids="random generator iterator array state text globals locals".split(),
+    ids="random generator iterator array state text globals locals handed_on default container renamed "
+    "renamed_function".split(),
 )
 def test_what_may_change_unseen_is_not_watched(energy: Any) -> None:
     with pytest.raises(Unwatched):
