@@ -34,7 +34,7 @@ def _index(b: GraphBuilder, out: Tensor, x: Any, indices: Any) -> Value:
     x = value(b, x)
     indices = [constant(b, i) for i in indices]
     if indices[0] is None:
-        return b.linear(x, lambda basis: basis[tuple(slice(None) if i is None else i for i in indices)], shape_of(out))
+        return b.moved(x, lambda basis: basis[tuple(slice(None) if i is None else i for i in indices)], shape_of(out))
     _by_rows(b, indices[0])
     every = torch.arange(b.samples)
     if len(indices) == 2 and indices[1] is not None and torch.equal(indices[0], every) and indices[1].dim() == 1:

@@ -16,13 +16,14 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import math
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 
 from ... import native
 from ...ops.graph_chain import layers
 from ...ops.graph_chain.forward import pays_in_bfloat
 from ...ops.graph_chain.layers import Graph
 from ..stack import Stack, Stage
+from .tape import memory_of
 
 _settled: contextvars.ContextVar[bool] = contextvars.ContextVar("_settled", default=False)
 BLOCK = 16  # samples of a block of the engine of stacks
@@ -98,3 +99,23 @@ def gains_by_bfloat(graph: Graph) -> bool:
         isinstance(layer, layers.Convolution) and min(layer.weight.shape[:2]) >= 16 and layer.out.pixels > 1
         for layer in graph.layers
     )
+
+
+# Entries of the matrices of ops that move or sum elements, most of them zeros. On one core with AVX2 a product of
+# images of 3×14×14 by such a matrix takes as long as autograd of the op, with five samples.
+MAX_MOVING = 1 << 18
+
+
+def why_slow(graph: Graph, matrices: Container[int]) -> str:
+    """Why autograd is expected to be faster, "" where it is not. matrices: by their memory, those that stand for ops
+    without products."""
+    every = moving = 0
+    for layer in graph.layers:
+        if isinstance(layer, (layers.Convolution, layers.Transposed)):
+            over = layer.out if isinstance(layer, layers.Convolution) else graph.value(layer.inputs[0])
+            products = layer.weight.numel() * over.pixels
+            every += products
+            moving += products if memory_of(layer.weight) in matrices else 0
+    if moving > MAX_MOVING and 2 * moving > every:
+        return f"its elements are moved by matrices of {moving:,} entries, for which autograd is faster"
+    return ""

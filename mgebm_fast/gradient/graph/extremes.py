@@ -74,6 +74,7 @@ def _shared(b: GraphBuilder, x: Value, kernel: tuple[int, ...]) -> Value:
 def _of_features(b: GraphBuilder, x: Value, places: list[int]) -> Value:
     """The greatest of features over their first dimensions, by halves."""
     count = math.prod(x.shape[: len(places)])
+    x = b.features(x) if x.flattened else x
     if x.is_map or places != list(range(len(places))) or count > _MOST:
         raise Unreadable(f"{b.name} is over channels of a tensor of shape {x.shape}")
     each = x.held.channels // count

@@ -30,6 +30,7 @@ from ..reach import modules_of
 from ..trust import GLOBAL_HOOKS, HOOKS
 from . import choices, extremes, pooling, products, shapes  # noqa: F401  (their rules)
 from .choices import TRUTHS
+from .cost import why_slow
 from .rewrites import Rewrites
 from .rules import RULES
 from .tape import Tape, Taping, key_of, tensors_in
@@ -182,7 +183,10 @@ class _Recorder(TorchDispatchMode):
         if not builder.layers or value.index != len(builder.layers):
             builder.pointwise(value, "power", 1)
         with Taping(self.tape):
-            return _as_features(builder.graph()).folded()
+            graph = _as_features(builder.graph())
+            if reason := why_slow(graph, builder.matrices):
+                raise Unreadable(reason)
+            return graph.folded()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
@@ -325,17 +329,15 @@ def _as_features(graph: Graph) -> Graph:
         return graph
     return Graph(
         Map(graph.x.channels * graph.x.pixels, ()),
-        tuple(
-            dataclasses.replace(
-                layer,
-                weight=layer.weight.flatten(1),
-                out=Map(layer.out.channels, ()),
-                stride=(),
-                padding=(),
-                dilation=(),
-            )
-            if isinstance(layer, layers.Convolution) and 0 in layer.inputs
-            else layer
-            for layer in graph.layers
-        ),
+        tuple(_of_features(layer) if 0 in layer.inputs else layer for layer in graph.layers),
     )
+
+
+def _of_features(layer: layers.Layer) -> layers.Layer:
+    """A convolution that covers a map, of the map's elements as features."""
+    assert isinstance(layer, layers.Convolution)
+    weight, out = layer.weight.flatten(1), Map(layer.out.channels, ())
+    same = torch.eye(len(weight), dtype=weight.dtype, device="cpu")
+    if layer.bias is None and weight.shape == same.shape and torch.equal(weight, same):
+        return layers.Affine(layer.inputs, out, layer.name, None, None)
+    return dataclasses.replace(layer, weight=weight, out=out, stride=(), padding=(), dilation=())

@@ -283,6 +283,8 @@ def _group_norm(b: GraphBuilder, out: Tensor, x: Any, weight: Any, bias: Any, *s
 @rule("native_layer_norm")
 def _layer_norm(b: GraphBuilder, out: Tensor, x: Any, shape: Any, weight: Any, bias: Any, eps: float) -> Value:
     x, weight, bias = value(b, x), constant(b, weight), constant(b, bias)
+    if x.flattened and len(shape) < len(x.shape):
+        x = b.features(x)
     held, rows = x.map_shape if x.is_map else (x.held.channels,), x.shape[: len(x.shape) - len(shape)]
     # Of each row by itself: those of a map are its channels, those of features lie one after the other.
     if rows and (x.flattened or x.is_map and len(rows) > 1 or math.prod(x.shape) ** 2 > MAX_ROWS):

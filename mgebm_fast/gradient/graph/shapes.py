@@ -154,14 +154,15 @@ def _expand(b: GraphBuilder, out: Tensor, x: Any, size: Any, *, implicit: bool =
 
 
 def _applied(name: str) -> Any:
-    """An op that moves elements of a sample about, as its matrix."""
+    """An op that moves elements of a sample about, or sums them."""
     call = getattr(torch, name)
+    way = GraphBuilder.linear if name in ("cumsum", "diff", "tril", "triu") else GraphBuilder.moved
 
     def apply(b: GraphBuilder, out: Tensor, x: Any, *rest: Any, **more: Any) -> Value:
         x = value(b, x)
         for r in (*rest, *more.values()):
             constant(b, r)
-        return b.linear(x, lambda basis: call(basis, *rest, **more), shape_of(out))
+        return way(b, x, lambda basis: call(basis, *rest, **more), shape_of(out))
 
     return apply
 
@@ -212,7 +213,9 @@ def _select(b: GraphBuilder, out: Tensor, x: Any, dim: int, index: int) -> Value
     x = value(b, x)
     if dim % (len(x.shape) + 1) == 0:
         raise Unreadable(f"{b.name} takes one sample of the batch")
-    return b.linear(x, lambda basis: basis.select(dim, index), shape_of(out))
+    place = dim % (len(x.shape) + 1)
+    one = (*x.shape[: place - 1], 1, *x.shape[place:])
+    return b.viewed(b.moved(x, lambda basis: basis.select(place, index).unsqueeze(place), one), shape_of(out))
 
 
 @rule("unbind")
@@ -237,7 +240,7 @@ def _cat(b: GraphBuilder, out: Tensor, parts: Any, dim: int = 0) -> Value:
         raise Unreadable(f"{b.name} joins dimension {dim}")
     like = next(part for part in parts if isinstance(part, Value))
     parts = [p if isinstance(p, Value) else b.constant(p, shape_of(p), like) for p in parts]
-    if any(part.flattened for part in parts) or len({part.held.size for part in parts}) > 1:
+    if len({part.held.size for part in parts}) > 1:
         parts = [b.features(part) for part in parts]
     channels = sum(part.held.channels for part in parts)
     return b.add(layers.Concat, parts, Map(channels, parts[0].held.size), shape)
@@ -245,8 +248,12 @@ def _cat(b: GraphBuilder, out: Tensor, parts: Any, dim: int = 0) -> Value:
 
 @rule("stack")
 def _stack(b: GraphBuilder, out: Tensor, parts: Any, dim: int = 0) -> Value:
-    parts = [b.features(value(b, part)) for part in parts]
+    parts = [value(b, part) for part in parts]
     place = dim % out.dim() - 1
+    if place == 0 and len({part.held for part in parts}) == 1:  # maps one after the other
+        held = Map(sum(part.held.channels for part in parts), parts[0].held.size)
+        return b.add(layers.Concat, parts, held, shape_of(out))
+    parts = [b.features(part) for part in parts]
     if place != 0 and not (place == len(out.shape) - 2 and all(math.prod(p.shape) == 1 for p in parts)):
         raise Unreadable(f"{b.name} stacks along dimension {dim}")
     return b.add(layers.Concat, parts, Map(sum(part.held.channels for part in parts), ()), shape_of(out))

@@ -12,6 +12,7 @@ from torch import Tensor
 from ...ops.graph_chain import layers
 from ...ops.graph_chain.layers import Map
 from ..builder import Unreadable
+from .tape import memory_of
 
 MAX_MATRIX = 1 << 22  # entries of the matrix of a linear op that has no layer of its own
 
@@ -60,6 +61,8 @@ class GraphBuilder:
         self.layers: list[layers.Layer] = []
         self.name = ""  # of the op that is read
         self.by_sample = False  # whether constants with a row a sample were met
+        self.matrices: dict[int, Tensor] = {}  # by their memory, those of `_moving`
+        self._flattened: dict[tuple[int, ...], Map] = {}  # what maps were last seen under other shapes
 
     def graph(self) -> layers.Graph:
         return layers.Graph(self.x.held, tuple(self.layers))
@@ -135,6 +138,11 @@ class GraphBuilder:
         kernel = weight.reshape(-1, *x.map_shape)
         return self.add(layers.Convolution, [x], out, shape, kernel, bias, ones, (0,) * len(ones), ones)
 
+    def _moving(self, x: Value, matrix: Tensor, shape: tuple[int, ...]) -> Value:
+        """`dense` by a matrix that stands for an op without products."""
+        self.matrices[memory_of(matrix)] = matrix
+        return self.dense(x, matrix, None, shape)
+
     def gather(self, x: Value, axes: tuple[layers.Axis, ...], *, drops: bool = False) -> Value:
         """`axes` for each dimension of a map; drops: to one pixel, whose channels become the shape."""
         size = () if drops else tuple(map(len, axes))
@@ -157,7 +165,7 @@ class GraphBuilder:
         elements = math.prod(x.shape)
         if elements * elements > MAX_MATRIX:
             raise Unreadable(f"{self.name} is done to single elements of a map of shape {x.shape}")
-        return self.dense(x, torch.eye(elements), None, x.shape)
+        return self._moving(x, torch.eye(elements), x.shape)
 
     def viewed(self, x: Value, shape: tuple[int, ...]) -> Value:
         """x under another shape of as many elements in the same order."""
@@ -166,9 +174,8 @@ class GraphBuilder:
         if len(shape) > 1 and shape[0] == x.held.channels and math.prod(shape[1:]) == x.held.pixels:
             # The same pixels in the same order, in other rows.
             return self.add(layers.Affine, [x], Map(x.held.channels, shape[1:]), shape, None, None)
-        if len(shape) == 1:
-            return dataclasses.replace(x, shape=shape)
-        return dataclasses.replace(self.features(x), shape=shape)
+        self._flattened[shape] = x.held
+        return dataclasses.replace(x, shape=shape)
 
     def linear(self, x: Value, apply: object, shape: tuple[int, ...]) -> Value:
         """An op that is linear in x's elements, by its matrix: `apply` on a basis (elements, *shape)."""
@@ -181,7 +188,33 @@ class GraphBuilder:
         if moved.shape[:1] != (elements + 1,) or moved.numel() != (elements + 1) * out:
             raise Unreadable(f"{self.name} moves the batch to another place")
         columns = moved.reshape(elements + 1, out)[:-1]
-        return self.dense(x, columns.T.contiguous(), None, shape)
+        return self._moving(x, columns.T.contiguous(), shape)
+
+    def moved(self, x: Value, apply: object, shape: tuple[int, ...]) -> Value:
+        """An op that puts elements in other places: of a map whose dimensions are moved each by itself, the pixels by a
+        gather and the channels by a kernel of ones and zeros; else by its matrix. `apply` is as for `linear`."""
+        if not x.is_map or x.flattened or len(shape) != len(x.shape):
+            return self.linear(x, apply, shape)
+        # Rows as many as no other dimension is long, so that the batch is seen to stay first.
+        elements, rows = math.prod(x.shape), 1 + max(x.shape)
+        places = torch.arange(rows * elements).reshape(rows, *x.shape)
+        moved = apply(places)  # type: ignore[operator]
+        if moved.shape != (rows, *shape) or not torch.equal(moved[1:], moved[:-1] + elements):
+            raise Unreadable(f"{self.name} moves the batch to another place")
+        each, alone = [], torch.zeros((), dtype=torch.int64)
+        for dim, n in enumerate(x.shape):
+            each.append((moved[0].movedim(dim, 0).flatten(1)[:, 0] // places.stride(dim + 1) % n).tolist())
+            along = torch.tensor(each[dim]) * places.stride(dim + 1)
+            alone = alone + along.reshape([-1 if d == dim else 1 for d in range(len(shape))])
+        if not torch.equal(alone, moved[0]):  # an op, which a tape asks again where `apply` takes places from a tensor
+            return self.linear(x, apply, shape)
+        if each[1:] != [list(range(n)) for n in x.held.size]:
+            x = self.gather(x, tuple(tuple(((at, 1.0),) for at in axis) for axis in each[1:]))
+        if each[0] == list(range(x.held.channels)):
+            return x
+        held, ones = Map(shape[0], x.held.size), (1,) * len(x.held.size)
+        kernel = torch.eye(x.held.channels, dtype=torch.float32)[each[0]].reshape(shape[0], -1, *ones)
+        return self.add(layers.Convolution, [x], held, shape, kernel, None, ones, (0,) * len(ones), ones)
 
     def combined(self, kind: type[layers.Layer], a: Value, b: Value, *fields: object) -> Value:
         """A layer of two values of one shape."""
@@ -189,20 +222,21 @@ class GraphBuilder:
             raise Unreadable(f"{self.name} moves the batch to another place")
         # `torch.broadcast_shapes` imports torch's compiler first (seconds).
         shape = tuple(m if n == 1 else n for n, m in zip(a.shape, b.shape, strict=True))
-        a, b = self.expanded(a, shape), self.expanded(b, shape)
+        a, b = self.expanded(a, shape, b), self.expanded(b, shape, a)
         if a.held != b.held:
             a, b = self.features(a), self.features(b)
         return self.add(kind, [a, b], a.held, a.shape, *fields)
 
-    def expanded(self, x: Value, shape: tuple[int, ...]) -> Value:
-        """x broadcast to (N, *shape)."""
+    def expanded(self, x: Value, shape: tuple[int, ...], like: Value | None = None) -> Value:
+        """x broadcast to (N, *shape): a single number as a map, where `like` or another value is one of that shape."""
         if x.shape == shape:
             return x
-        if len(shape) == len(x.shape) > 2 and shape[0] == x.shape[0]:
-            x = self.as_map(x)
-            if x.is_map and not x.flattened:
-                sizes = zip(x.held.size, shape[1:], strict=True)
-                return self.gather(x, tuple(tuple(((at if n > 1 else 0, 1.0),) for at in range(m)) for n, m in sizes))
+        held = like.held if like is not None and like.shape == shape else self._flattened.get(shape, Map(1, ()))
+        if held.size and x.held.channels * x.held.pixels == 1:
+            ones = (1,) * len(held.size)
+            one = self.add(layers.Affine, [x], Map(1, ones), (1, *ones), None, None)
+            return dataclasses.replace(self.expanded(one, (held.channels, *held.size)), shape=shape)
         if len(shape) > len(x.shape):  # new dimensions come before the batch's
             raise Unreadable(f"{self.name} moves the batch to another place")
-        return self.linear(x, lambda basis: basis.expand(-1, *shape), shape)
+        x = self.as_map(x) if len(shape) > 2 else x
+        return self.moved(x, lambda basis: basis.expand(-1, *shape), shape)

@@ -185,3 +185,53 @@ def test_tensors_that_choose_are_followed(monkeypatch: pytest.MonkeyPatch) -> No
             state = state - 1e-3 * torch.autograd.grad(energy(leaf).sum(), leaf)[0]
         torch.testing.assert_close(got, state, rtol=1e-5, atol=1e-5)
     assert len(read) <= 3  # the first one, and one where pixels are chosen by other numbers
+
+
+def curved(moved: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    return lambda x: (moved(x) * 1.3).sin().flatten(1).sum(1)
+
+
+pair = made(lambda: nn.Conv2d(6, 4, 3, padding=1))
+MOVED: dict[str, Callable[[Tensor], Tensor]] = {
+    "mirrored": lambda x: conv(x) + conv(x.flip(-1)),
+    "all flipped": lambda x: x * x.flip((1, 2, 3)),
+    "rolled": lambda x: conv(x.roll((1, -2), (2, 3))) + conv(x).roll(1, 1),
+    "indexed": lambda x: conv(x[:, [2, 0, 1]][..., torch.arange(15, -1, -2)]),
+    "channels one by one": lambda x: torch.stack([x[:, 0] * x[:, 1], x[:, 2]], 1),
+    "a row and a column": lambda x: x[:, :, 3].sin() + x[..., -2],
+    "unbound": lambda x: sum(c * k for k, c in enumerate(x.unbind(1), 1)),
+    "stacked": lambda x: pair(torch.stack([x, x**2], 1).flatten(1, 2)),
+    "expanded": lambda x: x.mean(1, keepdim=True).expand(-1, 4, -1, -1),
+    "grey": lambda x: x - x.mean(1, keepdim=True),
+    "variance": lambda x: x.var(1, unbiased=False),
+    "norms": lambda x: x.norm(dim=1),
+    "normalised": lambda x: F.normalize(x.flatten(1), dim=1),
+    "rows of a view": lambda x: F.layer_norm(x[:, :1, :6, :6].flatten(1).view(-1, 6, 6), (6,)),
+    "greatest of a view": lambda x: x.mean((1, 2)).view(-1, 4, 4).amax(1),
+    "a quadratic form": lambda x: x.flatten(1) * (x.flatten(1) @ FORM),
+}
+FORM = numbers(768, 768) / 30
+
+
+@pytest.mark.parametrize("name", MOVED)
+def test_elements_of_a_map_are_moved_without_large_matrices(name: str) -> None:
+    energy, x = curved(MOVED[name]), numbers(5, 3, 16, 16)
+    graph = read_graph(energy, x)
+    assert not isinstance(graph, str), graph
+    weights = [tensor for _, tensor in graph.tensors() if tensor.numel() > 1 << 14]
+    assert all(torch.equal(weight, FORM.T) for weight in weights)
+    exact = torch.autograd.grad(energy(leaf := x.clone().requires_grad_()).sum(), leaf)[0]
+    torch.testing.assert_close(plan_of(energy, x, "fp32", steps=MIN_STEPS).gradient(x), exact, rtol=1e-4, atol=1e-5)
+
+
+def test_matrices_that_are_most_of_the_work_leave_an_energy_to_autograd() -> None:
+    net = made(lambda: nn.Sequential(nn.Conv2d(3, 32, 3, padding=1), nn.SiLU(), nn.Conv2d(32, 32, 3, padding=1)))
+
+    def asked(energy: Callable[[Tensor], Tensor], size: int) -> str:
+        return str(plan_of(energy, numbers(5, 3, size, size), "fp32", steps=MIN_STEPS).explain())
+
+    transposed = curved(lambda x: x * x.mT)
+    assert asked(transposed, 8).startswith("graph")
+    report = asked(transposed, 16)
+    assert report.startswith("autograd") and "moved by matrices of 590,592 entries" in report
+    assert asked(lambda x: transposed(x) + net(x).sin().flatten(1).sum(1), 16).startswith("graph")

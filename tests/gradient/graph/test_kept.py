@@ -239,6 +239,14 @@ def test_weights_that_code_computes_with_are_read_again(readings: list[Any]) -> 
     assert len(readings) == 3
 
 
+def test_places_that_code_takes_from_a_tensor_may_change() -> None:
+    x, order = torch.randn(4, 2, 3, 5, generator=torch.Generator().manual_seed(1)), torch.arange(5)
+    energy = lambda x: (x * x[..., order].sin()).sum((1, 2, 3))  # noqa: E731
+    for _ in range(3):
+        torch.testing.assert_close(chain(energy, x), by_hand(energy, x), rtol=1e-5, atol=1e-5)
+        order.copy_(order.roll(1).flip(0))
+
+
 def test_weights_that_become_infinite_are_refused() -> None:
     net, x = Net(), points()
     chain(net, x)

@@ -269,13 +269,15 @@ def test_other_shapes_of_the_same_numbers(energy: Energy) -> None:
 
 
 def test_defaults_of_torch_do_not_matter() -> None:
-    x = points()
+    x, image = points(), points(5, 12).reshape(5, 3, 2, 2)
     try:
         torch.set_default_dtype(torch.float64)
         agrees(lambda x: x[:, 1].sin() + quadratic(x), x)
+        agrees(lambda x: x.flip(1).tanh().mul(x.mean(1, keepdim=True)).sum((1, 2, 3)), image)
         torch.set_default_dtype(torch.float32)
         torch.set_default_device("meta")
         agrees(lambda x: x[:, 1].sin() + quadratic(x), x)
+        agrees(lambda x: (x.flatten(1).tanh() * x.flatten(1).flip(1)).sum(1), image)
     finally:
         torch.set_default_dtype(torch.float32)
         torch.set_default_device(None)
