@@ -125,7 +125,7 @@ def test_the_table_says_the_length(mgebm, trained, tmp_path):
 def test_without_training_images_the_length_is_that_of_a_sample(mgebm, run):
     config = run / "config.toml"
     config.write_text(config.read_text().replace('data = "digits"', 'data = "/gone/images.zip"'))
-    call = ("inpaint", run, "--num", 4, "--data", "digits", "--json")
+    call = ("inpaint", run, "--num", 4, "--data", "texture:brick", "--json")
     found = figures(mgebm(*call))
     assert found["length"] == 1 and found["length_images"] == 0 and "/gone/images.zip" in found["notes"][0]
     message = one_line(mgebm(*call, "--length", "auto"))
