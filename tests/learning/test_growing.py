@@ -219,7 +219,7 @@ def test_a_model_says_that_a_net_of_it_has_not_begun(trainer, tmp_path):
     assert shown.exit_code == 0 and words in shown.stderr
     again = trainer(out=tmp_path, **LATE)
     again.resume()
-    again.fit(4)
+    again.fit()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         mg.load(tmp_path)

@@ -221,7 +221,7 @@ def test_a_settled_chain_has_the_numbers_of_the_last_step():
 def test_what_a_bank_cannot_be(trainer, tmp_path):
     with pytest.raises(ConfigError, match=r"multigrid.bank_size must be at least batch_size \(8\), got 7"):
         trainer(multigrid={"bank_size": 7})
-    with pytest.raises(ConfigError, match="batch_parts must be 1, on one rank"):
+    with pytest.raises(ConfigError, match="batch_parts must be left at its default, 1, with multigrid.bank_size"):
         trainer(multigrid=BANK, batch_parts=2)
     ours = trainer(multigrid=BANK)
     ours.step(tiny_data(8).batch(slice(None)))
