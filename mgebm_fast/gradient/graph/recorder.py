@@ -109,10 +109,9 @@ def _without_warnings() -> Iterator[None]:
 def uncompiled() -> Any:
     """A context in which what torch.compile wrapped runs as it was written: its compiler would take up the reading's
     code too."""
-    set_stance = getattr(torch.compiler, "set_stance", None)  # from torch 2.6 on
-    if set_stance is None or "torch._dynamo" not in sys.modules:  # whose import takes seconds
+    if "torch._dynamo" not in sys.modules:  # whose import takes seconds
         return contextlib.nullcontext()
-    return set_stance("force_eager")
+    return torch.compiler.set_stance("force_eager")
 
 
 def noise_like(samples: int, x: Tensor, seed: int) -> Tensor:  # -> (samples, ...) float32, on the CPU
@@ -337,7 +336,7 @@ def _of_features(layer: layers.Layer) -> layers.Layer:
     """A convolution that covers a map, of the map's elements as features."""
     assert isinstance(layer, layers.Convolution)
     weight, out = layer.weight.flatten(1), Map(layer.out.channels, ())
-    same = torch.eye(len(weight), dtype=weight.dtype, device="cpu")
-    if layer.bias is None and weight.shape == same.shape and torch.equal(weight, same):
+    square = layer.bias is None and weight.shape[0] == weight.shape[1]
+    if square and torch.equal(weight, torch.eye(len(weight), dtype=weight.dtype, device="cpu")):
         return layers.Affine(layer.inputs, out, layer.name, None, None)
     return dataclasses.replace(layer, weight=weight, out=out, stride=(), padding=(), dilation=())
