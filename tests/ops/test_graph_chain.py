@@ -46,7 +46,7 @@ class Maker:
         self.shapes.append(out)
         return len(self.layers)
 
-    def convolve(self, at: int, channels: int, *, same: bool = False) -> int:
+    def convolve(self, at: int, channels: int, *, same: bool = False, depthwise: bool = False) -> int:
         shape = self.shapes[at]
         dims = len(shape.size)
         if same:
@@ -60,9 +60,11 @@ class Maker:
             (n + 2 * p - d * (k - 1) - 1) // s + 1
             for n, k, s, p, d in zip(shape.size, kernel, stride, padding, dilation)
         )
-        weight = self.normal(channels, shape.channels, *kernel) / max(1, weight_fan(shape.channels, kernel)) ** 0.5
+        read = 1 if depthwise else shape.channels
+        weight = self.normal(channels, read, *kernel) / max(1, weight_fan(read, kernel)) ** 0.5
         bias = self.normal(channels) if self.draw.random() < 0.7 else None
-        return self.add(layers.Convolution, (at,), Map(channels, size), weight, bias, stride, padding, dilation)
+        kind = layers.Depthwise if depthwise else layers.Convolution
+        return self.add(kind, (at,), Map(channels, size), weight, bias, stride, padding, dilation)
 
     def function(self, at: int) -> int:
         name = self.draw.choice([name for name in FUNCTIONS if name != "step"])  # whose jumps show rounding
@@ -75,8 +77,10 @@ class Maker:
     def more(self, at: int) -> int:
         shape = self.shapes[at]
         kind = self.draw.choice(
-            ["conv", "conv", "act", "act", "res", "pool", "max", "norm", "affine", "mul", "cut", "cat", "up"]
+            ["conv", "conv", "each", "act", "act", "res", "pool", "max", "norm", "affine", "mul", "cut", "cat", "up"]
         )
+        if kind == "each" and shape.size:
+            return self.convolve(at, shape.channels, depthwise=True)
         if kind == "conv":
             return self.convolve(at, self.draw.choice([1, 5, 16, 20, 33]))
         if kind == "act":

@@ -36,11 +36,13 @@ enum class GraphKind : int {
   kNormBack = 7,   // its gradient from in = dE/dy; second as there, third: what was normalised
   kFill = 8,       // bias, likewise
   // With neither function nor slope:
-  kSoftmax = 9,      // softmax of in over the channels of one pixel, times second's first channel
-  kLogSumExp = 10,   // log sum exp of in over the channels of one pixel
-  kCopy = 11,        // channels from_channel ... + outputs of in to to_channel ... of out
-  kMaxPool = 12,     // the greatest tap; keep: which one
-  kMaxPoolBack = 13  // in wherever `second` says so
+  kSoftmax = 9,       // softmax of in over the channels of one pixel, times second's first channel
+  kLogSumExp = 10,    // log sum exp of in over the channels of one pixel
+  kCopy = 11,         // channels from_channel ... + outputs of in to to_channel ... of out
+  kMaxPool = 12,      // the greatest tap; keep: which one
+  kMaxPoolBack = 13,  // in wherever `second` says so
+  // As those before:
+  kDepthwise = 14,  // sum over taps of weights[tap][channel] in[channel] + bias
 };
 
 enum class Function : int {

@@ -41,6 +41,8 @@ void run_step(const Group& g, const GraphStep& s) {
       return max_pool(g, s);
     case GraphKind::kMaxPoolBack:
       return max_pool_back(g, s);
+    case GraphKind::kDepthwise:
+      return depthwise(g, s);
     case GraphKind::kFill:
       return fill(g, s);
   }

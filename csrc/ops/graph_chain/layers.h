@@ -79,6 +79,53 @@ static void gather(const Group& g, const GraphStep& s) {
   });
 }
 
+// Strips of pixels of a class, so many together, that share each weight they load; a pixel's go on as one piece.
+constexpr int kDepthwisePixels = 4, kDepthwiseStrips = 8;
+
+template <int kPixels>
+MG_INLINE void depthwise_pixels(const GraphStep& s, const float* const* in, const Taps& taps, int depth, int first,
+                                int strips, float (*out)[16 * kDepthwiseStrips]) {
+  for (int i = 0; i < strips; ++i) {
+    const int channel = first + 16 * i;
+    F16 sum[kPixels];
+    for (int r = 0; r < kPixels; ++r) sum[r] = s.bias ? load(s.bias + channel) : all(0.0f);
+    for (int t = 0; t < taps.count; ++t) {
+      const F16 weight = load(s.weights + static_cast<int64_t>(taps.weight[t]) * depth + channel);
+      const int64_t at = static_cast<int64_t>(taps.pixel[t]) * depth + channel;
+      for (int r = 0; r < kPixels; ++r) sum[r] = multiply_add(load(in[r] + at), weight, sum[r]);
+    }
+    for (int r = 0; r < kPixels; ++r) store(out[r] + 16 * i, sum[r]);
+  }
+}
+
+static void depthwise(const Group& g, const GraphStep& s) {
+  const Windows& w = s.windows;
+  const int depth = g.buffer(s.out).depth;
+  each_run(g, w, kDepthwisePixels, [&](int c, int64_t start, int count) {
+    const int first = w.first_output[c], outputs = w.first_output[c + 1] - first;
+    const Taps taps = taps_of(w, c);
+    const float* in[kDepthwisePixels];
+    int sample[kDepthwisePixels];
+    int64_t at[kDepthwisePixels];
+    for (int r = 0; r < count; ++r) {
+      const int output = first + static_cast<int>((start + r) % outputs);
+      sample[r] = static_cast<int>((start + r) / outputs);
+      at[r] = static_cast<int64_t>(w.output[output]) * depth;
+      in[r] = g.at(s.in, sample[r]) + static_cast<int64_t>(w.base[output]) * depth;
+    }
+    for (int channel = 0; channel < depth; channel += 16 * kDepthwiseStrips) {
+      alignas(64) float sums[kDepthwisePixels][16 * kDepthwiseStrips];
+      const int left = (depth - channel) / 16, strips = left < kDepthwiseStrips ? left : kDepthwiseStrips;
+      if (count == kDepthwisePixels) {
+        depthwise_pixels<kDepthwisePixels>(s, in, taps, depth, channel, strips, sums);
+      } else {
+        for (int r = 0; r < count; ++r) depthwise_pixels<1>(s, in + r, taps, depth, channel, strips, sums + r);
+      }
+      for (int r = 0; r < count; ++r) Finish(g, s, sample[r])(at[r] + channel, sums[r], strips);
+    }
+  });
+}
+
 // `weights` holds the number of each tap; keep: that of the greatest, the first of them where several are.
 static void max_pool(const Group& g, const GraphStep& s) {
   const int depth = g.buffer(s.out).depth;

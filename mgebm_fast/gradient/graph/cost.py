@@ -111,8 +111,8 @@ def why_slow(graph: Graph, matrices: Container[int]) -> str:
     without products."""
     every = moving = 0
     for layer in graph.layers:
-        if isinstance(layer, (layers.Convolution, layers.Transposed)):
-            over = layer.out if isinstance(layer, layers.Convolution) else graph.value(layer.inputs[0])
+        if isinstance(layer, (layers.Convolution, layers.Depthwise, layers.Transposed)):
+            over = graph.value(layer.inputs[0]) if isinstance(layer, layers.Transposed) else layer.out
             products = layer.weight.numel() * over.pixels
             every += products
             moving += products if memory_of(layer.weight) in matrices else 0

@@ -28,7 +28,9 @@ def _convolution(b: GraphBuilder, out: Tensor, x: Any, weight: Any, bias: Any, *
     shape = shape_of(out)
     kind = layers.Transposed if transposed else layers.Convolution
     geometry = tuple(tuple(v) * (dims if len(v) == 1 else 1) for v in (stride, padding, dilation))
-    if groups != 1:
+    if groups == len(weight) == x.held.channels > 1 and not transposed:
+        kind = layers.Depthwise
+    elif groups != 1:
         return _grouped(b, kind, x, shape, weight.detach(), bias, groups, geometry)
     return b.add(kind, [x], Map(shape[0], shape[1:]), shape, weight.detach(), bias, *geometry)
 

@@ -11,7 +11,17 @@ from ..conv_chain import windows
 from . import layers
 from .frames import framed_backward, framed_forward
 from .layers import Graph
-from .packing import affine_vectors, as_features, gather_tables, norm_vectors, packed, padded, tap_numbers, vector
+from .packing import (
+    affine_vectors,
+    as_features,
+    by_tap,
+    gather_tables,
+    norm_vectors,
+    packed,
+    padded,
+    tap_numbers,
+    vector,
+)
 from .steps import MAX_NORM_CHANNELS, Buffer, Step
 
 # Below so many inputs most of a bfloat16 tile is zeros; and the operands of a run of rows are to stay in a cache.
@@ -31,7 +41,8 @@ def pixels_of(graph: Graph) -> set[int]:
     """x, and the values that no convolution stands before: pixels of 0 to 255 would lose half a unit in bfloat16."""
     found = {0}
     for value, layer in enumerate(graph.layers, 1):
-        if not isinstance(layer, (layers.Convolution, layers.Transposed)) and found.issuperset(layer.inputs):
+        convolves = isinstance(layer, (layers.Convolution, layers.Depthwise, layers.Transposed))
+        if not convolves and found.issuperset(layer.inputs):
             found.add(value)
     return found
 
@@ -180,7 +191,14 @@ class ForwardPass:
     def _pays_in_bfloat(self, taps: int, inputs: int) -> bool:
         return self._bfloat and pays_in_bfloat(taps, inputs)
 
-    def _geometry(self, layer: layers.Convolution) -> tuple:
+    def _forward_Depthwise(self, layer: layers.Depthwise, value: int) -> None:
+        table = windows.forward_windows(*self._geometry(layer))
+        self._make(
+            "depthwise", value, source=self._source(layer), windows=table, weights=by_tap(layer.weight, table),
+            bias=vector(layer.bias),
+        )  # fmt: skip
+
+    def _geometry(self, layer: layers.Convolution | layers.Depthwise) -> tuple:
         size = self._graph.value(layer.inputs[0]).size
         kernel = tuple(layer.weight.shape[2:])
         # A kernel that makes a map of size () reads all of it at once.

@@ -61,7 +61,22 @@ class _Kernel(Layer):
 
 
 @dataclasses.dataclass(frozen=True)
-class Convolution(_Kernel):
+class _Forward(_Kernel):
+    """One whose weight begins with the channels that it makes."""
+
+    def scaled(self, scale: Tensor | None, shift: Tensor | None) -> _Forward:
+        """Followed by a scale and a shift of each channel."""
+        weight, bias = self.weight, self.bias
+        if scale is not None:
+            weight = weight * scale.reshape(-1, *[1] * (weight.dim() - 1))
+            bias = None if bias is None else bias * scale
+        if shift is not None:
+            bias = shift if bias is None else bias + shift
+        return dataclasses.replace(self, weight=weight, bias=bias)
+
+
+@dataclasses.dataclass(frozen=True)
+class Convolution(_Forward):
     """W * x + b; a kernel of x's size without padding makes a map one pixel."""
 
     def reference(self, *inputs: Tensor) -> Tensor:
@@ -81,15 +96,16 @@ class Convolution(_Kernel):
         """Whether it reads all of a map of this size at once: a dense layer on it."""
         return bool(size) and tuple(self.weight.shape[2:]) == size and not any(self.padding)
 
-    def scaled(self, scale: Tensor | None, shift: Tensor | None) -> Convolution:
-        """Followed by a scale and a shift of each channel."""
-        weight, bias = self.weight, self.bias
-        if scale is not None:
-            weight = weight * scale.reshape(-1, *[1] * (weight.dim() - 1))
-            bias = None if bias is None else bias * scale
-        if shift is not None:
-            bias = shift if bias is None else bias + shift
-        return dataclasses.replace(self, weight=weight, bias=bias)
+
+@dataclasses.dataclass(frozen=True)
+class Depthwise(_Forward):
+    """Every channel convolved by itself, with a kernel of its own: weight (C, 1, *kernel)."""
+
+    def reference(self, *inputs: Tensor) -> Tensor:
+        (x,) = inputs
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        convolve = (F.conv1d, F.conv2d, F.conv3d)[x.dim() - 3]
+        return convolve(x, self.weight.to(x.dtype), bias, self.stride, self.padding, self.dilation, len(self.weight))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -303,7 +319,7 @@ class Graph:
             before = found[inputs[0] - 1] if inputs and inputs[0] else None
             alone = before is not None and value < len(self.layers) and consumers[layer.inputs[0]] == [value]
             alone = alone and self.value(layer.inputs[0]) == layer.out
-            if isinstance(layer, Affine) and isinstance(before, Convolution) and alone and layer.of_channels:
+            if isinstance(layer, Affine) and isinstance(before, _Forward) and alone and layer.of_channels:
                 found[inputs[0] - 1] = before.scaled(layer.scale, layer.shift)
                 now[value] = inputs[0]
             else:

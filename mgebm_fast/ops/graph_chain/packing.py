@@ -90,6 +90,12 @@ def tap_numbers(table: windows.Windows, kernel: layers.Size) -> Tensor:
     return torch.tensor([windows.ravel(row, kernel) for row in table.rows], dtype=torch.float32)
 
 
+def by_tap(weight: Tensor, table: windows.Windows) -> Tensor:  # (C, 1, *kernel) -> [row][depth]
+    """The weights of a depthwise convolution, filled up to whole strips."""
+    rows = weight.detach().float().flatten(1)[:, table.offsets].T
+    return F.pad(rows, (0, -len(weight) % STRIP)).contiguous().clone()
+
+
 def as_features(weight: Tensor) -> Tensor:  # (out, in, *kernel) -> (out, pixels · depth)
     """The weights of a dense layer on all pixels of a map, as [pixel][depth] holds them."""
     depth = padded(weight.shape[1])

@@ -18,10 +18,13 @@ from ..conv_chain import windows
 from . import layers, packing
 from .forward import ForwardPass
 from .layers import Graph
-from .packing import affine_vectors, as_features, gather_tables, norm_vectors, padded, tap_numbers, transposed
+from .packing import affine_vectors, as_features, by_tap, gather_tables, norm_vectors, padded, tap_numbers, transposed
 from .steps import BUFFERS, FINISHING, MAX_BUFFERS, MAX_STEPS, Buffer, Step
 
-_LINEAR = (layers.Convolution, layers.Transposed, layers.Gather, layers.Affine, layers.Add, layers.Slice, layers.Concat)
+_LINEAR = (
+    layers.Convolution, layers.Depthwise, layers.Transposed, layers.Gather, layers.Affine, layers.Add, layers.Slice,
+    layers.Concat,
+)  # fmt: skip
 
 
 class Program(ForwardPass):
@@ -145,6 +148,11 @@ class Program(ForwardPass):
             buffer = getattr(step, name)
             if buffer >= 0:
                 setattr(step, name, self._as_features(buffer))
+
+    def _backward_Depthwise(self, layer: layers.Depthwise, value: int, grad: int) -> None:
+        table = windows.backward_windows(*self._geometry(layer))
+        weights = by_tap(layer.weight, table)
+        self._give(layer.inputs[0], value, "depthwise", source=grad, windows=table, weights=weights)
 
     def _backward_Gather(self, layer: layers.Gather, value: int, grad: int) -> None:
         (source,) = layer.inputs

@@ -15,12 +15,12 @@ _KINDS = {
     name: number
     for number, name in enumerate(
         "convolve gather pointwise affine add multiply norm norm_back fill softmax log_sum_exp copy max_pool "
-        "max_pool_back".split()
+        "max_pool_back depthwise".split()
     )
 }  # fmt: skip
 BUFFERS = ("source", "second", "third", "keep", "slope")
 # The steps that end in a function or a slope.
-FINISHING = ("convolve", "gather", "pointwise", "affine", "add", "multiply", "norm", "norm_back", "fill")
+FINISHING = ("convolve", "depthwise", "gather", "pointwise", "affine", "add", "multiply", "norm", "norm_back", "fill")
 MAX_STEPS = MAX_BUFFERS = 1024
 MAX_NORM_CHANNELS = 4096
 

@@ -97,6 +97,14 @@ def mlp() -> nn.Sequential:
 MEANS = torch.tensor([[0.0, 1.0], [2.0, -1.0], [-1.5, 0.5]])
 MIXTURE = torch.tensor([[1.0, 0.3, 0.0], [0.3, 2.0, 0.1], [0.0, 0.1, 0.5]])
 
+
+def learnt_norm(channels: int) -> nn.BatchNorm2d:
+    norm = nn.BatchNorm2d(channels)
+    for numbers in (norm.weight, norm.bias, norm.running_mean, norm.running_var):
+        nn.init.uniform_(numbers, 0.5, 2)
+    return norm
+
+
 IMAGES = {
     "residual": residual,
     "residual, group norm": lambda: residual("group"),
@@ -129,6 +137,11 @@ IMAGES = {
         nn.Conv2d(3, 24, 3), nn.SiLU(), nn.Conv2d(24, 24, 3, padding=1, groups=24), nn.Hardswish(),
         nn.Conv2d(24, 36, 3, stride=2, groups=3, bias=False), nn.Hardsigmoid(), nn.Conv2d(36, 6, 1, groups=2),
         nn.Flatten(), nn.Linear(24, 1), nn.Flatten(0),
+    ),
+    "a channel by itself": lambda: sequential(
+        nn.Conv2d(3, 20, 1), nn.Conv2d(20, 20, 5, 2, 3, 2, groups=20, bias=False), learnt_norm(20), nn.SiLU(),
+        nn.Conv2d(20, 20, 3, padding=1, groups=20, padding_mode="reflect"), nn.Flatten(), nn.Linear(180, 1),
+        nn.Flatten(0),
     ),
     "pads with the other side": lambda: sequential(
         nn.Conv2d(3, 6, 3, padding=(2, 1), padding_mode="circular"), nn.SiLU(), nn.AdaptiveMaxPool2d((5, 2)),
