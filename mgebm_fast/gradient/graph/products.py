@@ -26,7 +26,7 @@ def _convolution(b: GraphBuilder, out: Tensor, x: Any, weight: Any, bias: Any, *
     if x.flattened or len(x.held.size) != dims:
         raise Unreadable(f"{b.name} takes {dims} spatial dimensions of a tensor of shape {x.shape}")
     shape = shape_of(out)
-    kind = layers.Transposed if transposed else layers.Convolution
+    kind: type[layers.Layer] = layers.Transposed if transposed else layers.Convolution
     geometry = tuple(tuple(v) * (dims if len(v) == 1 else 1) for v in (stride, padding, dilation))
     if groups == len(weight) == x.held.channels > 1 and not transposed:
         kind = layers.Depthwise
