@@ -93,6 +93,32 @@ class Classifier(nn.Module):
         return -torch.logsumexp(self.head(F.adaptive_avg_pool2d(h, 1).flatten(1)), 1)
 
 
+class SeparableBlock(nn.Module):
+    """A depthwise 7×7 convolution; a layer norm and two dense layers of each pixel, channels last; a skip."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.each = nn.Conv2d(channels, channels, 7, padding=3, groups=channels)
+        self.norm = nn.LayerNorm(channels)
+        self.first, self.second = nn.Linear(channels, 4 * channels), nn.Linear(4 * channels, channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.norm(self.each(x).permute(0, 2, 3, 1))
+        return x + self.second(F.gelu(self.first(h))).permute(0, 3, 1, 2)
+
+
+class Separable(nn.Module):
+    """Patches of 2×2 pixels, two blocks of 64 channels, a linear layer on the mean."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.blocks = nn.Conv2d(3, 64, 2, 2), nn.Sequential(SeparableBlock(64), SeparableBlock(64))
+        self.head = nn.Linear(64, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.blocks(self.stem(x)).mean((2, 3))).squeeze(1)
+
+
 def mlp() -> nn.Module:
     return nn.Sequential(nn.Linear(2, 64), nn.SiLU(), nn.Linear(64, 64), nn.SiLU(), nn.Linear(64, 1), nn.Flatten(0))
 
@@ -166,6 +192,8 @@ CASES = [
     ("conv-SiLU ×4, mean, linear", ConvSilu, IMAGE, 16, 16),
     ("WideResNet-16-4 classifier, −logsumexp", Classifier, IMAGE, 16, 16),
     ("residual net, group norm", lambda: Residual(8), IMAGE, 16, 16),
+    ("depthwise 7×7 and layer norms, channels last", Separable, IMAGE, 1, 100),
+    ("depthwise 7×7 and layer norms, channels last", Separable, IMAGE, 16, 16),
     ("MLP 2-64-64-1, SiLU", mlp, (2,), 64, 100),
     ("MLP 2-64-64-1, SiLU", mlp, (2,), 1024, 100),
     ("conv, Linear(8192, 128)", dense_top(32), (3, 32, 32), 8, 16),

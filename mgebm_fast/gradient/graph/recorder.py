@@ -28,13 +28,12 @@ from ..builder import Unreadable
 from ..holding import frozen_parameters
 from ..reach import modules_of
 from ..trust import GLOBAL_HOOKS, HOOKS
-from . import choices, extremes, pooling, products, shapes  # noqa: F401  (their rules)
-from .choices import TRUTHS
 from .cost import why_slow
 from .rewrites import Rewrites
-from .rules import RULES
+from .rules import RULES, read
+from .rules.choices import TRUTHS
 from .tape import Tape, Taping, key_of, tensors_in
-from .values import GraphBuilder, Value
+from .values import ChannelsLast, GraphBuilder, Value
 
 _SAMPLES = 3
 # Ops whose first result alone is the layer's.
@@ -146,7 +145,7 @@ class _Recorder(TorchDispatchMode):
         self._energy, self.probe = energy, x.requires_grad_()
         self._builder = GraphBuilder(x, as_map=x.dim() > 2)
         # Values by where their tensor lies in memory: autograd may hand out another object for the same tensor.
-        self._values: dict[tuple, Value | str] = {key_of(x): self._builder.x}
+        self._values: dict[tuple, Value | ChannelsLast | str] = {key_of(x): self._builder.x}
         self._kept: list[Any] = [x]  # so that no memory is given out twice
         self._made: set[int] = {x.untyped_storage()._cdata}  # storages of tensors that ops made meanwhile
         self._tracked: set[tuple] = {key_of(x)}  # keys of tensors that autograd follows
@@ -173,7 +172,7 @@ class _Recorder(TorchDispatchMode):
         self._check_followed(out, "what it returns")
         value = self._values.get(key_of(out))
         if not isinstance(value, Value):
-            raise Unreadable(value or "what it returns does not depend on x by torch's ops")
+            raise Unreadable(value if isinstance(value, str) else "what it returns does not depend on x by torch's ops")
         builder = self._builder
         builder.name = "the energy"
         value = builder.features(value)
@@ -267,15 +266,17 @@ class _Recorder(TorchDispatchMode):
         builder.name = f"{plain} {count + 1}"
         with Taping(self.tape), torch.device("cpu"):  # whatever torch's default device is
             rule_args, rule_kwargs = tree_map_only(Tensor, self._constant_or_value, (args, kwargs))
-            results = RULES[plain](builder, out[0] if plain.startswith(_SEVERAL) else out, *rule_args, **rule_kwargs)
+            first = out[0] if plain.startswith(_SEVERAL) else out
+            results = read(builder, plain, first, rule_args, rule_kwargs)
         if inplace:
             self._forget_views(made[0])
         self._kept.append(out)
         values = results if isinstance(results, list) else [results]
         for place, tensor in enumerate(made):
             known = values[place] if place < len(values) else f"a second result of {name} is used"
-            if isinstance(known, Value) and tuple(tensor.shape) != known.tensor_shape(builder.samples):
-                raise Unreadable(f"{builder.name} gives {tuple(tensor.shape)} for {builder.samples} samples")
+            shape = tuple(tensor.shape)
+            if isinstance(known, (Value, ChannelsLast)) and shape != known.tensor_shape(builder.samples):
+                raise Unreadable(f"{builder.name} gives {shape} for {builder.samples} samples")
             self._values[key_of(tensor)] = known
             if tensor.is_floating_point() and any(t.requires_grad for t in tensors):
                 self._tracked.add(key_of(tensor))

@@ -50,6 +50,23 @@ class Value:
         return self.is_map and self.shape != self.map_shape
 
 
+@dataclasses.dataclass(frozen=True)
+class ChannelsLast:
+    """A tensor (N, *size, C) that holds the numbers of a map (C, *size); `joined` of its dimensions are one with the
+    batch's, all of them where a dense layer takes pixels for samples."""
+
+    map: Value
+    joined: int = 0
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (*self.map.held.size, self.map.held.channels)
+
+    def tensor_shape(self, samples: int) -> tuple[int, ...]:
+        first, rest = self.map.held.size[: self.joined], self.shape[self.joined :]
+        return (samples * math.prod(first), *rest)
+
+
 class GraphBuilder:
     """Adds layers; raises Unreadable where there is none for what is asked."""
 

@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...ops.graph_chain import layers
-from ...ops.graph_chain.layers import Map
-from ..builder import Unreadable
-from .rules import constant, rule, shape_of, value
-from .values import GraphBuilder, Value
+from ....ops.graph_chain import layers
+from ....ops.graph_chain.layers import Map
+from ...builder import Unreadable
+from ..values import ChannelsLast, GraphBuilder, Value
+from .registry import constant, rule, shape_of, value
 
 MOST_ROWS = 64  # of which each is reduced by layers of its own
 
@@ -179,7 +179,32 @@ def _index_select(b: GraphBuilder, out: Tensor, x: Any, dim: int, index: Any) ->
     return b.gather(x, tuple(taken if d == place - 1 else _identity(n) for d, n in enumerate(x.held.size)))
 
 
-for _name in ("permute", "transpose", "flip", "roll", "cumsum", "diff", "tril", "triu"):
+def _places(name: str, rank: int, dims: tuple[Any, ...]) -> list[int]:
+    """Where each dimension of a permuted tensor was."""
+    if name == "transpose":
+        first, second = (d % rank for d in dims)
+        places = list(range(rank))
+        places[first], places[second] = second, first
+        return places
+    return [d % rank for d in dims[0]]
+
+
+def _reordered(name: str) -> Any:
+    move = _applied(name)
+
+    def apply(b: GraphBuilder, out: Tensor, x: Any, *dims: Any) -> Value | ChannelsLast:
+        x, rank = value(b, x), out.dim()
+        last = x.is_map and not x.flattened and not x.merged
+        if last and rank > 2 and _places(name, rank, dims) == [0, *range(2, rank), 1]:
+            return ChannelsLast(x)
+        return move(b, out, x, *dims)
+
+    return apply
+
+
+for _name in ("permute", "transpose"):
+    rule(_name)(_reordered(_name))
+for _name in ("flip", "roll", "cumsum", "diff", "tril", "triu"):
     rule(_name)(_applied(_name))
 
 

@@ -8,11 +8,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ...ops.graph_chain import layers
-from ..builder import Unreadable
-from .rules import _add, _mul, _sub, constant, rule, shape_of, value
+from ....ops.graph_chain import layers
+from ...builder import Unreadable
+from ..values import GraphBuilder, Value
+from .elementwise import _add, _mul, _sub
+from .registry import constant, rule, shape_of, value
 from .shapes import _dims, _log_of_sums, _reduced
-from .values import GraphBuilder, Value
 
 
 def _picked(b: GraphBuilder, out: Tensor, x: Value, which: Tensor) -> Value:

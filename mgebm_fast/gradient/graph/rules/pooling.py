@@ -8,11 +8,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ...ops.graph_chain import layers
-from ...ops.graph_chain.layers import Map
-from ..builder import Unreadable
-from .rules import rule, shape_of, value
-from .values import GraphBuilder, Value
+from ....ops.graph_chain import layers
+from ....ops.graph_chain.layers import Map
+from ...builder import Unreadable
+from ..values import GraphBuilder, Value
+from .registry import rule, shape_of, value
 
 
 def _spatial(b: GraphBuilder, x: Any, dims: int) -> Value:

@@ -1,50 +1,16 @@
-"""What each op of torch is as layers: one rule an op, by its name in torch's dispatcher (aten)."""
+"""Rules of functions of each number, of sums and products, and of what leaves numbers as they are."""
 
 from __future__ import annotations
 
-import dataclasses
 import math
-from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from ...ops.graph_chain import layers
-from ..builder import Unreadable
-from .values import GraphBuilder, Value
-
-# Entries of the matrix of a dense layer on each of several rows, or of a transposition between two of them: most are
-# zeros, which cost as much, so that autograd is faster beyond.
-MAX_ROWS = 3 << 14
-
-Rule = Callable[..., Any]  # (builder, result of the op, *its arguments with values in place of tensors) -> Value
-RULES: dict[str, Rule] = {}
-
-
-def rule(*names: str) -> Callable[[Rule], Rule]:
-    def put(function: Rule) -> Rule:
-        RULES.update(dict.fromkeys(names, function))
-        return function
-
-    return put
-
-
-def shape_of(out: Tensor) -> tuple[int, ...]:
-    return tuple(out.shape[1:])
-
-
-def value(b: GraphBuilder, x: Any) -> Value:
-    if not isinstance(x, Value):
-        raise Unreadable(f"{b.name} has x in another place than its first argument")
-    return x
-
-
-def constant(b: GraphBuilder, x: Any) -> Any:
-    if isinstance(x, Value):
-        raise Unreadable(f"{b.name} has an argument that depends on x where the engine takes a constant")
-    return x
-
+from ....ops.graph_chain import layers
+from ...builder import Unreadable
+from ..values import GraphBuilder, Value
+from .registry import rule, shape_of, value
 
 # ---- functions of each number ----
 
@@ -235,62 +201,6 @@ def _addcmul(b: GraphBuilder, out: Tensor, x: Any, y: Any, z: Any, *, value: flo
     if isinstance(y, Value) or isinstance(z, Value):
         return _add(b, out, x, combine(b, out, y, z), alpha=value)
     return _add(b, out, x, value * (y * z if combine is _mul else y / z))
-
-
-# ---- norms ----
-
-
-def _affine_of(weight: Any, bias: Any, mean: Any, variance: Any, eps: float) -> tuple[Tensor, Tensor]:
-    scale = torch.rsqrt(variance.detach() + eps)
-    scale = scale if weight is None else scale * weight.detach()
-    shift = -mean.detach() * scale
-    return scale, shift if bias is None else shift + bias.detach()
-
-
-@rule("native_batch_norm", "_native_batch_norm_legit", "_native_batch_norm_legit_no_training", "_batch_norm_no_update",
-      "_batch_norm_with_update", "cudnn_batch_norm", "_native_batch_norm_legit_functional")  # fmt: skip
-def _batch_norm(b: GraphBuilder, out: Tensor, x: Any, weight: Any, bias: Any, *rest: Any) -> Value:
-    x, weight, bias = value(b, x), constant(b, weight), constant(b, bias)
-    numbers = [r for r in rest if not isinstance(r, (Tensor, type(None), bool))]
-    eps = numbers[-1]
-    training = next((r for r in rest if isinstance(r, bool)), False)
-    if x.merged and training:  # an instance norm: every channel of every sample by itself
-        channels = x.held.channels
-        weight, bias = (None if t is None else t.detach()[:channels] for t in (weight, bias))
-        normed = b.add(layers.GroupNorm, [x], x.held, x.shape, channels, eps, weight, bias)
-        return dataclasses.replace(normed, merged=True)
-    if training or rest[0] is None:
-        raise Unreadable(f"{b.name} takes the statistics of the batch")
-    if x.merged:
-        raise Unreadable(f"{b.name} is an instance norm by running statistics")
-    scale, shift = _affine_of(weight, bias, rest[0], rest[1], eps)
-    if x.flattened:
-        raise Unreadable(f"{b.name} normalises every pixel of a flattened map by itself")
-    view = (-1, *[1] * (len(x.shape) - 1))
-    return b.affine(x, scale.reshape(view), shift.reshape(view))
-
-
-@rule("native_group_norm")
-def _group_norm(b: GraphBuilder, out: Tensor, x: Any, weight: Any, bias: Any, *sizes: Any) -> Value:
-    x, weight, bias = value(b, x), constant(b, weight), constant(b, bias)
-    _, c, pixels, groups, eps = sizes
-    if x.held.channels != c or x.held.pixels != pixels:
-        raise Unreadable(f"{b.name} does not fit a tensor of shape {x.shape}")
-    parts = (None if t is None else t.detach() for t in (weight, bias))
-    return b.add(layers.GroupNorm, [x], x.held, x.shape, groups, eps, *parts)
-
-
-@rule("native_layer_norm")
-def _layer_norm(b: GraphBuilder, out: Tensor, x: Any, shape: Any, weight: Any, bias: Any, eps: float) -> Value:
-    x, weight, bias = value(b, x), constant(b, weight), constant(b, bias)
-    if x.flattened and len(shape) < len(x.shape):
-        x = b.features(x)
-    held, rows = x.map_shape if x.is_map else (x.held.channels,), x.shape[: len(x.shape) - len(shape)]
-    # Of each row by itself: those of a map are its channels, those of features lie one after the other.
-    if rows and (x.flattened or x.is_map and len(rows) > 1 or math.prod(x.shape) ** 2 > MAX_ROWS):
-        raise Unreadable(f"{b.name} normalises {tuple(shape)} of a tensor of shape {x.shape}")
-    parts = (None if t is None else t.detach().expand(x.shape).reshape(held).contiguous() for t in (weight, bias))
-    return b.add(layers.GroupNorm, [x], x.held, x.shape, math.prod(rows), eps, *parts)
 
 
 # ---- what leaves the numbers as they are ----

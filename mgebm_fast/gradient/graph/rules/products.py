@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...ops.graph_chain import layers
-from ...ops.graph_chain.layers import Map
-from ..builder import Unreadable
-from .rules import MAX_ROWS, constant, rule, shape_of, value
-from .values import GraphBuilder, Value
+from ....ops.graph_chain import layers
+from ....ops.graph_chain.layers import Map
+from ...builder import Unreadable
+from ..values import GraphBuilder, Value
+from .registry import MAX_ROWS, constant, rule, shape_of, value
 
 MAX_PRODUCTS = 4096  # single products of a matrix product that no dense layer makes
 

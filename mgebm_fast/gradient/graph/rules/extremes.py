@@ -10,13 +10,14 @@ from typing import Any
 
 from torch import Tensor
 
-from ...ops.graph_chain import layers
-from ...ops.graph_chain.layers import Map
-from ..builder import Unreadable
+from ....ops.graph_chain import layers
+from ....ops.graph_chain.layers import Map
+from ...builder import Unreadable
+from ..values import GraphBuilder, Value
+from .elementwise import _add, _sub
 from .pooling import _numbers, _spatial
-from .rules import _add, _sub, rule, shape_of, value
+from .registry import rule, shape_of, value
 from .shapes import _dims
-from .values import GraphBuilder, Value
 
 _MOST = 64  # features whose greatest is taken
 

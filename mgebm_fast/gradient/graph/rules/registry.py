@@ -1,0 +1,42 @@
+"""What each op of torch is as layers: one rule an op, by its name in torch's dispatcher (aten)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+
+from ...builder import Unreadable
+from ..values import GraphBuilder, Value
+
+# Entries of the matrix of a dense layer on each of several rows, or of a transposition between two of them: most are
+# zeros, which cost as much, so that autograd is faster beyond.
+MAX_ROWS = 3 << 14
+
+Rule = Callable[..., Any]  # (builder, result of the op, *its arguments with values in place of tensors) -> Value
+RULES: dict[str, Rule] = {}
+
+
+def rule(*names: str) -> Callable[[Rule], Rule]:
+    def put(function: Rule) -> Rule:
+        RULES.update(dict.fromkeys(names, function))
+        return function
+
+    return put
+
+
+def shape_of(out: Tensor) -> tuple[int, ...]:
+    return tuple(out.shape[1:])
+
+
+def value(b: GraphBuilder, x: Any) -> Value:
+    if not isinstance(x, Value):
+        raise Unreadable(f"{b.name} has x in another place than its first argument")
+    return x
+
+
+def constant(b: GraphBuilder, x: Any) -> Any:
+    if isinstance(x, Value):
+        raise Unreadable(f"{b.name} has an argument that depends on x where the engine takes a constant")
+    return x
