@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mgebm_fast.ops.graph_chain.layers import Graph
+from mgebm_fast.ops.graph_chain.graph import Graph
 
 NUMBERS = {
     "leaky_relu": (0.2, 0.0), "any_leaky_relu": (-0.3, 0.0), "elu": (1.3, 0.9), "softplus": (1.5, 20.0),

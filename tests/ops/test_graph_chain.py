@@ -19,7 +19,8 @@ from torch import Tensor
 import mgebm_fast as mg
 from mgebm_fast import native
 from mgebm_fast.ops.graph_chain import GraphChain, gradient_reference, graph_chain, layers
-from mgebm_fast.ops.graph_chain.layers import FUNCTIONS, Graph, Map
+from mgebm_fast.ops.graph_chain.graph import Graph
+from mgebm_fast.ops.graph_chain.layers import FUNCTIONS, Map
 
 pytestmark = pytest.mark.skipif(not native.available(), reason="the compiled module is not built")
 
@@ -77,10 +78,33 @@ class Maker:
     def more(self, at: int) -> int:
         shape = self.shapes[at]
         kind = self.draw.choice(
-            ["conv", "conv", "each", "act", "act", "res", "pool", "max", "norm", "affine", "mul", "cut", "cat", "up"]
+            [
+                "conv",
+                "conv",
+                "each",
+                "move",
+                "act",
+                "act",
+                "res",
+                "pool",
+                "max",
+                "norm",
+                "affine",
+                "mul",
+                "cut",
+                "cat",
+                "up",
+            ]
         )
         if kind == "each" and shape.size:
             return self.convolve(at, shape.channels, depthwise=True)
+        if kind == "move":
+            elements = shape.channels * shape.pixels
+            channels = self.draw.choice([1, shape.channels, shape.pixels])
+            size = self.draw.choice([(), (3,), (2, 2)])
+            count = channels * Map(channels, size).pixels
+            places = tuple(self.draw.randrange(elements) for _ in range(count))
+            return self.add(layers.Rearrange, (at,), Map(channels, size), places)
         if kind == "conv":
             return self.convolve(at, self.draw.choice([1, 5, 16, 20, 33]))
         if kind == "act":

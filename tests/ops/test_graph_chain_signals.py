@@ -11,7 +11,8 @@ from helpers.stacks import place
 
 from mgebm_fast import native
 from mgebm_fast.ops.graph_chain import GraphChain, layers
-from mgebm_fast.ops.graph_chain.layers import Graph, Map
+from mgebm_fast.ops.graph_chain.graph import Graph
+from mgebm_fast.ops.graph_chain.layers import Map
 from mgebm_fast.ops.update import update
 
 pytestmark = pytest.mark.skipif(not native.available(), reason="the compiled module is not built")

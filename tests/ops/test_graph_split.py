@@ -12,7 +12,8 @@ import mgebm_fast as mg
 from mgebm_fast import native
 from mgebm_fast.gradient.graph import plan, read_graph
 from mgebm_fast.ops.graph_chain import GraphChain, forward, gradient_reference, layers
-from mgebm_fast.ops.graph_chain.layers import FUNCTIONS, Graph, Map
+from mgebm_fast.ops.graph_chain.graph import Graph
+from mgebm_fast.ops.graph_chain.layers import FUNCTIONS, Map
 
 pytestmark = pytest.mark.skipif(not native.available(), reason="the compiled module is not built")
 

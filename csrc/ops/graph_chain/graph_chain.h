@@ -41,8 +41,11 @@ enum class GraphKind : int {
   kCopy = 11,         // channels from_channel ... + outputs of in to to_channel ... of out
   kMaxPool = 12,      // the greatest tap; keep: which one
   kMaxPoolBack = 13,  // in wherever `second` says so
-  // As those before:
+  // As kAffine:
   kDepthwise = 14,  // sum over taps of weights[tap][channel] in[channel] + bias
+  // As kCopy:
+  kRearrange = 15,     // out[i] = in[place[i]], i over [pixel][depth]
+  kRearrangeBack = 16  // out[place[i]] += in[i]
 };
 
 enum class Function : int {
@@ -92,7 +95,7 @@ struct GraphStep {
   float eps;
   int from_channel, to_channel;
   const int32_t* place;  // of a product in bfloat16: which pixel of `in` stands at each of the map that windows is of,
-  int placed;            // which has so many; -1: zeros, around it
+  int placed;            // which has so many; -1: zeros, around it. Of kRearrange: as there; -1: zero
   int64_t split;         // of a float32 product with one tap of one pixel that is the sum of three of bfloat16: where
                          // its weights begin among all such, in numbers; -1: it is none
   const float* top;      // of a convolution whose function is the last before a known dE/dh, a number a channel or an

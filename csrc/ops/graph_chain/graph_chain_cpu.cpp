@@ -43,6 +43,10 @@ void run_step(const Group& g, const GraphStep& s) {
       return max_pool_back(g, s);
     case GraphKind::kDepthwise:
       return depthwise(g, s);
+    case GraphKind::kRearrange:
+      return rearrange(g, s);
+    case GraphKind::kRearrangeBack:
+      return rearrange_back(g, s);
     case GraphKind::kFill:
       return fill(g, s);
   }

@@ -49,6 +49,34 @@ static void copy(const Group& g, const GraphStep& s) {
   });
 }
 
+static void rearrange(const Group& g, const GraphStep& s) {
+  constexpr int kPiece = 4096;
+  const int pieces = (s.placed + kPiece - 1) / kPiece;
+  g.share(static_cast<int64_t>(g.count) * pieces, [&](int64_t i) {
+    const int sample = static_cast<int>(i / pieces), first = static_cast<int>(i % pieces) * kPiece;
+    const int last = s.placed - first < kPiece ? s.placed : first + kPiece;
+    const float* in = g.at(s.in, sample);
+    float* out = g.at(s.out, sample);
+    for (int at = first; at < last; ++at) {
+      const float v = s.place[at] < 0 ? 0.0f : in[s.place[at]];
+      out[at] = s.accumulate ? out[at] + v : v;
+    }
+  });
+}
+
+// A sample by one thread: several numbers may have come from one.
+static void rearrange_back(const Group& g, const GraphStep& s) {
+  const GraphBuffer& to = g.buffer(s.out);
+  g.share(g.count, [&](int64_t sample) {
+    const float* in = g.at(s.in, static_cast<int>(sample));
+    float* out = g.at(s.out, static_cast<int>(sample));
+    if (!s.accumulate) __builtin_memset(out, 0, sizeof(float) * to.pixels * to.depth);
+    for (int at = 0; at < s.placed; ++at) {
+      if (s.place[at] >= 0) out[s.place[at]] += in[at];
+    }
+  });
+}
+
 // body(sample, output pixel, first input pixel, taps) for every output of the windows.
 template <typename Body>
 MG_INLINE void each_window(const Group& g, const GraphStep& s, const Body& body) {

@@ -21,7 +21,7 @@ from collections.abc import Container, Iterator
 from ... import native
 from ...ops.graph_chain import layers
 from ...ops.graph_chain.forward import pays_in_bfloat
-from ...ops.graph_chain.layers import Graph
+from ...ops.graph_chain.graph import Graph
 from ..stack import Stack, Stage
 from .tape import memory_of
 
@@ -101,21 +101,21 @@ def gains_by_bfloat(graph: Graph) -> bool:
     )
 
 
-# Entries of the matrices of ops that move or sum elements, most of them zeros. On one core with AVX2 a product of
-# images of 3×14×14 by such a matrix takes as long as autograd of the op, with five samples.
-MAX_MOVING = 1 << 18
+# Entries of the matrices of ops that sum elements, many of them zeros. On one core with AVX2 a product of images of
+# 3×14×14 by such a matrix takes as long as autograd of the op, with five samples.
+MAX_SUMMING = 1 << 18
 
 
 def why_slow(graph: Graph, matrices: Container[int]) -> str:
     """Why autograd is expected to be faster, "" where it is not. matrices: by their memory, those that stand for ops
     without products."""
-    every = moving = 0
+    every = summing = 0
     for layer in graph.layers:
         if isinstance(layer, (layers.Convolution, layers.Depthwise, layers.Transposed)):
             over = graph.value(layer.inputs[0]) if isinstance(layer, layers.Transposed) else layer.out
             products = layer.weight.numel() * over.pixels
             every += products
-            moving += products if memory_of(layer.weight) in matrices else 0
-    if moving > MAX_MOVING and 2 * moving > every:
-        return f"its elements are moved by matrices of {moving:,} entries, for which autograd is faster"
+            summing += products if memory_of(layer.weight) in matrices else 0
+    if summing > MAX_SUMMING and 2 * summing > every:
+        return f"its elements are summed by matrices of {summing:,} entries, for which autograd is faster"
     return ""

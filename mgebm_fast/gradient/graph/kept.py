@@ -20,7 +20,7 @@ from torch import Tensor
 from ... import native
 from ...ops.conv_chain import prefers_bfloat
 from ...ops.graph_chain import GraphChain
-from ...ops.graph_chain.layers import Graph
+from ...ops.graph_chain.graph import Graph
 from ...ops.graph_chain.refill import Refill
 from ...ops.state import why_not_plain
 from ..trust import GLOBAL_HOOKS

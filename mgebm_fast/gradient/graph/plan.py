@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import hashlib
 import math
 import threading
 import weakref
@@ -17,7 +18,8 @@ from ...errors import BackendError, DivergenceError
 from ...ops.conv_chain import has_bfloat, prefers_bfloat
 from ...ops.counters import Counters
 from ...ops.graph_chain import GraphChain, gradient_reference, layers
-from ...ops.graph_chain.layers import Graph, Map
+from ...ops.graph_chain.graph import Graph
+from ...ops.graph_chain.layers import Map
 from ...ops.update import Update
 from ..autograd import AutogradPlan
 from ..base import GradientPlan, PlanReport
@@ -210,16 +212,17 @@ def _plan_of(
     return plan
 
 
-# What was compared: by module, or by the code of a function -> {form: why it is not trusted, "" where it is}.
-_of_modules: MutableMapping[Any, dict[Hashable, str]] = weakref.WeakKeyDictionary()
-_of_code: collections.OrderedDict[Hashable, dict[Hashable, str]] = collections.OrderedDict()
-_MOST_CODE = 256
+# What was compared: by module, or by the code of a function -> {digest of a form: why it is not trusted, "" where it
+# is}, the latest ones: code whose numbers are others at each call has a form for each.
+_of_modules: MutableMapping[Any, dict[bytes, str]] = weakref.WeakKeyDictionary()
+_of_code: collections.OrderedDict[Hashable, dict[bytes, str]] = collections.OrderedDict()
+_MOST_CODE, _MOST_FORMS = 256, 256
 _lock = threading.Lock()
 
 
 def _why_not_trusted(energy: Any, graph: Graph, plan: GraphPlan, x: Tensor, tape: Tape) -> tuple[str, bool]:
     """Why a reading is not trusted, "" where it is; and whether that was ever shown by a gradient."""
-    key = (*form_of(graph), x.shape[0], plan.precision, plan.chain.split)
+    key = hashlib.blake2b(repr((*plan.form, x.shape[0], plan.precision, plan.chain.split)).encode()).digest()
     with _lock:
         if tape.hidden:  # what its code took from tensors may be another at each call
             known = {}
@@ -243,11 +246,18 @@ def _why_not_trusted(energy: Any, graph: Graph, plan: GraphPlan, x: Tensor, tape
         for precision, chain in chains.items():
             reason, shown = _compared(energy, graph, chain, probe, BOUNDS[precision])
             if reason:
-                known[key] = reason
+                _note(known, key, reason)
                 return reason, True
     if shown:
-        known[key] = ""
+        _note(known, key, "")
     return "", shown
+
+
+def _note(known: dict[bytes, str], key: bytes, reason: str) -> None:
+    known[key] = reason
+    with _lock:
+        while len(known) > _MOST_FORMS:
+            del known[next(iter(known))]
 
 
 def _compared(

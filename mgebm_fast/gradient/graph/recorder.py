@@ -22,7 +22,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
 from ...ops.graph_chain import layers
-from ...ops.graph_chain.layers import Graph, Map
+from ...ops.graph_chain.graph import Graph
+from ...ops.graph_chain.layers import Map
 from ...ops.state import why_not_plain
 from ..builder import Unreadable
 from ..holding import frozen_parameters
@@ -133,7 +134,7 @@ def _hooked(energy: Any) -> str:
 
 
 # Ops whose result does not depend on what x holds.
-LIKE = frozenset("zeros_like ones_like full_like new_zeros new_ones new_full".split())
+LIKE = frozenset("empty_like zeros_like ones_like full_like new_empty new_zeros new_ones new_full".split())
 
 
 class _Recorder(TorchDispatchMode):
@@ -259,7 +260,10 @@ class _Recorder(TorchDispatchMode):
         if plain in LIKE or same:  # of x's shape alone; or asks for NaN, as torch.distributions do
             self.tape.fresh(out)
             return
-        if plain not in RULES or any(t.dtype != (torch.bool if plain in TRUTHS else torch.float32) for t in made[:1]):
+        kind = torch.bool if plain in TRUTHS else torch.float32
+        if plain in RULES and made and made[0].dtype != kind:
+            raise Unreadable(f"{name} gives {made[0].dtype}, and the engine computes in float32")
+        if plain not in RULES:
             raise Unreadable(f"{name} is of no kind that the engine reads")
         builder = self._builder
         count = sum(layer.name.startswith(f"{plain} ") for layer in builder.layers)
@@ -325,7 +329,10 @@ def _as_features(graph: Graph) -> Graph:
     """x as features where only layers read it that take all of its elements: they lie in memory in that order."""
     readers = [layer for layer in graph.layers if 0 in layer.inputs]
     size = graph.x.size
-    if not all(isinstance(layer, layers.Convolution) and layer.covers(size) for layer in readers):
+    if not all(
+        isinstance(layer, layers.Rearrange) or isinstance(layer, layers.Convolution) and layer.covers(size)
+        for layer in readers
+    ):
         return graph
     return Graph(
         Map(graph.x.channels * graph.x.pixels, ()),
@@ -334,10 +341,10 @@ def _as_features(graph: Graph) -> Graph:
 
 
 def _of_features(layer: layers.Layer) -> layers.Layer:
-    """A convolution that covers a map, of the map's elements as features."""
+    """What takes all of a map's elements, of them as features."""
+    if isinstance(layer, layers.Rearrange):
+        same = layer.out.pixels == 1 and layer.places == tuple(range(layer.out.channels))
+        return layers.Affine(layer.inputs, layer.out, layer.name, None, None) if same else layer
     assert isinstance(layer, layers.Convolution)
     weight, out = layer.weight.flatten(1), Map(layer.out.channels, ())
-    square = layer.bias is None and weight.shape[0] == weight.shape[1]
-    if square and torch.equal(weight, torch.eye(len(weight), dtype=weight.dtype, device="cpu")):
-        return layers.Affine(layer.inputs, out, layer.name, None, None)
     return dataclasses.replace(layer, weight=weight, out=out, stride=(), padding=(), dilation=())

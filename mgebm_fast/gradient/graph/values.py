@@ -10,11 +10,13 @@ import torch
 from torch import Tensor
 
 from ...ops.graph_chain import layers
+from ...ops.graph_chain.graph import Graph
 from ...ops.graph_chain.layers import Map
 from ..builder import Unreadable
 from .tape import memory_of
 
 MAX_MATRIX = 1 << 22  # entries of the matrix of a linear op that has no layer of its own
+SMALL = 32  # elements that are moved faster by a matrix than one by one
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,11 +80,11 @@ class GraphBuilder:
         self.layers: list[layers.Layer] = []
         self.name = ""  # of the op that is read
         self.by_sample = False  # whether constants with a row a sample were met
-        self.matrices: dict[int, Tensor] = {}  # by their memory, those of `_moving`
+        self.matrices: dict[int, Tensor] = {}  # by their memory, those of `linear`
         self._flattened: dict[tuple[int, ...], Map] = {}  # what maps were last seen under other shapes
 
-    def graph(self) -> layers.Graph:
-        return layers.Graph(self.x.held, tuple(self.layers))
+    def graph(self) -> Graph:
+        return Graph(self.x.held, tuple(self.layers))
 
     def add(
         self, kind: type[layers.Layer], sources: Sequence[Value], out: Map, shape: tuple[int, ...], *fields: object
@@ -155,34 +157,44 @@ class GraphBuilder:
         kernel = weight.reshape(-1, *x.map_shape)
         return self.add(layers.Convolution, [x], out, shape, kernel, bias, ones, (0,) * len(ones), ones)
 
-    def _moving(self, x: Value, matrix: Tensor, shape: tuple[int, ...]) -> Value:
-        """`dense` by a matrix that stands for an op without products."""
-        self.matrices[memory_of(matrix)] = matrix
-        return self.dense(x, matrix, None, shape)
-
     def gather(self, x: Value, axes: tuple[layers.Axis, ...], *, drops: bool = False) -> Value:
         """`axes` for each dimension of a map; drops: to one pixel, whose channels become the shape."""
         size = () if drops else tuple(map(len, axes))
         out = Map(x.held.channels, size)
         return self.add(layers.Gather, [x], out, (x.held.channels, *size), axes, drops)
 
+    def rearranged(self, x: Value, places: Tensor, shape: tuple[int, ...]) -> Value:
+        """places: where each element of the result stands in x, in x's logical order."""
+        found = places.reshape(-1).tolist()
+        if not torch.equal(torch.tensor(found), places.reshape(-1)):  # an op, which a tape asks again
+            raise Unreadable(f"{self.name} moves elements to other places at each call")
+        out = Map(shape[0], shape[1:]) if len(shape) > 1 else Map(math.prod(shape), ())
+        return self.add(layers.Rearrange, [x], out, shape, tuple(found))
+
+    def channels_last(self, x: Value) -> ChannelsLast:
+        """(N, …, D) with its last dimension as the channels of a map."""
+        places = torch.arange(math.prod(x.shape)).reshape(x.shape).movedim(-1, 0)
+        joined = len(x.shape) - 1 if x.rows else 0
+        return ChannelsLast(self.rearranged(x, places, (x.shape[-1], *x.shape[:-1])), joined)
+
     def as_map(self, x: Value) -> Value:
-        """A value as it is, or a number for each channel, as a gate has it, as a map of one pixel (C, 1, …)."""
-        if x.is_map or len(x.shape) < 2 or x.shape[0] != x.held.channels:
+        """A value as it is, or a map of its dimensions where they are several, as a gate or a reshaped tensor has."""
+        if x.is_map and not x.flattened or len(x.shape) < 2:
             return x
+        if x.shape[0] != x.held.channels:
+            return self.rearranged(x, torch.arange(math.prod(x.shape)), x.shape)
         return self.add(layers.Affine, [x], Map(x.shape[0], x.shape[1:]), x.shape, None, None)
 
     def features(self, x: Value) -> Value:
-        """A value as features, its elements in their logical order; a map is copied by a matrix of zeros and ones."""
+        """A value as features, its elements in their logical order."""
         if not x.is_map:
             return x
         if x.held.pixels == 1:
             axes = tuple((((0, 1.0),),) for _ in x.held.size)
             return self.add(layers.Gather, [x], Map(x.held.channels, ()), x.shape, axes, True)
         elements = math.prod(x.shape)
-        if elements * elements > MAX_MATRIX:
-            raise Unreadable(f"{self.name} is done to single elements of a map of shape {x.shape}")
-        return self._moving(x, torch.eye(elements), x.shape)
+        flat = self.rearranged(x, torch.arange(elements), (elements,))
+        return dataclasses.replace(flat, shape=x.shape)
 
     def viewed(self, x: Value, shape: tuple[int, ...]) -> Value:
         """x under another shape of as many elements in the same order."""
@@ -204,13 +216,15 @@ class GraphBuilder:
         moved = apply(basis)  # type: ignore[operator]
         if moved.shape[:1] != (elements + 1,) or moved.numel() != (elements + 1) * out:
             raise Unreadable(f"{self.name} moves the batch to another place")
-        columns = moved.reshape(elements + 1, out)[:-1]
-        return self._moving(x, columns.T.contiguous(), shape)
+        matrix = moved.reshape(elements + 1, out)[:-1].T.contiguous()
+        self.matrices[memory_of(matrix)] = matrix
+        return self.dense(x, matrix, None, shape)
 
     def moved(self, x: Value, apply: object, shape: tuple[int, ...]) -> Value:
         """An op that puts elements in other places: of a map whose dimensions are moved each by itself, the pixels by a
-        gather and the channels by a kernel of ones and zeros; else by its matrix. `apply` is as for `linear`."""
-        if not x.is_map or x.flattened or len(shape) != len(x.shape):
+        gather and the channels by a kernel of ones and zeros; of a few elements by its matrix, else one by one. `apply`
+        is as for `linear`."""
+        if math.prod(x.shape) <= SMALL and not x.is_map:
             return self.linear(x, apply, shape)
         # Rows as many as no other dimension is long, so that the batch is seen to stay first.
         elements, rows = math.prod(x.shape), 1 + max(x.shape)
@@ -218,13 +232,15 @@ class GraphBuilder:
         moved = apply(places)  # type: ignore[operator]
         if moved.shape != (rows, *shape) or not torch.equal(moved[1:], moved[:-1] + elements):
             raise Unreadable(f"{self.name} moves the batch to another place")
+        if not x.is_map or x.flattened or len(shape) != len(x.shape):
+            return self.rearranged(x, moved[0], shape)
         each, alone = [], torch.zeros((), dtype=torch.int64)
         for dim, n in enumerate(x.shape):
             each.append((moved[0].movedim(dim, 0).flatten(1)[:, 0] // places.stride(dim + 1) % n).tolist())
             along = torch.tensor(each[dim]) * places.stride(dim + 1)
             alone = alone + along.reshape([-1 if d == dim else 1 for d in range(len(shape))])
         if not torch.equal(alone, moved[0]):  # an op, which a tape asks again where `apply` takes places from a tensor
-            return self.linear(x, apply, shape)
+            return self.rearranged(x, moved[0], shape)
         if each[1:] != [list(range(n)) for n in x.held.size]:
             x = self.gather(x, tuple(tuple(((at, 1.0),) for at in axis) for axis in each[1:]))
         if each[0] == list(range(x.held.channels)):
@@ -255,5 +271,5 @@ class GraphBuilder:
             return dataclasses.replace(self.expanded(one, (held.channels, *held.size)), shape=shape)
         if len(shape) > len(x.shape):  # new dimensions come before the batch's
             raise Unreadable(f"{self.name} moves the batch to another place")
-        x = self.as_map(x) if len(shape) > 2 else x
+        x = self.as_map(x) if len(shape) > 2 and x.shape[:1] == (x.held.channels,) else x
         return self.moved(x, lambda basis: basis.expand(-1, *shape), shape)

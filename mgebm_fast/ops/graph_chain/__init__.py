@@ -21,7 +21,7 @@ from ..counters import Counters, seed_or_fresh
 from ..langevin_step import langevin_step_reference
 from ..state import addresses, all_finite, why_not_plain
 from ..update import Number, Update, check_steps, prepare
-from .layers import Graph
+from .graph import Graph
 from .program import Program
 from .refill import Refill
 
@@ -124,7 +124,7 @@ def graph_chain(
         for k in 0 … K − 1:   x ← `langevin_step_`(x, ∇E(x), …) at step first_step + k
 
     Args:
-        graph: the energy (`layers.Graph`); `gradient.energy_graph` reads one from a module or callable.
+        graph: the energy (`graph.Graph`); `gradient.energy_graph` reads one from a module or callable.
         step_size … mask, seed … stream: as in `langevin_step_`; first_step a number or a 0-dim int64 tensor.
         backend: "native", or "reference": float64 gradients by autograd, x rounded to float32 at each step.
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from ..conv_chain import windows
 from . import layers
 from .frames import framed_backward, framed_forward
-from .layers import Graph
+from .graph import Graph
 from .packing import (
     affine_vectors,
     as_features,
@@ -19,6 +19,7 @@ from .packing import (
     norm_vectors,
     packed,
     padded,
+    places_of,
     tap_numbers,
     vector,
 )
@@ -211,6 +212,10 @@ class ForwardPass:
 
     def _source(self, layer: layers.Layer, which: int = 0) -> int:
         return self._value[layer.inputs[which]]
+
+    def _forward_Rearrange(self, layer: layers.Rearrange, value: int) -> None:
+        places = places_of(layer, self._graph.value(layer.inputs[0]))
+        self._step("rearrange", source=self._source(layer), out=self._value[value], place=places)
 
     def _forward_MaxPool(self, layer: layers.MaxPool, value: int) -> None:
         table = windows.forward_windows(*self._pool_geometry(layer))

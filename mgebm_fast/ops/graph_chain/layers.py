@@ -1,7 +1,7 @@
-"""What an energy is made of as a graph: layers over feature maps, each with its float64 reference.
+"""The layers of an energy as a graph, over feature maps, each with its float64 reference.
 
 A value is a map (channels, *size) a sample; a vector of features is a map of one pixel, size (). Value 0 is x, value
-i + 1 what layers[i] gives; the last value is the energy, one channel of one pixel.
+i + 1 what layer i gives.
 """
 
 from __future__ import annotations
@@ -61,10 +61,10 @@ class _Kernel(Layer):
 
 
 @dataclasses.dataclass(frozen=True)
-class _Forward(_Kernel):
+class Forward(_Kernel):
     """One whose weight begins with the channels that it makes."""
 
-    def scaled(self, scale: Tensor | None, shift: Tensor | None) -> _Forward:
+    def scaled(self, scale: Tensor | None, shift: Tensor | None) -> Forward:
         """Followed by a scale and a shift of each channel."""
         weight, bias = self.weight, self.bias
         if scale is not None:
@@ -76,7 +76,7 @@ class _Forward(_Kernel):
 
 
 @dataclasses.dataclass(frozen=True)
-class Convolution(_Forward):
+class Convolution(Forward):
     """W * x + b; a kernel of x's size without padding makes a map one pixel."""
 
     def reference(self, *inputs: Tensor) -> Tensor:
@@ -98,7 +98,7 @@ class Convolution(_Forward):
 
 
 @dataclasses.dataclass(frozen=True)
-class Depthwise(_Forward):
+class Depthwise(Forward):
     """Every channel convolved by itself, with a kernel of its own: weight (C, 1, *kernel)."""
 
     def reference(self, *inputs: Tensor) -> Tensor:
@@ -139,6 +139,17 @@ class Gather(Layer):
                     matrix[output, at] += weight
             x = torch.tensordot(x, matrix, ([dim + 2], [1])).movedim(-1, dim + 2)
         return x.flatten(1) if self.drops else x
+
+
+@dataclasses.dataclass(frozen=True)
+class Rearrange(Layer):
+    """Elements in another order, each any number of times: out[i] = x[places[i]], both in (channel, pixel) order."""
+
+    places: tuple[int, ...]
+
+    def reference(self, *inputs: Tensor) -> Tensor:
+        (x,) = inputs
+        return x.flatten(1)[:, list(self.places)].reshape(len(x), self.out.channels, *self.out.size)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -285,61 +296,3 @@ class Concat(Layer):
 
     def reference(self, *inputs: Tensor) -> Tensor:
         return torch.cat(inputs, 1)
-
-
-@dataclasses.dataclass(frozen=True)
-class Graph:
-    """An energy: x's shape, and its layers, each reading values before it."""
-
-    x: Map
-    layers: tuple[Layer, ...]
-
-    def value(self, index: int) -> Map:
-        return self.x if index == 0 else self.layers[index - 1].out
-
-    @property
-    def samples(self) -> int | None:
-        """How many samples it is an energy of, where its constants hold several rows; None: of any number."""
-        return next((n for layer in self.layers for n in layer.rows if n > 1), None)
-
-    def consumers(self) -> list[list[int]]:
-        """Of each value, the values that are computed from it."""
-        found: list[list[int]] = [[] for _ in range(len(self.layers) + 1)]
-        for place, layer in enumerate(self.layers):
-            for value in dict.fromkeys(layer.inputs):
-                found[value].append(place + 1)
-        return found
-
-    def folded(self) -> Graph:
-        """The same energy, with scales and shifts of channels right after a convolution in its weights."""
-        consumers, found = self.consumers(), list[Layer]()
-        now = {0: 0}  # value -> the same one in the new graph
-        for value, layer in enumerate(self.layers, 1):
-            inputs = tuple(now[v] for v in layer.inputs)
-            before = found[inputs[0] - 1] if inputs and inputs[0] else None
-            alone = before is not None and value < len(self.layers) and consumers[layer.inputs[0]] == [value]
-            alone = alone and self.value(layer.inputs[0]) == layer.out
-            if isinstance(layer, Affine) and isinstance(before, _Forward) and alone and layer.of_channels:
-                found[inputs[0] - 1] = before.scaled(layer.scale, layer.shift)
-                now[value] = inputs[0]
-            else:
-                found.append(dataclasses.replace(layer, inputs=inputs))
-                now[value] = len(found)
-        return Graph(self.x, tuple(found))
-
-    def energies(self, x: Tensor) -> Tensor:  # (N, C, *size) -> (N,), in x's dtype
-        """By the layers' references."""
-        values = [x.reshape(len(x), self.x.channels, *self.x.size)]
-        for layer in self.layers:
-            value = layer.reference(*(values[i] for i in layer.inputs)).to(x.dtype)
-            values.append(value.expand(len(x), *value.shape[1:]).reshape(len(x), layer.out.channels, *layer.out.size))
-        return values[-1].reshape(len(x))
-
-    def tensors(self) -> list[tuple[str, Tensor]]:
-        """The constants of every layer, with its name."""
-        return [
-            (layer.name, value)
-            for layer in self.layers
-            for value in (getattr(layer, field.name) for field in dataclasses.fields(layer))
-            if isinstance(value, Tensor)
-        ]

@@ -96,6 +96,14 @@ def by_tap(weight: Tensor, table: windows.Windows) -> Tensor:  # (C, 1, *kernel)
     return F.pad(rows, (0, -len(weight) % STRIP)).contiguous().clone()
 
 
+def places_of(layer: layers.Rearrange, source: layers.Map) -> Tensor:  # -> (pixels · depth of out,) int32
+    """Where each number of `out` as the engine holds it, [pixel][depth], stands in what is read; −1: nowhere."""
+    channels, pixels = layer.out.channels, layer.out.pixels
+    places = torch.tensor(layer.places).reshape(channels, pixels)
+    at = places % source.pixels * padded(source.channels) + places // source.pixels
+    return F.pad(at.T, (0, -channels % STRIP), value=-1).to(torch.int32).contiguous().reshape(-1)
+
+
 def as_features(weight: Tensor) -> Tensor:  # (out, in, *kernel) -> (out, pixels · depth)
     """The weights of a dense layer on all pixels of a map, as [pixel][depth] holds them."""
     depth = padded(weight.shape[1])

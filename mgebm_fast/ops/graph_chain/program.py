@@ -17,13 +17,23 @@ from torch import Tensor
 from ..conv_chain import windows
 from . import layers, packing
 from .forward import ForwardPass
-from .layers import Graph
-from .packing import affine_vectors, as_features, by_tap, gather_tables, norm_vectors, padded, tap_numbers, transposed
+from .graph import Graph
+from .packing import (
+    affine_vectors,
+    as_features,
+    by_tap,
+    gather_tables,
+    norm_vectors,
+    padded,
+    places_of,
+    tap_numbers,
+    transposed,
+)
 from .steps import BUFFERS, FINISHING, MAX_BUFFERS, MAX_STEPS, Buffer, Step
 
 _LINEAR = (
-    layers.Convolution, layers.Depthwise, layers.Transposed, layers.Gather, layers.Affine, layers.Add, layers.Slice,
-    layers.Concat,
+    layers.Convolution, layers.Depthwise, layers.Transposed, layers.Gather, layers.Rearrange, layers.Affine, layers.Add,
+    layers.Slice, layers.Concat,
 )  # fmt: skip
 
 
@@ -160,6 +170,10 @@ class Program(ForwardPass):
         axes = [transposed(axis, length) for axis, length in zip(layer.axes, size, strict=True)]
         table, weights = gather_tables(axes, tuple(map(len, layer.axes)))
         self._give(source, value, "gather", source=grad, windows=table, weights=weights)
+
+    def _backward_Rearrange(self, layer: layers.Rearrange, value: int, grad: int) -> None:
+        (source,) = layer.inputs
+        self._give(source, value, "rearrange_back", source=grad, place=places_of(layer, self._graph.value(source)))
 
     def _backward_MaxPool(self, layer: layers.MaxPool, value: int, grad: int) -> None:
         table = windows.backward_windows(*self._pool_geometry(layer))

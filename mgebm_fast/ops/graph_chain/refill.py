@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..conv_chain.scratch import Scratch
-from .layers import Graph
+from .graph import Graph
 from .program import Program
 from .steps import Step
 
@@ -120,7 +120,7 @@ def _arrays(steps: list[Step]) -> list[Tensor]:
 
 def _form(steps: list[Step]) -> list[object]:
     """What of steps does not depend on weights, if a program is the same for all."""
-    apart = ("windows", *_PLACES)
+    apart = ("windows", "place", *_PLACES)
     fields = [(name, value) for step in steps for name, value in vars(step).items() if name not in apart]
     return [*fields, *(len(array) for array in _arrays(steps))]
 

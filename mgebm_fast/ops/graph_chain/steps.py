@@ -15,7 +15,7 @@ _KINDS = {
     name: number
     for number, name in enumerate(
         "convolve gather pointwise affine add multiply norm norm_back fill softmax log_sum_exp copy max_pool "
-        "max_pool_back depthwise".split()
+        "max_pool_back depthwise rearrange rearrange_back".split()
     )
 }  # fmt: skip
 BUFFERS = ("source", "second", "third", "keep", "slope")
@@ -52,7 +52,7 @@ class Step:
     windows: windows.Windows | None = None
     weights: Tensor | Scratch | None = None
     bfloat: bool = False  # whether weights, and what they multiply, are bfloat16; then with `place`
-    place: Tensor | None = None  # (pixels of the map that windows are of,) int32, as `frames` makes it
+    place: Tensor | None = None  # int32: (pixels of the map that windows are of,), as `frames` makes it; or `places_of`
     split: int = -1  # of a dense layer as three products of bfloat16: where its weights begin among all such
     rows: int = 0
     inputs: int = 0

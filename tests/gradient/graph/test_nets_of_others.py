@@ -345,6 +345,49 @@ class SplitAndStacked(nn.Module):
         return (torch.tanh(a) * b).sum((1, 2, 3)) - 0.1 * torch.max(a.flatten(1), 1)[0]
 
 
+@net()
+class Mixer(nn.Module):
+    """Dense layers along the tokens and along the channels in turn."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.norm = nn.Conv2d(3, 24, 2, 2), nn.LayerNorm(24)
+        self.along_tokens, self.along_channels = nn.Linear(16, 16), nn.Linear(24, 24)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.stem(x).flatten(2).transpose(1, 2)
+        h = h + self.along_tokens(self.norm(h).transpose(1, 2)).transpose(1, 2)
+        return (h + F.gelu(self.along_channels(self.norm(h)))).square().mean((1, 2))
+
+
+@net()
+class Autoencoder(nn.Module):
+    """The energy is how badly a narrow net repeats x."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encode = nn.Sequential(nn.Conv2d(3, 6, 4, 2, 1), nn.SiLU(), nn.Flatten(), nn.Linear(96, 10), nn.SiLU())
+        self.decode = nn.Sequential(
+            nn.Linear(10, 96), nn.SiLU(), nn.Unflatten(1, (6, 4, 4)), nn.ConvTranspose2d(6, 3, 4, 2, 1)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (self.decode(self.encode(x)) - x).square().sum((1, 2, 3))
+
+
+@net()
+class Patches(nn.Module):
+    """Patches as rows of a reshaped tensor, 48 numbers each."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.head = nn.Linear(48, 40), nn.Linear(40, 5), nn.Linear(20, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        patches = x.reshape(len(x), 3, 2, 4, 2, 4).permute(0, 2, 4, 1, 3, 5).reshape(len(x), 4, 48)
+        return self.head(F.silu(self.second(F.silu(self.first(patches)))).flatten(1)).squeeze(1)
+
+
 @net("transpose 1 moves the batch")
 class SelfAttention(nn.Module):
     def __init__(self) -> None:

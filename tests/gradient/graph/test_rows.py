@@ -15,7 +15,8 @@ import mgebm_fast as mg
 from mgebm_fast import native
 from mgebm_fast.gradient.graph import MIN_STEPS, plan, read_graph
 from mgebm_fast.gradient.plan import plan as plan_of
-from mgebm_fast.ops.graph_chain import GraphChain, layers
+from mgebm_fast.ops.graph_chain import GraphChain
+from mgebm_fast.ops.graph_chain.graph import Graph
 
 pytestmark = pytest.mark.skipif(not native.available(), reason="the compiled module is not built")
 CLASSES = 5
@@ -267,7 +268,7 @@ def test_rows_beyond_those_that_are_compared_first() -> None:
 def test_another_number_of_samples_is_refused() -> None:
     x = torch.randn(5, 3)
     graph = read_graph(lambda z: (z - x).square().sum(1), x)
-    assert isinstance(graph, layers.Graph)
+    assert isinstance(graph, Graph)
     with pytest.raises(ValueError, match="x must have the 5 samples of the graph's constants, got 4"):
         GraphChain(graph).gradient(x[:4])
 

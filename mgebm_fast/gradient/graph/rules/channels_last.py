@@ -48,13 +48,13 @@ def _put(*names: str) -> Callable[[Read], Read]:
 
 
 def _in_order(b: GraphBuilder, x: ChannelsLast) -> Value:
-    """As features in the order of its elements, by a matrix."""
-    moved = b.linear(x.map, lambda basis: basis.movedim(1, -1), x.shape)
+    """As a tensor whose elements are held in their order."""
+    moved = b.moved(x.map, lambda basis: basis.movedim(1, -1), x.shape)
     if not x.joined:
         return moved
     if x.joined < len(x.map.held.size):
         raise Unreadable(f"{b.name} is done to a map of shape {x.shape}")
-    return dataclasses.replace(moved, shape=(x.map.held.pixels, x.map.held.channels), rows=True)
+    return dataclasses.replace(b.features(moved), shape=(x.map.held.pixels, x.map.held.channels), rows=True)
 
 
 def _first(tensor: Tensor) -> Tensor:
@@ -118,10 +118,8 @@ def _viewed(b: GraphBuilder, out: Tensor, x: ChannelsLast, *rest: Any) -> Any:
     return next((same for same in joined if same.tensor_shape(b.samples) == shape), None)
 
 
-def _dense(b: GraphBuilder, x: Any, weight: Tensor, bias: Tensor | None) -> Any:
+def dense_of_pixels(b: GraphBuilder, x: ChannelsLast, weight: Tensor, bias: Tensor | None) -> ChannelsLast:
     """A dense layer of each pixel: a convolution by a kernel of one."""
-    if not isinstance(x, ChannelsLast) or weight.dim() != 2:
-        return None
     held, ones = x.map.held, (1,) * len(x.map.held.size)
     kernel = weight.detach().reshape(*weight.shape, *ones)
     out, bias = Map(len(weight), held.size), None if bias is None else bias.detach()
@@ -136,30 +134,43 @@ def _addmm(b: GraphBuilder, out: Tensor, bias: Any, x: Any, weight: Any, *, beta
     bias = constant(b, bias)
     if beta != 1 or alpha != 1 or bias.dim() != 1 or bias.shape[0] != out.shape[1]:
         return None
-    return _dense(b, x, constant(b, weight).T, bias)
+    return dense_of_pixels(b, _pixels(b, x), constant(b, weight).T, bias)
+
+
+def _pixels(b: GraphBuilder, x: Any) -> ChannelsLast:
+    if not isinstance(x, ChannelsLast):
+        raise Unreadable(f"{b.name} has x in another place than its first argument")
+    return x
 
 
 @_put("bmm")
 def _bmm(b: GraphBuilder, out: Tensor, x: Any, y: Any) -> Any:
-    if not isinstance(y, Tensor) or (len(y) > 1 and y.stride(0) != 0):
+    if not isinstance(x, ChannelsLast) or not isinstance(y, Tensor) or (len(y) > 1 and y.stride(0) != 0):
         return None
-    return _dense(b, x, y[0].T, None)
+    return dense_of_pixels(b, x, y[0].T, None)
 
 
 @_put("mm")
 def _mm(b: GraphBuilder, out: Tensor, x: Any, weight: Any) -> Any:
-    return _dense(b, x, constant(b, weight).T, None)
+    return dense_of_pixels(b, _pixels(b, x), constant(b, weight).T, None)
 
 
 @_put("linear")
 def _linear(b: GraphBuilder, out: Tensor, x: Any, weight: Any, bias: Any = None) -> Any:
-    return _dense(b, x, constant(b, weight), constant(b, bias))
+    return dense_of_pixels(b, _pixels(b, x), constant(b, weight), constant(b, bias))
 
 
 @_put("native_layer_norm")
 def _layer_norm(b: GraphBuilder, out: Tensor, x: Any, shape: Any, weight: Any, bias: Any, eps: float) -> Any:
     if not isinstance(x, ChannelsLast) or x.joined or not eps > 0:
         return None
+    return norm_of_pixels(b, out, x, shape, weight, bias, eps)
+
+
+def norm_of_pixels(
+    b: GraphBuilder, out: Tensor, x: ChannelsLast, shape: Any, weight: Any, bias: Any, eps: float
+) -> ChannelsLast:
+    """A layer norm of each pixel's channels, or of all of a sample."""
     weight, bias = (None if t is None else constant(b, t).detach() for t in (weight, bias))
     if tuple(shape) == x.shape:
         of_map = [None if t is None else t.movedim(-1, 0).contiguous() for t in (weight, bias)]

@@ -182,5 +182,5 @@ def _distances(b: GraphBuilder, out: Tensor, x: Any, y: Any, power: float, mode:
     x, y = (x, y) if isinstance(x, Value) else (y, x)
     if power != 2 or not isinstance(y, Tensor) or len(x.shape) != 1 or y.dim() != 2 or out.shape[0] != b.samples:
         raise Unreadable(f"{b.name} is no Euclidean distance between samples and constants")
-    apart = b.affine(b.linear(x, lambda basis: basis[:, None].expand(-1, *y.shape), tuple(y.shape)), None, -y)
-    return b.pointwise(b.linear(b.pointwise(apart, "power", 2), lambda basis: basis.sum(-1), (len(y),)), "root")
+    apart = b.affine(b.moved(x, lambda basis: basis[:, None].expand(-1, *y.shape), tuple(y.shape)), None, -y)
+    return b.pointwise(_reduced(b, out, b.pointwise(apart, "power", 2), 2, mean=False), "root")

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from ....ops.graph_chain import layers
 from ...builder import Unreadable
-from ..values import GraphBuilder, Value
+from ..values import ChannelsLast, GraphBuilder, Value
+from .channels_last import norm_of_pixels
 from .registry import MAX_ROWS, constant, rule, value
 
 
@@ -47,7 +48,7 @@ def _batch_norm(b: GraphBuilder, out: Tensor, x: Any, weight: Any, bias: Any, *r
 
 @rule("native_group_norm")
 def _group_norm(b: GraphBuilder, out: Tensor, x: Any, weight: Any, bias: Any, *sizes: Any) -> Value:
-    x, weight, bias = value(b, x), constant(b, weight), constant(b, bias)
+    x, weight, bias = b.as_map(value(b, x)), constant(b, weight), constant(b, bias)
     _, c, pixels, groups, eps = sizes
     if x.held.channels != c or x.held.pixels != pixels:
         raise Unreadable(f"{b.name} does not fit a tensor of shape {x.shape}")
@@ -56,13 +57,15 @@ def _group_norm(b: GraphBuilder, out: Tensor, x: Any, weight: Any, bias: Any, *s
 
 
 @rule("native_layer_norm")
-def _layer_norm(b: GraphBuilder, out: Tensor, x: Any, shape: Any, weight: Any, bias: Any, eps: float) -> Value:
+def _layer_norm(
+    b: GraphBuilder, out: Tensor, x: Any, shape: Any, weight: Any, bias: Any, eps: float
+) -> Value | ChannelsLast:
     x, weight, bias = value(b, x), constant(b, weight), constant(b, bias)
-    if x.flattened and len(shape) < len(x.shape):
-        x = b.features(x)
     held, rows = x.map_shape if x.is_map else (x.held.channels,), x.shape[: len(x.shape) - len(shape)]
     # Of each row by itself: those of a map are its channels, those of features lie one after the other.
     if rows and (x.flattened or x.is_map and len(rows) > 1 or math.prod(x.shape) ** 2 > MAX_ROWS):
-        raise Unreadable(f"{b.name} normalises {tuple(shape)} of a tensor of shape {x.shape}")
+        if len(shape) > 1 or not eps > 0:
+            raise Unreadable(f"{b.name} normalises {tuple(shape)} of a tensor of shape {x.shape}")
+        return norm_of_pixels(b, out, b.channels_last(x), shape, weight, bias, eps)
     parts = (None if t is None else t.detach().expand(x.shape).reshape(held).contiguous() for t in (weight, bias))
     return b.add(layers.GroupNorm, [x], x.held, x.shape, math.prod(rows), eps, *parts)

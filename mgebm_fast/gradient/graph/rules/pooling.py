@@ -111,7 +111,7 @@ for _name in ("upsample_linear1d", "upsample_bilinear2d", "upsample_trilinear3d"
 
 @rule("constant_pad_nd")
 def _constant_pad(b: GraphBuilder, out: Tensor, x: Any, pads: Any, fill: float = 0) -> Value:
-    x = value(b, x)
+    x = b.as_map(value(b, x))
     if fill != 0 or not x.is_map or x.flattened or len(pads) > 2 * len(x.held.size):
         raise Unreadable(f"{b.name} pads with {fill}, or other dimensions than a map's")
     pairs = [(0, 0)] * (len(x.held.size) - len(pads) // 2) + [

@@ -12,8 +12,10 @@ from torch import Tensor
 from ....ops.graph_chain import layers
 from ....ops.graph_chain.layers import Map
 from ...builder import Unreadable
-from ..values import GraphBuilder, Value
+from ..values import ChannelsLast, GraphBuilder, Value
+from .channels_last import dense_of_pixels
 from .registry import MAX_ROWS, constant, rule, shape_of, value
+from .shapes import _reduced
 
 MAX_PRODUCTS = 4096  # single products of a matrix product that no dense layer makes
 
@@ -59,7 +61,9 @@ def _grouped(
 
 
 @rule("addmm")
-def _addmm(b: GraphBuilder, out: Tensor, bias: Any, x: Any, weight: Any, *, beta: float = 1, alpha: float = 1) -> Value:
+def _addmm(
+    b: GraphBuilder, out: Tensor, bias: Any, x: Any, weight: Any, *, beta: float = 1, alpha: float = 1
+) -> Value | ChannelsLast:
     if beta != 1 or alpha != 1:
         raise Unreadable(f"{b.name} has beta={beta} and alpha={alpha}")
     bias = constant(b, bias)
@@ -69,24 +73,25 @@ def _addmm(b: GraphBuilder, out: Tensor, bias: Any, x: Any, weight: Any, *, beta
 
 
 @rule("mm")
-def _mm(b: GraphBuilder, out: Tensor, x: Any, weight: Any) -> Value:
+def _mm(b: GraphBuilder, out: Tensor, x: Any, weight: Any) -> Value | ChannelsLast:
     return _dense(b, value(b, x), constant(b, weight).T, None)
 
 
-def _dense(b: GraphBuilder, x: Value, weight: Tensor, bias: Tensor | None) -> Value:
-    """W x + b of the last dimension: of x as it is, or of each of its rows, by one matrix with W for each."""
+def _dense(b: GraphBuilder, x: Value, weight: Tensor, bias: Tensor | None) -> Value | ChannelsLast:
+    """W x + b of the last dimension: of x as it is; or of each of its rows, by one matrix with W for each, or as pixels
+    where that would be large."""
     weight, bias = weight.detach(), None if bias is None else bias.detach()
     shape = (*x.shape[:-1], len(weight))
     if len(shape) == 1:
         return b.dense(x, weight, bias, shape)
     if math.prod(x.shape) * math.prod(shape) > MAX_ROWS:
-        raise Unreadable(f"{b.name} takes the last dimension of a tensor of shape {x.shape}")
+        return dense_of_pixels(b, b.channels_last(x), weight, bias)
     made = b.linear(x, lambda basis: basis @ weight.T, shape)
     return dataclasses.replace(made if bias is None else b.affine(made, None, bias), rows=x.rows)
 
 
 @rule("linear")
-def _linear(b: GraphBuilder, out: Tensor, x: Any, weight: Any, bias: Any = None) -> Value:
+def _linear(b: GraphBuilder, out: Tensor, x: Any, weight: Any, bias: Any = None) -> Value | ChannelsLast:
     return _dense(b, value(b, x), constant(b, weight), constant(b, bias))
 
 
@@ -96,19 +101,22 @@ def _mv(b: GraphBuilder, out: Tensor, x: Any, vector: Any) -> Value:
 
 
 @rule("bmm")
-def _bmm(b: GraphBuilder, out: Tensor, x: Any, y: Any) -> Value:  # (N, P, D) (N, D, K)
+def _bmm(b: GraphBuilder, out: Tensor, x: Any, y: Any) -> Value | ChannelsLast:  # (N, P, D) (N, D, K)
     p, k = shape_of(out)
     d = x.shape[1] if isinstance(x, Value) else x.shape[2]
     if isinstance(x, Value) and not isinstance(y, Value) and len(rows := b.rows(y)) == 1:
-        return b.linear(x, lambda basis: basis @ rows[0], (p, k))
+        return _dense(b, x, rows[0].T, None)
     if isinstance(y, Value) and not isinstance(x, Value) and len(rows := b.rows(x)) == 1:
-        return b.linear(y, lambda basis: rows[0] @ basis, (p, k))
+        if d * k * p * k <= MAX_ROWS:
+            return b.linear(y, lambda basis: rows[0] @ basis, (p, k))
+        kernel = rows[0].detach()[:, :, None]
+        return b.add(layers.Convolution, [b.as_map(y)], Map(p, (k,)), (p, k), kernel, None, (1,), (0,), (1,))
     if p * k * d > MAX_PRODUCTS:
         raise Unreadable(f"{b.name} multiplies matrices of {p} by {d} by {k}, whose products are too many")
     factors = []
     for factor, view in ((x, lambda t: t[:, :, None]), (y, lambda t: t.transpose(1, 2)[:, None])):
         if isinstance(factor, Value):
-            factors.append(b.linear(factor, lambda basis, v=view: v(basis).expand(-1, p, k, d), (p, k, d)))
+            factors.append(b.moved(factor, lambda basis, v=view: v(basis).expand(-1, p, k, d), (p, k, d)))
         else:
             factors.append(view(factor).expand(-1, p, k, d))
     first, second = factors
@@ -116,7 +124,7 @@ def _bmm(b: GraphBuilder, out: Tensor, x: Any, y: Any) -> Value:  # (N, P, D) (N
         product = b.combined(layers.Multiply, first, second)
     else:
         product = b.affine(first, second) if isinstance(first, Value) else b.affine(second, first)
-    return b.linear(product, lambda basis: basis.sum(3), (p, k))
+    return _reduced(b, out, product, 3, mean=False)
 
 
 def _by_kernel(b: GraphBuilder, x: Value, kernel: tuple[int, ...], out: Tensor, geometry: Any) -> Value:

@@ -10,9 +10,9 @@ from torch import Tensor
 from ...builder import Unreadable
 from ..values import GraphBuilder, Value
 
-# Entries of the matrix of a dense layer on each of several rows, or of a transposition between two of them: most are
-# zeros, which cost as much, so that autograd is faster beyond.
-MAX_ROWS = 3 << 14
+# Entries of the matrix of a dense layer on each of several rows: most are zeros, which cost as much. Beyond, the rows
+# become pixels.
+MAX_ROWS = 1 << 13
 
 Rule = Callable[..., Any]  # (builder, result of the op, *its arguments with values in place of tensors) -> Value
 RULES: dict[str, Rule] = {}

@@ -16,6 +16,7 @@ from ..values import ChannelsLast, GraphBuilder, Value
 from .registry import constant, rule, shape_of, value
 
 MOST_ROWS = 64  # of which each is reduced by layers of its own
+MOST_SUMMED = 256  # features that are summed by a matrix
 
 
 def _dims(dims: Any, x: Value) -> list[int]:
@@ -46,6 +47,8 @@ def _reduced(b: GraphBuilder, out: Tensor, x: Value, dims: Any, *, mean: bool) -
     if x.is_map and places == every:  # flattened: all of its elements
         whole = Value(x.index, x.held, x.map_shape)
         return b.viewed(_reduced(b, out, whole, tuple(range(1, len(x.map_shape) + 1)), mean=mean), shape)
+    if x.flattened or math.prod(x.shape) > MOST_SUMMED:
+        x = b.as_map(x)
     if x.is_map and places == [0] and not x.flattened:  # over channels
         weight = x.held.channels if mean else 1
         kernel = torch.full((1, x.held.channels, *[1] * len(x.held.size)), 1.0 / weight, dtype=torch.float32)
@@ -174,7 +177,7 @@ def _index_select(b: GraphBuilder, out: Tensor, x: Any, dim: int, index: Any) ->
     if place < 0:
         raise Unreadable(f"{b.name} takes some samples of the batch")
     if not x.is_map or x.flattened or place == 0:
-        return b.linear(x, lambda basis: basis.index_select(place + 1, which), shape_of(out))
+        return b.moved(x, lambda basis: basis.index_select(place + 1, which), shape_of(out))
     taken = tuple(((int(at), 1.0),) for at in which.reshape(-1))  # by torch's ops, which a tape notes
     return b.gather(x, tuple(taken if d == place - 1 else _identity(n) for d, n in enumerate(x.held.size)))
 
@@ -230,7 +233,7 @@ def _slice(
                 for d, n in enumerate(x.held.size)
             )
             return b.gather(x, axes)
-    return b.linear(x, lambda basis: basis[(slice(None),) * (place + 1) + (slice(start, end, step),)], shape)
+    return b.moved(x, lambda basis: basis[(slice(None),) * (place + 1) + (slice(start, end, step),)], shape)
 
 
 @rule("select")
