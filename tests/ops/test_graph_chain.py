@@ -240,6 +240,31 @@ def test_functions_and_their_slopes(name: str) -> None:
         assert float(((GraphChain(graph).gradient(points).double() - exact).abs() / scale).max()) < 2e-6
 
 
+EDGES = {
+    "exp": (-103.0, -90.0, -87.4, 0.0, 1e-6, 50.0, 88.7),
+    "log": (1e-44, 1e-39, 1.2e-38, 1e-20, 0.999999, 1.000001, 3.4e38),
+    "sin": (0.0, 1e-30, 3.1415927, -1e3, 8e3, -8.1e3, 1e6),
+    "cos": (0.0, 1e-30, 1.5707964, -1e3, 8e3, -8.1e3, 1e6),
+}
+
+
+@pytest.mark.parametrize("name", EDGES)
+def test_functions_at_the_ends_of_their_range(name: str) -> None:
+    """Of E = Σ f(x) y the gradient in y is f(x), and at y = 1 the one in x is f′(x)."""
+    points = torch.tensor(EDGES[name])
+    half = Map(len(points), ())
+    graph = Graph(Map(2 * len(points), ()), (
+        layers.Slice((0,), half, "x", 0), layers.Slice((0,), half, "y", len(points)),
+        layers.Pointwise((1,), half, "f", name), layers.Multiply((3, 2), half, "product"), ones_from(4, len(points)),
+    ))  # fmt: skip
+    x = torch.cat([points, torch.ones(len(points))])[None]
+    exact, got = gradient_reference(graph, x)[0], GraphChain(graph).gradient(x)[0].double()
+    held = exact.abs() < torch.finfo(torch.float32).max  # 1 / x of a subnormal x is not
+    least = 2e-7 if name in ("sin", "cos") else 3e-45  # ulps of subnormals are 1.4e-45
+    torch.testing.assert_close(got[held], exact[held], rtol=3e-7, atol=least)
+    assert got[~held].isinf().all()
+
+
 def of_rows(n: int, generator: torch.Generator) -> Graph:
     """Scales and shifts of each of n samples, of channels and of elements, and constants beside channels."""
 

@@ -50,6 +50,43 @@ MG_INLINE Both<float> softplus_both(float z, float a, float b) {
   const float r = 1.0f / (1.0f + e), value = ((y > 0.0f ? y : 0.0f) + log1p) / a;
   return {y > b ? z : value, y > b ? 1.0f : (y > 0.0f ? r : e * r)};
 }
+// e^x over all of float's range: 2^n as two factors, since n may be 128, or so small that one is no normal number.
+MG_INLINE float exp_of(float x) {
+  x = x < -104.0f ? -104.0f : x;
+  x = x > 89.0f ? 89.0f : x;
+  const int32_t n = static_cast<int32_t>(x * 1.44269504f + (x < 0.0f ? -0.5f : 0.5f)), half = n >> 1;
+  const float m = static_cast<float>(n), r = (x - m * 0.693359375f) + m * 2.12194440e-4f;
+  float p = 1.98756915e-4f;
+  p = p * r + 1.39819995e-3f;
+  p = p * r + 8.33345192e-3f;
+  p = p * r + 4.16657955e-2f;
+  p = p * r + 1.66666655e-1f;
+  p = p * r + 5.00000012e-1f;
+  p = p * r * r + r + 1.0f;
+  return p * as_float(static_cast<uint32_t>(half + 127) << 23) * as_float(static_cast<uint32_t>(n - half + 127) << 23);
+}
+// ln x: -inf at 0, NaN below.
+MG_INLINE float natural_log(float x) {
+  const bool subnormal = x < 0x1p-126f;
+  const float v = log_of(subnormal ? x * 0x1p23f : x) - (subnormal ? 15.9423847f : 0.0f);
+  const float above = x > 3.40282347e38f ? x : v;
+  return x > 0.0f ? above : (x == 0.0f ? -__builtin_inff() : __builtin_nanf(""));
+}
+constexpr float kMostTurned = 8192.0f;
+// sin x and cos x for |x| <= kMostTurned: less quarter turns k pi/2, in three parts of which k times the first two are
+// exact; then the polynomials of Cephes.
+MG_INLINE Both<float> sine_and_cosine(float x) {
+  const int32_t k = static_cast<int32_t>(x * 0.636619772f + (x < 0.0f ? -0.5f : 0.5f));
+  const float q = static_cast<float>(k);
+  const float r = ((x - q * 1.5703125f) - q * 4.837512969970703125e-4f) - q * 7.54978995489188216e-8f, s = r * r;
+  const float sine = r + r * s * ((-1.9515295891e-4f * s + 8.3321608736e-3f) * s - 1.6666654611e-1f);
+  const float cosine =
+      (1.0f - 0.5f * s) + s * s * ((2.443315711809948e-5f * s - 1.388731625493765e-3f) * s + 4.166664568298827e-2f);
+  const uint32_t turn = static_cast<uint32_t>(k);
+  const uint32_t first = as_bits(turn & 1u ? cosine : sine) ^ ((turn & 2u) << 30);
+  const uint32_t second = as_bits(turn & 1u ? sine : cosine) ^ (((turn + 1u) & 2u) << 30);
+  return {as_float(first), as_float(second)};
+}
 MG_INLINE float power(float z, int n) {
   float out = 1.0f;
   for (int i = n < 0 ? -n : n; i > 0; --i) out *= z;
@@ -77,6 +114,13 @@ MG_INLINE void lanes(const float* z, float* value, float* slope, int64_t count, 
     const Both<float> both = body(z[i]);
     value[i] = both.value, slope[i] = both.slope;
   }
+}
+
+MG_INLINE bool within(const float* z, int64_t count, float bound) {
+  int outside = 0;
+#pragma omp simd reduction(| : outside)
+  for (int64_t i = 0; i < count; ++i) outside |= !(z[i] <= bound && z[i] >= -bound);
+  return outside == 0;
 }
 
 // f(z) into `value` and f'(z) into `slope`, for a multiple of sixteen numbers; value may be z.
@@ -124,15 +168,24 @@ static void values_and_slopes(const GraphStep& s, const float* z, float* value, 
       return by_lanes([=](float v) { return Both<float>{v < a ? a : (v > b ? b : v), v > a && v < b ? 1.0f : 0.0f}; });
     case Function::kExp:
       return by_lanes([](float v) {
-        const float e = __builtin_expf(v);
+        const float e = exp_of(v);
         return Both<float>{e, e};
       });
     case Function::kLog:
-      return by_lanes([](float v) { return Both<float>{__builtin_logf(v), 1.0f / v}; });
+      return by_lanes([](float v) { return Both<float>{natural_log(v), 1.0f / v}; });
     case Function::kSin:
-      return by_lanes([](float v) { return Both<float>{__builtin_sinf(v), __builtin_cosf(v)}; });
+      if (!within(z, count, kMostTurned)) {
+        return by_lanes([](float v) { return Both<float>{__builtin_sinf(v), __builtin_cosf(v)}; });
+      }
+      return by_lanes([](float v) { return sine_and_cosine(v); });
     case Function::kCos:
-      return by_lanes([](float v) { return Both<float>{__builtin_cosf(v), -__builtin_sinf(v)}; });
+      if (!within(z, count, kMostTurned)) {
+        return by_lanes([](float v) { return Both<float>{__builtin_cosf(v), -__builtin_sinf(v)}; });
+      }
+      return by_lanes([](float v) {
+        const Both<float> both = sine_and_cosine(v);
+        return Both<float>{both.slope, -both.value};
+      });
     case Function::kStep:
       return by_lanes([=](float v) { return Both<float>{v > a || (b != 0.0f && v == a) ? 1.0f : 0.0f, 0.0f}; });
     case Function::kErf:

@@ -90,6 +90,12 @@ MG_INLINE void update_elements(const Group& g, int64_t k, int sample, int64_t fi
   float* x = g.at(p.state, sample);
   const float* slope = g.at(p.slope, sample);
   const uint8_t* mask = p.mask ? p.mask + (g.first + sample) * p.channels * p.pixels + first : nullptr;
+  if (p.pixels == 1 && apart == 1 && !mask && !mean) {
+    x += first, slope += first;
+#pragma omp simd
+    for (int i = 0; i < count; ++i) x[i] = langevin_step_update(own, x[i], slope[i], normal[i]);
+    return;
+  }
   int64_t c = first / p.pixels, pixel = first % p.pixels;
   for (int i = 0; i < count; ++i) {
     float& value = x[pixel * depth + c];

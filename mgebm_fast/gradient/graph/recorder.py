@@ -8,7 +8,6 @@ whose path depends on x, that is random, or that writes into its own tensors is 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import sys
 import threading
 import types
@@ -21,15 +20,14 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
-from ...ops.graph_chain import layers
 from ...ops.graph_chain.graph import Graph
-from ...ops.graph_chain.layers import Map
 from ...ops.state import why_not_plain
 from ..builder import Unreadable
 from ..holding import frozen_parameters
 from ..reach import modules_of
 from ..trust import GLOBAL_HOOKS, HOOKS
 from .cost import why_slow
+from .flat import as_features
 from .rewrites import Rewrites
 from .rules import RULES, read
 from .rules.choices import TRUTHS
@@ -182,7 +180,7 @@ class _Recorder(TorchDispatchMode):
         if not builder.layers or value.index != len(builder.layers):
             builder.pointwise(value, "power", 1)
         with Taping(self.tape):
-            graph = _as_features(builder.graph())
+            graph = as_features(builder.graph())
             if reason := why_slow(graph, builder.matrices):
                 raise Unreadable(reason)
             return graph.folded()
@@ -323,28 +321,3 @@ def _named(energy: Any) -> Iterable[tuple[str, nn.Module]]:
 
 def _named_arguments(func: Any, kwargs: dict) -> list[tuple[Any, Any]]:
     return [(argument, kwargs[argument.name]) for argument in func._schema.arguments if argument.name in kwargs]
-
-
-def _as_features(graph: Graph) -> Graph:
-    """x as features where only layers read it that take all of its elements: they lie in memory in that order."""
-    readers = [layer for layer in graph.layers if 0 in layer.inputs]
-    size = graph.x.size
-    if not all(
-        isinstance(layer, layers.Rearrange) or isinstance(layer, layers.Convolution) and layer.covers(size)
-        for layer in readers
-    ):
-        return graph
-    return Graph(
-        Map(graph.x.channels * graph.x.pixels, ()),
-        tuple(_of_features(layer) if 0 in layer.inputs else layer for layer in graph.layers),
-    )
-
-
-def _of_features(layer: layers.Layer) -> layers.Layer:
-    """What takes all of a map's elements, of them as features."""
-    if isinstance(layer, layers.Rearrange):
-        same = layer.out.pixels == 1 and layer.places == tuple(range(layer.out.channels))
-        return layers.Affine(layer.inputs, layer.out, layer.name, None, None) if same else layer
-    assert isinstance(layer, layers.Convolution)
-    weight, out = layer.weight.flatten(1), Map(layer.out.channels, ())
-    return dataclasses.replace(layer, weight=weight, out=out, stride=(), padding=(), dilation=())

@@ -14,6 +14,7 @@ import mgebm_fast as mg
 from mgebm_fast import native
 from mgebm_fast.gradient.graph import MIN_STEPS, plan, read_graph
 from mgebm_fast.gradient.plan import plan as plan_of
+from mgebm_fast.ops.graph_chain import GraphChain
 
 pytestmark = pytest.mark.skipif(not native.available(), reason="the compiled module is not built")
 N = 7
@@ -222,6 +223,47 @@ def test_elements_of_a_map_are_moved_without_large_matrices(name: str) -> None:
     assert all(torch.equal(weight, FORM.T) for weight in weights)
     exact = torch.autograd.grad(energy(leaf := x.clone().requires_grad_()).sum(), leaf)[0]
     torch.testing.assert_close(plan_of(energy, x, "fp32", steps=MIN_STEPS).gradient(x), exact, rtol=1e-4, atol=1e-5)
+
+
+PER_SAMPLE = numbers(5, 3, 1, 1)
+FLAT: dict[str, Callable[[Tensor], Tensor]] = {
+    "total variation": lambda x: (
+        (x[..., 1:] - x[..., :-1]).abs().sum((1, 2, 3)) + (x[:, :, 1:] - x[:, :, :-1]).abs().sum((1, 2, 3))
+    ),
+    "a function of the mean": lambda x: x.exp().mean((2, 3)).square().sum(1),
+    "numbers of channels": lambda x: (x * NUMBERS[:3, None, None] + x.square() * NUMBERS).tanh().sum((1, 2, 3)),
+    "numbers of samples": lambda x: (PER_SAMPLE[: len(x)] * x).sin().sum((1, 2, 3)),
+    "a norm of the sample": lambda x: F.layer_norm(x, x.shape[1:]).exp().sum((1, 2, 3)),
+    "channels apart": lambda x: torch.cat([x[:, 1:], x[:, :1].cos()], 1).pow(4).sum((1, 2, 3)),
+    "rolled and flipped": lambda x: (x.roll(2, 3) * x.flip(2)).sin().flatten(1).sum(1),
+    "a dense top": lambda x: F.silu(F.linear(x.sin().flatten(1), FORM[:9].to(x.dtype))).sum(1),
+}
+NUMBERS = numbers(16)
+
+
+@pytest.mark.parametrize("name", FLAT)
+def test_energies_of_single_numbers_are_read_as_features(name: str) -> None:
+    """Whose maps of three channels would take the room of sixteen."""
+    energy, x = FLAT[name], numbers(5, 3, 16, 16)
+    graph = read_graph(energy, x)
+    assert not isinstance(graph, str), graph
+    assert (graph.x.channels, graph.x.size) == (768, ())
+    exact = torch.autograd.grad(energy(leaf := x.double().requires_grad_()).sum(), leaf)[0]
+    chain = GraphChain(graph)
+    torch.testing.assert_close(chain.gradient(x).double(), exact, rtol=1e-5, atol=1e-6 * float(exact.abs().max()))
+    # With noise, which belongs to elements of the image, a chain has the bits of the loop's law.
+    got = mg.langevin_sample(energy, x, steps=MIN_STEPS, step_size=0.01, precision="fp32", seed=3)
+    by_hand = x.clone()
+    for step in range(MIN_STEPS):
+        by_hand = mg.langevin_sample(
+            energy, by_hand, steps=1, step_size=0.01, precision="fp32", seed=3, first_step=step
+        )
+    torch.testing.assert_close(got, by_hand, rtol=1e-5, atol=1e-5)
+
+
+def test_maps_whose_pixels_are_neighbours_stay_maps() -> None:
+    graph = read_graph(lambda x: conv(x.sin()).square().flatten(1).sum(1), numbers(2, 3, 16, 16))
+    assert not isinstance(graph, str) and graph.x.size == (16, 16)
 
 
 def test_matrices_that_are_most_of_the_work_leave_an_energy_to_autograd() -> None:
