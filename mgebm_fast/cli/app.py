@@ -7,7 +7,8 @@ import re
 import sys
 import textwrap
 import traceback
-from collections.abc import Sequence
+import warnings
+from collections.abc import Callable, Sequence
 from typing import Annotated, Any
 
 import typer
@@ -40,7 +41,9 @@ class Commands(TyperGroup):
     def invoke(self, ctx: typer.Context) -> Any:  # type: ignore[override]
         words = [*getattr(ctx, "_protected_args", ()), *ctx.args]
         try:
-            return super().invoke(ctx)
+            with warnings.catch_warnings():
+                warnings.showwarning = _shown_once()
+                return super().invoke(ctx)
         except _UsageError as error:
             if not words:  # `mgebm` alone: its help
                 raise
@@ -63,6 +66,19 @@ class Commands(TyperGroup):
                 raise
             _report(error)
             raise typer.Exit(BAD_INPUT) from error
+
+
+def _shown_once() -> Callable[..., None]:
+    """Warnings as lines without the place in the code that Python shows; each once, whatever gives it again, as the
+    second part of a run's images does."""
+    shown = set[str]()
+
+    def show(message: Warning | str, *place: Any, **more: Any) -> None:
+        if str(message) not in shown:
+            shown.add(str(message))
+            typer.echo(f"warning: {message}", err=True)
+
+    return show
 
 
 class Command(TyperCommand):

@@ -43,6 +43,19 @@ def test_images_added_later_leave_the_held_out_ones_out_of_the_choice_of_a_lengt
     assert not {image.tobytes() for image in held_out} & {image.tobytes() for image in pool.images}
 
 
+def test_warnings_are_lines_like_others_and_a_runs_folder_in_a_configurations_place_is_told_what_it_is(mgebm, tmp_path):
+    folder, out = pictures(tmp_path / "set", [f"{i:03d}.png" for i in range(40)], 0), tmp_path / "my run"
+    (folder / "photograph.cr2").write_bytes(b"raw")
+    result = mgebm("train", "digits", *TINY, "--data", folder, "--out", out)
+    assert result.exit_code == 0
+    lines = [line for line in result.stderr.splitlines() if "passed over" in line]
+    assert len(lines) == 1 and lines[0].startswith("warning: ") and "cr2" in lines[0]
+    assert "UserWarning" not in result.stderr and "warnings.warn" not in result.stderr
+    result = mgebm("train", out)
+    words = one_line(result)
+    assert f"--out '{out}' --resume" in words and f"'{out}'/config.toml begins another" in words
+
+
 @pytest.fixture(scope="module")
 def threes(mgebm, tmp_path_factory):
     return train_tiny(mgebm, tmp_path_factory, "classes=3")

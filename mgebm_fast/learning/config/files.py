@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 from pathlib import Path
 
 from ... import files
@@ -24,6 +25,9 @@ def load_config(name_or_path: str | Path) -> TrainConfig:
         return _load_file(path, str(path))
     if path.suffix == ".toml" or "/" in text:
         reason = "a folder" if path.is_dir() else "no such file"
+        if (path / "config.toml").is_file():
+            own = shlex.quote(str(path))
+            reason = f"the folder of a run: it goes on with --out {own} --resume, and {own}/config.toml begins another"
         raise ConfigError(f"config: must be a preset or a TOML file, got {text!r} ({reason})")
     names = preset_names()
     raise ConfigError(f"preset: must be one of {', '.join(names)}, or a TOML file, got {text!r}{suggest(text, names)}")

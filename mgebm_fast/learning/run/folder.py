@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -192,6 +193,11 @@ def check_new(out: Path) -> None:
 def is_new(out: Path) -> bool:
     """Whether there is nothing at `out`, or a folder with nothing but what a killed start of a run left in it."""
     return not out.exists() or (out.is_dir() and all(path.name.startswith(f".{CONFIG}.") for path in out.iterdir()))
+
+
+def how_to_resume(out: Path | None) -> str:
+    """The command that goes on with a run."""
+    return shlex.join(["mgebm", "train", f"{out}/{CONFIG}", "--out", str(out), "--resume"])
 
 
 def check_inside(run: Path) -> None:

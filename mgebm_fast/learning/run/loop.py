@@ -20,7 +20,7 @@ from .divergence.measure import error_of, measured_together
 from .divergence.states import states_of
 from .divergence.updates import Updates
 from .feed import Batches
-from .folder import CONFIG, MODEL, SAMPLES, NoFolder, RunFolder, is_new
+from .folder import CONFIG, MODEL, SAMPLES, NoFolder, RunFolder, how_to_resume, is_new
 from .interrupts import StopRequests
 from .loggers import Logger
 from .progress import Pace, Progress, Voice, duration
@@ -73,7 +73,7 @@ class Loop:
         self.updates = Updates(rule, batches, self.history.watch, self.ranks, self.voice.say)
         self.announces = False  # whether a run says how its updates are launched
         self._mark: Mark | None = None  # of the records at the checkpoint that was resumed
-        self._resume_command = resume_command or f"mgebm train {out}/{CONFIG} --out {out} --resume"
+        self._resume_command = resume_command or how_to_resume(out)
 
     # checkpoints
 
