@@ -119,6 +119,32 @@ class Separable(nn.Module):
         return self.head(self.blocks(self.stem(x)).mean((2, 3))).squeeze(1)
 
 
+class Autoencoder(nn.Module):
+    """The energy is the squared error of a narrow net that repeats x."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encode = nn.Sequential(
+            nn.Conv2d(3, 32, 4, 2, 1), nn.SiLU(), nn.Conv2d(32, 64, 4, 2, 1), nn.SiLU(), nn.Flatten(),
+            nn.Linear(4096, 64), nn.SiLU(),
+        )  # fmt: skip
+        self.decode = nn.Sequential(
+            nn.Linear(64, 4096), nn.SiLU(), nn.Unflatten(1, (64, 8, 8)), nn.ConvTranspose2d(64, 32, 4, 2, 1),
+            nn.SiLU(), nn.ConvTranspose2d(32, 3, 4, 2, 1),
+        )  # fmt: skip
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (self.decode(self.encode(x)) - x).square().sum((1, 2, 3))
+
+
+class TotalVariation(nn.Module):
+    """Absolute differences of neighbours: no weights."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        across, down = x[..., 1:] - x[..., :-1], x[:, :, 1:] - x[:, :, :-1]
+        return across.abs().sum((1, 2, 3)) + down.abs().sum((1, 2, 3))
+
+
 def mlp() -> nn.Module:
     return nn.Sequential(nn.Linear(2, 64), nn.SiLU(), nn.Linear(64, 64), nn.SiLU(), nn.Linear(64, 1), nn.Flatten(0))
 
@@ -194,6 +220,9 @@ CASES = [
     ("residual net, group norm", lambda: Residual(8), IMAGE, 16, 16),
     ("depthwise 7×7 and layer norms, channels last", Separable, IMAGE, 1, 100),
     ("depthwise 7×7 and layer norms, channels last", Separable, IMAGE, 16, 16),
+    ("autoencoder, squared error", Autoencoder, IMAGE, 1, 100),
+    ("autoencoder, squared error", Autoencoder, IMAGE, 64, 16),
+    ("total variation", TotalVariation, IMAGE, 64, 16),
     ("MLP 2-64-64-1, SiLU", mlp, (2,), 64, 100),
     ("MLP 2-64-64-1, SiLU", mlp, (2,), 1024, 100),
     ("conv, Linear(8192, 128)", dense_top(32), (3, 32, 32), 8, 16),

@@ -7,19 +7,21 @@
 
 namespace mgebm::MGEBM_ISA {
 
-// e^x to about 1e-7 of its value; its own polynomial, so that it vectorises on every CPU.
-MG_INLINE float exponential(float x) {
-  x = x < -87.0f ? -87.0f : x;
-  x = x > 88.0f ? 88.0f : x;
-  const float n = static_cast<float>(static_cast<int32_t>(x * 1.44269504f + (x < 0.0f ? -0.5f : 0.5f)));
-  const float r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
+// e^r for |r| <= ln(2) / 2, to about 1e-7 of its value; our own polynomial, so that it vectorises on every CPU.
+MG_INLINE float exponential_of_rest(float r) {
   float p = 1.98756915e-4f;
   p = p * r + 1.39819995e-3f;
   p = p * r + 8.33345192e-3f;
   p = p * r + 4.16657955e-2f;
   p = p * r + 1.66666655e-1f;
   p = p * r + 5.00000012e-1f;
-  p = p * r * r + r + 1.0f;
+  return p * r * r + r + 1.0f;
+}
+MG_INLINE float exponential(float x) {
+  x = x < -87.0f ? -87.0f : x;
+  x = x > 88.0f ? 88.0f : x;
+  const float n = static_cast<float>(static_cast<int32_t>(x * 1.44269504f + (x < 0.0f ? -0.5f : 0.5f)));
+  const float p = exponential_of_rest((x - n * 0.693359375f) + n * 2.12194440e-4f);
   return p * as_float(static_cast<uint32_t>(static_cast<int32_t>(n) + 127) << 23);
 }
 

@@ -56,8 +56,7 @@ def _of_line(layer: layers.Layer) -> layers.Layer:
         same = layer.out.pixels == 1 and layer.places == tuple(range(layer.out.channels))
         return layers.Affine(layer.inputs, layer.out, layer.name, None, None) if same else layer
     assert isinstance(layer, layers.Convolution)
-    weight, out = layer.weight.flatten(1), Map(layer.out.channels, ())
-    return dataclasses.replace(layer, weight=weight, out=out, stride=(), padding=(), dilation=())
+    return dataclasses.replace(layer, weight=layer.weight.flatten(1), stride=(), padding=(), dilation=())
 
 
 def _elements(constant: Tensor | None, out: Map) -> Tensor | None:
@@ -69,7 +68,8 @@ def _elements(constant: Tensor | None, out: Map) -> Tensor | None:
     return whole if layers.is_of_samples(constant, out) else whole[0]
 
 
-def _same(layer: Any, sources: list[Map]) -> layers.Layer:
+def _with_out(layer: Any, sources: list[Map]) -> layers.Layer:
+    """Of a layer that does the same to each number, or knows places in (channel, pixel) order."""
     return dataclasses.replace(layer, out=_line(layer.out))
 
 
@@ -98,7 +98,9 @@ def _norm(layer: layers.GroupNorm, sources: list[Map]) -> layers.Layer | None:
 def _convolution(layer: layers.Convolution, sources: list[Map]) -> layers.Layer | None:
     if not sources[0].size:
         return layer
-    return _of_line(layer) if _covering(layer, sources[0]) and layer.out.pixels == 1 else None
+    if not _covering(layer, sources[0]) or layer.out.pixels > 1:
+        return None
+    return dataclasses.replace(_of_line(layer), out=_line(layer.out))
 
 
 def _gather(layer: layers.Gather, sources: list[Map]) -> layers.Layer | None:
@@ -119,9 +121,11 @@ def _gather(layer: layers.Gather, sources: list[Map]) -> layers.Layer | None:
 
 
 _FLAT: dict[type[layers.Layer], Callable[[Any, list[Map]], layers.Layer | None]] = {
-    layers.Pointwise: _same, layers.Add: _same, layers.Multiply: _same, layers.Rearrange: _same, layers.Concat: _same,
-    layers.LogSumExp: _same, layers.Affine: _affine, layers.Constant: _constant, layers.Slice: _slice,
-    layers.GroupNorm: _norm, layers.Convolution: _convolution, layers.Gather: _gather,
+    layers.Affine: _affine, layers.Constant: _constant, layers.Slice: _slice, layers.GroupNorm: _norm,
+    layers.Convolution: _convolution, layers.Gather: _gather,
+    **dict.fromkeys(
+        (layers.Pointwise, layers.Add, layers.Multiply, layers.Rearrange, layers.Concat, layers.LogSumExp), _with_out
+    ),
 }  # fmt: skip
 
 

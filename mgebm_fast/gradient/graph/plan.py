@@ -180,6 +180,13 @@ def _refused(place: tuple[Watch, Hashable, list[Tensor]]) -> Hashable:
     return "refused", place[1], tuple((t.dtype, t.shape, t.stride()) for t in place[2])
 
 
+def _refuse(place: tuple[Watch, Hashable, list[Tensor]] | None, reason: str) -> str:
+    """The reason, which is kept for the next call where it is of the code, whatever its weights are."""
+    if place is not None and "its own code" not in reason:
+        place[0].kept[_refused(place)] = reason
+    return reason
+
+
 def _plan_of(
     energy: Any, x: Tensor, where: str, precision: str, place: tuple[Watch, Hashable, list[Tensor]] | None
 ) -> GraphPlan | str:
@@ -191,9 +198,7 @@ def _plan_of(
 
     graph = read(energy, tapes)
     if isinstance(graph, str):
-        if place is not None and "its own code raises" not in graph:  # of the code, whatever its weights are
-            place[0].kept[_refused(place)] = graph
-        return graph
+        return _refuse(place, graph)
     split = False
     if precision == "auto":
         precision = "bf16" if prefers_bfloat() and gains_by_bfloat(graph) else "fp32"
@@ -202,11 +207,13 @@ def _plan_of(
         plan = GraphPlan(graph, energy, read, where, precision=precision, split=split)
     except (MemoryError, torch.OutOfMemoryError):
         raise
-    except Exception as error:
+    except DivergenceError as error:  # of the weights that there are
         return str(error)
+    except Exception as error:
+        return _refuse(place, str(error))
     reason, shown = _why_not_trusted(energy, graph, plan, x, tapes[-1])
     if reason:
-        return f"its reading is not trusted: {reason}"
+        return _refuse(None if tapes[-1].hidden else place, f"its reading is not trusted: {reason}")
     if place is not None and shown and place[0].holds(energy):
         kept.keep(*place, graph, (plan.chain, plan.form, read, precision), tapes[-1])
     return plan

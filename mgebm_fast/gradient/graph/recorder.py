@@ -269,7 +269,10 @@ class _Recorder(TorchDispatchMode):
         with Taping(self.tape), torch.device("cpu"):  # whatever torch's default device is
             rule_args, rule_kwargs = tree_map_only(Tensor, self._constant_or_value, (args, kwargs))
             first = out[0] if plain.startswith(_SEVERAL) else out
-            results = read(builder, plain, first, rule_args, rule_kwargs)
+            try:
+                results = read(builder, plain, first, rule_args, rule_kwargs)
+            except (RuntimeError, TypeError, ValueError, IndexError, ZeroDivisionError) as error:
+                raise Unreadable(f"{name} has arguments that the engine does not read") from error
         if inplace:
             self._forget_views(made[0])
         self._kept.append(out)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Sequence
 
@@ -198,6 +199,8 @@ class GraphBuilder:
 
     def viewed(self, x: Value, shape: tuple[int, ...]) -> Value:
         """x under another shape of as many elements in the same order."""
+        if math.prod(shape) != x.held.channels * x.held.pixels:
+            raise Unreadable(f"{self.name} makes {shape} of a tensor of shape {x.shape}")
         if not x.is_map or shape == x.map_shape or shape == x.shape:
             return dataclasses.replace(x, shape=shape)
         if len(shape) > 1 and shape[0] == x.held.channels and math.prod(shape[1:]) == x.held.pixels:
@@ -226,8 +229,8 @@ class GraphBuilder:
         is as for `linear`."""
         if math.prod(x.shape) <= SMALL and not x.is_map:
             return self.linear(x, apply, shape)
-        # Rows as many as no other dimension is long, so that the batch is seen to stay first.
-        elements, rows = math.prod(x.shape), 1 + max(x.shape)
+        # As few rows as no other dimension is long, so that the batch is seen to stay first.
+        elements, rows = math.prod(x.shape), next(n for n in itertools.count(2) if n not in (*x.shape, *shape))
         places = torch.arange(rows * elements).reshape(rows, *x.shape)
         moved = apply(places)  # type: ignore[operator]
         if moved.shape != (rows, *shape) or not torch.equal(moved[1:], moved[:-1] + elements):

@@ -202,8 +202,8 @@ class ForwardPass:
     def _geometry(self, layer: layers.Convolution | layers.Depthwise) -> tuple:
         size = self._graph.value(layer.inputs[0]).size
         kernel = tuple(layer.weight.shape[2:])
-        # A kernel that makes a map of size () reads all of it at once.
-        out = layer.out.size or (1,) * len(size)
+        # A kernel that makes a map of size () reads all of it at once; features may make one pixel called (1, 1).
+        out = layer.out.size or (1,) * len(size) if size else ()
         return size, out, kernel, layer.stride, layer.padding, layer.dilation
 
     def _forward_Gather(self, layer: layers.Gather, value: int) -> None:

@@ -62,15 +62,21 @@ class Program(ForwardPass):
 
     def _backward(self) -> None:
         last = len(self._graph.layers)
-        # Gradients that are the same for every sample, as above the last function, are known now.
+        # Gradients that are the same for every sample, as above the last function, are known now, while each of their
+        # numbers is a weight, or a multiple: of sums and products of weights no table packs new ones (`refill`).
         known = {last: torch.ones(1, dtype=torch.float32)}
+        of_weights = set[int]()
         for value in range(last, -1, -1):
             layer = self._graph.layers[value - 1] if value else None
             constant = known.pop(value, None)
             if constant is not None:
-                if isinstance(layer, _LINEAR) and not layer.rows and value not in self._grad:
+                weighted = _has_weights(layer)
+                mixes = weighted and (value in of_weights or not _is_head(layer))
+                if isinstance(layer, _LINEAR) and not layer.rows and not mixes and value not in self._grad:
                     for source, share in self._constant_shares(layer, constant):
                         known[source] = known[source] + share if source in known else share
+                        if weighted or value in of_weights:
+                            of_weights.add(source)
                     continue
                 vectors = affine_vectors(None, _uniform(constant), self._graph.value(value))
                 self._give(value, value, "fill", **vectors.fields())
@@ -316,6 +322,19 @@ class Program(ForwardPass):
     def arguments(self) -> tuple[list[tuple], list[tuple], int, int, int]:
         buffers = [(b.offset, b.pixels, b.depth) for b in self.buffers]
         return buffers, [step.arguments for step in self.steps], self.sample_floats, self.state, self.slope
+
+
+def _has_weights(layer: layers.Layer | None) -> bool:
+    """Whether it multiplies by numbers that a net may have learnt, and not by one for all."""
+    numbers = getattr(layer, "scale" if isinstance(layer, layers.Affine) else "weight", None)
+    return numbers is not None and bool((numbers != numbers.flatten()[0]).any())
+
+
+def _is_head(layer: layers.Layer | None) -> bool:
+    """Whether each number that it reads meets one of its weights."""
+    if isinstance(layer, layers.Convolution):
+        return layer.out.channels == 1 and (layer.out.pixels == 1 or math.prod(layer.weight.shape[2:]) == 1)
+    return isinstance(layer, layers.Affine)
 
 
 def _uniform(constant: Tensor) -> Tensor:  # (C, *size) -> (C,) where all pixels are equal

@@ -61,6 +61,9 @@ CASES: dict[str, Callable[[Tensor], Tensor]] = {
     "halves of the channels": lambda x: (lambda a, b: (a * b.sigmoid()).square().sum((1, 2, 3)))(
         *F.linear(last(x), of(x, WEIGHT)).chunk(2, -1)
     ),
+    "joined with constants": lambda x: (
+        torch.cat([last(x), of(x, OF_ALL).expand(len(x), -1, -1, -1)], -1)[..., 3:9].sin().sum((1, 2, 3))
+    ),
     "joined and cut": lambda x: torch.cat([last(x), last(x).abs()], -1)[..., 2:9].square().mean((1, 2, 3)),
     "products of two": lambda x: (last(x) * normed(last(x)) - 1 / (2 + last(x).square())).sum((1, 2, 3)),
     "another order": lambda x: normed(last(x)).permute(0, 2, 1, 3).flatten(1).cumsum(1).square().sum(1) / 100,
@@ -98,6 +101,34 @@ def test_a_row_for_each_sample() -> None:
     assert float((GraphChain(graph).gradient(x) - own).norm()) <= 1e-5 * float(own.norm())
 
 
+ONE = {
+    "one pixel": ((5, 1), lambda x: x.permute(0, 2, 1).squeeze(1)[:, 0].unsqueeze(1).square().sum(1)),
+    "one pixel, flattened": ((5, 1), lambda x: x.permute(0, 2, 1).flatten(1).tanh().mean(1)),
+    "one feature": ((5, 1), lambda x: x.permute(0, 2, 1).squeeze(1)[:, 0].square()),
+    "one channel": ((1, 4, 5), lambda x: F.layer_norm(last(x), (4, 5, 1)).sin().sum((1, 2, 3))),
+    "one patch": ((6, 4, 5), lambda x: F.linear(F.conv2d(x, of(x, PATCH)).permute(0, 2, 3, 1), of(x, WEIGHT)[:, :6])
+                  .flatten(1).sin().sum(1)),
+    "one token": ((6, 1, 1), lambda x: normed(tokens(x)).sin().flatten(1).sum(1) + perceptron(tokens(x)).square().sum(
+        (1, 2)
+    )),
+    "as many samples as channels and pixels": ((3, 3), lambda x: F.linear(x.transpose(1, 2), of(x, SQUARE)).sin().sum(
+        (1, 2)
+    )),
+}  # fmt: skip
+PATCH, SQUARE = draw(6, 6, 4, 5) / 11, draw(3, 3)
+
+
+@pytest.mark.parametrize("name", ONE)
+@pytest.mark.parametrize("samples", [1, 3])
+def test_dimensions_of_one(name: str, samples: int) -> None:
+    shape, energy = ONE[name]
+    x = torch.randn(samples, *shape, generator=torch.Generator().manual_seed(3))
+    graph = read_graph(energy, x)
+    assert not isinstance(graph, str), graph
+    exact = torch.autograd.grad(energy(leaf := x.double().requires_grad_()).sum(), leaf)[0]
+    torch.testing.assert_close(GraphChain(graph).gradient(x).double(), exact, rtol=1e-5, atol=2e-6)
+
+
 @pytest.mark.parametrize("shape", [(), (2, 2)])
 def test_large_maps_are_read_without_matrices(shape: tuple[int, ...]) -> None:
     """A matrix that puts 24·32·32 elements in another order would have 600 million entries."""
@@ -114,14 +145,17 @@ def test_large_maps_are_read_without_matrices(shape: tuple[int, ...]) -> None:
 
 
 class Block(nn.Module):
+    """With a head that is linear in what the block gives, its last layer too: dE/dh is known behind both."""
+
     def __init__(self) -> None:
         super().__init__()
+        self.head = nn.Linear(6, 1)
         self.each = nn.Conv2d(6, 6, 3, padding=1, groups=6)
         self.norm, self.first, self.second = nn.LayerNorm(6), nn.Linear(6, 24), nn.Linear(24, 6)
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.second(F.gelu(self.first(self.norm(last(self.each(x))))))
-        return (x + h.permute(0, 3, 1, 2)).square().mean((1, 2, 3))
+        return self.head((x + h.permute(0, 3, 1, 2)).mean((2, 3))).squeeze(1) + 0.1 * x.square().mean((1, 2, 3))
 
 
 def test_a_reading_is_kept_and_packed_again_from_other_weights() -> None:

@@ -210,7 +210,12 @@ MOVED: dict[str, Callable[[Tensor], Tensor]] = {
     "rows of a view": lambda x: F.layer_norm(x[:, :1, :6, :6].flatten(1).view(-1, 6, 6), (6,)),
     "greatest of a view": lambda x: x.mean((1, 2)).view(-1, 4, 4).max(1)[0],
     "a quadratic form": lambda x: x.flatten(1) * (x.flatten(1) @ FORM),
+    "greatest of a reshaped channel": lambda x: x[:, 0].reshape(len(x), 32, 8).max(2)[0],
+    "greatest of two maps": lambda x: torch.stack([x, x.tanh()], 1).max(1)[0],
+    "greatest of groups of channels": lambda x: eight(x).reshape(len(x), 4, 2, 16, 16).max(2)[0],
+    "greatest shared among pixels": lambda x: x.reshape(len(x), 384, 2).amax(2),
 }
+eight = made(lambda: nn.Conv2d(3, 8, 3, padding=1))
 FORM = numbers(768, 768) / 30
 
 
@@ -223,6 +228,46 @@ def test_elements_of_a_map_are_moved_without_large_matrices(name: str) -> None:
     assert all(torch.equal(weight, FORM.T) for weight in weights)
     exact = torch.autograd.grad(energy(leaf := x.clone().requires_grad_()).sum(), leaf)[0]
     torch.testing.assert_close(plan_of(energy, x, "fp32", steps=MIN_STEPS).gradient(x), exact, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("energy", [
+    lambda x: (x[:, 1:] - x[:, :-1]).square().sum(1), lambda x: x.roll(3, 1).sin().sum(1) + x.flip(1).cos().sum(1),
+])  # fmt: skip
+def test_many_elements_are_moved_without_much_memory(energy: Callable[[Tensor], Tensor]) -> None:
+    """Were the places of as many samples asked for as there are elements, they would take 13 GB."""
+    x = numbers(2, 40_000)
+    graph = read_graph(energy, x)
+    assert not isinstance(graph, str), graph
+    exact = torch.autograd.grad(energy(leaf := x.clone().requires_grad_()).sum(), leaf)[0]
+    torch.testing.assert_close(GraphChain(graph).gradient(x), exact, rtol=1e-5, atol=1e-5)
+
+
+SMALLER, LARGER = numbers(8, 3, 4, 4) / 7, numbers(4, 8, 3, 3) / 8
+
+
+def by(x: Tensor, weight: Tensor, **options: int) -> Tensor:
+    return F.conv2d(x, weight.to(x.dtype), **options)
+
+
+def smaller(x: Tensor) -> Tensor:
+    return by(x, SMALLER)
+
+
+ONE_PIXEL: dict[str, Callable[[Tensor], Tensor]] = {
+    "a padded convolution": lambda x: by(smaller(x), LARGER, padding=2),
+    "padding": lambda x: by(F.pad(smaller(x), (2, 2, 2, 2), mode="replicate"), LARGER),
+    "a depthwise convolution": lambda x: by(smaller(x), LARGER[0][:, None], padding=1, groups=8),
+    "its own shape": lambda x: smaller(x).sigmoid() * smaller(x.cos()),
+}
+
+
+@pytest.mark.parametrize("name", ONE_PIXEL)
+def test_a_convolution_over_all_of_x_gives_a_map_of_one_pixel(name: str) -> None:
+    energy, x = curved(ONE_PIXEL[name]), numbers(5, 3, 4, 4)
+    made = plan_of(energy, x, "fp32", steps=MIN_STEPS)
+    assert made.explain().plan == "graph", made.explain()
+    exact = torch.autograd.grad(energy(leaf := x.double().requires_grad_()).sum(), leaf)[0]
+    torch.testing.assert_close(made.gradient(x).double(), exact, rtol=1e-4, atol=1e-5 * float(exact.abs().max()))
 
 
 PER_SAMPLE = numbers(5, 3, 1, 1)
@@ -251,7 +296,7 @@ def test_energies_of_single_numbers_are_read_as_features(name: str) -> None:
     exact = torch.autograd.grad(energy(leaf := x.double().requires_grad_()).sum(), leaf)[0]
     chain = GraphChain(graph)
     torch.testing.assert_close(chain.gradient(x).double(), exact, rtol=1e-5, atol=1e-6 * float(exact.abs().max()))
-    # With noise, which belongs to elements of the image, a chain has the bits of the loop's law.
+    # With noise, which belongs to elements of the image.
     got = mg.langevin_sample(energy, x, steps=MIN_STEPS, step_size=0.01, precision="fp32", seed=3)
     by_hand = x.clone()
     for step in range(MIN_STEPS):

@@ -293,7 +293,7 @@ REFUSED = {
     "no_grad": (lambda: inside_no_grad, "no_grad"),
     "attention of several heads": (
         lambda: lambda x: F.scaled_dot_product_attention(*[x[:, :, None, None].expand(-1, 3, 2, 2)] * 3).sum((1, 2, 3)),
-        "for 3 samples",
+        "view 1 makes",
     ),
     "over the batch": (lambda: lambda x: (x - x.mean(0)).pow(2).sum(1), "over the batch"),
     "a view after a change in place": (lambda: viewed_in_place, "changed in place"),

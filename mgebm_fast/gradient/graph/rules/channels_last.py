@@ -110,6 +110,8 @@ def _reordered(b: GraphBuilder, out: Tensor, x: ChannelsLast, *dims: Any) -> Any
       "squeeze", "expand")  # fmt: skip
 def _viewed(b: GraphBuilder, out: Tensor, x: ChannelsLast, *rest: Any) -> Any:
     shape, held = tuple(out.shape), x.map.held
+    if shape == (b.samples, held.channels) and held.pixels == 1:
+        return b.viewed(b.features(x.map), shape[1:])
     if shape[-1:] != (held.channels,) or math.prod(shape[:-1]) != b.samples * held.pixels:
         return None
     if shape[0] == b.samples and len(shape) > 2:
@@ -205,12 +207,13 @@ def _along(name: str, place: int, default: int = 0) -> Read:
 
     def apply(b: GraphBuilder, out: Any, x: Any, *rest: Any) -> Any:
         parts = x if isinstance(x, (list, tuple)) else [x]
-        alike = all(isinstance(p, ChannelsLast) and not p.joined for p in parts)
-        dims = len(parts[0].shape) + 1 if alike else 0
+        dims = 1 + max(len(p.shape) for p in parts if isinstance(p, ChannelsLast))
         dim = rest[place] if len(rest) > place else default
+        alike = all(isinstance(p, Tensor) or isinstance(p, ChannelsLast) and not p.joined for p in parts)
         if not alike or dim % dims != dims - 1:
             return None
-        maps = [p.map for p in parts] if isinstance(x, (list, tuple)) else x.map
+        each = [p.map if isinstance(p, ChannelsLast) else _first(p) for p in parts]
+        maps = each if isinstance(x, (list, tuple)) else each[0]
         outs = [_like(o) for o in out] if isinstance(out, (list, tuple)) else _like(out)
         made = RULES[name](b, outs, maps, *rest[:place], 1, *rest[place + 1 :])
         return [ChannelsLast(m) for m in made] if isinstance(made, list) else ChannelsLast(made)

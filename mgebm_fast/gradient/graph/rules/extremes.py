@@ -42,6 +42,8 @@ def _extreme(b: GraphBuilder, out: Any, x: Any, dims: Any = None, keepdim: bool 
     if x.is_map and x.flattened and places == list(range(len(x.shape))):  # all of its elements
         x = Value(x.index, x.held, x.map_shape)
         places = list(range(len(x.shape)))
+    elif 0 not in places:
+        x = b.as_map(x)
     if x.is_map and not x.flattened:
         kernel = tuple(n if dim + 1 in places else 1 for dim, n in enumerate(x.held.size))
         x = _shared(b, x, kernel) if shares else _pooled(b, x, kernel)
@@ -49,7 +51,7 @@ def _extreme(b: GraphBuilder, out: Any, x: Any, dims: Any = None, keepdim: bool 
             x, places = b.viewed(b.features(x), (x.held.channels,)), [0]
     if 0 in places:
         x = _of_features(b, x, places)
-    x = b.viewed(x, shape)
+    x = b.viewed(x, shape)  # which refuses what was not reduced
     return b.affine(x, -1.0) if least else x
 
 

@@ -17,6 +17,7 @@ from .channels_last import dense_of_pixels
 from .registry import MAX_ROWS, constant, rule, shape_of, value
 from .shapes import _reduced
 
+FEW_CHANNELS = 4  # of outputs, for which a product with zeros takes less time than sixteen channels one by one
 MAX_PRODUCTS = 4096  # single products of a matrix product that no dense layer makes
 
 
@@ -30,7 +31,7 @@ def _convolution(b: GraphBuilder, out: Tensor, x: Any, weight: Any, bias: Any, *
     shape = shape_of(out)
     kind: type[layers.Layer] = layers.Transposed if transposed else layers.Convolution
     geometry = tuple(tuple(v) * (dims if len(v) == 1 else 1) for v in (stride, padding, dilation))
-    if groups == len(weight) == x.held.channels > 1 and not transposed:
+    if groups == len(weight) == x.held.channels > FEW_CHANNELS and not transposed:
         kind = layers.Depthwise
     elif groups != 1:
         return _grouped(b, kind, x, shape, weight.detach(), bias, groups, geometry)
