@@ -30,9 +30,12 @@ _EACH = (
 ).split()
 
 
+_DENSE = frozenset(("addmm", "mm", "linear"))  # whose rules take tensors of either kind
+
+
 def read(b: GraphBuilder, name: str, out: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
     """The values that an op gives, by its rule."""
-    if any(isinstance(a, ChannelsLast) for a in tree_flatten((args, kwargs))[0]):
+    if name not in _DENSE and any(isinstance(a, ChannelsLast) for a in tree_flatten((args, kwargs))[0]):
         if name in _READS and (found := _READS[name](b, out, *args, **kwargs)) is not None:
             return found
         args, kwargs = tree_map_only(ChannelsLast, lambda x: _in_order(b, x), (args, kwargs))
@@ -84,12 +87,11 @@ def _each(name: str) -> Read:
 
 
 def _of_map(constant_: Any, rank: int) -> Any:
-    """A constant that broadcasts to (N, *size, C) as one that does to (N, C, *size); its rank tells whether it has a
-    row a sample."""
+    """A constant that broadcasts to (N, *size, C) as one that does to (N, C, *size)."""
     if not isinstance(constant_, Tensor) or constant_.dim() == 0:
         return constant_
     missing = rank - constant_.dim()
-    if missing < 0:
+    if missing < 0:  # with a row a sample
         return _first(constant_)
     return constant_.reshape((1,) * missing + tuple(constant_.shape)).movedim(-1, 0)
 
@@ -131,35 +133,11 @@ def dense_of_pixels(b: GraphBuilder, x: ChannelsLast, weight: Tensor, bias: Tens
     )
 
 
-@_put("addmm")
-def _addmm(b: GraphBuilder, out: Tensor, bias: Any, x: Any, weight: Any, *, beta: float = 1, alpha: float = 1) -> Any:
-    bias = constant(b, bias)
-    if beta != 1 or alpha != 1 or bias.dim() != 1 or bias.shape[0] != out.shape[1]:
-        return None
-    return dense_of_pixels(b, _pixels(b, x), constant(b, weight).T, bias)
-
-
-def _pixels(b: GraphBuilder, x: Any) -> ChannelsLast:
-    if not isinstance(x, ChannelsLast):
-        raise Unreadable(f"{b.name} has x in another place than its first argument")
-    return x
-
-
 @_put("bmm")
 def _bmm(b: GraphBuilder, out: Tensor, x: Any, y: Any) -> Any:
     if not isinstance(x, ChannelsLast) or not isinstance(y, Tensor) or (len(y) > 1 and y.stride(0) != 0):
         return None
     return dense_of_pixels(b, x, y[0].T, None)
-
-
-@_put("mm")
-def _mm(b: GraphBuilder, out: Tensor, x: Any, weight: Any) -> Any:
-    return dense_of_pixels(b, _pixels(b, x), constant(b, weight).T, None)
-
-
-@_put("linear")
-def _linear(b: GraphBuilder, out: Tensor, x: Any, weight: Any, bias: Any = None) -> Any:
-    return dense_of_pixels(b, _pixels(b, x), constant(b, weight), constant(b, bias))
 
 
 @_put("native_layer_norm")

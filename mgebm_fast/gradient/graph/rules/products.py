@@ -70,18 +70,21 @@ def _addmm(
     bias = constant(b, bias)
     if bias.dim() != 1 or bias.shape[0] != out.shape[1]:
         raise Unreadable(f"{b.name} has a bias of shape {tuple(bias.shape)}")
-    return _dense(b, value(b, x), constant(b, weight).T, bias)
+    return _dense(b, x, constant(b, weight).T, bias)
 
 
 @rule("mm")
 def _mm(b: GraphBuilder, out: Tensor, x: Any, weight: Any) -> Value | ChannelsLast:
-    return _dense(b, value(b, x), constant(b, weight).T, None)
+    return _dense(b, x, constant(b, weight).T, None)
 
 
-def _dense(b: GraphBuilder, x: Value, weight: Tensor, bias: Tensor | None) -> Value | ChannelsLast:
+def _dense(b: GraphBuilder, x: Any, weight: Tensor, bias: Tensor | None) -> Value | ChannelsLast:
     """W x + b of the last dimension: of x as it is; or of each of its rows, by one matrix with W for each, or as pixels
     where that would be large."""
     weight, bias = weight.detach(), None if bias is None else bias.detach()
+    if isinstance(x, ChannelsLast):
+        return dense_of_pixels(b, x, weight, bias)
+    x = value(b, x)
     shape = (*x.shape[:-1], len(weight))
     if len(shape) == 1:
         return b.dense(x, weight, bias, shape)
@@ -93,7 +96,7 @@ def _dense(b: GraphBuilder, x: Value, weight: Tensor, bias: Tensor | None) -> Va
 
 @rule("linear")
 def _linear(b: GraphBuilder, out: Tensor, x: Any, weight: Any, bias: Any = None) -> Value | ChannelsLast:
-    return _dense(b, value(b, x), constant(b, weight), constant(b, bias))
+    return _dense(b, x, constant(b, weight), constant(b, bias))
 
 
 @rule("mv")
