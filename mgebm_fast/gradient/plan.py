@@ -122,7 +122,7 @@ def _graph_plan(energy: Energy, x: Tensor, where: str, precision: str, steps: in
         return "other energies are read as graphs for CPU tensors alone"
     if steps < graph.MIN_STEPS and precision != "bf16":
         return f"it is read as a graph from {graph.MIN_STEPS} steps a call on, got {steps}"
-    made = graph.plan_of(energy, x, where, precision)
+    made = graph.plan_of(energy, x, where, precision, steps)
     return f"as a graph: {made}" if isinstance(made, str) else made
 
 

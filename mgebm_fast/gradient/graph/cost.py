@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
+import dataclasses
 import math
 from collections.abc import Container, Iterator
 
@@ -106,16 +107,45 @@ def gains_by_bfloat(graph: Graph) -> bool:
 MAX_SUMMING = 1 << 18
 
 
+@dataclasses.dataclass(frozen=True)
+class Work:
+    """Seconds on one core, roughly: of reading a graph, and of a step by autograd, for the call and for each sample."""
+
+    reading: float
+    step: float
+    sample: float
+
+    def pays(self, samples: int, steps: int) -> bool:
+        """Whether so many steps, made by the engine in half of the time, save more than reading takes."""
+        return 0.5 * steps * (self.step + samples * self.sample) > self.reading
+
+
+def work_of(graph: Graph) -> Work:
+    """By the layers that an op of torch's takes 40 µs for, products at 10 GFLOP/s, and what a reading of each takes."""
+    products, moved = 0, 0
+    for layer in graph.layers:
+        products += _products_of(graph, layer)
+        moved += len(layer.places) if isinstance(layer, layers.Rearrange) else 0
+    numbers = sum(layer.out.channels * layer.out.pixels for layer in graph.layers)
+    count = len(graph.layers)
+    return Work(5e-3 * count + 5e-5 * moved, 4e-5 * count, 2.4e-10 * products + 2e-9 * numbers)
+
+
+def _products_of(graph: Graph, layer: layers.Layer) -> int:
+    if not isinstance(layer, (layers.Convolution, layers.Depthwise, layers.Transposed)):
+        return 0
+    over = graph.value(layer.inputs[0]) if isinstance(layer, layers.Transposed) else layer.out
+    return layer.weight.numel() * over.pixels
+
+
 def why_slow(graph: Graph, matrices: Container[int]) -> str:
     """Why autograd is expected to be faster, "" where it is not. matrices: by their memory, those that stand for ops
     without products."""
     every = summing = 0
     for layer in graph.layers:
-        if isinstance(layer, (layers.Convolution, layers.Depthwise, layers.Transposed)):
-            over = graph.value(layer.inputs[0]) if isinstance(layer, layers.Transposed) else layer.out
-            products = layer.weight.numel() * over.pixels
+        if products := _products_of(graph, layer):
             every += products
-            summing += products if memory_of(layer.weight) in matrices else 0
+            summing += products if memory_of(layer.weight) in matrices else 0  # type: ignore[attr-defined]
     if summing > MAX_SUMMING and 2 * summing > every:
         return f"its elements are summed by matrices of {summing:,} entries, for which autograd is faster"
     return ""

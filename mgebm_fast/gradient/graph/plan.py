@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
 
 from ... import native
 from ...errors import BackendError, DivergenceError
@@ -26,11 +27,11 @@ from ..base import GradientPlan, PlanReport
 from ..holding import frozen_parameters
 from ..stack import Stack, example_input, reread
 from . import kept
-from .cost import gains_by_bfloat
+from .cost import Work, gains_by_bfloat, work_of
 from .recorder import noise_like, read_graph, uncompiled
 from .state import as_before, plain_values
 from .tape import Tape
-from .watch import Watch, own_tensors, watch_of
+from .watch import Watch, identity_of, own_tensors, watch_of
 
 # Reading an energy and packing its weights costs about as much as this many steps save.
 MIN_STEPS = 16
@@ -75,7 +76,7 @@ class GraphPlan(GradientPlan):
             raise DivergenceError(
                 f"{self._where}: the energy's weights must be finite, got NaN or infinite values in {name}"
             )
-        self.form = form_of(graph)
+        self.form, self.work = form_of(graph), work_of(graph)
         self.chain = GraphChain(graph, bfloat=self.precision == "bf16", split=self._split)
 
     def gradient(self, x: Tensor) -> Tensor:  # (N, ...) float32 -> the same, contiguous
@@ -150,12 +151,14 @@ def plan_of_stack(stack: Stack, energy: Any, where: str, precision: str, why: st
     )
 
 
-def plan_of(energy: Any, x: Tensor, where: str, precision: str = "auto") -> GraphPlan | str:
+def plan_of(energy: Any, x: Tensor, where: str, precision: str = "auto", steps: int | None = None) -> GraphPlan | str:
     """The plan of an energy that is read from its own code, compared with autograd the first time that it is read in
     this form; or the reason, naming the module and the op, why there is none.
 
     precision: "fp32"; "bf16", where the CPU multiplies it; "auto": bf16 where that is faster and the net has
     convolutions that gain by it, else fp32, by AMX with large dense layers as sums of three products of bfloat16.
+    steps: of the call; an energy that is another one at each call, as by a number of Python's, is left to autograd
+    after a few readings where so few steps do not make up for one.
     """
     if not native.available():
         return f"the compiled module did not load: {native.load_error}"
@@ -170,9 +173,28 @@ def plan_of(energy: Any, x: Tensor, where: str, precision: str = "auto") -> Grap
         return reason
     if place is not None and (found := kept.find(*place)):
         chain, form, read, made_in = found
+        _unused_of(energy).clear()
         return GraphPlan.of_chain(chain, form, energy, read, where, precision=made_in)
+    unused = _unused_of(energy)
+    if steps is not None and len(unused) >= _MOST_UNUSED and not unused[-1].pays(len(x), steps):
+        return f"it is another energy at each call: {len(unused)} readings in turn served one call each"
     with as_before(energy):
-        return _plan_of(energy, x, where, precision, place)
+        made = _plan_of(energy, x, where, precision, place)
+    if isinstance(made, GraphPlan):
+        unused.append(made.work)
+    return made
+
+
+# The readings of an energy since one was used again.
+_unused: MutableMapping[Any, list[Work]] = WeakIdKeyDictionary()
+_MOST_UNUSED = 3
+
+
+def _unused_of(energy: Any) -> list[Work]:
+    try:
+        return _unused.setdefault(identity_of(energy), [])
+    except TypeError:  # no weak references to it
+        return []
 
 
 def _refused(place: tuple[Watch, Hashable, list[Tensor]]) -> Hashable:

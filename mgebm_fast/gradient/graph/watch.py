@@ -316,11 +316,15 @@ def _flatten(
 _watches: MutableMapping[Any, tuple[Watch | None, int]] = WeakIdKeyDictionary()
 
 
+def identity_of(energy: Any) -> Any:
+    """What it is known by: a function, or a bound method, may be made for each call, and its code stays."""
+    key = energy.__func__ if isinstance(energy, types.MethodType) else energy
+    return key.__code__ if isinstance(key, types.FunctionType) else key
+
+
 def watch_of(energy: Any) -> Watch | None:
     """A watch of `energy` that holds; None where there can be none, or where none held for long."""
-    # A function, or a bound method, may be made for each call: its code stays.
-    key = energy.__func__ if isinstance(energy, types.MethodType) else energy
-    key = key.__code__ if isinstance(key, types.FunctionType) else key
+    key = identity_of(energy)
     try:
         watch, misses = _watches.get(key, (None, 0))
         if watch is not None and watch.holds(energy):

@@ -1,6 +1,7 @@
 """Which engine a stack runs on, and that no bit shows it where the number of samples decides."""
 
 import random
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -102,3 +103,26 @@ def test_a_settled_batch_of_whole_blocks_is_taken_by_the_engine_of_stacks():
         with cost.settled_batch():
             assert cost.fastest(stack, samples, "fp32")[0] == inside
         assert cost.fastest(stack, samples, "fp32")[0] == "graph"
+
+
+def test_an_energy_that_is_another_one_at_each_call_is_left_to_autograd_where_reading_does_not_pay() -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Tanh(), nn.Flatten(), nn.Linear(288, 1), nn.Flatten(0))
+    few, many = torch.randn(2, 3, 8, 8), torch.randn(2000, 3, 8, 8)
+
+    def tempered(t: float) -> Callable[[Tensor], Tensor]:
+        return lambda x: (net(x) / t).sin()
+
+    def asked(energy: Callable[[Tensor], Tensor], x: Tensor, steps: int = 16) -> str:
+        return str(plan(energy, x, "fp32", steps=steps).explain())
+
+    for t in range(1, 4):
+        assert asked(tempered(t), few).startswith("graph")
+    report = asked(tempered(4.5), few)
+    assert report.startswith("autograd") and "3 readings in turn served one call each" in report
+    # Where there is more to gain it is read all the same, and one that is used again counts from anew.
+    assert asked(tempered(5.5), many, 100).startswith("graph")
+    assert asked(tempered(5.5), many, 100).startswith("graph")
+    for t in range(6, 9):
+        assert asked(tempered(t), few).startswith("graph")
+    assert asked(tempered(9), few).startswith("autograd")

@@ -172,6 +172,7 @@ def test_attributes_may_have_any_name(readings: list[Any]) -> None:
 
 
 def test_large_energies_have_few_readings(monkeypatch: pytest.MonkeyPatch, readings: list[Any]) -> None:
+    monkeypatch.setattr(plan, "_MOST_UNUSED", 99)
     net, batches = Net(), [points()[:n] for n in (5, 4, 3)]
     numbers = sum(tensor.numel() for tensor in watch_of(net).tensors)
     for allowed, readings_made in ((3 * numbers, 3), (2 * numbers, 6), (numbers - 1, 6)):
