@@ -19,6 +19,8 @@ import dataclasses
 import math
 from collections.abc import Container, Iterator
 
+from torch import Tensor
+
 from ... import native
 from ...ops.graph_chain import layers
 from ...ops.graph_chain.forward import pays_in_bfloat
@@ -122,30 +124,28 @@ class Work:
 
 def work_of(graph: Graph) -> Work:
     """By the layers that an op of torch's takes 40 µs for, products at 10 GFLOP/s, and what a reading of each takes."""
-    products, moved = 0, 0
-    for layer in graph.layers:
-        products += _products_of(graph, layer)
-        moved += len(layer.places) if isinstance(layer, layers.Rearrange) else 0
+    products = sum(count for _, count in _products(graph))
+    moved = sum(len(layer.places) for layer in graph.layers if isinstance(layer, layers.Rearrange))
     numbers = sum(layer.out.channels * layer.out.pixels for layer in graph.layers)
     count = len(graph.layers)
     return Work(5e-3 * count + 5e-5 * moved, 4e-5 * count, 2.4e-10 * products + 2e-9 * numbers)
 
 
-def _products_of(graph: Graph, layer: layers.Layer) -> int:
-    if not isinstance(layer, (layers.Convolution, layers.Depthwise, layers.Transposed)):
-        return 0
-    over = graph.value(layer.inputs[0]) if isinstance(layer, layers.Transposed) else layer.out
-    return layer.weight.numel() * over.pixels
+def _products(graph: Graph) -> Iterator[tuple[Tensor, int]]:
+    """The weights of every layer with a kernel, and how many products it makes of a sample."""
+    for layer in graph.layers:
+        if isinstance(layer, layers.Kernel):
+            over = graph.value(layer.inputs[0]) if isinstance(layer, layers.Transposed) else layer.out
+            yield layer.weight, layer.weight.numel() * over.pixels
 
 
 def why_slow(graph: Graph, matrices: Container[int]) -> str:
     """Why autograd is expected to be faster, "" where it is not. matrices: by their memory, those that stand for ops
     without products."""
     every = summing = 0
-    for layer in graph.layers:
-        if products := _products_of(graph, layer):
-            every += products
-            summing += products if memory_of(layer.weight) in matrices else 0  # type: ignore[attr-defined]
+    for weight, products in _products(graph):
+        every += products
+        summing += products if memory_of(weight) in matrices else 0
     if summing > MAX_SUMMING and 2 * summing > every:
         return f"its elements are summed by matrices of {summing:,} entries, for which autograd is faster"
     return ""

@@ -26,8 +26,8 @@ def as_features(graph: Graph) -> Graph:
     """The same energy of x as features: with all of its maps, where no layer asks which pixels are neighbours and they
     take much room; else x alone, where only layers read it that take all of its elements."""
     maps = [m for m in (graph.x, *(layer.out for layer in graph.layers)) if m.size]
-    room, numbers = (sum(m.pixels * width(m.channels) for m in maps) for width in (padded, int))
-    if room > WASTE * numbers:
+    room = sum(m.pixels * padded(m.channels) for m in maps)
+    if room > WASTE * sum(m.pixels * m.channels for m in maps):
         flat: list[layers.Layer] = []
         for layer in graph.layers:
             made = _flat(layer, [graph.value(v) for v in layer.inputs])
@@ -113,8 +113,10 @@ def _gather(layer: layers.Gather, sources: list[Map]) -> layers.Layer | None:
         return layers.Rearrange(layer.inputs, _line(layer.out), layer.name, tuple(grid.reshape(-1).tolist()))
     if layer.out.pixels > 1 or source.channels**2 * source.pixels > MAX_SUMS:
         return None
-    axes = [[sum(weight for at, weight in axis[0] if at == place) for place in range(n)]
-            for axis, n in zip(layer.axes, source.size, strict=True)]  # fmt: skip
+    axes = [[0.0] * n for n in source.size]
+    for along, axis in zip(axes, layer.axes, strict=True):
+        for at, weight in axis[0]:
+            along[at] += weight
     weights = torch.tensor([math.prod(pixel) for pixel in itertools.product(*axes)], dtype=torch.float32)
     matrix = torch.kron(torch.eye(source.channels), weights[None])
     return layers.Convolution(layer.inputs, _line(layer.out), layer.name, matrix, None, (), (), ())

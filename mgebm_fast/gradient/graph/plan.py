@@ -76,7 +76,7 @@ class GraphPlan(GradientPlan):
             raise DivergenceError(
                 f"{self._where}: the energy's weights must be finite, got NaN or infinite values in {name}"
             )
-        self.form, self.work = form_of(graph), work_of(graph)
+        self.form = form_of(graph)
         self.chain = GraphChain(graph, bfloat=self.precision == "bf16", split=self._split)
 
     def gradient(self, x: Tensor) -> Tensor:  # (N, ...) float32 -> the same, contiguous
@@ -171,18 +171,15 @@ def plan_of(energy: Any, x: Tensor, where: str, precision: str = "auto", steps: 
     place = None if watch is None else (watch, key, own_tensors(energy))
     if place is not None and (reason := place[0].kept.get(_refused(place))):
         return reason
+    unused = _unused_of(energy)
     if place is not None and (found := kept.find(*place)):
         chain, form, read, made_in = found
-        _unused_of(energy).clear()
+        unused.clear()
         return GraphPlan.of_chain(chain, form, energy, read, where, precision=made_in)
-    unused = _unused_of(energy)
     if steps is not None and len(unused) >= _MOST_UNUSED and not unused[-1].pays(len(x), steps):
         return f"it is another energy at each call: {len(unused)} readings in turn served one call each"
     with as_before(energy):
-        made = _plan_of(energy, x, where, precision, place)
-    if isinstance(made, GraphPlan):
-        unused.append(made.work)
-    return made
+        return _plan_of(energy, x, where, precision, place)
 
 
 # The readings of an energy since one was used again.
@@ -238,6 +235,7 @@ def _plan_of(
         return _refuse(None if tapes[-1].hidden else place, f"its reading is not trusted: {reason}")
     if place is not None and shown and place[0].holds(energy):
         kept.keep(*place, graph, (plan.chain, plan.form, read, precision), tapes[-1])
+    _unused_of(energy).append(work_of(graph))
     return plan
 
 

@@ -271,6 +271,8 @@ class _Recorder(TorchDispatchMode):
             first = out[0] if plain.startswith(_SEVERAL) else out
             try:
                 results = read(builder, plain, first, rule_args, rule_kwargs)
+            except torch.OutOfMemoryError:
+                raise
             except (RuntimeError, TypeError, ValueError, IndexError, ZeroDivisionError) as error:
                 raise Unreadable(f"{name} has arguments that the engine does not read") from error
         if inplace:

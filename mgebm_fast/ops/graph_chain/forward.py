@@ -42,8 +42,7 @@ def pixels_of(graph: Graph) -> set[int]:
     """x, and the values that no convolution stands before: pixels of 0 to 255 would lose half a unit in bfloat16."""
     found = {0}
     for value, layer in enumerate(graph.layers, 1):
-        convolves = isinstance(layer, (layers.Convolution, layers.Depthwise, layers.Transposed))
-        if not convolves and found.issuperset(layer.inputs):
+        if not isinstance(layer, layers.Kernel) and found.issuperset(layer.inputs):
             found.add(value)
     return found
 

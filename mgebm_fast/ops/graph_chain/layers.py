@@ -50,7 +50,7 @@ class Layer:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Kernel(Layer):
+class Kernel(Layer):
     """What slides a kernel over maps of any number of dimensions."""
 
     weight: Tensor  # (out, in, *kernel), of a transposed convolution (in, out, *kernel)
@@ -61,7 +61,7 @@ class _Kernel(Layer):
 
 
 @dataclasses.dataclass(frozen=True)
-class Forward(_Kernel):
+class Forward(Kernel):
     """One whose weight begins with the channels that it makes."""
 
     def scaled(self, scale: Tensor | None, shift: Tensor | None) -> Forward:
@@ -74,11 +74,6 @@ class Forward(_Kernel):
             bias = shift if bias is None else bias + shift
         return dataclasses.replace(self, weight=weight, bias=bias)
 
-
-@dataclasses.dataclass(frozen=True)
-class Convolution(Forward):
-    """W * x + b; a kernel of x's size without padding makes a map one pixel."""
-
     def reference(self, *inputs: Tensor) -> Tensor:
         (x,) = inputs
         bias = None if self.bias is None else self.bias.to(x.dtype)
@@ -86,11 +81,14 @@ class Convolution(Forward):
         if x.dim() == 2:
             return F.linear(x, weight, bias)
         convolve = (F.conv1d, F.conv2d, F.conv3d)[x.dim() - 3]
-        return convolve(x, weight, bias, self.stride, self.padding, self.dilation).reshape(len(x), *self.shape)
+        groups = x.shape[1] // weight.shape[1]
+        out = convolve(x, weight, bias, self.stride, self.padding, self.dilation, groups)
+        return out.reshape(len(x), self.out.channels, *self.out.size)
 
-    @property
-    def shape(self) -> Size:
-        return (self.out.channels, *self.out.size)
+
+@dataclasses.dataclass(frozen=True)
+class Convolution(Forward):
+    """W * x + b; a kernel of x's size without padding makes a map one pixel."""
 
     def covers(self, size: Size) -> bool:
         """Whether it reads all of a map of this size at once: a dense layer on it."""
@@ -101,15 +99,9 @@ class Convolution(Forward):
 class Depthwise(Forward):
     """Every channel convolved by itself, with a kernel of its own: weight (C, 1, *kernel)."""
 
-    def reference(self, *inputs: Tensor) -> Tensor:
-        (x,) = inputs
-        bias = None if self.bias is None else self.bias.to(x.dtype)
-        convolve = (F.conv1d, F.conv2d, F.conv3d)[x.dim() - 3]
-        return convolve(x, self.weight.to(x.dtype), bias, self.stride, self.padding, self.dilation, len(self.weight))
-
 
 @dataclasses.dataclass(frozen=True)
-class Transposed(_Kernel):
+class Transposed(Kernel):
     """A transposed convolution, as the data gradient of one that would make x of what this makes."""
 
     def reference(self, *inputs: Tensor) -> Tensor:

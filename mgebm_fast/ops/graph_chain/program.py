@@ -32,8 +32,7 @@ from .packing import (
 from .steps import BUFFERS, FINISHING, MAX_BUFFERS, MAX_STEPS, Buffer, Step
 
 _LINEAR = (
-    layers.Convolution, layers.Depthwise, layers.Transposed, layers.Gather, layers.Rearrange, layers.Affine, layers.Add,
-    layers.Slice, layers.Concat,
+    layers.Kernel, layers.Gather, layers.Rearrange, layers.Affine, layers.Add, layers.Slice, layers.Concat,
 )  # fmt: skip
 
 

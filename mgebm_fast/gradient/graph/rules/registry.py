@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from ...builder import Unreadable
-from ..values import GraphBuilder, Value
+from ..values import ChannelsLast, GraphBuilder, Value
 
 # Entries of the matrix of a dense layer on each of several rows: most are zeros, which cost as much. Beyond, the rows
 # become pixels.
@@ -37,6 +37,6 @@ def value(b: GraphBuilder, x: Any) -> Value:
 
 
 def constant(b: GraphBuilder, x: Any) -> Any:
-    if isinstance(x, Value):
+    if isinstance(x, (Value, ChannelsLast)):
         raise Unreadable(f"{b.name} has an argument that depends on x where the engine takes a constant")
     return x
