@@ -7,6 +7,7 @@ Pillow's MAX_IMAGE_PIXELS, is decoded alone.
 from __future__ import annotations
 
 import contextlib
+import functools
 import io
 import struct
 import sys
@@ -19,13 +20,14 @@ import numpy as np
 if TYPE_CHECKING:
     from PIL import Image
 
-FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "MPO", "PNG", "PPM", "TGA", "TIFF", "WEBP")
+FORMATS = ("AVIF", "BMP", "GIF", "HEIF", "JPEG", "JPEG2000", "MPO", "PNG", "PPM", "TGA", "TIFF", "WEBP")
 PIXELS_AT_ONCE = 64 << 20
 
 # A photograph far larger than needed is decoded at 1/2, 1/4 or 1/8 by the JPEG transform itself, down to no less
 # than this many pixels a side and 4 x size: three times faster, and still far above the final size.
 _DRAFT_SIDE = 512
 _PNG = b"\x89PNG\r\n\x1a\n"
+_HEIF_BRANDS = (b"heic", b"heif", b"heim", b"heis", b"heix", b"mif1", b"msf1")
 # Layouts of 16-bit colour, of which Pillow keeps the high bytes, and the layouts by which it would give the low ones.
 _GREY_ALPHA = "LA;16B"
 _OTHER_BYTES = {_GREY_ALPHA: "RGBA"}
@@ -78,6 +80,8 @@ def _decoded(data: bytes, use: Callable[[Image.Image], np.ndarray], size: int | 
     try:
         image = _open(data)
     except UnidentifiedImageError:
+        if _is_heif(data) and not _heif_opens():
+            raise ValueError("HEIC, which pip install 'mgebm_fast[heic]' lets it read") from None
         raise ValueError("not an image, or of an unknown format") from None
     limit = Image.MAX_IMAGE_PIXELS
     if limit is not None and image.width * image.height > limit:
@@ -95,7 +99,24 @@ def _open(data: bytes) -> Image.Image:
     from PIL import Image
 
     Image.init()
+    if _is_heif(data):
+        _heif_opens()
     return Image.open(io.BytesIO(data), formats=[name for name in FORMATS if name in Image.OPEN])
+
+
+def _is_heif(data: bytes) -> bool:
+    return data[4:8] == b"ftyp" and data[8:12] in _HEIF_BRANDS
+
+
+@functools.cache
+def _heif_opens() -> bool:
+    """Whether Pillow opens HEIC files: it does once pillow-heif, where that is installed, has told it how."""
+    try:
+        import pillow_heif
+    except ImportError:
+        return False
+    pillow_heif.register_heif_opener(thumbnails=False)
+    return True
 
 
 def strips(image: Image.Image, rows: int = 256) -> Iterator[tuple[int, Image.Image]]:

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 POLICY_VERSION = 2  # part of the cache key: raise it whenever the pixels of any image change
 
-EXTENSIONS = ".avif .bmp .gif .jfif .jp2 .jpeg .jpg .pbm .pgm .png .pnm .ppm .tga .tif .tiff .webp".split()
+EXTENSIONS = ".avif .bmp .gif .heic .heif .jfif .jp2 .jpeg .jpg .pbm .pgm .png .pnm .ppm .tga .tif .tiff .webp".split()
 
 
 def decode(data: bytes, size: int, channels: int) -> np.ndarray:

@@ -9,9 +9,10 @@ import zipfile
 
 import numpy as np
 import pytest
+from PIL import Image
 
+from mgebm_fast.data import encoded, load
 from mgebm_fast.data import files as files_module
-from mgebm_fast.data import load
 from mgebm_fast.errors import DataError
 
 
@@ -242,3 +243,29 @@ def test_wrong_arguments(pictures, write_folder):
         load(folder, size=8.0, channels=3)
     with pytest.raises(TypeError, match="source must be"):
         load(12, size=8, channels=3)
+
+
+def test_heic_is_read_where_its_package_is(rng, encode, write_folder):
+    pillow_heif = pytest.importorskip("pillow_heif")
+    pillow_heif.register_heif_opener()
+    pixels = rng.integers(0, 256, (4, 4, 3), np.uint8).repeat(16, 0).repeat(16, 1)
+    upright, turned = Image.fromarray(pixels), Image.fromarray(np.rot90(pixels))
+    turned.getexif()[0x0112] = 6  # turned by a quarter, clockwise, it is upright
+    files = {
+        f"{name}.HEIC": encode(image, "HEIF", quality=-1, exif=image.getexif().tobytes())
+        for name, image in (("a", upright), ("b", turned))
+    }
+    images = load(write_folder(files), size=4, channels=3, split="all").images.astype(int)
+    expected = pixels[::16, ::16].transpose(2, 0, 1).astype(int)
+    assert np.abs(images - expected).max() <= 4  # it is stored as luma and colour differences
+    with pytest.raises(DataError, match="not an image"):
+        load(write_folder({"a.heic": files["a.HEIC"][:40]}, "cut"), size=4, channels=3, split="all", strict=True)
+
+
+def test_heic_without_its_package_is_skipped_by_name(pictures, write_folder, monkeypatch):
+    monkeypatch.setattr(encoded, "_heif_opens", lambda: False)
+    monkeypatch.setattr(encoded, "FORMATS", [name for name in encoded.FORMATS if name != "HEIF"])
+    files = pictures | {"cat/photo.heic": b"\x00\x00\x00\x18ftypheic" + bytes(64)}
+    with pytest.warns(UserWarning, match="HEIC, which pip install 'mgebm_fast.heic.' lets it read"):
+        data = load(write_folder(files), size=8, channels=3, split="all")
+    assert len(data) == len(pictures) and data.skipped[0][0].endswith("photo.heic")

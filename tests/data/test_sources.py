@@ -106,14 +106,14 @@ def test_an_image_beside_all_classes_has_no_class(image, write_folder):
 
 @pytest.mark.parametrize("container", ["folder", "zip", "tar"])
 def test_files_passed_over_are_counted(container, image, write_folder, tmp_path):
-    files = {"a/1.png": image, "a/2.heic": b"x", "a/3.HEIC": b"x", "a/4.cr2": b"x", "a/5": b"x", "a/notes.txt": b"x"}
+    files = {"a/1.png": image, "a/2.cr2": b"x", "a/3.CR2": b"x", "a/4.nef": b"x", "a/5": b"x", "a/notes.txt": b"x"}
     path = write_folder(files) if container == "folder" else tmp_path / f"x.{container}"
     if container != "folder":
         path.write_bytes((zip_bytes if container == "zip" else tar_bytes)(files))
-    with pytest.warns(UserWarning, match=r"no images: 2 \.heic, 1 \.cr2, 1 without an ending$"):
+    with pytest.warns(UserWarning, match=r"no images: 2 \.cr2, 1 \.nef, 1 without an ending$"):
         assert len(read(path)) == 1
     files.pop("a/1.png")
-    with pytest.raises(DataError, match="no images in the folder .*found 2 .heic"):
+    with pytest.raises(DataError, match="no images in the folder .*found 2 .cr2"):
         read(write_folder(files, "none"))
 
 

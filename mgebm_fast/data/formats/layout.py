@@ -77,7 +77,7 @@ def is_image(path: str) -> bool:
 
 
 def described(endings: Counter[str]) -> str:
-    """Files that were passed over, by their endings, most first: `12 .heic, 1 without an ending`."""
+    """Files that were passed over, by their endings, most first: `12 .cr2, 1 without an ending`."""
     return ", ".join(f"{count} {ending or 'without an ending'}" for ending, count in endings.most_common())
 
 
