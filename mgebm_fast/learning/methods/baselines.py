@@ -188,7 +188,7 @@ class SingleGridRule(OneNetRule):
         ids, start = self.initial.begin(observed, iteration, first_sample, self.attempt)
         return Synthesis([self.run(start, iteration, ids, graph)], ids)
 
-    def keep(self, made: list[Synthesis]) -> None:
+    def keep(self, made: list[Synthesis], iteration: int) -> None:
         for part in made:
             self.initial.keep(part)
 

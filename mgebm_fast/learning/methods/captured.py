@@ -62,8 +62,8 @@ class GraphedRule(ContrastiveRule):
         """The slots of it that update `iteration`, of a batch of `n`, uses."""
         return []
 
-    def store(self, made: Synthesis, spoilt: Tensor) -> None:
-        """Write what it comes to by an update, from captured code; `spoilt` is 1 where it stays as it is."""
+    def store(self, made: Synthesis, iteration: Tensor, spoilt: Tensor) -> None:
+        """Write what it comes to by update `iteration`, from captured code; `spoilt` is 1 where it stays as it is."""
 
     def launch(self, batch: Tensor, iteration: int, *, detail: bool = False) -> None:
         captured = self._update_for(batch, iteration)
@@ -315,7 +315,7 @@ class CapturedUpdate:
                 )  # fmt: skip
             stuck = torch.maximum(spoilt.float(), self._stuck)
             rule.apply(learned, self._numbers, stuck)
-            rule.store(Synthesis(chains.images, self._ids), stuck)
+            rule.store(Synthesis(chains.images, self._ids), self._numbers.iteration, stuck)
             for buffer, value in zip(rule.buffers, before, strict=True):
                 buffer.copy_(torch.where(stuck == 1, value, buffer))
             if rule.average is not None:

@@ -118,8 +118,8 @@ class ContrastiveRule(ModelRule):
         """Metrics of a `Lesson`."""
         return {}
 
-    def keep(self, made: list[Synthesis]) -> None:
-        """Take what the chains of an update that was applied have come to."""
+    def keep(self, made: list[Synthesis], iteration: int) -> None:
+        """Take what the chains of update `iteration`, which was applied, have come to."""
         return
 
     def details(self, learned: Learned, made: Synthesis) -> dict[str, float]:
@@ -202,7 +202,7 @@ class ContrastiveRule(ModelRule):
             buffer.copy_(mean)
         if self.average is not None:
             self.average.take(numbers.shares)
-        self.keep(made)
+        self.keep(made, iteration)
         return {**self.metrics(values, iteration), **details}
 
     def _put_back(self, before: list[Tensor]) -> None:

@@ -192,20 +192,26 @@ class MultiGridRule(GraphedRule):
         """How many chains of a grid start anew, the first ones."""
         return chains - round(self.config.options.bank_share * chains) if self._stores(grid) else chains
 
-    def keep(self, made: list[Synthesis]) -> None:
+    def keep(self, made: list[Synthesis], iteration: int) -> None:
         for part in made:
-            self.store(part)
+            self.store(part, iteration)
 
-    def store(self, made: Synthesis, spoilt: Tensor | None = None) -> None:
+    def store(self, made: Synthesis, iteration: int | Tensor, spoilt: Tensor | None = None) -> None:
         if self.slots is None:
             return
         assert isinstance(made.ids, Tensor)
+        updates = torch.as_tensor(iteration, dtype=torch.float64, device=made.ids.device)
         for grid, (images, bank) in enumerate(zip(made.images, self.bank), start=1):
-            anew = self._anew(grid, len(made.ids))
-            renewed, went_on = slice(round(self.config.options.bank_renewal * anew)), slice(anew, None)
-            for stored in (renewed, went_on) if self._stores(grid) else ():
-                ids, ends = made.ids[stored], images[stored]
-                bank[ids] = ends if spoilt is None else torch.where(spoilt == 1, bank[ids], ends)
+            if not self._stores(grid):
+                continue
+            anew, places = self._anew(grid, len(made.ids)), torch.arange(len(made.ids), device=made.ids.device)
+            # A whole number in each update; in the mean the share, which of few chains may be less than one of them.
+            rate = self.config.options.bank_renewal * anew
+            renewed = torch.floor((updates + 1) * rate) - torch.floor(updates * rate)
+            stored = (places < renewed) | (places >= anew)
+            if spoilt is not None:
+                stored = stored & (spoilt != 1)
+            bank[made.ids] = torch.where(stored[:, None, None, None], images, bank[made.ids])
 
     # what a captured update asks
 

@@ -17,6 +17,7 @@ from mgebm_fast.data import ImageData
 from mgebm_fast.errors import CheckpointError, ConfigError, DivergenceError, Refused
 from mgebm_fast.learning import MultiGridTrainer, build_model, merge
 from mgebm_fast.learning.methods.multigrid import MultiGridRule
+from mgebm_fast.learning.methods.synthesis import Synthesis
 
 STEPS, DRIFT, FIRST, LAST, SEED, LR = 3, 0.3, 0.4, 0.1, 5, 0.125
 BANK = {"bank_size": 12, "bank_share": 0.75, "bank_renewal": 0.5}  # of 8 chains 2 start anew, and one is stored
@@ -109,7 +110,7 @@ def test_the_finest_grids_alone_may_store_chains(trainer, tmp_path):
     torch.testing.assert_close(four[2:], flat[ids[2:]], atol=1e-6, rtol=0)
     torch.testing.assert_close(eight[:2], ops.upsample(four[2:4].contiguous(), 2), atol=1e-6, rtol=0)
     assert [len(images) for images in rule.bank] == [0, 12, 12]
-    rule.keep([made])
+    rule.keep([made], 0)
     rule.write(tmp_path, 1)
     again = trainer(**changes).rule
     again.read(tmp_path)
@@ -118,6 +119,24 @@ def test_the_finest_grids_alone_may_store_chains(trainer, tmp_path):
     whole = trainer(**{**changes, "multigrid": {**BANK, "bank_grids": 9}}).rule  # as many as there are
     with pytest.raises(CheckpointError, match="must hold a bank of 12 chains of every grid that stores them"):
         whole.read(tmp_path)
+
+
+def test_a_share_below_one_chain_is_renewed_every_few_updates(trainer):
+    """Of 8 chains 2 start anew, and a fifth of these, two in five updates, are stored; the other six always are."""
+    rule = trainer(multigrid={**BANK, "bank_renewal": 0.2}, **STILL).rule
+    rule._fill_bank(rule.slots)
+    renewed = []
+    for iteration in range(10):
+        for spoilt in (torch.ones(()), None):
+            before = rule.bank[0].clone()
+            ids = rule.slots.at(iteration, 0, 8)
+            ends = [torch.full((8, 1, size, size), 2.0 + iteration) for size in rule.model.sizes[1:]]
+            rule.store(Synthesis(ends, ids), iteration, spoilt)
+            changed = (rule.bank[0] != before).flatten(1).any(1)
+            assert not changed.any() or spoilt is None
+        assert changed[ids[2:]].all() and changed.sum() == changed[ids].sum() and not changed[ids[1]]
+        renewed.append(int(changed[ids[0]]))
+    assert renewed == [0, 0, 1, 0, 1] * 2
 
 
 def test_each_grid_may_have_its_own_steps_in_samples(tmp_path):

@@ -72,7 +72,7 @@ def test_a_linear_energy_has_the_closed_form_of_its_chain(name):
         draws = [philox(shape, slots, 5 * iteration + k) for k in range(5)]
         expected = 0.81 * w + a**5 * (x[slots] - 0.81 * w) + sum(a ** (4 - k) * s * e for k, e in enumerate(draws))
         assert (found.double() - expected).abs().max() < 2e-5
-        rule.keep([made])  # the second update goes on where the first ended
+        rule.keep([made], 0)  # the second update goes on where the first ended
         x[slots] = expected
 
 
