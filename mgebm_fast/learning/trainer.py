@@ -30,6 +30,7 @@ from .run.loop import Loop, Outcome
 
 _MEASURED = 64  # images that the best state is chosen by, at most
 _COLOURS_KEPT = 65536
+_SAMPLED = 32  # samples to a group of the trained model, at least, where they are not coupled
 
 
 class MultiGridTrainer:
@@ -101,8 +102,10 @@ class MultiGridTrainer:
                 device = "cuda" if torch.cuda.is_available() else "cpu"
             self.model = model if device is None else model.to(device)
             self.config = config
-        # Batch statistics couple the samples of a part, in training and so in sampling.
-        self.model.batch_size = config.batch_size // (config.batch_parts if self.model.norm == "batch" else 1)
+        if self.model.norm == "batch":  # its statistics couple the samples of a part, in training and so in sampling
+            self.model.batch_size = config.batch_size // config.batch_parts
+        else:
+            self.model.batch_size = max(config.batch_size, _SAMPLED)
         colours = self._colours()
         ranks.check_same("configuration", zlib.crc32(config.to_toml().encode()))
         ranks.check_same("images", zlib.crc32(colours.numpy().tobytes(), len(self.data)))
@@ -165,10 +168,10 @@ class MultiGridTrainer:
         self._begun = True
 
     def measure_against(self, held_out: ImageData | Clips | None) -> None:
-        """Choose the best state (`run.divergence.measure`) by these images, as many as a batch holds, evenly spread; by
-        the training images where there are none."""
+        """Choose the best state (`run.divergence.measure`) by these images, as many as a group of samples holds, evenly
+        spread; by the training images where there are none."""
         data = self.data if held_out is None or len(held_out) < 2 else held_out
-        count = min(_MEASURED, self.config.batch_size, len(data))
+        count = min(_MEASURED, self.model.batch_size, len(data))
         images = data.batch([i * len(data) // count for i in range(count)])
         self._loop.reference = self.model.from_uint8(images) if images.dtype == torch.uint8 else images
 

@@ -8,7 +8,7 @@ from helpers.training import tiny_config, tiny_data
 
 import mgebm_fast as mg
 from mgebm_fast.data import ImageData
-from mgebm_fast.learning import MultiGridTrainer, Run, train
+from mgebm_fast.learning import MultiGridTrainer, Run, build_model, train
 from mgebm_fast.models import GenerativeConvNet
 from mgebm_fast.nets import ConvSpec
 
@@ -56,3 +56,9 @@ def test_a_given_model_may_have_a_mean_that_its_chains_begin_at_alone():
     model = GenerativeConvNet(4, [ConvSpec(3, 3)], channels=1, value_range=(-1.0, 1.0), langevin=chain)
     trainer = MultiGridTrainer(model, tiny_data(), method="generative-convnet", batch_size=4, quiet=True)
     assert trainer.config.langevin.reference_mean == 0.5 and bool((model.bank == 0.5).all())
+
+
+@pytest.mark.parametrize("norm, group", [("none", 32), ("batch", 4)])
+def test_samples_come_in_larger_groups_than_batches_where_they_are_not_coupled(norm, group):
+    config = tiny_config(norm=norm, batch_size=4)
+    assert MultiGridTrainer(build_model(config), tiny_data(), config, quiet=True).model.batch_size == group
