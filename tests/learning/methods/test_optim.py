@@ -186,6 +186,18 @@ def test_orthogonal_keeps_directions_and_levels_singular_values(shape):
     assert torch.equal(orthogonal(torch.zeros(16, 20)), torch.zeros(16, 20))
 
 
+def test_orthogonal_levels_singular_values_down_to_a_thousandth():
+    generator = torch.Generator().manual_seed(0)
+    u, v = (torch.linalg.qr(torch.randn(n, 24, generator=generator).double())[0] for n in (24, 200))
+    values = torch.logspace(0, -2.6, 24).double()
+    made = u.T @ orthogonal(((u * values) @ v.T / values.norm()).float()).double() @ v
+    assert 0.6 < made.diag().min() and made.diag().max() < 1.3
+    x = values / values.norm()
+    for _ in range(5):  # the same steps, on the singular values
+        x = x * (3.4445 - 4.7750 * x**2 + 2.0315 * x**4)
+    torch.testing.assert_close(made, x.diag(), atol=1e-4, rtol=0)
+
+
 @pytest.mark.parametrize("decay", [0.0, 0.5])
 @pytest.mark.parametrize("momentum", [0.9, 0.0, 0.6])
 def test_muon_moves_hidden_layers_along_orthogonal_momentum_and_others_as_adamw_does(momentum, decay):
