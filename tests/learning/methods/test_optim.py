@@ -195,7 +195,7 @@ def test_orthogonal_levels_singular_values_down_to_a_thousandth():
     x = values / values.norm()
     for _ in range(5):  # the same steps, on the singular values
         x = x * (3.4445 - 4.7750 * x**2 + 2.0315 * x**4)
-    torch.testing.assert_close(made, x.diag(), atol=1e-4, rtol=0)
+    torch.testing.assert_close(made, x.diag(), atol=1e-3, rtol=0)
 
 
 @pytest.mark.parametrize("decay", [0.0, 0.5])
