@@ -200,18 +200,17 @@ class MultiGridRule(GraphedRule):
         if self.slots is None:
             return
         assert isinstance(made.ids, Tensor)
+        anew, places = self._anew(self.first_stored, len(made.ids)), torch.arange(len(made.ids), device=made.ids.device)
+        # A whole number in each update; in the mean the share, which of few chains may be less than one of them.
+        rate = self.config.options.bank_renewal * anew
         updates = torch.as_tensor(iteration, dtype=torch.float64, device=made.ids.device)
+        renewed = torch.floor((updates + 1) * rate) - torch.floor(updates * rate)
+        stored = (places < renewed) | (places >= anew)
+        if spoilt is not None:
+            stored = stored & (spoilt != 1)
         for grid, (images, bank) in enumerate(zip(made.images, self.bank), start=1):
-            if not self._stores(grid):
-                continue
-            anew, places = self._anew(grid, len(made.ids)), torch.arange(len(made.ids), device=made.ids.device)
-            # A whole number in each update; in the mean the share, which of few chains may be less than one of them.
-            rate = self.config.options.bank_renewal * anew
-            renewed = torch.floor((updates + 1) * rate) - torch.floor(updates * rate)
-            stored = (places < renewed) | (places >= anew)
-            if spoilt is not None:
-                stored = stored & (spoilt != 1)
-            bank[made.ids] = torch.where(stored[:, None, None, None], images, bank[made.ids])
+            if self._stores(grid):
+                bank[made.ids] = torch.where(stored[:, None, None, None], images, bank[made.ids])
 
     # what a captured update asks
 
