@@ -10,15 +10,23 @@ from .bias_act import activate, times_slope
 
 
 @triton.jit
-def tile_barrier(arrived, target, SPLIT: tl.constexpr):
-    """Barrier over a tile's programs (release/acquire). Returns the count to wait for at the next one."""
+def grid_barrier(counter, programs):
+    """Barrier over as many programs as there are in the launch, or share a counter (release/acquire)."""
     tl.debug_barrier()
+    seen = tl.atomic_add(counter, 1, sem="acq_rel") + 1
+    target = (seen + programs - 1) // programs * programs  # each arrives once a barrier
+    while seen < target:
+        seen = tl.atomic_add(counter, 0, sem="acq_rel")
+    tl.debug_barrier()
+
+
+@triton.jit
+def tile_barrier(arrived, SPLIT: tl.constexpr):
+    """Barrier over a tile's programs."""
     if SPLIT > 1:
-        seen = tl.atomic_add(arrived, 1, sem="acq_rel") + 1
-        while seen < target:
-            seen = tl.atomic_add(arrived, 0, sem="acq_rel")
+        grid_barrier(arrived, SPLIT)
+    else:
         tl.debug_barrier()
-    return target + SPLIT
 
 
 @triton.jit

@@ -6,7 +6,7 @@ import dataclasses
 import math
 from collections.abc import Sequence
 
-from gpu_predictions import BARRIER, H100, L2_TRIP, NORMALS, WARP_PRODUCT, Chain, Gpu, phases, stack_of
+from gpu_predictions import BARRIER, EXCHANGE, GRID_BARRIER, H100, NORMALS, WARP_PRODUCT, Chain, Gpu, phases, stack_of
 
 from mgebm_fast.benchmarks.work import taps_inside
 from mgebm_fast.gradient.stack import Stack
@@ -80,9 +80,6 @@ def placement_section(chain: Chain) -> str:
 
 # Batch statistics in one kernel: the net at 4×4, whose samples are coupled at every layer of every step
 
-GRID_BARRIER = 1.2  # microseconds, of all blocks of a cooperative launch: assumed, 1 to 1.5 are reported
-FLAGS = 3 * L2_TRIP + BARRIER  # clocks: what `dense_chain` is predicted to wait for at an exchange
-
 
 @dataclasses.dataclass(frozen=True)
 class Exchange:
@@ -128,17 +125,21 @@ def exchanges(chain: Chain) -> list[Exchange]:
     return made
 
 
-def statistics_section(chain: Chain, layerwise: float, gpu: Gpu = H100) -> str:
-    """One kernel of all steps with the batch's statistics, beside `layerwise`, a kernel a layer, in microseconds."""
+def statistics_section(chain: Chain, layerwise: float, written: float, gpu: Gpu = H100) -> str:
+    """Other kernels of all steps with the batch's statistics, beside a kernel a layer and the one that is written, of
+    which the steps' microseconds are given."""
     steps = exchanges(chain)
     ways = (
-        ("rows and columns, barriers of the grid", (1, 2, 4, 8, 16, 32), gpu.processors, GRID_BARRIER),
+        ("normalised as it is read, barriers of the grid", (1, 2, 4, 8, 16, 32), gpu.processors, GRID_BARRIER),
         ("the same, if a barrier is an exchange of `dense_chain`", (1, 2, 4, 8, 16, 32), gpu.processors,
-         gpu.microseconds(FLAGS)),
+         gpu.microseconds(EXCHANGE)),
         ("columns alone, barriers of the grid", (1,), gpu.processors, GRID_BARRIER),
         ("columns alone, in a cluster of 16", (1,), 16, gpu.microseconds(BARRIER + 2 * CLUSTER_TRIP)),
     )  # fmt: skip
-    rows = [["a kernel a layer, which runs it now", "–", "–", "–", f"{layerwise:.0f}"]]
+    rows = [
+        ["a kernel a layer", "–", "–", "–", f"{layerwise:.0f}"],
+        ["`dense_chain`, which runs it", "–", "–", "–", f"{written:.0f}"],
+    ]
     for name, groups, blocks, barrier in ways:
         work = gpu.microseconds(sum(step.best(groups, blocks, gpu) for step in steps) + NORMALS)
         waits = len(steps) * barrier

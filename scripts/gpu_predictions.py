@@ -34,7 +34,10 @@ H100, H200 = Gpu("H100", 0.9 * 3.35e12), Gpu("H200", 0.9 * 4.8e12)
 GPUS = (H100, H200)
 GAP, LEAST = 1.2, 2.0  # microseconds: between two nodes of a graph; of the shortest kernel
 STREAM, FORWARD, BACKWARD, NARROW, WARP_PRODUCT = 0.8, 0.7, 0.6, 0.35, 0.629  # shares of a rate
+GRID_BARRIER = 1.2  # microseconds, of all blocks of a cooperative launch: 1 to 1.5 are reported
 BARRIER, PRODUCT, NORMALS, SHARED, L2_TRIP = 135, 24, 240, 128, 263  # clocks, but SHARED: bytes a clock
+
+EXCHANGE = 3 * L2_TRIP + BARRIER  # clocks: a barrier of the blocks that share a tile of `dense_chain`
 
 
 @dataclasses.dataclass(frozen=True)

@@ -13,6 +13,7 @@ What fails is printed with its shapes and the rest goes on; lines are also appen
 from __future__ import annotations
 
 import copy
+import itertools
 import json
 import math
 import os
@@ -196,19 +197,22 @@ def edge_step() -> Iterator[tuple[str, float, float]]:
 @check("dense")
 def dense_chain() -> Iterator[tuple[str, float, float]]:
     sizes, bounds = (48, 384, 512, 1024), dict(zip(DTYPES, (3e-3, 3e-2, 1e-4), strict=True))
-    for dtype in DTYPES:
+    gains = [1 + 0.2 * seeded(size // 4, seed=3) for size in sizes[1:]]
+    for dtype, gained in itertools.product(DTYPES, (False, True)):
         weights = [seeded(b, a, seed=b) / a**0.5 for a, b in zip(sizes, sizes[1:], strict=False)]
         biases = [seeded(b, seed=1) for b in sizes[1:]]
+        norms = [(gain, 1e-5) for gain in gains] if gained else None
         net = ops.dense_net(weights, biases, seeded(1024, seed=2), activations=["leaky_relu"] * 3, slopes=[0.2] * 3,
-                            dtype=dtype)  # fmt: skip
+                            norms=norms, dtype=dtype)  # fmt: skip
         rest = {"step_size": 0.3, "reference_std": 50.0, "clamp": (0.0, 255.0), "seed": 1}
         x = seeded(min(100, MOST), 48).mul(60).add(128).clamp(0, 255)
         got = ops.dense_chain_(x.clone(), net, steps=3, backend=FAST, **rest)
         want = ops.dense_chain_(x.clone(), net, steps=3, backend="reference", **rest)
-        yield f"{dtype} mean of 3 steps", float((got - want).abs().mean()), bounds[dtype]
+        title = f"{dtype}{' with batch statistics' if gained else ''}"
+        yield f"{title} mean of 3 steps", float((got - want).abs().mean()), bounds[dtype]
         for split in (2, 4, 8) if GPU else ():  # programs that wait for each other, through many barriers
             runs = [ops.dense_chain_(x.clone(), net, steps=90, split=n, **rest) for n in (1, split)]
-            yield f"{dtype} split {split}", differs(*runs), 0
+            yield f"{title} split {split}", differs(*runs), 0
 
 
 def _plans(size: int, norm: str, variant: str) -> Check:

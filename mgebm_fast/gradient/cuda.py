@@ -24,13 +24,14 @@ import torch
 from torch import Tensor
 
 from ..ops import backend as backends
-from ..ops import counters, dense_chain, edge_step
+from ..ops import counters, edge_step
 from ..ops.batch_norm_act import launch as launch_norm
 from ..ops.batch_norm_act import launch_backward as launch_norm_backward
 from ..ops.batch_norm_act import workspace
 from ..ops.bias_act import MASKED
 from ..ops.bias_act import launch as launch_bias
 from ..ops.bias_act import launch_backward as launch_bias_backward
+from ..ops.dense_net import why_not_dense
 from ..ops.edge_step import NO_BAD_STEP
 from ..ops.update import Update
 from .base import GradientPlan, PlanReport
@@ -134,7 +135,7 @@ class FusedPlan(GradientPlan):
             self._unscale = torch.ones((), dtype=torch.float32, device=device)
             self._workspace = workspace(max(s.weight.shape[0] for s in stack.stages), device)
             self._example = example_input(stack)
-            small = not dense_chain.why_not_dense(stack)
+            small = not why_not_dense(stack)
             self._dense = DenseSteps(stack, self._dtype, backend) if small else None
         self._checks_top = self._dtype == torch.float16 and last.norm is None
         self._load(stack)
@@ -163,7 +164,7 @@ class FusedPlan(GradientPlan):
         if x.shape[0] == 0 or steps == 0:
             return
         with torch.no_grad(), exact_cudnn(x.device):
-            if self._dense is not None:
+            if self._dense is not None and len(x) <= self._dense.most_samples(x.device):
                 self._dense.advance_(x, place, steps, numbers, mask, self.bad_step)
                 return
             first_input = self._first_input(x)
@@ -303,8 +304,10 @@ class FusedPlan(GradientPlan):
 
     def explain(self) -> PlanReport:
         if self._dense is not None:
-            how = "small maps as matrices; sums and x in fp32"
-            return PlanReport("dense", self.precision, how, "all steps in one kernel", self._slower)
+            how = "small maps as matrices; sums, statistics and x in fp32"
+            most = self._dense.most_samples(self._head.device)
+            chain = "all steps in one kernel" + (f", for at most {most} samples" if most < math.inf else "")
+            return PlanReport("dense", self.precision, how, chain, self._slower)
         return PlanReport(
             "fused", self.precision,
             f"library convolutions and a kernel between them; x as a sum of two {self.precision} numbers; sums, "

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
 from ..ops import counters, dense_chain
+from ..ops.dense_net import PAD, bias_of, dense_net_of, dense_places
 from ..ops.update import Update
 from .stack import Stack
+
+TILE = 16  # samples
+LEAST_COUPLED_SPLIT = 4  # programs a tile
 
 
 class DenseSteps:
@@ -15,7 +21,7 @@ class DenseSteps:
 
     def __init__(self, stack: Stack, dtype: torch.dtype, backend: str) -> None:
         self._backend = backend
-        made = dense_chain.dense_net_of(stack, dtype)
+        made = dense_net_of(stack, dtype)
         assert not isinstance(made, str), made
         self._net = made
         device = stack.head.device
@@ -25,20 +31,30 @@ class DenseSteps:
         for stage, weight in zip(stack.stages, made.weights, strict=True):
             self._values.append(torch.zeros(stage.weight.numel() + 1, dtype=dtype, device=device))  # and a last 0
             places = torch.full(weight.shape, stage.weight.numel(), dtype=torch.int32, device=device)
-            found = dense_chain.dense_places(stage)
+            found = dense_places(stage)
             places[: found.shape[0], : found.shape[1]] = found
             self._places.append(places.reshape(-1))
+
+    def most_samples(self, device: torch.device) -> float:
+        """The batch from which on a kernel a layer is the better way. With batch statistics every program waits for all
+        others, so that all must be on the GPU at once, and where few share a tile each reads most of the weights."""
+        if not self._net.coupled or device.type != "cuda":
+            return math.inf
+        return _processors(device) // LEAST_COUPLED_SPLIT * TILE
 
     def load(self, stack: Stack, unscale: Tensor) -> None:
         """The stack's present weights; `unscale` is one over what its head is multiplied by, on the device."""
         torch.reciprocal(unscale, out=self._scale)  # of a power of two: exact
         net = self._net
         for index, stage in enumerate(stack.stages):
-            values, bias = self._values[index], stage.bias
+            values, bias, norm = self._values[index], bias_of(stage), net.norms[index]
             values[:-1].copy_(stage.weight.reshape(-1))
             torch.index_select(values, 0, self._places[index], out=net.weights[index].view(-1))
             if bias is not None:
                 net.biases[index][: net.sizes[index + 1]].view(len(bias), -1).copy_(bias[:, None])
+            if norm is not None and stage.norm is not None:
+                gain = stage.norm.weight
+                norm.gain[: net.sizes[index + 1]].view(len(gain), -1).copy_(gain[:, None])
         net.head[: net.sizes[-1]].copy_(stack.head.reshape(-1))
 
     def advance_(
@@ -54,10 +70,14 @@ class DenseSteps:
 
 
 def split_of(x: Tensor, widest: int) -> int:
-    """Programs a tile of 16 samples: a power of two, so many that all together fill a GPU without queueing, and that
+    """Programs a tile of samples: a power of two, so many that all together fill a GPU without queueing, and that
     none is without columns of the widest layer (it would only wait for the others)."""
     if x.device.type != "cuda":
         return 1
-    free = torch.cuda.get_device_properties(x.device).multi_processor_count // -(-x.shape[0] // 16)
-    most = max(1, min(free, widest // dense_chain.PAD, dense_chain.MAX_SPLIT))
+    free = _processors(x.device) // -(-x.shape[0] // TILE)
+    most = max(1, min(free, widest // PAD, dense_chain.MAX_SPLIT))
     return 1 << most.bit_length() - 1
+
+
+def _processors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count

@@ -5,7 +5,8 @@ from .batch_norm_act import batch_norm_act, batch_norm_act_backward
 from .bias_act import bias_act, bias_act_backward
 from .conv_chain import conv_chain
 from .conv_learn import conv_learn
-from .dense_chain import DenseNet, dense_chain_, dense_net, dense_net_of
+from .dense_chain import dense_chain_
+from .dense_net import DenseNet, DenseNorm, dense_net, dense_net_of
 from .edge_step import NO_BAD_STEP, EdgeWeights, edge_step_, edge_weights
 from .graph_chain import graph_chain
 from .langevin_step import langevin_step_
@@ -19,6 +20,7 @@ __all__ = [
     "NO_BAD_STEP",
     "TABLE",
     "DenseNet",
+    "DenseNorm",
     "EdgeWeights",
     "batch_norm_act",
     "batch_norm_act_backward",

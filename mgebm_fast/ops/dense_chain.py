@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import math
-from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import counters
 from .backend import choose, past_dispatcher, register
-from .bias_act import DTYPES, activate, check_activation, slope_at
+from .bias_act import activate, slope_at
+from .dense_net import DenseNet, DenseNorm
 from .edge_step import check_bad_step, note_bad_step_
 from .langevin_step import langevin_step_reference
 from .state import check_state
@@ -21,162 +19,7 @@ from .update import Update, check_steps, prepare
 
 OP = "dense_chain_"
 register("dense_chain", triton=True)
-MAX_LAYERS = 4
-MAX_SITES = 16  # pixels of x and of every map
-MAX_ELEMENTS = 256  # of x: a program holds a tile of samples in registers
-MAX_WIDTH = 4096
 MAX_SPLIT = 32
-PAD = 64  # widths are padded to multiples of this, with zeros
-
-
-@dataclasses.dataclass(frozen=True)
-class DenseNet:
-    """An energy's layers as matrices, v_l = W_l h_{l−1} + b_l, h_l = a_l(v_l), and dE/dh at the top (`dense_net`,
-    `dense_net_of`). Padded rows, columns and entries are zero."""
-
-    sizes: tuple[int, ...]  # D_0 … D_L, as they are
-    weights: tuple[Tensor, ...]  # (padded D_l, padded D_{l−1}), 16 or 32 bits: views of one flat tensor
-    biases: tuple[Tensor, ...]  # (padded D_l,) float32: views of one
-    head: Tensor  # (padded D_L,) float32
-    activations: tuple[str, ...]
-    slopes: tuple[float, ...]
-
-    def update_(self, weights: Sequence[Tensor], biases: Sequence[Tensor | None], head: Tensor) -> None:
-        """Take new values, unpadded, in place: a captured graph then replays with them."""
-        with torch.no_grad():
-            for mine, weight in zip(self.weights, weights, strict=True):
-                mine[: weight.shape[0], : weight.shape[1]] = weight
-            for mine, bias in zip(self.biases, biases, strict=True):
-                if bias is not None:
-                    mine[: bias.shape[0]] = bias
-            self.head[: head.numel()] = head.reshape(-1)
-
-
-def padded(size: int) -> int:
-    return -(-size // PAD) * PAD
-
-
-def dense_net(
-    weights: Sequence[Tensor],  # (D_l, D_{l−1}) each, up to four
-    biases: Sequence[Tensor | None],  # (D_l,)
-    head: Tensor,  # D_L entries: dE/dh_L
-    *,
-    activations: Sequence[str],
-    slopes: Sequence[float],
-    dtype: torch.dtype | None = None,
-) -> DenseNet:
-    """The layers prepared for `dense_chain_`, in `dtype` (None: the weights').
-
-    Raises ValueError for more than four layers, x of more than 256 elements, or a width above 4096.
-    """
-    where = "dense_net"
-    layers = len(weights)
-    if not 1 <= layers <= MAX_LAYERS or {len(biases), len(activations), len(slopes)} != {layers}:
-        got = (layers, len(biases), len(activations), len(slopes))
-        raise ValueError(
-            f"{where}: weights, biases, activations and slopes must be of 1 to {MAX_LAYERS} layers, got {got}"
-        )
-    dtype = weights[0].dtype if dtype is None else dtype
-    if dtype not in DTYPES:
-        raise TypeError(f"{where}: dtype must be float32, float16 or bfloat16, got {dtype}")
-    sizes = (weights[0].shape[1], *(weight.shape[0] for weight in weights))
-    for index, weight in enumerate(weights):
-        if weight.dim() != 2 or tuple(weight.shape) != (sizes[index + 1], sizes[index]):
-            wanted = (sizes[index + 1], sizes[index])
-            raise ValueError(f"{where}: weights[{index}] must be {wanted}, got {tuple(weight.shape)}")
-        bias = biases[index]
-        if bias is not None and tuple(bias.shape) != (sizes[index + 1],):
-            raise ValueError(f"{where}: biases[{index}] must be ({sizes[index + 1]},), got {tuple(bias.shape)}")
-        check_activation(activations[index], slopes[index], where)
-    if head.numel() != sizes[-1]:
-        raise ValueError(f"{where}: head must hold {sizes[-1]} entries, got {head.numel()}")
-    if sizes[0] > MAX_ELEMENTS or max(sizes) > MAX_WIDTH:
-        raise ValueError(f"{where}: sizes must be at most {MAX_ELEMENTS} and then {MAX_WIDTH}, got {sizes}")
-    wide = [padded(size) for size in sizes]
-    device = weights[0].device
-    flat = torch.zeros(sum(a * b for a, b in zip(wide, wide[1:])), dtype=dtype, device=device)
-    flat_bias = torch.zeros(sum(wide[1:]), dtype=torch.float32, device=device)
-    net = DenseNet(
-        sizes=sizes,
-        weights=tuple(
-            part.view(b, a) for part, a, b in zip(flat.split([a * b for a, b in zip(wide, wide[1:])]), wide, wide[1:])
-        ),
-        biases=tuple(flat_bias.split(wide[1:])),
-        head=torch.zeros(wide[-1], dtype=torch.float32, device=device),
-        activations=tuple(activations),
-        slopes=tuple(float(slope) for slope in slopes),
-    )
-    net.update_(weights, biases, head)
-    return net
-
-
-def dense_net_of(stack: Any, dtype: torch.dtype = torch.float16) -> DenseNet | str:
-    """A `gradient.stack.Stack` as a `DenseNet`, or the reason why it cannot be one."""
-    reason = why_not_dense(stack)
-    if reason:
-        return reason
-    weights, biases = dense_matrices(stack)
-    return dense_net(
-        weights,
-        biases,
-        stack.head,
-        activations=[stage.activation for stage in stack.stages],
-        slopes=[stage.slope for stage in stack.stages],
-        dtype=dtype,
-    )
-
-
-def why_not_dense(stack: Any) -> str:
-    """Why `stack` is no small dense chain; an empty string when it is."""
-    if not 1 <= len(stack.stages) <= MAX_LAYERS:
-        return f"it has {len(stack.stages)} layers, and dense chains 1 to {MAX_LAYERS}"
-    if stack.channels * math.prod(stack.size) > MAX_ELEMENTS:
-        return f"x has {stack.channels * math.prod(stack.size)} elements, more than {MAX_ELEMENTS}"
-    for stage in stack.stages:
-        if stage.norm is not None:
-            return f"{stage.name} has batch statistics"
-        for size in (stage.in_size, stage.out_size):
-            if math.prod(size) > MAX_SITES:
-                return f"{stage.name} works on a map of {'×'.join(map(str, size))}, more than {MAX_SITES} pixels"
-        if stage.weight.shape[0] * math.prod(stage.out_size) > MAX_WIDTH:
-            return (
-                f"{stage.name} gives {stage.weight.shape[0] * math.prod(stage.out_size)} values, more than {MAX_WIDTH}"
-            )
-    return ""
-
-
-def dense_matrices(stack: Any) -> tuple[list[Tensor], list[Tensor | None]]:
-    """Each stage's convolution as a matrix on flattened (C, *spatial) maps, and its bias once a pixel."""
-    weights: list[Tensor] = []
-    biases: list[Tensor | None] = []
-    with torch.no_grad():
-        for stage in stack.stages:
-            values = torch.nn.functional.pad(stage.weight.reshape(-1), (0, 1))
-            weights.append(values[dense_places(stage)])
-            biases.append(None if stage.bias is None else stage.bias.repeat_interleave(math.prod(stage.out_size)))
-    return weights, biases
-
-
-def dense_places(stage: Any) -> Tensor:
-    """(outputs, inputs) int64: where a stage's matrix has its entries among its weights, flattened; the number of the
-    weights where the entry is 0."""
-    outputs, inputs, *kernel = stage.weight.shape
-    strides = [math.prod(kernel[axis + 1 :]) for axis in range(len(kernel))]
-    sites = [list(itertools.product(*map(range, size))) for size in (stage.out_size, stage.in_size)]
-
-    def tap_of(out: tuple[int, ...], site: tuple[int, ...]) -> int:
-        """An output at o meets an input at i through the tap k with o · stride − padding + dilation · k = i."""
-        met = [divmod(i + p - o * s, d) for o, i, s, p, d in
-               zip(out, site, stage.stride, stage.padding, stage.dilation)]  # fmt: skip
-        fits = all(rest == 0 and 0 <= k < size for (k, rest), size in zip(met, kernel))
-        return sum(k * stride for (k, _), stride in zip(met, strides)) if fits else -1
-
-    tapped = torch.tensor([[tap_of(out, site) for site in sites[1]] for out in sites[0]], device="cpu")
-    device = stage.weight.device
-    tapped = (tapped.pin_memory() if device.type == "cuda" else tapped).to(device, non_blocking=True)[None, :, None, :]
-    filters = torch.arange(outputs * inputs, device=device).reshape(outputs, 1, inputs, 1)
-    places = torch.where(tapped < 0, stage.weight.numel(), filters * math.prod(kernel) + tapped)
-    return places.reshape(outputs * len(sites[0]), -1)
 
 
 def dense_chain_(
@@ -202,11 +45,12 @@ def dense_chain_(
     split: int = 1,
     backend: str = "auto",
 ) -> Tensor:
-    """K Langevin steps of a small net without batch statistics, in place, the state held in fp32 throughout:
+    """K Langevin steps of a small net in place, the state held in fp32 throughout:
 
         for k in 0 … K − 1:   x ← `langevin_step_`(x, ∇E(x), …) at step first_step + k
 
-    Products are of the net's dtype (the first layer takes x as a sum of two such numbers), sums and update float32.
+    Products are of the net's dtype (the first layer takes x as a sum of two such numbers), sums, statistics and update
+    float32. With batch statistics E is the sum over the batch, and its gradient goes through them.
 
     Args:
         steps: K >= 0.
@@ -214,7 +58,8 @@ def dense_chain_(
         step_size … mask, seed … stream: as in `langevin_step_`; first_step a number or a 0-dim int64 tensor.
         bad_step: as in `edge_step_`.
         split: programs that share a tile of 16 samples (Triton on a GPU), each with its part of every layer's columns;
-            the result is the same bit for bit. All programs must fit the GPU at once, or the launch is refused.
+            the result is the same bit for bit. With a split, or with batch statistics and more than one tile, all
+            programs must fit the GPU at once, or the launch is refused.
 
     Returns: x itself.
     Raises: TypeError, ValueError, BackendError.
@@ -247,22 +92,38 @@ def dense_chain_(
         torch.autograd.graph.increment_version(x)
     else:
         torch.ops.mgebm_fast.dense_chain_(
-            x, bad_step, list(net.weights), list(net.biases), net.head, list(net.sizes), ",".join(net.activations),
-            list(net.slopes), steps, float(scale), mask, *numbers.arguments, *placed.arguments, split, backend,
+            x, bad_step, list(net.weights), list(net.biases), *_norms_as_lists(net), net.head, list(net.sizes),
+            ",".join(net.activations), list(net.slopes), steps, float(scale), mask, *numbers.arguments,
+            *placed.arguments, split, backend,
         )  # fmt: skip
     return x
+
+
+def _norms_as_lists(net: DenseNet) -> tuple[list[Tensor | None], list[int], list[float]]:
+    """(gains, sites, eps) a layer: None, 0 and 0 where there are no statistics."""
+    norms = net.norms
+    return (
+        [None if norm is None else norm.gain for norm in norms],
+        [0 if norm is None else norm.sites for norm in norms],
+        [0.0 if norm is None else norm.eps for norm in norms],
+    )
 
 
 @torch.library.custom_op(
     "mgebm_fast::dense_chain_",
     mutates_args=("x", "bad_step"),
-    schema="(Tensor(a0!) x, Tensor(a1!)? bad_step, Tensor[] weights, Tensor[] biases, Tensor head, int[] sizes, "
-    "str activations, float[] slopes, int steps, float scale, Tensor? mask, float drift, float noise_std, "
-    "float inverse_variance, float reference_mean, float grad_clamp, float low, float high, "
-    f"{counters.SCHEMA}, int split, str backend) -> ()",
+    schema="(Tensor(a0!) x, Tensor(a1!)? bad_step, Tensor[] weights, Tensor[] biases, Tensor?[] gains, int[] sites, "
+    "float[] eps, Tensor head, int[] sizes, str activations, float[] slopes, int steps, float scale, Tensor? mask, "
+    "float drift, float noise_std, float inverse_variance, float reference_mean, float grad_clamp, float low, "
+    f"float high, {counters.SCHEMA}, int split, str backend) -> ()",
 )
-def _dense_chain(x, bad_step, weights, biases, head, sizes, activations, slopes, steps, scale, mask, *arguments):
-    net = DenseNet(tuple(sizes), tuple(weights), tuple(biases), head, tuple(activations.split(",")), tuple(slopes))
+def _dense_chain(
+    x, bad_step, weights, biases, gains, sites, eps, head, sizes, activations, slopes, steps, scale, mask, *arguments
+):
+    norms = tuple(None if one[0] is None else DenseNorm(*one) for one in zip(gains, sites, eps))
+    net = DenseNet(
+        tuple(sizes), tuple(weights), tuple(biases), head, tuple(activations.split(",")), tuple(slopes), norms
+    )
     numbers, placed = Update(*arguments[:7]), counters.Counters(*arguments[7:-2])
     launch(x, net, steps, scale, mask, bad_step, numbers, placed, *arguments[-2:])
 
@@ -291,11 +152,15 @@ def launch(
         from ..kernels.dense_chain import dense_chain_ as kernel
 
         arguments = placed.reference_arguments
+        gains, sites, eps = _norms_as_lists(net)
         kernel(
             x,
             net.weights,
             net.biases,
             net.head,
+            gains=gains,
+            sites=sites,
+            eps=eps,
             activations=net.activations,
             slopes=net.slopes,
             steps=steps,
@@ -337,14 +202,33 @@ def dense_gradient(x: Tensor, net: DenseNet) -> Tensor:
     """∇E(x) in float64, the shape of x."""
     h = x.double().reshape(x.shape[0], -1)
     slopes = []
-    for index, (weight, bias) in enumerate(zip(net.weights, net.biases)):
+    normals: list[tuple[Tensor, Tensor, int] | None] = []
+    for index, (weight, bias, norm) in enumerate(zip(net.weights, net.biases, net.norms)):
         rows, columns = net.sizes[index + 1], net.sizes[index]
-        v = h @ weight[:rows, :columns].double().T + bias[:rows].double()
+        v, bias = h @ weight[:rows, :columns].double().T, bias[:rows].double()
+        if norm is None:
+            normals.append(None)
+        else:
+            channels = v.reshape(len(v), -1, norm.sites)
+            mean, variance = channels.mean((0, 2), keepdim=True), channels.var((0, 2), correction=0, keepdim=True)
+            rate = (variance + norm.eps).rsqrt()
+            normal = ((channels - mean) * rate).reshape(v.shape)
+            gain = norm.gain[:rows].double()
+            normals.append((normal, gain * rate.expand(1, -1, norm.sites).reshape(-1), norm.sites))
+            v = gain * normal
+        v = v + bias
         slopes.append(slope_at(v, net.activations[index], net.slopes[index]))
         h = activate(v, net.activations[index], net.slopes[index])
-    g = net.head[: net.sizes[-1]].double() * slopes[-1]
+    g = net.head[: net.sizes[-1]].double().expand(len(h), -1)
     for index in range(len(net.weights) - 1, -1, -1):
+        g = g * slopes[index]
+        if (made := normals[index]) is not None:
+            normal, factor, sites = made
+            g = factor * (g - _channel_mean(g, sites) - normal * _channel_mean(g * normal, sites))
         g = g @ net.weights[index][: net.sizes[index + 1], : net.sizes[index]].double()
-        if index:
-            g = g * slopes[index - 1]
     return g.reshape(x.shape)
+
+
+def _channel_mean(values: Tensor, sites: int) -> Tensor:  # (N, D) -> (D,): of a channel, over samples too
+    means = values.reshape(len(values), -1, sites).mean((0, 2))
+    return means.repeat_interleave(sites)

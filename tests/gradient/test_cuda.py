@@ -190,10 +190,11 @@ def test_what_it_cannot_take_is_named(energy, shape, precision, reason):
     assert reason in why_not(read(energy, x), x, precision, "reference")
 
 
-def test_small_nets_without_statistics_are_dense():
+def test_small_nets_are_dense():
     x = images(size=4)
     assert str(plan_of(net_of("none", size=4), x).explain()).startswith("dense, fp16 (")
-    assert str(plan_of(net_of("batch", size=4), x, "bf16").explain()).startswith("fused, bf16 (")
+    assert str(plan_of(net_of("batch", size=4), x, "bf16").explain()).startswith("dense, bf16 (")
+    assert str(plan_of(net_of("batch"), images()).explain()).startswith("fused, fp16 (")
     assert split_of(x, 4096) == 1
 
 

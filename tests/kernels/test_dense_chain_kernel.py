@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
+
 import pytest
 import torch
 from helpers.compiling import build, check_unspilled, record, specialisation
+from helpers.cooperative import cooperative
 
 from mgebm_fast import ops
 
@@ -27,18 +31,33 @@ def made(sizes, dtype=torch.float32, seed=0):
     return [w.to(dtype) for w in weights], biases, torch.randn(sizes[-1], generator=generator)
 
 
-def energy(x, weights, biases, head, activations):
+def normed(sizes, sites, seed=7):
+    """The gain and eps of each layer that has outputs a channel."""
+    generator = torch.Generator().manual_seed(seed)
+    return [
+        (0.5 + torch.rand(size // n, generator=generator), 1e-3) if n else None for size, n in zip(sizes[1:], sites)
+    ]
+
+
+def energy(x, weights, biases, head, activations, norms=None):
     h = x.flatten(1)
-    for weight, bias, activation in zip(weights, biases, activations):
-        h = ACTIVATION[activation](h @ weight.double().T + bias.double())
+    for weight, bias, activation, norm in zip(weights, biases, activations, norms or [None] * len(weights)):
+        v = h @ weight.double().T
+        if norm is not None:
+            gain, eps = norm
+            channels = v.unflatten(1, (len(gain), -1))
+            v = torch.nn.functional.batch_norm(channels, None, None, gain.double(), training=True, eps=eps).flatten(1)
+        h = ACTIVATION[activation](v + bias.double())
     return h @ head.double()
 
 
-def expected(x, parts, activations, steps, *, clip=None, lo=None, hi=None, keep=None, first_step=0, **place):
+def expected(
+    x, parts, activations, steps, *, clip=None, lo=None, hi=None, keep=None, first_step=0, norms=None, **place
+):
     """The chain in float64 by autograd."""
     for k in range(steps):
         leaf = x.double().requires_grad_()
-        (grad,) = torch.autograd.grad(energy(leaf, *parts, activations).sum(), leaf)
+        (grad,) = torch.autograd.grad(energy(leaf, *parts, activations, norms).sum(), leaf)
         grad = grad if clip is None else grad.clamp(-clip, clip)
         place = {"seed": SEED, "stream": STREAM, **place, "step": first_step + k}
         eps = ops.noise(tuple(x.shape), backend="reference", **place).double()
@@ -50,12 +69,26 @@ def expected(x, parts, activations, steps, *, clip=None, lo=None, hi=None, keep=
     return x
 
 
-def run(kernels, device, x, parts, activations, steps, **options):
-    net = ops.dense_net(*parts, activations=activations, slopes=[SLOPE[a] for a in activations])
+def norm_arguments(norms):
+    return {
+        "gains": [norm and norm.gain for norm in norms],
+        "sites": [norm.sites if norm else 0 for norm in norms],
+        "eps": [norm.eps if norm else 0.0 for norm in norms],
+    }
+
+
+def together(device, seed=0):
+    """Programs beside each other: a GPU's are."""
+    return cooperative(seed) if device == "cpu" else contextlib.nullcontext()
+
+
+def run(kernels, device, x, parts, activations, steps, norms=None, **options):
+    net = ops.dense_net(*parts, activations=activations, slopes=[SLOPE[a] for a in activations], norms=norms)
     state = x.clone().to(device)
     settings = {"seed": SEED, "stream": STREAM, **UPDATE, **options}
     kernels.dense_chain.dense_chain_(
         state, [w.to(device) for w in net.weights], [b.to(device) for b in net.biases], net.head.to(device),
+        **norm_arguments([norm and dataclasses.replace(norm, gain=norm.gain.to(device)) for norm in net.norms]),
         activations=net.activations, slopes=net.slopes, steps=steps, **settings,
     )  # fmt: skip
     return state.cpu()
@@ -128,31 +161,73 @@ def test_the_first_bad_step_is_kept(kernels, device):
     assert bad.item() == 6
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="programs of one tile wait for each other: no CUDA device")
+@pytest.mark.parametrize("sites", [(0, 0, 0), (4, 4, 4), (1, 0, 8)])
+@pytest.mark.parametrize(("samples", "split"), [(7, 3), (37, 2)])
+def test_programs_that_wait_for_each_other(kernels, device, sites, samples, split):
+    sizes, activations = (12, 128, 32, 72), ["leaky_relu", "silu", "relu"]
+    norms, parts = normed(sizes, sites), made(sizes)
+    x = torch.randn(samples, 12, generator=torch.Generator().manual_seed(6))
+    want = expected(x, parts, activations, 2, norms=norms)
+    with together(device, seed=samples):
+        got = run(kernels, device, x, parts, activations, 2, norms=norms, split=split)
+    torch.testing.assert_close(got.double(), want, rtol=0, atol=5e-5)
+
+
+def test_more_tiles_than_are_combined_at_a_time(kernels, device):
+    norms, parts = normed((4, 64), (4,)), made((4, 64))
+    x = torch.randn(150, 4, generator=torch.Generator().manual_seed(9))
+    want = expected(x, parts, ["silu"], 1, norms=norms)
+    with together(device):
+        got = run(kernels, device, x, parts, ["silu"], 1, norms=norms)
+    torch.testing.assert_close(got.double(), want, rtol=0, atol=5e-5)
+
+
+def test_statistics_of_values_far_from_zero(kernels, device):
+    """The variance is of values about their mean: squares of values as they are would lose it."""
+    sizes, activations = (4, 64), ["silu"]
+    (weight,), (bias,), head = made(sizes)
+    norms = normed(sizes, (2,))
+    x = 500 + torch.randn(40, 4, generator=torch.Generator().manual_seed(8))
+    with together(device):
+        got = run(kernels, device, x, ([weight], [bias], head), activations, 1, norms=norms)
+    want = expected(x, ([weight], [bias], head), activations, 1, norms=norms)
+    torch.testing.assert_close(got.double(), want, rtol=0, atol=2e-4)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="full size: no CUDA device")
+@pytest.mark.parametrize("sites", [0, 4])
 @pytest.mark.parametrize("split", [2, 5, 8])
 @pytest.mark.parametrize("samples", [16, 100])
-def test_programs_that_share_a_tile_give_the_same_bits(kernels, split, samples):
-    activations, parts = ["leaky_relu"] * 3, made((48, 384, 512, 1024), torch.float16)
+def test_programs_that_share_a_tile_give_the_same_bits(kernels, sites, split, samples):
+    sizes, activations = (48, 384, 512, 1024), ["leaky_relu"] * 3
+    parts, norms = made(sizes, torch.float16), normed(sizes, [sites] * 3)
     x = torch.randn(samples, 48, generator=torch.Generator().manual_seed(6))
-    alone = run(kernels, "cuda", x, parts, activations, 30)
-    assert torch.equal(run(kernels, "cuda", x, parts, activations, 30, split=split), alone)
+    alone = run(kernels, "cuda", x, parts, activations, 30, norms=norms)
+    assert torch.equal(run(kernels, "cuda", x, parts, activations, 30, norms=norms, split=split), alone)
 
 
-def launch(compiled, sizes, dtype, activations, samples=100, **options):
+def launch(compiled, sizes, dtype, activations, samples=100, sites=(0, 0, 0, 0), **options):
     weights, biases, head = made(sizes, dtype)
-    net = ops.dense_net(weights, biases, head, activations=activations, slopes=[SLOPE[a] for a in activations])
+    slopes, norms = [SLOPE[a] for a in activations], normed(sizes, sites)
+    net = ops.dense_net(weights, biases, head, activations=activations, slopes=slopes, norms=norms)
     settings = {**UPDATE, "steps": 30, "clamp_lo": 0.0, "clamp_hi": 255.0, "bad_step": torch.tensor(0), **options}
     return record(
         compiled.dense_chain, "dense_chain_", torch.zeros(samples, sizes[0]), net.weights, net.biases, net.head,
-        activations=net.activations, slopes=net.slopes, **settings,
+        activations=net.activations, slopes=net.slopes, **norm_arguments(net.norms), **settings,
     )  # fmt: skip
 
 
 @pytest.mark.parametrize(
-    ("sizes", "dtype", "split"), [((48, 384, 512, 1024), torch.float16, 8), ((48, 512), torch.bfloat16, 1)]
+    ("sizes", "dtype", "split", "sites"),
+    [
+        ((48, 384, 512, 1024), torch.float16, 8, 0),
+        ((48, 512), torch.bfloat16, 1, 0),
+        ((48, 384, 512, 1024), torch.float16, 8, 4),
+    ],
 )
-def test_matrix_instructions_and_no_spills(compiled, sizes, dtype, split):
-    built = build(launch(compiled, sizes, dtype, ["leaky_relu"] * (len(sizes) - 1), split=split), 90)
+def test_matrix_instructions_and_no_spills(compiled, sizes, dtype, split, sites):
+    activations = ["leaky_relu"] * (len(sizes) - 1)
+    built = build(launch(compiled, sizes, dtype, activations, split=split, sites=[sites] * len(activations)), 90)
     check_unspilled(built)
     assert any(line.startswith("HMMA") for line in built.sass)
     assert "cp.async" in built.ptx and "ld.global.b16" not in built.ptx

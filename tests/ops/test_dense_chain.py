@@ -58,6 +58,27 @@ def test_a_stack_as_matrices_has_the_energys_gradient(backend):
     assert ((start - x).double() - want).norm() < 1e-5 * want.norm()
 
 
+def test_batch_statistics_are_those_of_the_net(backend):
+    name, device = backend
+    torch.manual_seed(0)
+    energy = nn.Sequential(
+        nn.Conv2d(3, 8, 5, 2, 2, bias=False), nn.BatchNorm2d(8), nn.LeakyReLU(0.2), nn.Conv2d(8, 12, 3, 1, 1),
+        nn.SiLU(), nn.Conv2d(12, 16, 3, 1, 1), nn.BatchNorm2d(16), nn.LeakyReLU(0.2), nn.Flatten(), nn.Linear(64, 1),
+        nn.Flatten(0),
+    ).to(device)  # fmt: skip
+    with torch.no_grad():
+        for norm in (energy[1], energy[6]):
+            norm.weight.uniform_(0.5, 1.5)
+            norm.bias.normal_()
+    x = torch.randn(6, 3, 4, 4, generator=torch.Generator().manual_seed(1)).to(device)
+    net = ops.dense_net_of(read(energy, x), torch.float32)
+    assert net.coupled and [norm and norm.sites for norm in net.norms] == [4, None, 4]
+    start = x.clone()
+    ops.dense_chain_(x, net, steps=1, drift=1000.0, noise_std=0.0, backend=name)
+    want = 1000 * gradient(energy, start)
+    assert ((start - x).double() - want).norm() < 1e-5 * want.norm()
+
+
 def test_steps_are_langevin_steps(backend):
     name, device = backend
     net, x = small(device=device)
@@ -110,6 +131,16 @@ def test_new_values_in_place():
     assert torch.equal(got, want) and net.weights[0].data_ptr() == pointer
 
 
+def test_new_gains_in_place():
+    given = dict(weights=[torch.randn(8, 6)], biases=[None], head=torch.randn(8), activations=["silu"], slopes=[0.0])
+    gains = torch.rand(2, 4)
+    net, other = (ops.dense_net(**given, norms=[(gain, 1e-5)]) for gain in gains)
+    place = net.norms[0].gain.data_ptr()
+    net.update_(given["weights"], [None], given["head"], [gains[1]])
+    assert torch.equal(net.norms[0].gain, other.norms[0].gain) and net.norms[0].gain.data_ptr() == place
+    assert net.norms[0].gain[:8].tolist() == gains[1].repeat_interleave(2).tolist()
+
+
 def test_the_first_bad_step_is_kept(backend):
     name, device = backend
     net, x = small(device=device)
@@ -129,9 +160,9 @@ def test_what_is_no_dense_chain_says_why():
     deep = [layer for _ in range(5) for layer in (nn.Conv2d(3, 3, 1), nn.ReLU())]
     energy = nn.Sequential(*deep, nn.Flatten(), nn.Linear(48, 1), nn.Flatten(0))
     assert "5 layers" in ops.dense_net_of(read(energy, x[:, :, :4, :4]))
-    energy = nn.Sequential(nn.Conv2d(3, 4, 3, 1, 1), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(64, 1),
+    energy = nn.Sequential(nn.Conv2d(3, 4, 3, 1, 1), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(36, 1),
                            nn.Flatten(0))  # fmt: skip
-    assert "batch statistics" in ops.dense_net_of(read(energy, x[:, :, :4, :4]))
+    assert "batch statistics of 9 pixels" in ops.dense_net_of(read(energy, x[:, :, :3, :3]))
 
 
 @pytest.mark.parametrize(
@@ -161,6 +192,10 @@ def test_bad_arguments_are_named(arguments, message):
         (dict(head=torch.zeros(2)), "head must hold 3 entries, got 2"),
         (dict(activations=["relu", "gelu"]), "activation must be one of"),
         (dict(weights=[torch.zeros(4, 300), torch.zeros(3, 4)]), "sizes must be at most 256"),
+        (dict(norms=[None]), "norms must be of 1 to 4 layers"),
+        (dict(norms=[(torch.ones(3), 1e-5), None]), r"norms\[0\]: the gain must be \(C,\), and 4 outputs C times one"),
+        (dict(norms=[None, (torch.ones(1), 1e-5)]), r"norms\[1\]: the gain must be \(C,\), and 3 outputs"),
+        (dict(norms=[(torch.ones(4), 0.0), None]), r"norms\[0\]: eps must be finite and > 0, got 0.0"),
     ],
 )
 def test_bad_nets_are_named(arguments, message):
@@ -170,10 +205,15 @@ def test_bad_nets_are_named(arguments, message):
         ops.dense_net(**{**given, **arguments})
 
 
-def test_opcheck():
-    net, x = small()
+@pytest.mark.parametrize("norms", [None, [None, (torch.ones(9), 1e-3)]])
+def test_opcheck(norms):
+    _, x = small()
+    weights = [torch.randn(20, 12), torch.randn(9, 20)]
+    net = ops.dense_net(weights, [None, None], torch.randn(9), activations=["leaky_relu", "elu"], slopes=[0.2, 0.0],
+                        norms=norms)  # fmt: skip
     numbers = (0.1, 0.2, 0.0, 0.0, 1.0, -1.0, 1.0)
-    bad = torch.tensor(ops.NO_BAD_STEP)
-    arguments = (x, bad, list(net.weights), list(net.biases), net.head, list(net.sizes), "leaky_relu,elu",
-                 list(net.slopes), 2, 1.0, None, *numbers, 1, None, 0, None, 3, None, 0, 1, "reference")  # fmt: skip
+    gains = [norm and norm.gain for norm in net.norms]
+    arguments = (x, torch.tensor(ops.NO_BAD_STEP), list(net.weights), list(net.biases), gains, [0, 1], [0.0, 1e-3],
+                 net.head, list(net.sizes), "leaky_relu,elu", list(net.slopes), 2, 1.0, None, *numbers, 1, None, 0,
+                 None, 3, None, 0, 1, "reference")  # fmt: skip
     torch.library.opcheck(torch.ops.mgebm_fast.dense_chain_.default, arguments)

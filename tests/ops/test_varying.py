@@ -9,8 +9,8 @@ from torch import nn
 
 from mgebm_fast import ops
 from mgebm_fast.gradient.stack import read
+from mgebm_fast.ops import dense_chain_, dense_net_of
 from mgebm_fast.ops.conv_chain import conv_chain, has_bfloat
-from mgebm_fast.ops.dense_chain import dense_chain_, dense_net_of
 from mgebm_fast.ops.update import update
 
 OP = "langevin_step"
