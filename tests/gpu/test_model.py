@@ -40,7 +40,7 @@ def test_kernels_that_are_not_written_are_compared_on_the_page(model):
 
 
 def test_a_step_of_coupled_samples_waits_for_all_blocks(model):
-    """Of three layers: six barriers of the grid, six exchanges of a tile, and weights that each of 8 tiles reads twice."""
+    """Of three layers: six barriers of the grid, six exchanges of a tile, and weights that 8 tiles read twice."""
     (kernel,) = map(model["kernel_of"], model["captured_step"](model["COUPLED"]))
     weights = 2 * (64 * 384 + 384 * 512 + 512 * 1024)
     clock, l2 = model["H200"].clock, model["H200"].l2
