@@ -398,12 +398,46 @@ CONSTANTS = [
 ]
 HEADS = ["constant", "taken as", "from"]
 COUPLED = PUBLISHED[2]  # at 4×4
+OWN_RATES = (0.3, 0.4, 0.5, 0.6)  # of the matrix rate
 
 
 def summary(sections: Sequence[Section]) -> str:
     heads = ["chain", "kernels a step", *(f"{gpu.name}, µs a step" for gpu in GPUS), "of the matrix rate, H100 / H200",
              "measured µs a step"]  # fmt: skip
     return markdown(heads, [one.row for one in sections])
+
+
+def with_statistics_inside(kernels: Sequence[Kernel], rate: float) -> list[Kernel]:
+    """The kernels of a step with batch statistics, were its convolutions ours: at `rate` of the matrix rate each would
+    normalise what it reads and leave the sums of what it writes. Going back it would read two maps more, for a' and the
+    normalised values of the layer above and of its own. Sums at the top stay a pass of their own."""
+    maps = [one.moved / 2 if one.clocks else one.moved for one in kernels if one.name == "batch_norm_act"]
+    made, above = [], len(maps) - 1
+    for one in kernels:
+        if one.name.startswith("convolution"):
+            made.append(dataclasses.replace(one, rate=rate))
+        elif one.name.startswith("data gradient"):
+            more = maps[above] + maps[above - 1]
+            made.append(dataclasses.replace(one, rate=rate, moved=one.moved + more))
+            above -= 1
+        elif one.name == "edge_step":
+            made.append(dataclasses.replace(one, moved=one.moved + maps[0]))
+        elif not one.name.startswith("batch_norm_act"):
+            made.append(one)
+    return [*made, Kernel("sums at the top", maps[-1])]
+
+
+def inside_section(gpu: Gpu = H100) -> str:
+    rows = []
+    for chain in PUBLISHED:
+        if chain.size == COUPLED.size:
+            continue
+        kernels = [kernel_of(event) for event in captured_step(chain)]
+        ways = [kernels, *(with_statistics_inside(kernels, rate) for rate in OWN_RATES)]
+        rows.append([chain.title, *(f"{sum(one.predicted(gpu) for one in way):.0f}" for way in ways)])
+    heads = ["chain", "library convolutions and passes between them, µs a step",
+             *(f"our convolutions at {rate:.0%}" for rate in OWN_RATES)]  # fmt: skip
+    return f"{markdown(heads, rows)}\n"
 
 
 def coupled_section() -> str:
@@ -418,7 +452,7 @@ def page(text: str) -> str:
     tables = {
         "constants": markdown(HEADS, CONSTANTS), "chains": summary(sections),
         "resident": resident_section([*COMPACT, *RESIDUAL]), "placements": placement_section(COMPACT[-1]),
-        "statistics": coupled_section(),
+        "statistics": coupled_section(), "inside": inside_section(),
         "compiler": compiler_section([*COMPACT[:-1], *RESIDUAL[:-1]]), "kernels": "\n".join(kernels),
     }  # fmt: skip
     for name, table in tables.items():

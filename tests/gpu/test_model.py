@@ -35,8 +35,29 @@ def test_the_resident_chain_is_as_laid_out(model):
 
 
 def test_kernels_that_are_not_written_are_compared_on_the_page(model):
-    for text in (model["placement_section"](model["COMPACT"][-1]), model["coupled_section"]()):
+    for text in (
+        model["placement_section"](model["COMPACT"][-1]),
+        model["coupled_section"](),
+        model["inside_section"](),
+    ):
         assert text.strip() in PAGE, "run scripts/gpu_model.py"
+
+
+def test_convolutions_with_statistics_inside_read_maps_in_place_of_passes(model):
+    """Two layers of 100 and 40 bytes, by hand."""
+    kernel = model["Kernel"]
+    step = [
+        kernel("sub", 7), kernel("convolution a", 50, 3, 0.7), kernel("batch_norm_act", 100),
+        kernel("batch_norm_act_apply", 200), kernel("convolution b", 60, 3, 0.7), 
+        kernel("batch_norm_act", 80, clocks=9),
+        kernel("batch_norm_act_sums", 40), kernel("batch_norm_act_backward", 80), kernel("data gradient b", 60, 3, 0.6),
+        kernel("batch_norm_act_sums", 200), kernel("batch_norm_act_backward", 300), kernel("edge_step", 30, 1, 0.6),
+    ]  # fmt: skip
+    found = [(one.name, one.moved, one.rate) for one in model["with_statistics_inside"](step, 0.5)]
+    assert found == [
+        ("sub", 7, 1.0), ("convolution a", 50, 0.5), ("convolution b", 60, 0.5), ("data gradient b", 200, 0.5),
+        ("edge_step", 130, 0.6), ("sums at the top", 40, 1.0),
+    ]  # fmt: skip
 
 
 def test_a_step_of_coupled_samples_waits_for_all_blocks(model):
