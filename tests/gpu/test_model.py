@@ -48,7 +48,7 @@ def test_convolutions_with_statistics_inside_read_maps_in_place_of_passes(model)
     kernel = model["Kernel"]
     step = [
         kernel("sub", 7), kernel("convolution a", 50, 3, 0.7), kernel("batch_norm_act", 100),
-        kernel("batch_norm_act_apply", 200), kernel("convolution b", 60, 3, 0.7), 
+        kernel("batch_norm_act_apply", 200), kernel("convolution b", 60, 3, 0.7),
         kernel("batch_norm_act", 80, clocks=9),
         kernel("batch_norm_act_sums", 40), kernel("batch_norm_act_backward", 80), kernel("data gradient b", 60, 3, 0.6),
         kernel("batch_norm_act_sums", 200), kernel("batch_norm_act_backward", 300), kernel("edge_step", 30, 1, 0.6),
