@@ -14,8 +14,8 @@
                     chain, noise costs no memory
 
 With split = 1 the barrier of a tile is the block's own, and a step lasts as long as one SM takes to read all weights
-twice. With more, programs wait for each other through a counter in memory: the launch is cooperative, so that a grid
-which does not fit the GPU is refused rather than left to wait for ever.
+twice. With more, or with statistics and several tiles, programs wait for each other through a counter in memory: the
+launch is cooperative, so that a grid which does not fit the GPU is refused rather than left to wait for ever.
 """
 
 from __future__ import annotations

@@ -5,8 +5,8 @@ all tiles once a layer and direction.
     g_v = g_h a'(v);  g_u = gain r (g_v - mean(g_v) - n mean(g_v n))
 
 m, var and the means are of a channel: SITES columns in a row (1, 2, 4, 8 or 16), all samples. Each program leaves two
-sums of each of its channels over its tile's samples; behind the barrier of the grid every program combines those that
-it needs, in one order.
+numbers of each of its channels over its tile's samples; behind the barrier of the grid every program combines those
+that it needs, in one order.
 `raw` (ROWS, columns of a program) float32 is u, and then g_v, from one side of that barrier to the other.
 """
 

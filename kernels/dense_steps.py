@@ -109,7 +109,7 @@ def dense_chain_kernel(
     ROWS: tl.constexpr,
     WIDTH: tl.constexpr,
     CHUNK: tl.constexpr,
-    STRIDE: tl.constexpr,  # the widest layer's
+    STRIDE: tl.constexpr,  # columns of the widest layer with statistics, 0 without any
     TILES: tl.constexpr,
 ):
     tile = tl.program_id(0) // SPLIT

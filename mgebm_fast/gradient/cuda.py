@@ -306,7 +306,8 @@ class FusedPlan(GradientPlan):
         if self._dense is not None:
             how = "small maps as matrices; sums, statistics and x in fp32"
             most = self._dense.most_samples(self._head.device)
-            chain = "all steps in one kernel" + (f", for at most {most} samples" if most < math.inf else "")
+            above = f" for at most {most} samples, above that library convolutions" if most < math.inf else ""
+            chain = f"all steps in one kernel{above}"
             return PlanReport("dense", self.precision, how, chain, self._slower)
         return PlanReport(
             "fused", self.precision,

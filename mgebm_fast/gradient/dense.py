@@ -36,7 +36,7 @@ class DenseSteps:
             self._places.append(places.reshape(-1))
 
     def most_samples(self, device: torch.device) -> float:
-        """The batch from which on a kernel a layer is the better way. With batch statistics every program waits for all
+        """The largest batch that is made in one kernel. With batch statistics every program waits for all
         others, so that all must be on the GPU at once, and where few share a tile each reads most of the weights."""
         if not self._net.coupled or device.type != "cuda":
             return math.inf

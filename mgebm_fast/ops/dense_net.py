@@ -144,8 +144,8 @@ def _check_norm(norm: tuple[Tensor, float] | None, outputs: int, where: str) -> 
             f"{where}: the gain must be (C,), and {outputs} outputs C times one of {NORM_SITES}, "
             f"got {tuple(gain.shape)}"
         )
-    if not (math.isfinite(eps) and eps > 0):
-        raise ValueError(f"{where}: eps must be finite and > 0, got {eps}")
+    if not (math.isfinite(eps) and eps >= torch.finfo(torch.float32).tiny):
+        raise ValueError(f"{where}: eps must be finite and > 0 in float32, got {eps}")
 
 
 def dense_net_of(stack: Any, dtype: torch.dtype = torch.float16) -> DenseNet | str:

@@ -195,7 +195,7 @@ def test_bad_arguments_are_named(arguments, message):
         (dict(norms=[None]), "norms must be of 1 to 4 layers"),
         (dict(norms=[(torch.ones(3), 1e-5), None]), r"norms\[0\]: the gain must be \(C,\), and 4 outputs C times one"),
         (dict(norms=[None, (torch.ones(1), 1e-5)]), r"norms\[1\]: the gain must be \(C,\), and 3 outputs"),
-        (dict(norms=[(torch.ones(4), 0.0), None]), r"norms\[0\]: eps must be finite and > 0, got 0.0"),
+        (dict(norms=[(torch.ones(4), 0.0), None]), r"norms\[0\]: eps must be finite and > 0 in float32, got 0.0"),
     ],
 )
 def test_bad_nets_are_named(arguments, message):
