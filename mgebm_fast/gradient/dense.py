@@ -53,8 +53,7 @@ class DenseSteps:
             if bias is not None:
                 net.biases[index][: net.sizes[index + 1]].view(len(bias), -1).copy_(bias[:, None])
             if norm is not None and stage.norm is not None:
-                gain = stage.norm.weight
-                norm.gain[: net.sizes[index + 1]].view(len(gain), -1).copy_(gain[:, None])
+                norm.take(stage.norm.weight)
         net.head[: net.sizes[-1]].copy_(stack.head.reshape(-1))
 
     def advance_(

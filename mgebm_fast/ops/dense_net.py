@@ -30,6 +30,9 @@ class DenseNorm:
     sites: int
     eps: float
 
+    def take(self, gain: Tensor) -> None:  # (C_l,)
+        self.gain[: self.sites * len(gain)].view(len(gain), -1).copy_(gain[:, None])
+
 
 @dataclasses.dataclass(frozen=True)
 class DenseNet:
@@ -65,7 +68,7 @@ class DenseNet:
                     mine[: bias.shape[0]] = bias
             for norm, gain in zip(self.norms, gains or [None] * len(self.norms), strict=True):
                 if norm is not None and gain is not None:
-                    norm.gain[: norm.sites * len(gain)].view(len(gain), -1).copy_(gain[:, None])
+                    norm.take(gain)
             self.head[: head.numel()] = head.reshape(-1)
 
 
