@@ -78,10 +78,8 @@ def dense_chain_(
     counters = torch.zeros(1 + (tiles if split > 1 else 0), dtype=torch.int64, device=x.device)
     stride = max((size for size, site in zip(sizes[1:], sites) if site), default=0)
     held = triton.cdiv(stride // COLUMNS, split) * SAMPLES * COLUMNS * tiles * split
-    statistics = torch.empty(
-        held + tiles * (sum(sizes[1:]) + 4 * layers * stride), dtype=torch.float32, device=x.device
-    )
-    raw, rates, partial = statistics.split([held, tiles * sum(sizes[1:]), tiles * 4 * layers * stride])
+    parts = [held, tiles * sum(sizes[1:]) if stride else 0, tiles * 4 * layers * stride]
+    raw, rates, partial = torch.empty(sum(parts), dtype=torch.float32, device=x.device).split(parts)
     pad = [weights[0]] * (4 - layers)
     codes = [activation_code(activation, slope) for activation, slope in zip(activations, slopes)]
     float32 = weights[0].dtype == torch.float32

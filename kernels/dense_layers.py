@@ -11,12 +11,13 @@ from .bias_act import activate, times_slope
 
 @triton.jit
 def grid_barrier(counter, programs):
-    """Barrier over as many programs as there are in the launch, or share a counter (release/acquire)."""
+    """Barrier over the `programs` that call it with the same counter, an int64 that is 0 at launch: what any of them
+    stored before is seen by all of them after."""
     tl.debug_barrier()
     seen = tl.atomic_add(counter, 1, sem="acq_rel") + 1
     target = (seen + programs - 1) // programs * programs  # each arrives once a barrier
     while seen < target:
-        seen = tl.atomic_add(counter, 0, sem="acq_rel")
+        seen = tl.atomic_add(counter, 0, sem="acquire")
     tl.debug_barrier()
 
 

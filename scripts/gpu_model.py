@@ -202,8 +202,10 @@ def _dense(event: fake_cuda.Event, moved: float) -> Kernel:
     l2 = 2 * 2.0 * tiles * sum(weights)
     clocks = 2 * numbers["LAYERS"] * EXCHANGE + NORMALS
     if coupled := sum(numbers[f"SITES{layer}"] > 0 for layer in range(1, 5)):
-        # Up and down all programs wait for each other, with nothing to do in between.
-        clocks += (2 * coupled * GRID_BARRIER * 1e-6 + l2 / H200.l2) * H200.clock
+        # Up and down all programs wait for each other, with nothing to do in between, and then read what the layer
+        # holds and the numbers of all tiles, some at a time.
+        trips = 1 + -(-tiles // numbers["TILES"])
+        clocks += (2 * coupled * GRID_BARRIER * 1e-6 + l2 / H200.l2) * H200.clock + 2 * coupled * trips * L2_TRIP
     return Kernel("dense_chain", moved / numbers["steps"], flop, WARP_PRODUCT, l2, clocks)
 
 

@@ -12,7 +12,6 @@ from ..ops.dense_net import PAD, bias_of, dense_net_of, dense_places
 from ..ops.update import Update
 from .stack import Stack
 
-TILE = 16  # samples
 LEAST_COUPLED_SPLIT = 4  # programs a tile
 
 
@@ -40,7 +39,7 @@ class DenseSteps:
         others, so that all must be on the GPU at once, and where few share a tile each reads most of the weights."""
         if not self._net.coupled or device.type != "cuda":
             return math.inf
-        return _processors(device) // LEAST_COUPLED_SPLIT * TILE
+        return _processors(device) // LEAST_COUPLED_SPLIT * dense_chain.TILE
 
     def load(self, stack: Stack, unscale: Tensor) -> None:
         """The stack's present weights; `unscale` is one over what its head is multiplied by, on the device."""
@@ -73,7 +72,7 @@ def split_of(x: Tensor, widest: int) -> int:
     none is without columns of the widest layer (it would only wait for the others)."""
     if x.device.type != "cuda":
         return 1
-    free = _processors(x.device) // -(-x.shape[0] // TILE)
+    free = _processors(x.device) // -(-x.shape[0] // dense_chain.TILE)
     most = max(1, min(free, widest // PAD, dense_chain.MAX_SPLIT))
     return 1 << most.bit_length() - 1
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from . import counters
-from .backend import choose, past_dispatcher, register
+from .backend import BackendError, choose, past_dispatcher, register
 from .bias_act import activate, slope_at
 from .dense_net import DenseNet, DenseNorm
 from .edge_step import check_bad_step, note_bad_step_
@@ -20,6 +20,7 @@ from .update import Update, check_steps, prepare
 OP = "dense_chain_"
 register("dense_chain", triton=True)
 MAX_SPLIT = 32
+TILE = 16  # samples
 
 
 def dense_chain_(
@@ -149,6 +150,11 @@ def launch(
     if x.numel() == 0 or steps == 0:
         return
     if backend == "triton":
+        if x.device.type != "cuda" and (split > 1 or (net.coupled and len(x) > TILE)):
+            raise BackendError(
+                f"{OP}: on CPU tensors Triton's programs run one after another, and cannot wait for each other: split "
+                f"must be 1, and x with batch statistics of at most {TILE} samples, got {split} and {len(x)} samples"
+            )
         from ..kernels.dense_chain import dense_chain_ as kernel
 
         arguments = placed.reference_arguments

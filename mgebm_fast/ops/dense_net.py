@@ -59,14 +59,22 @@ class DenseNet:
         head: Tensor,
         gains: Sequence[Tensor | None] | None = None,
     ) -> None:
-        """Take new values, unpadded, in place: a captured graph then replays with them."""
+        """Take new values, unpadded, in place: a captured graph then replays with them.
+
+        Raises ValueError unless `gains` has one (C_l,) for each layer with batch statistics, and None for the others.
+        """
+        gains = [None] * len(self.norms) if gains is None else gains
+        wanted = [norm and (size // norm.sites,) for norm, size in zip(self.norms, self.sizes[1:])]
+        got = [None if gain is None else tuple(gain.shape) for gain in gains]
+        if got != wanted:
+            raise ValueError(f"update_: gains must be of shapes {wanted}, a layer each, got {got}")
         with torch.no_grad():
             for mine, weight in zip(self.weights, weights, strict=True):
                 mine[: weight.shape[0], : weight.shape[1]] = weight
             for mine, bias in zip(self.biases, biases, strict=True):
                 if bias is not None:
                     mine[: bias.shape[0]] = bias
-            for norm, gain in zip(self.norms, gains or [None] * len(self.norms), strict=True):
+            for norm, gain in zip(self.norms, gains, strict=True):
                 if norm is not None and gain is not None:
                     norm.take(gain)
             self.head[: head.numel()] = head.reshape(-1)
@@ -186,6 +194,8 @@ def why_not_dense(stack: Any) -> str:
         if stage.norm is not None and math.prod(stage.out_size) not in NORM_SITES:
             where = f"batch statistics of {math.prod(stage.out_size)} pixels"
             return f"{stage.name} has {where}, and dense chains those of {', '.join(map(str, NORM_SITES))}"
+        if stage.norm is not None and stage.norm.eps < torch.finfo(torch.float32).tiny:
+            return f"{stage.name} has batch statistics with eps {stage.norm.eps}, and dense chains those with eps > 0"
         if stage.weight.shape[0] * math.prod(stage.out_size) > MAX_WIDTH:
             return (
                 f"{stage.name} gives {stage.weight.shape[0] * math.prod(stage.out_size)} values, more than {MAX_WIDTH}"

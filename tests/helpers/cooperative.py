@@ -9,6 +9,8 @@ import threading
 import types
 from collections.abc import Iterator
 
+MOST_SWITCHES = 1_000_000
+
 
 class Programs:
     """The programs of a launch. The one that runs hands on at each atomic, to one that `order` picks."""
@@ -17,7 +19,7 @@ class Programs:
         self.builder, self.body, self.order = builder, body, order
         self.calls: list[tuple[tuple[int, ...], dict[str, object]]] = []
         self.turn, self.alive, self.failed = threading.Condition(), set[int](), list[BaseException]()
-        self.now = -1
+        self.now, self.switches = -1, 0
 
     def gather(self, arguments: dict[str, object]) -> None:
         """Note a program; at the last one run them all."""
@@ -60,6 +62,9 @@ class Programs:
     def switch(self) -> None:
         """Let another program go on, or this one."""
         index = self.now
+        self.switches += 1
+        if self.switches > MOST_SWITCHES:
+            raise RuntimeError("the programs wait for each other without end")
         with self.turn:
             self._hand_on()
         self._wait(index)

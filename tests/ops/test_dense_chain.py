@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 
+import mgebm_fast as mg
 from mgebm_fast import ops
 from mgebm_fast.gradient import stack
 from mgebm_fast.ops import counters, dense_chain
@@ -139,6 +140,24 @@ def test_new_gains_in_place():
     net.update_(given["weights"], [None], given["head"], [gains[1]])
     assert torch.equal(net.norms[0].gain, other.norms[0].gain) and net.norms[0].gain.data_ptr() == place
     assert net.norms[0].gain[:8].tolist() == gains[1].repeat_interleave(2).tolist()
+    for wrong in (None, [None], [torch.rand(8)], [gains[0], None]):
+        with pytest.raises(ValueError, match="gains must be of shapes"):
+            net.update_(given["weights"], [None], given["head"], wrong)
+    assert torch.equal(net.norms[0].gain, other.norms[0].gain)
+
+
+def test_programs_that_would_wait_for_ever_are_refused():
+    """On CPU tensors Triton's programs run one after another."""
+    net, x = small()
+    coupled = ops.dense_net([torch.randn(8, 12)], [None], torch.randn(8), activations=["silu"], slopes=[0.0],
+                            norms=[(torch.ones(4), 1e-5)])  # fmt: skip
+    place = counters.check("f", 17, 12, x.device, seed=3, first_sample=0, step=0, stream=0, steps=1)
+    for one, split in ((net, 2), (coupled, 1)):
+        start = torch.randn(17, 3, 2, 2)
+        state = start.clone()
+        with pytest.raises(mg.BackendError, match="programs run one after another"):
+            dense_chain.launch(state, one, 1, 1.0, None, None, update(**FORM), place, split, "triton")
+        assert torch.equal(state, start)
 
 
 def test_the_first_bad_step_is_kept(backend):
