@@ -159,28 +159,36 @@ def launch(
 
         arguments = placed.reference_arguments
         gains, sites, eps = _norms_as_lists(net)
-        kernel(
-            x,
-            net.weights,
-            net.biases,
-            net.head,
-            gains=gains,
-            sites=sites,
-            eps=eps,
-            activations=net.activations,
-            slopes=net.slopes,
-            steps=steps,
-            scale=scale,
-            **numbers.triton_arguments,
-            table=numbers.table,
-            mask=mask,
-            bad_step=bad_step,
-            split=split,
-            seed=arguments["seed"],
-            first_sample=arguments["first_sample"],
-            first_step=arguments["step"],
-            stream=arguments["stream"],
-        )
+        try:
+            kernel(
+                x,
+                net.weights,
+                net.biases,
+                net.head,
+                gains=gains,
+                sites=sites,
+                eps=eps,
+                activations=net.activations,
+                slopes=net.slopes,
+                steps=steps,
+                scale=scale,
+                **numbers.triton_arguments,
+                table=numbers.table,
+                mask=mask,
+                bad_step=bad_step,
+                split=split,
+                seed=arguments["seed"],
+                first_sample=arguments["first_sample"],
+                first_step=arguments["step"],
+                stream=arguments["stream"],
+            )
+        except RuntimeError as error:
+            if "cooperative" not in str(error):  # CUDA's words: too many blocks in cooperative launch
+                raise
+            raise BackendError(
+                f"{OP}: its programs wait for each other, and do not fit the GPU at once: {-(-len(x) // TILE)} tiles "
+                f"of {TILE} samples with split = {split}; fewer samples a call, or a smaller split, do"
+            ) from error
     else:
         dense_chain_reference(x, net, steps, mask, bad_step, numbers, placed)
 

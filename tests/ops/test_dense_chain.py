@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import math
 
 import pytest
@@ -158,6 +159,25 @@ def test_programs_that_would_wait_for_ever_are_refused():
         with pytest.raises(mg.BackendError, match="programs run one after another"):
             dense_chain.launch(state, one, 1, 1.0, None, None, update(**FORM), place, split, "triton")
         assert torch.equal(state, start)
+
+
+@pytest.mark.parametrize("words", ["Triton Error [CUDA]: too many blocks in cooperative launch", "out of memory"])
+def test_a_launch_that_does_not_fit_says_how_to_go_on(monkeypatch, words):
+    """The driver refuses it before any step is made; other errors of its are left as they are."""
+    kernel = importlib.import_module("mgebm_fast.kernels.dense_chain")
+
+    def refuse(*args, **kwargs):
+        raise RuntimeError(words)
+
+    monkeypatch.setattr(kernel, "dense_chain_", refuse)
+    net, x = small()
+    place = counters.check("f", 5, 12, x.device, seed=3, first_sample=0, step=0, stream=0, steps=1)
+    expected, match = (
+        (mg.BackendError, "1 tiles of 16 samples with split = 1") if "blocks" in words else (RuntimeError, words)
+    )
+    with pytest.raises(expected, match=match) as caught:
+        dense_chain.launch(x, net, 1, 1.0, None, None, update(**FORM), place, 1, "triton")
+    assert caught.type is expected
 
 
 def test_the_first_bad_step_is_kept(backend):
