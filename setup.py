@@ -128,9 +128,12 @@ class NinjaBuild(build_ext):
 
     def build_extension(self, extension: Extension) -> None:
         target = Path(self.get_ext_fullpath(extension.name)).resolve()
-        folder = Path(self.build_temp).resolve()
+        # Kept for editable installs, so that the next one compiles what has changed.
+        kept = ROOT / "build" / f"native-{sys.implementation.cache_tag}"
+        folder = kept if self.editable_mode else Path(self.build_temp).resolve()
         folder.mkdir(parents=True, exist_ok=True)
         target.parent.mkdir(parents=True, exist_ok=True)
+        target.unlink(missing_ok=True)  # it may be a copy of another checkout's, newer than all objects
         (folder / "build.ninja").write_text(self.ninja_file(target))
         # Two cores a job at most keeps memory in bounds where nvcc runs many at once.
         jobs = os.environ.get("MGEBM_MAX_JOBS") or str(max(1, min(8, os.cpu_count() or 1)))

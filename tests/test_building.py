@@ -69,6 +69,27 @@ done
 """
 
 
+@pytest.mark.parametrize("editable", [True, False])
+def test_an_editable_install_keeps_its_objects_and_replaces_whatever_module_is_there(checkout, editable):
+    """A module that was copied from elsewhere is newer than all objects: ninja would take it for built."""
+    (checkout / "_C.so").write_text("of another checkout")
+    program = (
+        "import sys, types, setuptools, subprocess; setuptools.setup = lambda **k: None\n"
+        "import importlib.util\n"
+        "spec = importlib.util.spec_from_file_location('setup_module', 'setup.py')\n"
+        "module = importlib.util.module_from_spec(spec); spec.loader.exec_module(module)\n"
+        "module.subprocess = types.SimpleNamespace(check_call=lambda words: print(words[words.index('-C') + 1]))\n"
+        f"build = types.SimpleNamespace(build_temp='temp', editable_mode={editable}, ninja_file=lambda target: '',\n"
+        "    get_ext_fullpath=lambda name: '_C.so')\n"
+        "module.NinjaBuild.build_extension(build, types.SimpleNamespace(name='_C'))"
+    )
+    run = subprocess.run([sys.executable, "-c", program], cwd=checkout, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    kept = f"build/native-{sys.implementation.cache_tag}"
+    assert Path(run.stdout.strip()) == checkout / (kept if editable else "temp")
+    assert not (checkout / "_C.so").exists()
+
+
 def test_an_nvcc_or_an_architecture_that_is_too_old_is_refused(tmp_path, monkeypatch):
     """The resident chain has parameters of 9 KiB, and matrix products of 8.0."""
     monkeypatch.setattr("setuptools.setup", lambda **_: None)
